@@ -20,21 +20,19 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import command_line, print_table
-from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.native import load as native
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack
 from tools.kernels.shapes import MODELS
 
 SHAPE = MODELS["qwen3-30b-a3b"]
-LAYOUTS = {"ATen int4": "aten_cpu", "native W4A8": "native"}
 
 Call = Callable[[], object]
 
 
-def stack_of(n: int, k: int, experts: int, layout: str) -> PackedLinear:
+def stack_of(n: int, k: int, experts: int) -> PackedLinear:
     """Returns a stack whose matrices are one random matrix, each in memory of its own."""
-    one = pack(quantize(torch.randn(n, k), 64, "rtn"), layout)
+    one = pack(quantize(torch.randn(n, k), 64, "rtn"), "native")
     qweight, scale_zero = (t.expand(experts, *t.shape).contiguous() for t in (one.qweight, one.scale_zero))
     return replace(one, qweight=qweight, scale_zero=scale_zero, experts=experts)
 
@@ -50,13 +48,9 @@ def subjects(n: int, k: int, experts: int, chosen: int, tokens: int) -> dict[str
     routes = choices(tokens, experts, chosen)
     x = torch.randn(chosen * tokens, k).bfloat16()
     calls: dict[str, list[Call]] = {}
-    for name, layout in LAYOUTS.items():
-        stack = stack_of(n, k, experts, layout)
-        operator, how = torch.ops.river.experts.default, (layout,)
-        if layout == "native":
-            operator, how = native.load().experts.default, ()
-        call = functools.partial(operator, x, stack.qweight, stack.scale_zero)
-        calls[name] = [functools.partial(call, route, n, stack.group_size, *how) for route in routes]
+    stack = stack_of(n, k, experts)
+    call = functools.partial(native.load().experts.default, x, stack.qweight, stack.scale_zero)
+    calls["native W4A8"] = [functools.partial(call, route, n, stack.group_size) for route in routes]
     dense = torch.randn(n, k).bfloat16().expand(experts, n, k).contiguous()
     ends = [route.bincount(minlength=experts).cumsum(0).int() for route in routes]
     calls["grouped 16 bits"] = [functools.partial(F.grouped_mm, x, dense.transpose(1, 2), offs=end) for end in ends]

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.int4_baseline import packed_for_cpu
 from river_compile.kernels.native import load, packing
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.quant.layouts import PackedLinear, layout, pack, pack_lossless
+from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless
 
 SHAPES = ((4096, 4096), (3072, 576), (1536, 8960))
 ROWS = (1, 4, 8, 16)
@@ -73,7 +74,8 @@ def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
     weight = torch.randn(n, k) * k**-0.5
     grid, in_16_bits = quantize(weight, group_size, "rtn"), weight.bfloat16()
     ops = torch.ops.river_native
-    fours, aten = _copies(pack(grid, "native")), _copies(pack(grid, "aten_cpu"))
+    fours = _copies(pack(grid, "native"))
+    aten = _copies(PackedLinear("ATen int4", *packed_for_cpu(grid), group_size, k, n))
     sixteens = _copies(PackedLinear("dense", in_16_bits, torch.zeros(0), 0, k, n))
     twelves = _copies(pack_lossless([in_16_bits])) if packing.available() else []
     yield _Subject("sum", 0, _bytes(fours[0]), [functools.partial(_sum, one.qweight, one.scale_zero) for one in fours])
@@ -83,7 +85,8 @@ def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
         def linear(p: PackedLinear, x: torch.Tensor = x) -> Call:
             return functools.partial(ops.linear.default, x, p.qweight, p.scale_zero, None, n, p.group_size)
 
-        atens = [functools.partial(layout("aten_cpu").linear, x, p, None) for p in aten]
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        atens = [functools.partial(product, x, p.qweight, group_size, p.scale_zero) for p in aten]
         yield _Subject("ATen int4", rows, _bytes(fours[0]), atens)
         yield _Subject("native W4A8", rows, _bytes(fours[0]), [*map(linear, fours)])
         dense = [functools.partial(ops.dense.default, x, [p.qweight], []) for p in sixteens]

@@ -224,7 +224,7 @@ def _shown(name: str, value: object) -> object:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "threads", "json")
     parser.add_argument("--quantizer", action="append", choices=ROWS, help="may be repeated (default: all)")
-    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128, 256))
+    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
     parser.add_argument("--lm-head", nargs="+", choices=("keep", "w4"), help="a row for each (default: one)")
     parser.add_argument("--texts", type=int, default=12, help="texts of each kind to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer that is measured (default 48)")

@@ -24,6 +24,7 @@ from river_compile.distributed.ranks import ranks_of
 from river_compile.distributed.runner import called_on_shards
 from river_compile.distributed.support import check as check_supported
 from river_compile.errors import RiverWarning, UnsupportedGraphError
+from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.choose import Lowering, no_compiler
 from river_compile.lowering.compile import inductor_settings
 from river_compile.model_record import BROKE, GraphRecord, ModelRecord, find_record, record_of
@@ -93,9 +94,15 @@ def river(
         refusal = unbuildable or _untraceable(owner) or _needs_gradients(example_inputs)
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
-        return called_on_shards(build(program, values, lowering, fill, model, graph), [*values], local)
+        try:
+            return called_on_shards(build(program, values, lowering, fill, model, graph), [*values], local)
+        except CannotBuild as error:
+            why = " ".join(str(error).split())
+            program = unbuildable = Refusal(
+                f"the C++ kernels cannot be compiled ({why}); set CXX to another g++ or clang++"
+            )
     graph.refusal = str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner)}"
-    plainly = unbuildable or no_compiler(config, example_inputs, rewritten=False)
+    plainly = no_compiler(config, example_inputs, rewritten=False)
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {graph.refusal}")
     if graph.refusal not in {other.refusal for other in model.graphs if other is not graph}:

@@ -127,7 +127,7 @@ class RiverConfig:
     group_size: int = _option(
         64,
         one_of(*GROUP_SIZES),
-        "weights of a row that share a scale and a zero: 32, 64, 128 or 256; a matrix that it does not divide takes "
+        "weights of a row that share a scale and a zero: 32, 64 or 128; a matrix that it does not divide takes "
         "the largest power of two that does, or stays in 16 bits below 32",
         EXPERT,
     )
@@ -150,9 +150,9 @@ class RiverConfig:
     lowering: str = _option(
         "auto",
         one_of("auto", "inductor", "triton", "native"),
-        '`"triton"`: twins become generated kernels, the default on a GPU (on a CPU in Triton\'s interpreter, very '
-        'slow); `"inductor"`: 4-bit matmuls are operators of their own, the default on a CPU; `"native"`: on a CPU, '
-        "matmuls are C++ that is compiled for it ([docs/lowering.md](docs/lowering.md))",
+        '`"native"`: matmuls are C++ kernels, the default on a CPU; `"triton"`: twins become generated kernels, the '
+        'default on a GPU (on a CPU in Triton\'s interpreter, very slow); `"inductor"`: 4-bit matmuls are operators of '
+        "their own (on a CPU in plain torch, slow) ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
     )

@@ -396,32 +396,6 @@ model.generate(prompt(), max_new_tokens=3, do_sample=False, cache_implementation
             t.plot(path, texts=["a"])
 
 
-SLOW_PROCESSOR = """
-import torch, warnings
-from river_compile import RiverWarning, river
-from tests.support.decoding import decode, new_cache
-from tests.support.families import make
-warnings.simplefilter("ignore")
-warnings.simplefilter("always", RiverWarning)
-model = make("llama", layers=2)
-model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 0})
-logits = [decode(model, new_cache(model, "static"), [None], batch=b)[-1] for b in (1, 2)]
-plain = decode(model, new_cache(model, "static"), [None], batch=1, compiled=False)[-1]
-print(torch.nn.functional.cosine_similarity(logits[0].flatten(), plain.flatten(), dim=0).item())
-"""
-
-
-@pytest.mark.slow
-def test_a_processor_without_the_fast_kernel_gives_right_answers_and_says_so_once():
-    """ATen made to use no vector instructions: one warning for two graphs, and the logits of a 4-bit model."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    run = subprocess.run(
-        [sys.executable, "-c", SLOW_PROCESSOR], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert run.stderr.count("has no fast int4 kernel") == 1
-    assert float(run.stdout.split()[-1]) > 0.8
-
-
 def run_at(model, depth):
     with forced_depth(depth):
         return generate(model, new_tokens=12, cache_implementation="static")

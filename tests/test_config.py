@@ -25,7 +25,7 @@ from tools import options
         ({"first_exit": 0}, ["first_exit=0", "1 or more"]),
         ({"exit_every": 1.5}, ["exit_every=1.5", "integer"]),
         ({"exit_depth": -1}, ["exit_depth=-1", "None or an integer"]),
-        ({"group_size": 48}, ["group_size=48", "32, 64, 128, 256"]),
+        ({"group_size": 48}, ["group_size=48", "32, 64, 128"]),
         ({"quantizer": "hqqq"}, ["quantizer='hqqq'", "did you mean 'hqq'?"]),
         ({"prefill": "Exit"}, ["prefill='Exit'", "'backbone', 'exit'"]),
         ({"lm_head": "w3"}, ["lm_head='w3'", "'keep', 'w4'"]),

@@ -27,7 +27,7 @@ from river_compile.kernels.checks import check_choice
 MID_POINT = 8
 MAX_Q = 15
 QUANTIZERS = ("hqq", "rtn", "symmetric")
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 128)
 _SHARES = tuple(1 - 0.03 * i for i in range(12))  # of a group's extent, that a symmetric grid covers
 _PIECE_ELEMENTS = 32_000
 _SLAB_ELEMENTS = 1 << 22

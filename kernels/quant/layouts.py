@@ -7,7 +7,6 @@ Layouts (N output features, K input features padded to whole groups of G)
                 scale_zero float16 or bfloat16 [N, K / G, 2].
     "plain"     qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
                 scale_zero float32 [N, K / G, 2].
-    "aten_cpu"  as ATen's kernel for this processor wants it, see `aten_int4`.
     "native"    for the C++ kernels, N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64]:
                 byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
                 low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
@@ -19,8 +18,8 @@ not fit there is qweight itself, as it was, and scale_zero is empty.
 
 Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
 
-`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry
-of `LAYOUTS`; those of `PORTABLE` have the same bytes on every machine, so that files may hold them.
+`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry of `LAYOUTS`;
+its bytes are the same on every machine, so that files may hold them.
 Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4.
 """
 
@@ -35,8 +34,8 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
-from river_compile.kernels.quant import aten_int4, bf12, bits8
-from river_compile.kernels.quant.grid import GROUP_SIZES, MID_POINT, QuantizedWeight
+from river_compile.kernels.quant import bf12, bits8
+from river_compile.kernels.quant.grid import GROUP_SIZES, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -116,14 +115,8 @@ def pack_lossless(weights: Sequence[Tensor], layout_name: str = bf12.LAYOUT) -> 
 
 #: Layouts of matrices that keep their values.
 LOSSLESS = (*bf12.LAYOUTS, bits8.LAYOUT)
+PLAIN_LAYOUT = "plain"  # of the products in plain torch
 NATIVE_LAYOUT = "native"  # that of the C++ kernels
-#: Layouts with the same bytes on every machine.
-PORTABLE = ("plain", "triton", "native")
-
-
-def portable(name: str) -> str:
-    """Returns the portable layout that a file holds a matrix of some layout in: its own if that is portable."""
-    return name if name in (*PORTABLE, *bf12.LAYOUTS) else "plain"
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
@@ -154,13 +147,11 @@ class Layout:
         pack: grid -> (qweight, scale_zero).
         unpack: packed matrix -> grid.
         linear: (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype, any device the layout is made for.
-        group_sizes: those that it can hold.
     """
 
     pack: Callable[[QuantizedWeight], tuple[Tensor, Tensor]]
     unpack: Callable[[PackedLinear], QuantizedWeight]
     linear: Callable[[Tensor, PackedLinear, Tensor | None], Tensor] = linear_by_dequantizing
-    group_sizes: tuple[int, ...] = GROUP_SIZES
 
 
 def layout(name: str) -> Layout:
@@ -178,12 +169,12 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
         in_features: the features that count where the grid's K is padded; None for all.
 
     Raises:
-        ValueError: an unknown layout, a group size it cannot hold, or `in_features` outside the last group.
+        ValueError: an unknown layout, a group size without kernels, or `in_features` outside the last group.
     """
     chosen = layout(layout_name)
     n, k = weight.shape
     in_features = k if in_features is None else in_features
-    check_choice("group_size", weight.group_size, chosen.group_sizes)
+    check_choice("group_size", weight.group_size, GROUP_SIZES)
     if not k - weight.group_size < in_features <= k:
         raise ValueError(f"in_features={in_features} does not end in the last group of {k} columns")
     qweight, scale_zero = chosen.pack(weight)
@@ -249,24 +240,6 @@ def _grid(packed: PackedLinear, q: Tensor) -> QuantizedWeight:
     return QuantizedWeight(q, scale, zero, packed.group_size)
 
 
-def _pack_aten(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    pad = -weight.shape[0] % aten_int4.ROWS
-    q = F.pad(weight.q.to(torch.int32), (0, 0, 0, pad))
-    scale_zero = F.pad(_pairs(weight, torch.bfloat16), (0, 0, 0, 0, 0, pad)).transpose(0, 1).contiguous()
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero
-
-
-def _unpack_aten(packed: PackedLinear) -> QuantizedWeight:
-    """Reads the integers back by multiplying with the identity: ATen's order is private and differs by processor."""
-    unit = torch.zeros_like(packed.scale_zero)
-    unit[..., 0] = 1
-    eye = torch.eye(packed.in_features, dtype=torch.bfloat16)
-    q = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, packed.qweight, packed.group_size, unit)
-    q = (q.T[: packed.out_features] + MID_POINT).to(torch.uint8)
-    scale, zero = packed.scale_zero[:, : packed.out_features].float().permute(2, 1, 0).contiguous()
-    return QuantizedWeight(q, scale, zero, packed.group_size)
-
-
 def _pack_native(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     pad = (0, 0, 0, -weight.shape[0] % 16)
     q = F.pad(weight.q, pad).unflatten(1, (-1, weight.group_size // 8, 2, 4)).unflatten(0, (-1, 16))
@@ -282,10 +255,6 @@ def _unpack_native(packed: PackedLinear) -> QuantizedWeight:
     return QuantizedWeight(q.flatten(2).flatten(0, 1)[: packed.out_features], scale, zero, packed.group_size)
 
 
-def _linear_aten(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    return aten_int4.linear_aten(x, packed.qweight, packed.scale_zero, bias, packed.out_features, packed.group_size)
-
-
 def _linear_native(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     sizes = packed.out_features, packed.group_size
     y: Tensor = native.load().linear(x, packed.qweight, packed.scale_zero, bias, *sizes)
@@ -293,8 +262,7 @@ def _linear_native(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tens
 
 
 LAYOUTS = {
-    "triton": Layout(_pack_triton, _unpack_triton, group_sizes=GROUP_SIZES[:3]),
-    "plain": Layout(_pack_plain, _unpack_plain),
-    aten_int4.LAYOUT: Layout(_pack_aten, _unpack_aten, _linear_aten),
-    NATIVE_LAYOUT: Layout(_pack_native, _unpack_native, _linear_native, GROUP_SIZES[:3]),
+    "triton": Layout(_pack_triton, _unpack_triton),
+    PLAIN_LAYOUT: Layout(_pack_plain, _unpack_plain),
+    NATIVE_LAYOUT: Layout(_pack_native, _unpack_native, _linear_native),
 }

@@ -178,10 +178,13 @@ def _built(
     assert owner is not None, "the model that is being called is there"
     record.self_calibration.is_of(owner)
     graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin, progress=record.progress)
-    record.graphs.append(graph)
     if origin == "derived":
-        return build(found.program, dict(zip(found.program.inputs, args, strict=True)), None, Fill, record, graph)
-    return rebuild(found.program, args, record, graph)
+        values = dict(zip(found.program.inputs, args, strict=True))
+        executor = build(found.program, values, None, Fill, record, graph)
+    else:
+        executor = rebuild(found.program, args, record, graph)
+    record.graphs.append(graph)
+    return executor
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.errors import OptionError
 from river_compile.exits import ExitPolicy
+from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.choose import choose_lowering
 from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
@@ -46,7 +47,7 @@ def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = 
         return True
     try:
         return choose_lowering(config, device, wait=False).native
-    except OptionError:  # (whoever lowers a graph raises it)
+    except (OptionError, CannotBuild):  # (whoever lowers a graph raises it)
         return False
 
 

@@ -89,15 +89,15 @@ def processor() -> Finding:
     """Names the processor, and its instructions that matter."""
     import torch
 
-    from river_compile.kernels.quant.aten_int4 import has_fast_kernel
+    from river_compile.kernels.native.isa import chosen
 
     info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
     name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
     flags = set(next((line.split() for line in info.splitlines() if line.startswith("flags")), []))
     has = ", ".join(flag for flag in _FLAGS if flag in flags) or torch.backends.cpu.get_cpu_capability()
     text = f"{name or platform.machine()}, {os.cpu_count()} cores: {has}"
-    if not has_fast_kernel():
-        return Finding("processor", WARN, f"{text}; ATen has no fast int4 kernel for it, so the river is slow")
+    if chosen().name == "portable":
+        return Finding("processor", WARN, f"{text}; the C++ kernels have no vectors for it, so the river is slow")
     return Finding("processor", OK, text)
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 from river_compile.choices import choose
 from river_compile.cli.models import config_of, loading
 from river_compile.config import RiverConfig
-from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
+from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
@@ -53,7 +53,7 @@ def dry_run(folder: Path, dtype: str, config: RiverConfig) -> dict[str, Any]:
     }
     if isinstance(decode, Refusal):
         return found | {"refusal": str(decode), "blocks": 0, "twin_products": 0, "bytes": None}
-    how = choose(decode, config, Lowering("inductor", ATEN_LAYOUT, fuse=False)).twinning
+    how = choose(decode, config, Lowering("inductor", PLAIN_LAYOUT, fuse=False)).twinning
     twinned = river_twins(how)(decode)
     assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
     sites = [linear for twin in twinned.twins for linear in twin.packed]

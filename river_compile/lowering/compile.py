@@ -26,8 +26,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from river_compile.kernels import portable
 from river_compile.kernels.native.build import CannotBuild, working_compiler
-from river_compile.kernels.quant.aten_int4 import LAYOUT as ATEN_LAYOUT
-from river_compile.kernels.quant.aten_int4 import linear_aten
 from river_compile.lowering.choose import TRITON_LAYOUT, Lowering, warn_once
 from river_compile.lowering.native import native_segment, use_native
 from river_compile.passes.backbone import parts_of
@@ -211,10 +209,9 @@ def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
 
 
 def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
-    """Returns a copy of a graph in which the river's operators are functions that trace into ATen ops.
+    """Returns a copy of a graph whose operators are those that run: with `native`, the C++ kernels take their places.
 
-    Operators of the generated kernels stay, as do those of the C++ kernels, which take their place with `native`: they
-    are opaque to Inductor.
+    They are opaque to Inductor, but for an exit score that no rule fused, which traces into ATen's operators.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced, {}))
@@ -222,10 +219,7 @@ def lower_ops(traced: fx.Graph, native: bool = False) -> fx.GraphModule:
         use_native(graph)
     for node in graph.nodes:
         if node.target is torch.ops.river.linear.default:
-            *args, layout = node.args
-            if layout == ATEN_LAYOUT and not node.kwargs:
-                node.target, node.args = linear_aten, tuple(args)
-            elif layout == TRITON_LAYOUT and called(node.args[1], torch.cat):
+            if node.args[6] == TRITON_LAYOUT and called(node.args[1], torch.cat):
                 _take_apart(node)
         elif node.target is torch.ops.river.exit_score.default:
             node.target = portable.smallest_cosine

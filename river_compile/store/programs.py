@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
+from river_compile.kernels.native.build import CannotBuild
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.folder import Entry, enabled, keep_bound
 from river_compile.store.graphs import NotStorable, dumps, loads
@@ -103,7 +104,11 @@ class Programs:
         """Returns a pass for inputs of a model's forward; None if none is stored."""
         assert self._identity is not None, "begin() found an identity"
         with self._lock:
-            return self._find(kind, model, inputs, cache) or self._follow(kind, model, inputs, cache)
+            try:
+                return self._find(kind, model, inputs, cache) or self._follow(kind, model, inputs, cache)
+            except CannotBuild as why:  # (the backend says so)
+                log.info("known passes are left out: %s", why)
+                return None
 
     def _find(self, kind: object, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
         entry, signature = self._entry(), _signature(kind, inputs, cache)

@@ -7,9 +7,9 @@
                                  since JSON knows no infinity) and "xxh3", the hash of the file with this hash taken
                                  as zeros
 
-What is stored are the bytes that the kernel reads which the twins were packed for, where they are the same on every
-machine: they are mapped, and the processes that map them share one copy. For other kernels, and for ATen's, whose bytes
-differ by processor, the matrix is packed again from them. Biases are taken from the model, whose hash covers them.
+What is stored are the bytes that the kernel reads which the twins were packed for, the same on every machine: they are
+mapped, and the processes that map them share one copy. For other kernels the matrix is packed again from them. Biases
+are taken from the model, whose hash covers them.
 
 Everything is checked before anything is used: an artifact of another version, of other weights, with one byte changed,
 or with other tensors than its matrices have is refused with an :class:`ArtifactError`. Not handled: replacing an
@@ -35,7 +35,7 @@ from river_compile.errors import ArtifactError
 from river_compile.kernels.files import appearing, making
 from river_compile.kernels.quant import bf12
 from river_compile.kernels.quant.grid import GROUP_SIZES
-from river_compile.kernels.quant.layouts import PORTABLE, PackedLinear, portable, tensors_of
+from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
 from river_compile.twins import tensor_file
 from river_compile.twins.packed import PackedMatmul, Quantized
@@ -87,8 +87,8 @@ class _SavedMatrix:
             raise ValueError(f"{matrix.name} has shape {matrix.shape} in groups of {matrix.group_size}")
         if matrix.experts < 0 or (matrix.experts and n % matrix.experts):
             raise ValueError(f"{matrix.name} has {n} rows of {matrix.experts} experts")
-        if matrix.layout not in PORTABLE and not lossless:
-            raise ValueError(f"{matrix.name} has layout {matrix.layout!r}, which is none of {PORTABLE}")
+        if matrix.layout not in LAYOUTS and not lossless:
+            raise ValueError(f"{matrix.name} has layout {matrix.layout!r}, which is none of {tuple(LAYOUTS)}")
         return matrix
 
     @property
@@ -131,7 +131,7 @@ def write_artifact(folder: Path, sites: Sequence[PackedMatmul]) -> None:
             "quantizer": site.quantizer,
             "asked": site.asked,
             "statistics": site.statistics,
-            "layout": portable(site.linear.layout),
+            "layout": site.linear.layout,
             "weights_hash": site.digest,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),

@@ -103,11 +103,10 @@ def test_products_are_timed_on_a_cpu(monkeypatch, tmp_path):
 def test_the_table_of_experts(capsys, monkeypatch):
     """A call's rows choose two of four experts, no call the ones of another; 4 bits and 16 bits are both timed."""
     monkeypatch.setattr(cpu_experts, "SHAPE", ModelShape("tiny", 1, 64, 1, 1, 64, 64, 96, experts=4, chosen=2))
-    monkeypatch.setattr(cpu_experts, "LAYOUTS", {"ATen int4": "aten_cpu"})
     assert [route.tolist() for route in cpu_experts.choices(2, 4, 2)] == [[0, 0, 1, 1], [2, 2, 3, 3]]
     assert cpu_experts.main(["--threads", "1", "--repeats", "2", "--tokens", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
-    subjects = ("ATen int4", "grouped 16 bits", "one by one, 16 bits")
+    subjects = ("native W4A8", "grouped 16 bits", "one by one, 16 bits")
     wanted = [(product, subject) for product in ("gate|up", "down") for subject in subjects]
     assert all(line.split()[0] == p and s in line for line, (p, s) in zip(lines, wanted, strict=True))
 

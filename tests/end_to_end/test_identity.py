@@ -14,7 +14,7 @@ from river_compile import river
 from river_compile.exits import forced_depth
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import FAMILIES, each, make, prompt
-from tests.support.lowerings import CPU, FUSED, lowered
+from tests.support.lowerings import FUSED, UNFUSED, lowered
 
 DYNAMIC = [
     "llama",
@@ -125,7 +125,7 @@ def test_autocast_reaches_every_segment():
         assert (a[0].dtype, a[1].dtype, a[2]) == (b[0].dtype, b[1].dtype, b[2])
 
 
-@pytest.mark.parametrize("lowering", [CPU, FUSED], ids=["cpu", "fused"])
+@pytest.mark.parametrize("lowering", [UNFUSED, FUSED], ids=["unfused", "fused"])
 @pytest.mark.slow
 def test_twins_under_autocast_have_the_plain_models_dtypes(lowering):
     """A family with biases, through the int4 product and the generated kernels: logits close to those without."""

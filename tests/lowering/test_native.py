@@ -145,31 +145,49 @@ def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_foll
 def test_which_layout_is_chosen(monkeypatch):
     chosen = choose_lowering(RiverConfig(lowering="native"), CPU)
     assert chosen == Lowering("inductor", "native", True)
-    assert choose_lowering(RiverConfig(lowering="native", quantizer="none"), CPU).layout == "aten_cpu"
-    with pytest.raises(OptionError, match=r"no kernel here: group_size=256 is none of \(32, 64, 128\)"):
-        choose_lowering(RiverConfig(lowering="native", group_size=256), CPU)
-    with pytest.raises(OptionError, match="no kernel here: the model is on a GPU"):
+    assert choose_lowering(RiverConfig(lowering="native", quantizer="none"), CPU).layout == "plain"
+    with pytest.raises(OptionError, match="lowering='native' has no kernel for a model on a GPU"):
         choose_lowering(RiverConfig(lowering="native"), torch.device("cuda", 0))
-    assert choose_lowering(RiverConfig(group_size=256), CPU).layout == "aten_cpu"
     monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
-    assert choose_lowering(RiverConfig(), CPU).layout == "aten_cpu"
+    assert choose_lowering(RiverConfig(), CPU) == chosen
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choose.warn_of_slow_lowering(chosen, CPU)
 
 
-def test_where_the_compiler_refuses_the_kernels_products_are_atens_and_it_is_said_once(monkeypatch):
-    def refuses(*_):
-        raise CannotBuild("it knows no such flag")
-
+def test_products_in_plain_torch_are_announced_as_slow_once():
     choose.warn_once.cache_clear()
-    monkeypatch.setattr(choose.native, "load", refuses)
-    with pytest.warns(RiverWarning, match="it cannot be, so their products are ATen's: it knows no such flag"):
-        lowering = choose_lowering(RiverConfig(lowering="native"), CPU)
+    lowering = choose_lowering(RiverConfig(lowering="inductor"), CPU)
+    with pytest.warns(RiverWarning, match="in plain torch, which is right and slow; use lowering='auto'"):
+        choose.warn_of_slow_lowering(lowering, CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_lowering(RiverConfig(lowering="native"), CPU) == lowering
-    assert lowering.layout == "aten_cpu"
+        choose.warn_of_slow_lowering(lowering, CPU)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_where_the_compiler_refuses_the_kernels_a_model_runs_plainly_and_it_is_said_once(monkeypatch, stored):
+    """Also where an earlier process stored its programs."""
+
+    def refuses(*_):
+        raise CannotBuild("it knows\nno such flag")
+
+    ids, plain = prompt(), make("llama", layers=2)
+    expected = plain.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    if stored:
+        model = river_compile.accelerate(make("llama", layers=2), "fast", exit_depth=0)
+        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        torch._dynamo.reset()
+    monkeypatch.setattr(choose.native, "load", refuses)
+    monkeypatch.setattr("river_compile.backend.compile_fx", lambda graph, *_, **__: graph.forward)
+    model = river_compile.accelerate(make("llama", layers=2), "fast", exit_depth=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RiverWarning)
+        found = [model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for _ in range(2)]
+    assert all(torch.equal(text, expected) for text in found)
+    (said,) = (str(warning.message) for warning in said if issubclass(warning.category, RiverWarning))
+    assert "cannot be compiled (it knows no such flag); set CXX to another g++ or clang++" in said
+    assert all(graph.refusal for graph in report(model).graphs)
 
 
 @pytest.mark.parametrize(

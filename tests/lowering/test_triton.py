@@ -8,7 +8,6 @@ unfused ones in float32: logits, cache entries, slots and lengths agree. The sam
 from __future__ import annotations
 
 import functools
-import math
 import os
 import warnings
 from pathlib import Path
@@ -30,7 +29,7 @@ from river_compile.passes.program import Segment
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
-from tests.support.lowerings import BLOCK_RULES, CPU, FUSED, UNFUSED, lowered
+from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 from tools.kernels.resources import token_cost
 from tools.kernels.shapes import ModelShape, model_kernels
 from tools.recorder import recording
@@ -347,14 +346,14 @@ def test_two_rows_of_a_prompt_leave_through_fused_twins():
 def test_saved_twins_serve_both_layouts(tmp_path):
     """An artifact holds grids: whichever lowering saved it, the other one packs the same weights from it."""
     grids = {}
-    for lowering, source in ((FUSED, None), (CPU, "triton"), (FUSED, "aten_cpu")):
+    for lowering, source in ((FUSED, None), (UNFUSED, "triton"), (FUSED, "plain")):
         torch._dynamo.reset()
         model = make("qwen2", layers=LAYERS)
         options = {**OPTIONS, "exit_depth": 1, "artifact": tmp_path / source if source else None}
         model.compile(backend=lowered(lowering), options=options)
         steps(model, new_cache(model, "static"), [1])
         grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
-        if source != "aten_cpu":
+        if source != "plain":
             save(model, tmp_path / lowering.layout)
     first, *others = grids.values()
     for other in others:
@@ -364,7 +363,6 @@ def test_saved_twins_serve_both_layouts(tmp_path):
 
 def test_which_lowering_is_chosen(monkeypatch):
     """By option and device; HIP devices are torch's "cuda" and need no word of their own."""
-    monkeypatch.setattr(lowering_choice, "_native_pays", lambda config, on_gpu: not on_gpu)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     chosen = {
         (option, device.type): choose_lowering(RiverConfig(lowering=option), device)
@@ -374,18 +372,16 @@ def test_which_lowering_is_chosen(monkeypatch):
     assert chosen == {
         ("auto", "cpu"): Lowering("inductor", "native", True),
         ("auto", "cuda"): Lowering("inductor", "triton", True),
-        ("inductor", "cpu"): Lowering("inductor", "aten_cpu", False),
+        ("inductor", "cpu"): Lowering("inductor", "plain", False),
         ("inductor", "cuda"): Lowering("inductor", "triton", False),
         ("triton", "cpu"): Lowering("inductor", "triton", True),
         ("triton", "cuda"): Lowering("inductor", "triton", True),
-        ("eager", "cpu"): Lowering("eager", "aten_cpu", False),
+        ("eager", "cpu"): Lowering("eager", "plain", False),
         ("eager", "cuda"): Lowering("eager", "triton", False),
     }
     assert not choose_lowering(RiverConfig(lowering="triton", quantizer="none"), cpu).fuse
     with pytest.raises(OptionError, match="no 4-bit kernels for a model on xpu"):
         choose_lowering(RiverConfig(), torch.device("xpu"))
-    with pytest.raises(OptionError, match="group_size=256 has no generated kernel; use one of 32, 64, 128"):
-        choose_lowering(RiverConfig(group_size=256), gpu)
     monkeypatch.setattr(lowering_choice.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match="lowering='triton' needs Triton here, which is not installed"):
         choose_lowering(RiverConfig(lowering="triton"), cpu)
@@ -405,15 +401,14 @@ def test_the_interpreter_is_announced_once():
 def test_tokens_of_smollm2(smollm2_folder):
     """Tokens that leave early and late: fused twins give the logits and caches of float32 products of the same grids.
 
-    The CPU's int4 products round their inputs to bfloat16, so their logits are as close as that rounding allows; which
-    token is the likeliest may differ. All three ways are fed the same tokens.
+    Both ways are fed the same tokens.
     """
     model, _ = models.load("smollm2", dtype=torch.float32)
-    both = Both(CPU, group_size=64)
+    both = Both(UNFUSED, group_size=64)
     model.compile(backend=both)
     depths = [0, 29, 30, 28]
     fed, results = prompt(4 + len(depths)), {}
-    for both.fused in (True, False, CPU):
+    for both.fused in (True, False):
         cache = new_cache(model, "static", capacity=16)
         logits, held = [], {"use_cache": True, cache_argument(model): cache}
         with torch.no_grad():
@@ -423,11 +418,6 @@ def test_tokens_of_smollm2(smollm2_folder):
                     logits.append(model(token, **held).logits[:, -1])
         results[both.fused] = logits, cache_state(cache)
     assert_same(results[True], results[False], rtol=1e-3, atol=1e-3)
-    # Inputs, outputs and dequantized weights of four products are rounded to 8 bits, in each of up to 30 twins.
-    tolerance = math.sqrt(30 * 4 * 3) * 2**-9
-    for ours, theirs in zip(results[True][0], results[CPU][0], strict=True):
-        ours, theirs = (logits - logits.mean() for logits in (ours, theirs))
-        assert (ours - theirs).norm() < tolerance * ours.norm()
 
 
 @pytest.mark.gpu

@@ -9,8 +9,7 @@ from river_compile import river
 from river_compile.lowering.choose import Lowering
 
 FUSED = Lowering("eager", "triton", fuse=True)
-UNFUSED = Lowering("eager", "plain", fuse=False)  # as on a CPU, with float32 products of the same 4-bit grids
-CPU = Lowering("eager", "aten_cpu", fuse=False)
+UNFUSED = Lowering("eager", "plain", fuse=False)  # with products in plain torch of the same 4-bit grids
 BLOCK_RULES = ("norm + q|k|v", "rope + kv write", "attention", "o + residual", "norm + gate|up", "down + residual")
 
 

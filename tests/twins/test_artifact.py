@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import river_compile.twins.packed
 from river_compile import ArtifactError, OptionError, RiverWarning, report, river, save
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.quant.layouts import PORTABLE, pack, tensors_of
+from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.lowering.choose import Lowering
 from river_compile.twins import tensor_file
 from river_compile.twins.artifact import FILE, Artifact, write_missing
@@ -130,9 +130,9 @@ def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", PORTABLE)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("n", "k", "group"), [(48, 128, 32), (7, 192, 64)])
-def test_every_portable_layout_says_what_its_tensors_are(name, n, k, group):
+def test_every_layout_says_what_its_tensors_are(name, n, k, group):
     torch.manual_seed(0)
     weight = torch.randn(n, k)
     packed = pack(quantize(weight, group, "rtn"), name)
@@ -324,7 +324,7 @@ class TestEdited:
             {"shape": [64, 1e400]},
             {"experts": 3},
             {"experts": -1},
-            {"layout": "aten_cpu"},
+            {"layout": "rows"},
             {"layout": ["plain"]},
         ],
     )

@@ -86,7 +86,7 @@ def test_parameters_beyond_float16_are_kept_in_bfloat16():
 
 
 def test_every_layout_and_size_that_is_refused():
-    with pytest.raises(ValueError, match="layout='rows' is not allowed; choose one of 'triton', 'plain', 'aten_cpu'"):
+    with pytest.raises(ValueError, match="layout='rows' is not allowed; choose one of 'triton', 'plain', 'native'"):
         pack.layout("rows")
     with pytest.raises(ValueError, match="group_size=16"):
         pack.pack(grid(1, 64, 16), "triton")

@@ -1,55 +1,15 @@
-"""ATen's int4 kernel through its layout, against float64, and one-query attention against its definition."""
+"""One-query attention and one-row products in plain torch, against their definitions."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.portable import grouped_attention, one_row_linear
-from river_compile.kernels.quant.aten_int4 import LAYOUT, linear_aten
-from river_compile.kernels.quant.grid import quantize, sqnr_db
-from river_compile.kernels.quant.layouts import pack
 from tests.support.examples import examples
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
-
-
-@pytest.mark.core
-@examples(40)
-@given(
-    n=st.integers(1, 70),
-    groups=st.integers(1, 5),
-    group_size=st.sampled_from([32, 64, 128]),
-    rows=st.integers(1, 9),
-    dtype=DTYPES,
-    bias=st.booleans(),
-    seed=st.integers(0, 999),
-)
-def test_linear_matches_float64(n, groups, group_size, rows, dtype, bias, seed):
-    """Any row count of the matrix (padded to 16), any batch: 35 dB or better against the dequantized matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    k = groups * group_size
-    grid = quantize(torch.randn(n, k, generator=generator), group_size, "rtn").rounded(torch.bfloat16)
-    x = torch.randn(rows, k, generator=generator).to(torch.bfloat16).to(dtype)
-    b = torch.randn(n, generator=generator).to(dtype) if bias else None
-    packed = pack(grid, LAYOUT)
-    y = linear_aten(x, packed.qweight, packed.scale_zero, b, n, group_size)
-    expected = x.double() @ grid.dequantize(torch.float64).T + (0 if b is None else b.double())
-    assert y.shape == (rows, n)
-    assert y.dtype == dtype
-    assert sqnr_db(expected, y) > 35
-
-
-@pytest.mark.parametrize(("n", "k", "group_size"), [(16, 64, 64), (17, 96, 32), (48, 512, 256)])
-def test_unpack_returns_the_grid_that_was_packed(n, k, group_size):
-    grid = quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(n)), group_size, "rtn")
-    grid = grid.rounded(torch.bfloat16)
-    back = pack(grid, LAYOUT).unpack()
-    assert torch.equal(back.q, grid.q)
-    assert torch.equal(back.scale, grid.scale)
-    assert torch.equal(back.zero, grid.zero)
 
 
 @examples(40)
