@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from river_compile.kernels.triton.devices import DEVICES, device_name
+from river_compile.kernels.triton.devices import device_name
+from tools.kernels.devices import DEVICES
 
 PACKAGES = ("torch", "triton", "transformers", "torchao", "numpy", "river_compile")
 _CLOCKS = {
@@ -64,7 +65,7 @@ def doubts(found: dict[str, Any], need: int = 0) -> list[str]:
     """Returns what of these facts is likely to spoil a measurement; `need` are bytes of memory that it takes."""
     lines = []
     if found["device"] not in DEVICES:
-        lines.append(f"{found['device']} is not in the table of devices: kernels get the tiles of another card")
+        lines.append(f"{found['device']} is not in the table of devices: kernels get the tiles of an older card")
     if found["triton_wanted"] and found["triton"] != found["triton_wanted"]:
         lines.append(f"torch asks for triton {found['triton_wanted']}, installed is {found['triton']}")
     if found["memory_free"] < need:

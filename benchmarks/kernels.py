@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from benchmarks import common, cpu_kernels, gpu_facts
 from benchmarks.int4_baseline import fits, packed_for_cuda
 from river_compile.kernels.quant.grid import QuantizedWeight
-from river_compile.kernels.triton.cost_model import rows_of
-from river_compile.kernels.triton.cost_model import seconds as modelled
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import device_name, known
+from river_compile.kernels.triton.devices import device_name
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import load
 from river_compile.kernels.triton.spec import Buffer, KernelSpec
+from tools.kernels.cost_model import rows_of
+from tools.kernels.cost_model import seconds as modelled
+from tools.kernels.devices import known
 from tools.kernels.shapes import MODELS, model_kernels
 from tools.kernels.tune import copies_beyond_cache, first_line, measure_on_gpu, time_calls
 

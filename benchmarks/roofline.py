@@ -8,10 +8,10 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 
 from __future__ import annotations
 
-from river_compile.kernels.triton.cost_model import LAUNCH_SECONDS
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import known
 from river_compile.kernels.triton.tiles import best_tile, untiled
+from tools.kernels.cost_model import LAUNCH_SECONDS
+from tools.kernels.devices import known
 from tools.kernels.shapes import (
     MODELS,
     ModelShape,

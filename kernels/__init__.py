@@ -6,10 +6,9 @@ Importing this package imports neither torch nor Triton. The modules, from what 
     portable    plain torch: one query position, scores of logits
     quant       weights -> 4 bits -> the bytes that a kernel reads
     triton      launch: tensors -> the spec of a kernel -> its launch
-                tiles: a spec without a tile -> the cheapest by `cost_model`, or what a tuning file has (`tuned`)
+                tiles: a spec without a tile -> the nearest shape's of a table, or what a tuning file has
                 linear, kv_fill, decode_attention, shift, exit_score: one family each, its spec and cost
                 templates: the Triton source of each family
                 loader: spec -> source file -> compiled or interpreted kernel
     native      load: C++ sources -> libraries of this processor -> the `torch.ops.river_native` operators
-    tools       command lines: compile for GPUs that are not there; measure on the one that is
 """

@@ -1,38 +1,40 @@
-"""Which tile a kernel gets: the cheapest legal candidate of the cost model, or what a tuning run has saved.
+"""Which tile a kernel gets: what a tuning run measured for its shape, else the nearest shape's in a shipped table.
 
 untiled(rows, K, N, ...)   a spec with a placeholder
 best_tile(spec, device)    the same with its tile
+
+A table is JSON, ``{device: {form: {"NxK": fields of the tile}}}``; of attention it holds how many programs share a
+cache, by KV heads and slots. The shipped one (`tiles.json`) knows architectures, and an unknown one takes the nearest
+older one's. A tuning file knows what was measured on a card, by shapes alone: its devices name the version of Triton
+too, since another one compiles the same source to other code. `python -m tools.kernels.tune` writes both.
+
+Not handled: a tile of its own for a shape that is far from all of a table (`tools.kernels.search` finds one).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+import importlib.util
+import json
 import math
-from collections.abc import Iterator
-from typing import Any
+import operator
+import os
+import re
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from river_compile.kernels.quant.bf12 import UNIT
-from river_compile.kernels.triton.cost_model import (
-    ATTENTION_BLOCK,
-    WIDTH,
-    attention_estimate,
-    instructions_per_weight,
-    registers,
-    seconds,
-)
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
+from river_compile.kernels.files import cache_folder
+from river_compile.kernels.triton.devices import DEFAULT_DEVICE
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, form_of, least_columns
 from river_compile.kernels.triton.spec import next_power_of_two
-from river_compile.kernels.triton.tuned import saved_tiles, tuned_for, tuning_file, tuning_key
 
-MAX_REGISTERS = 168
-#: Of the form "groups": with four warps, a quarter of a processor's warps are resident.
-MAX_GROUP_REGISTERS = 128
-#: Per weight of the form "groups", where a tile allows it: with up to 8 rows, and with more. (An H100 takes as long for
-#: 4.2 as for the weight's bytes.)
-MOST_INSTRUCTIONS = (3.2, 3.4)
+SHIPPED = Path(__file__).with_name("tiles.json")
+ATTENTION_BLOCK = 32  # slots of a step of attention
+Shape: TypeAlias = tuple[int, int]  # output and input features; of attention KV heads and slots
+Table: TypeAlias = dict[str, dict[str, dict[Shape, tuple[int, ...]]]]  # by device and form
 
 
 def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:
@@ -46,130 +48,26 @@ def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> Li
     return LinearSpec(exact, in_features, out_features, tile, **fields)
 
 
-def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE, rows: int | None = None) -> LinearSpec:
-    """Returns `spec` with the saved tile of the device and this Triton where there is one, else the cost model's.
+def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE) -> LinearSpec:
+    """Returns `spec` with the tile that was measured for its shape on this device, else the nearest shape's.
 
-    Its own is ignored. A device that only a tuning file names counts as the default one in the model; `rows` as in
-    `seconds`, but that a kernel for all widths has one tile.
+    Its own is ignored.
     """
-    rows = WIDTH if spec.any_width else rows
-    saved = saved_tiles(tuning_file()).get(tuned_for(device), {})
-    if tuning_key(spec) in saved:
-        return dataclasses.replace(spec, tile=saved[tuning_key(spec)])
-    return _modelled(spec, known(device), rows)
+    form, shape = form_key(spec), (spec.out_features, spec.in_features)
+    measured = read_table(tuning_file()).get(tuned_for(device), {}).get(form, {})
+    shipped = _shipped(device)[form]
+    found = measured.get(shape) or shipped[nearest(shipped, shape)]
+    return dataclasses.replace(spec, tile=_fitted(LinearTile(*found), spec))
 
 
-@functools.cache
-def _modelled(spec: LinearSpec, device: Device, rows: int | None) -> LinearSpec:
-    return min(candidates(spec, device), key=lambda candidate: cost(candidate, device, rows))
-
-
-def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[bool, float]:
-    """Returns what candidates are compared by: whether instructions abound, then the time.
-
-    The form "groups" has too many where a weight takes more than `MOST_INSTRUCTIONS`, or where fewer than three steps
-    leave the start of the pipeline the larger part. (Times of two tiles are closer than their estimate is good, and
-    fewer instructions leave a processor's issue slots to others.) Small matrices, and those of programs for less
-    than a third of the processors, are a matter of latencies alone.
-    """
-    large = spec.form == "groups" and spec.in_features * spec.out_features * len(spec.streams) > 2**21
-    large = large and 3 * math.ceil(spec.out_features / 32) >= device.processors
-    limit = MOST_INSTRUCTIONS[spec.tile.block_m > 8]
-    many = large and (spec.steps < 3 or instructions_per_weight(spec) > limit)
-    return many, seconds(spec, device, rows)
-
-
-def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
-    """Yields `spec` with every legal tile of the search space for a device; its own tile is ignored."""
-    if spec.form == "groups":
-        tiles = _group_tiles(spec, device)
-    else:
-        tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec, device)
-    for tile in tiles:
-        if tile.split_k <= math.ceil(spec.in_features / tile.block_k) and spec.parts_fit(tile):
-            candidate = dataclasses.replace(spec, tile=tile)
-            if registers(candidate) <= most_registers(candidate):
-                yield candidate
-
-
-def most_registers(spec: LinearSpec) -> int:
-    """Returns how many estimated registers a candidate may have."""
-    return MAX_GROUP_REGISTERS if spec.form == "groups" and spec.tile.block_m == 8 else MAX_REGISTERS
-
-
-def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
-    # A warp has groups of its own, so a step is a number of groups for each warp, and no split-K is needed.
-    if device.backend != "cuda":  # matrix cores take 16 columns, and narrow tiles load words of 8 bytes
-        yield LinearTile(32, 4 * spec.group_size, 16, 1, 4, 2)
-        return
-    heights = (least_rows(spec),) if spec.rows else (16, 32)
-    deepest = max(4 * spec.group_size, spec.in_features // 2)  # a single step would not be pipelined
-    # Two groups each of a gated pair, and wide tiles of eight warps but those below, have too many sums for Triton 3.6;
-    # narrow tiles of a pair were seen to spill there. Start and end of eight warps take too long for less than 8 steps.
-    widths, numbers = ((32,), (1,)) if spec.gated else ((16, 32, 64), (1, 2))
-    for block_n, block_m, warps, each in itertools.product(widths, heights, (4, 8), numbers):
-        depth = warps * each * spec.group_size
-        wide = block_n == 32 and each == 1 and (block_m == 8 or spec.norm == "none") and spec.in_features >= 8 * depth
-        if depth <= deepest and (warps == 4 or block_n == 16 or wide):
-            stages = _pipeline(spec, device, block_n, steps=math.ceil(spec.in_features / depth))
-            yield LinearTile(block_n, depth, block_m, 1, warps, stages)
-
-
-def _pipeline(spec: LinearSpec, device: Device, block_n: int, steps: int) -> int:
-    """Returns how many steps are on their way at once: three, or what was seen to keep values in registers.
-
-    Behind a norm, pairs of matrices spill with several rows in longer pipelines than two, and on sm_100 with one row in
-    shorter ones than four (Triton 3.9), where single matrices spill in longer ones than three (3.7 and 3.9). Triton 3.6
-    and 3.7 unroll four steps in a pipeline of three into too many registers.
-    """
-    behind_norm = spec.norm != "none"
-    if behind_norm and spec.gated and not spec.row_by_row:
-        return 2
-    if behind_norm and device.name == "sm_100":
-        return 4 if spec.gated else 3
-    if block_n == 16:
-        return 4
-    return 4 if behind_norm and steps <= 4 else 3
-
-
-def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
-    # Lanes lie side by side along K, 16 bytes each (32 weights of 4 bits), so that a warp reads whole lines and a lane
-    # needs few activations; more rows of W then only repeat the pattern.
-    splits = (1,) if spec.norm != "none" else (1, 2, 4)
-    per_warp = 1024 if spec.weights == "w4" else 512
-    twelve, least = spec.weights == "bf12", least_columns(spec.weights, spec.form)
-    deepest = max(spec.group_size or UNIT, next_power_of_two(spec.in_features))
-    depths = {min(per_warp * warps, deepest): warps for warps in (8, 4, 2, 1)}
-    widths = (least,) if twelve else (1, 2, 4, 8, 16, 32)
-    for (depth, warps), block_n, split_k in itertools.product(depths.items(), widths, splits):
-        yield LinearTile(block_n, depth, 1, split_k, warps)
-
-
-def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
-    splits = (1,) if spec.norm != "none" else (1, 2, 4)
-    if spec.weights == "w4" or spec.dtype == "float32":
-        # What stands in front of the dot is unrolled eight times: deeper steps or a pipeline on top of a norm, two
-        # products or exact float32 run out of registers.
-        heavy = spec.norm != "none" or spec.gated or spec.dtype == "float32"
-        widths, depths = ((16,), (128,)) if spec.dtype == "float32" else ((16, 32), (128, 256))
-        heights = (16,) if spec.rows or heavy else (16, 32, 64)
-        if spec.norm != "none" and spec.gated and spec.dtype != "float32":
-            widths, depths = (32,), (128,)
-        cuts = [(width, depth, 4, 1 if heavy else 2) for width in widths for depth in depths]
-    elif spec.weights == "dense":
-        # Weights go to the dot as they are, so that copies of steps to come cost no registers but shared memory.
-        heights = (16,)
-        # A warp has 8 columns or more: others would repeat what it does. Deep steps spare instructions behind a norm,
-        # and of few programs each waits for its own bytes, which they hold.
-        cuts = [(32, 128, 4, 4), (64, 128, 4, 4), (32, 256, 4, 3)]
-        cuts += [(32, 512, 4, 3)] if spec.out_features < 16 * device.processors else []
-        cuts = cuts if device.backend == "cuda" else [(*cut[:3], 2) for cut in cuts]
-    else:
-        # Every warp normalises all activations, so wide tiles of few warps do it for the most weights.
-        heights, wide = (16,), 2 * least_columns(spec.weights, spec.form)
-        cuts = [(wide, 64, 4, 3), (wide // 2, 128, 4, 2)]
-    for (block_n, depth, warps, stages), block_m, split_k in itertools.product(cuts, heights, splits):
-        yield LinearTile(block_n, depth, block_m, split_k, warps, stages)
+def form_key(spec: LinearSpec) -> str:
+    """Names what has tiles of its own in a table, whatever the shape."""
+    rows = "many rows" if spec.rows is None else f"up to {8 if least_rows(spec) == 8 else MAX_EXACT_ROWS} rows"
+    rows = "any rows" if spec.any_width else "one row" if spec.row_by_row else rows
+    weights = f"w4/{spec.group_size}" if spec.weights == "w4" else spec.weights
+    dtype = "float32" if spec.dtype == "float32" else "16 bits"
+    kind = "experts" if spec.experts else "gated" if spec.gated else "single"
+    return f"{weights}, {dtype}, {rows}, {kind}{'' if spec.norm == 'none' else ' behind a norm'}"
 
 
 def least_rows(spec: LinearSpec) -> int:
@@ -177,6 +75,15 @@ def least_rows(spec: LinearSpec) -> int:
     if spec.form == "groups":
         return 8 if spec.row_by_row or (spec.rows or 16) <= 8 else 16
     return 1 if spec.row_by_row else 16
+
+
+def _fitted(tile: LinearTile, spec: LinearSpec) -> LinearTile:
+    """Returns another shape's tile as a spec takes it: its matrices are whole tiles, no split is empty."""
+    splits = 1 if spec.matrices and spec.bias else min(tile.split_k, math.ceil(spec.in_features / tile.block_k))
+    width = tile.block_n
+    if spec.matrices and not spec.gated:
+        width = max(math.gcd(width, *spec.matrices), least_columns(spec.weights, spec.form))
+    return dataclasses.replace(tile, block_n=width, split_k=splits)
 
 
 def interpreter_tile(spec: LinearSpec) -> LinearSpec:
@@ -188,11 +95,95 @@ def interpreter_tile(spec: LinearSpec) -> LinearSpec:
     return dataclasses.replace(spec, tile=LinearTile(width, depth, least_rows(spec)))
 
 
-def attention_splits(heads: int, slots: int, device: Device, group: int, head_dim: int) -> int:
-    """Returns how many programs share the cache of one of all `heads` KV heads, of `group` query heads each."""
-    most = math.ceil(slots / ATTENTION_BLOCK).bit_length() - 1
+def attention_splits(heads: int, slots: int, head_dim: int, device: str = DEFAULT_DEVICE) -> int:
+    """Returns how many programs share the cache of one of all `heads` KV heads."""
+    sizes = {int(form.split()[1]): form for form in _shipped(device) if form.startswith("attention")}
+    form = sizes[min(sizes, key=lambda size: (abs(math.log2(size / head_dim)), size))]
+    entries = _shipped(device)[form]
+    (splits,) = entries[nearest(entries, (heads, slots))]
+    return min(splits, 1 << math.ceil(slots / ATTENTION_BLOCK).bit_length() - 1)
 
-    def time(splits: int) -> float:
-        return attention_estimate(heads, slots, device, group, head_dim, splits).total
 
-    return min((1 << power for power in range(most + 1)), key=time)
+def nearest_architecture(name: str, known: Collection[str]) -> str:
+    """Returns the same architecture, else the newest older one of its vendor, else the vendor's oldest.
+
+    A name that is no architecture counts as the default one.
+    """
+    vendor, number = _numbered(name)
+    of_vendor = sorted((other for other in known if _numbered(other)[0] == vendor), key=_numbered)
+    older = [other for other in of_vendor if _numbered(other)[1] <= number]
+    return (older[-1:] or of_vendor[:1] or [DEFAULT_DEVICE])[0]
+
+
+def _numbered(architecture: str) -> tuple[str, int]:
+    """Returns the vendor's prefix and a number that grows, of "sm_90" or "gfx90a"; ("", 0) for anything else."""
+    found = re.fullmatch(r"(sm_)(\d+)|(gfx)([0-9a-f]+)", architecture)
+    if found is None:
+        return "", 0
+    vendor, number = filter(None, found.groups())
+    return vendor, int(number, 16 if vendor == "gfx" else 10)
+
+
+def nearest(shapes: Collection[Shape], shape: Shape) -> Shape:
+    """Returns the nearest of some shapes by the logarithms of both sizes; of equally near ones the least."""
+
+    def distance(other: Shape) -> tuple[float, Shape]:
+        return math.log2(other[0] / shape[0]) ** 2 + math.log2(other[1] / shape[1]) ** 2, other
+
+    return min(shapes, key=distance)
+
+
+@functools.cache
+def _shipped(device: str) -> dict[str, dict[Shape, tuple[int, ...]]]:
+    table = read_table(SHIPPED)
+    return table[nearest_architecture(device, table)]
+
+
+def tuning_file() -> Path:
+    """Returns where measured tiles are: $RIVER_COMPILE_TUNING, or ``tuning.json`` in the cache folder."""
+    return Path(os.environ.get("RIVER_COMPILE_TUNING") or cache_folder() / "tuning.json")
+
+
+@functools.cache
+def tuned_for(device: str) -> str:
+    """Names whom a measured tile is for: "sm_90, triton 3.6", with the version that is installed, or "no triton"."""
+    if importlib.util.find_spec("triton") is None:
+        return f"{device}, no triton"
+    import triton  # (whose packages have several names)
+
+    return f"{device}, triton {'.'.join(triton.__version__.split('.')[:2])}"
+
+
+def read_table(path: Path) -> Table:
+    """Reads a table; one that is not there is empty, a damaged one is empty with a warning."""
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+@functools.cache
+def _read(path: Path, _modified: int) -> Table:
+    try:
+        devices = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            device: {
+                form: {_shape(text): _values(form, found) for text, found in of.items()} for form, of in forms.items()
+            }
+            for device, forms in devices.items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(f"the tuning file {path} cannot be read and is ignored: {error}", stacklevel=3)
+        return {}
+
+
+def _shape(text: str) -> Shape:
+    first, second = map(int, text.split("x"))
+    return first, second
+
+
+def _values(form: str, found: Sequence[int]) -> tuple[int, ...]:
+    """Returns the fields of a tile, or splits; raises a ValueError or TypeError for anything else."""
+    if not form.startswith("attention"):
+        LinearTile(*found)
+    return tuple(map(operator.index, found))

@@ -30,13 +30,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from river_compile.kernels.triton.cost_model import Compiled, bytes_ahead, shared_bytes
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import DEVICES, Device
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import compile_for, source_file
 from river_compile.kernels.triton.spec import KernelSpec
 
+from .cost_model import Compiled, bytes_ahead, shared_bytes
+from .devices import DEVICES, Device
 from .machine_code import counted, counted_amd, cuobjdump, thread_weights
 from .shapes import (
     MODELS,

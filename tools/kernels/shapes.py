@@ -7,14 +7,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from river_compile.kernels.triton.cost_model import LAUNCH_SECONDS, Compiled, Estimate, attention_estimate, estimate
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE, Device, known
+from river_compile.kernels.triton.devices import DEFAULT_DEVICE
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from river_compile.kernels.triton.tiles import attention_splits, best_tile, untiled
+
+from .cost_model import LAUNCH_SECONDS, Compiled, Estimate, attention_estimate, estimate
+from .devices import Device
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,10 @@ def model_kernels(
 
     def linear(k: int, n: int, each: int = 1, **fields: object) -> LinearSpec:
         fields = {"group_size": group_size, "parameter_dtype": "bfloat16", **fields}
-        return best_tile(untiled(rows * each, k, n, **fields), device, rows * each)
+        return best_tile(untiled(rows * each, k, n, **fields), device)
 
     heads = (rows, shape.heads, shape.kv_heads, shape.head_dim, context)
-    group = shape.heads // shape.kv_heads
-    splits = attention_splits(rows * shape.kv_heads, context, known(device), group, shape.head_dim)
+    splits = attention_splits(rows * shape.kv_heads, context, shape.head_dim, device)
     dense: dict[str, Any] = {"weights": "dense", "group_size": 0}
     if shape.experts:
         stack = {"each": shape.chosen, "experts": shape.experts}
@@ -168,7 +169,7 @@ def backbone_kernels(
     """
 
     def linear(k: int, n: int, **fields: Any) -> LinearSpec:
-        return best_tile(untiled(rows, k, n, weights=weights, group_size=0, **fields), device, rows)
+        return best_tile(untiled(rows, k, n, weights=weights, group_size=0, **fields), device)
 
     hidden, intermediate = shape.hidden, shape.intermediate
     return {

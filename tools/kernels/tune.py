@@ -1,10 +1,11 @@
 """Measures tiles on the GPU at hand and saves the best ones, which are looked up before any other.
 
     python -m tools.kernels.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
+    python -m tools.kernels.tune --shipped
 
 For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Each
 choice is saved as soon as it is made. Choices of other devices, versions of Triton and shapes in the file are kept; the
-file is replaced atomically.
+file is replaced atomically. With --shipped the package's own table is written, by the cost model and without a GPU.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from river_compile.kernels.files import appearing
-from river_compile.kernels.triton.cost_model import rows_of
-from river_compile.kernels.triton.devices import device_name, known
-from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+from river_compile.kernels.triton.devices import device_name
+from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import load
 from river_compile.kernels.triton.spec import KernelSpec
-from river_compile.kernels.triton.tiles import candidates, cost
-from river_compile.kernels.triton.tuned import saved_tiles, tuned_for, tuning_file, tuning_key
+from river_compile.kernels.triton.tiles import SHIPPED, Shape, form_key, read_table, tuned_for, tuning_file
 
+from .cost_model import rows_of
+from .devices import known
+from .search import candidates, cost
 from .shapes import MODELS, model_kernels
+from .shipped import shipped_table, text_of
 
 
 def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
@@ -45,15 +47,16 @@ def tune(
     *,
     budget: float,
     top: int,
-    keep: Callable[[str, LinearTile], object] = lambda key, tile: None,
-) -> dict[str, LinearTile]:
-    """Times the `top` candidates of every spec by `measure`, in seconds, and returns key -> fastest tile.
+    keep: Callable[[LinearSpec], object] = lambda spec: None,
+) -> list[LinearSpec]:
+    """Times the `top` candidates of every spec by `measure`, in seconds, and returns the fastest ones.
 
-    A candidate that cannot be compiled or launched is left out, and a spec of which none can stays with the cost model,
-    as do those that are left once `budget` seconds are spent. `keep` is called with each choice as soon as it is made.
+    A candidate that cannot be compiled or launched is left out, and a spec of which none can stays with the shipped
+    tile, as do those that are left once `budget` seconds are spent. `keep` is called with each choice as soon as it is
+    made.
     """
     end = time.monotonic() + budget
-    chosen: dict[str, LinearTile] = {}
+    chosen: list[LinearSpec] = []
     for spec in specs:
         times = {}
         for candidate in shortlist(spec, device, top):
@@ -61,11 +64,10 @@ def tune(
                 return chosen
             seconds = _measured(measure, candidate)
             if seconds is not None:
-                times[candidate.tile] = seconds
+                times[candidate] = seconds
         if times:
-            key = tuning_key(spec)
-            chosen[key] = min(times, key=lambda tile: times[tile])
-            keep(key, chosen[key])
+            chosen.append(min(times, key=lambda candidate: times[candidate]))
+            keep(chosen[-1])
     return chosen
 
 
@@ -74,8 +76,12 @@ def _measured(measure: Callable[[LinearSpec], float], candidate: LinearSpec) -> 
     try:
         return measure(candidate)
     except Exception as error:  # of Triton's compiler, ptxas or the driver, which have no class in common
-        print(f"left out {tuning_key(candidate)} with {candidate.tile}: {first_line(error)}", file=sys.stderr)
+        print(f"left out {_name(candidate)} with {candidate.tile}: {first_line(error)}", file=sys.stderr)
         return None
+
+
+def _name(spec: LinearSpec) -> str:
+    return f"{form_key(spec)}, {spec.out_features} x {spec.in_features}"
 
 
 def first_line(error: Exception) -> str:
@@ -83,13 +89,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def save(path: Path, device: str, tiles: dict[str, LinearTile]) -> None:
-    """Adds tiles that were measured on a device with this Triton to a tuning file, replacing it atomically."""
-    merged = {name: dict(known) for name, known in saved_tiles(path).items()}
-    merged.setdefault(tuned_for(device), {}).update(tiles)
-    plain = {name: {key: dataclasses.asdict(t) for key, t in sorted(ts.items())} for name, ts in merged.items()}
+def save(path: Path, device: str, specs: Sequence[LinearSpec]) -> None:
+    """Adds the tiles of specs, measured on a device with this Triton, to a tuning file, replacing it atomically."""
+    merged = {name: {form: dict(tiles) for form, tiles in of.items()} for name, of in read_table(path).items()}
+    forms = merged.setdefault(tuned_for(device), {})
+    for spec in specs:
+        shape: Shape = spec.out_features, spec.in_features
+        forms.setdefault(form_key(spec), {})[shape] = dataclasses.astuple(spec.tile)
     with appearing(path) as scratch:
-        scratch.write_text(json.dumps(plain, indent=1))
+        scratch.write_text(text_of(merged), encoding="utf-8")
 
 
 def measure_on_gpu(spec: LinearSpec) -> float:
@@ -157,7 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="default %(default)s")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for everything (default %(default)s)")
     parser.add_argument("--top", type=int, default=8, help="candidates of each kernel (default %(default)s)")
+    parser.add_argument("--shipped", action="store_true", help="write the package's table by the cost model instead")
     options = parser.parse_args(arguments)
+    if options.shipped:
+        SHIPPED.write_text(text_of(shipped_table()), encoding="utf-8")
+        return 0
     if not torch.cuda.is_available():
         print("tuning measures on a GPU and there is none here", file=sys.stderr)
         return 1
@@ -166,9 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = model_kernels(MODELS[options.model], **sizes)
     specs = [spec for spec in kernels.values() if isinstance(spec, LinearSpec)]
 
-    def keep(key: str, tile: LinearTile) -> None:
-        save(tuning_file(), device, {key: tile})
-        print(f"{key}: {tile}", flush=True)
+    def keep(spec: LinearSpec) -> None:
+        save(tuning_file(), device, [spec])
+        print(f"{_name(spec)}: {spec.tile}", flush=True)
 
     tiles = tune(specs, device, measure_on_gpu, budget=options.budget, top=options.top, keep=keep)
     print(f"{len(tiles)} of {len(specs)} kernels tuned for {device}, saved to {tuning_file()}")

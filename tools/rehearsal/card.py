@@ -41,10 +41,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from river_compile.kernels.files import appearing, in_cache
 from river_compile.kernels.native.build import find_compiler, torch_flags
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE, known
+from river_compile.kernels.triton.devices import DEFAULT_DEVICE
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.spec import KernelSpec, Stage
 from river_compile.kernels.triton.tiles import interpreter_tile
+from tools.kernels.devices import known
 
 SECONDS = 5e-6  # of everything that runs, by this card's clock
 MEMORY = 80 * 10**9  # bytes

@@ -23,8 +23,7 @@ from river_compile.calibration.result import Calibration, Candidate
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.linear import LinearTile
-from river_compile.kernels.triton.tiles import untiled
-from river_compile.kernels.triton.tuned import saved_tiles, tuned_for, tuning_key
+from river_compile.kernels.triton.tiles import form_key, read_table, tuned_for, untiled
 from river_compile.passes.program import RiverProgram
 from river_compile.passes.segments import fingerprint
 from river_compile.store import graphs
@@ -36,7 +35,7 @@ from tools.kernels import tune
 from tools.soak.cases import Failure
 
 SPEC = ExitScoreSpec(2, 48, "float32")
-LINEAR = untiled(1, 256, 64, weights="w4")
+LINEAR = dataclasses.replace(untiled(1, 256, 64, weights="w4"), tile=LinearTile(16, 256, 8))
 DEVICE = "device"
 
 
@@ -119,22 +118,18 @@ def _use_kernel(folder: Path) -> None:
         raise Failure("a damaged kernel computes something else")
 
 
-def _tuned() -> dict[str, LinearTile]:
-    return {tuning_key(LINEAR): LinearTile(16, 256, 8)}
-
-
 def _write_tiles(folder: Path) -> None:
-    tune.save(folder / "tuning.json", DEVICE, _tuned())
+    tune.save(folder / "tuning.json", DEVICE, [LINEAR])
 
 
 def _read_tiles(folder: Path) -> None:
     """A tile changes speed alone, so any that a kernel can have will do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cannot be read and is ignored")
-        tiles = saved_tiles(folder / "tuning.json").get(tuned_for(DEVICE), {})
-    tile = tiles.get(tuning_key(LINEAR))
-    if tile is not None:
-        dataclasses.replace(LINEAR, tile=tile)
+        tiles = read_table(folder / "tuning.json").get(tuned_for(DEVICE), {}).get(form_key(LINEAR), {})
+    found = tiles.get((LINEAR.out_features, LINEAR.in_features))
+    if found is not None:
+        dataclasses.replace(LINEAR, tile=LinearTile(*found))
 
 
 def _calibration() -> Calibration:

@@ -16,7 +16,7 @@ from torch import Tensor
 from river_compile.kernels.portable import attention_of_several
 from river_compile.kernels.triton import launch
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import device_of, known
+from river_compile.kernels.triton.devices import device_of
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import dtype_name
@@ -284,7 +284,7 @@ def _attention(
         softcap=softcap,
         mask=mask is not None,
         mask_dtype="bool" if mask is None else dtype_name(mask),
-        splits=attention_splits(sequences * kv_heads, slots, known(device_of(out)), heads // kv_heads, d),
+        splits=attention_splits(sequences * kv_heads, slots, d, device_of(out)),
         cache_strides=_cache_strides(k_cache, v_cache),
         **others,
     )

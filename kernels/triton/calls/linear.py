@@ -75,7 +75,7 @@ def linear(
             gated=gated,
             x_stride=x2.stride(0) if rows > 1 and x2.stride(0) != k else 0,
         )
-        return best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
+        return best_tile(spec, device_of(x)) if x.is_cuda else interpreter_tile(spec)
 
     packing = (weight.group_size, weight.scale_zero.dtype) if isinstance(weight, PackedLinear) else ()
     launch.chosen(("linear", *packing, norm, eps, activation, gated), given, rows, describe)(given)
@@ -117,7 +117,7 @@ def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
         return y
     fields = _weight_fields(weight) | {"dtype": dtype_name(x)}
     spec = untiled(rows, k, n, **fields, experts=stack)
-    spec = best_tile(spec, device_of(x), rows) if x.is_cuda else interpreter_tile(spec)
+    spec = best_tile(spec, device_of(x)) if x.is_cuda else interpreter_tile(spec)
     matrices = {
         "qweight": weight.qweight.flatten(0, 1),
         "scale_zero": weight.scale_zero.view(torch.int32).squeeze(-1).flatten(0, 1),

@@ -6,10 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.devices import known
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS, LinearSpec, LinearTile, form_of
 from river_compile.kernels.triton.spec import render
-from river_compile.kernels.triton.tiles import candidates, untiled
 from tests.kernels.checks import VALUES, check_bits_of_rows, check_linear
 from tests.support.examples import examples
 
@@ -170,12 +168,6 @@ def several_matrices(draw):
         matrices=matrices,
     )
     return spec, m, "normal", draw(st.integers(0, 2**20))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_product_of_one_matrix_may_be_split_with_a_bias(bias):
-    spec = untiled(1, 4096, 512, weights="dense", group_size=0, bias=bias)
-    assert {candidate.tile.split_k for candidate in candidates(spec, known("sm_90"))} == {1, 2, 4}
 
 
 @given(several_matrices())

@@ -15,7 +15,7 @@ from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile
 from river_compile.kernels.triton.spec import render
-from river_compile.kernels.triton.tuned import saved_tiles, tuning_file
+from river_compile.kernels.triton.tiles import read_table, tuning_file
 from tests.support.layout import ROOT, run_python
 
 SPEC = ExitScoreSpec(2, 48, "float32")
@@ -65,7 +65,7 @@ def test_where_the_cache_cannot_be_written_a_kernel_is_written_for_the_process(m
     monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
     with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE"):
         assert loader.source_file(SPEC).read_text() == render(SPEC)
-    assert saved_tiles(tuning_file()) == {}
+    assert read_table(tuning_file()) == {}
 
 
 def test_interpreter_and_compiler_are_chosen_per_load():

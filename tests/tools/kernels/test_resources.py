@@ -7,17 +7,18 @@ import re
 import pytest
 
 from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import DEVICES
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import compile_for
 from river_compile.kernels.triton.shift import ShiftSpec
-from river_compile.kernels.triton.tiles import MAX_REGISTERS, best_tile, untiled
+from river_compile.kernels.triton.tiles import best_tile, untiled
 from tests.support.examples import slow, slow_but
 from tools.kernels import resources
+from tools.kernels.devices import DEVICES
 from tools.kernels.machine_code import counted, counted_amd, cuobjdump
 from tools.kernels.resources import bounded, token_cost, token_floor, usages, weight_load_bytes
+from tools.kernels.search import MAX_REGISTERS
 from tools.kernels.shapes import MODELS, model_kernels, verifying_kernels
 
 
@@ -70,7 +71,7 @@ def test_matrices_of_the_backbone_that_stay_apart_are_read_in_16_bytes_without_s
         untiled(rows, 4096, 6144, matrices=(4096, 1024, 1024), **dense),
         untiled(rows, 4096, 14336, **pair, **dense),
     ):
-        (usage,) = usages(best_tile(spec, target, rows), "linear", target)
+        (usage,) = usages(best_tile(spec, target), "linear", target)
         assert (usage.spills, usage.weight_load) == (0, 16)
 
 

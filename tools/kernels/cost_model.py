@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from river_compile.kernels.triton.devices import Device
 from river_compile.kernels.triton.linear import LinearSpec, least_columns
 from river_compile.kernels.triton.spec import DTYPES
+from river_compile.kernels.triton.tiles import ATTENTION_BLOCK
+
+from .devices import Device
 
 #: Instructions per weight of each kind and per activation of a row, counted in the generated code.
 INSTRUCTIONS = {"w4": 4.8, "dense": 2.0, "bf12": 5.5, "x": 4.0}
 #: In the form "dot", per weight in 12 bits, and per activation and warp behind a norm.
 BF12_DOT, NORMALISE = 7.0, {"dense": 1.8, "bf12": 5.7}
 _BITS = {"w4": 4, "dense": 16, "bf12": 12}
-ATTENTION_BLOCK = 32  # slots of a step of attention
 #: For which the tile of a kernel for all widths is chosen.
 WIDTH = 4
 LAUNCH_SECONDS = 2e-6  # from the end of one kernel of a graph until the next one works
