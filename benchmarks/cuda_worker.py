@@ -151,7 +151,7 @@ class Bench:
             self.loop.text(custom_generate=decode)
             plain, plain_seconds = self.loop.text_in_steps(custom_generate=decode)
         how = {"custom_generate": exact, "max_draft": drafted, "strict": True}
-        how |= {"prompt_lookup": False, "adaptive": False, "stop_below": 0.0}
+        how |= {"prompt_lookup": False, "adaptive": False}
         for _ in range(2):  # (the first one compiles each width's pass, the second one captures it)
             self.loop.text(**how)
         ran, times, texts = [], [], []

@@ -4,7 +4,7 @@
     python -m benchmarks.exact --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
     python -m benchmarks.exact --batch 2 4 8 16   # batches of mixed prompts, beside plain batches; --own-ends
     python -m benchmarks.exact --batch 1 8 --rows plain exact --repeats 3
-    python -m benchmarks.exact --context 256 1024 4096   # long prompts, drafts that see a window of them or all
+    python -m benchmarks.exact --context 256 1024 4096   # long prompts
     python -m benchmarks.exact --peers            # beside other programs: benchmarks/exact_peers.py
 
 One compiled model in one process runs every row on every prompt of six groups (benchmarks/prompts.py), batch 1, greedy,
@@ -13,7 +13,6 @@ with a static cache; the rows take turns, once to warm up and then `--repeats` t
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
     exact_no_lookup  only the river drafts
-    exact_whole      (long prompts) exact, drafts attend to the whole context and not to its end alone
     exact_together   (batches) exact, rows keep only what held for all of them
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 LOOKUP = 10  # tokens that transformers' prompt lookup drafts, its documentation's value
 ROWS = ("plain", "exact", "exact_no_lookup", "prompt_lookup", "river")
 BATCH_ROWS = ("plain", "exact", "exact_together")
-CONTEXT_ROWS = ("plain", "exact", "exact_whole")
+CONTEXT_ROWS = ("plain", "exact")
 IN_12_BITS = {"plain_12bit": "plain", "exact_12bit": "exact"}  # rows of the model with packed weights, as these
 RATIOS = (
     ("plain_12bit", "plain"),
@@ -56,7 +55,6 @@ RATIOS = (
     ("exact", "plain"),
     ("exact", "prompt_lookup"),
     ("exact", "exact_together"),
-    ("exact", "exact_whole"),
     ("exact_no_lookup", "plain"),
     ("river", "plain"),
 )
@@ -158,7 +156,6 @@ class Bench:
         exact = river_compile.exact  # as users get it: where drafts do not pay it does without
         special = {
             "exact": {"custom_generate": exact},
-            "exact_whole": {"custom_generate": exact, "draft_window": 0},  # drafts see all of the context
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},
             "exact_together": {"custom_generate": exact, "return_dict_in_generate": True},  # rows wait for each other
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},

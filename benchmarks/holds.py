@@ -126,7 +126,7 @@ def held(
     import river_compile
     from river_compile.runtime.stats import cycles
 
-    drafts = {"adaptive": False, "max_draft": options.drafts, "stop_below": 0.0}
+    drafts = {"adaptive": False, "max_draft": options.drafts}
     river_compile.accelerate(model, "exact", group_size=options.group_size, **drafts)
     results: dict[str, dict[str, dict[str, list]]] = {}
     for group in options.groups:

@@ -74,11 +74,11 @@ def integer(least: int, wanted: str = "") -> Check:
     return Check(wanted, lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least)
 
 
-def number(wanted: str, least: float = -math.inf, most: float = math.inf) -> Check:
-    """Allows integers and floats from `least` to `most`, and never NaN."""
+def number(wanted: str, least: float = -math.inf) -> Check:
+    """Allows integers and floats of `least` or more, and never NaN."""
 
     def fits(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least
 
     return Check(wanted, fits)
 

@@ -196,15 +196,12 @@ class ModelRecord:
         """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
         if self.programs is None or look is None or not self.programs.begin(model, lambda: look.identity):
             return None
-        learned = None if self.drafts.times else self.programs.learned()
-        if learned is not None:
-            self.drafts.restore(learned, lambda: self.prepared)
         return self.programs
 
     def write_programs(self) -> None:
-        """Writes what was traced and learned, for other processes."""
+        """Writes what was traced, for other processes."""
         if self.programs is not None:
-            self.programs.write(self.drafts.to_json)
+            self.programs.write()
 
     def add(self, graph: GraphRecord, limit: int) -> None:
         """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.

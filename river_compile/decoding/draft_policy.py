@@ -202,19 +202,18 @@ class ByGain:
                 yield math.fsum(reach for reach, row in zip(reaches, rows, strict=True) if count <= row.room)
 
 
-class ByChance:
-    """Drafts until a draft's chance to hold in whole falls below a limit: the same for the same text, at any speed.
+class FixedLength:
+    """Drafts as many tokens as there is room for, or copies: the same for the same text, at any speed.
 
     Args:
-        stop_below: the limit.
         width: the verification width for a number of drafted tokens.
     """
 
-    def __init__(self, stop_below: float, width: Callable[[int], int]) -> None:
-        self._stop_below, self._width = stop_below, width
+    def __init__(self, width: Callable[[int], int]) -> None:
+        self._width = width
 
     def verify_now(self, rows: Sequence[RowDraft], drafted: int, river: float) -> int | None:
-        if any(row.open and row.reach >= self._stop_below and not row.copies(river) for row in rows):
+        if any(row.open and not row.copies(river) for row in rows):
             return None
         return self._width(drafted) - 1 if drafted else max(len(row.copy) for row in rows)
 

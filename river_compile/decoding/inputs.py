@@ -9,7 +9,6 @@ that prepare their inputs or masks in a way of their own, inputs that other thin
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from river_compile.upstream.transformers import cache_of, is_of_transformers, masks_of
-
-_SINKS = 4  # first entries of a text, which attention leans on whatever they are (Xiao et al., arXiv 2309.17453)
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
@@ -41,19 +38,18 @@ class PassInputs:
         self._checked = False  # whether a pass that followed from another was compared with transformers'
         self._given_up = False
 
-    def at(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs], window: int = 0) -> Inputs:
+    def at(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs]) -> Inputs:
         """Returns the inputs of a pass: the same object as the last time, or those that transformers makes.
 
         Args:
             slot: the first one that the pass writes: as many entries as the cache holds.
             ids_BS: all ids, those of the pass last.
             prepare: makes them by transformers' methods.
-            window: the pass may see the first few entries and so many of the last ones alone; 0 for all.
         """
         own = self._own
         ours = own is not None and own.move_to(slot, ids_BS)
         if own is not None and ours and self._checked:
-            return own.with_window(window) if 0 < window < slot - _SINKS else own.inputs
+            return own.inputs
         theirs = prepare()
         if own is not None and ours:
             self._checked = _same(own.inputs, theirs)
@@ -139,25 +135,6 @@ class _Moved:
             for mask in own.values()
         ]
         self._masks = [(mask, block, seen, hidden.clone()) for mask, block, seen, hidden in self._masks]
-        self._windowed: Inputs | None = None
-
-    def with_window(self, window: int) -> Inputs:
-        """Returns the inputs with masks that hide all but each row's first few entries and the last `window`."""
-        if self._windowed is None:
-            own = {kind: _copied(mask) for kind, mask in masks_of(self.inputs)}
-            self._windowed = {**self.inputs, "attention_mask": own.get(None, own)}
-        for (mask, _, _, hidden), (_, narrow) in zip(self._masks, masks_of(self._windowed), strict=True):
-            narrow.copy_(mask)
-            for row, first in enumerate(self._firsts):
-                narrow[row, :, :, first + _SINKS : self._slot - window] = hidden[row]
-        return self._windowed
-
-    @functools.cached_property
-    def _firsts(self) -> list[int]:
-        """The first slot of each row that is no padding."""
-        mask, _, _, hidden = self._masks[0]
-        shown = (mask != hidden)[:, 0, -1]
-        return shown.int().argmax(-1).tolist()
 
     def move_to(self, slot: int, ids_BS: Tensor) -> bool:
         """Makes the inputs those of a pass that begins in a slot; returns False if that does not fit the masks."""

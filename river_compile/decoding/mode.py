@@ -26,7 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.decoding.draft_policy import ByChance, ByGain, DraftPolicy
+from river_compile.decoding.draft_policy import ByGain, DraftPolicy, FixedLength
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.kept_prefix import prompt_of
 from river_compile.decoding.loop import DecodeLoop
@@ -37,7 +37,7 @@ from river_compile.decoding.session import LONGEST_OFFLOADED, Session, verificat
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, integer, number, optional
+from river_compile.kernels.checks import FLAG, integer, optional
 from river_compile.model_record import record_of
 from river_compile.runtime.cache_pool import borrowed_cache
 from river_compile.runtime.draft_stats import DraftRates
@@ -51,13 +51,9 @@ from river_compile.upstream.transformers import (
 
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
-_STOP_BELOW = 0.5  # where measured times may not decide
-
 _CHECKS = {
     "max_draft": optional(integer(1)),
     "prompt_lookup": FLAG,
-    "draft_window": optional(integer(0)),
-    "stop_below": optional(number("it must be a number from 0 to 1", least=0, most=1)),
     "strict": FLAG,
     "adaptive": FLAG,
     "static_cache": FLAG,
@@ -268,33 +264,19 @@ class ExactMode(Decode):
             for 15, and 63 where blocks of the backbone are offloaded, so that a pass brings their weights in for many
             tokens.
         prompt_lookup: copy drafts from the context where it repeats itself.
-        stop_below: the river ends its draft once the draft's estimated chance of holding in whole is below this, in
-            [0, 1]; 0 always drafts `max_draft` tokens. None drafts as long as it is expected to pay, by measured times,
-            or is 0.5 where not `adaptive`.
-        draft_window: entries of the KV cache that a draft's attention sees, the last ones, beside the first four; 0 for
-            all. None for as many as take half of the time that its weights take.
         strict: an error where a row of a verifying pass might have other bits than it has without drafts.
         adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
-            Otherwise nothing depends on time.
+            Otherwise drafts have `max_draft` tokens, and nothing depends on time.
     """
 
     max_draft: int | None = None
     prompt_lookup: bool = True
-    stop_below: float | None = None
-    draft_window: int | None = None
     strict: bool = False
     adaptive: bool = True
     __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[Exception]] = ExactModeError
     depth: ClassVar[int | None] = WHOLE
-    per_call: ClassVar[tuple[str, ...]] = (
-        "max_draft",
-        "prompt_lookup",
-        "stop_below",
-        "draft_window",
-        "strict",
-        "adaptive",
-    )
+    per_call: ClassVar[tuple[str, ...]] = ("max_draft", "prompt_lookup", "strict", "adaptive")
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -328,18 +310,18 @@ class ExactMode(Decode):
     def drafting(
         self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
     ) -> tuple[Drafter | None, bool]:
-        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict, self.draft_window)
+        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
         together = not joins and (len(call.ids_BS) == 1 or shared or not (session.can_part and _row_by_row(call)))
         return self._drafter(call, session, together), together
 
     def _drafter(self, call: Call, session: Session, together: bool) -> Drafter:
         rule: DraftPolicy
-        if self.stop_below is None and self.adaptive:
+        if self.adaptive:
             rule = ByGain(session.times, session.width_for, together)
             rates = session.record.drafts.rates.setdefault(call.config.do_sample, DraftRates()).go_on()
         else:  # (drafts are the same in every run)
             rates = DraftRates()
-            rule = ByChance(_STOP_BELOW if self.stop_below is None else self.stop_below, session.width_for)
+            rule = FixedLength(session.width_for)
         return Drafter(
             prompt_lookup=self.prompt_lookup,
             rule=rule,

@@ -50,7 +50,6 @@ from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import last_token_alone
 from river_compile.store.programs import Programs
 from river_compile.upstream.transformers import (
-    bytes_of,
     cache_argument,
     cache_of,
     is_allocated,
@@ -58,8 +57,6 @@ from river_compile.upstream.transformers import (
     with_rows,
 )
 
-_WINDOW_BYTES = 0.5  # what a draft's attention reads of keys and values at most, in weights of its twins
-_LEAST_WINDOW = 256  # slots
 _LONGEST = 15  # tokens of a draft, where the caller does not say
 LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
 
@@ -99,7 +96,6 @@ class Session:
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
-        self._window: int | None = None  # entries that a draft's attention sees; 0 for all, None by their bytes
         self._programs: Programs | None = None  # those stored; None where passes cannot be
         self._began: tuple[float, int] | None = None  # the prompt: at what time, and how many graphs there were
         self._rows = 0
@@ -205,9 +201,7 @@ class Session:
             kind, self.model, inputs, self.cache, bound.executor, bound.args, bound.logits, graph.matrices
         )
 
-    def allow_drafts(
-        self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool, window: int | None = None
-    ) -> None:
+    def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
         """Makes drafts possible, which the backbone verifies.
 
         Args:
@@ -215,8 +209,6 @@ class Session:
             logits_B1V: of its last position.
             max_draft: longest draft; None for 15, and 63 where blocks of the backbone are offloaded.
             strict: whether every row must have the bits that it has without drafts.
-            window: how many of the last entries a draft's attention sees, beside the first few; 0 for all, None for as
-                many as take half of the time that its weights take.
 
         Raises:
             ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
@@ -241,7 +233,7 @@ class Session:
                 f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens in place of 1); leave "
                 "out custom_generate"
             )
-        self.widths, self._strict, self._window = widths, strict, window
+        self.widths, self._strict = widths, strict
         self._tokens = DraftVocab(logits_B1V.shape[-1])
         self._tokens.add(ids_BS)
 
@@ -284,7 +276,6 @@ class Session:
             self.entries.allow_rewinds(self.widths[-1], self._strict)
         self._bound: dict[tuple, BoundPass | None] = {}
         self._inputs: dict[int, PassInputs] = {}
-        self._narrowest: int | None = None  # the window that follows from the cache's rows
 
     def _of_rows(self, rows: int) -> None:
         self._rows = rows
@@ -361,16 +352,7 @@ class Session:
 
         Of a token that is rare and not in the text, they may be `UNWANTED`.
         """
-        return self.step(ids_BS, 1, 0, self._tokens, window=self._draft_window)[:, -1]
-
-    @property
-    def _draft_window(self) -> int:
-        """Entries that a draft's attention sees, 0 for all: those whose bytes are a part of the twins'."""
-        if self._window is None and self._narrowest is None:
-            capacity, weights = self.entries.capacity, 0 if self._graph is None else self._graph.token_bytes
-            slots = int(_WINDOW_BYTES * weights * capacity / bytes_of(self.cache)) if capacity else 0
-            self._narrowest = max(_LEAST_WINDOW, slots) if slots else 0
-        return (self._narrowest if self._window is None else self._window) or 0
+        return self.step(ids_BS, 1, 0, self._tokens)[:, -1]
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         """Runs the last verified id and the `drafted` ids after it at the session's depth.
@@ -393,7 +375,6 @@ class Session:
         depth: int | None = None,
         tokens: DraftVocab | None = None,
         last_token: bool = False,
-        window: int = 0,
     ) -> Tensor:
         """Runs the last `width` ids, the first of which has no entry yet, and returns their logits ``[B, width, V]``.
 
@@ -403,7 +384,6 @@ class Session:
             depth: blocks to execute; None for the session's.
             tokens: those whose logits the river's head computes, None for all.
             last_token: nobody reads other logits than the last token's, and there may be no others.
-            window: attention may see the first few entries and so many of the last ones alone; 0 for all.
 
         Raises:
             CacheFullError: (a ``ValueError``) they do not fit into a static cache.
@@ -411,7 +391,7 @@ class Session:
         if width not in self._inputs:
             self._inputs[width] = PassInputs(self.model, width)
         filled = self.entries.filled
-        inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width), window)
+        inputs = self._inputs[width].at(filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
         depth = self.depth if depth is None else depth
         return self._pass(inputs, width, depth, tokens, last_token=last_token)[:, -width:]
 

@@ -10,7 +10,6 @@ from bisect import bisect, bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 # Upper edges of the bins in which acceptance rates are learned: nats of entropy, and tokens of the repeated ending.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
@@ -27,7 +26,6 @@ _FADES_BY = 0.97  # what is left of what was learned after a cycle in which noth
 _SAMPLES = 9  # latest times of a kind of pass, the least of which counts
 _ENOUGH = 3  # times of a kind of pass that are believed
 _LONG_AGO = 500  # passes after which a kind that was not measured since is tried again
-_FORMAT = 2  # of what is stored
 
 
 class AcceptanceRate:
@@ -61,20 +59,6 @@ class AcceptanceRate:
         for i, judged in enumerate(self._judged):
             share = min(most / judged, 1.0)
             self._kept[i], self._judged[i] = share * self._kept[i], share * judged
-
-    def to_json(self) -> list[list[float]]:
-        """Returns what was learned, by bin."""
-        return [self._kept, self._judged]
-
-    def restore(self, learned: Sequence[Sequence[float]]) -> None:
-        """Begins with what :meth:`to_json` returned.
-
-        Raises:
-            ValueError: it has other bins.
-        """
-        self._kept, self._judged = (
-            [float(value) for value, _ in zip(values, self._prior, strict=True)] for values in learned
-        )
 
     def fade(self) -> None:
         """Forgets a little, so that drafts which stopped paying are tried again after a while."""
@@ -198,16 +182,6 @@ class PassTimes:
         }
         return passes if self._prompt is None else {**dict([self._prompt]), **passes}
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the latest times of each kind."""
-        return {"passes": [[kind, [*times]] for kind, times in self._times.items()], "prompt": self._prompt}
-
-    def restore(self, learned: Mapping[str, Any]) -> None:
-        """Begins with what :meth:`to_json` returned."""
-        self._times = {kind: deque(map(float, seconds), maxlen=_SAMPLES) for kind, seconds in learned["passes"]}
-        self._measured = dict.fromkeys(self._times, 0)
-        self._prompt = learned["prompt"] and (int(learned["prompt"][0]), float(learned["prompt"][1]))
-
     @property
     def measured(self) -> bool:
         """Whether any pass was."""
@@ -265,18 +239,6 @@ class DraftRates:
         self.by_match = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self.river = AcceptanceRate([], [_RIVER])
 
-    def to_json(self) -> list[Any]:
-        """Returns what was learned."""
-        return [rate.to_json() for rate in (self.by_entropy, self.by_match, self.river)]
-
-    @classmethod
-    def from_json(cls, learned: Sequence[Any]) -> DraftRates:
-        """Returns rates that begin with it."""
-        rates = cls()
-        for rate, known in zip((rates.by_entropy, rates.by_match, rates.river), learned, strict=True):
-            rate.restore(known)
-        return rates
-
     def go_on(self) -> DraftRates:
         """Returns these for another text, of which they say as much as a few tokens of its own."""
         for rate in (self.by_entropy, self.by_match, self.river):
@@ -296,20 +258,3 @@ class DraftHistory:
         if rows not in self.times:
             self.times[rows] = PassTimes(preparations, rows, self.times)
         return self.times[rows]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns what was learned, for another process on this machine."""
-        return {
-            "format": _FORMAT,
-            "rates": [[samples, rates.to_json()] for samples, rates in self.rates.items()],
-            "times": [[rows, times.to_json()] for rows, times in self.times.items()],
-        }
-
-    def restore(self, learned: Mapping[str, Any], preparations: Callable[[], int]) -> None:
-        """Begins with what :meth:`to_json` returned, unless a release wrote it that counted otherwise."""
-        if learned.get("format") != _FORMAT:
-            return
-        self.rates = {samples: DraftRates.from_json(rates) for samples, rates in learned["rates"]}
-        self.times = {}
-        for rows, times in learned["times"]:
-            self.times_of(rows, preparations).restore(times)

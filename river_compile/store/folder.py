@@ -84,11 +84,11 @@ class Entry:
         except OSError as error:
             log.info("%s: cannot be removed (%s)", self.folder / name, error)
 
-    def write(self, name: str, content: bytes, anew: bool = False) -> None:
-        """Writes a file that is not there yet, or `anew`; a place that cannot be written is told once in a process."""
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file that is not there yet; a place that cannot be written is told once in a process."""
         file = self.folder / name
         try:
-            if file.exists() and not anew:
+            if file.exists():
                 return
             with appearing(file) as scratch:
                 scratch.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)

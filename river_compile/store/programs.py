@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import threading
 import weakref
@@ -36,7 +35,6 @@ from river_compile.upstream.transformers import is_of_transformers
 
 log = logging.getLogger("river_compile.store")
 _ENDING = ".pass"
-_LEARNED = "learned.json"
 Origin = Literal["traced", "stored", "derived"]
 # Builds a program, a derived one after rewriting it: (the pass, the graph's inputs, its origin) -> what runs it.
 Build = Callable[[StoredPass, list[Any], Origin], RiverExecutor]
@@ -80,7 +78,6 @@ class Programs:
         self._known: dict[str, list[_Known]] = {}
         self._new: list[tuple[str, StoredPass]] = []
         self._lock = threading.Lock()  # (threads may generate with one model)
-        self._calls = 0
         self._about = ""
 
     def begin(self, model: PreTrainedModel, identity: Callable[[], str | None]) -> bool:
@@ -97,7 +94,7 @@ class Programs:
             if found != self._identity:
                 size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
                 self._about = f"programs of {type(model).__name__}, {size:.0f}M parameters"
-                self._identity, self._known, self._new, self._calls = found, {}, [], 0
+                self._identity, self._known, self._new = found, {}, []
         return found is not None
 
     def recall(self, model: PreTrainedModel, kind: object, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
@@ -178,24 +175,10 @@ class Programs:
             with self._lock:
                 self._add(signature, _Known(stored, weakref.ref(executor), "traced"))  # (Dynamo may drop it)
 
-    def learned(self) -> Any:
-        """Returns what earlier processes learned of passes and drafts, None where they left nothing."""
-        entry = self._entry()
-        content = None if entry is None else entry.read(_LEARNED)
-        if entry is None or content is None:
-            return None
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            entry.damaged(_LEARNED, error)
-            return None
-
-    def write(self, learned: Callable[[], Any]) -> None:
-        """Writes, at the end of a call, what is to be stored, and after calls 1, 2, 4, 8 ... what was `learned`."""
+    def write(self) -> None:
+        """Writes, at the end of a call, what is to be stored."""
         with self._lock:
             new, self._new = self._new, []
-            self._calls += 1
-            due = not self._calls & (self._calls - 1)
         entry = None if self._identity is None else self._entry(self._about)
         if entry is None:
             return
@@ -206,9 +189,7 @@ class Programs:
                 log.info("a pass is not stored: %s", why)
                 continue
             entry.write(f"{signature}-{hashlib.sha256(content).hexdigest()[:16]}{_ENDING}", content)
-        if due:
-            entry.write(_LEARNED, json.dumps(learned()).encode(), anew=True)
-        if new or due:
+        if new:
             keep_bound()
 
 

@@ -477,7 +477,7 @@ class TestSizes:
         """Two tokens of each row and more, which verify drafts."""
         model = make("llama", layers=2)
         model.compile(backend=river, options={**capturing(), "criterion": "doubt", "threshold": 0.0})
-        drafts = {"custom_generate": river_compile.exact, "max_draft": 7, "stop_below": 0.0, "adaptive": False}
+        drafts = {"custom_generate": river_compile.exact, "max_draft": 7, "adaptive": False}
         model.generate(prompt(5, rows), max_new_tokens=24, do_sample=False, cache_implementation="static", **drafts)
         logs = [graph.captures for graph in report(model).graphs]
         units = {record.unit for log in logs for record in log.captures}

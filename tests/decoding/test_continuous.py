@@ -16,7 +16,7 @@ import river_compile
 from river_compile.errors import OptionError
 from tests.support.families import make
 
-OPTIONS = {"max_draft": 3, "adaptive": False, "stop_below": 0.1}
+OPTIONS = {"max_draft": 3, "adaptive": False}
 TWINS = {"group_size": 32, "quantizer": "rtn"}
 CALLS = ((5, 30), (140, 8), (3, 4), (12, 50), (20, 1), (7, 17), (260, 6))  # tokens of the prompt, new ones
 ROWS = 3

@@ -1,12 +1,10 @@
 """How long to draft: by what drafts gain and cost, on numbers alone."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.decoding.draft_policy import ByChance, ByGain, Proposed, RowDraft
+from river_compile.decoding.draft_policy import ByGain, FixedLength, Proposed, RowDraft
 from river_compile.runtime.draft_stats import AcceptanceRate, DraftHistory, DraftRates, PassTimes, most_at
 
 WIDTHS = (1, 2, 4, 8, 16)
@@ -217,10 +215,8 @@ def test_no_row_of_a_batch_falls_far_behind_whatever_drafts_were_thought_to_brin
     assert seconds <= 1.005 * min(texts) + 1.01
 
 
-@pytest.mark.parametrize(("stop_below", "steps"), [(1.0, 1), (0.5, 4), (0.0, 15)])
-def test_a_limit_of_the_chance_ends_drafts_whatever_they_cost(stop_below, steps):
-    """0.84 ** 4 is below a half, and 0.84 ** 3 is not: the fourth token is the one that ends the draft."""
-    assert steps_taken(ByChance(stop_below, width), 0.84) == steps
+def test_drafts_of_fixed_length_take_all_the_room_whatever_they_cost():
+    assert steps_taken(FixedLength(width), 0.1) == steps_taken(FixedLength(width), 0.9) == 15
 
 
 def test_before_passes_are_measured_they_count_in_proportion():
@@ -287,32 +283,3 @@ def test_what_other_texts_taught_is_unlearned_quickly():
         rates.by_match.learn(3, False)
     assert rates.by_match.chance(3) < 0.55
     assert anew.go_on().by_match.chance(3) == anew.by_match.chance(3)
-
-
-def test_what_was_learned_is_the_same_in_another_process():
-    """Rates and times go through JSON."""
-    history, other = DraftHistory(), DraftHistory()
-    rates = history.rates[True] = DraftRates()
-    for i in range(50):
-        rates.by_entropy.learn(0.1 * (i % 7), held=i % 3 > 0)
-        rates.by_match.learn(i % 9, held=i % 2 > 0)
-    noted(history, 1, {PassTimes.DRAFT: 0.2, 1: 0.9, 16: 2.0})
-    noted(history, 2, {PassTimes.DRAFT: 0.25, 1: 1.0, 4: 1.5}).note_prompt(40, 9.0)
-    other.restore(json.loads(json.dumps(history.to_json())), lambda: 0)
-    assert [other.rates[True].by_entropy.chance(x) for x in (0.0, 0.3, 9.0)] == [
-        rates.by_entropy.chance(x) for x in (0.0, 0.3, 9.0)
-    ]
-    assert other.rates[True].by_match.chance(3) == rates.by_match.chance(3)
-    for rows in (1, 2, 4):
-        ours, theirs = (of.times_of(rows, lambda: 0) for of in (other, history))
-        for kind in (PassTimes.DRAFT, *WIDTHS):
-            assert (ours.of(kind), ours.at_most(kind)) == (theirs.of(kind), theirs.at_most(kind))
-    with pytest.raises(ValueError, match="zip"):
-        other.rates[True].river.restore([[1.0, 2.0], [1.0]])
-
-
-def test_what_an_earlier_release_learned_is_left_alone():
-    history = DraftHistory()
-    history.restore({"rates": [], "times": [[1, [["draft", [0.1, 0.2]], [1, [0.3]]]]]}, lambda: 0)
-    assert not history.times
-    assert not history.rates

@@ -109,18 +109,6 @@ def test_growing_caches_and_sliding_windows_give_the_plain_text(name, batch, sha
     assert torch.equal(exactly(shared(name), ids, mask, static=False), expected)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_drafts_that_see_a_window_leave_the_text_as_it_is(batch, shared):
-    """Four tokens of a text of 36: other drafts hold than with all of it in sight, and the text is the plain one's."""
-    model, (ids, mask), held = shared(), padded(batch), {}
-    for window in (0, 4, 1000):
-        with river_compile.trace() as trace:
-            text = exactly(model, ids, mask, prompt_lookup=False, stop_below=0.0, draft_window=window)
-        assert torch.equal(text, generate(make("llama"), ids, mask))
-        held[window] = [cycle.accepted for cycle in trace.cycles]
-    assert held[1000] == held[0] != held[4]
-
-
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.slow
 def test_prompts_of_one_token_run_through_the_backbone(static):
@@ -316,7 +304,7 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(static
     monkeypatch.setattr(Session, "keep", keep)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
         # (A cache that is handed back has the rows where plain generation has them.)
-        exactly(compiled(), ids, mask, static=static, max_draft=5, stop_below=0.2, return_dict_in_generate=True)
+        exactly(compiled(), ids, mask, static=static, max_draft=5, return_dict_in_generate=True)
     assert len({width for _, _, width, _ in cycles}) > 1
 
 
@@ -339,11 +327,11 @@ def test_nothing_is_compiled_after_a_warm_up(static, fresh_dynamo):
     model = compiled()
     model._previous_max_cache_length = 64
     for length in (9, 14):
-        exactly(model, prompt(length), static=static, stop_below=0.5)
-        exactly(model, prompt(length), static=static, stop_below=0.0, prompt_lookup=False)
+        exactly(model, prompt(length), static=static)
+        exactly(model, prompt(length), static=static, prompt_lookup=False)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for length, stop_below in itertools.product((8, 11, 23), (0.0, 0.4, 1.0)):
-            exactly(model, prompt(length), static=static, stop_below=stop_below)
+        for length, drafted in itertools.product((8, 11, 23), (1, 3)):
+            exactly(model, prompt(length), static=static, max_draft=drafted)
 
 
 def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
@@ -351,7 +339,7 @@ def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
     ids, mask = padded(3)
     model = compiled()
     with river_compile.trace() as trace:
-        exactly(model, ids, mask, return_dict_in_generate=True, stop_below=0.0)
+        exactly(model, ids, mask, return_dict_in_generate=True)
     texts = [str(i) for i in range(NEW_TOKENS - 1)]
     assert trace.plot(tmp_path / "cycles.png", texts).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="texts has 1 entries for 23 tokens"):
@@ -379,7 +367,7 @@ def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
 def test_each_row_of_a_batch_has_its_text_and_takes_no_more_passes_than_alone(name, static, shared):
     """Rows part: across the edges of windows, in a cache with no slot to spare, until the last one has ended."""
     ids, mask = padded(3)
-    model, options = shared(name), {"static": static, "stop_below": 0.0}
+    model, options = shared(name), {"static": static}
     passes = []
     for row in range(3):
         with river_compile.trace() as trace:
@@ -424,7 +412,6 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed(shared):
         ({"use_cache": False, "static": False}, "use_cache=False"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
         ({"max_draft": 0}, "max_draft=0"),
-        ({"stop_below": 1.5}, "stop_below=1.5"),
         ({"prompt_lookup": "yes"}, "prompt_lookup='yes'"),
     ],
 )
@@ -475,7 +462,7 @@ def test_a_late_cycle_reads_nothing_before_its_last_pass_is_queued(order, shared
     torch.manual_seed(5)
     order.clear()
     with river_compile.trace() as trace:
-        assert torch.equal(exactly(model, ids, mask, prompt_lookup=lookup, stop_below=0.0, **options), expected)
+        assert torch.equal(exactly(model, ids, mask, prompt_lookup=lookup, **options), expected)
     assert sum(cycle.accepted for cycle in trace.cycles) > 0
     cycles = "".join(what[0] for what in order[order.index("draft") :])
     reads = "r+" if sample else "r"
@@ -512,7 +499,7 @@ def counting(*args):
 ids = prompt(12, batch)
 model = make("llama").to("cuda")
 model.compile(backend=river_compile.river, options={**OPTIONS, "cudagraphs": True})
-options = {"stop_below": 0.0, "prompt_lookup": False, "max_new_tokens": 30}
+options = {"prompt_lookup": False, "max_new_tokens": 30}
 exactly(model, ids.cuda(), **options)
 with mock.patch.multiple(card, _refuse=refusing), mock.patch.object(card.Clock, "run", running):
     with mock.patch.object(DecodeLoop, "_cycle", counting):
@@ -562,8 +549,8 @@ def test_dynamos_limit_of_graphs_makes_room_for_every_width(fresh_dynamo):
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         model, ids = compiled(), prompt()
         assert torch.equal(generate(model, ids), generate(make("llama"), ids))
-        for stop_below in (0.0, 1.0):
-            assert torch.equal(exactly(model, ids, stop_below=stop_below), generate(make("llama"), ids))
+        for lookup in (False, True):
+            assert torch.equal(exactly(model, ids, prompt_lookup=lookup), generate(make("llama"), ids))
 
 
 @pytest.mark.core

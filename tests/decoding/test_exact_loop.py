@@ -15,7 +15,7 @@ from transformers.generation import (
 )
 
 import river_compile
-from river_compile.decoding.draft_policy import ByChance, ByGain
+from river_compile.decoding.draft_policy import ByGain, FixedLength
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.lookup import SuffixAutomaton
 from river_compile.decoding.loop import DecodeLoop
@@ -44,12 +44,8 @@ class Recorder:
         self.streamed.append(tokens.tolist())
 
 
-def loop_on(runner, prompt, recorder, lookup=True, stop_below=0.3, process=None, do_sample=False, together=True):
-    rule = (
-        ByGain(runner.times, runner.width_for, together)
-        if stop_below is None
-        else ByChance(stop_below, runner.width_for)
-    )
+def loop_on(runner, prompt, recorder, lookup=True, adaptive=False, process=None, do_sample=False, together=True):
+    rule = ByGain(runner.times, runner.width_for, together) if adaptive else FixedLength(runner.width_for)
     texts = Sequences(prompt, PAD, recorder.put)
     runner.ended = lambda: [not active for active in texts.active]
     loop = DecodeLoop(runner, Drafter(lookup, rule, runner.times, together, PAD))
@@ -97,13 +93,13 @@ def plain(runner, prompt, recorder):
     eos=st.integers(-1, VOCABULARY - 1),
     memory=st.integers(1, 6),
     lookup=st.booleans(),
-    stop_below=st.sampled_from([0.0, 0.3, 0.9, 1.0, None]),
+    adaptive=st.booleans(),
     together=st.booleans(),
     asked=st.booleans(),
     late=st.booleans(),
 )
 def test_text_calls_and_cache_are_those_of_plain_generation(
-    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, stop_below, together, asked, late
+    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, adaptive, together, asked, late
 ):
     """Whatever agrees, wherever the texts end, however few slots are left: ids and streamer match.
 
@@ -116,7 +112,7 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     runner.runs_late = late
     expected = plain(runner, prompt, expected_calls)
-    loop, request = loop_on(runner, prompt, calls, lookup, stop_below, together=together)
+    loop, request = loop_on(runner, prompt, calls, lookup, adaptive, together=together)
     if not asked:
         request.stops = Ends(max_length, frozenset({eos}))
     ids = loop.run(request, first_logits(runner, prompt))
@@ -181,19 +177,31 @@ def test_rows_that_part_are_streamed_without_padding():
     assert ours.streamed == expected.streamed
 
 
+class LikelyEnough(FixedLength):
+    """Ends drafts that are not as likely to hold in whole."""
+
+    def __init__(self, least, width):
+        super().__init__(width)
+        self.least, self.width = least, width
+
+    def verify_now(self, rows, drafted, river):
+        going_on = any(row.open and row.reach >= self.least for row in rows)
+        return super().verify_now(rows, drafted, river) if going_on else self.width(drafted) - 1
+
+
 def test_late_drafts_are_as_long_as_the_rivers_average_says_and_teach_as_much():
     """What the steps chose is read behind them: where drafts have one length both ways, so is all that is learned."""
     prompt, learned, drafted = torch.tensor([[1, 2, 3], [4, 5, 6]]), [], []
-    for late, stop_below in ((False, 0.0), (True, 0.0), (True, 0.3)):
+    for late, least in ((False, 0.0), (True, 0.0), (True, 0.3)):
         runner = ScriptedRunner(prompt, 5, 8, 7, capacity=100, memory=6)
         runner.runs_late = late
-        loop, request = loop_on(runner, prompt, Recorder(-1, 40), False, stop_below, together=False)
-        rates = DraftRates()
-        loop.drafter = Drafter(False, loop.drafter.rule, runner.times, False, PAD, rates=rates)
+        loop, request = loop_on(runner, prompt, Recorder(-1, 40), False, together=False)
+        rates, rule = DraftRates(), LikelyEnough(least, runner.width_for)
+        loop.drafter = Drafter(False, rule, runner.times, False, PAD, rates=rates)
         with river_compile.trace() as trace:
             ids = loop.run(request, first_logits(runner, prompt))
         assert ids.tolist() == plain(runner, prompt, Recorder(-1, 40)).tolist()
-        learned.append((rates.to_json(), [cycle.rows for cycle in trace.cycles]))
+        learned.append((vars(rates.by_entropy), vars(rates.river), [cycle.rows for cycle in trace.cycles]))
         drafted.append(len(trace.cycles[0].drafted))
     assert learned[0] == learned[1]
     assert drafted == [14, 14, 8]  # (0.7 ** 4 is less than 0.3)
@@ -213,7 +221,7 @@ def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
     prompt = torch.tensor([[1, 2, 3]])
     runner = ScriptedRunner(prompt, 5, 10, 7, capacity=100, memory=6)
     with river_compile.trace() as trace:
-        run_on(runner, prompt, Recorder(-1, 43), lookup=False, stop_below=0.0)
+        run_on(runner, prompt, Recorder(-1, 43), lookup=False)
     kept = trace.kept_sources
     assert sum(kept.values()) == 39  # the first of 40 tokens comes from the prompt's own pass
     assert kept == {"river": 34, "backbone": 5}  # four cycles of 7 + 1, and one of 6 + 1 at the end
@@ -225,7 +233,7 @@ def test_rows_held_back_by_another_row_are_counted():
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     runner = ScriptedRunner(prompt, 11, 5, 3, capacity=100, memory=6)
     with river_compile.trace() as trace:
-        run_on(runner, prompt, Recorder(-1, 40), lookup=False, stop_below=0.0)
+        run_on(runner, prompt, Recorder(-1, 40), lookup=False)
     assert sum(cycle.held_back for cycle in trace.cycles) > 0
 
 

@@ -41,7 +41,7 @@ def test_exact_mode_reads_a_picture():
     other = model.generate(ids, **{**picture, "pixel_values": -picture["pixel_values"]}, **options)
     assert not torch.equal(other, plain), "the text must depend on the picture"
     model.compile(backend=river_compile.river, options=EAGER)
-    exactly = {"custom_generate": river_compile.exact, "max_draft": 1, "stop_below": 0.0}
+    exactly = {"custom_generate": river_compile.exact, "max_draft": 1, "adaptive": False}
     with river_compile.trace() as trace, pytest.warns(river_compile.RiverWarning, match="left to|leaves a graph"):
         ours = model.generate(ids, **picture, **options, **exactly)
     assert torch.equal(ours, plain)

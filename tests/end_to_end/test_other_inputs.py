@@ -85,7 +85,7 @@ def test_exact_mode_rewinds_a_convolution_and_reads_a_prompt_of_embeddings():
     plain = generate(model, input_ids=ids, max_new_tokens=12)[:, 7:]
     model.compile(backend=river_compile.river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
     with river_compile.trace() as trace:
-        exactly = {"custom_generate": river_compile.exact, "max_draft": 1, "stop_below": 0.0, "adaptive": False}
+        exactly = {"custom_generate": river_compile.exact, "max_draft": 1, "adaptive": False}
         ours = generate(model, inputs_embeds=embeds, max_new_tokens=12, **exactly)
     assert torch.equal(ours, plain)
     assert trace.kept_sources["river"] > 0

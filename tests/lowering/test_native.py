@@ -233,7 +233,7 @@ def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch
     ids, mask = left_padded(batch)
     with forced_depth(WHOLE):
         plain = model.generate(ids, attention_mask=mask, **options, **outputs)
-    drafts = {"custom_generate": exact, "strict": True, "max_draft": 3, "stop_below": 0.0, "adaptive": False}
+    drafts = {"custom_generate": exact, "strict": True, "max_draft": 3, "adaptive": False}
     with warnings.catch_warnings(), trace() as seen:
         warnings.simplefilter("error", RiverWarning)
         strict = model.generate(ids, attention_mask=mask, **drafts, **options, **outputs)

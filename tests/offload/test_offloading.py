@@ -309,7 +309,7 @@ def test_exact_mode_streams_the_backbone_once_for_many_tokens(elsewhere):
     with torch.no_grad():
         model.model.norm.weight.zero_()  # every token is the first of the vocabulary, so every draft holds
     model.compile(backend=river, options={**OPTIONS, **FETCH})
-    model.generate(prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, adaptive=False, stop_below=0)
+    model.generate(prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, adaptive=False)
     log, cycles = report(model).offloaded, report(model).exact.cycles
     assert cycles == 2, "63 drafted tokens and the backbone's own"
     assert log.brought_in == sum(elsewhere.started)

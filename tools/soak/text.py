@@ -90,7 +90,7 @@ def _step(rng: random.Random, layers: int) -> Case:
     if do in ("generate", "exact"):
         step |= _oddities(rng)
     if do == "exact":
-        step["arguments"] |= {"max_draft": rng.choice((1, 3, 5)), "stop_below": rng.choice((0.0, 0.5, 0.9))}
+        step["arguments"] |= {"max_draft": rng.choice((1, 3, 5))}
         step["arguments"]["prompt_lookup"] = rng.random() < 0.5
     return step
 
@@ -232,7 +232,7 @@ def outcome_of(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
 def generate(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
     """Generates as a step says; drafts' options go to exact mode alone."""
     ids, mask = padded(step["lengths"], step["seed"])
-    drafting = ("max_draft", "stop_below", "prompt_lookup", "adaptive")
+    drafting = ("max_draft", "prompt_lookup", "adaptive")
     arguments = {name: value for name, value in step["arguments"].items() if more or name not in drafting}
     arguments = {"do_sample": False, **arguments, **more}
     if step.get("ids") == "int32":
