@@ -17,8 +17,9 @@ from torch._dynamo.utils import counters
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from river_compile import accelerate, report, restore
+from river_compile import RiverWarning, accelerate, report, restore
 from river_compile.cli.app import main
+from river_compile.kernels.native.build import CannotBuild
 from river_compile.store import folder
 from river_compile.store.identity import identity_of
 from tests.support.examples import slow_but
@@ -99,6 +100,18 @@ class TestASecondStart:
         start(name)
         second, _, _ = start(name)
         assert torch.equal(second, generate(make(name, layers=3), prompt()))
+
+    def test_without_the_kernels_runs_plainly(self, used, monkeypatch):
+        def refuses(*_):
+            raise CannotBuild("it knows no such flag")
+
+        monkeypatch.setattr("river_compile.kernels.native.load.load", refuses)
+        monkeypatch.setattr("river_compile.backend.compile_fx", lambda graph, *_, **__: graph.forward)
+        with pytest.warns(RiverWarning, match="the C.. kernels cannot be compiled"):
+            text, _, found = start()
+        assert torch.equal(text, generate(make("llama", layers=3), prompt()))
+        assert found.graphs
+        assert all(graph.refusal for graph in found.graphs)
 
     def test_runs_prompts_of_other_lengths_in_the_same_program(self, used):
         for length in (2, 5, 40):
