@@ -4,14 +4,14 @@
     python -m benchmarks.criteria --own-text                   # what the model itself writes, not documentation
     python -m benchmarks.criteria --model smollm2 --json criteria.json --plots DIR
 
-Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave; a doubted token
-pays for both paths. Two lines stand for comparison, both with exits after the same block: tokens that leave by chance,
-and an oracle that lets those leave which lose least. "At equal time" reads each criterion's frontier, the rules mixed
-by chance where two of them lie around the time that is asked for; never exit belongs to every frontier.
+Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave. Two
+lines stand for comparison, both with exits after the same block: tokens that leave by chance, and an oracle that lets
+those leave which lose least. "At equal time" reads each criterion's frontier, the rules mixed by chance where two of
+them lie around the time that is asked for; never exit belongs to every frontier.
 
 Time is that of a decode step in the model's forward pass, as a share of never exit's. The steps of all criteria are
-priced by one run, in which all kinds of steps took turns: by the blocks that a token ran, and whether through both
-paths. What the comparisons of "similarity" cost, about one percent, is left out.
+priced by one run, in which all kinds of steps took turns: by the blocks that a token ran. What the comparisons of
+"similarity" cost, about one percent, is left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SHARES = (0.3, 0.5, 0.7, 0.85)
 FIRST_EXIT = 2
 TIMES = (0.6, 0.7, 0.8, 0.9)
-COLUMNS = ("criterion", "first_exit", "threshold", "left", "doubted", "depth", "time", "kl", "agreement")
+COLUMNS = ("criterion", "first_exit", "threshold", "left", "depth", "time", "kl", "agreement")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +98,7 @@ def measure(
             texts = range(len(samples))
             for rule in _rules(meter, criterion, texts):
                 found.append((criterion.name, meter.measure(rule, texts, f"{criterion.name} {rule}")))
-            if criterion.reads == "answer":
+            if criterion.reads == "previous":
                 found += _reference_lines(meter, criterion, texts)
                 prices = meter
     return [_row(name, measured, prices) for name, measured in found]
@@ -144,13 +144,12 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 def _row(name: str, measured: Measured, meter: Meter) -> dict:
     threshold, first_exit = measured.rule
-    stayed = statistics.fmean(kind.depth == meter.num_blocks for kind in measured.kinds)
+    stayed = statistics.fmean(depth == meter.num_blocks for depth in measured.depths)
     return {
         "criterion": name,
         "first_exit": first_exit if threshold == threshold else FIRST_EXIT,
         "threshold": threshold if abs(threshold) < float("inf") else None,
         "left": 1 - stayed,
-        "doubted": measured.doubted,
         "depth": measured.mean_depth,
         "time": meter.cost(measured),
         "kl": statistics.fmean(measured.text_losses("kl")),

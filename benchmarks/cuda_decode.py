@@ -7,7 +7,7 @@ Models are built on the device from their configurations; nothing is downloaded.
 in the order in which they are measured (`--only` names some):
 
     river       never leaving, and leaving at each of `--depths`; static cache, captured
-    asked       the same, with the check of every block on the way read: in order, launched ahead, and by the device
+    asked       the same, with the check of every block on the way read
     inductor    torch.compile(mode="reduce-overhead"), static cache; an error where it leaves out its CUDA graphs
     exact       exact mode by generated kernels of all widths (backbone="river"), and the same without drafts; see below
     int4        "inductor" with torch's own 4-bit products in the linear layers (`benchmarks.int4_baseline`)
@@ -55,7 +55,6 @@ from benchmarks import common
 
 NEVER = "never"
 GROUPS = ("river", "asked", "inductor", "exact", "int4", "tuned", "eager")
-_WAYS = {False: "in order", True: "ahead", "device": "on the device"}  # to read a check, by `launch_ahead`
 _WORKERS = {"river": "river", "asked": "river", "tuned": "inductor tuned"}  # others are called as their group
 
 
@@ -177,9 +176,8 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
             if group == "river":
                 rows.append(Row(f"river {depth_name(depth)}", backend, {"depth": depth}))
             elif depth != 0:  # (before the first block nothing is asked)
-                for ahead, how in _WAYS.items():
-                    job = {"depth": depth, "asked": True, "ahead": ahead, "generates": False}
-                    rows.append(Row(f"asked {depth_name(depth)}, {how}", backend, job))
+                job = {"depth": depth, "asked": True, "generates": False}
+                rows.append(Row(f"asked {depth_name(depth)}", backend, job))
     if options.no_generate:
         rows = [row if row.command == "exact" else replace(row, job=row.job | {"generates": False}) for row in rows]
     return rows
@@ -234,21 +232,18 @@ def _failure(work) -> str | None:
 def check_cost(rows: list[dict], name: str) -> dict | None:
     """Returns what one exit check costs a token that never leaves, and how many there are.
 
-    By way (`_WAYS`): its seconds, and their error, which is that of the difference of two means of a few rounds. None
-    where no row with checks or none without was measured.
+    Its seconds come with their error, which is that of the difference of two means of a few rounds. None where no row
+    with checks or none without was measured.
     """
     from benchmarks.roofline import MODELS
 
     river = [row for row in rows if row["backend"] == "river" and row["depth"] is None]
-    found = {(row["asked"], row["ahead"]): row["seconds"] for row in river}
-    without, checks = found.get((False, None)), MODELS[name].layers - 1
-    costs = {}
-    for ahead, how in _WAYS.items():
-        asked = found.get((True, ahead))
-        if asked is not None and without is not None:
-            seconds = (statistics.median(asked) - statistics.median(without)) / checks
-            costs[how] = {"seconds": seconds, "error": math.hypot(_error(asked), _error(without)) / checks}
-    return {**costs, "count": checks} if costs else None
+    found = {row["asked"]: row["seconds"] for row in river}
+    if len(found) < 2:
+        return None
+    asked, without, checks = found[True], found[False], MODELS[name].layers - 1
+    seconds = (statistics.median(asked) - statistics.median(without)) / checks
+    return {"seconds": seconds, "error": math.hypot(_error(asked), _error(without)) / checks, "count": checks}
 
 
 def _error(times: list[float]) -> float:
@@ -284,12 +279,11 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
     for missing, reason in found["missing"].items():
         print(f"{missing}: {reason.splitlines()[0]}")
     speed = {row["name"]: row["tokens_per_s"] for row in found["rows"]}
-    for how in _WAYS.values() if found["check"] is not None else ():
-        if how in found["check"]:
-            (one, error), count = found["check"][how].values(), found["check"]["count"]
-            share = one * count * speed["river never"]
-            print(f"\nOne exit check {how} costs {one * 1e6:.2f} us (+- {error * 1e6:.2f}); all {count} of them are")
-            print(f"{share:.1%} of a token that never leaves ({CHECK_TARGET:.0%} to reach).")
+    if found["check"] is not None:
+        one, error, count = found["check"].values()
+        share = one * count * speed["river never"]
+        print(f"\nOne exit check costs {one * 1e6:.2f} us (+- {error * 1e6:.2f}); all {count} of them are")
+        print(f"{share:.1%} of a token that never leaves ({CHECK_TARGET:.0%} to reach).")
     if "river depth 3" in speed and "inductor" in speed:
         ratio = speed["river depth 3"] / speed["inductor"]
         print(f"Depth 3 over Inductor's 16-bit model: {ratio:.2f} ({SPEEDUP_TARGET} to reach).")

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     for depth in options.depths:
         for asked in (False, True) if depth != 0 else (False,):
             name = f"{'asked' if asked else 'forced'} {depth_name(depth)}"
-            with bench.leaving(depth, asked, None):
+            with bench.leaving(depth, asked):
                 bench.loop.round(8)
                 with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
                     bench.loop.round(_TOKENS)

@@ -25,17 +25,13 @@ from benchmarks.schedule import leaving_at
 from river_compile import decode, exact, report
 from river_compile.backend import executors_of
 from river_compile.capture.device import CaptureLog
-from river_compile.capture.device_exits import DeviceExits
-from river_compile.capture.launch_ahead import LaunchAhead
-from river_compile.capture.runner import CapturedRunner
 from river_compile.cli.timing import generate
-from river_compile.exits import forced_depth
+from river_compile.exits import WHOLE, forced_depth
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.upstream.transformers import cache_argument, crop
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
-_ASKED_WARM_UP = 64  # until what decides about launching ahead has seen enough
 _REPEATS = 3
 _PROFILED = 4
 _UNPROFILED = 2  # cycles of exact mode: transformers makes the inputs of a width's first two passes
@@ -48,13 +44,10 @@ INDUCTOR = {
     "int4": {"triton.cudagraphs": True, "coordinate_descent_tuning": True},
 }
 #: River's options. "river" checks after every block and never lets a token leave: what is measured without checks
-#: forces its depth. (Rows set who decides as they need it.) "exact" is what `accelerate(quality="strict")` needs.
+#: forces its depth. "exact" is what `accelerate(quality="strict")` needs.
 RIVER: dict[str, dict[str, object]] = {
-    "river": {"threshold": 2.0, "first_exit": 1, "launch_ahead": "device"},
-    "exact": {
-        **{"criterion": "doubt", "threshold": 0.0, "first_exit": 1},
-        **{"backbone": "river", "backbone_weights": "model"},
-    },
+    "river": {"threshold": 2.0, "first_exit": 1},
+    "exact": {"first_exit": WHOLE, "backbone": "river", "backbone_weights": "model"},
 }
 
 
@@ -94,24 +87,21 @@ class Bench:
             self.model.compile(backend="river", options=options)
         return {"seconds": time.perf_counter() - start}
 
-    def row(
-        self, depth: int | None, asked: bool = False, ahead: bool | str | None = None, generates: bool = True
-    ) -> dict:
+    def row(self, depth: int | None, asked: bool = False, generates: bool = True) -> dict:
         """Measures one row.
 
         Args:
             depth: River's exit depth, None for never leaving and for other backends.
             asked: whether every check on the way is read, instead of a depth that is known before.
-            ahead: whether asked steps launch ahead, None to let measurements decide, "device" to let the device.
             generates: whether `model.generate` is timed too.
 
         Raises:
-            NotGraphed: a baseline of CUDA graphs ran without them, or the host decided where the device was to.
+            NotGraphed: a baseline of CUDA graphs ran without them.
         """
         seconds, size, made = self._captured()
         self._reset_peak()
-        with self.leaving(depth, asked, ahead):
-            times = self.loop.seconds_per_token(_ASKED_WARM_UP if asked else _WARM_UP)
+        with self.leaving(depth, asked):
+            times = self.loop.seconds_per_token()
             found = self.loop.profiled() | self._against_plain()
             after = self._captured()
             rates = self.loop.generate_rates(kept=self.backend != "eager") if generates else (None, None)
@@ -122,7 +112,6 @@ class Bench:
             "backend": self.backend,
             "depth": depth,
             "asked": asked,
-            "ahead": ahead,
             "seconds": times,
             "tokens_per_s": 1 / median,
             "generate_tokens_per_s": rates[0],
@@ -209,33 +198,26 @@ class Bench:
         }
 
     @contextlib.contextmanager
-    def leaving(self, depth: int | None, asked: bool, ahead: bool | str | None) -> Iterator[None]:
+    def leaving(self, depth: int | None, asked: bool) -> Iterator[None]:
         """Makes River's tokens leave at a depth."""
         if self.backend != "river":
             yield
             return
         blocks = self._roofline.shape.layers
-        depth, on_device = blocks if depth is None else depth, ahead == "device"
-        DeviceExits.decides = on_device  # (of graphs too that this row compiles)
+        depth = blocks if depth is None else depth
         with forced_depth(blocks):  # (compiles, where no row has)
             self.loop.round(1)
         decoding = [executor for executor in executors_of(self.model) if executor.decodes]
         policies = [executor.policy for executor in decoding]
         for executor, policy in zip(decoding, policies, strict=True):
-            if isinstance(executor.runner, CapturedRunner):
-                executor.runner.ahead = LaunchAhead(None if on_device else ahead)
             if asked:
                 executor.policy = replace(policy, threshold=leaving_at(depth))
         try:
             with contextlib.nullcontext() if asked else forced_depth(depth):
                 yield
         finally:
-            DeviceExits.decides = True
             for executor, policy in zip(decoding, policies, strict=True):
                 executor.policy = policy
-        why = [log.uncaptured_units["step"] for log in self._logs() if "step" in log.uncaptured_units]
-        if on_device and why:
-            raise NotGraphed(f"the host decided: {why[-1]}")
 
     def _against_plain(self) -> dict:
         """Compares logits with those of plain transformers: equal choices, least cosine, whether any is no number."""
@@ -291,9 +273,9 @@ class Loop:
         self._masks = position[:, None] >= position  # [slots, slots]: as `generate` makes them, over the whole cache
         self._call(self._prompt, 0, plain=True)
 
-    def seconds_per_token(self, warm_up: int = _WARM_UP) -> list[float]:
+    def seconds_per_token(self) -> list[float]:
         """Returns those of a few rounds, ascending; compiles, warms up and captures first."""
-        self.round(min(warm_up, self.new_tokens))
+        self.round(min(_WARM_UP, self.new_tokens))
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return sorted(self.round(self.new_tokens) / self.new_tokens for _ in range(_REPEATS))
 

@@ -6,7 +6,7 @@
 Texts of three kinds are fed token by token; seven tokens of ten, drawn by chance, leave before the first block. A
 logistic model learns from half of a kind's texts which tokens are among the fifth that lose most, and orders those of
 the other half; then the halves change places. Shown is the share of their KL that is left when the least trusted 10 to
-50 % of the tokens that left stay instead, and lose nothing. "doubt" knows the river's own answer: it has run by then.
+50 % of the tokens that left stay instead, and lose nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def compare(found: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:
     whole = {name: torch.cat([text[name] for half in halves for text in half]) for name in found[0]}
     kl, draws = whole["kl"], torch.Generator().manual_seed(0)
     orders = {"chance": torch.rand(len(kl), generator=draws), "confidence": whole["features"][:, 0]}
-    orders |= {"fitted": torch.cat(fitted), "doubt": whole["doubt"], "oracle": kl}
+    orders |= {"fitted": torch.cat(fitted), "oracle": kl}
     return {"kl": [kl.mean().item()], **{name: kl_left(scores, kl) for name, scores in orders.items()}}
 
 
@@ -110,12 +110,12 @@ def measure(model: PreTrainedModel, kinds: dict[str, list[Tensor]], progress: bo
 
 
 def _text(meter: Meter, index: int, ids: Sequence[int]) -> dict[str, Tensor]:
-    """Returns KL, features and the river's own entropy of the tokens that left, but for the first of the text."""
+    """Returns KL and features of the tokens that left, but for the first of the text."""
     draw = random.Random(index)
     left = [draw.random() < LEFT for _ in range(TOKENS)]
     run = meter.run_at(index, [0 if leaves else meter.num_blocks for leaves in left])
     logs = run.logits.float().log_softmax(-1)
-    found = {"kl": token_kl(meter.references[index].logits, run.logits)[1:], "doubt": -(logs.exp() * logs).sum(-1)[1:]}
+    found = {"kl": token_kl(meter.references[index].logits, run.logits)[1:]}
     found["features"] = features(ids, logs[:-1], left[:-1])
     return {name: values[torch.tensor(left[1:])] for name, values in found.items()}
 

@@ -5,7 +5,7 @@
     python -m benchmarks.schedule --timeline              # and draws the steps, as in docs/cuda.md
 
 The recorder freezes the units, buffers and order of launches that CUDA graphs would get; it cannot tell time.
-Other calls are copies into buffers, of results, and the rewind of counters after a span that ran for nothing.
+Other calls are copies into buffers and of results.
 In the drawing a backbone block is 6 columns long, a twin 3, the head 2 and a launch 1.
 """
 
@@ -27,7 +27,7 @@ from river_compile import river, warmup
 from river_compile.capture.runner import CapturedRunner
 from river_compile.capture.units import CaptureUnit
 from river_compile.cli import models
-from river_compile.exits import Similarity
+from river_compile.exits import CRITERIA
 from river_compile.reporting.report import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
@@ -55,7 +55,8 @@ def leaving_at(depth: int) -> tuple[float, ...]:
 
     (Or after the first one where that is 0; at the number of blocks it never leaves.)
     """
-    return (*[Similarity.never] * (depth - 1), Similarity.always)
+    similarity = CRITERIA["similarity"]
+    return (*[similarity.never] * (depth - 1), similarity.always)
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def watching() -> Iterator[Watch]:
             watch.executor, watch.runner, watch.arguments = executor, executor.runner, arguments
             events = executor.runner.device.events
             watch.events = list(itertools.takewhile(lambda event: event.what != "end", events))
-            events.clear()  # (after the end whoever watches waits for the depth)
+            events.clear()
 
     with on_step(note):
         yield watch
@@ -84,25 +85,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeline", action="store_true", help="draw every step")
     options = parser.parse_args(arguments)
     torch.set_grad_enabled(False)
-    for ahead in (False, True, "device"):
-        print(f"launch_ahead={ahead}\n")
-        show(_model(options), options, ahead)
+    show(_model(options), options)
     return 0
 
 
-def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool | str) -> None:
+def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
     """Warms a model up and prints what one step at every exit depth does."""
-    settings = {"cudagraphs": True, "launch_ahead": ahead, "exit_every": options.every, "first_exit": options.first}
+    settings = {"cudagraphs": True, "exit_every": options.every, "first_exit": options.first}
     model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
     with recording(), watching() as watch:
         log = warmup(model, cache)
-        depths = [*watch.runner.units.ends]
+        depths = _depths(watch.executor)
         steps = {depth: step(model, cache, watch, depth) for depth in depths}
-    units = _units(watch.runner)
-    if not ahead:
-        _print_units(watch, units)
-        _print_buffers(watch.runner)
+    units = _units(watch.executor)
+    _print_units(watch, units)
+    _print_buffers(watch.runner)
     rows = []
     for depth, events in steps.items():
         launches, waits = ([e for e in events if e.what == what] for what in ("launch", "wait"))
@@ -114,8 +112,8 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool | str)
     print_table(["depth", "launches", "other calls", "flags", "order"], rows)
     print(f"\n{log.made} captures\n")
     if options.timeline:
+        runs = {name: unit.steps for name, unit in units.items()}
         for depth, events in steps.items():
-            runs = {name: unit.steps for name, unit in units.items()} | {"step": _way(watch.runner, depth)}
             print("\n".join(timeline(f"depth {depth}", events, runs)), end="\n\n")
 
 
@@ -142,17 +140,15 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
     return watch.events
 
 
-def _units(runner: CapturedRunner) -> dict[str, CaptureUnit]:
-    units, num_blocks = runner.units, len(runner.flags) - 1
-    spans = [unit for a, b in itertools.pairwise((0, *units.ends)) for unit in units.spans(a, b)]
-    tails = [unit for depth in units.ends if depth < num_blocks for unit in units.tail(depth)]
+def _depths(executor: RiverExecutor) -> list[int]:
+    return [*executor.program.candidates, executor.num_blocks]
+
+
+def _units(executor: RiverExecutor) -> dict[str, CaptureUnit]:
+    units, depths = executor.runner.units, _depths(executor)
+    spans = [unit for a, b in itertools.pairwise((0, *depths)) for unit in units.spans(a, b)]
+    tails = [unit for depth in executor.program.candidates for unit in units.tail(depth)]
     return {unit.name: unit for unit in (*spans, *tails)}
-
-
-def _way(runner: CapturedRunner, depth: int) -> list[Step]:
-    """Returns what runs of a step that leaves at a depth."""
-    units = runner.units.spans(0, depth) + (runner.units.tail(depth) if depth < len(runner.flags) - 1 else [])
-    return [step for unit in units for step in unit.steps]
 
 
 def _print_units(watch: Watch, units: dict[str, CaptureUnit]) -> None:

@@ -1,7 +1,7 @@
 """Shows what a threshold does to one answer: its speed, its depth, and where the text leaves the plain one.
 
     python -m examples.compare_thresholds
-    python -m examples.compare_thresholds --criterion doubt --thresholds 0.5 1 2 --prompt "Explain rainbows."
+    python -m examples.compare_thresholds --criterion confidence --thresholds 0.5 1 2 --prompt "Explain rainbows."
 
 The model is compiled once and every threshold is set for a block of code. One prompt says little about quality:
 `examples.calibrate` finds a threshold for a promise, `benchmarks.quality` measures.
@@ -19,7 +19,6 @@ PROMPT = "Explain in a few sentences why the sky is blue."
 THRESHOLDS = {
     "similarity": [0.99, 0.95, 0.9, 0.7],
     "confidence": [0.1, 0.5, 1.0, 2.0],
-    "doubt": [0.1, 0.5, 1.0, 2.0],
 }
 
 
@@ -39,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     model, tokenizer = models.load_or_exit(options.model)
     ids = models.encode(tokenizer, options.prompt)
     model.compile(backend="river", options={"criterion": options.criterion})
-    first_exit = 0 if options.criterion == "doubt" else 2
-    with river_compile.forced_threshold(THRESHOLDS[options.criterion][-1], first_exit):
+    with river_compile.forced_threshold(THRESHOLDS[options.criterion][-1], first_exit=2):
         generate(model, ids, options.new_tokens, stop_after=3)  # packs and compiles
     with river_compile.forced_depth(model.config.num_hidden_layers):
         plain = generate(model, ids, options.new_tokens)
@@ -48,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'threshold':>10} {'tokens/s':>9} {'speedup':>8} {'mean depth':>11}  same as plain until")
     print(f"{'never exit':>10} {plain.decode_tokens_per_s:9.1f} {1:8.2f} {model.config.num_hidden_layers:11.1f}")
     for threshold in options.thresholds or THRESHOLDS[options.criterion]:
-        with river_compile.forced_threshold(threshold, first_exit), river_compile.trace() as trace:
+        with river_compile.forced_threshold(threshold, first_exit=2), river_compile.trace() as trace:
             run = generate(model, ids, options.new_tokens)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(run.tokens, plain.tokens, strict=True)))
         until = (

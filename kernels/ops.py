@@ -12,13 +12,12 @@
     attention             several; plain torch, or the C++ kernels
     exit_score            smallest cosine of two hidden states, plain torch on any device
     residual_score        the same fused with the residual add
-    residual_verdict      both, and whether that leaves the backbone: compared with a bar in memory, and noted there
 
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. Weights of 16 and 12 bits meet generated kernels in
 passes of up to `MAX_EXACT_ROWS` rows, which decode and verify; wider ones are prompts, and a library's. All outputs
-are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`, `attend`, `shift`,
-`residual_score` and `residual_verdict` are those of their functions in `triton.calls`.
+are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`, `attend`, `shift`
+and `residual_score` are those of their functions in `triton.calls`.
 """
 
 from __future__ import annotations
@@ -304,7 +303,6 @@ decode_attention = torch.library.custom_op("river::decode_attention", cache.deco
 attend = torch.library.custom_op("river::attend", cache.attend, mutates_args=("counter", "k_cache", "v_cache"))
 shift = torch.library.custom_op("river::shift", cache.shift, mutates_args=("k_cache", "v_cache"))
 residual_score = torch.library.custom_op("river::residual_score", exits.residual_score, mutates_args=())
-residual_verdict = torch.library.custom_op("river::residual_verdict", exits.residual_verdict, mutates_args=("verdict",))
 
 
 @kv_fill.register_fake
@@ -373,7 +371,6 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
 
 
 @residual_score.register_fake
-@residual_verdict.register_fake
 def _(update: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     hidden = torch.empty_like(update, memory_format=torch.contiguous_format)
     return hidden, update.new_empty((), dtype=torch.float32)

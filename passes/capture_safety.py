@@ -1,7 +1,6 @@
 """Derives from the graph alone the invariants of a step that is captured as a CUDA graph.
 
-These are which inputs keep their address from token to token, which operations cannot be captured, and whether a block
-may run a second time for the same token (a block that was launched ahead of its exit check runs again as a twin).
+These are which inputs keep their address from token to token, and which operations cannot be captured.
 
 Not handled: what only shows when the code runs, such as an operator that waits for the device inside.
 """
@@ -15,20 +14,17 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
-from torch.fx.node import Argument
 
 from river_compile.passes.nodes import (
     ancestors,
     called,
-    closure,
     is_tensor,
     memory_of,
     mutated_inputs,
-    rank,
     source_of,
     value_of,
 )
-from river_compile.passes.program import Block, DecoderPlan, Refusal, Segment
+from river_compile.passes.program import DecoderPlan, Refusal, Segment
 from river_compile.passes.segments import number_inputs
 
 
@@ -100,49 +96,3 @@ def idle_numbers(segment: Segment) -> frozenset[int]:
 
 def _is_number(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.SymInt)
-
-
-def runs_once(plan: DecoderPlan, block: Block) -> Refusal | None:
-    """Returns why a block must not run a second time for the same token; None if it may, its counters taken back.
-
-    It may where everything that it writes in place is either a counter, advanced once by one, or a KV tensor, written
-    by ``index_copy_`` alone at positions that follow from the counters and from inputs that nobody changes, and read
-    only after it was written: then a second run's entries cover those of the first before anything reads them.
-    """
-    nodes = {n: i for i, n in enumerate(n for n, part in plan.part_of.items() if part == block.index + 1)}
-    counters: set[fx.Node] = set()
-    for node in nodes:
-        for written in mutated_inputs(node):
-            if is_counter_step(node, written) and written not in counters:
-                counters.add(written)
-            elif memory_of(written) not in nodes and not _writes_slot(node):
-                return Refusal("it changes a value otherwise than by writing to a slot or counting", source_of(node))
-    for write, place in nodes.items():
-        if not _writes_slot(write):
-            continue
-        cache, _, position, _ = write.args
-        early = next((user for user in cache.users if nodes.get(user, place) < place), None)
-        if early is not None:
-            return Refusal("it reads the KV cache before it writes to it", source_of(early))
-        sources = closure([position], lambda n: n.all_input_nodes if n in nodes else ())
-        bad = min((n for n in sources if n not in nodes and n not in counters and _may_change(n)), default=None)
-        if bad is not None:
-            return Refusal("the slot that it writes to depends on more than counters and inputs", source_of(bad))
-    return None
-
-
-def _writes_slot(node: fx.Node) -> bool:
-    return called(node, torch.Tensor.index_copy_) and node.args[0].op == "placeholder"
-
-
-def is_counter_step(node: fx.Node, written: fx.Node, by: Argument = 1) -> bool:
-    """True if a node adds a number, in place, to a counter of tokens: one that the graph is given as a tensor."""
-    adds = called(node, torch.Tensor.add_) and node.args[1:] == (by,) and isinstance(node.args[1], (int, fx.Node))
-    return adds and not node.kwargs and written.op == "placeholder" and rank(written) == 0
-
-
-def _may_change(node: fx.Node) -> bool:
-    """True for a value from outside of a block that another run might find changed: a KV tensor, a hidden state."""
-    if node.op == "placeholder":
-        return rank(node) == 4
-    return is_tensor(node) and value_of(node).is_floating_point()

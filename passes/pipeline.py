@@ -1,4 +1,4 @@
-"""A list of passes, and how it is run: each turns a program into another one, or says why it cannot.
+"""A list of passes, and how it is run: each turns a program into another one.
 
 A pass is a plain function of a :class:`RiverProgram`; a factory makes it where it needs settings. The first line of its
 docstring says what the program is like afterwards. No pass changes a graph of the program that it is given.
@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from river_compile.passes.program import Block, Refusal, RiverProgram, Segment
+from river_compile.passes.program import RiverProgram
 
 log = logging.getLogger("river_compile.passes")
 
-Pass = Callable[[RiverProgram], RiverProgram | Refusal]
+Pass = Callable[[RiverProgram], RiverProgram]
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,12 @@ class PassRecord:
 
 def run_passes(
     program: RiverProgram, passes: Sequence[Pass], observe: Callable[[PassRecord], None] | None = None
-) -> RiverProgram | Refusal:
-    """Runs the passes in order and returns the last one's program, or the first refusal.
-
-    `observe` is called after each pass that did not refuse.
-    """
+) -> RiverProgram:
+    """Runs the passes in order and returns the last one's program. `observe` is called after each."""
     records = []
     for step in passes:
         start = time.perf_counter()
         result = step(program)
-        if isinstance(result, Refusal):
-            return result
         text = (step.__doc__ or "").partition("\n")[0]
         records.append(PassRecord(step.__name__, text, time.perf_counter() - start, program, result))
         if observe is not None:
@@ -50,19 +45,6 @@ def run_passes(
     if log.isEnabledFor(logging.DEBUG):
         log.debug("passes\n%s", table(records))
     return program
-
-
-def each_block(
-    program: RiverProgram, change: Callable[[Segment, Block], Segment | Refusal]
-) -> tuple[Segment, ...] | Refusal:
-    """Maps a function over copies of the blocks' segments; returns the results, or a refusal."""
-    made = []
-    for segment, block in zip(program.blocks, program.plan.blocks, strict=True):
-        result = change(segment.copy(), block)
-        if isinstance(result, Refusal):
-            return result
-        made.append(result)
-    return tuple(made)
 
 
 def table(records: Sequence[PassRecord]) -> str:

@@ -109,15 +109,13 @@ class Segment:
     """A part of the graph that is compiled and called as one function. Two segments are equal only if they are one.
 
     Attributes:
-        kind: "prologue", "block", "twin", "head" or "river_head"; other fills have kinds of their own.
+        kind: "prologue", "block", "twin", "head" or "river_head".
         depth: the block that it is, or stands for, from 1; 0 for the prologue, L + 1 for the heads.
         inputs, outputs: nodes of the traced graph, in the order of the placeholders and outputs of the segment's own.
         packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
             where the inputs are scaled the norm's parameters or the inverse scale.
         chooses_logits: after the packed weights comes the list of wanted logits, `wanted` of `river::linear`.
         has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
-        decides: after the packed weights come `rule` and `verdict` of `river::residual_verdict`, which makes the
-            verdict beside the score.
         fingerprint: of a rewritten program, in which segments of equal ones have one graph.
     """
 
@@ -129,7 +127,6 @@ class Segment:
     packed: tuple[Matmul, ...] = ()
     chooses_logits: bool = False
     has_score: bool = False
-    decides: bool = False
     fingerprint: Fingerprint | None = None
 
     @property
@@ -222,12 +219,9 @@ class RiverProgram:
     A value: a pass returns another program and leaves this one, with all its graphs, as it is.
 
     Attributes:
-        twins: what a token that left runs for each block, with the block's outputs: its river twin, or the piece that
-            another fill puts there; none where no token can leave.
+        twins: what a token that left runs for each block, with the block's outputs; none where no token can leave.
         river_head: the head of tokens that left early, None where they use `head`.
         candidates: exit depths (blocks executed) after which a check stands, ascending.
-        added_inputs: what blocks read besides the traced graph's values; a fill provides it in every step.
-        extra: further segments, which a fill runs.
     """
 
     plan: DecoderPlan
@@ -239,8 +233,6 @@ class RiverProgram:
     river_head: Segment | None = None
     candidates: tuple[int, ...] = ()
     kept: tuple[KeptLinear, ...] = ()
-    added_inputs: tuple[fx.Node, ...] = ()
-    extra: tuple[Segment, ...] = ()
     fusions: tuple[Fusion, ...] = ()
 
     @functools.cached_property
@@ -252,10 +244,10 @@ class RiverProgram:
     def slots(self) -> dict[fx.Node, int]:
         """Numbers a run's slots: the graph's inputs in order, then values that cross segments' borders."""
         crossing = [n for s in (self.prologue, *self.blocks, self.head) for n in s.outputs]
-        return {node: i for i, node in enumerate([*self.inputs, *crossing, *self.added_inputs])}
+        return {node: i for i, node in enumerate([*self.inputs, *crossing])}
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """All segments: prologue, blocks, a fill's, twins, heads."""
+        """All segments: prologue, blocks, twins, heads."""
         heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
-        return (self.prologue, *self.blocks, *self.extra, *self.twins, *heads)
+        return (self.prologue, *self.blocks, *self.twins, *heads)

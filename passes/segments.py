@@ -87,7 +87,6 @@ def with_shared_graphs(program: RiverProgram) -> RiverProgram:
         head=shared(program.head),
         twins=tuple(map(shared, program.twins)),
         river_head=None if program.river_head is None else shared(program.river_head),
-        extra=tuple(map(shared, program.extra)),
     )
 
 

@@ -35,7 +35,6 @@ from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
 from river_compile.runtime.compiled_call import install
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.fill import Fill
 from river_compile.upstream.dynamo import break_before, build_whole_files, compiled_module, untraceable
 from river_compile.upstream.tensors import local_of
 from river_compile.upstream.transformers import leave_compiled_models_alone
@@ -53,7 +52,6 @@ def river(
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
     lowering: Lowering | None = None,
-    fill: type[Fill] = Fill,
 ) -> Callable[..., Any]:
     """The backend of ``torch.compile(model, backend="river", options=..., mode=...)``.
 
@@ -62,8 +60,7 @@ def river(
         example_inputs: its inputs, real tensors.
         options: fields of :class:`RiverConfig`.
         mode: passed on to Inductor.
-        lowering: how segments are lowered; None: as options and device say.
-        fill: what skipped blocks leave in the KV cache. (`functools.partial` sets this and the above for a model.)
+        lowering: how segments are lowered; None: as options and device say. (`functools.partial` sets it for a model.)
 
     Raises:
         OptionError: (a ``ValueError``) an unknown option or a bad value.
@@ -95,7 +92,7 @@ def river(
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         try:
-            return called_on_shards(build(program, values, lowering, fill, model, graph), [*values], local)
+            return called_on_shards(build(program, values, lowering, model, graph), [*values], local)
         except CannotBuild as error:
             why = " ".join(str(error).split())
             program = unbuildable = Refusal(

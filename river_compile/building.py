@@ -9,12 +9,14 @@ import functools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from river_compile.capture.capture_cache import CaptureCache
-from river_compile.capture.choose import captured_runner
+from river_compile.capture.choose import choose_device
+from river_compile.capture.runner import CapturedRunner
 from river_compile.choices import Choices, choose, passes_for
 from river_compile.distributed.runner import RankRunner
 from river_compile.errors import OptionError
@@ -26,13 +28,12 @@ from river_compile.offload.streaming import Streamer
 from river_compile.passes.linears import matrix_names
 from river_compile.passes.nodes import calls_flex_attention
 from river_compile.passes.pipeline import run_passes
-from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
+from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.reporting.dump import PassDump, trace_artifact
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.runtime.draft_vocab import HeadVocab
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import PlainRunner, Runner, Step
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import TwinWatch
@@ -46,7 +47,6 @@ def build(
     found: RiverProgram,
     values: Mapping[fx.Node, Any],
     lowering: Lowering | None,
-    fill: type[Fill],
     model: ModelRecord,
     graph: GraphRecord,
 ) -> RiverExecutor:
@@ -56,13 +56,12 @@ def build(
         found: the decoder's segments, as they were recognised.
         values: the graph's inputs, real tensors, in order.
         lowering: how segments are lowered; None: as options and device say.
-        fill: what skipped blocks leave in the KV cache.
         model, graph: the records to fill in.
 
     Raises:
         OptionError: (a ``ValueError``) options that do not go together, or with this model.
     """
-    choices = _choose(found, lowering, fill, model, graph)
+    choices = _choose(found, lowering, model, graph)
     model.offloaded.check(found.plan, graph.config)
     graph.matrices = tuple(sorted(matrix_names(found)))
     with graph.stage("rewriting"):
@@ -78,16 +77,15 @@ def rebuild(program: RiverProgram, inputs: Sequence[Any], model: ModelRecord, gr
         inputs: of its graph, real tensors, in order.
         model, graph: the records to fill in; `graph` has the program's matrices.
     """
-    choices = _choose(program, None, Fill, model, graph)
+    choices = _choose(program, None, model, graph)
     return _assembled(program, dict(zip(program.inputs, inputs, strict=True)), choices, model, graph)
 
 
-def _choose(
-    program: RiverProgram, lowering: Lowering | None, fill: type[Fill], model: ModelRecord, graph: GraphRecord
-) -> Choices:
+def _choose(program: RiverProgram, lowering: Lowering | None, model: ModelRecord, graph: GraphRecord) -> Choices:
     config, plan = graph.config, program.plan
     lowering = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
-    choices = choose(program, config, lowering, fill).captured_by(program, graph.captures, model.ranks)
+    device = choose_device(program, config, graph.captures, lowering.native, model.ranks)
+    choices = replace(choose(program, config, lowering), device=device)
     if choices.backbone_weights != "model" and model.ranks.several:
         raise OptionError(
             f"backbone_weights={config.backbone_weights!r} is not for ranks that share a model; use "
@@ -101,7 +99,7 @@ def _assembled(
     program: RiverProgram, values: Mapping[fx.Node, Any], choices: Choices, model: ModelRecord, graph: GraphRecord
 ) -> RiverExecutor:
     """Packs the twins of a rewritten program, compiles its segments, and puts them together."""
-    config, plan, fill = choices.config, program.plan, choices.fill
+    config, plan = choices.config, program.plan
     graph.width_matters = _why_width_matters(program, choices)
     segments = choices.policy.reachable(program)
     packed = _packed(program, segments, [*values.values()], choices, model, graph)
@@ -115,17 +113,15 @@ def _assembled(
     note_ranks(program, graph, model.ranks)
     trace_artifact(f"river_{plan.kind}_report", lambda: "\n".join(graph_lines(graph)))
     model.exit_stats.num_blocks = plan.num_blocks
-    filled = fill(program)
     watch = None
     if packed:
         watch = TwinWatch(packed, model.twins, lambda: model.statistics, functools.partial(adopt, model))
     executor = RiverExecutor(
         program,
-        _runner(program, steps, filled, choices, model, graph),
+        _runner(program, steps, choices, model, graph),
         choices.policy,
         model.exit_stats,
         model.exit_memories,
-        filled,
         model.sequences,
         watch,
         streamer.forget,
@@ -149,9 +145,11 @@ def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
         return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"
     if how != "model":
         return f"one row of weights in {how} has a kernel of its own; use backbone_weights='model'"
-    if config.exit_depth is None and CRITERIA[config.criterion].reads == "block":
+    checks = config.first_exit < program.plan.num_blocks and CRITERIA[config.criterion].reads == "block"
+    if config.exit_depth is None and checks:
         return (
-            f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use criterion='doubt'"
+            f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use "
+            "criterion='confidence'"
         )
     return ""
 
@@ -160,8 +158,6 @@ def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
     """Runs the passes, and writes what they did if that was asked for; blocks that are alike share a graph then."""
     dump = PassDump(choices.config.dump_dir, found.plan.kind)
     result = run_passes(found, passes_for(choices, found.plan), dump.after_pass)
-    if isinstance(result, Refusal):  # the river's own passes refuse nothing
-        raise OptionError(f"this fill cannot be used here: {result}")
     dump.program(result)
     if dump.folder is not None:
         log.info("wrote the rewritten graph to %s", dump.folder)
@@ -233,28 +229,18 @@ def _compiled(
                 graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
             if vocabulary is not None and segment.chooses_logits:
                 operands.append(vocabulary.list)
-            if choices.verdicts is not None and segment.decides:
-                operands += choices.verdicts.of(segment.depth)
             steps[segment] = streamer.step(segment, compiler.compile(segment, operands), operands, program.slots)
     graph.describe(program, compiler.compiled)
     return steps
 
 
 def _runner(
-    program: RiverProgram,
-    steps: Mapping[Segment, Step],
-    fill: Fill,
-    choices: Choices,
-    model: ModelRecord,
-    graph: GraphRecord,
+    program: RiverProgram, steps: Mapping[Segment, Step], choices: Choices, model: ModelRecord, graph: GraphRecord
 ) -> Runner:
-    config = choices.config
-    runner: Runner = PlainRunner(program, steps, fill)
+    config, runner = choices.config, PlainRunner(program, steps)
     if model.ranks.several:
         runner = RankRunner(program, steps, model.ranks, config.check_ranks)
     if choices.device is None:
         return runner
     captures = CaptureCache(program, choices.device, graph.captures, config.max_captures)
-    return captured_runner(
-        program, steps, captures, choices.policy, config.launch_ahead, choices.verdicts, plain=runner
-    )
+    return CapturedRunner(program, steps, captures, runner)

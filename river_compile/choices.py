@@ -6,14 +6,12 @@ Not handled: how segments are compiled (:mod:`river_compile.lowering`), and wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from river_compile.capture.choose import Verdicts, choose_device, verdicts_for
-from river_compile.capture.device import CaptureDevice, CaptureLog
+from river_compile.capture.device import CaptureDevice
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError
 from river_compile.exits import ExitPolicy
 from river_compile.kernels.native.isa import chosen
@@ -28,14 +26,13 @@ from river_compile.passes.packed_backbone import packed_backbone
 from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
-from river_compile.runtime.fill import Fill
 
 _LEAST_GAIN = 1.1  # of products with weights in 12 bits, to be worth that they are packed
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The decisions for one graph; `device` and `verdicts` are None until :meth:`captured_by` finds them."""
+    """The decisions for one graph."""
 
     config: RiverConfig
     lowering: Lowering
@@ -44,24 +41,11 @@ class Choices:
     head_twinning: Twinning | None  # None: tokens that left use the head's own weights
     own_backbone: bool  # whether the backbone's blocks multiply by the package's kernels
     backbone_weights: str  # how these read weights: as the "model" has them, or packed in "12bit" or "8bit"
-    fill: type[Fill] = Fill  # what writes the KV entries of skipped blocks
-    device: CaptureDevice | None = None  # captures the steps
-    verdicts: Verdicts | None = None  # exits that the device decides; None: the host does
-
-    def captured_by(self, program: RiverProgram, log: CaptureLog, ranks: Ranks) -> Choices:
-        """Returns the choices with what captures the program's steps; `log` says why nothing does.
-
-        Raises:
-            OptionError: captures are asked for, and the model does not lie on a device that has them.
-        """
-        device, plan = choose_device(program, self.config, log, self.lowering.native, ranks), program.plan
-        decides = device is not None and self.config.launch_ahead == "device" and plan.is_decode
-        verdicts = verdicts_for(plan, self.policy, device, log) if device is not None and decides else None
-        return replace(self, device=device, verdicts=verdicts)
+    device: CaptureDevice | None = None  # captures the steps; None: nothing does
 
 
-def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering, fill: type[Fill] = Fill) -> Choices:
-    """Decides what a program is built with. No pass needs to have run.
+def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Choices:
+    """Decides what a program is built with, but for the device that captures it. No pass needs to have run.
 
     Raises:
         OptionError: (a ``ValueError``) options that do not go together, or with this model.
@@ -81,7 +65,6 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering, fill:
         head_twinning=twinning if head == "w4" else None,
         own_backbone=own_backbone,
         backbone_weights=_backbone_weights(program, config, lowering, own_backbone),
-        fill=fill,
     )
 
 
@@ -92,7 +75,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
     passes: list[Pass] = []
     head = choices.head_twinning if leaves else None
     if leaves:
-        passes += choices.fill.passes(candidates) or [river_twins(choices.twinning)]
+        passes.append(river_twins(choices.twinning))
         if head is not None:
             passes.append(river_head(head))
         elif choices.twinning is not None and (plan.is_decode or not lowering.fuse):
@@ -101,11 +84,11 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         passes.append(river_backbone(lowering.dense_layout))
     if candidates:
         passes.append(exit_checks(candidates))
-    if policy.needs_entropy(plan):
+    if policy.criterion.reads == "previous":
         passes.append(logits_entropy)
     if lowering.fuse and leaves and not lowering.native:
         # (takes a block's last addition with it, so before the backbone's rules)
-        passes.append(fuse_checks(choices.verdicts is not None))
+        passes.append(fuse_checks)
     if choices.own_backbone:
         passes.append(fuse_backbone(lowering.dense_layout))
     if lowering.fuse and leaves:
@@ -123,11 +106,10 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
     """Returns when a graph's tokens leave.
 
     Raises:
-        OptionError: the criterion reads logits and the model returns none. (None are read if no token leaves, as in an
-            accelerated model whose graph breaks before the head.)
+        OptionError: the criterion reads logits and the model returns none.
     """
     policy = config.exit_policy(program.plan)
-    if policy.needs_entropy(program.plan) and not policy.never_leaves and logits_of(program) is None:
+    if policy.criterion.reads == "previous" and logits_of(program) is None:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
             "its hidden state); compile the model with its head, or use criterion='similarity'"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from river_compile.errors import OptionError
-from river_compile.exits import CRITERIA, ExitPolicy, Threshold
+from river_compile.exits import CRITERIA, WHOLE, ExitPolicy, Threshold
 from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
@@ -62,18 +62,17 @@ class RiverConfig:
     criterion: str = _option(
         "similarity",
         one_of(*CRITERIA),
-        'which tokens leave: `"similarity"` (of a block\'s output to its input), `"confidence"` (the previous '
-        'step\'s logits were sure), `"doubt"` (all; the backbone runs those again whose logits are not sure) '
-        "([docs/criteria.md](docs/criteria.md))",
+        'which tokens leave: `"similarity"` (of a block\'s output to its input) or `"confidence"` (the previous '
+        "step's logits were sure) ([docs/criteria.md](docs/criteria.md))",
     )
     threshold: Threshold | None = _option(
         None,
         optional(Check(_A_SCORE.wanted, _one_or_several)),
         "0.7 for similarity: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 on; "
-        "0.5 for confidence and 1.0 for doubt: nats of entropy to stay below (0 never leaves)",
+        "0.5 for confidence: nats of entropy to stay below (0 never leaves)",
     )
     first_exit: int = _option(
-        2, integer(0), "smallest exit depth, in backbone blocks executed; may be 0 for confidence and doubt"
+        2, integer(0), "smallest exit depth, in backbone blocks executed; may be 0 for confidence"
     )
     exit_depth: int | None = _option(
         None,
@@ -166,14 +165,6 @@ class RiverConfig:
     max_captures: int = _option(
         256, integer(1), "CUDA graphs kept at the same time; the one not used for longest gives way", EXPERT
     )
-    launch_ahead: bool | str | None = _option(
-        None,
-        one_of(None, True, False, "device"),
-        "whether the next blocks start before an exit check is known; `None`: if that was measured to help; "
-        '`"device"`: the graph decides by itself, in one launch (CUDA 12.4, torch 2.13, '
-        "[docs/cuda.md](docs/cuda.md#exits-decided-on-the-device))",
-        EXPERT,
-    )
     offload_dir: str | Path | None = _option(
         None,
         optional(PATH),
@@ -244,11 +235,6 @@ class RiverConfig:
                 f"first_exit={self.first_exit} lies beyond {nowhere}; "
                 f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
-        elif CRITERIA[self.criterion].reads == "answer":
-            yield (
-                f"criterion={self.criterion!r} sends tokens through the whole backbone, where offload_policy='exit' "
-                "lets none go; use offload_policy='fetch'"
-            )
 
     @property
     def deepest(self) -> int | None:
@@ -307,7 +293,7 @@ class RiverConfig:
                 "leave it out"
             )
         name, least, never = ("first_exit", 1, "") if self.exit_depth is None else ("exit_depth", 0, " (= never leave)")
-        if getattr(self, name) > num_blocks:
+        if num_blocks < getattr(self, name) < WHOLE:
             raise OptionError(
                 f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} blocks; "
                 f"use {least} to {num_blocks}{never}"

@@ -1,25 +1,21 @@
-"""When a token leaves the backbone: criteria as bars, the policy of one graph, and what is remembered of a sequence.
+"""When a token leaves the backbone: criteria, the policy of one graph, and what is remembered of a sequence.
 
-A token leaves after d of L blocks where its *score* is above ``bars[d]``. No score is above `NEVER`; at `ALWAYS` a
-token leaves whatever its score. A criterion says which score is read, and turns its threshold into a bar:
+A token leaves where its *score* is above a bar. A criterion says which score is read, and turns its threshold into a
+bar:
 
-===========  ===========================================  ==========================  ==========
-criterion    score                                        read                        bar
-===========  ===========================================  ==========================  ==========
-similarity   cosine of a block's input and output         after every candidate       threshold
-confidence   minus the entropy of the previous logits     before the first block      -threshold
-doubt        minus the entropy of the river's own logits  after the river's head      -threshold
-===========  ===========================================  ==========================  ==========
+===========  ===========================================  =======================  ==========
+criterion    score                                        read                     bar
+===========  ===========================================  =======================  ==========
+similarity   cosine of a block's input and output         after every candidate    threshold
+confidence   minus the entropy of the previous logits     before the first block   -threshold
+===========  ===========================================  =======================  ==========
 
-"doubt" compares with ``bars[L]``: the backbone answers anew unless the score is above it. A score that is no number is
-above no bar. Bars are numbers that a device compares with as well, so that a step needs no host to decide.
+NaN is above no bar, and nothing is above a bar of NaN.
 
-What is remembered of a sequence is a :class:`Memory`, found again by the tensor that holds the sequence's KV cache. A
-prompt begins a new memory.
+"confidence" remembers the entropy of a sequence, found again by the tensor that holds the sequence's KV cache.
 
 Not handled: rows that decide for themselves. A batch leaves when its least sure row may. Beam search puts other tensors
-in the cache's place at every step, which look like a new sequence: "confidence" then never leaves. A device follows no
-criterion that decides otherwise than by a bar (the host does).
+in the cache's place at every step, which look like a new sequence: "confidence" then never leaves.
 """
 
 from __future__ import annotations
@@ -29,77 +25,51 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
 
-WHOLE = sys.maxsize  # a forced depth: every block, however many there are
-NEVER = math.inf
-ALWAYS = math.nan  # (one object: tuples of bars are found again by it)
+WHOLE = sys.maxsize  # a forced depth, or a first exit: all blocks, however many there are
 
 Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
 
 
-@dataclass
-class Memory:
-    """What is remembered of one sequence.
-
-    Attributes:
-        entropy: of the last step's logits, in nats, a scalar tensor; None before any.
-        entries: what fills remember, each under its own class.
-    """
-
-    entropy: Tensor | None = None
-    entries: dict[type, Any] = field(default_factory=dict)
-
-
+@dataclass(frozen=True)
 class Criterion:
-    """Which score is read, and what it must be above for a token to leave. Stateless.
+    """Which score is read, and what it must be above for a token to leave.
 
     Attributes:
         name: how the option ``criterion=`` calls it.
         threshold: the default.
         never, always: thresholds at which no token leaves, and every one that has a score.
-        reads: the score: of a "block", of the "previous" step's logits, or of the river's "answer".
+        reads: the score: of a "block", or of the "previous" step's logits.
     """
 
-    name: ClassVar[str]
-    threshold: ClassVar[float]
-    never: ClassVar[float]
-    always: ClassVar[float]
-    reads: ClassVar[Literal["block", "previous", "answer"]]
+    name: str
+    threshold: float
+    never: float
+    always: float
+    reads: Literal["block", "previous"]
 
     def bar(self, threshold: float) -> float:
         """Returns what a score must be above."""
-        height = float(threshold if self.reads == "block" else -threshold)
-        return NEVER if math.isnan(height) else height
-
-    def leaves(self, depth: int, score: float, threshold: float) -> bool:
-        """Says whether a token leaves after `depth` blocks. A class with another answer is asked on the host alone."""
-        return score > self.bar(threshold)
+        return threshold if self.reads == "block" else -threshold
 
 
-class Similarity(Criterion):
-    """The paper's: leave once a block hardly turns the hidden state."""
-
-    name, threshold, never, always, reads = "similarity", 0.7, 2.0, -2.0, "block"
-
-
-class Confidence(Criterion):
-    """Leave at the first exit when the model was sure of the token that it is now given."""
-
-    name, threshold, never, always, reads = "confidence", 0.5, 0.0, math.inf, "previous"
-
-
-class Doubt(Criterion):
-    """Leave at the first exit; where the river is not sure of its answer, the backbone answers instead."""
-
-    name, threshold, never, always, reads = "doubt", 1.0, 0.0, math.inf, "answer"
+# "similarity" is the paper's: leave once a block hardly turns the hidden state. "confidence" leaves at the first exit
+# when the model was sure of the token that it is now given.
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("similarity", threshold=0.7, never=2.0, always=-2.0, reads="block"),
+        Criterion("confidence", threshold=0.5, never=0.0, always=math.inf, reads="previous"),
+    )
+}
 
 
 def threshold_after(threshold: Threshold, depth: int) -> float:
@@ -114,64 +84,19 @@ def threshold_text(threshold: Threshold) -> str:
     return f"{min(threshold):.4g} to {max(threshold):.4g} by block"
 
 
-CRITERIA: dict[str, Criterion] = {c.name: c for c in (Similarity(), Confidence(), Doubt())}
-
-
-class Taken(NamedTuple):
-    """The way that a step took.
-
-    Attributes:
-        depth: backbone blocks executed before it left; all of them for a doubted step.
-        scores: those that were asked for after blocks.
-        entropy: of the logits that decided, None where none did.
-        river_from: backbone blocks before the river's part of a doubted step, None for other steps.
-    """
-
-    depth: int
-    scores: tuple[float, ...] = ()
-    entropy: float | None = None
-    river_from: int | None = None
-
-
 class ExitBars(NamedTuple):
     """When the token of one step leaves.
 
     Attributes:
-        bars: by depth, from 0 to L.
         last: the depth at which it leaves where no score let it leave before.
-        stops: depths with a check.
-        first: the first depth whose score counts.
-        reads: as in :class:`Criterion`; None where the depth is known.
-        judge: says in the place of the bars whether a token leaves, given depth and score; None: the bars decide.
-        given: the entropy of the previous step's logits, a float32 scalar where these lie; None: none is known.
+        stops: depths with a check, each with the bar of its score, None where the score is not read.
+        early: a depth, and the bar above which the score of the previous logits sends the token there; None: no score
+            of those is read.
     """
 
-    bars: tuple[float, ...]
     last: int
-    stops: tuple[int, ...] = ()
-    first: int = 0
-    reads: str | None = None
-    judge: Callable[[int, float], bool] | None = None
-    given: Tensor | None = None
-
-    @property
-    def for_device(self) -> bool:
-        """Whether a device can follow."""
-        return self.judge is None and (self.reads != "previous" or self.first < self.last)
-
-    def leaves(self, depth: int, score: float) -> bool:
-        """Says whether a token with this score leaves; at L, whether its answer is believed."""
-        return score > self.bars[depth] if self.judge is None else self.judge(depth, score)
-
-    def taken(self, outcome: Sequence[float]) -> Taken:
-        """Returns the way that a step took, given the scores at each depth, the answer's score, and the depth."""
-        *scores, answer, end = outcome
-        depth = int(end)
-        if self.reads == "answer":
-            return Taken(depth, (), -answer, self.last if depth == len(scores) else None)
-        if self.reads == "previous":
-            return Taken(depth, (), None if self.given is None else -scores[self.first])
-        return Taken(depth, tuple(scores[d] for d in self.stops if self.first <= d <= depth))
+    stops: tuple[tuple[int, float | None], ...] = ()
+    early: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,15 +129,6 @@ class ExitPolicy:
             return ()
         return tuple(range(max(self.first_exit, 1), self.last(plan.num_blocks), self.exit_every))
 
-    @property
-    def never_leaves(self) -> bool:
-        """Whether no token leaves but by a forced depth."""
-        return self.threshold == self.criterion.never and self.criterion.reads != "previous"
-
-    def needs_entropy(self, plan: DecoderPlan) -> bool:
-        """Says whether a graph's heads must return their logits' entropy; a prompt's only for the step after it."""
-        return self.criterion.reads == "previous" or (self.criterion.reads == "answer" and plan.is_decode)
-
     def reachable(self, program: RiverProgram) -> list[Segment]:
         """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
         if self.fixed_depth is None and self.deepest is None:
@@ -224,19 +140,6 @@ class ExitPolicy:
     def last(self, num_blocks: int) -> int:
         """Returns the depth at which a token leaves that no check sent away before, with so many blocks to run."""
         return num_blocks if self.deepest is None else min(num_blocks, self.deepest)
-
-    def forks(self, plan: DecoderPlan) -> tuple[int, ...]:
-        """Returns the depths at which a graph's tokens may part: 0, where a depth can be forced, and each check."""
-        if self.fixed_depth is not None:
-            return ()
-        checks = self.candidates(plan) if self.criterion.reads == "block" else (self.first_exit,)
-        return tuple(depth for depth in sorted({0, *checks}) if depth < self.last(plan.num_blocks))
-
-    def why_host_decides(self, plan: DecoderPlan) -> str | None:
-        """Returns why no device can follow, None where one can."""
-        if bars_of(self, self.candidates(plan), plan.num_blocks).for_device:
-            return None
-        return f"criterion={self.criterion.name!r} with first_exit={self.first_exit} is more than one comparison"
 
     def at(self, depth: int) -> ExitPolicy:
         """Returns the policy by which every token leaves after `depth` blocks.
@@ -260,18 +163,11 @@ class ExitPolicy:
         Raises:
             ValueError: the program lacks the segments or the checks for that.
         """
-        how = _forced.depth, _forced.rule
-        if how == (None, None):
+        if _forced.depth is not None:
+            return self.at(_forced.depth)
+        if _forced.rule is None:
             return self
-        if _forced.latest is None or _forced.latest[0] is not self or _forced.latest[1] != how:
-            _forced.latest = self, how, self._forced_to(*how)
-        return _forced.latest[2]
-
-    def _forced_to(self, depth: int | None, rule: tuple[Threshold, int] | None) -> ExitPolicy:
-        if depth is not None:
-            return self.at(depth)
-        assert rule is not None
-        threshold, first_exit = rule
+        threshold, first_exit = _forced.rule
         if self.fixed_depth is not None:
             raise ValueError(
                 f"threshold {threshold} was asked for, but this model was compiled with "
@@ -296,44 +192,24 @@ class ExitPolicy:
 @functools.lru_cache(maxsize=256)
 def bars_of(policy: ExitPolicy, candidates: tuple[int, ...], num_blocks: int) -> ExitBars:
     """Returns the bars of a policy for a graph with checks after `candidates`."""
-    bars, last = [NEVER] * num_blocks + [ALWAYS], policy.last(num_blocks)
     if policy.fixed_depth is not None:
-        last = min(policy.fixed_depth, num_blocks)
-        bars[last] = ALWAYS
-        return ExitBars(tuple(bars), last)
-    criterion, first = policy.criterion, policy.first_exit
-    stops: tuple[int, ...] = ()
+        return ExitBars(min(policy.fixed_depth, num_blocks))
+    last, first = policy.last(num_blocks), policy.first_exit
 
-    def judge(depth: int, score: float) -> bool:
-        at = depth if criterion.reads == "block" else policy.first_exit
-        return criterion.leaves(at, score, threshold_after(policy.threshold, at))
+    def bar(depth: int) -> float:
+        return policy.criterion.bar(threshold_after(policy.threshold, depth))
 
-    bar = criterion.bar(threshold_after(policy.threshold, first))
-    if criterion.reads == "block":
-        stops = tuple(depth for depth in candidates if depth <= last)
-        for depth in stops:
-            bars[depth] = criterion.bar(threshold_after(policy.threshold, depth)) if depth >= first else NEVER
-    elif criterion.reads == "previous":
-        first = min(first, last)
-        bars[first] = bar
-    elif first < last and bar < 0:
-        bars[first], bars[num_blocks], last = ALWAYS, bar, first
-    else:  # (a river that is never believed need not run)
-        return ExitBars(tuple(bars), last)
-    is_own = type(criterion).leaves is not Criterion.leaves
-    return ExitBars(tuple(bars), last, stops, first, criterion.reads, judge if is_own else None)
+    if policy.criterion.reads == "previous":
+        return ExitBars(last, early=(min(first, last), bar(first)))
+    # (A check before the first exit ends a span too, so that captured spans are the same for all first exits.)
+    return ExitBars(last, tuple((d, bar(d) if d >= first else None) for d in candidates))
 
 
 class _Forced(threading.local):
-    """What a thread forces on its decode steps: a depth, or a threshold and a first exit.
-
-    Attributes:
-        latest: a policy, what was forced on it, and what it became: the same as in the step before, nearly always.
-    """
+    """What a thread forces on its decode steps: a depth, or a threshold and a first exit."""
 
     depth: int | None = None
     rule: tuple[Threshold, int] | None = None
-    latest: tuple[ExitPolicy, object, ExitPolicy] | None = None
 
 
 _forced = _Forced()
@@ -364,8 +240,8 @@ def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None
     Checks stay where they were compiled. Inside :func:`forced_depth` the depth wins.
 
     Args:
-        threshold: of the compiled criterion: a cosine or, for "confidence" and "doubt", an entropy in nats; a tuple has
-            one for each depth from 1 on.
+        threshold: of the compiled criterion: a cosine or, for "confidence", an entropy in nats; a tuple has one for
+            each depth from 1 on.
         first_exit: smallest exit depth, no less than the compiled one.
 
     Raises (from the decode step):
@@ -379,21 +255,21 @@ def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None
 
 
 class Memories:
-    """The memories of a model's sequences, each kept as long as the sequence's cache is."""
+    """The entropies of the latest logits of a model's sequences, each kept as long as the sequence's cache is."""
 
     def __init__(self) -> None:
         self._by_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
-    def recall(self, cache: Tensor | None) -> Memory:
-        """Returns the memory of the sequence that a cache tensor belongs to, a new one where there is none."""
+    def recall(self, cache: Tensor | None) -> Tensor | None:
+        """Returns the entropy, in nats, of the sequence that a cache tensor belongs to, None where none is known."""
         if cache is None:
-            return Memory()
+            return None
         with self._lock:
-            return self._by_cache.get(cache) or Memory()
+            return self._by_cache.get(cache)
 
-    def keep(self, cache: Tensor | None, memory: Memory) -> None:
-        """Remembers for the step that will bring this cache tensor."""
+    def keep(self, cache: Tensor | None, entropy: Tensor | None) -> None:
+        """Remembers a scalar for the step that will bring this cache tensor; None begins a sequence."""
         if cache is not None:
             with self._lock:
-                self._by_cache[cache] = memory
+                self._by_cache[cache] = entropy

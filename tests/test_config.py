@@ -96,7 +96,7 @@ def test_a_threshold_for_each_depth():
         with pytest.raises(OptionError, match="a list with one for each depth"):
             RiverConfig(threshold=bad)
     with pytest.raises(OptionError, match="an entropy in nats"):
-        RiverConfig(criterion="doubt", threshold=[0.5])
+        RiverConfig(criterion="confidence", threshold=[0.5])
 
 
 class TestNumbersOfOtherLibraries:

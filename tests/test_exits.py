@@ -1,8 +1,4 @@
-"""Exit criteria: what each one looks at, what a doubted token leaves in the cache, and what the report says of it.
-
-A doubted token runs twice, so the strongest test is that of its traces: after any mix of doubted and believed tokens
-the logits and the cache are, to the bit, those of a run that was given each token's depth beforehand.
-"""
+"""Exit criteria: what each one looks at, and what is remembered of a sequence."""
 
 from __future__ import annotations
 
@@ -17,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile import OptionError, RiverConfig, exact, report, river, trace
-from river_compile.exits import CRITERIA, Doubt, Memories, Memory, forced_depth, forced_threshold
+from river_compile.exits import CRITERIA, Memories, forced_threshold
 from river_compile.kernels.portable import largest_entropy
-from tests.support.decoding import cache_argument, cache_state, decode, new_cache, run_plainly
+from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.examples import examples
-from tests.support.families import COMMON, SLIDING_WINDOW, make, prompt
+from tests.support.families import COMMON, make, prompt
 
 LAYERS = 3
 OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -36,8 +32,8 @@ def compiled(name="llama", **options):
 
 @pytest.fixture(scope="module")
 def unbounded():
-    """Models by criterion whose bound lets every token leave, for tests that force another one."""
-    return {name: compiled(criterion=name, threshold=math.inf) for name in ("doubt", "confidence")}
+    """A model whose bound lets every token leave, for tests that force another one."""
+    return compiled(criterion="confidence", threshold=math.inf)
 
 
 def entropy(logits):
@@ -56,12 +52,12 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"criterion": "doubts"}, ["criterion='doubts'", "did you mean 'doubt'?"]),
-            ({"criterion": "doubt", "threshold": -0.1}, ["threshold=-0.1", "nats of 0 or more", "'doubt'"]),
+            ({"criterion": "confident"}, ["criterion='confident'", "did you mean 'confidence'?"]),
+            ({"criterion": "confidence", "threshold": -0.1}, ["threshold=-0.1", "nats of 0 or more", "'confidence'"]),
             ({"criterion": "confidence", "threshold": math.nan}, ["threshold=nan", "nats"]),
             ({"criterion": "similarity", "first_exit": 0}, ["first_exit=0", "1 or more"]),
             ({"criterion": "confidence", "first_exit": -1}, ["first_exit=-1", "0 or more"]),
-            ({"criterion": "doubt", "prefill": "exit"}, ["prefill='exit'", "'doubt'"]),
+            ({"criterion": "confidence", "prefill": "exit"}, ["prefill='exit'", "'confidence'"]),
         ],
     )
     def test_bad_values_are_named(self, options, words):
@@ -70,15 +66,14 @@ class TestOptions:
         assert all(word in str(error.value) for word in words)
 
     def test_the_extremes_are_allowed(self):
-        assert RiverConfig(criterion="doubt", threshold=math.inf, first_exit=0).first_exit == 0
+        assert RiverConfig(criterion="confidence", threshold=math.inf, first_exit=0).first_exit == 0
         assert RiverConfig(criterion="confidence", threshold=0).threshold == 0
 
-    @pytest.mark.parametrize("name", ["confidence", "doubt"])
-    def test_a_model_without_logits_is_refused(self, name):
+    def test_a_model_without_logits_is_refused(self):
         """The base model returns hidden states, whose entropy would mean nothing."""
         model = transformers.LlamaModel(transformers.LlamaConfig(**COMMON, num_hidden_layers=2)).eval()
-        model.compile(backend=river, options={**OPTIONS, "criterion": name})
-        with pytest.raises(OptionError, match=f"criterion='{name}' reads the logits, and this model returns none"):
+        model.compile(backend=river, options={**OPTIONS, "criterion": "confidence"})
+        with pytest.raises(OptionError, match="criterion='confidence' reads the logits, and this model returns none"):
             decode_by_hand(model, "dynamic", 1)
 
 
@@ -135,133 +130,14 @@ class TestEntropy:
         logits = torch.zeros(2, 1, 8)
         logits[1, 0, 0] = torch.nan
         assert math.isnan(largest_entropy(logits).item())
-        assert not any(criterion.leaves(1, math.nan, criterion.always) for criterion in CRITERIA.values())
-
-
-class ScriptedDoubt(Doubt):
-    """Takes each token's verdict from a list."""
-
-    def __init__(self):
-        self.script = []
-        self.seen = []
-
-    def leaves(self, depth, score, threshold):
-        self.seen.append(depth)
-        return not self.script[len(self.seen) - 1][1]
-
-
-verdicts = st.lists(st.tuples(st.integers(0, LAYERS - 1), st.booleans()), min_size=STEPS, max_size=STEPS)
-
-
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-@pytest.mark.slow
-def test_after_any_mix_of_doubts_the_cache_is_the_one_of_the_depths_that_count(name, kind, monkeypatch):
-    """Logits, entries and lengths equal, to the bit, those of a run with every token's final depth forced.
-
-    Gemma's static window is full from the prompt on, so its slots move with every token.
-    """
-    scripted = ScriptedDoubt()
-    monkeypatch.setitem(CRITERIA, "doubt", scripted)
-    model = compiled(name, criterion="doubt", first_exit=0)
-
-    @given(verdicts)
-    @examples(12)
-    def check(script):
-        scripted.script, scripted.seen = script, []
-        cache, expected_cache = new_cache(model, kind), new_cache(model, kind)
-        actual = decode(model, cache, [forced_threshold(1.0, depth) for depth, _ in script])
-        assert scripted.seen == [depth for depth, _ in script]
-        expected = decode(model, expected_cache, [LAYERS if doubted else depth for depth, doubted in script])
-        assert all(map(torch.equal, actual, expected))
-        for ours, theirs in zip(cache_state(cache), cache_state(expected_cache), strict=True):
-            assert torch.equal(ours[0], theirs[0])
-            assert torch.equal(ours[1], theirs[1])
-            assert ours[2] == theirs[2] == 9 + STEPS
-
-    assert SLIDING_WINDOW < 9  # (the prompt is longer than the window)
-    check()
-
-
-class TestDoubt:
-    @pytest.mark.parametrize("name", ["llama", "opt"])
-    def test_a_prompt_of_one_token_may_be_doubted(self, name):
-        """Its step also makes the static cache, and counts in each block through a `to` that changes nothing."""
-        model, whole = compiled(name, criterion="doubt", threshold=1e-6), make(name, layers=LAYERS)
-        caches = new_cache(model, "static"), new_cache(model, "static")
-        ids = prompt()[:1, :1]
-        with torch.no_grad(), trace() as seen:
-            logits = [m(input_ids=ids, past_key_values=c).logits for m, c in zip((model, whole), caches, strict=True)]
-        assert seen.tokens[0].doubted
-        torch.testing.assert_close(*logits)
-        assert [length for *_, length in cache_state(caches[0])] == [1] * LAYERS
-
-    @pytest.mark.parametrize("kind", ["static", "dynamic"])
-    def test_the_backbone_answers_where_the_river_is_unsure(self, kind, unbounded):
-        """Entropies are those of the river's logits; above the bound the backbone answers."""
-        model = unbounded["doubt"]
-        with trace() as believed:
-            rivers = decode_by_hand(model, kind, STEPS, plain_prompt=True)[1:]
-        assert [t.depth for t in believed.tokens] == [1] * STEPS
-        assert [t.entropy for t in believed.tokens] == pytest.approx([entropy(x) for x in rivers], abs=1e-4)
-        bound = sorted(t.entropy for t in believed.tokens)[STEPS // 2]
-        with trace() as seen, forced_threshold(bound, first_exit=1):
-            actual = decode_by_hand(model, kind, STEPS, plain_prompt=True)[1:]
-        assert 0 < seen.doubted < STEPS
-        for step, logits in zip(seen.tokens, actual, strict=True):
-            assert step.doubted == (step.entropy >= bound)
-            assert (step.depth, step.river_from) == ((LAYERS, 1) if step.doubted else (1, None))
-            if not step.doubted:
-                assert entropy(logits) == pytest.approx(step.entropy, abs=1e-4)
-
-    def test_logits_that_are_no_numbers_are_not_believed_whatever_the_bound(self):
-        model = make("llama", layers=LAYERS)
-        with torch.no_grad():
-            model.lm_head.weight[3] = math.nan
-        model.compile(backend=river, options={**OPTIONS, "criterion": "doubt", "threshold": math.inf})
-        with trace() as seen:
-            decode_by_hand(model, "static", 2, plain_prompt=True)
-        assert [(t.depth, t.river_from, math.isnan(t.entropy)) for t in seen.tokens] == [(LAYERS, 1, True)] * 2
-
-    def test_a_bound_of_zero_is_the_plain_model_and_runs_no_river(self):
-        model = compiled(criterion="doubt", threshold=0)
-        with trace() as seen:
-            actual = decode_by_hand(model, "static", STEPS, plain_prompt=True)
-        assert {(t.depth, t.doubted) for t in seen.tokens} == {(LAYERS, False)}
-        for ours, plain in zip(actual, decode_by_hand(model, "static", STEPS, plain=True), strict=True):
-            torch.testing.assert_close(ours, plain)
-
-    def test_report_picture_and_trace_tell_of_doubted_tokens(self, tmp_path):
-        model = compiled(criterion="doubt", threshold=1e-9)
-        with trace() as seen:
-            decode_by_hand(model, "static", STEPS, plain_prompt=True)
-        assert seen.doubted == STEPS
-        found = report(model)
-        assert found.to_dict()["doubted"] == found.doubted == STEPS
-        assert f"doubted      {STEPS} (100 %) ran through the river and then the backbone" in str(found)
-        assert "criterion    doubt, threshold 1e-09" in str(found)
-        assert seen.plot(tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
-
-    @pytest.mark.slow
-    def test_compiled_segments_run_twice_as_well(self):
-        """Inductor's code, which may write into what it was given, leaves the inputs of the second run intact."""
-        model = compiled(criterion="doubt", threshold=1e-9, lowering="inductor")
-        for kind in ("static", "dynamic"):
-            twice, once = new_cache(model, kind), new_cache(model, kind)
-            actual = decode_by_hand(model, kind, 2, cache=twice)
-            with forced_depth(LAYERS):
-                expected = decode_by_hand(model, kind, 2, cache=once)
-            assert all(map(torch.equal, actual, expected))
-            for ours, theirs in zip(cache_state(twice), cache_state(once), strict=True):
-                assert torch.equal(ours[0], theirs[0])
-                assert ours[2] == theirs[2]
+        assert not any(math.nan > criterion.bar(criterion.always) for criterion in CRITERIA.values())
 
 
 class TestConfidence:
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
     def test_the_previous_logits_decide(self, kind, unbounded):
         """A token leaves where the entropy of the logits before it is below the bound, the prompt's included."""
-        model = unbounded["confidence"]
+        model = unbounded
         with trace() as seen:
             before = decode_by_hand(model, kind, STEPS)[:-1]
         assert [t.entropy for t in seen.tokens] == pytest.approx([entropy(x) for x in before], abs=1e-4)
@@ -274,7 +150,7 @@ class TestConfidence:
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
     def test_sequences_do_not_mix(self, kind, unbounded):
         """Two sequences decoded in turns see the entropies that each sees alone, and a new prompt starts anew."""
-        model = unbounded["confidence"]
+        model = unbounded
         prompts = [prompt(5), prompt(7, seed=9)]
 
         def alone(ids):
@@ -311,11 +187,11 @@ class TestSimilarity:
 
 def test_memories_die_with_the_cache():
     memories, cache = Memories(), torch.zeros(1)
-    memories.keep(cache, memory := Memory())
-    assert memories.recall(cache) is memory
-    assert memories.recall(torch.zeros(1)) is not memory
-    kept = weakref.ref(memory)
-    del cache, memory
+    memories.keep(cache, entropy := torch.ones(()))
+    assert memories.recall(cache) is entropy
+    assert memories.recall(torch.zeros(1)) is None
+    kept = weakref.ref(entropy)
+    del cache, entropy
     assert kept() is None
 
 

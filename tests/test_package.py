@@ -96,13 +96,6 @@ def test_no_folders_import_each_other_in_a_circle():
     assert not found, "\n".join([f"folders import each other in a circle: {found}", *files])
 
 
-@pytest.mark.parametrize("name", ["launch_ahead", "device_exits"])
-def test_who_answers_an_exit_check_can_be_taken_out(name):
-    """A runner in order is whole without the modules that launch ahead or leave the answer to the device."""
-    graph, capture = import_graph(read()), "river_compile.capture"
-    assert [module for module in graph if f"{capture}.{name}" in graph[module]] == [f"{capture}.choose"]
-
-
 @pytest.mark.parametrize(
     "imports",
     [

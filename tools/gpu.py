@@ -102,12 +102,6 @@ STEPS = (
         "where the device waits for the host in two tokens",
         (("-m", "benchmarks.cuda_trace", "--random", "llama-3.1-8b", "--out", "{out}"),),
     ),
-    Step(
-        "conditional",
-        3,
-        "what it costs to decide an exit on the device, in a graph's conditional nodes",
-        (("-m", "benchmarks.conditional", "--json", "{out}/conditional.json"),),
-    ),
 )
 
 

@@ -2,10 +2,9 @@
 
 A captured graph behaves unlike plain code in ways that a test on a CPU would not notice. The recorder shows them:
 
-- a launch is put into a queue, which runs up to a mark when the host waits for it, and to its end when the step ends;
+- a launch is put into a queue, which runs when the host waits for it and when the step ends;
 - buffers and flags are filled with NaN (integers: their least value, booleans: True) when a step begins;
-- what a unit made for itself is filled the same way when its replay has ended, and what it made where a decision of its
-  own held, when that part has;
+- what a unit made for itself is filled the same way when its replay has ended;
 - a replay sees no slot but those that its unit reads, and raises where one of them lies elsewhere than at capture.
 
 Not handled: a GPU's behaviour. Kernels that cannot be captured, streams and memory pools are seen by the CUDA device
@@ -39,21 +38,13 @@ class Recording:
     outputs: dict[int, Tensor]
 
 
-@dataclass(eq=False)
-class Mark:
-    """A place in the queue, after the launch of unit `after`; `reached` once everything before it has run."""
-
-    after: str
-    reached: bool = False
-
-
 @dataclass
 class Event:
     """One thing that happened, for tests and for drawing the schedule.
 
     Attributes:
         what: "capture", "launch", "run" (a call that is not captured, such as a copy into a buffer), "wait" or "end".
-        name: the unit; for a wait, the unit after which the awaited mark stands.
+        name: the unit; for a wait, the unit that was launched last.
     """
 
     what: str
@@ -66,7 +57,7 @@ class Recorder(CaptureDevice):
 
     events: list[Event] = field(default_factory=list)
     name: str = "recorder"
-    _queue: list[Callable[[], object] | Mark] = field(default_factory=list)
+    _queue: list[Callable[[], object]] = field(default_factory=list)
     _latest: str = ""
 
     def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
@@ -86,7 +77,7 @@ class Recorder(CaptureDevice):
 
     def settle(self) -> None:
         while self._queue:
-            self._advance()
+            self._queue.pop(0)()
 
     def capture(
         self, unit: CaptureUnit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
@@ -106,25 +97,9 @@ class Recorder(CaptureDevice):
         self._latest = graph.unit.name
         self._queue.append(lambda: self._replay(graph, own))
 
-    def why_undecided(self) -> None:
-        return None
-
-    def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
-        if holds.item():
-            self._spoiling(work, list(slots))
-
-    def mark(self) -> Mark:
-        mark = Mark(self._latest)
-        self._queue.append(mark)
-        return mark
-
-    def wait(self, mark: Mark) -> None:
-        self.events.append(Event("wait", mark.after))
-        while not mark.reached:
-            self._advance()
-
-    def seconds_between(self, first: Mark, second: Mark) -> None:
-        return None
+    def wait(self) -> None:
+        self.events.append(Event("wait", self._latest))
+        self.settle()
 
     def end(self) -> None:
         self.settle()
@@ -134,22 +109,12 @@ class Recorder(CaptureDevice):
         self._queue.clear()
 
     def _replay(self, graph: Recording, own: list) -> None:
-        self._spoiling(lambda slots: graph.unit.run_into(slots, graph.outputs, self.when), own)
-
-    def _spoiling(self, work: Callable[[list], object], own: list) -> None:
-        """Runs work on slots and spoils what it made of them."""
+        """Runs a unit on slots and spoils what it made of them."""
         before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
-        work(own)
+        graph.unit.run_into(own, graph.outputs)
         for tensor in own:
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before:
                 spoil(tensor)
-
-    def _advance(self) -> None:
-        work = self._queue.pop(0)
-        if isinstance(work, Mark):
-            work.reached = True
-        else:
-            work()
 
 
 def recording() -> AbstractContextManager[None]:

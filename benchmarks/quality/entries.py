@@ -25,7 +25,7 @@ def measure(meter: Meter, depths: Sequence[int]) -> dict:
     """Returns mean cosines by (exit depth, layer), similarities by layer, and their correlation with the final error.
 
     Args:
-        meter: of a session whose fill is the river.
+        meter: of a session.
         depths: exit depths, ascending.
     """
     blocks, texts = meter.num_blocks, range(len(meter.references))

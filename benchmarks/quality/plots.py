@@ -1,4 +1,4 @@
-"""Draws what `benchmarks.quality` measured, a row for each model: fills in parts, frontier, KV entries, exit score."""
+"""Draws what `benchmarks.quality` measured, a row for each model: KV entries, exit score."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
 from benchmarks import figures
-from benchmarks.quality.fills import BUDGETS, PARTS
 
-PART_COLORS = {"backbone": "#4c6a92", "tail": "#6fb1a0", "repair": "#d98b5f"}
-FILL_COLORS = {
-    "river": "#1a7f74",
-    "propagate": "#b3562c",
-    "recompute": "#6a4c93",
-    "mask": "#8a8a8a",
-    "monotone": "#c79a2b",
-}
 GRAY = "#666666"
 
 
@@ -31,8 +22,6 @@ def plot(outcomes: Mapping[str, dict], folder: str | Path) -> list[Path]:
 def draw(outcomes: Mapping[str, dict]) -> dict[str, Figure]:
     """Returns the figures of the parts that were measured by their names."""
     drawings: dict[str, tuple[Callable, str, tuple[float, float], int]] = {
-        "fills": (_fills, "fills", (9, 3.8), 2),
-        "frontier": (_frontier, "fills", (7, 4.4), 1),
         "entries": (_entries, "entries", (9, 3.6), 2),
         "similarity": (_similarity, "entries", (9, 3.6), 2),
     }
@@ -43,48 +32,6 @@ def draw(outcomes: Mapping[str, dict]) -> dict[str, Figure]:
             for (figure, axes), outcome in zip(rows, outcomes.values(), strict=True):
                 fill(figure, axes, outcome)
     return drawn
-
-
-def _fills(figure: FigureBase, axes: list[Axes], outcome: dict) -> None:
-    fills = outcome["fills"]
-    tallest = max(sum(f["budgets"][b]["ms"].values()) for f in fills.values() for b in BUDGETS)
-    for panel, budget in zip(axes, BUDGETS, strict=True):
-        for x, fill in enumerate(fills.values()):
-            found, bottom = fill["budgets"][budget], 0.0
-            for part in PARTS:
-                label = part if x == 0 and panel is axes[0] else None
-                panel.bar(x, found["ms"][part], bottom=bottom, width=0.62, color=PART_COLORS[part], label=label)
-                bottom += found["ms"][part]
-            panel.text(x, bottom + 0.02 * tallest, f"KL {found['kl']:.2f}", ha="center", fontsize=9, color=GRAY)
-        panel.axhline(outcome["ms_never"], color=GRAY, linewidth=1, linestyle=":")
-        panel.text(len(fills) - 0.6, outcome["ms_never"], "never exit", ha="right", va="bottom", fontsize=9, color=GRAY)
-        panel.set_xticks(range(len(fills)), list(fills), fontsize=9)
-        panel.set_ylim(0, 1.15 * max(tallest, outcome["ms_never"]))
-        river = fills["river"]["budgets"][budget]
-        panel.set_title(f"{budget}: {river['depth']:.0f} of {outcome['blocks']} blocks in the mean", fontsize=11)
-        _plain(panel)
-    axes[0].set_ylabel("ms per token")
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(PARTS))
-
-
-def _frontier(figure: FigureBase, axes: list[Axes], outcome: dict) -> None:
-    (panel,) = axes
-    frontier, rate = outcome["frontier"], 1e3 / outcome["ms_never"]
-    for name, kls in frontier["kl"].items():
-        found = [(rate / t, kl) for t, kl in zip(frontier["times"], kls, strict=True) if kl is not None]
-        speeds, losses = zip(*found, (rate, 0.0), strict=True)
-        color, width = FILL_COLORS[name], 2.4 if name == "river" else 1.6
-        panel.plot(speeds, losses, color=color, linewidth=width, label=name)
-        points = [(rate / p["time"], p["kl"]) for p in outcome["fills"][name]["points"]]
-        panel.scatter(*zip(*points, strict=True), s=14, color=color)
-    panel.set_yscale("symlog", linthresh=0.1)
-    panel.set_yticks([0, 0.05, 0.1, 0.3, 1, 3, 10], ["0", "0.05", "0.1", "0.3", "1", "3", "10"])
-    panel.set_ylim(bottom=0)
-    panel.invert_yaxis()
-    panel.set_xlabel("tokens/s (forward pass)")
-    panel.set_ylabel("KL from never exit, nats per token (up is better)")
-    panel.legend(frameon=False, fontsize=9, loc="center right")
-    _plain(panel)
 
 
 def _entries(figure: FigureBase, axes: list[Axes], outcome: dict) -> None:

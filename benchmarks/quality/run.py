@@ -1,15 +1,14 @@
-"""What River does to quality, and what other answers to missing KV entries cost: the paper's tables and figures.
+"""What River does to quality: the paper's tables and figures.
 
     python -m benchmarks.quality
     python -m benchmarks.quality --model smollm2 qwen-coder-1.5b --json quality.json --plots docs/images
     python -m benchmarks.quality --quick               # few tokens, for a look at the output
-    python -m benchmarks.quality --parts fills         # one of: table, fills, entries
+    python -m benchmarks.quality --parts entries       # one of: table, entries
 
 Measured on the model's own greedy text and on held-out text, fed token by token (see benchmarks/quality/session.py):
     1. KL, next-token agreement, exact match of greedy text, depth and speed: backbone, everything 4-bit with each
        quantizer, River at several thresholds and calibrated to a budget
-    2. the five fills at two budgets, ms per token in parts, and their frontier of speed and quality
-    3. cosine of twins' KV entries by exit depth and layer; what the exit score tells of the final value error
+    2. cosine of twins' KV entries by exit depth and layer; what the exit score tells of the final value error
 
 Groups are of 64 weights. (SmolLM2's were unpacked from groups of 32, which groups of 32 would reproduce.)
 """
@@ -29,19 +28,17 @@ from transformers import PreTrainedModel
 
 import river_compile
 from benchmarks import common
-from benchmarks.quality import entries, fills
+from benchmarks.quality import entries
 from benchmarks.quality.session import Row, Session, session
-from benchmarks.rivals.fills import OPTIONS, RIVALS, backend
 from benchmarks.texts import Texts, collect
-from river_compile import river
 from river_compile.cli import models
 from river_compile.config import RiverConfig
 
 THRESHOLDS = (0.7, 0.95, 0.97, 0.98)
 PAPER = 0.7  # the threshold at which every quantizer is measured
 CALIBRATION_TOKENS = 8  # of each text
-PARTS = ("table", "fills", "entries")
-TIMES = tuple(i / 20 for i in range(6, 20))  # of the frontier, as shares of never exit's
+PARTS = ("table", "entries")
+FIRST_EXIT = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,23 +95,13 @@ def measure(
         }
         if "table" in options.parts:
             rows = [first.depth("backbone", first.num_blocks), first.depth(f"everything 4-bit, {main_quantizer}", 0)]
-            rows += [first.rule(f"River, threshold {t:g}", (t, fills.FIRST_EXIT)) for t in options.thresholds]
+            rows += [first.rule(f"River, threshold {t:g}", (t, FIRST_EXIT)) for t in options.thresholds]
         if "entries" in options.parts:
             outcome["entries"] = entries.measure(first.own, entries.depths_of(first.num_blocks))
-        if "fills" in options.parts:
-            thresholds = fills.thresholds_of(first.own)
-            measured = {"river": fills.measure(first, thresholds)}
     if "table" in options.parts:
         found, calibrated = run.calibrated() if options.calibration_texts else (None, [])
         rows += [*calibrated, *(row for name in options.quantizers[1:] for row in run.quantizer(name))]
         outcome |= {"rows": [row.to_dict() for row in rows], "calibration": found}
-    if "fills" in options.parts:
-        for fill in options.fills:
-            with run.session(OPTIONS, backend=backend(fill)) as other:
-                measured[fill] = fills.measure(other, thresholds, first.own.seconds_never)
-        frontier = fills.frontiers(measured, TIMES)
-        leads = fills.river_leads(frontier)
-        outcome |= {"fills": measured, "frontier": {"times": list(TIMES), "kl": frontier, "river_leads": leads}}
     return outcome
 
 
@@ -138,16 +125,15 @@ class _Run:
         self,
         more: Mapping[str, object],
         texts: Callable[[], Texts] | None = None,
-        backend: Callable = river,
     ) -> contextlib.AbstractContextManager[Session]:
         """Returns a session with more options."""
         options, given = {**self.base, **more}, texts or self.texts
-        return session(self.model, options, given, self.options.progress, self.first, backend)
+        return session(self.model, options, given, self.options.progress, self.first)
 
     def quantizer(self, name: str) -> list[Row]:
         """Measures another quantizer."""
         with self.session({"quantizer": name}) as other:
-            rule = (PAPER, fills.FIRST_EXIT)
+            rule = (PAPER, FIRST_EXIT)
             return [
                 other.depth(f"everything 4-bit, {name}", 0),
                 other.rule(f"River, {name}, threshold {PAPER:g}", rule),
@@ -176,10 +162,8 @@ def show(outcome: dict) -> None:
     print(f"{outcome['texts']} texts of {outcome['tokens']} tokens of each kind, {outcome['blocks']} blocks")
     if "rows" in outcome:
         _show_rows(outcome)
-    if "fills" in outcome:
-        _show_fills(outcome)
     if "entries" in outcome:
-        near = entries.summary(outcome["entries"], fills.FIRST_EXIT)
+        near = entries.summary(outcome["entries"], FIRST_EXIT)
         print(
             f"\nTwins' entries after depth {near['depth']}, cosine to the backbone's: "
             f"values {near['values_mean']:.3f} (least layer {near['values_least']:.3f}), keys {near['keys_mean']:.3f}"
@@ -202,26 +186,6 @@ def _show_rows(outcome: dict) -> None:
         print(f"\n{outcome['calibration']}")
 
 
-def _show_fills(outcome: dict) -> None:
-    print("\nFills at the same thresholds: ms per token (own text)")
-    lines = []
-    for budget in fills.BUDGETS:
-        for name, fill in outcome["fills"].items():
-            found = fill["budgets"][budget]
-            times = [f"{ms:.2f}" for ms in (*(found["ms"][p] for p in fills.PARTS), sum(found["ms"].values()))]
-            lines.append(
-                (budget, name, *times, f"{found['depth']:.1f}", f"{found['kl']:.3f}", f"{found['agreement']:.2f}")
-            )
-    common.print_table(("budget", "fill", *fills.PARTS, "all", "depth", "KL", "agreement"), lines)
-    print("\nLeast KL at equal time per token (share of never exit's; own text)")
-    frontier = outcome["frontier"]
-    times = [(i, t) for i, t in enumerate(frontier["times"]) if round(t * 100) % 10 == 0]
-    lines = [(name, *(_number(kls[i]) for i, _ in times)) for name, kls in frontier["kl"].items()]
-    common.print_table(("fill", *(f"{t:.0%}" for _, t in times)), lines)
-    verdict = "lies above all others" if frontier["river_leads"] else "does not lie above all others"
-    print(f"River's frontier {verdict} at every common speed.")
-
-
 def _shown(row: dict, ms_never: float) -> tuple:
     own, held_out = row["own"], row["held_out"]
     kl, agreement = (
@@ -230,10 +194,6 @@ def _shown(row: dict, ms_never: float) -> tuple:
     )
     speed = 1e3 / (row["time"] * ms_never)
     return (row["name"], *kl, *agreement, f"{own['match']:.1f}", f"{row['depth']:.1f}", f"{speed:.1f}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -246,7 +206,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=5, help="texts of each kind (default 5)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens measured in each text (default 24)")
     parser.add_argument("--quantizers", nargs="+", choices=quantizers, default=quantizers, help="the first one in full")
-    parser.add_argument("--fills", nargs="*", choices=[*RIVALS], default=[*RIVALS], help="besides the river")
     parser.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
     parser.add_argument("--kl", type=float, default=0.1, help="budget of the calibrated row (default 0.1 nats)")
     parser.add_argument(

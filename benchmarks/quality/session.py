@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.texts import Texts, exact_match
-from river_compile import river
 from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA
 
@@ -32,7 +31,6 @@ class Row:
         match: tokens of the own text that come out unchanged, of `tokens`.
         tokens: tokens measured in each text.
         depth: backbone blocks executed.
-        doubted: share of the tokens that ran through both paths.
         time: of a decode step, as a share of never exit's.
         rule: threshold (None where depths were given) and first exit.
     """
@@ -43,7 +41,6 @@ class Row:
     match: float
     tokens: int
     depth: float
-    doubted: float
     time: float
     rule: tuple[float | None, int]
 
@@ -95,7 +92,6 @@ class Session:
             exact_match(own.disagreement),
             len(own.kl[0]),
             own.mean_depth,
-            own.doubted,
             self.own.cost(own),
             (threshold, first_exit) if depth is None else (None, depth),
         )
@@ -114,7 +110,6 @@ def session(
     texts: Texts | Callable[[], Texts],
     progress: bool,
     first: Session | None = None,
-    backend: Callable = river,
 ) -> Iterator[Session]:
     """Compiles the model for the time of a with statement.
 
@@ -124,11 +119,10 @@ def session(
         texts: what to measure on, or how to get it from the compiled model.
         progress: whether to show progress bars.
         first: the session whose runs of never exit all others are compared with.
-        backend: the river, or with another fill.
     """
     torch._dynamo.reset()
     criterion = options.get("criterion", "similarity")
     never = {"threshold": CRITERIA[criterion].never, "first_exit": 1}
-    with compiled(model, {**options, **never}, backend), torch.inference_mode():
+    with compiled(model, {**options, **never}), torch.inference_mode():
         texts = texts() if callable(texts) else texts
         yield Session(model, criterion, texts, progress, first)

@@ -4,14 +4,6 @@ For every row: hidden = residual + update, rounded to the activations' dtype, an
 (|hidden| |previous|) in float32. The score is the smallest similarity. A row whose similarity is NaN (a zero row,
 overflow, NaN) makes the score NaN, which exceeds no threshold.
 
-With `decides` the same launch compares the score with a bar in memory and notes the verdict, for a graph that decides
-by itself:
-
-    rule      float64 [1]: the bar, which no number exceeds where it is infinite and everything does, NaN included,
-              where it is NaN
-    verdict   float32 [4]: the score; in the first two bytes of the second number "leaves" and "stays"; two of no use,
-              so that each of several in a row is aligned to 16 bytes
-
 One program visits all rows, the batch at decode, so their minimum needs no atomics. Not handled: strided rows.
 """
 
@@ -33,7 +25,6 @@ class ExitScoreSpec(KernelSpec):
     rows: int  # the batch at decode
     features: int  # the hidden size
     dtype: str = "bfloat16"  # of update, residual, previous and hidden
-    decides: bool = False
     num_warps: int = 8
 
     def __post_init__(self) -> None:
@@ -43,10 +34,7 @@ class ExitScoreSpec(KernelSpec):
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
         states = Buffer(self.dtype, (self.rows, self.features))
         score = Buffer("float32", (1,))
-        found = {"update": states, "residual": states, "previous": states, "hidden": states, "score": score}
-        if self.decides:
-            found |= {"rule": Buffer("float64", (1,)), "verdict": Buffer("float32", (4,))}
-        return found
+        return {"update": states, "residual": states, "previous": states, "hidden": states, "score": score}
 
     def stages(self) -> tuple[Stage, ...]:
         return (Stage(self.family, tuple(self.buffers()), lambda _rows: (1, 1, 1), self.num_warps),)

@@ -22,7 +22,6 @@ from river_compile.kernels.checks import check_choice, check_positive
 
 #: torch dtype name -> its name in a signature of Triton, and its bytes.
 DTYPES = {
-    "float64": ("fp64", 8),
     "float32": ("fp32", 4),
     "float16": ("fp16", 2),
     "bfloat16": ("bf16", 2),

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
-from river_compile.passes.capture_safety import is_counter_step
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped
 from river_compile.passes.fusion.block import BlockView, CacheEntry
 from river_compile.passes.fusion.match import Columns, columns
@@ -321,11 +321,17 @@ def _step_of(slot: fx.Node, write: fx.Node) -> fx.Node | None:
             continue
         count = zero.args[min(1, len(zero.args) - 1)]
         first = zero.args in ((count,), (0, count), (0, count, 1))
-        steps = [n for n in counter.users if is_counter_step(n, counter, count)] if first else []
+        steps = [n for n in counter.users if _counts(n, counter, count)] if first else []
         if len(steps) == 1 and not steps[0].users and set(counter.users) == {inner, steps[0]} and inner < steps[0]:
             alone = only_used_for(inner, write) and value_of(slot).dtype == value_of(counter).dtype
             return steps[0] if alone else None
     return None
+
+
+def _counts(node: fx.Node, counter: fx.Node, by: Argument) -> bool:
+    """True if a node adds a number, in place, to a counter of tokens: one that the graph is given as a tensor."""
+    adds = called(node, torch.Tensor.add_) and node.args == (counter, by) and isinstance(by, (int, fx.Node))
+    return adds and not node.kwargs and counter.op == "placeholder" and rank(counter) == 0
 
 
 def _same_sizes(keys: Tensor, values: Tensor) -> bool:

@@ -72,23 +72,16 @@ def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     return replace(program, twins=twins, river_head=head, fusions=(*program.fusions, *fusions))
 
 
-def fuse_checks(decides: bool = False) -> Pass:
-    """Makes the pass below; with `decides` the checks' kernels make verdicts on the device."""
-
-    def fuse_checks(program: RiverProgram) -> RiverProgram:
-        """Fuses the exit checks of decode steps with the additions before them."""
-        if not program.plan.is_decode:
-            return program
-        blocks, fusions = [], []
-        for block in program.blocks:
-            fused = block.copy() if block.has_score else block
-            done = _apply(fused, [fuse_exit_score(decides)]) if block.has_score else []
-            is_fused = any(not fusion.missed for fusion in done)
-            blocks.append(replace(fused, decides=True) if decides and is_fused else fused)
-            fusions += done
-        return replace(program, blocks=tuple(blocks), fusions=(*program.fusions, *fusions))
-
-    return fuse_checks
+def fuse_checks(program: RiverProgram) -> RiverProgram:
+    """Fuses the exit checks of decode steps with the additions before them."""
+    if not program.plan.is_decode:
+        return program
+    blocks, fusions = [], []
+    for block in program.blocks:
+        fused = block.copy() if block.has_score else block
+        fusions += _apply(fused, [fuse_exit_score]) if block.has_score else []
+        blocks.append(fused)
+    return replace(program, blocks=tuple(blocks), fusions=(*program.fusions, *fusions))
 
 
 def _fused_blocks(

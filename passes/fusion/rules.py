@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
-from river_compile.passes.edits import Missed, add_placeholders, call, drop_unused, put, require, reshaped, way_down
+from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped, way_down
 from river_compile.passes.fusion.block import BlockView, sources
 from river_compile.passes.fusion.cache_rules import fuse_attention, fuse_kv_fill
 from river_compile.passes.fusion.match import WHOLE, Columns, columns, is_product
@@ -90,35 +90,25 @@ def fuse_head(dense_layout: str) -> Rule:
     return fuse_head
 
 
-def fuse_exit_score(decides: bool) -> Rule:
-    """Makes the rule of exit checks; with `decides` their kernel takes a rule and notes a verdict."""
-
-    def fuse_exit_score(view: BlockView) -> fx.Node:
-        """exit score."""
-        graph = view.graph
-        score = next(n for n in graph.nodes if n.target is torch.ops.river.exit_score.default)
-        hidden, previous = score.args
-        total = before_views(hidden)
-        found = operands(total, operator.add)
-        if found is None or not all(same_size(n, total) for n in found):
-            raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
-        target: Callable = torch.ops.river.residual_score.default
-        others: list[fx.Node] = []
-        if decides:
-            target = torch.ops.river.residual_verdict.default
-            others = add_placeholders(graph, ("rule", "verdict"))
-        value = (value_of(total), value_of(hidden).new_empty((), dtype=torch.float32))
-        with graph.inserting_before(total):
-            residual, update, before = (reshaped(n, total) for n in (*found, previous))
-            fused = call(target, (update, residual, before, *others), value, total)
-            parts = [call(operator.getitem, (fused, i), value[i], total) for i in range(2)]
-        score.replace_all_uses_with(parts[1])
-        graph.erase_node(score)
-        total.replace_all_uses_with(parts[0])
-        drop_unused(total)
-        return fused
-
-    return fuse_exit_score
+def fuse_exit_score(view: BlockView) -> fx.Node:
+    """exit score."""
+    graph = view.graph
+    score = next(n for n in graph.nodes if n.target is torch.ops.river.exit_score.default)
+    hidden, previous = score.args
+    total = before_views(hidden)
+    found = operands(total, operator.add)
+    if found is None or not all(same_size(n, total) for n in found):
+        raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
+    value = (value_of(total), value_of(hidden).new_empty((), dtype=torch.float32))
+    with graph.inserting_before(total):
+        inputs = tuple(reshaped(n, total) for n in (*found, previous))
+        fused = call(torch.ops.river.residual_score.default, inputs, value, total)
+        parts = [call(operator.getitem, (fused, i), value[i], total) for i in range(2)]
+    score.replace_all_uses_with(parts[1])
+    graph.erase_node(score)
+    total.replace_all_uses_with(parts[0])
+    drop_unused(total)
+    return fused
 
 
 def _only(products: list[fx.Node], what: str) -> fx.Node:

@@ -44,12 +44,12 @@ from river_compile.decoding.mode import ExactMode, exact
 from river_compile.decoding.session import check_paths
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
+from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, shown
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.runtime.compiled_call import CompiledCall, compiled_call
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fallbacks import PlainRuns
-from river_compile.runtime.fill import Fill
 from river_compile.store.programs import Origin, Programs
 from river_compile.store.stored_pass import StoredPass
 from river_compile.twins.artifact import FILE, Artifact
@@ -60,8 +60,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 QUALITIES = ("exact", "strict", "calibrated", "fast")
 _QUALITY = one_of(*QUALITIES)
 _RULE = ("criterion", "threshold", "first_exit", "exit_depth")  # options that say which tokens leave
-# No token leaves by itself, and no block has a check: a river that is never believed need not run.
-_NEVER_LEAVES = {"criterion": "doubt", "threshold": 0.0, "first_exit": 1}
+# No token leaves by itself, and no block has a check.
+_NEVER_LEAVES = {"first_exit": WHOLE}
 
 
 def accelerate(
@@ -180,7 +180,7 @@ def _built(
     graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin, progress=record.progress)
     if origin == "derived":
         values = dict(zip(found.program.inputs, args, strict=True))
-        executor = build(found.program, values, None, Fill, record, graph)
+        executor = build(found.program, values, None, record, graph)
     else:
         executor = rebuild(found.program, args, record, graph)
     record.graphs.append(graph)

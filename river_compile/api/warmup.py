@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -77,8 +76,6 @@ def _runs(record: GraphRecord, depths: Iterable[int]) -> Iterator[AbstractContex
         yield forced_threshold(criterion.never, first)
         for depth in record.candidates or (first,):
             yield forced_threshold(criterion.always, depth)
-        if criterion.reads == "answer":
-            yield forced_threshold(sys.float_info.min, first)  # the river runs and is never believed
     for depth in depths:
         yield forced_depth(depth)
 

@@ -167,7 +167,6 @@ def _candidate(meter: Meter, measured: Measured, goal: Budget) -> Candidate:
         agreement=1 - statistics.fmean(measured.text_losses("agreement")),
         loss=statistics.fmean(goal.shares(measured)) * goal.clip,
         mean_depth=measured.mean_depth,
-        doubted=measured.doubted,
         cost=meter.cost(measured),
         texts=len(measured.kl),
     )

@@ -1,7 +1,7 @@
 """Chooses the exit rules that calibration considers, by the pilot texts.
 
-"similarity" decides block by block, so each rule is decoded. "confidence" and "doubt" have one exit and a number for
-each token beforehand: one run in which every token leaves gives, for every threshold at once, which tokens would have
+"similarity" decides block by block, so each rule is decoded. "confidence" has one exit and a number for each token
+beforehand: one run in which every token leaves gives, for every threshold at once, which tokens would have
 left and what they lost (slightly too much: the cache holds no exact entries of tokens that a rule would have kept).
 What is promised is decoded again on other texts in any case.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from river_compile.calibration.evaluate import Kind, Measured, Meter, Rule
+from river_compile.calibration.evaluate import Measured, Meter, Rule
 from river_compile.exits import Criterion
 
 _FIRST_EXITS = 5
@@ -28,7 +28,7 @@ def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], ev
         runs = [meter.run(i, (criterion.always, first_exit)) for i in texts]
         all_left = meter.measured((criterion.always, first_exit), texts, runs)
         entropies = [[step.entropy for step in run.steps if step.entropy is not None] for run in runs]
-        found += [all_left, *_at_thresholds(all_left, entropies, criterion, meter.num_blocks)]
+        found += [all_left, *_at_thresholds(all_left, entropies, meter.num_blocks)]
     return found
 
 
@@ -52,19 +52,16 @@ def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every
     return rules
 
 
-def _at_thresholds(
-    all_left: Measured, entropies: Sequence[Sequence[float]], criterion: Criterion, num_blocks: int
-) -> list[Measured]:
+def _at_thresholds(all_left: Measured, entropies: Sequence[Sequence[float]], num_blocks: int) -> list[Measured]:
     """Predicts rules with lower thresholds from a run in which every token left."""
     first_exit = all_left.rule[1]
-    kept = Kind(num_blocks, first_exit) if criterion.reads == "answer" else Kind(num_blocks)
     ordered = sorted(entropy for text in entropies for entropy in text)
     found = []
     for threshold in dict.fromkeys(ordered[int(share * len(ordered))] for share in _SHARES):
         leaves = [[entropy < threshold for entropy in text] for text in entropies]
         kl, disagreement = _where(leaves, all_left.kl), _where(leaves, all_left.disagreement)
-        kinds = [Kind(first_exit) if left else kept for text in leaves for left in text]
-        found.append(Measured((threshold, first_exit), kl, disagreement, kinds))
+        depths = [first_exit if left else num_blocks for text in leaves for left in text]
+        found.append(Measured((threshold, first_exit), kl, disagreement, depths))
     return found
 
 

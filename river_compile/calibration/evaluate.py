@@ -3,9 +3,8 @@
 A text is fed, not generated: a prompt of ``context`` tokens, then token by token. Each rule really decodes, so that its
 cache holds what its own earlier exits wrote, as in generation.
 
-Cost is the time of a decode step as a share of never exit's. Steps of equal kind are timed as they come up, and their
-median counts. A step that left is linear in its depth between the least depth seen and never exit; a doubted one costs
-its own median, or before any was seen what its two parts cost.
+Cost is the time of a decode step as a share of never exit's. Steps of equal depth are timed as they come up, and their
+median counts. A step that left is linear in its depth between the least depth seen and never exit.
 
 Ranks that share a model all go by the first one's clock and losses.
 
@@ -59,21 +58,13 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """The kind of a step, by its cost: backbone blocks, and the depth at which the river of a doubted step began."""
-
-    depth: int
-    river_from: int | None = None
-
-
-@dataclass(frozen=True)
 class Measured:
-    """A rule on some texts: KL (nats) and disagreement of each token, by text, and the kind of every step."""
+    """A rule on some texts: KL (nats) and disagreement of each token, by text, and the depth of every step."""
 
     rule: Rule
     kl: list[list[float]]
     disagreement: list[list[float]]
-    kinds: list[Kind]
+    depths: list[int]
 
     def text_losses(self, metric: str) -> list[float]:
         """Returns each text's mean KL ("kl") or share of other most likely tokens ("agreement")."""
@@ -81,12 +72,7 @@ class Measured:
 
     @property
     def mean_depth(self) -> float:
-        return statistics.fmean(kind.depth for kind in self.kinds)
-
-    @property
-    def doubted(self) -> float:
-        """Share of the tokens that ran through both paths."""
-        return statistics.fmean(kind.river_from is not None for kind in self.kinds)
+        return statistics.fmean(self.depths)
 
 
 class Meter:
@@ -119,7 +105,7 @@ class Meter:
         self._decoder = decoder = TextDecoder(model, samples[0].shape[1])
         self.cache = decoder.cache
         self._prompts: dict[int, AfterPrompt] = {}
-        self._seconds: defaultdict[Kind, list[float]] = defaultdict(list)
+        self._seconds: defaultdict[int, list[float]] = defaultdict(list)
         for rule in (self._never, self._never, (criterion.always, 1)):  # these runs pack and compile
             self.run(0, rule)
         self._seconds.clear()
@@ -150,7 +136,7 @@ class Meter:
                 f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
             )
         for step, spent in zip(steps, self._ranks.agree(seconds), strict=True):
-            self._seconds[_kind(step)].append(spent)
+            self._seconds[step.depth].append(spent)
         return Run(torch.stack(logits), tuple(steps))
 
     def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
@@ -174,29 +160,26 @@ class Meter:
             kl.append([*self._ranks.agree(token_kl(reference, run.logits).tolist())])
             other = reference.argmax(-1) != run.logits.argmax(-1)
             disagreement.append([*self._ranks.agree(other.float().tolist())])
-        return Measured(rule, kl, disagreement, [_kind(step) for run in runs for step in run.steps])
+        return Measured(rule, kl, disagreement, [step.depth for run in runs for step in run.steps])
 
     def cost(self, measured: Measured) -> float:
         """Returns the mean time of a rule's steps as a share of never exit's, by all steps timed so far."""
-        total = sum(self._cost_of(kind) * count for kind, count in Counter(measured.kinds).items())
-        return total / len(measured.kinds)
+        total = sum(self._cost_of(depth) * count for depth, count in Counter(measured.depths).items())
+        return total / len(measured.depths)
 
     @property
     def seconds_never(self) -> float:
         """Median seconds of a step that never exits."""
-        return statistics.median(self._seconds[Kind(self.num_blocks)])
+        return statistics.median(self._seconds[self.num_blocks])
 
-    def _cost_of(self, kind: Kind) -> float:
-        if kind in self._seconds and (kind.river_from is not None or kind.depth in (0, self.num_blocks)):
-            return statistics.median(self._seconds[kind]) / self.seconds_never
-        if kind.river_from is not None:
-            again = (self.num_blocks - kind.river_from) / self.num_blocks
-            return self._cost_of(Kind(kind.river_from)) + again
-        least = min(seen.depth for seen in self._seconds if seen.river_from is None)
+    def _cost_of(self, depth: int) -> float:
+        if depth in self._seconds and depth in (0, self.num_blocks):
+            return statistics.median(self._seconds[depth]) / self.seconds_never
+        least = min(self._seconds)
         if least == self.num_blocks:
             return 1.0
-        shallow = statistics.median(self._seconds[Kind(least)]) / self.seconds_never
-        return shallow + (1 - shallow) * (kind.depth - least) / (self.num_blocks - least)
+        shallow = statistics.median(self._seconds[least]) / self.seconds_never
+        return shallow + (1 - shallow) * (depth - least) / (self.num_blocks - least)
 
     def _prompt(self, index: int, ids: Tensor) -> None:
         """Brings cache and memory to the end of a text's prompt."""
@@ -208,7 +191,3 @@ class Meter:
 
     def _bar(self, texts: Sequence[int], title: str) -> tqdm:
         return tqdm(texts, desc=f"river: {title}", unit="text", leave=False, disable=not self._progress)
-
-
-def _kind(step: StepRecord) -> Kind:
-    return Kind(step.depth, step.river_from)

@@ -13,7 +13,7 @@ from river_compile.exits import Threshold, threshold_text
 from river_compile.kernels.files import appearing
 from river_compile.reporting.plots import new_figure, save_figure
 
-VERSION = 3
+VERSION = 4
 _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (None, "pilot texts only", "lightgray"))
 
 
@@ -26,8 +26,7 @@ class Candidate:
     kl: float  # KL divergence from the model that never exits, in nats per token, not clipped
     agreement: float  # share of tokens with the same most likely next token
     loss: float  # what the budget limits: KL or disagreement of a text, clipped
-    mean_depth: float  # backbone blocks executed; all of them for a token that ran through both paths
-    doubted: float  # share of the tokens that ran through both paths
+    mean_depth: float  # backbone blocks executed
     cost: float  # time of a decode step as a share of never exit's, see :mod:`river_compile.calibration.evaluate`
     texts: int  # how many texts were measured
     # whether it passed the test of the budget, None where it was only looked at on the pilot texts (for an entropy
@@ -74,7 +73,6 @@ class Calibration:
         relation = "at most" if self.metric == "kl" else "at least"
         clipped = f"texts above {self.clip:g} counted as {self.clip:g}" if self.metric == "kl" or self.clip < 1 else ""
         advice = "; more texts, better twins or another budget let tokens leave"
-        doubted = f" ({best.doubted:.0%} of the tokens doubted)" if best.doubted else ""
         return "\n".join(
             [
                 f"criterion={self.base_options['criterion']!r}, threshold={threshold_text(best.threshold)}, "
@@ -82,7 +80,7 @@ class Calibration:
                 f"  promised   mean {self.metric} {relation} {self.budget:g} on unseen text of the same kind, "
                 f"confidence {self.confidence:.0%}{f' ({clipped})' if clipped else ''}",
                 f"  measured   KL {best.kl:.4f} nats per token, agreement {best.agreement:.1%}, on {best.texts} texts",
-                f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} blocks{doubted}, "
+                f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} blocks, "
                 f"{best.cost:.0%} of never exit's time per token: {1 / (best.cost * self.seconds_never):.0f} tokens/s "
                 f"instead of {1 / self.seconds_never:.0f}{advice if best.mean_depth == self.num_blocks else ''}",
             ]

@@ -93,49 +93,17 @@ class CaptureCache:
             slots[index] = buffer
         return slots
 
-    def is_captured(self, unit: CaptureUnit, slots: Slots) -> bool:
-        """Says whether a launch would replay."""
-        return self._is_bound(unit, slots) or self._signature(unit, slots) in self._captures
-
-    def capture(self, unit: CaptureUnit, slots: Slots, rehearse: Callable[[], object]) -> bool:
-        """Makes sure that a unit has a capture for its next launch, and runs nothing of it.
-
-        Args:
-            unit: what nothing but captures run; :meth:`note_run` tells when something else did what it does.
-            slots: what it would read.
-            rehearse: called before a capture.
-
-        Returns:
-            False where it has none: it meets its inputs for the first time, or the log says why.
-        """
-        if self._is_bound(unit, slots):
-            return True
-        if self._stays_uncaptured(unit):
-            return False
-        signature = self._signature(unit, slots)
-        return signature in self._captures or self._capture(unit, signature, slots, rehearse)
-
-    def note_run(self, unit: CaptureUnit, slots: Slots) -> None:
-        """Notes that a unit's results are in the slots already, so that it is captured next."""
-        if not self._stays_uncaptured(unit):
-            self._remember(unit, self._signature(unit, slots), {index: slots[index] for index in unit.writes})
-
-    def launch(self, unit: CaptureUnit, slots: Slots) -> bool:
-        """Replays a unit, or runs it if it has no capture, and leaves its results in the slots.
-
-        Returns:
-            True where an existing capture was replayed.
-        """
-        launches, is_new = slots.bound.launches, False
+    def launch(self, unit: CaptureUnit, slots: Slots) -> None:
+        """Replays a unit, or runs it if it has no capture, and leaves its results in the slots."""
+        launches = slots.bound.launches
         if unit not in launches or (unit.sizes and not self._is_bound(unit, slots)):
             if self._stays_uncaptured(unit):
                 self._run_uncaptured(unit, slots)
-                return False
+                return
             signature = self._signature(unit, slots)
-            is_new = signature not in self._captures
-            if is_new and not self._capture(unit, signature, slots):
+            if signature not in self._captures and not self._capture(unit, signature, slots):
                 self._remember(unit, signature, self._run_uncaptured(unit, slots))
-                return False
+                return
             self._captures.move_to_end(signature)
             graph, outputs = self._captures[signature]
             launches[unit] = self.device.replayer(graph, slots), outputs, [slots[i] for i in unit.sizes]
@@ -145,7 +113,6 @@ class CaptureCache:
             slots[index] = buffer
         if unit.numbers:
             unit.count(slots)
-        return not is_new
 
     @staticmethod
     def _is_bound(unit: CaptureUnit, slots: Slots) -> bool:
@@ -198,9 +165,7 @@ class CaptureCache:
         unit.count(slots)
         return outputs
 
-    def _capture(
-        self, unit: CaptureUnit, signature: tuple, slots: Slots, rehearse: Callable[[], object] = lambda: None
-    ) -> bool:
+    def _capture(self, unit: CaptureUnit, signature: tuple, slots: Slots) -> bool:
         """Captures a unit whose inputs recur; returns False if they are new, or it failed (the log says why)."""
         seen = self._seen.setdefault(unit, OrderedDict())
         outputs = seen.get(signature)
@@ -209,7 +174,6 @@ class CaptureCache:
                 return False
             outputs = {}
         start = time.perf_counter()
-        rehearse()
         try:
             graph, size = self.device.capture(unit, slots, outputs, self.buffer)
         except CaptureFailed as error:

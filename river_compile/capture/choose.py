@@ -1,39 +1,24 @@
-"""Chooses what captures a program's steps, and who answers its exit checks.
-
-The answer comes from the host in order, from the host behind what it launched ahead, or from the device. This module
-alone imports the two that are more than :mod:`river_compile.capture.runner`.
+"""Chooses what captures a program's steps.
 
 Not handled: whether a single unit can be captured, which the units and the device say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
-from river_compile.capture.capture_cache import CaptureCache
 from river_compile.capture.cpu_tape import Tapes
 from river_compile.capture.cuda import CudaGraphs
 from river_compile.capture.device import CaptureDevice, CaptureLog, stand_in
-from river_compile.capture.device_exit_state import DeviceExitState
-from river_compile.capture.device_exits import DeviceExits
-from river_compile.capture.launch_ahead import LaunchAhead, note_order
-from river_compile.capture.runner import CapturedRunner
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.errors import OptionError
-from river_compile.exits import ExitPolicy
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.choose import choose_lowering
 from river_compile.passes.nodes import is_tensor, mutated_inputs, source_of, value_of
-from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
-from river_compile.runtime.runner import Runner, Step
-
-Verdicts: TypeAlias = DeviceExitState  # what a device that answers reads and writes
+from river_compile.passes.program import RiverProgram
 
 
 def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
@@ -101,44 +86,3 @@ def _unsupported(program: RiverProgram) -> str | None:
         if node in written or (node.op == "placeholder" and is_tensor(node)):
             return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
     return None
-
-
-def verdicts_for(plan: DecoderPlan, policy: ExitPolicy, device: CaptureDevice, captures: CaptureLog) -> Verdicts | None:
-    """Returns the state of decisions on a device, None if the host must decide.
-
-    `captures` says why then.
-    """
-    why = device.why_undecided() or policy.why_host_decides(plan)
-    if why is None:
-        return DeviceExitState(plan.num_blocks, plan.device)
-    captures.uncaptured_units["step"] = why
-    return None
-
-
-def captured_runner(
-    program: RiverProgram,
-    steps: Mapping[Segment, Step],
-    launcher: CaptureCache,
-    policy: ExitPolicy,
-    launch_ahead: bool | str | None,
-    verdicts: Verdicts | None,
-    plain: Runner,
-) -> CapturedRunner:
-    """Returns the runner of a program's captures.
-
-    Args:
-        program, steps, launcher, plain: see :class:`CapturedRunner`.
-        policy: when tokens leave.
-        launch_ahead: the option: True or False to launch ahead every time or never, else where measurements say so.
-        verdicts: of :func:`verdicts_for`, for a device that answers; None: the host does.
-    """
-    ahead = None
-    if launcher.device.runs_late and launch_ahead is not False:
-        ahead = LaunchAhead(True if launch_ahead is True else None)
-    if verdicts is not None:
-        runner: CapturedRunner = DeviceExits(program, steps, launcher, ahead, policy, verdicts, plain)
-    else:
-        runner = CapturedRunner(program, steps, launcher, ahead, policy.deepest, plain)
-    if ahead is not None:
-        note_order(program.plan, runner.units, launcher.log)
-    return runner

@@ -1,7 +1,7 @@
 """Captures on a CPU: a unit of C++ calls is recorded on a tape, and replayed by one call.
 
 What a replay saves is everything between two kernels: Python, torch's dispatch, and waking the threads, which meet at
-barriers instead. It returns when its work is done, so nothing is launched ahead.
+barriers instead. It returns when its work is done.
 
 Not handled: units in which Inductor's code runs, which stay uncaptured.
 """
@@ -29,7 +29,6 @@ class Tapes(CaptureDevice):
 
     name = "tapes of C++ calls"
     needs_a_run = False
-    runs_late = False
 
     def obstacle(self, step: Step) -> Refusal | None:
         if isinstance(step.callee, NativeSegment):
@@ -76,14 +75,8 @@ class Tapes(CaptureDevice):
     def replayer(self, graph: Tape, slots: list) -> Callable[[], object]:
         return graph.replay
 
-    def mark(self) -> None:
-        return None
-
-    def wait(self, mark: None) -> None:
+    def wait(self) -> None:
         """Does nothing: replays have run when they return."""
-
-    def seconds_between(self, first: None, second: None) -> None:
-        return None
 
     def end(self) -> None:
         """Does nothing: replays have run when they return."""

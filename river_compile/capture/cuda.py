@@ -18,9 +18,6 @@ from torch import Tensor
 from river_compile.capture.device import CaptureDevice, CaptureFailed
 from river_compile.capture.units import CaptureUnit
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
-from river_compile.upstream.versions import numbers_of
-
-_TORCH, _CUDA = (2, 13), (12, 4)  # the first ones whose graphs hold decisions
 
 
 class CudaGraphs(CaptureDevice):
@@ -45,23 +42,6 @@ class CudaGraphs(CaptureDevice):
     def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
         """Verifications are as narrow, and come again; the length of a prompt that is wider may not."""
         return sequences * positions <= MAX_EXACT_ROWS
-
-    def why_undecided(self) -> str | None:
-        if torch.version.hip is not None or torch.version.cuda is None:
-            return "HIP graphs hold no decisions"
-        if numbers_of(torch.__version__) < _TORCH:  # (2.12 has the calls, and fails after some 16 of them)
-            return f"torch {torch.__version__} captures no decisions; 2.13 and later do"
-        if numbers_of(torch.version.cuda) < _CUDA:
-            return f"graphs of CUDA {torch.version.cuda} hold no decisions; those of 12.4 and later do"
-        return None
-
-    def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
-        graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
-        graph.begin_capture_to_if_node(holds)  # (which makes the node's own stream the current one)
-        try:
-            work(list(slots))
-        finally:
-            graph.end_capture_to_conditional_node()
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):
@@ -92,7 +72,7 @@ class CudaGraphs(CaptureDevice):
             try:
                 # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
                 with torch.cuda.graph(graph, self._pool, self._capture_stream, capture_error_mode="thread_local"):
-                    unit.run_into(list(slots), outputs, self.when)
+                    unit.run_into(list(slots), outputs)
             except RuntimeError as error:
                 raise CaptureFailed(str(error).partition("\n")[0]) from error
             finally:
@@ -102,16 +82,8 @@ class CudaGraphs(CaptureDevice):
     def launch(self, graph: torch.cuda.CUDAGraph, slots: list) -> None:
         graph.replay()
 
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream())
-        return event
-
-    def wait(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
-
-    def seconds_between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
-        return first.elapsed_time(second) / 1e3
+    def wait(self) -> None:
+        self._stream().synchronize()
 
     def end(self) -> None:
         event = torch.cuda.Event()

@@ -31,7 +31,6 @@ class CaptureDevice(ABC):
     """Captures units and replays them, in the order given. All calls of one step come from one thread."""
 
     name: str
-    runs_late = True  # whether a launch returns before it has run
     needs_a_run = True  # before a unit is captured: what it returns, and whatever it sets up, is known afterwards
 
     def obstacle(self, step: Step) -> Refusal | None:
@@ -41,14 +40,6 @@ class CaptureDevice(ABC):
     @abstractmethod
     def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
         """Whether a pass of several positions of each sequence is captured."""
-
-    def why_undecided(self) -> str | None:
-        """Returns why captures cannot hold decisions, None if :meth:`when` puts them there."""
-        return f"{self.name} hold no decisions"
-
-    def when(self, holds: Tensor, work: Callable[[list], object], slots: list) -> None:
-        """In a capture: captures work on a copy of the slots that a replay runs where a boolean scalar then holds."""
-        raise CaptureFailed(f"{self.name} hold no decisions")
 
     @abstractmethod
     def flags(self, count: int) -> Tensor:
@@ -93,16 +84,8 @@ class CaptureDevice(ABC):
         return functools.partial(self.launch, graph, slots)
 
     @abstractmethod
-    def mark(self) -> object:
-        """Returns a mark after everything launched so far."""
-
-    @abstractmethod
-    def wait(self, mark: Any) -> None:
-        """Waits until the device has reached a mark."""
-
-    @abstractmethod
-    def seconds_between(self, first: Any, second: Any) -> float | None:
-        """Returns the device's time between two marks that were reached, None if it keeps no time."""
+    def wait(self) -> None:
+        """Waits until everything launched so far has run."""
 
     @abstractmethod
     def end(self) -> None:
@@ -139,8 +122,6 @@ class CaptureLog:
     dropped: int = 0  # captures that gave way to `max_captures`
     buffer_bytes: int = 0  # bytes of the buffers at the units' borders
     uncaptured_units: dict[str, str] = field(default_factory=dict)  # by name, why they run uncaptured
-    # by name, why units are not launched ahead of the exit check before them
-    never_launched_ahead: dict[str, str] = field(default_factory=dict)
 
     def add(self, record: CaptureRecord) -> None:
         """Writes down a capture."""
@@ -164,11 +145,7 @@ class CaptureLog:
             f"    captured     {self.made} graphs by {self.device} in {self.seconds:.2f} s, {self.bytes / 1e6:.2f} MB, "
             f"{self.buffer_bytes / 1e3:.1f} kB of buffers{dropped}"
         ]
-        lines += [f"    uncaptured   {unit}: {reason}" for unit, reason in self.uncaptured_units.items()]
-        return lines + [
-            f"    in order     {unit} is not launched ahead: {reason}"
-            for unit, reason in self.never_launched_ahead.items()
-        ]
+        return lines + [f"    uncaptured   {unit}: {reason}" for unit, reason in self.uncaptured_units.items()]
 
 
 class _StandIn:

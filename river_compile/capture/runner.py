@@ -3,9 +3,7 @@
 Steps of one runner run one after the other: a second thread waits for the first one's step to be launched, and what the
 caller gets are copies, so nobody's result is overwritten by the next step.
 
-Whether a token stays at a check is the host's answer, in order: it waits for the score before it launches what follows.
-Two modules do better on a device that runs late: :mod:`river_compile.capture.launch_ahead`, where the host launches
-before it knows, and :mod:`river_compile.capture.device_exits`, where the device answers by itself.
+Whether a token stays at a check is the host's answer: it waits for the score before it launches what follows.
 
 Not handled (the log says so, and it runs uncaptured): dynamic caches, prompts, passes of more rows than the device
 captures, operations that read sizes from the device.
@@ -17,36 +15,20 @@ import functools
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from river_compile.capture.capture_cache import CaptureCache
-from river_compile.capture.units import CaptureUnit, Partition, copy_into
+from river_compile.capture.units import Partition, copy_into
 from river_compile.passes.capture_safety import fixed_inputs
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import RiverProgram, Segment
 from river_compile.runtime.runner import Runner, Step
-from river_compile.runtime.slots import SCORE, Saved, Slots, size_of_pass
+from river_compile.runtime.slots import SCORE, Slots, size_of_pass
 
 # Slots, as `begin` returned them. (The interface of runners takes any list.)
 OwnSlots: TypeAlias = Any
-
-
-class Ahead(Protocol):
-    """Launches units before it is known that they are wanted."""
-
-    def begin(self) -> None:
-        """Begins a step."""
-
-    def ask(self, runner: CapturedRunner, unit: CaptureUnit, slots: Slots) -> None:
-        """Launches a span that ends with a check, unless that was done before, and waits for its score."""
-
-    def has(self, unit: CaptureUnit) -> bool:
-        """Whether a unit, which the token has come to, is launched already. The token stayed then."""
-
-    def take_back(self, runner: CapturedRunner, slots: Slots) -> None:
-        """The token leaves: takes back what was launched in vain."""
 
 
 class CapturedRunner(Runner):
@@ -56,12 +38,10 @@ class CapturedRunner(Runner):
         program: the rewritten graph.
         steps: the compiled step of each segment that can be reached.
         launcher: has the captures.
-        ahead: launches spans before they are known to be wanted; None: none is. May be replaced between two steps.
-        deepest: blocks that a token executes at most, None for all.
         plain: runs the passes of a graph of several tokens that the device does not take.
 
     Attributes:
-        flags: ``[L + 1]`` float32 values in host memory, where the scores of checks and heads arrive.
+        flags: ``[L]`` float32 values in host memory, where the scores of checks arrive.
     """
 
     binds = True
@@ -71,16 +51,14 @@ class CapturedRunner(Runner):
         program: RiverProgram,
         steps: Mapping[Segment, Step],
         launcher: CaptureCache,
-        ahead: Ahead | None = None,
-        deepest: int | None = None,
         plain: Runner | None = None,
     ) -> None:
         super().__init__(program, steps)
         self._plain, self._size_of = plain, size_of_pass(program)
         plan, slots = program.plan, program.slots
-        self.launcher, self.device, self.ahead = launcher, launcher.device, ahead
-        self.flags = self.device.flags(plan.num_blocks + 1)
-        self.units = Partition(program, steps, self.flags, self.device.obstacle, deepest)
+        self.launcher, self.device = launcher, launcher.device
+        self.flags = self.device.flags(plan.num_blocks)
+        self.units = Partition(program, steps, self.flags, self.device.obstacle)
         fixed = fixed_inputs(plan)
         self._copied = [i for node, i in slots.items() if node.op == "placeholder" and node not in fixed]
         self._returned = [slots[node] for node in program.returned]
@@ -97,8 +75,6 @@ class CapturedRunner(Runner):
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        if self.ahead is not None:
-            self.ahead.begin()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         try:
@@ -127,44 +103,22 @@ class CapturedRunner(Runner):
 
     def blocks(self, slots: OwnSlots, start: int, end: int) -> None:
         for unit in self.units.spans(start, end):
-            if self.ahead is None or not self.ahead.has(unit):
-                self.launcher.launch(unit, slots)
+            self.launcher.launch(unit, slots)
 
     def through(self, slots: OwnSlots, depth: int) -> None:
         for unit in self.units.way(depth):
             self.launcher.launch(unit, slots)
 
-    def score(self, slots: OwnSlots, start: int, end: int) -> float:
-        *before, unit = self.units.spans(start, end)
-        if before:
-            self.blocks(slots, start, before[-1].end)
-        if self.ahead is not None:
-            self.ahead.ask(self, unit, slots)
-        else:
-            self.launcher.launch(unit, slots)
-            self.device.wait(self.device.mark())
-        return self.flags[end].item()
+    def read_score(self, slots: OwnSlots, depth: int) -> float:
+        self.device.wait()
+        return self.flags[depth - 1].item()
 
     def tail(self, slots: OwnSlots, depth: int) -> None:
-        if self.ahead is not None:
-            self.ahead.take_back(self, slots)
         for unit in self.units.tail(depth):
             self.launcher.launch(unit, slots)
 
-    def read_head(self, slots: OwnSlots) -> float:
-        self.device.wait(self.device.mark())
-        return self.flags[-1].item()
-
     def head_score(self, slots: OwnSlots) -> Tensor:
         return self.launcher.fresh([slots[SCORE]])[0]
-
-    def save(self, slots: OwnSlots, depth: int) -> Saved:
-        self.device.settle()
-        return super().save(slots, depth)
-
-    def rewind(self, slots: OwnSlots, start: int, end: int, saved: Saved = ()) -> None:
-        rewind = super().rewind
-        self.device.run(lambda: rewind(slots, start, end, saved))
 
     def finish(self, slots: OwnSlots) -> tuple:
         return self.launcher.fresh(slots[i] for i in self._returned)

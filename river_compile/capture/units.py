@@ -5,7 +5,6 @@
     tail d      [prologue,] twins d+1..L and the river's head
     twins d, head    both alone, where the head cannot be captured and the twins can (spans: "span a-L" and "last L-L")
     prologue    the prologue alone, where it cannot be captured (spans then start at block 1, and tails with twins)
-    step    all of it, for a graph that decides by itself (:mod:`river_compile.capture.device_exits`)
 
 A unit reads and writes slots. Those that other units or the caller need afterwards get buffers; all others live in the
 graph's own memory for the length of one replay.
@@ -27,9 +26,7 @@ from river_compile.passes.program import Refusal, RiverProgram, Segment
 from river_compile.runtime.runner import Step
 from river_compile.runtime.slots import SCORE, gather
 
-Kind = Literal["prologue", "span", "last", "tail", "twins", "head", "step"]
-# Runs work on the slots, or on a copy, where a boolean scalar on the device holds at that time.
-When = Callable[[Tensor, Callable[[list], object], list], None]
+Kind = Literal["prologue", "span", "last", "tail", "twins", "head"]
 
 
 def buffer_like(value: Tensor) -> Tensor:
@@ -73,7 +70,7 @@ class CaptureUnit:
     writes: tuple[int, ...]  # slots of the tensors that are needed when it has ended
     # what it hands on besides, computed by the host: slot, function, slots of its arguments
     numbers: tuple[tuple[int, Callable[..., int], tuple[int, ...]], ...]
-    # where its score (of the exit check or the head) goes in host memory, a float32 scalar; None without one
+    # where the score of its exit check goes in host memory, a float32 scalar; None without one
     flag: Tensor | None
     obstacle: Refusal | None  # why it cannot be captured, if it cannot
 
@@ -89,8 +86,8 @@ class CaptureUnit:
 
     @property
     def name(self) -> str:
-        """How logs and reports call it: "span 0-2", "last 3-4", "tail 2", "twins 2", "prologue", "head" or "step"."""
-        if self.kind in ("prologue", "head", "step"):
+        """How logs and reports call it: "span 0-2", "last 3-4", "tail 2", "twins 2", "prologue" or "head"."""
+        if self.kind in ("prologue", "head"):
             return self.kind
         return f"{self.kind} {self.start}" if self.kind in ("tail", "twins") else f"{self.kind} {self.start}-{self.end}"
 
@@ -106,11 +103,8 @@ class CaptureUnit:
         for index, compute, arguments in self.numbers:
             slots[index] = compute(*[slots[i] for i in arguments])
 
-    def run_into(self, slots: list, outputs: Mapping[int, Tensor], when: When) -> None:
-        """Runs the steps on the slots and copies the later needed values into buffers, by slot.
-
-        `when` runs work on a copy of the slots, where a boolean on the device holds; steps alone ask for nothing.
-        """
+    def run_into(self, slots: list, outputs: Mapping[int, Tensor]) -> None:
+        """Runs the steps on the slots and copies the later needed values into buffers, by slot."""
         self.run(slots)
         copy_into([*outputs.values()], [slots[index] for index in outputs])
 
@@ -119,13 +113,10 @@ class Partition:
     """The units of one program, each made when it is asked for.
 
     Args:
-        flags: float32 host memory, one value per depth from 0 to L; the head's score takes the place of L.
+        flags: float32 host memory, one value per block, for the score of the check after it.
         device_obstacle: why the device cannot capture what a step runs, None where it can.
-        deepest: blocks that a token executes at most, None for L.
 
     Attributes:
-        ends: the depths at which spans end: the candidates, the depth before the first block whose weights move from
-            run to run (which is not captured), and the deepest.
         prologue: the prologue as a unit, None where it is part of the first span.
     """
 
@@ -135,15 +126,12 @@ class Partition:
         steps: Mapping[Segment, Step],
         flags: Tensor,
         device_obstacle: Callable[[Step], Refusal | None],
-        deepest: int | None = None,
     ) -> None:
         self._program, self._steps, self._flags, self._device_obstacle = program, steps, flags, device_obstacle
         self._num_blocks = program.plan.num_blocks
         moving = [block.depth for block in program.blocks if block in steps and steps[block].moves]
+        # (blocks after this one have weights that move from run to run, and are not captured)
         self._resident = moving[0] - 1 if moving else self._num_blocks
-        last = self._num_blocks if deepest is None else deepest
-        between = {self._resident} if 0 < self._resident < last else set()
-        self.ends = (*sorted(between | set(program.candidates)), last)
         self._units: dict[tuple[Kind, int, int], CaptureUnit] = {}
         self._tails: dict[int, list[CaptureUnit]] = {}
         self._spans: dict[tuple[int, int], list[CaptureUnit]] = {}
@@ -169,14 +157,6 @@ class Partition:
             tail = self.tail(depth) if depth < self._num_blocks else []
             self._ways[depth] = [*self.spans(0, depth), *tail]
         return self._ways[depth]
-
-    def step(self, last: int) -> CaptureUnit:
-        """Returns all that tokens of at most `last` blocks reach, in the order of the segments and not of any token."""
-        return self._unit("step", 0, last)
-
-    def after(self, depth: int) -> CaptureUnit:
-        """Returns the unit that runs after the check at a depth if the token stays."""
-        return self.spans(depth, self.ends[self.ends.index(depth) + 1])[0]
 
     def tail(self, depth: int) -> list[CaptureUnit]:
         """Returns the units of twins depth+1..L and their head: two if the head alone has obstacles."""
@@ -223,9 +203,6 @@ class Partition:
         program = self._program
         if kind == "prologue":
             return [program.prologue]
-        if kind == "step":
-            alone = [] if self.prologue is None else [program.prologue]
-            return [segment for segment in program.segments if segment in self._steps and segment not in alone]
         twins, head = list(program.twins[start:]), program.river_head or program.head
         first = [] if start or self.prologue is not None else [program.prologue]
         if kind in ("tail", "twins", "head"):
@@ -234,7 +211,7 @@ class Partition:
         return [*segments, program.head] if kind == "last" else segments
 
     def _make(self, kind: Kind, start: int, end: int) -> CaptureUnit:
-        slots, is_end = self._program.slots, kind in ("last", "tail", "head", "step")
+        slots, is_end = self._program.slots, kind in ("last", "tail", "head")
         segments = self._segments(kind, start, end)
         reads: dict[int, bool] = {}  # slot -> whether a capture depends on it
         written: dict[fx.Node, None] = {}
@@ -255,9 +232,10 @@ class Partition:
             needed |= {node for s in self._program.segments if s.depth > done for node in s.inputs}
         writes = sorted(slots[n] for n in written if n in needed and n not in counted)
         flag = None
-        if segments[-1].has_score:
-            flag = None if kind == "step" else self._flags[self._num_blocks if is_end else end]
-            writes += [SCORE] if is_end else []
+        if segments[-1].has_score and is_end:
+            writes.append(SCORE)
+        elif segments[-1].has_score:
+            flag = self._flags[end - 1]
         return CaptureUnit(
             kind=kind,
             start=start,

@@ -17,7 +17,7 @@ def calibrate(
     agreement: Annotated[float | None, typer.Option(help="Or: least share of tokens as the plain model's.")] = None,
     texts: Texts = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the calibration as JSON.")] = None,
-    criterion: Annotated[str, typer.Option(help="similarity, confidence or doubt.")] = "confidence",
+    criterion: Annotated[str, typer.Option(help="similarity or confidence.")] = "confidence",
     tokens: Annotated[int, typer.Option(help="Measured in each text.")] = 8,
     context: Annotated[int, typer.Option(help="Tokens of each text that run as its prompt.")] = 16,
     dtype: Dtype = "bfloat16",

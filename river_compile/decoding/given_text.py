@@ -8,7 +8,6 @@ Not handled: batches, and models whose forward passes need more than ids, masks 
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StaticCache
 
 from river_compile.decoding.session import Session
-from river_compile.exits import Memory
 from river_compile.model_record import record_of
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.twins.sampling import everything_counts
@@ -28,7 +26,7 @@ class AfterPrompt(NamedTuple):
 
     session: Session
     layers: list[dict[str, Tensor | int]]
-    memory: Memory
+    entropy: Tensor | None
 
 
 class TextDecoder:
@@ -50,7 +48,7 @@ class TextDecoder:
     def prompt(self, ids_1S: Tensor) -> Tensor:
         """Runs a prompt on the emptied cache; returns its logits ``[S, V]``."""
         self.cache.reset()
-        self._memories.keep(self.cache.layers[0].keys, Memory())  # (a prompt of one token goes on with a memory)
+        self._memories.keep(self.cache.layers[0].keys, None)  # (a prompt of one token would go on)
         kwargs = {cache_argument(self._model): self.cache, "use_cache": True, **everything_counts(self._model, ids_1S)}
         self._session = Session(self._model, BorrowedCache(self._model, kwargs, None, False))
         return self._session.prefill(ids_1S, GenerationConfig(), all_logits=True)[0]
@@ -74,7 +72,7 @@ class TextDecoder:
     def save(self) -> AfterPrompt:
         """Returns copies of what the prompt that just ran left."""
         layers = [{name: _copied(v) for name, v in vars(layer).items() if _counts(v)} for layer in self.cache.layers]
-        return AfterPrompt(self._session, layers, copy.deepcopy(self._memories.recall(self.cache.layers[0].keys)))
+        return AfterPrompt(self._session, layers, self._memories.recall(self.cache.layers[0].keys))
 
     def resume(self, saved: AfterPrompt) -> None:
         """Goes on after a prompt that was saved."""
@@ -86,7 +84,7 @@ class TextDecoder:
                 else:
                     setattr(layer, name, value)
         self._session.entries.filled = int(self.cache.get_seq_length())
-        self._memories.keep(self.cache.layers[0].keys, copy.deepcopy(saved.memory))
+        self._memories.keep(self.cache.layers[0].keys, saved.entropy)
 
 
 def _counts(value: object) -> bool:

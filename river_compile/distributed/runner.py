@@ -40,7 +40,7 @@ class RankRunner(PlainRunner):
             self._ranks.check_alike("the tokens, positions and masks that they are given", list(map(_digest, ids)))
         return super().begin(args, slots)
 
-    def read_head(self, slots: list) -> float:
+    def read_score(self, slots: list, depth: int) -> float:
         return self.head_score(slots).item()
 
     def head_score(self, slots: list) -> Tensor:

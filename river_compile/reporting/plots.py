@@ -41,7 +41,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[StepRecord], num_blocks: int) -> Path:
-    """Draws each decode step's exit depth, hatched for doubted steps, above the text of its token."""
+    """Draws each decode step's exit depth, above the text of its token."""
     from matplotlib import colormaps
 
     if not steps:
@@ -49,16 +49,13 @@ def plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[S
     names = _names(texts, len(steps), "decode steps", first=1)
     mean = sum(step.depth for step in steps) / len(steps)
     title = f"Exit depth of {len(steps)} tokens, mean {mean:.2f} of {num_blocks} blocks"
-    doubted = sum(step.doubted for step in steps)
-    if doubted:
-        title += f"; {doubted} doubted (hatched): river, then backbone"
     highest = max(num_blocks, 1)
     colours = colormaps["viridis_r"]
     figure = _lines_of_tokens(names, highest, room=1.15)
     figure.suptitle(title)
     for i, step in enumerate(steps):
         axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
-        axes.bar(x, step.depth, color=colours(step.depth / highest), width=0.9, hatch="///" if step.doubted else "")
+        axes.bar(x, step.depth, color=colours(step.depth / highest), width=0.9)
         axes.text(x, step.depth, str(step.depth), ha="center", va="bottom", fontsize=7)
     return save_figure(figure, path)
 

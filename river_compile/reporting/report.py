@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import RiverWarning
-from river_compile.exits import threshold_text
+from river_compile.exits import WHOLE, threshold_text
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
 from river_compile.offload.weights import OffloadLog
 from river_compile.passes.moe_router import ROUTER, chosen_experts
@@ -53,7 +53,6 @@ class Report:
     decode_depths: dict[int, int]
     prefill_depths: dict[int, int]
     exact: ExactStats
-    doubted: int = 0
     own_text: SelfCalibration = field(default_factory=SelfCalibration)
     loss: TwinLoss | None = None
     block_errors: BlockErrors | None = None
@@ -116,7 +115,6 @@ class Report:
             "exit_depths": dict(self.decode_depths),
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
-            "doubted": self.doubted,
             "exact": {**self.exact._asdict(), "by_source": dict(self.exact.by_source)},
         }
 
@@ -176,7 +174,6 @@ def report(model: nn.Module) -> Report:
         decode_depths=dict(sorted(stats.decode.items())),
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,
-        doubted=stats.doubted,
         own_text=record.self_calibration,
         loss=packed.loss,
         block_errors=record.block_errors,
@@ -230,7 +227,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
         yield f"  graph          not rewritten: {graph.refusal}"
         return
     config = graph.config
-    decides = graph.kind == "decode" and config.exit_depth is None
+    decides = graph.kind == "decode" and config.exit_depth is None and config.first_exit != WHOLE
     seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
     yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache{_ORIGINS[graph.origin]}; {seconds}"
     yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}"
@@ -325,9 +322,6 @@ def token_lines(report: Report) -> Iterator[str]:
         yield "  exits          no token was decoded yet"
     else:
         yield f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"
-    if report.doubted:
-        share = 100 * report.doubted / total
-        yield f"    doubted      {report.doubted} ({share:.0f} %) ran through the river and then the backbone"
     yield from histogram(report.decode_depths)
     if exact.cycles:
         each = "per pass" if exact.row_cycles == exact.cycles else "per pass and row"

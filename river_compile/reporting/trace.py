@@ -38,11 +38,6 @@ class Trace:
         return sum(t.depth for t in tokens) / len(tokens) if tokens else float("nan")
 
     @property
-    def doubted(self) -> int:
-        """Decode steps that ran through both paths."""
-        return sum(t.doubted for t in self.tokens)
-
-    @property
     def kept_sources(self) -> dict[str, int]:
         """Tokens that exact mode kept, by where they came from (a prompt's first token is in no cycle)."""
         return dict(Counter(source for cycle in self.cycles for source in cycle.kept))

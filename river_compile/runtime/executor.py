@@ -1,6 +1,7 @@
 """Runs the steps of a RiverProgram: backbone blocks until an exit, twins for the rest, then the head.
 
-Not handled: how it runs (:mod:`river_compile.runtime.runner`) and when a token leaves (:mod:`river_compile.exits`).
+Not handled: how a span of blocks runs (:mod:`river_compile.runtime.runner`), and what the bars of a step are
+(:mod:`river_compile.exits`).
 """
 
 from __future__ import annotations
@@ -12,21 +13,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from river_compile.exits import ExitPolicy, Memories, Memory, Taken, bars_of
+from river_compile.exits import ExitPolicy, Memories, bars_of
 from river_compile.passes.capture_safety import fixed_inputs
 from river_compile.passes.program import RiverProgram
 from river_compile.runtime.capacity import Capacity
 from river_compile.runtime.draft_vocab import DraftVocab, HeadVocab
-from river_compile.runtime.fill import Fill
 from river_compile.runtime.runner import Runner
 from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.slots import Slots, cache_slots
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
-from river_compile.runtime.walk import HostWalk
 from river_compile.upstream.dynamo import GraphEntry
 
 # Runs a pass once more: (the graph's inputs, the tokens that a draft may have) -> outputs.
@@ -37,6 +36,14 @@ _steps: Observers[[RiverExecutor, Sequence[Any], StepRecord]] = Observers()
 _calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
 
 
+class _Taken(NamedTuple):
+    """The way that a step took: its exit depth, the scores that were read, and the entropy that decided."""
+
+    depth: int
+    scores: tuple[float, ...] = ()
+    entropy: float | None = None
+
+
 class RiverExecutor:
     """Callable that stands in for a traced graph.
 
@@ -45,8 +52,7 @@ class RiverExecutor:
         runner: runs its segments; may be replaced between two steps.
         policy: when tokens leave; may be replaced between two steps.
         stats: counts exits.
-        memories: what policy and fill remember of the model's sequences; shared by the model's graphs.
-        fill: what stands in for the entries of skipped blocks.
+        memories: what the policy remembers of the model's sequences; shared by the model's graphs.
         sequences: of the model; tells when a sequence begins.
         on_begin: called with the graph's inputs where one begins, before anything runs; None: nothing to do.
         on_close: called after each step.
@@ -62,7 +68,6 @@ class RiverExecutor:
         policy: ExitPolicy,
         stats: ExitStats,
         memories: Memories,
-        fill: Fill,
         sequences: SequenceTracker,
         on_begin: Callable[[Sequence[Any]], None] | None,
         on_close: Callable[[], None],
@@ -70,7 +75,7 @@ class RiverExecutor:
         entry: GraphEntry | None = None,
         inputs: Sequence[str] = (),
     ) -> None:
-        self.program, self.runner, self.policy, self.fill = program, runner, policy, fill
+        self.program, self.runner, self.policy = program, runner, policy
         self.num_blocks = program.plan.num_blocks
         self.decodes = program.plan.is_decode
         self.sequences, self.entry, self.inputs = sequences, entry, tuple(inputs)
@@ -79,7 +84,7 @@ class RiverExecutor:
         self._wanted = wanted
         self.room = Capacity.of(program)
         self._cache_in, self._cache_out = cache_slots(program)
-        self._remembers = policy.criterion.reads == "previous" or fill.remembers
+        self._remembers = policy.criterion.reads == "previous"
 
     def __call__(self, *args: object) -> tuple:
         return self.step(args)
@@ -117,9 +122,7 @@ class RiverExecutor:
         with runner, self._logits_of(tokens), torch._C._DisableAutocast():
             slots = runner.begin(args)
             filled = None if self.room is None or has_room else self.room.check(slots)
-            memory = self._recall(slots)
-            taken = self._run(runner, slots, policy, memory)
-            self._keep(runner, slots, memory)
+            taken = self._run(runner, slots, policy)
             self.sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
             outputs = runner.finish(slots)
         if self.room is not None and filled is not None:
@@ -141,10 +144,10 @@ class RiverExecutor:
         if not runner.binds:
             return None
         slots: Slots | None = None
-        way: Taken | None = None  # where it is known
+        way: _Taken | None = None  # where it is known
         if not self._remembers and (depth is not None or not self.decodes):
             last = self._policy_at(depth).fixed_depth if self.decodes else None
-            way = Taken(self.num_blocks if last is None else min(last, self.num_blocks))
+            way = _Taken(self.num_blocks if last is None else min(last, self.num_blocks))
 
         def again(args: Sequence, tokens: DraftVocab | None) -> tuple:
             nonlocal slots
@@ -156,9 +159,7 @@ class RiverExecutor:
             with runner, self._logits_of(tokens):
                 slots = runner.begin(args, slots)
                 if way is None:
-                    memory = self._recall(slots)
-                    taken = self._run(runner, slots, self._policy_at(depth), memory)
-                    self._keep(runner, slots, memory)
+                    taken = self._run(runner, slots, self._policy_at(depth))
                 else:
                     taken = way
                     runner.through(slots, way.depth)
@@ -182,51 +183,45 @@ class RiverExecutor:
     def _logits_of(self, tokens: DraftVocab | None) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self._wanted is None else self._wanted.only(tokens)
 
-    def _run(self, runner: Runner, slots: list, policy: ExitPolicy, memory: Memory) -> Taken | Callable[[], Taken]:
-        """Runs blocks, tail and head of a step; returns the way that it took, or what waits for the step to tell it."""
-        limit = self.fill.begin(slots, memory)
+    def _run(self, runner: Runner, slots: list, policy: ExitPolicy) -> _Taken:
+        """Runs blocks, tail and head of a step."""
         bars = bars_of(policy, self.program.candidates, self.num_blocks)
-        if bars.reads == "previous":
-            bars = bars._replace(given=memory.entropy)
-        outcome = runner.whole(slots, bars) if runner.decides and bars.for_device else None
-        if outcome is not None:
-            return lambda: bars.taken(outcome())
-        walk = HostWalk(runner, bars, limit)
-        taken = walk.taken(walk.run(slots, walk.stops, walk.last))
-        self.fill.end(slots, memory, taken.depth)
-        return taken
+        last, done, scores, entropy = bars.last, 0, [], None
+        if bars.early is not None:
+            entropy = self._previous_entropy(slots)
+            if entropy is not None and -entropy > bars.early[1]:
+                last = bars.early[0]
+        for depth, bar in bars.stops:
+            runner.blocks(slots, done, depth)
+            done = depth
+            if bar is None:
+                continue
+            scores.append(runner.read_score(slots, depth))
+            if scores[-1] > bar:
+                last = depth
+                break
+        else:
+            runner.blocks(slots, done, last)
+        if last < self.num_blocks:
+            runner.tail(slots, last)
+        if self._remembers and self._cache_out is not None:
+            self._memories.keep(slots[self._cache_out], runner.head_score(slots))
+        return _Taken(last, tuple(scores), entropy)
 
-    def _record(self, args: Sequence[Any], taken: Taken | Callable[[], Taken], started: float) -> None:
-        """Counts a step and shows it to observers; without any it waits for nothing."""
-        decodes, thread, model = self.decodes, threading.get_ident(), self._stats.model_id
+    def _previous_entropy(self, slots: list) -> float | None:
+        entropy = None if self._cache_in is None else self._memories.recall(slots[self._cache_in])
+        return None if entropy is None else entropy.item()
 
-        def record(way: Taken, seconds: float) -> StepRecord:
-            return StepRecord(way.depth, way.scores, decodes, thread, model, way.entropy, way.river_from, seconds)
-
-        if callable(taken) and not _steps:
-            read, seconds = taken, time.perf_counter() - started
-            self._stats.count_later(lambda: record(read(), seconds))
-            return
-        way = taken() if callable(taken) else taken
-        step = record(way, time.perf_counter() - started)
+    def _record(self, args: Sequence[Any], taken: _Taken, started: float) -> None:
+        """Counts a step and shows it to observers."""
+        thread, seconds = threading.get_ident(), time.perf_counter() - started
+        step = StepRecord(taken.depth, taken.scores, self.decodes, thread, self._stats.model_id, taken.entropy, seconds)
         self._stats.count(step)
         _steps(self, args, step)
 
     def _cache(self, args: Sequence[Any]) -> Any:
         """Returns the tensor of the KV cache that tells sequences apart, before the step."""
         return None if self._cache_in is None or self._cache_in >= len(args) else args[self._cache_in]
-
-    def _recall(self, slots: list) -> Memory:
-        """Returns the sequence's memory; for a prompt only that of its fill."""
-        if not self._remembers or self._cache_in is None:
-            return Memory()
-        memory = self._memories.recall(slots[self._cache_in])
-        return memory if self.decodes else Memory(entries=dict(memory.entries))
-
-    def _keep(self, runner: Runner, slots: list, memory: Memory) -> None:
-        if self._remembers and self._cache_out is not None:
-            memory.entropy = runner.head_score(slots) if self.policy.criterion.reads != "block" else None
-            self._memories.keep(slots[self._cache_out], memory)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
 """Runs spans of a program's segments on a step's slots. The executor decides which spans; a runner knows how.
 
-Three kinds exist: :class:`PlainRunner` calls compiled code segment by segment,
-:class:`river_compile.capture.runner.CapturedRunner` launches graphs of many segments, and
-:class:`river_compile.capture.device_exits.DeviceExits` one graph that follows bars by itself. A runner makes no
-rules: it knows no thresholds but the bars that it is given, and keeps no memory of a sequence.
+Two kinds exist: :class:`PlainRunner` calls compiled code segment by segment, and
+:class:`river_compile.capture.runner.CapturedRunner` launches graphs of many segments. A runner makes no rules: it
+knows no thresholds, and keeps no memory of a sequence.
 """
 
 from __future__ import annotations
@@ -16,15 +15,11 @@ from types import TracebackType
 
 from torch import Tensor, fx
 
-from river_compile.exits import ExitBars
 from river_compile.passes.program import RiverProgram, Segment
-from river_compile.runtime.fill import Fill
-from river_compile.runtime.slots import SCORE, LastToken, Saved, Slots, WrittenInPlace, gather, new_slots
+from river_compile.runtime.slots import SCORE, LastToken, Slots, gather, new_slots
 
 # What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
 Callee = Callable[[list], Sequence]
-# Waits for a step and returns the score at each depth, that of its answer, and the depth.
-Outcome = Callable[[], Sequence[float]]
 
 
 class Step:
@@ -69,19 +64,13 @@ class Runner(ABC):
     and with the tail of a token that left before. `steps` has the compiled step of each segment that can be reached.
 
     Attributes:
-        decides: whether :meth:`whole` may run a step; may be changed between two steps.
         binds: whether a step on an earlier one's slots is any faster.
     """
 
-    decides = False
     binds = False
 
     def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
         self.steps, self._program = steps, program
-
-    @functools.cached_property
-    def _in_place(self) -> WrittenInPlace:
-        return WrittenInPlace(self._program)
 
     def for_pass(self, args: Sequence) -> Runner:
         """Returns the runner of the pass with these inputs of the graph: itself, or a better suited one."""
@@ -111,14 +100,6 @@ class Runner(ABC):
                 tensors had these shapes.
         """
 
-    def whole(self, slots: list, bars: ExitBars) -> Outcome | None:
-        """Runs everything between :meth:`begin` and :meth:`finish` as bars decide, without waiting for anything.
-
-        Returns:
-            What :meth:`ExitBars.taken` takes, which it waits for; None where nothing ran, and the caller must decide.
-        """
-        return None
-
     @abstractmethod
     def blocks(self, slots: list, start: int, end: int) -> None:
         """Runs blocks start+1..end, whatever their checks say, and the head where `end` is L."""
@@ -129,30 +110,17 @@ class Runner(ABC):
         if depth < self._program.plan.num_blocks:
             self.tail(slots, depth)
 
-    def score(self, slots: list, start: int, end: int) -> float:
-        """Runs blocks start+1..end and returns the exit score after the last of them, for which it waits."""
-        self.blocks(slots, start, end)
-        return self.read_head(slots)
+    @abstractmethod
+    def read_score(self, slots: list, depth: int) -> float:
+        """Returns the exit score after block `depth`, which ran last, and waits for it."""
 
     @abstractmethod
     def tail(self, slots: list, depth: int) -> None:
         """Runs the tail after `depth` blocks: the twins of the others and the head."""
 
     @abstractmethod
-    def read_head(self, slots: list) -> float:
-        """Returns the score of the head that ran last, for which it waits."""
-
-    @abstractmethod
     def head_score(self, slots: list) -> Tensor:
         """Returns the score of the head that ran last as a scalar tensor, which no later step overwrites."""
-
-    def save(self, slots: list, depth: int) -> Saved:
-        """Saves the state that a tail after `depth` blocks would destroy, for :meth:`rewind`."""
-        return self._in_place.save(slots, depth)
-
-    def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
-        """Makes blocks start+1..end ready to run once more for this token."""
-        self._in_place.rewind(slots, start, end, saved)
 
     @abstractmethod
     def finish(self, slots: list) -> tuple:
@@ -160,18 +128,14 @@ class Runner(ABC):
 
 
 class PlainRunner(Runner):
-    """Calls the steps, one after the other. Holds nothing of a step, so threads may use it at the same time.
+    """Calls the steps, one after the other. Holds nothing of a step, so threads may use it at the same time."""
 
-    A fill may run something else as the blocks.
-    """
-
-    def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step], fill: Fill | None = None) -> None:
+    def __init__(self, program: RiverProgram, steps: Mapping[Segment, Step]) -> None:
         super().__init__(program, steps)
         self._num_blocks = program.plan.num_blocks
         self._return = gather([program.slots[node] for node in program.returned])
         self.prologue = steps[program.prologue]
-        blocks = [steps.get(block, _missing) for block in program.blocks]
-        self._blocks = blocks if fill is None else fill.blocks(blocks, steps)
+        self._blocks = [steps.get(block, _missing) for block in program.blocks]
         self._twins = [steps.get(twin, _missing) for twin in program.twins]
         self._head: Callable[[list], None] = steps.get(program.head, _missing)
         self._river_head: Callable[[list], None] = steps.get(program.river_head or program.head, _missing)
@@ -218,7 +182,7 @@ class PlainRunner(Runner):
             twin(slots)
         self._river_head(slots)
 
-    def read_head(self, slots: list) -> float:
+    def read_score(self, slots: list, depth: int) -> float:
         return slots[SCORE].item()
 
     def head_score(self, slots: list) -> Tensor:

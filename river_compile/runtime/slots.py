@@ -13,18 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import sympy
-from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from river_compile.passes.nodes import memory_of, mutated_inputs, rank, value_of
+from river_compile.passes.nodes import mutated_inputs, rank, value_of
 from river_compile.passes.program import RiverProgram
 from river_compile.passes.segments import number_inputs
 
 # The last slot belongs to no value of the graph: the number that the latest exit check or head returned.
 SCORE = -1
-
-# Copies of values, each with its slot.
-Saved = Sequence[tuple[int, Tensor]]
 
 
 class Slots(list[Any]):
@@ -45,15 +41,14 @@ def gather(indices: Sequence[int]) -> Callable[[Sequence], Sequence]:
     return lambda slots: [slots[i] for i in indices]
 
 
-def cache_slots(program: RiverProgram, block: int | None = None) -> tuple[int | None, int | None]:
-    """Returns the slots of a tensor that a block keeps its tokens in, before a step and after it, None if unknown.
+def cache_slots(program: RiverProgram) -> tuple[int | None, int | None]:
+    """Returns the slots of the tensor that tells sequences apart, before a step and after it, None if unknown.
 
-    That is the tensor that is written in place, or the one that a step gets and the longer one that it returns, which
-    the next step gets. Without `block` it is the first one that keeps anything, which tells sequences apart.
+    It is the first one that a block keeps its tokens in: one that is written in place, or the one that a step gets and
+    the longer one that it returns, which the next step gets.
     """
     plan, slots = program.plan, program.slots
-    if block is None:
-        block = next(b.index for b in plan.blocks if b.kv.writes)
+    block = next(b.index for b in plan.blocks if b.kv.writes)
     kv = plan.blocks[block].kv
     if kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
         targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
@@ -114,53 +109,3 @@ class LastToken(NamedTuple):
         slots[self.size] = 1
         yield
         slots[self.hidden], slots[self.size] = hidden, size
-
-
-class WrittenInPlace:
-    """The writes to undo before a decode step's blocks run again after their twins.
-
-    A dynamic cache needs nothing of this, nor do entries written at a counted position (``index_copy_``): the second
-    run overwrites them.
-    """
-
-    def __init__(self, program: RiverProgram) -> None:
-        self._counters, self._moved = _written_in_place(program)
-
-    def save(self, slots: list, depth: int) -> Saved:
-        """Saves the state that a tail after `depth` blocks would destroy, for :meth:`rewind`."""
-        return [(i, slots[i].clone()) for block in self._moved[depth:] for i in block if slots[i] is not None]
-
-    def rewind(self, slots: list, start: int, end: int, saved: Saved = ()) -> None:
-        """Makes blocks start+1..end ready to run once more for this token."""
-        for index, value in saved:
-            slots[index].copy_(value)
-        for block in self._counters[start:end]:  # (blocks may share a counter: each of them advanced it)
-            for index in block:
-                slots[index].sub_(1)
-
-
-def _written_in_place(program: RiverProgram) -> tuple[list[list[int]], list[list[int]]]:
-    """Returns the tensors that a program's blocks write in place and no second run overwrites.
-
-    Returns:
-        By block, the slots of the integer scalars that it advances by one token; and by block, those of whatever else
-        it writes in place (a static sliding window that is full moves all its entries).
-    """
-    plan, slots = program.plan, program.slots
-    counters: list[dict[int, None]] = [{} for _ in plan.blocks]
-    moved: list[dict[int, None]] = [{} for _ in plan.blocks]
-    for node, part in plan.part_of.items():
-        if not 1 <= part <= plan.num_blocks or node.target is Tensor.index_copy_:
-            continue
-        for target in mutated_inputs(node):
-            counter = memory_of(target)  # (a first step may count through a `to` that changes nothing)
-            target = counter if _is_counter(counter) else target
-            if target in slots and plan.part_of.get(target) != part:
-                kind = counters if _is_counter(target) else moved
-                kind[part - 1][slots[target]] = None
-    return list(map(list, counters)), list(map(list, moved))
-
-
-def _is_counter(node: fx.Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point()

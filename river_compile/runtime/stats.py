@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Generic, NamedTuple, ParamSpec
@@ -50,13 +50,12 @@ class StepRecord(NamedTuple):
     """One forward pass.
 
     Attributes:
-        depth: backbone blocks executed before the rows left; all of them for a doubted step.
+        depth: backbone blocks executed before the rows left.
         similarities: the exit score after each candidate block that ran.
         decode: False for a prompt.
         thread: identifier of the thread it ran in.
         model: which model ran, an identifier unique in the process.
-        entropy: of the logits that decided, in nats: the previous step's ("confidence"), or the river's ("doubt").
-        river_from: backbone blocks before the river's part of a doubted step, None for other steps.
+        entropy: of the previous step's logits, in nats, where that decided ("confidence").
         seconds: wall time of the step on the host, without Dynamo's guards.
     """
 
@@ -66,13 +65,7 @@ class StepRecord(NamedTuple):
     thread: int
     model: int
     entropy: float | None = None
-    river_from: int | None = None
     seconds: float = 0.0
-
-    @property
-    def doubted(self) -> bool:
-        """Whether the step ran through the river first, and then again through the backbone."""
-        return self.river_from is not None
 
 
 class RowCycle(NamedTuple):
@@ -182,61 +175,28 @@ class ExactStats(NamedTuple):
 class ExitStats:
     """Steps per exit depth (backbone blocks executed) of one model, and the cycles of exact mode.
 
-    Where a device decides, a step is counted when its depth is known: after the next one, or when somebody asks.
-
     Attributes:
         model_id: identifies the model in traces, unique in the process.
+        decode, prefill: decode steps and prompts by depth.
     """
 
     def __init__(self) -> None:
         self.model_id = next(_model_ids)
         self.num_blocks = 0
         self.exact = ExactStats()
-        self._decode: Counter[int] = Counter()
-        self._prefill: Counter[int] = Counter()
-        self._doubted = 0
-        self._late: deque[Callable[[], StepRecord]] = deque()
-        self._lock = threading.RLock()
-
-    @property
-    def decode(self) -> Counter[int]:
-        """Decode steps by depth."""
-        self._settle()
-        return self._decode
-
-    @property
-    def prefill(self) -> Counter[int]:
-        """Prompts by depth."""
-        return self._prefill
+        self.decode: Counter[int] = Counter()
+        self.prefill: Counter[int] = Counter()
+        self._lock = threading.Lock()
 
     @property
     def steps(self) -> int:
-        """Forward passes, those included that are not counted by depth yet."""
-        return self._decode.total() + self._prefill.total() + len(self._late)
-
-    @property
-    def doubted(self) -> int:
-        """Decode steps that ran through the river and then through the backbone."""
-        self._settle()
-        return self._doubted
+        """Forward passes."""
+        return self.decode.total() + self.prefill.total()
 
     def count(self, step: StepRecord) -> None:
         """Counts a step."""
         with self._lock:
-            (self._decode if step.decode else self._prefill)[step.depth] += 1
-            self._doubted += step.doubted
-
-    def count_later(self, read: Callable[[], StepRecord]) -> None:
-        """Counts a step whose record is worth waiting for only when the next one has been launched."""
-        with self._lock:
-            self._late.append(read)
-            self._settle(but=1)
-
-    def _settle(self, but: int = 0) -> None:
-        """Counts the steps whose records were not read, the latest ones excepted."""
-        with self._lock:
-            while len(self._late) > but:
-                self.count(self._late.popleft()())
+            (self.decode if step.decode else self.prefill)[step.depth] += 1
 
     def count_cycle(self, cycle: CycleRecord) -> None:
         """Counts a cycle of exact mode and shows it to those who observe cycles."""

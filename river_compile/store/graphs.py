@@ -3,7 +3,7 @@
 What is kept of an fx graph: its nodes, and of each node its example value (dtype, device, sizes, strides) and whether
 it is a parameter. Sizes that Dynamo took for dynamic are symbols again afterwards, in a ShapeEnv of their own. Of the
 traced graph, whose nodes are the names of values, only those stay that segments exchange or that write in place: a
-program that was read can run on a CPU, but no pass can change it, and no block of it may be launched ahead.
+program that was read can run on a CPU, but no pass can change it.
 
 Only bytes that this package wrote may be read: like every pickle they can name any function.
 

@@ -48,7 +48,7 @@ def untested(version_of: Callable[[str], str] = installed) -> Iterator[str]:
             version = version_of(name)
         except metadata.PackageNotFoundError:
             continue  # (Triton, where there is no GPU for it)
-        if not numbers_of(oldest) <= numbers_of(version) <= numbers_of(newest):
+        if not _numbers_of(oldest) <= _numbers_of(version) <= _numbers_of(newest):
             yield f"{name} {version} (tested: {oldest} to {newest})"
 
 
@@ -63,6 +63,6 @@ def warn_of_untested() -> None:
         )
 
 
-def numbers_of(version: str) -> tuple[int, ...]:
+def _numbers_of(version: str) -> tuple[int, ...]:
     """Returns the first two numbers of a version."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

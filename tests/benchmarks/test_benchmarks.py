@@ -256,16 +256,11 @@ def test_a_step_s_host_time_is_measured_without_what_it_launches(tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_the_schedule_draws_all_ways_to_decide(capsys):
+def test_the_schedule_draws_each_depth(capsys):
     with torch.no_grad():
         assert schedule.main(["--layers", "2", "--timeline"]) == 0
-    drawn = [way.splitlines() for way in capsys.readouterr().out.split("launch_ahead=")[1:]]
-    hosts = {way[0]: [line.split()[-1] for line in way if line.startswith("  host")] for way in drawn}
-    assert hosts == {
-        "False": ["L..........?L"] * 2,
-        "True": ["LL.........?L", "LL.........?"],
-        "device": ["L", "L"],
-    }
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("  host")] == ["L..........?L"] * 2
 
 
 @pytest.mark.slow

@@ -11,15 +11,14 @@ from river_compile.exits import CRITERIA
 from tests.support.families import make, prompt
 
 LAYERS, CONTEXT, TOKENS = 3, 3, 4
-NAMES = ("similarity", "doubt")
+NAMES = ("similarity", "confidence")
 
 
 @pytest.fixture(scope="module")
 def rows():
     samples = [prompt(CONTEXT + TOKENS, seed=seed) for seed in range(2)]
     base = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(criteria, "CRITERIA", {name: CRITERIA[name] for name in NAMES})
+    with torch.inference_mode():
         return criteria.measure(make("llama", layers=LAYERS), samples, CONTEXT, False, base)
 
 
@@ -37,15 +36,13 @@ def test_when_all_tokens_leave_at_once_it_does_not_matter_why(rows):
 
 
 @pytest.mark.slow
-def test_each_threshold_lets_its_share_of_the_tokens_leave_and_the_others_are_doubted(rows):
+def test_each_threshold_lets_its_share_of_the_tokens_leave(rows):
     """Or more of them, which leave after a later block."""
     for name in NAMES:
         mine = of(rows, name)[: len(criteria.SHARES)]
         left = [row["left"] for row in mine]
         assert left == sorted(left)
         assert all(got >= share - 1 / (2 * TOKENS) for got, share in zip(left, criteria.SHARES, strict=True))
-        expected = [1 - share if name == "doubt" else 0 for share in left]
-        assert [row["doubted"] for row in mine] == pytest.approx(expected)
 
 
 class Scripted:
@@ -67,7 +64,7 @@ class Scripted:
 def test_an_oracle_lets_those_leave_that_lose_least_and_chance_as_many(monkeypatch):
     monkeypatch.setattr(criteria, "SHARES", (0.25, 0.5, 0.75))
     meter = Scripted()
-    found = criteria._reference_lines(meter, CRITERIA["doubt"], range(2))
+    found = criteria._reference_lines(meter, CRITERIA["confidence"], range(2))
     assert [name for name, _ in found] == ["chance"] * 4 + ["oracle"] * 4
     assert meter.depths["oracle"] == [[[2, 9], [9, 9]], [[2, 9], [9, 2]], [[2, 9], [2, 2]]]
     assert [sum(text.count(2) for text in depths) for depths in meter.depths["chance"]] == [1, 2, 3]

@@ -44,7 +44,7 @@ def no_grad():
 
 def answered(job, speed=80.0):
     """A row as a worker answers it."""
-    row = {"backend": "river", "depth": None, "asked": False, "ahead": None, **job}
+    row = {"backend": "river", "depth": None, "asked": False, **job}
     del row["generates"]
     speeds = {"tokens_per_s": speed, "generate_tokens_per_s": 50.0, "kept_tokens_per_s": None}
     counts = {"kernels": 9, "graphs": 2, "waits": 0, "captures": 3, "capture_s": 0.5, "capture_bytes": 10**6}
@@ -82,7 +82,7 @@ class FakeWorker:
         self.backend = name.partition(" ")[2]
 
     def ask(self, command, **job):
-        self.log.append((self.backend, command, job.get("depth"), job.get("asked", False), job.get("ahead")))
+        self.log.append((self.backend, command, job.get("depth"), job.get("asked", False)))
         if command == "prepare":
             return {"seconds": 1.0}
         if command == "exact":
@@ -123,14 +123,13 @@ def test_a_process_for_each_backend_and_rivers_first(workers, card, tiny, capsys
     workers.answers = {("inductor", None, False): 100.0, ("river", 3, False): 250.0}
     assert cuda_decode.main(options(tiny, "--depths", "never", "0", "3")) == 0
     assert [entry for entry in workers.log if entry[1] == "prepare"] == [
-        (backend, "prepare", None, False, None)
+        (backend, "prepare", None, False)
         for backend in ("river", "inductor", "exact", "int4", "inductor tuned", "eager")
     ]
     river = [entry[2:] for entry in workers.log if entry[:2] == ("river", "row")]
-    forced = [(None, False, None), (0, False, None), (3, False, None)]
-    assert river == [*forced, *((depth, True, ahead) for depth in (None, 3) for ahead in (False, True, "device"))]
+    assert river == [(None, False), (0, False), (3, False), (None, True), (3, True)]
     printed = capsys.readouterr().out
-    assert "One exit check ahead costs 0.00 us (+- " in printed
+    assert "One exit check costs 0.00 us (+- " in printed
     assert "llama-tiny river never: 80.0 tokens/s" in printed  # as soon as it is there
     assert "Depth 3 over Inductor's 16-bit model: 2.50 (2.16 to reach)." in printed
     assert "25%" in printed  # 250 tokens/s of 1 GB, where copies reach 1000 GB/s
@@ -199,20 +198,15 @@ def test_without_generate_only_the_loop_is_timed(tiny):
 
 
 def test_the_cost_of_a_check_has_an_error(tiny):
-    rounds = [(False, None, [1.0, 2.0, 3.0]), (True, False, [8.0]), (True, True, [4.0, 5.0, 6.0])]
-    never, in_order, ahead = (
-        {"backend": "river", "depth": None, "asked": asked, "ahead": ahead, "seconds": seconds}
-        for asked, ahead, seconds in rounds
+    rounds = [(False, [1.0, 2.0, 3.0]), (True, [8.0]), (True, [4.0, 5.0, 6.0])]
+    never, once, thrice = (
+        {"backend": "river", "depth": None, "asked": asked, "seconds": seconds} for asked, seconds in rounds
     )
     assert cuda_decode.check_cost([never], tiny) is None
-    assert cuda_decode.check_cost([in_order, ahead], tiny) is None
-    cost = cuda_decode.check_cost([never, in_order, ahead], tiny)
-    assert cost == {
-        "in order": {"seconds": 2.0, "error": pytest.approx(math.sqrt(1 / 3) / 3)},
-        "ahead": {"seconds": 1.0, "error": pytest.approx(math.sqrt(2 / 3) / 3)},
-        "count": 3,
-    }
-    assert cuda_decode.check_cost([never, ahead], tiny) == {"ahead": cost["ahead"], "count": 3}
+    assert cuda_decode.check_cost([once], tiny) is None
+    for asked, seconds, error in ((once, 2.0, math.sqrt(1 / 3) / 3), (thrice, 1.0, math.sqrt(2 / 3) / 3)):
+        expected = {"seconds": seconds, "error": pytest.approx(error), "count": 3}
+        assert cuda_decode.check_cost([never, asked], tiny) == expected
 
 
 def eagerly(monkeypatch):
@@ -242,12 +236,9 @@ def test_rivers_rows(tiny, monkeypatch, no_grad):
     assert never["generate_tokens_per_s"] > 0
     assert never["kept_tokens_per_s"] > 0
     assert left["generate_tokens_per_s"] is None
-    asked = bench.row(1, asked=True, ahead=False, generates=False)
+    asked = bench.row(1, asked=True, generates=False)
     assert asked["cosine"] == left["cosine"]
-    assert bench.row(None, asked=True, ahead=True, generates=False)["cosine"] == never["cosine"]
-    decided = bench.row(1, asked=True, ahead="device", generates=False)
-    assert decided["cosine"] == left["cosine"]
-    assert decided["captures"] == [c.unit for log in bench._logs() for c in log.captures].count("step") > 0
+    assert bench.row(None, asked=True, generates=False)["cosine"] == never["cosine"]
     assert all(row["tokens_per_s"] > 0 and len(row["seconds"]) == 3 for row in (never, left, asked))
     assert never["captures"] > 0
     assert bench.row(None, generates=False)["captures"] == 0
@@ -418,6 +409,4 @@ class TestInt4:
 
 def test_the_options_reach_the_rows(tiny):
     parsed = options(tiny, "--only", "asked", "--depths", "0", "2")
-    assert [row.name for row in cuda_decode.rows_of(parsed)] == [
-        f"asked depth 2, {how}" for how in ("in order", "ahead", "on the device")
-    ]
+    assert [row.name for row in cuda_decode.rows_of(parsed)] == ["asked depth 2"]

@@ -33,14 +33,14 @@ def scripted(count: int, tokens: int = 40) -> list[dict[str, torch.Tensor]]:
     found = []
     for _ in range(count):
         x = torch.randn(tokens, 4, generator=draws)
-        found.append({"kl": x[:, 2].exp(), "doubt": torch.rand(tokens, generator=draws), "features": x})
+        found.append({"kl": x[:, 2].exp(), "features": x})
     return found
 
 
 def test_a_fitted_order_finds_what_tells_on_texts_that_it_has_not_seen():
     shares = fitted.compare(scripted(12))
     assert shares["fitted"] == pytest.approx(shares["oracle"], abs=0.02)
-    for name in ("chance", "confidence", "doubt"):
+    for name in ("chance", "confidence"):
         assert shares[name][2] > shares["oracle"][2] + 0.2, name
 
 

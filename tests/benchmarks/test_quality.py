@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from benchmarks import texts
-from benchmarks.quality import entries, fills, run
+from benchmarks.quality import entries, run
 from benchmarks.quality.plots import draw, plot
 from tests.support.families import VOCABULARY, make
 
 BASE = {"lowering": "eager", "group_size": 32}
-FILLS = ["recompute"]
 
 
 class Letters:
@@ -36,7 +35,7 @@ def measured(base, *more):
 
 @pytest.fixture(scope="module")
 def outcome():
-    return measured(BASE, "--fills", *FILLS)
+    return measured(BASE)
 
 
 @pytest.mark.slow
@@ -49,30 +48,6 @@ def test_never_exit_is_the_model_and_four_bits_are_not(outcome):
     assert (four_bits["depth"], four_bits["rule"]) == (0, [None, 0])
     assert 2 <= river["depth"] <= 3
     assert [row["name"] for row in outcome["rows"]] == ["backbone", "everything 4-bit, rtn", "River, threshold 0.5"]
-
-
-@pytest.mark.slow
-def test_fills_have_the_parts_that_they_pay_for(outcome):
-    """Only the river has a tail, recompute pays for repair, and every part of a token is positive."""
-    for budget in fills.BUDGETS:
-        for name, fill in outcome["fills"].items():
-            parts = fill["budgets"][budget]["ms"]
-            assert parts["backbone"] > 0
-            assert (parts["tail"] > 0) == (name == "river")
-            assert (parts["repair"] > 0) or name == "river"
-    assert list(outcome["fills"]) == ["river", *FILLS]
-    assert set(outcome["frontier"]["kl"]) == {"river", *FILLS}
-
-
-@pytest.mark.slow
-def test_parts_are_timed_in_what_runs_by_default():
-    """Steps that are replayed from a tape otherwise run one by one for that, and attention takes a rival's mask."""
-    found = measured({"group_size": 32}, "--parts", "fills", "--fills", "mask")["fills"]
-    for name, fill in found.items():
-        for budget in fill["budgets"].values():
-            assert budget["ms"]["backbone"] > 0
-            assert (budget["ms"]["tail"] > 0) == (name == "river")
-    assert list(found) == ["river", "mask"]
 
 
 def test_entries_of_executed_blocks_are_the_backbones(outcome):
@@ -88,30 +63,21 @@ def test_entries_of_executed_blocks_are_the_backbones(outcome):
 def test_all_that_was_measured_is_shown(outcome, capsys):
     run.show(outcome)
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("everything 4-bit, rtn", "recompute", "strict", "River's frontier"))
+    assert all(
+        word in shown for word in ("everything 4-bit, rtn", "River, threshold 0.5", "Twins' entries after depth")
+    )
 
 
-def test_each_part_has_its_pictures(outcome, tmp_path):
-    names = {"fills": ("fills", "frontier"), "entries": ("entries", "similarity")}
-    for part, expected in names.items():
-        alone = {name: value for name, value in outcome.items() if name not in names or name == part}
-        assert [path.name for path in plot({"one": alone}, tmp_path)] == [f"quality_{name}.png" for name in expected]
-    assert len(list(tmp_path.iterdir())) == 4
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+def test_the_entries_have_their_pictures(outcome, tmp_path):
+    assert plot({"one": {name: value for name, value in outcome.items() if name != "entries"}}, tmp_path) == []
+    paths = plot({"one": outcome}, tmp_path)
+    assert [path.name for path in paths] == ["quality_entries.png", "quality_similarity.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
 def test_the_pictures_hold_what_was_measured(outcome):
-    """Bars are as high as the parts of a token, frontiers and similarities are as measured; run blocks are left out."""
+    """Cosines and similarities are as measured; run blocks are left out."""
     drawn, found = draw({"one": outcome}), outcome["entries"]
-    for panel, budget in zip(drawn["fills"].axes, fills.BUDGETS, strict=True):
-        heights = [bar.get_height() for bar in panel.patches]
-        expected = [fill["budgets"][budget]["ms"][part] for fill in outcome["fills"].values() for part in fills.PARTS]
-        assert heights == pytest.approx(expected)
-    lines = {line.get_label(): line for line in drawn["frontier"].axes[0].get_lines()}
-    assert {*outcome["fills"]} <= {*lines}
-    for name, losses in outcome["frontier"]["kl"].items():
-        reached = [kl for kl in losses if kl is not None]
-        assert list(lines[name].get_ydata()) == [*reached, 0.0]
     for panel, kind in zip(drawn["entries"].axes[:2], ("keys", "values"), strict=True):
         (image,) = panel.get_images()
         for row, depth, cosines in zip(image.get_array(), found["depths"], found[kind], strict=True):
@@ -144,14 +110,6 @@ def test_ranks_correlate_whatever_the_scale():
     a = torch.tensor([0.1, 0.5, 0.2, 0.9])
     assert entries.rank_correlation(a, a.exp() * 100) == pytest.approx(1)
     assert entries.rank_correlation(a, -a) == pytest.approx(-1)
-
-
-def test_a_frontier_is_compared_where_both_reach():
-    leads = {"river": [None, 0.2, 0.1], "mask": [0.05, 0.3, 0.1]}
-    assert fills.river_leads(leads)
-    assert not fills.river_leads({**leads, "propagate": [None, 0.1, 0.1]})
-    mixed = fills.frontiers({"river": {"points": [{"time": 0.5, "kl": 0.4}]}}, [0.4, 0.75])
-    assert mixed["river"] == [None, pytest.approx(0.2)]
 
 
 def test_quick_measures_little():

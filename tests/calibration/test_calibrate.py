@@ -35,9 +35,8 @@ def run(model, budget, texts=TEXTS, **arguments):
 def cost_of_blocks():
     """A step costs its blocks, a twin a quarter of one: what tiny models take on this machine decides no test."""
 
-    def cost(meter, kind):
-        first = kind.depth if kind.river_from is None else kind.river_from
-        return (kind.depth + (meter.num_blocks - first) / 4) / meter.num_blocks
+    def cost(meter, depth):
+        return (depth + (meter.num_blocks - depth) / 4) / meter.num_blocks
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Meter, "_cost_of", cost)
@@ -82,7 +81,6 @@ def test_measured_quality_is_what_the_options_give(model, found):
     assert rule.texts == 32
     assert_mean_of_held_out(rule.kl, kl)
     assert_mean_of_held_out(rule.mean_depth, by_text(step.depth for step in seen.tokens))
-    assert_mean_of_held_out(rule.doubted, by_text(step.river_from is not None for step in seen.tokens))
 
 
 def by_text(steps: Iterable[float]) -> list[float]:
@@ -171,7 +169,9 @@ def test_a_folder_or_nothing_in_its_place_is_refused(tmp_path):
             Calibration.load(place)
 
 
-@pytest.mark.parametrize("changed", [{"speed": 2}, {"seconds_never": 0.0}, {"base_options": {"criterion": "doubt"}}])
+@pytest.mark.parametrize(
+    "changed", [{"speed": 2}, {"seconds_never": 0.0}, {"base_options": {"criterion": "confidence"}}]
+)
 def test_a_changed_calibration_is_refused(found, tmp_path, changed):
     file = found.save(tmp_path / "calibration.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
@@ -200,7 +200,7 @@ def test_the_short_form_of_a_budget(model, found):
     assert measured.keys() & again.keys()
 
 
-@pytest.mark.parametrize("criterion", ["similarity", "doubt"])
+@pytest.mark.parametrize("criterion", ["similarity", "confidence"])
 @pytest.mark.slow
 def test_a_budget_that_no_exit_keeps_is_never_exits(model, criterion, tmp_path):
     """Its options decode as the plain model does, which loses nothing and takes never exit's time."""
@@ -250,7 +250,7 @@ def test_short_texts_are_left_out(model):
         ({"kl": 0.1}, {"confidence": 1.0}, r"confidence=1\.0 is not allowed"),
         ({"kl": 0.1}, {"clip": 0.1}, r"clip=0\.1 is not allowed; it must be a number above the loss that is .*, 0\.1"),
         ({"kl": 0.1}, {"options": {"threshold": 0.5}}, r"threshold=0\.5 is what calibration finds"),
-        ({"kl": 0.1}, {"options": {"criterion": "doubt"}}, r"give criterion='doubt' to calibrate itself"),
+        ({"kl": 0.1}, {"options": {"criterion": "confidence"}}, r"give criterion='confidence' to calibrate itself"),
         ({"kl": 0.1}, {"criterion": "trust"}, r"criterion='trust' is not allowed"),
         ({"kl": 0.1}, {"kl": 0.1}, "one budget is needed, such as kl=0.05 or agreement=0.98; given: {'budget'"),
         (None, {}, "one budget is needed, .*; given: none"),

@@ -4,8 +4,8 @@ The recorder stands in for CUDA graphs: it runs launches late, spoils every valu
 written, and refuses to replay on inputs that have moved (`tools/recorder.py`). On a machine with a
 GPU most tests run with CUDA graphs as well (marked `gpu`), and one looks at the device's memory.
 
-Tracing takes most of the time, so one decoder serves many tests: launching ahead and the bound on captures are set on
-its runner, and what is expected of it comes from the same compiled steps in a plain runner.
+Tracing takes most of the time, so one decoder serves many tests: the bound on captures is set on its runner, and what
+is expected of it comes from the same compiled steps in a plain runner.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, forced_threshold, report, river
 from river_compile.capture import capture_cache, units
 from river_compile.capture.device import CaptureFailed, captured_by
-from river_compile.capture.launch_ahead import LaunchAhead
 from river_compile.upstream.tensors import lie_at
 from tests.support.captured import (
     CAPACITY,
@@ -77,19 +76,15 @@ def recorder(recorded) -> Iterator[Decoder]:
 def _in_order(decoder: Decoder) -> Iterator[Decoder]:
     launcher = decoder.runner.launcher
     bound = launcher.max_captures
-    decoder.runner.ahead = LaunchAhead(False)
     yield decoder
     launcher.max_captures = bound
-    decoder.runner.ahead = LaunchAhead(False)
 
 
 class TestSameBits:
     """What a captured decoder computes is what the uncaptured one computes."""
 
-    @pytest.mark.parametrize("ahead", [False, True], ids=["in order", "ahead"])
-    def test_any_mix_of_depths_and_caches(self, decoder, ahead):
+    def test_any_mix_of_depths_and_caches(self, decoder):
         """Two caches in turn, forced depths, thresholds in between: logits, entries and counters."""
-        decoder.runner.ahead = LaunchAhead(ahead)
         before = decoder.log.made
 
         @settings(max_examples=15)
@@ -104,25 +99,19 @@ class TestSameBits:
     @pytest.mark.slow
     def test_families(self, name):
         """Sliding windows before and after they are full, counters kept in Python, experts."""
-        decoder = Decoder(name, launch_ahead=True)
+        decoder = Decoder(name)
         check(decoder, [(0, None, tau) for tau in (2.0, 2.0, -1.0, -1.0, 0.9, 2.0, 2.0, 0.9, 0.95, -1.0)])
         assert any(g.captures.made for g in report(decoder.model).graphs)
 
-    @pytest.mark.parametrize(
-        ("criterion", "thresholds"), [("confidence", (0.0, 4.45, 5.0)), ("doubt", (0.0, 1e-9, 3.5, 4.0, 9.0))]
-    )
-    def test_other_criteria(self, criterion, thresholds):
-        """What is remembered between tokens, entropies, and a backbone that runs after the river."""
-        decoder = Decoder(criterion=criterion, first_exit=2)
-        steps = [(i % 2, None, tau) for tau in thresholds * 2 for i in range(4)]
+    def test_what_is_remembered_between_tokens(self):
+        decoder = Decoder(criterion="confidence", first_exit=2)
+        steps = [(i % 2, None, tau) for tau in (0.0, 4.45, 5.0) * 2 for i in range(4)]
         with river_compile.trace() as actual:
             a = run(decoder, steps)
         with uncaptured(decoder.model), river_compile.trace() as expected:
             b = run(decoder, steps)
         assert_same(steps, b, a)
-        assert [(s.depth, s.entropy, s.doubted) for s in actual.steps] == [
-            (s.depth, s.entropy, s.doubted) for s in expected.steps
-        ]
+        assert [(s.depth, s.entropy) for s in actual.steps] == [(s.depth, s.entropy) for s in expected.steps]
         assert {s.depth for s in actual.tokens} == {1, LAYERS}
         assert "tail 1" in {c.unit for c in decoder.log.captures}
 
@@ -164,8 +153,7 @@ class TestSameBits:
 class TestOrder:
     """What is launched when, as the recorder saw it."""
 
-    def ready(self, recorder, ahead):
-        recorder.runner.ahead = LaunchAhead(ahead)
+    def ready(self, recorder):
         cache = recorder.start()
         for tau in (2.0, 2.0, -1.0, -1.0):
             recorder.step(cache, 4, threshold=tau)
@@ -177,26 +165,17 @@ class TestOrder:
         recorder.step(cache, 5, threshold=tau)
         return [f"{e.what} {e.name}".strip() for e in events if e.what != "run"]
 
-    def test_in_order_every_flag_is_awaited_before_the_next_launch(self, recorder):
-        cache = self.ready(recorder, ahead=False)
+    def test_every_flag_is_awaited_before_the_next_launch(self, recorder):
+        cache = self.ready(recorder)
         spans = ["span 0-1", "span 1-2", "span 2-3"]
         never = [f"{what} {span}" for span in spans for what in ("launch", "wait")]
         assert self.events(recorder, cache, 2.0) == [*never, "launch last 3-4", "end"]
         assert self.events(recorder, cache, -1.0) == [*never[:2], "launch tail 1", "end"]
 
-    def test_ahead_the_next_span_is_launched_before_the_flag_is_awaited(self, recorder):
-        cache = self.ready(recorder, ahead=True)
-        start = ["launch span 0-1", "launch span 1-2", "wait span 0-1"]
-        assert self.events(recorder, cache, -1.0) == [*start, "launch tail 1", "end"]
-        rest = ["launch span 2-3", "wait span 1-2", "launch last 3-4", "wait span 2-3", "end"]
-        assert self.events(recorder, cache, 2.0) == [*start, *rest]
-
     def test_a_session_compares_addresses_of_its_first_steps_alone(self, monkeypatch):
         """Parameters and cache stay where they are for a call of generate: more tokens compare nothing more."""
         torch._dynamo.reset()  # (a session binds the model's one graph, and others' of this class would be more)
-        model = river_compile.accelerate(
-            make("llama"), "fast", store=False, **capturing(launch_ahead=False, threshold=0.85)
-        )
+        model = river_compile.accelerate(make("llama"), "fast", store=False, **capturing(threshold=0.85))
         ids, compared = prompt(), []
         monkeypatch.setattr(capture_cache, "lie_at", lambda *given: (compared.append(1), lie_at(*given))[1])
         counts, texts = [], []
@@ -211,28 +190,11 @@ class TestOrder:
         assert texts[0].equal(texts[2][:, : texts[0].shape[1]])
 
     def test_inputs_are_copied_by_one_call_and_results_by_another(self, recorder):
-        cache = self.ready(recorder, ahead=False)
+        cache = self.ready(recorder)
         events = recorder.runner.device.events
         events.clear()
         recorder.step(cache, 5, depth=1)
         assert [e.what for e in events] == ["run", "launch", "launch", "run", "end"]
-
-    def test_a_span_launched_ahead_gives_its_counters_back(self, recorder):
-        """Else the twins would write one slot too far: every block has one entry more after a step, however it left."""
-        cache = self.ready(recorder, ahead=True)
-        for tau in (-1.0, -1.0, 2.0, -1.0):
-            filled = int(cache.get_seq_length())
-            assert "launch span 1-2" in self.events(recorder, cache, tau)
-            assert [int(layer.get_seq_length()) for layer in cache.layers] == [filled + 1] * LAYERS
-
-    @pytest.mark.slow
-    def test_rolling_caches_are_not_launched_ahead(self):
-        """A full sliding window moves its entries, which cannot be done twice; the report names the line."""
-        decoder = Decoder("mistral", launch_ahead=True)
-        check(decoder, [STAY] * 6 + [LEAVE] * 3)
-        text = str(report(decoder.model))
-        assert "span 1-2 is not launched ahead: it changes a value otherwise than by writing to a slot" in text
-        assert "cache_utils.py:" in text
 
 
 class TestStaleness:
@@ -259,7 +221,7 @@ class TestStaleness:
 
         def leave_out(graph, slots):
             if graph.unit.name == "span 0-1":
-                runner.flags[1] = 1.0
+                runner.flags[0] = 1.0
             else:
                 launch(graph, slots)
 
@@ -268,7 +230,7 @@ class TestStaleness:
 
     def test_a_flag_read_without_waiting_is_no_number(self, recorder, cache, monkeypatch):
         """Then no token ever leaves."""
-        monkeypatch.setattr(recorder.runner.device, "wait", lambda mark: None)
+        monkeypatch.setattr(recorder.runner.device, "wait", lambda: None)
         with river_compile.trace() as seen:
             recorder.step(cache, 5, threshold=-1.0)
         assert [step.depth for step in seen.tokens] == [LAYERS]
@@ -331,7 +293,6 @@ class TestCaches:
 
 def test_threads_never_mix_their_results(decoder):
     """Two threads decode on caches of their own at once: each gets the bits that it gets alone."""
-    decoder.runner.ahead = LaunchAhead(True)
     steps = [2.0, 2.0, -1.0, -1.0, 0.9, 2.0, -1.0, 0.9, 2.0, -1.0]
 
     def go(cache, seed, out):
@@ -364,7 +325,6 @@ class TestReported:
         """The decoder is the test's own: on a cache at a freed one's addresses nothing would be captured anew."""
         decoder = Decoder(device=device, layers=2)
         run(decoder, [STAY])
-        decoder.runner.ahead = LaunchAhead(False)
         with caplog.at_level(logging.INFO, logger="river_compile.capture.device"):
             run(decoder, [(0, 1, None)] * 3)
         lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("captured")]
@@ -384,9 +344,7 @@ class TestReported:
         with captured_by(None), wanted:
             Decoder(compiled_prompts=True).start()
 
-    @pytest.mark.parametrize(
-        ("name", "value"), [("cudagraphs", "yes"), ("max_captures", 0), ("launch_ahead", 1), ("cudagraphs", 1)]
-    )
+    @pytest.mark.parametrize(("name", "value"), [("cudagraphs", "yes"), ("max_captures", 0), ("cudagraphs", 1)])
     def test_bad_values(self, name, value):
         with pytest.raises(OptionError, match=f"{name}={value!r} is not allowed"):
             RiverConfig.from_options({name: value})
@@ -437,7 +395,7 @@ class TestSizes:
     @pytest.mark.slow
     def test_caches_of_several_lengths_and_batches(self):
         """A second one makes Dynamo trace with dynamic sizes: captures are distinguished by their values."""
-        decoder = Decoder(launch_ahead=True)
+        decoder = Decoder()
 
         def run_all():
             sizes = [(40, 1), (24, 2), (32, 3)]
@@ -476,7 +434,7 @@ class TestSizes:
     def test_passes_of_up_to_16_tokens_are_captured(self, rows, captured):
         """Two tokens of each row and more, which verify drafts."""
         model = make("llama", layers=2)
-        model.compile(backend=river, options={**capturing(), "criterion": "doubt", "threshold": 0.0})
+        model.compile(backend=river, options={**capturing(), "criterion": "confidence", "threshold": 0.0})
         drafts = {"custom_generate": river_compile.exact, "max_draft": 7, "adaptive": False}
         model.generate(prompt(5, rows), max_new_tokens=24, do_sample=False, cache_implementation="static", **drafts)
         logs = [graph.captures for graph in report(model).graphs]
@@ -504,37 +462,3 @@ def test_executor_buffers_and_graphs_go_with_their_model(fresh_dynamo):
     gc.collect()
     assert executor() is None
     assert not any(ref() is not None for ref in buffers)
-
-
-class TestLaunchAhead:
-    """When starting early pays."""
-
-    def test_it_measures_first(self):
-        ahead = LaunchAhead()
-        assert not ahead.pays(1, 2)
-        ahead.timed(1, 100e-6, 130e-6)
-        assert not ahead.pays(1, 2)  # the next span was never timed
-
-    @pytest.mark.parametrize(("left", "expected"), [(False, True), (True, False)])
-    def test_tokens_that_stay_make_it_pay(self, left, expected):
-        """A span of 100 us against a round trip of 30 us: worth it where fewer than 3 of 13 tokens leave."""
-        ahead = LaunchAhead()
-        for depth in (1, 2):
-            ahead.timed(depth, 100e-6, 130e-6)
-        for _ in range(60):
-            ahead.saw(1, left)
-        assert ahead.pays(1, 2) is expected
-
-    def test_the_formula(self):
-        """p = 3/13 is where both sides are equal."""
-        ahead = LaunchAhead()
-        for depth in (1, 2):
-            ahead.timed(depth, 100e-6, 130e-6)
-        ahead.left[1] = 3 / 13 - 0.01
-        assert ahead.pays(1, 2)
-        ahead.left[1] = 3 / 13 + 0.01
-        assert not ahead.pays(1, 2)
-
-    @pytest.mark.parametrize("always", [True, False])
-    def test_an_option_decides_instead(self, always):
-        assert LaunchAhead(always).pays(1, 2) is always

@@ -70,7 +70,7 @@ def unit(work):
 def test_captures_run_on_a_stream_of_the_models_device(cuda):
     """torch's own stream for captures belongs to the device of the process's first one."""
     device = CudaGraphs(DEVICE)
-    graph, size = device.capture(unit(lambda slots, outputs, when: cuda.said.append("run")), [], {}, None)
+    graph, size = device.capture(unit(lambda slots, outputs: cuda.said.append("run")), [], {}, None)
     assert size == 10
     stream = ("pool", "stream of cuda:1", "thread_local")
     before = ["on cuda:1", "synchronize", "empty_cache", "clear"]
@@ -80,52 +80,12 @@ def test_captures_run_on_a_stream_of_the_models_device(cuda):
 
 
 def test_a_capture_that_fails_says_what_the_driver_said(cuda):
-    def fail(slots, outputs, when):
+    def fail(slots, outputs):
         raise RuntimeError("CUDA error: operation not permitted\nmore lines")
 
     with pytest.raises(CaptureFailed, match=r"^CUDA error: operation not permitted$"):
         CudaGraphs(DEVICE).capture(unit(fail), [], {}, None)
     assert cuda.said[-1] == "clear"
-
-
-def test_a_decision_is_a_node_of_the_graph_and_what_depends_on_it_its_body(cuda):
-    """Bodies have slots of their own, and end where what they hold has failed, too."""
-    graph = types.SimpleNamespace(
-        begin_capture_to_if_node=lambda holds: cuda.said.append(f"if {holds}"),
-        end_capture_to_conditional_node=lambda: cuda.said.append("end"),
-    )
-    cuda.CUDAGraph = type("Graph", (), {"get_currently_capturing_graph": staticmethod(lambda: graph)})
-    device, slots = CudaGraphs(DEVICE), [1, 2]
-
-    def inner(own):
-        cuda.said.append("body")
-        own[0] = 7
-
-    def outer(own):
-        device.when("b", inner, own)
-        device.when("c", lambda own: own[5], own)
-
-    with pytest.raises(IndexError):
-        device.when("a", outer, slots)
-    assert cuda.said == ["if a", "if b", "body", "end", "if c", "end", "end"]
-    assert slots == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("torch_version", "cuda_version", "hip", "why"),
-    [
-        ("2.13.0+cu130", "13.0", None, None),
-        ("2.14.1", "12.4", None, None),
-        ("2.12.1", "13.0", None, "torch 2.12.1 captures no decisions; 2.13 and later do"),
-        ("2.13.0", "12.3", None, "graphs of CUDA 12.3 hold no decisions; those of 12.4 and later do"),
-        ("2.13.0", None, "7.0", "HIP graphs hold no decisions"),
-    ],
-)
-def test_which_graphs_hold_decisions(cuda, monkeypatch, torch_version, cuda_version, hip, why):
-    monkeypatch.setattr(torch, "__version__", torch_version)
-    monkeypatch.setattr(torch.version, "cuda", cuda_version)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    assert CudaGraphs(DEVICE).why_undecided() == why
 
 
 def test_flags_outlive_the_replays_that_write_them(cuda):

@@ -5,7 +5,6 @@ references are made on the device: in float64 a large model's would take minutes
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -428,44 +427,6 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device
     assert_close(result["score"], reference.row_similarity(result["hidden"], previous).min(), 1.0)
 
 
-def check_exit_verdict(
-    spec: ExitScoreSpec,
-    bar: float | str = 0.5,
-    nearness: float = 0.7,
-    spoiled: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-) -> None:
-    """Checks score and hidden state as above, and what follows from the score, which Python compares.
-
-    `bar` is a number, or "at" or "below" for the score and the next lower number; `spoiled` is a row that holds a NaN.
-    """
-    g = torch.Generator(device).manual_seed(seed)
-    sizes, dtype = (spec.rows, spec.features), getattr(torch, spec.dtype)
-    update, residual, noise = (torch.randn(sizes, generator=g, device=device).to(dtype) for _ in range(3))
-    hidden = update.double() + residual.double()
-    previous = (nearness * hidden + (1 - nearness) * noise.double()).to(dtype)
-    if spoiled is not None:
-        update[spoiled, -1] = math.nan
-
-    def run(bar: float) -> dict[str, torch.Tensor]:
-        rule = torch.tensor([bar], dtype=torch.float64, device=device)
-        buffers = {"rule": rule, "verdict": poisoned((4,), torch.float32, device)}
-        return run_guarded(spec, device=device, **exit_buffers(update, residual, previous), **buffers)
-
-    score = run(math.inf)["score"].item()
-    if isinstance(bar, str):
-        bar = score if bar == "at" else math.nextafter(score, -math.inf)
-    leaves = bar != bar or score > bar
-    result = run(bar)
-    if spoiled is None:
-        assert_close(result["hidden"], hidden, update.double().abs() + residual.double().abs())
-        assert_close(result["score"], reference.row_similarity(result["hidden"], previous).min(), 1.0)
-    assert_equal_bits(result["score"], torch.tensor([score]))
-    assert_equal_bits(result["verdict"][:1], result["score"])
-    assert result["verdict"].view(torch.uint8)[4:6].tolist() == [int(leaves), int(not leaves)]
-
-
 def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Compares float32 tensors to the bit, NaN too."""
     assert actual.view(torch.int32).tolist() == expected.view(torch.int32).tolist(), f"{actual}, not {expected}"
@@ -506,10 +467,6 @@ def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
         assert isinstance(spec, ExitScoreSpec), "another family has no check here"
         check_exit_score(spec, 1.0, device=device)
         check_nan_never_exits(spec, rows - 1, device=device)
-        decides = dataclasses.replace(spec, decides=True)
-        for bar in ("at", "below"):
-            check_exit_verdict(decides, bar, device=device)
-        check_exit_verdict(decides, math.nan, spoiled=rows - 1, device=device)
 
 
 def window_of(spec: DecodeAttentionSpec) -> ShiftSpec:

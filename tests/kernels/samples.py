@@ -72,6 +72,4 @@ def sample_calls() -> dict[str, tuple]:
     calls["shift"] = caches()
     calls["exit_score"] = (random(2, 1, 64), random(2, 1, 64))
     calls["residual_score"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64))
-    verdict = (random(1).double(), random(4))
-    calls["residual_verdict"] = (random(2, 1, 64), random(2, 1, 64), random(2, 1, 64), *verdict)
     return calls

@@ -38,14 +38,13 @@ def test_every_operator_has_a_sample():
 def test_mutations_stand_in_the_schema():
     mutated = {
         op: [a.name for a in getattr(river, op).default._schema.arguments if a.alias_info and a.alias_info.is_write]
-        for op in ("kv_fill", "decode_attention", "attend", "shift", "linear", "residual_score", "residual_verdict")
+        for op in ("kv_fill", "decode_attention", "attend", "shift", "linear", "residual_score")
     }
     caches = ["k_cache", "v_cache"]
     expected = {
         "kv_fill": caches,
         "shift": caches,
         "attend": ["counter", *caches],
-        "residual_verdict": ["verdict"],
     }
     assert mutated == {"decode_attention": [], "linear": [], "residual_score": []} | expected
 
@@ -230,10 +229,6 @@ def test_what_the_operators_refuse():
         river.linear(x, p.qweight.T.contiguous().T, p.scale_zero, None, 24, 32, "triton")
     with pytest.raises(ValueError, match="have one shape"):
         river.residual_score(x, x, random(2, 64))
-    with pytest.raises(ValueError, match="verdict has dtype float64"):
-        river.residual_verdict(x, x, x, random(1).double(), random(4).double())
-    with pytest.raises(ValueError, match=r"rule has shape \(3,\)"):
-        river.residual_verdict(x, x, x, random(3).double(), random(4))
 
 
 def test_what_the_cache_operators_refuse():

@@ -205,7 +205,7 @@ def test_passes_of_gemma_are_recorded_whole(kv_heads):
     config = CONFIGS["gemma3"](2)
     config.sliding_window, config.num_key_value_heads = 2 * CAPACITY, kv_heads
     model = make("gemma3", dtype=torch.bfloat16, config=config)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "native", "criterion": "doubt", "threshold": 0.0})
+    model.compile(backend=river, options={**OPTIONS, "lowering": "native", "criterion": "confidence", "threshold": 0.0})
     passes(model, [1, 4, 2, 1], batch=1)
     for graph in report(model).to_dict()["graphs"]:
         assert graph["missed"] == []

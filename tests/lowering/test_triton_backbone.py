@@ -131,7 +131,7 @@ def test_wide_passes_are_a_library_s(tokens, launches, monkeypatch):
 
 # Drafts of a fixed length, most of which do not hold.
 DRAFTS = {"custom_generate": exact, "max_draft": 3, "adaptive": False}
-VERIFIES = {"criterion": "doubt", "threshold": 0.0}
+VERIFIES = {"criterion": "confidence", "threshold": 0.0}
 
 
 def generated(model, rows: int, **how):

@@ -342,7 +342,6 @@ def test_exact_mode_streams_or_is_refused():
         ({"offload": 2, "quantizer": "none"}, ["offload=2", "quantizer='none'", "use 'hqq'"]),
         ({"offload": 2, "exit_depth": 3}, ["exit_depth=3", "offload=2", "offload=3 or offload_policy='fetch'"]),
         ({"offload": 2, "first_exit": 3}, ["first_exit=3", "offload=2", "offload=3 or more, exit_depth=2"]),
-        ({"offload": 2, "criterion": "doubt"}, ["criterion='doubt'", "use offload_policy='fetch'"]),
     ],
 )
 def test_bad_options_are_named(options, words):

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +10,7 @@ from river_compile.choices import choose, passes_for
 from river_compile.config import RiverConfig
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.pipeline import PassRecord, run_passes, table
-from river_compile.passes.program import Refusal, RiverProgram
+from river_compile.passes.program import RiverProgram
 from tests.passes.graphs import SHAPE, planned, texts
 from tests.support.examples import examples
 
@@ -19,7 +18,7 @@ FUSED, UNFUSED = Lowering("eager", "triton", fuse=True), Lowering("eager", "plai
 OPTIONS = (
     {"first_exit": 1},
     {"first_exit": 1, "quantizer": "awq", "lm_head": "w4"},
-    {"criterion": "doubt"},
+    {"criterion": "confidence"},
     {"quantizer": "none"},
 )
 
@@ -66,16 +65,6 @@ def test_the_options_decide_which_passes_run():
         "never": [],
         "fixed": ["river_twins", "one_row_head"],
     }
-
-
-def test_a_refusal_ends_the_list():
-    def refuses(program: RiverProgram) -> Refusal:
-        return Refusal("not today", "block 1")
-
-    def never(program: RiverProgram) -> RiverProgram:
-        pytest.fail("a pass ran after a refusal")
-
-    assert run_passes(planned(), [refuses, never]) == Refusal("not today", "block 1")
 
 
 def test_the_table_says_what_ran(caplog):

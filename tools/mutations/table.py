@@ -101,14 +101,6 @@ _PASSES = (
         "fused attention ignores its mask",
         ("tests/passes/fusion/test_rules.py",),
     ),
-    Mutation(
-        "capture-reads",
-        "passes/capture_safety.py",
-        "if nodes.get(user, place) < place), None)",
-        "if nodes.get(user, place) > place), None)",
-        "a block that reads the cache before it writes may be launched ahead",
-        ("tests/passes/test_capture_safety.py",),
-    ),
 )
 
 _QUANT = (
@@ -309,11 +301,11 @@ _TRITON = (
 _EXITS = (
     Mutation(
         "exit-at-bar",
-        "river_compile/exits.py",
-        "return score > self.bars[depth] if",
-        "return score >= self.bars[depth] if",
+        "river_compile/runtime/executor.py",
+        "if scores[-1] > bar:",
+        "if scores[-1] >= bar:",
         "a token leaves at the threshold, though only those above it may",
-        ("tests/test_exits.py", "tests/capture/test_device_exits.py"),
+        ("tests/test_exits.py",),
     ),
     Mutation(
         "exit-by-depth",
@@ -322,22 +314,6 @@ _EXITS = (
         "threshold[min(depth, len(threshold) - 1)]",
         "each depth has the threshold of the next one",
         ("tests/test_config.py",),
-    ),
-    Mutation(
-        "exit-doubt",
-        "river_compile/runtime/walk.py",
-        "self._doubted = not self._bars.leaves(self.num_blocks, -self._entropy)",
-        "self._doubted = self._entropy >= -self._bars.bars[-1]",
-        "logits that are not numbers are believed",
-        ("tests/test_exits.py",),
-    ),
-    Mutation(
-        "walk-rewind",
-        "river_compile/runtime/walk.py",
-        "runner.rewind(own, last, self.num_blocks, saved)",
-        "runner.rewind(own, last + 1, self.num_blocks, saved)",
-        "a doubted token counts twice in one block's cache",
-        ("tests/test_exits.py",),
     ),
     Mutation(
         "room-last-slot",
@@ -516,8 +492,8 @@ _PROMISES = (
     Mutation(
         "config-beyond",
         "river_compile/config.py",
-        "if getattr(self, name) > num_blocks:",
-        "if getattr(self, name) > num_blocks + 1:",
+        "if num_blocks < getattr(self, name) < WHOLE:",
+        "if num_blocks + 1 < getattr(self, name) < WHOLE:",
         "an exit depth beyond the last block is taken",
         ("tests/test_config.py",),
     ),

@@ -39,7 +39,6 @@ SMALLER = {
         *("--drafted", "2"),
     ),
     "benchmarks.cuda_trace": ("--context", "8"),
-    "benchmarks.conditional": ("--levels", "1", "3"),
     "pytest": ("-n", "0", "--timeout", "0", "-p", "tools.rehearsal.left_out"),
 }
 #: Assumed of a card's machine. A kernel is compiled once, by one core; a graph is Inductor's, with its own kernels.

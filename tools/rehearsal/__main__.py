@@ -34,8 +34,7 @@ def shrink() -> None:
     _set("tools.kernels.tune", copies_beyond_cache=lambda spec: 2)
     copy = importlib.import_module("benchmarks.kernels").copy_bandwidth  # (which takes the names above from `tune`)
     _set("benchmarks.kernels", copy_bandwidth=functools.partial(copy, 2**16))
-    _set("benchmarks.conditional", _REPEATS=3)
-    _set("benchmarks.cuda_worker", _COMPARED=4, _ASKED_WARM_UP=8, _REPEATS=2, _UNPROFILED=1)
+    _set("benchmarks.cuda_worker", _COMPARED=4, _REPEATS=2, _UNPROFILED=1)
     _set("tools.check_gpu", _SLOTS=64)
 
 

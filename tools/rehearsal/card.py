@@ -5,8 +5,7 @@
 on the same memory. As on a card,
 
 - an operator refuses tensors of both devices;
-- a capture runs nothing and keeps what a replay repeats, with the bodies of its conditional nodes; what would make the
-  host wait is refused in it;
+- a capture runs nothing and keeps what a replay repeats; what would make the host wait is refused in it;
 - time (of events, profiles) is a count: `SECONDS` for each operator and kernel that runs.
 
 Generated kernels run in Triton's interpreter, with its own tiles; graphs of Inductor's operator by operator, each of
@@ -139,37 +138,24 @@ class Event:
 
 
 class Graph:
-    """A captured graph: calls in order; a conditional node's body is a list of its own."""
+    """A captured graph: calls in order."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._calls: list[tuple[str, Callable[[], object]]] = []
-        self._open: list[list] = []
 
     def capture_begin(
         self, pool: object = None, capture_error_mode: str = "global", check_input_liveness: bool = False
     ) -> None:
         if _here.graph is not None:
             raise CaptureError("a capture begins inside of another")
-        self._open, _here.graph = [self._calls], self
+        _here.graph = self
         counts["captures"] += 1
 
     def capture_end(self) -> None:
         _here.graph = None
-        if len(self._open) != 1:
-            raise CaptureError(f"{len(self._open) - 1} conditional nodes were not ended")
-
-    def begin_capture_to_if_node(self, predicate: Tensor) -> None:
-        if predicate.dtype != torch.bool or predicate.numel() != 1 or not predicate.is_cuda:
-            raise CaptureError(f"a node asks for one boolean on the card, not {predicate}")
-        holds, body = torch.ops.rehearsal.host(predicate), []
-        self.keep("if", lambda: holds.item() and _replay(body))
-        self._open.append(body)
-
-    def end_capture_to_conditional_node(self) -> None:
-        self._open.pop()
 
     def keep(self, name: str, work: Callable[[], object]) -> None:
-        self._open[-1].append((name, work))
+        self._calls.append((name, work))
 
     def replay(self) -> None:
         _refuse("a graph is replayed")
@@ -181,12 +167,6 @@ class Graph:
 
     def pool(self) -> tuple[int, int]:
         return (0, 0)
-
-    @staticmethod
-    def get_currently_capturing_graph() -> Graph:
-        if _here.graph is None:
-            raise CaptureError("nothing is captured")
-        return _here.graph
 
 
 def _replay(calls: list[tuple[str, Callable[[], object]]]) -> None:

@@ -33,7 +33,7 @@ _STEPS, _ROWS, _SAMPLES = 100, 32, 20
 def draw(rng: random.Random) -> Case:
     options = {"first_exit": 1, "threshold": round(rng.uniform(-0.5, 1), 2)}
     if rng.random() < 0.3:
-        options = {"criterion": rng.choice(("confidence", "doubt")), "first_exit": 1}
+        options = {"criterion": "confidence", "first_exit": 1}
     ways = [rng.choice(("generate", "exact")), rng.choice(text.HELD)]
     return {"options": options, "do": ways[0], "cache": ways[1], "tokens": TOKENS, "seed": rng.randrange(1000)}
 

@@ -133,9 +133,7 @@ def _read_tiles(folder: Path) -> None:
 
 
 def _calibration() -> Calibration:
-    rule = Candidate(
-        0.5, 2, kl=0.1, agreement=0.9, loss=0.1, mean_depth=3.0, doubted=0.0, cost=0.5, texts=4, passed=True
-    )
+    rule = Candidate(0.5, 2, kl=0.1, agreement=0.9, loss=0.1, mean_depth=3.0, cost=0.5, texts=4, passed=True)
     return Calibration("kl", 0.1, 0.9, 5.0, 4, 0.01, rule, (rule,), {"criterion": "similarity"})
 
 

@@ -50,7 +50,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def _options(rng: random.Random, layers: int) -> dict[str, Any]:
-    criterion = rng.choice(("similarity", "similarity", "confidence", "doubt"))
+    criterion = rng.choice(("similarity", "confidence"))
     is_cosine = criterion == "similarity"
     options: dict[str, Any] = {"criterion": criterion, "first_exit": rng.randint(1, layers)}
     options["threshold"] = round(rng.uniform(-1, 1) if is_cosine else rng.uniform(0, 5), 2)

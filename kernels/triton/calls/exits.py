@@ -1,6 +1,6 @@
-"""Exit checks: from tensors to the launch that adds a residual, scores it, and may decide.
+"""Exit checks: from tensors to the launch that adds a residual and scores it.
 
-`ops` registers these functions as operators as they are.
+`ops` registers the function as an operator as it is.
 """
 
 from __future__ import annotations
@@ -26,39 +26,6 @@ def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[
     Raises:
         ValueError: tensors of different shapes or dtypes.
     """
-    return _exit_score(update, residual, previous)
-
-
-def residual_verdict(
-    update: Tensor,
-    residual: Tensor,
-    previous: Tensor,
-    rule: Tensor,
-    verdict: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Does what `residual_score` does, decides whether the score leaves, and notes that, in one launch.
-
-    Args:
-        update, residual, previous: as of `residual_score`.
-        rule: float64 ``[1]``, the bar; see :mod:`.exit_score`.
-        verdict: float32 ``[4]``, the score and in bytes 4 and 5 the booleans "leaves" and "stays". Mutated.
-
-    Returns:
-        As `residual_score`.
-
-    Raises:
-        ValueError: tensors of different shapes, or of other shapes or dtypes than these.
-    """
-    return _exit_score(update, residual, previous, rule, verdict)
-
-
-def _exit_score(
-    update: Tensor,
-    residual: Tensor,
-    previous: Tensor,
-    rule: Tensor | None = None,
-    verdict: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
@@ -66,11 +33,11 @@ def _exit_score(
     given = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
     hidden = torch.empty_like(given["update"])
     score = update.new_empty(1, dtype=torch.float32)
-    given |= {"hidden": hidden, "score": score, **launch.present(rule=rule, verdict=verdict)}
+    given |= {"hidden": hidden, "score": score}
     rows, features = hidden.shape
 
     def describe() -> ExitScoreSpec:
-        return ExitScoreSpec(rows, features, dtype_name(update), decides=rule is not None)
+        return ExitScoreSpec(rows, features, dtype_name(update))
 
     launch.chosen(("exit_score",), given, 1, describe)(given)
     return hidden.view(update.shape), score.view(())

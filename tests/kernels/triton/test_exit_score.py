@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from river_compile.kernels import ops  # noqa: F401  registers torch.ops.river
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from tests.kernels.checks import check_exit_score, check_exit_verdict
+from tests.kernels.checks import check_exit_score
 from tests.support.examples import examples
 
 
@@ -23,40 +23,6 @@ from tests.support.examples import examples
 @examples(50)
 def test_fused_score(rows, features, dtype, nearness, seed):
     check_exit_score(ExitScoreSpec(rows, features, dtype), nearness, seed)
-
-
-BARS = st.sampled_from((-2.0, 0.0, 0.5, 2.0, math.inf, -math.inf, math.nan, "at", "below"))
-
-
-@given(
-    st.integers(1, 5),
-    st.sampled_from((7, 64, 577, 4099)),
-    st.sampled_from(("float32", "float16", "bfloat16")),
-    BARS,
-    st.sampled_from((0.0, 0.5, 1.0)),
-    st.integers(0, 2**20),
-)
-@examples(60)
-def test_a_score_above_its_bar_leaves(rows, features, dtype, bar, nearness, seed):
-    check_exit_verdict(ExitScoreSpec(rows, features, dtype, decides=True), bar, nearness=nearness, seed=seed)
-
-
-@pytest.mark.parametrize("bar", [-2.0, -math.inf, math.inf, math.nan])
-@pytest.mark.parametrize("row", [0, 2])
-def test_a_score_that_is_no_number_leaves_at_a_bar_that_is_none(row, bar):
-    """And nowhere else."""
-    check_exit_verdict(ExitScoreSpec(3, 50, decides=True), bar, spoiled=row)
-
-
-def test_verdicts_in_a_row_do_not_touch_each_other():
-    """A step keeps those of all depths in one tensor each."""
-    torch.manual_seed(0)
-    states = torch.randn(3, 2, 1, 40)
-    rules, verdicts = torch.tensor([[0.5, 1.0]] * 3, dtype=torch.float64), torch.zeros(3, 4)
-    torch.ops.river.residual_verdict(*states, rules[1, :1], verdicts[1])
-    assert verdicts[1, 0] != 0
-    assert verdicts[1].view(torch.bool)[4:6].tolist() == [False, True]
-    assert not verdicts[[0, 2]].any()
 
 
 @pytest.mark.parametrize("row", [0, 2])

@@ -228,10 +228,9 @@ def unusual_kernels():
     yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, softcap=30.0, mask=True, splits=3, fill=fills[0], advance=True)
     yield DecodeAttentionSpec(1, 3, 1, 80, 64, 0.1, dtype="float32", splits=1, fill=fills[1])
     yield ExitScoreSpec(4, 5000, "float16")
-    yield ExitScoreSpec(1, 4096, decides=True)
+    yield ExitScoreSpec(1, 4096)
     yield ShiftSpec(1, 8, 8, 128, 4096)
     yield ShiftSpec(2, 4, 2, 80, 100, dtype="float32", cache_strides=(80 * 400, 80 * 100, 80))
-    yield ExitScoreSpec(4, 5000, "float16", decides=True)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
