@@ -37,7 +37,6 @@ from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import Statistics, TwinRegistry
 from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import BlockErrors
 from river_compile.upstream.dynamo import GraphEntry
 
 BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
@@ -145,7 +144,6 @@ class ModelRecord:
     twins: TwinRegistry = field(default_factory=TwinRegistry)
     observation: Observation | None = None  # of texts that a user gave
     self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
-    block_errors: BlockErrors | None = None
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
     exit_stats: ExitStats = field(default_factory=ExitStats)
     exit_memories: Memories = field(default_factory=Memories)
@@ -260,21 +258,6 @@ def find_record(model: nn.Module) -> ModelRecord | None:
     """Returns the record of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
     module = unwrap(model)
     return _find([*module.parameters(), *module.buffers()])
-
-
-def record_of_model(model: nn.Module, purpose: str) -> ModelRecord:
-    """Returns the record of a model that has run.
-
-    Raises:
-        ValueError: none of its graphs reached the backend; the message begins with what the record is wanted for.
-    """
-    record = find_record(model)
-    if record is None or not record.graphs:
-        raise ValueError(
-            f"{purpose}: this model never reached the river backend; "
-            'call model.compile(backend="river") and generate a token first'
-        )
-    return record
 
 
 def unwrap(model: nn.Module) -> nn.Module:

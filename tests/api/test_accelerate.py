@@ -3,10 +3,7 @@
 import copy
 import io
 import pickle
-import shutil
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -404,30 +401,6 @@ def test_an_accelerate_that_fails_leaves_the_model_as_it_was(model, expected, st
 def test_the_backends_mode_is_no_option_of_accelerate():
     with pytest.raises(river_compile.OptionError, match="unknown option 'mode'"):
         river_compile.accelerate(plain(), mode="max-autotune")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A saved model that brings our recipe; transformers' copies of code go into a folder of the test's."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    home = tmp_path / "model"
-    plain().save_pretrained(home)
-    recipe = Path(river_compile.api.__path__[0]) / "custom_generate"
-    shutil.copytree(recipe, home / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
-    return home
-
-
-@pytest.mark.slow
-def test_a_folder_brings_its_own_generate(folder):
-    """By name in one call, and for every call of a model that is loaded from it; both draft."""
-    named = plain()
-    loaded = type(named).from_pretrained(folder, trust_remote_code=True)
-    for model, options in ((named, {"custom_generate": str(folder), "trust_remote_code": True}), (loaded, {})):
-        for _ in range(2):
-            with river_compile.trace() as trace:
-                assert torch.equal(generate(model, **options), generate(plain()))
-            assert trace.cycles
 
 
 @pytest.mark.slow

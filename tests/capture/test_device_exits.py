@@ -28,7 +28,7 @@ from river_compile.capture.device_exit_state import stays_at
 from river_compile.capture.device_exits import DeviceExits, DeviceWalk, WholeStep
 from river_compile.exits import ALWAYS, CRITERIA, NEVER, bars_of
 from river_compile.lowering.choose import Lowering
-from river_compile.model_record import record_of_model
+from river_compile.model_record import find_record
 from river_compile.runtime.runner import PlainRunner, Step
 from tests.support.captured import (
     CAPACITY,
@@ -258,7 +258,7 @@ class TestSameBits:
         settings_ = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
         plain = make("llama", layers=LAYERS).generate(ids, **settings_)
         cache = new_cache(model, "static", CAPACITY)
-        river_compile.warmup(model, cache, depths=(0, LAYERS))
+        model.generate(ids, **settings_, **{cache_argument(model): cache})
         assert set(decoder.captured_units) == {"step"}
         cache.reset()
         held = {cache_argument(model): cache, "custom_generate": river_compile.exact}
@@ -282,7 +282,7 @@ class TestOrder:
 
     def test_a_step_is_read_when_the_next_one_has_been_launched(self, decoder):
         cache = ready(decoder)
-        stats = record_of_model(decoder.model, "test").exit_stats
+        stats = find_record(decoder.model).exit_stats
         before = stats.decode.total()
         decoder.runner.device.events.clear()
         for _ in range(3):
@@ -507,7 +507,7 @@ class TestCaches:
 
     def test_a_full_cache_is_an_error_before_anything_is_written(self, decoder):
         full, free = decoder.start(0), decoder.start(1)
-        stats = record_of_model(decoder.model, "test").exit_stats
+        stats = find_record(decoder.model).exit_stats
         counted = stats.decode.total()
         for _ in range(CAPACITY - 6):
             decoder.step(full, 4, threshold=-1.0)
@@ -522,7 +522,7 @@ class TestCaches:
     def test_a_step_that_fails_is_forgotten(self, decoder, monkeypatch):
         """The rule that it brought may not have arrived; the next step brings its own. The one before still counts."""
         cache = ready(decoder)
-        counted = record_of_model(decoder.model, "test").exit_stats.decode.total()
+        counted = find_record(decoder.model).exit_stats.decode.total()
         decoder.step(cache, 5, threshold=2.0)
         counted += 1
         finish = decoder.runner.finish
@@ -534,7 +534,7 @@ class TestCaches:
             for tau in (-1.0, 2.0, -1.0):
                 decoder.step(cache, 5, threshold=tau)
         assert [step.depth for step in seen.tokens] == [1, LAYERS, 1]
-        assert record_of_model(decoder.model, "test").exit_stats.decode.total() == counted + 3
+        assert find_record(decoder.model).exit_stats.decode.total() == counted + 3
 
 
 def test_threads_never_mix_their_results(decoder):
@@ -551,7 +551,7 @@ def test_threads_never_mix_their_results(decoder):
     together: list[list] = [[], []]
     caches = [decoder.start(seed) for seed in range(2)]
     threads = [threading.Thread(target=go, args=(caches[s], s, together[s])) for s in range(2)]
-    stats = record_of_model(decoder.model, "test").exit_stats
+    stats = find_record(decoder.model).exit_stats
     counted = stats.decode.copy()
     for thread in threads:
         thread.start()

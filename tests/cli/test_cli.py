@@ -304,14 +304,6 @@ def test_pack_and_chat_with_the_twins(tiny, tmp_path, capsys):
     assert len(turn["tokens"]) == 12
 
 
-def test_pack_puts_the_recipe_into_the_models_folder(tiny, tmp_path):
-    from river_compile.cli.pack import copy_recipe
-
-    copy_recipe(tmp_path)
-    assert (tmp_path / "custom_generate/generate.py").exists()
-    assert (tmp_path / "custom_generate/requirements.txt").read_text() == "river-compile\n"
-
-
 def test_chat_shows_depths_where_tokens_leave(tiny, capsys):
     turn = printed_json(capsys, "chat", tiny, "--quality", "fast", "-n", "6", "--prompt", "hello")["turns"][0]
     assert {t["source"] for t in turn["tokens"][1:]} <= {"depth 2", "depth 3"}
