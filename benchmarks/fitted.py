@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import common
+from benchmarks.quality import humaneval
 from river_compile.calibration.evaluate import Meter, compiled
-from river_compile.cli import humaneval, models
+from river_compile.cli import models
 from river_compile.cli.texts import topics
 from river_compile.exits import CRITERIA
 from river_compile.kernels.portable import token_kl

@@ -37,10 +37,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 import river_compile
 from benchmarks import common
+from benchmarks.quality import humaneval
 from benchmarks.quality.entries import of_cache
 from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
 from river_compile.calibration.evaluate import compiled
-from river_compile.cli import humaneval, models
+from river_compile.cli import models
 from river_compile.cli.texts import topics
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
@@ -128,7 +129,7 @@ def other_texts(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace)
     kinds = {"docs": topics()[::-1]}
     try:
         kinds["code"] = [problem["prompt"] + problem["canonical_solution"] for problem in humaneval.problems()]
-    except ValueError as error:
+    except ImportError as error:
         print(f"without HumanEval: {error}", file=sys.stderr)
     context = 32
     found = {}

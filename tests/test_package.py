@@ -185,7 +185,7 @@ def test_a_wheel_registers_the_backend(wheel):
 
 
 def test_a_bare_checkout_imports_its_parts_at_no_cost_and_in_silence(tmp_path):
-    """Without any installation the folders at the top import by the installed names; the package alone loads nothing."""
+    """Without any installation the folders at the top import by the installed names; the package loads nothing."""
     code = """
 import sys, river_compile
 assert not {"torch", "triton", "transformers"} & set(sys.modules)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from river_compile import __version__
-from river_compile.cli import bench, cache, calibrate, chat, check, doctor, evaluate, explain, pack, serve
+from river_compile.cli import bench, cache, calibrate, chat, check, doctor, explain, pack, serve
 from river_compile.cli.output import FAILED, ModelUnavailable, error_line
 
 EPILOG = """Exit codes: **0** done; **1** it failed, with one line that says why; **2** wrong usage; **3** the answer is
@@ -52,7 +52,6 @@ app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
 app.command("pack")(pack.pack)
 app.command("calibrate")(calibrate.calibrate)
-app.command("eval")(evaluate.evaluate)
 app.command("explain")(explain.explain)
 app.command("cache")(cache.cache)
 app.command("serve")(serve.serve)

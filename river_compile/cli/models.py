@@ -161,18 +161,9 @@ def resolve(name: str | Path) -> Path:
     return folder
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, beginning: str = "") -> torch.Tensor:
-    """Returns the prompt's ids ``[1, length]``, as a user's message if the model has a chat template.
-
-    `beginning` is that of the answer.
-    """
-    import torch
-
-    ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
-    if not beginning:
-        return ids
-    begun = tokenizer(beginning, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return torch.cat([ids, begun], dim=-1)
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Returns the prompt's ids ``[1, length]``, as a user's message if the model has a chat template."""
+    return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
