@@ -26,7 +26,6 @@ from benchmarks.random_llama import random_llama
 from river_compile import river
 from river_compile.capture.runner import CapturedRunner
 from river_compile.capture.units import CaptureUnit
-from river_compile.cli import models
 from river_compile.exits import Similarity
 from river_compile.model_record import find_record
 from river_compile.reporting.report import bytes_of_token
@@ -34,6 +33,7 @@ from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.transformers import cache_argument
+from tools import demo_models
 from tools.kernels.shapes import ModelShape
 from tools.recorder import Event, recording
 
@@ -125,7 +125,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace, ahead: bool | str)
 def _model(options: argparse.Namespace) -> PreTrainedModel:
     if options.model:
         torch._dynamo.reset()
-        return models.load(options.model)[0]
+        return demo_models.load(options.model)[0]
     return small_llama(options.layers)
 
 

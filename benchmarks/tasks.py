@@ -36,6 +36,7 @@ from benchmarks.quality.answers import Answer, AnswerFile, Problems, ask, run_of
 from benchmarks.quality.perplexity import perplexity, samples_of
 from river_compile.cli import models
 from river_compile.cli.bench import CALIBRATED, EXACT, FAST, PLAIN, RIVER, running
+from tools import demo_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,11 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     options = _parse(arguments)
     try:
-        model, tokenizer = models.start(options.model, options.dtype, options.threads)
+        model, tokenizer = models.start(demo_models.resolve(options.model), options.dtype, options.threads)
         wanted = list(rules(options, model.config.get_text_config().num_hidden_layers))
         measure = _perplexities if options.task == "perplexity" else _answered
         rows = measure(model, tokenizer, wanted, options)
-    except (ValueError, models.ModelUnavailable) as error:
+    except (ValueError, demo_models.ModelUnavailable) as error:
         sys.exit(f"error: {error}")
     outcome = {**common.setting("tasks", options), "task": options.task, "rows": rows}
     show(outcome)

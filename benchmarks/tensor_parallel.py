@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from benchmarks import common
 from river_compile.cli import models
+from tools import demo_models
 from tools.ranks import run_ranks
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "mixtral")
@@ -150,7 +151,7 @@ def check_smollm2(new_tokens: int) -> None:
     from river_compile.cli.timing import generate
     from river_compile.exits import WHOLE, forced_depth
 
-    folder = models.resolve("smollm2")
+    folder = demo_models.resolve("smollm2")
     ids = models.encode(AutoTokenizer.from_pretrained(folder), "Explain in a few sentences why the sky is blue.")
 
     def rate(model: Any, depth: int | None) -> tuple[float, list[int]]:
@@ -206,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rank_folder is not None:
         return run_rank(options)
     if not options.skip_smollm2:
-        models.resolve("smollm2")
+        demo_models.resolve("smollm2")
     given = sys.argv[1:] if arguments is None else arguments
     with tempfile.TemporaryDirectory(prefix="river_ranks_") as folder:
         command = ["-m", "benchmarks.tensor_parallel", *given, "--rank-folder", folder]

@@ -50,6 +50,7 @@ from river_compile.model_record import GraphRecord, find_record
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import PackedMatmul
 from river_compile.upstream.transformers import cache_argument
+from tools import demo_models
 
 PACKAGE, ANSWERS = "package's text", "answers"
 ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     models.quiet()
-    model, tokenizer = models.load_or_exit(options.model)
+    model, tokenizer = demo_models.load_or_exit(options.model)
     measured = {"own": answers(model, tokenizer, MEASURED[: options.texts], options.tokens)}
     measured |= other_texts(tokenizer, options)
     tokens = {kind: sum(text.ids.shape[1] - text.prompt for text in group) for kind, group in measured.items()}

@@ -35,7 +35,7 @@ COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
 
 
 def bench(
-    model: Annotated[str, typer.Option("--model", "-m", help="A folder, or a known name such as smollm2.")] = "smollm2",
+    model: Annotated[str, typer.Option("--model", "-m", help="A model folder, or a name on the hub.")],
     n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of the prompt; 0: no such test.")] = 512,
     n_gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to generate; 0: no such test.")] = 128,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Of each test.")] = 5,

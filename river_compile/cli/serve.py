@@ -52,7 +52,7 @@ def serve(
     more = {} if artifact is None else {"artifact": artifact}
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
-    server = make_server(str(folder), host, port, dtype, rows, queue, quality=quality, calibration=calibration, **more)
+    server = make_server(folder, host, port, dtype, rows, queue, quality=quality, calibration=calibration, **more)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
     try:
         server._thread.join()
