@@ -93,7 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.save:
         print(f"saved to {found.save(options.save)}")
     if options.plot:
-        print(f"drawn to {found.plot(options.plot)}")
+        from examples.plots import plot_calibration
+
+        print(f"drawn to {plot_calibration(found, options.plot)}")
     return 0
 
 

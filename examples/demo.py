@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     import river_compile
+    from examples.plots import plot_trace
     from river_compile.cli.timing import generate
 
     if options.threads:
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(side_by_side(texts, marks=not console.is_terminal))
     console.print(speeds(runs))
     options.picture.parent.mkdir(parents=True, exist_ok=True)
-    trace.plot(options.picture, texts=[tokenizer.decode([token]) for token in again.tokens[1:]])
+    plot_trace(trace, options.picture, [tokenizer.decode([token]) for token in again.tokens[1:]])
     print(f"Exit depth of every token of the fast text: {options.picture}")
     if options.report:
         print(f"\n{river_compile.report(model)}")

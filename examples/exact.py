@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(cycle_lines(trace.cycles, texts)))
     print(f"\nThe text is plain generation's: {'yes' if ours.equal(plain) else 'no, rounding tipped a near-tie'}")
     if options.plot:
-        print(f"drawn to {trace.plot(options.plot, texts)}")
+        from examples.plots import plot_trace
+
+        print(f"drawn to {plot_trace(trace, options.plot, texts)}")
     return 0
 
 

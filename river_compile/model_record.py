@@ -26,7 +26,7 @@ from river_compile.lowering.compile import Compiled
 from river_compile.model_state import ModelLook
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
-from river_compile.progress import StartProgress
+from river_compile.progress import stage_shown
 from river_compile.runtime.cache_pool import CachePool
 from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
@@ -70,7 +70,6 @@ class GraphRecord:
         ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
         captures: what was captured of it.
         twins: the packed matrices of its twins.
-        progress: of the model's start.
     """
 
     config: RiverConfig
@@ -99,7 +98,6 @@ class GraphRecord:
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[PackedMatmul, ...] = ()
-    progress: StartProgress = field(default_factory=StartProgress)
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
@@ -110,7 +108,7 @@ class GraphRecord:
     def stage(self, name: str) -> Iterator[None]:
         """Adds the seconds that its body takes to a stage, and shows it as a part of the model's start."""
         start = time.perf_counter()
-        with self.progress.part(name):
+        with stage_shown(name):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -156,10 +154,6 @@ class ModelRecord:
     batch: Joinable | None = None  # that calls of generate may join
     told_of_batches: bool = False  # that another number of rows is compiled anew
     told_of_gradients: bool = False  # that passes which need them run plainly
-    progress: StartProgress = field(default_factory=StartProgress)
-
-    def __post_init__(self) -> None:
-        self.twins.progress = self.self_calibration.progress = self.progress
 
     @property
     def statistics(self) -> Statistics:

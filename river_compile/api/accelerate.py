@@ -177,7 +177,7 @@ def _built(
     owner = model()
     assert owner is not None, "the model that is being called is there"
     record.self_calibration.is_of(owner)
-    graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin, progress=record.progress)
+    graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin)
     record.graphs.append(graph)
     if origin == "derived":
         return build(found.program, dict(zip(found.program.inputs, args, strict=True)), None, Fill, record, graph)
