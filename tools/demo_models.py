@@ -18,6 +18,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from river_compile.cli import models
-from river_compile.kernels.files import appearing, as_umask_allows, cache_folder
+from river_compile.kernels.files import appearing, cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -205,8 +206,15 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
-            as_umask_allows(file)  # safetensors writes files that only their owner can read
+            _as_umask_allows(file)  # safetensors writes files that only their owner can read
         steps.update()
+
+
+def _as_umask_allows(file: Path) -> None:
+    """Gives a private file the permissions that a new one gets."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def _dense_gguf(filename: str) -> dict:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,15 +26,6 @@ Quality = Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")
 Calibration = Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")]
 Artifact = Annotated[Path | None, typer.Option(help="Twins of `river pack`.")]
 Texts = Annotated[Path | None, typer.Option(help="Texts, separated by empty lines; without: Python's documentation.")]
-
-
-@contextlib.contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Inside, an import that fails becomes a ValueError that names the extra of the package to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f'this needs more packages: pip install "river-compile[{extra}]" ({error})') from None
 
 
 def error_line(error: BaseException) -> str:

@@ -19,7 +19,6 @@ from river_compile.cli.output import (
     Model,
     Quality,
     Threads,
-    needs,
     show,
     use_threads,
 )
@@ -79,6 +78,8 @@ def make_server(
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with needs("serve"):
+    try:
         from river_compile.cli import serving
+    except ImportError as error:
+        raise ValueError(f'this needs more packages: pip install "river-compile[serve]" ({error})') from None
     return serving.start(folder, host, port, dtype, device, rows, queue, acceleration)
