@@ -1,9 +1,4 @@
-"""One bar on a terminal for what a model's start waits for: tracing, text of its own, packing, compiling.
-
-Not handled: two starts at once, which share the bar.
-"""
-
-from __future__ import annotations
+"""One bar on a terminal for what a model's start waits for: tracing, packing, compiling. Two starts at once share it."""
 
 import contextlib
 import threading
@@ -24,14 +19,18 @@ def stage_shown(name: str) -> Iterator[None]:
         if not _bars:
             form = "river: {desc} {percentage:3.0f}%|{bar:30}| {elapsed}"
             _bars.append(tqdm(total=1.0, bar_format=form, leave=False, disable=None))
-        _bars[0].n = 0
-        _bars[0].set_description_str(name)
+        _show()
     try:
         yield
     finally:
         with _lock:
             _stages.remove(name)
-            _bars[0].set_description_str(_stages[-1]) if _stages else _bars.pop().close()
+            _show() if _stages else _bars.pop().close()
+
+
+def _show() -> None:
+    _bars[0].n = 0
+    _bars[0].set_description_str(_stages[-1])
 
 
 def stage_reached(share: float) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import sys
+from contextlib import redirect_stderr
 
-import pytest
 import torch
 
 import river_compile
@@ -18,14 +17,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    return sys.stderr
-
-
-def test_the_innermost_stage_is_shown_and_goes_with_the_first(terminal):
-    with stage_shown("tracing"):
+def test_the_innermost_stage_is_shown_and_goes_with_the_first():
+    with redirect_stderr(Terminal()) as terminal, stage_shown("tracing"):
         with stage_shown("packing"):
             stage_reached(0.5)
             assert "river: packing" in terminal.getvalue().split("\r")[-1]
@@ -39,10 +32,11 @@ def test_without_a_terminal_nothing_is_shown(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_an_accelerated_model_waits_for_is_shown(terminal):
+def test_what_an_accelerated_model_waits_for_is_shown():
     model, ids = make("llama", layers=2), prompt()
     river_compile.accelerate(model, store=False)
-    model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3)
+    with redirect_stderr(Terminal()) as terminal:
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3)
     shown = terminal.getvalue()
     for stage in ("tracing", "rewriting", "reading own text", "packing", "compiling"):
         assert f"river: {stage}" in shown, stage
