@@ -1,4 +1,4 @@
-"""One bar on a terminal for what a model's start waits for: tracing, packing, compiling. Two starts at once share it."""
+"""One bar on a terminal for what a start waits for: tracing, packing, compiling. Two starts at once share it."""
 
 import contextlib
 import threading
