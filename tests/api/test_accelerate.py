@@ -423,8 +423,10 @@ def test_training_between_texts_is_as_without(recwarn):
     assert not any("leaves a graph to Inductor" in str(w.message) for w in recwarn)
 
 
-def test_load_is_from_pretrained_and_accelerate(folder, tmp_path):
+def test_load_is_from_pretrained_and_accelerate(tmp_path):
     """With an artifact nothing is packed, and the dtype is the folder's."""
+    folder = tmp_path / "model"
+    plain().save_pretrained(folder)
     first = river_compile.load(folder, **EXACT)
     expected = generate(first)
     artifact = river_compile.save(first, tmp_path / "twins")
