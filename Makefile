@@ -107,7 +107,7 @@ clean:
 	@echo "Converted models and generated kernels stay in $${RIVER_COMPILE_CACHE:-~/.cache/river_compile}; remove that folder by hand if you want."
 
 $(FOR_DEMO): $(CREATED) pyproject.toml
-	$(IN_VENV) -m pip install --disable-pip-version-check --editable .
+	$(IN_VENV) -m pip install --disable-pip-version-check --editable ".[demo]"
 	@touch $@
 
 $(FOR_TEST): $(CREATED) pyproject.toml

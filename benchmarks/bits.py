@@ -41,6 +41,7 @@ from river_compile.kernels.quant.calibrated import quantize_observed
 from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.observe import record
 from river_compile.twins.sampling import sample
+from tools import demo_models
 
 GROUPS = (128, 64, 32)
 BUDGETS = (4.375, 4.5, 4.75, 5.0)
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     models.quiet()
-    model, tokenizer = models.load_or_exit(options.model)
+    model, tokenizer = demo_models.load_or_exit(options.model)
     own = [text.ids for text in answers(model, tokenizer, MEASURED[: options.texts], options.tokens)]
     passages = (tokenizer(text)["input_ids"][: 2 * options.tokens] for text in topics()[::-1])
     docs = [torch.tensor([ids]) for ids, _ in zip(passages, range(options.texts), strict=False)]

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
-from river_compile.cli import models
+from tools import demo_models
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
@@ -148,7 +148,7 @@ def attempted(measure: Callable[..., T], *arguments: object) -> T | None:
     """Returns what a measurement gives; says in one line why there is none where an argument or a worker was bad."""
     try:
         return measure(*arguments)
-    except (ValueError, models.ModelUnavailable, WorkerFailed) as error:
+    except (ValueError, demo_models.ModelUnavailable, WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return None
 

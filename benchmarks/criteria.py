@@ -33,6 +33,7 @@ from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
 from river_compile.cli import models
 from river_compile.cli.texts import topics
 from river_compile.exits import CRITERIA, Criterion
+from tools import demo_models
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     models.quiet()
     results = {}
     for name in options.model:
-        model, tokenizer = models.load_or_exit(name)
+        model, tokenizer = demo_models.load_or_exit(name)
         with torch.inference_mode():
             results[name] = measure(model, *_samples(model, tokenizer, options), options.progress)
         show(name, results[name])
@@ -218,7 +219,9 @@ def draw(results: dict[str, list[dict]]) -> Figure:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "threads", "no-progress", "json")
-    parser.add_argument("--model", action="append", help=f"{', '.join(models.MODELS)} or a folder; may be repeated")
+    parser.add_argument(
+        "--model", action="append", help=f"{', '.join(demo_models.MODELS)} or a folder; may be repeated"
+    )
     parser.add_argument("--own-text", action="store_true", help="measure the model's own greedy answers")
     parser.add_argument("--texts", type=int, default=16, help="texts to measure (default 16; 8 answers at most)")
     parser.add_argument("--context", type=int, default=16, help="tokens of a text's prompt (default 16)")

@@ -37,6 +37,7 @@ from pathlib import Path
 
 from benchmarks import common, cuda_decode, llama_cpp_runner
 from river_compile.cli import models
+from tools import demo_models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 NEVER = "never"  # stands for an exit depth of all blocks, whose number only the worker knows
@@ -106,12 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
         if cuda_decode.wanted(options):
             cuda_decode.check(options)
             return cuda_decode.main(options)
-        folder = models.resolve(options.model)
+        folder = demo_models.resolve(options.model)
         absent = _absent_rows(options)
         rows = [name for name in options.rows if name not in absent]
         with tempfile.TemporaryDirectory() as scratch:
             results = run(rows, _files(rows, folder, options, Path(scratch)), options)
-    except (ValueError, models.ModelUnavailable, common.WorkerFailed) as error:
+    except (ValueError, demo_models.ModelUnavailable, common.WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     outcome = summarize(results, options, absent)
@@ -135,7 +136,7 @@ def _files(rows: list[str], folder: Path, options: argparse.Namespace, scratch: 
         elif row.file:
             files[name] = scratch / f"{row.file}-model"
             if not files[name].exists():
-                models.convert(f"the {row.file} file", written[row.file], files[name], row.dtype or options.dtype)
+                demo_models.convert(f"the {row.file} file", written[row.file], files[name], row.dtype or options.dtype)
     return files
 
 
@@ -306,7 +307,7 @@ def _torch_runner(job: dict) -> TorchRunner:
 
     models.quiet()
     torch.set_num_threads(job["threads"])
-    model, tokenizer = models.load(job["folder"], dtype=job["dtype"])
+    model, tokenizer = demo_models.load(job["folder"], dtype=job["dtype"])
     prompt = models.encode(tokenizer, job["prompt"]).repeat(job["batch"], 1)
     text = beginning(tokenizer, max(job["prompts"], default=1)).repeat(job["batch"], 1)
     return TorchRunner(model, prompt, text, job)
@@ -321,7 +322,7 @@ def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
         **asdict(row),
         "options": row.options | twins,
         "dtype": row.dtype or options.dtype,
-        "folder": str(models.resolve(options.model) if row.backend == "llama_cpp" else file),
+        "folder": str(demo_models.resolve(options.model) if row.backend == "llama_cpp" else file),
         "gguf": str(file),
         "new_tokens": options.new_tokens,
         "threads": options.threads,

@@ -25,14 +25,14 @@ from __future__ import annotations
 import argparse
 
 import torch
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from benchmarks import common, schedule
 from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TARGETS, Roofline, depth_name
-from river_compile import river, warmup
+from river_compile import river
 from river_compile.exits import forced_depth
 from tools.kernels.shapes import MODELS
-from tools.recorder import Event, recording
+from tools.recorder import recording
 
 _CAPACITY = 16
 _MAX_DRAFT = 15
@@ -130,16 +130,18 @@ def schedule_rows(blocks: int, depths: list[int | None]) -> list[dict]:
     whole = [blocks if depth is None else depth for depth in depths]
     rows = []
     with recording(), torch.no_grad(), schedule.watching() as watch:
-        warmup(model, cache, depths=whole)
+        schedule.generate(model, cache)  # (compiles)
         for depth, name in zip(whole, map(depth_name, depths), strict=True):
             with forced_depth(depth):
-                rows.append({"exit": name, "how": "forced", **_counts(schedule.step(model, cache, watch, depth))})
+                rows.append({"exit": name, "how": "forced", **_counts(model, cache, watch, depth)})
             if depth:
-                rows.append({"exit": name, "how": "asked", **_counts(schedule.step(model, cache, watch, depth))})
+                rows.append({"exit": name, "how": "asked", **_counts(model, cache, watch, depth)})
     return rows
 
 
-def _counts(events: list[Event]) -> dict:
+def _counts(model: PreTrainedModel, cache: StaticCache, watch: schedule.Watch, depth: int) -> dict:
+    """Counts what a captured step does: the first one warms up, the second one captures."""
+    *_, events = (schedule.step(model, cache, watch, depth) for _ in range(3))
     kinds = [event.what for event in events]
     return {"graphs": kinds.count("launch"), "flags": kinds.count("wait"), "calls": kinds.count("run")}
 

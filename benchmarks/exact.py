@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING
 from benchmarks import common
 from benchmarks.prompts import GROUPS, mixed, prompts
 from river_compile.cli import models
+from tools import demo_models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +103,7 @@ class Bench:
 
         models.quiet()
         torch.set_num_threads(options.threads)
-        self.model, tokenizer = models.load(options.model, dtype=options.dtype)
+        self.model, tokenizer = demo_models.load(options.model, dtype=options.dtype)
         self.ends = set(tokenizer.convert_tokens_to_ids([tokenizer.eos_token])) if options.own_ends else set()
         self.model.generation_config.eos_token_id = list(self.ends) or None
         options_of = {"artifact": options.artifact, "backbone_weights": "model"}
@@ -210,9 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         return exact_peers.run(options)
     try:
-        models.resolve(options.model)
+        demo_models.resolve(options.model)
         bench = Bench(options)
-    except (ValueError, models.ModelUnavailable) as error:
+    except (ValueError, demo_models.ModelUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     outcome = summarize(measure(bench, options), options)

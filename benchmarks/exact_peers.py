@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.prompts import prompts
 from river_compile.cli import models
+from tools import demo_models
 
 Generate = Callable[[Tensor, int], list[int]]  # (ids [1, S], new tokens) -> the new ones
 LOOKUP = 10
@@ -131,7 +132,9 @@ def run(options: argparse.Namespace) -> int:
     missing = sorted({package for package, _ in PEERS.values() if importlib.util.find_spec(package) is None})
     if missing:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
-    loaded = {name: models.load(options.model, dtype=options.dtype) for name in PEERS if PEERS[name][0] not in missing}
+    loaded = {
+        name: demo_models.load(options.model, dtype=options.dtype) for name in PEERS if PEERS[name][0] not in missing
+    }
     _, tokenizer = next(iter(loaded.values()))
     kinds = {group: [models.encode(tokenizer, p) for p in prompts(group, options.prompts)] for group in options.groups}
     longest = max(ids.shape[1] for of_group in kinds.values() for ids in of_group)

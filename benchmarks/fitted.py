@@ -22,12 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import common
+from benchmarks.quality import humaneval
 from river_compile.calibration.evaluate import Meter, compiled
-from river_compile.cli import humaneval, models
+from river_compile.cli import models
 from river_compile.cli.texts import topics
 from river_compile.exits import CRITERIA
 from river_compile.kernels.portable import token_kl
 from river_compile.twins.sampling import sample
+from tools import demo_models
 
 CONTEXT, TOKENS, LEFT, HARD = 32, 64, 0.7, 0.2
 STAYING = (0.1, 0.2, 0.3, 0.5)
@@ -124,7 +126,7 @@ def _text(meter: Meter, index: int, ids: Sequence[int]) -> dict[str, Tensor]:
 def _measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     torch.set_num_threads(options.threads)
     models.quiet()
-    model, tokenizer = models.load(options.model, dtype=options.dtype)
+    model, tokenizer = demo_models.load(options.model, dtype=options.dtype)
     return measure(model, texts(model, tokenizer, options.texts), options.progress, {})
 
 

@@ -31,6 +31,7 @@ from benchmarks.passes import passes
 from benchmarks.prompts import GROUPS, prompts
 from benchmarks.random_llama import random_llama
 from river_compile.cli import models
+from tools import demo_models
 from tools.kernels.shapes import MODELS
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[str, dict] = {}
     names, options.model = options.model, ", ".join(options.model)
     for name in names:
-        model, tokenizer = models.load_or_exit(name, options.dtype)
+        model, tokenizer = demo_models.load_or_exit(name, options.dtype)
         found[name] = {"rates": held(model, tokenizer, options), "seconds": timed(model, options)}
     largest = found[names[-1]]["rates"]
     for name in options.predict:

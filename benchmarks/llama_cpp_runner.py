@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from river_compile.cli import models
+from tools import demo_models
 
 
 def build(job: dict) -> LlamaCppRunner:
@@ -72,7 +73,7 @@ def why_not(gguf: Path | None, model: str, batch: int) -> str:
         return "llama-cpp-python decodes one text at a time"
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed (pip install llama-cpp-python)"
-    if gguf is None and model not in models.MODELS:
+    if gguf is None and model not in demo_models.MODELS:
         return "the model did not come from a GGUF file (name one with --gguf)"
     return ""
 
@@ -84,7 +85,7 @@ def gguf_file(named: Path | None, model: str) -> Path:
         ValueError: the named file is not there.
     """
     if named is None:
-        return models.gguf_path(model)
+        return demo_models.gguf_path(model)
     if not named.is_file():
         raise ValueError(f"--gguf {named} is not a file; name the GGUF file that the model was made of")
     return named

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import common
 from benchmarks.prompts import mixed
 from river_compile.cli import models
+from tools import demo_models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +56,7 @@ def measure(name: str, count: int, tokens: int, dtype: str) -> dict[str, dict[st
     import river_compile
     from benchmarks.texts import greedy
 
-    exact, tokenizer = models.load(name, "float32")
+    exact, tokenizer = demo_models.load(name, "float32")
     prompts = [models.encode(tokenizer, prompt) for prompt in itertools.islice(mixed(), count)]
     with torch.no_grad():
         texts = [greedy(exact, prompt, prompt.shape[1] + tokens) for prompt in prompts]
@@ -69,7 +70,7 @@ def measure(name: str, count: int, tokens: int, dtype: str) -> dict[str, dict[st
     }
     rows = {}
     for row in ROWS:
-        model, _ = models.load(name, dtype)
+        model, _ = demo_models.load(name, dtype)
         make[row](model)
         sums = [0.0, 0]
         for reference, logits in zip(references, forced_logits(model, texts, lengths), strict=True):

@@ -33,6 +33,7 @@ from typing import Any
 
 from benchmarks import common
 from river_compile.cli import models
+from tools import demo_models
 
 _NEVER = 2.0  # above every cosine
 _FIRST_EXIT = 2  # the option's default
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, dict]:
-    folder = models.resolve(options.model)
+    folder = demo_models.resolve(options.model)
     rows = _rows(options.offload, options.threshold)
     return {name: _measured(name, fields, folder, options) for name, fields in rows.items()}
 
@@ -73,7 +74,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
     models.quiet()
     torch.set_num_threads(threads)
-    model, tokenizer = models.load(folder)
+    model, tokenizer = demo_models.load(folder)
     ids = models.encode(tokenizer, PROMPT)
     model.compile(backend="river", options=options)
     how = {"custom_generate": river_compile.exact} if exact else {}

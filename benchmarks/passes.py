@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import common
 from river_compile.cli import models
+from tools import demo_models
 
 PROMPT = 64
 MAX_DRAFT = 15
@@ -104,7 +105,7 @@ def _measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
 
     torch.set_num_threads(options.threads)
     models.quiet()
-    model, _ = models.load(options.model, dtype=options.dtype)
+    model, _ = demo_models.load(options.model, dtype=options.dtype)
     model.compile(backend=river_compile.river, options={"artifact": options.artifact})
     return {rows: passes(model, rows, options.repeats) for rows in options.rows}
 

@@ -24,6 +24,7 @@ from contextlib import ExitStack, closing
 
 from benchmarks import common, llama_cpp_runner
 from river_compile.cli import models
+from tools import demo_models
 
 ROWS = ("exact", "strict", "fast", "plain", "llama_cpp")
 MODULE = "benchmarks.prefixes"
@@ -150,7 +151,7 @@ def summary(measured: list[dict]) -> dict:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, list[dict]]:
-    folder = str(models.resolve(options.model))
+    folder = demo_models.resolve(options.model)
     job = {name: getattr(options, name) for name in ("dtype", "tokens", "message", "new_tokens", "threads")}
     job |= {"folder": folder, "prompt": "."}
     rows: dict[str, list[dict]] = {}

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import common, memory
 from river_compile.cli import models
+from tools import demo_models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 MODULE = "benchmarks.replicas"
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict:
-    folder = str(models.resolve(options.model))
+    folder = demo_models.resolve(options.model)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor"),

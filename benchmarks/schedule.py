@@ -23,16 +23,17 @@ from transformers import PreTrainedModel, StaticCache
 
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
-from river_compile import river, warmup
+from river_compile import river
 from river_compile.capture.runner import CapturedRunner
 from river_compile.capture.units import CaptureUnit
-from river_compile.cli import models
 from river_compile.exits import CRITERIA
+from river_compile.model_record import find_record
 from river_compile.reporting.report import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import Step
 from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.transformers import cache_argument
+from tools import demo_models
 from tools.kernels.shapes import ModelShape
 from tools.recorder import Event, recording
 
@@ -90,13 +91,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
-    """Warms a model up and prints what one step at every exit depth does."""
+    """Prints what one captured step at every exit depth does."""
     settings = {"cudagraphs": True, "exit_every": options.every, "first_exit": options.first}
     model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
     with recording(), watching() as watch:
-        log = warmup(model, cache)
+        generate(model, cache)  # (compiles)
         depths = _depths(watch.executor)
+        for depth in depths * 2:  # (the first time warms up, the second captures)
+            step(model, cache, watch, depth)
         steps = {depth: step(model, cache, watch, depth) for depth in depths}
     units = _units(watch.executor)
     _print_units(watch, units)
@@ -110,7 +113,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
         )
         rows.append([depth, len(launches), calls, len(waits), order])
     print_table(["depth", "launches", "other calls", "flags", "order"], rows)
-    print(f"\n{log.made} captures\n")
+    print(f"\n{find_record(model).graphs[-1].captures.made} captures\n")
     if options.timeline:
         runs = {name: unit.steps for name, unit in units.items()}
         for depth, events in steps.items():
@@ -120,7 +123,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
 def _model(options: argparse.Namespace) -> PreTrainedModel:
     if options.model:
         torch._dynamo.reset()
-        return models.load(options.model)[0]
+        return demo_models.load(options.model)[0]
     return small_llama(options.layers)
 
 
@@ -132,12 +135,17 @@ def small_llama(layers: int) -> PreTrainedModel:
 
 def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -> list[Event]:
     """Decodes one token that leaves at a depth; returns what the recorder saw."""
+    watch.executor.policy = replace(watch.executor.policy, threshold=leaving_at(depth))
+    generate(model, cache)
+    return watch.events
+
+
+def generate(model: PreTrainedModel, cache: StaticCache) -> None:
+    """Runs a prompt and one decode step."""
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
-    watch.executor.policy = replace(watch.executor.policy, threshold=leaving_at(depth))
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
     model.generate(ids, **settings, **{cache_argument(model): cache})
-    return watch.events
 
 
 def _depths(executor: RiverExecutor) -> list[int]:

@@ -39,7 +39,7 @@ from pathlib import Path
 
 from benchmarks import common, llama_cpp_runner
 from benchmarks.prompts import mixed
-from river_compile.cli import models
+from tools import demo_models
 
 START_S = 600.0  # to load, trace and pack where nothing is stored
 PAIRS = (("river", "river_1"), ("river", "llama_cpp"), ("river", "llama_cpp_bf16"))
@@ -194,10 +194,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
     """Returns the command of each server that can run here."""
-    river = [sys.executable, "-m", "river_compile", "serve", str(options.model), "--host", "127.0.0.1"]
+    river = [sys.executable, "-m", "river_compile", "serve", demo_models.resolve(options.model), "--host", "127.0.0.1"]
     river += ["--port", "PORT", "--dtype", options.dtype, "--threads", str(options.threads), "--queue", "64"]
     found = {"river": [*river, "--rows", str(options.rows)], "river_1": [*river, "--rows", "1"]}
-    if importlib.util.find_spec("xllamacpp") is None or (options.gguf is None and options.model not in models.MODELS):
+    no_file = options.gguf is None and options.model not in demo_models.MODELS
+    if importlib.util.find_spec("xllamacpp") is None or no_file:
         return found
     gguf = llama_cpp_runner.gguf_file(options.gguf, options.model)
     files = {"llama_cpp": gguf}
@@ -210,7 +211,6 @@ def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]
 
 
 def _measure(options: argparse.Namespace) -> dict:
-    models.resolve(options.model)  # (made once, before several servers want it)
     outcome = {**common.setting("serving", options), "rows": options.rows, "requests": options.requests}
     outcome |= {"rate": options.rate, "seed": options.seed, "found": []}
     prompts = itertools.cycle(mixed())  # (each once: servers keep what they have read)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks import common
-from river_compile.cli import models
+from tools import demo_models
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -38,11 +38,11 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = common.command_line(__doc__, "dtype")
-    parser.add_argument("model", help=f"{', '.join(models.MODELS)} or a folder")
+    parser.add_argument("model", help=f"{', '.join(demo_models.MODELS)} or a folder")
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
     parser.add_argument("--seed", type=int, default=0, help="of the orders (%(default)s)")
     options = parser.parse_args(arguments)
-    model, tokenizer = models.load_or_exit(options.model, options.dtype)
+    model, tokenizer = demo_models.load_or_exit(options.model, options.dtype)
     try:
         shuffle_channels(model, options.seed)
     except ValueError as error:

@@ -26,6 +26,7 @@ from contextlib import closing
 
 from benchmarks import common, llama_cpp_runner, memory
 from river_compile.cli import models
+from tools import demo_models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 ROWS = ("plain", "exact", "fast", "llama_cpp")
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, dict]:
-    folder, rows = str(models.resolve(options.model)), {}
+    folder, rows = demo_models.resolve(options.model), {}
     with closing(common.Worker(MODULE, "the kernels' compiler", options.threads)) as worker:
         worker.ask("compile_kernels")
     given = {"folder": folder, "dtype": options.dtype, "tokens": options.new_tokens}

@@ -5,6 +5,7 @@
 
 Rows:
 
+    plain          the model by PyTorch's own kernels, if `--rules` has it; one problem after another
     never          the backbone by River's kernels: the plain text, up to rounding
     exact          the same text, with the river's drafts
     4-bit          every token through all twins
@@ -18,27 +19,29 @@ so those rows answer one after another. Speed is that of the first `--timed` pro
 in every row: texts do not depend on what else the machine does, so they may come from a busy hour and the speed from a
 quiet one (`--timed 0` first, and the same command without it later).
 
-Not handled: the plain model by PyTorch's own kernels (`river eval --row plain`).
+`--task perplexity` decodes Python's documentation token by token through the exits instead, and prints its perplexity.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
+from benchmarks.quality.answers import Answer, AnswerFile, Problems, ask, run_of, summary
+from benchmarks.quality.perplexity import perplexity, samples_of
 from river_compile.cli import models
-from river_compile.cli.answers import Answer, AnswerFile, Problems, ask, run_of, summary
-from river_compile.cli.ways import CALIBRATED, EXACT, FAST, NEVER, RIVER, running
+from river_compile.cli.bench import CALIBRATED, EXACT, FAST, PLAIN, RIVER, running
+from tools import demo_models
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASKS = ("humaneval-chat", "humaneval", "gsm", "reasoning")
+TASKS = ("humaneval-chat", "humaneval", "gsm", "reasoning", "perplexity")
 KINDS = ("never", "exact", "4-bit", "similarity", "confidence", "calibrated")
 
 
@@ -48,7 +51,7 @@ class Rule:
 
     Attributes:
         name: of the row.
-        way: of running, see `river_compile.cli.ways`.
+        way: of running, a row of `river bench`.
         options: of the backend.
         calibration: a file, for "calibrated".
     """
@@ -61,13 +64,15 @@ class Rule:
     @property
     def leaves(self) -> bool:
         """Whether a score decides where a token leaves; rows of a batch then leave together."""
-        return self.way in (FAST, CALIBRATED)
+        return self.way in (FAST, CALIBRATED) and "exit_depth" not in self.options
 
 
-def rules(options: argparse.Namespace) -> Iterator[Rule]:
-    """Yields the rows that were asked for; those with twins once for each quantizer."""
+def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
+    """Yields the rows that were asked for, of a model with so many blocks; those with twins once for each quantizer."""
+    if "plain" in options.rules:
+        yield Rule("plain", PLAIN)
     if "never" in options.rules:
-        yield Rule("never", NEVER)
+        yield Rule("never", FAST, {"exit_depth": blocks})
     for quantizer in options.quantizers:
         twins = {"quantizer": quantizer}
         if "exact" in options.rules:
@@ -87,14 +92,38 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     options = _parse(arguments)
     try:
-        file = AnswerFile(options.answers)
-        model, tokenizer = models.start(options.model, options.dtype, options.threads)
-        problems = Problems.of(options.task, tokenizer, options.limit, options.new_tokens)
-    except (ValueError, models.ModelUnavailable) as error:
+        model, tokenizer = models.start(demo_models.resolve(options.model), options.dtype, options.threads)
+        wanted = list(rules(options, model.config.get_text_config().num_hidden_layers))
+        measure = _perplexities if options.task == "perplexity" else _answered
+        rows = measure(model, tokenizer, wanted, options)
+    except (ValueError, demo_models.ModelUnavailable) as error:
         sys.exit(f"error: {error}")
+    outcome = {**common.setting("tasks", options), "task": options.task, "rows": rows}
+    show(outcome)
+    common.write_outcome(outcome, options.json)
+    return 0
+
+
+def _perplexities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Rule], options: argparse.Namespace
+) -> dict[str, dict]:
+    samples, rows = samples_of(tokenizer, options.limit or 40, options.new_tokens), {}
+    for rule in wanted:
+        with running(model, rule.way, rule.calibration, **rule.options):
+            rows[rule.name] = perplexity(model, samples) | ({} if rule.leaves else {"mean_depth": None})
+    return rows
+
+
+def _answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Rule], options: argparse.Namespace
+) -> dict[str, dict]:
+    file, problems = (
+        AnswerFile(options.answers),
+        Problems.of(options.task, tokenizer, options.limit, options.new_tokens),
+    )
     told: dict[str, list[Answer]] = {}
     speeds: dict[str, float | None] = {}
-    for rule in rules(options):
+    for rule in wanted:
         with running(model, rule.way, rule.calibration, **rule.options):
             told[rule.name] = _answers(model, problems, file, rule, options, options.batch)
             few = replace(problems, prompts=problems.prompts[: options.timed])
@@ -102,16 +131,12 @@ def main(arguments: list[str] | None = None) -> int:
             speeds[rule.name] = summary(timed, None)["tokens_per_s"] if timed else None
         solved = sum(answer.solved for answer in told[rule.name])
         print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
-    rows = {
+    return {
         rule.name: summary(told[rule.name], told.get("never"))
         | {"tokens_per_s": speeds[rule.name]}
         | ({} if rule.leaves else {"mean_depth": None})
-        for rule in rules(options)
+        for rule in wanted
     }
-    outcome = {**common.setting("tasks", options), "task": options.task, "rows": rows}
-    show(outcome)
-    common.write_outcome(outcome, options.json)
-    return 0
 
 
 def _answers(
@@ -124,7 +149,7 @@ def _answers(
     mark: str = "",
 ) -> list[Answer]:
     """Returns the answers of a rule; `mark` sets them apart from those of the same rule that were asked otherwise."""
-    at_once = 1 if rule.leaves else batch
+    at_once = 1 if rule.leaves or rule.way == PLAIN else batch
     run = mark + run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
     return ask(model, problems, file, run, at_once, f"{rule.name}, {mark}{at_once} at once")
 
@@ -134,6 +159,10 @@ def show(outcome: dict) -> None:
     common.print_setting(outcome)
     print(outcome["task"])
     rows = outcome["rows"]
+    if outcome["task"] == "perplexity":
+        names = ("perplexity", "nats_per_token", "tokens", "mean_depth")
+        common.print_table(["", *names], [[name, *map(row.get, names)] for name, row in rows.items()])
+        return
     never = rows.get("never", {}).get("tokens_per_s")
     cells = [
         [
@@ -153,10 +182,10 @@ def show(outcome: dict) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "dtype", "threads", "json", model="qwen-coder-1.5b")
     parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="%(choices)s (default: %(default)s)")
-    parser.add_argument("--limit", type=common.number(0), default=0, help="problems; 0: all of humaneval, 40 of others")
-    parser.add_argument("--new-tokens", type=common.number(2), default=200, help="of an answer, at most (%(default)s)")
+    parser.add_argument("--limit", type=common.number(0), default=0, help="problems or texts; 0: all of humaneval, 40")
+    parser.add_argument("--new-tokens", type=common.number(2), default=200, help="of an answer or text (%(default)s)")
     parser.add_argument("--quantizers", nargs="*", default=["gptq"], help="of the twins (gptq)")
-    parser.add_argument("--rules", nargs="+", choices=KINDS, default=KINDS, help="rows (all)")
+    parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river calibrate`")
     parser.add_argument("--batch", type=common.number(1), default=8, help="problems at once (%(default)s)")

@@ -32,6 +32,7 @@ from river_compile.cli import models, timing
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.runner import PlainRunner
 from river_compile.runtime.stats import StepRecord
+from tools import demo_models
 
 PROMPT = "Explain how a refrigerator works."
 NEW_TOKENS = 64
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lowering", default="auto", help="of the compiled model (default auto)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    model, tokenizer = models.load(options.model)
+    model, tokenizer = demo_models.load(options.model)
     ids = models.encode(tokenizer, PROMPT)
     model.compile(backend=river, options={"lowering": options.lowering})
     marks = Marks()

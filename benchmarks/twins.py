@@ -3,6 +3,7 @@
     python -m benchmarks.twins
     python -m benchmarks.twins --model gemma3-270m --quantizer hqq --quantizer gptq --json twins.json
     python -m benchmarks.twins --quantizer gptq --lm-head keep w4
+    python -m benchmarks.twins --quantizer gptq --blocks
 
 Every row decodes the same texts, token by token through River: the model's own greedy answers, passages of Python's
 documentation, and HumanEval's problems with their solutions (where that package is installed). "KL" and "same" (next
@@ -14,6 +15,8 @@ mean and the smallest layer.
 "gptq" and "awq" know what the matrices read in text that the model samples, in the package's texts, or in the model's
 answers to other questions, as a user's. "packing s" has the sampling in it, but neither what `observe` takes nor the
 estimate of the loss (by the first report). SQNR is in dB, a mean over matrices; of outputs on the measured answers.
+
+`--blocks` adds a table for each row: the KL on the answers where one block's twin alone stands in for its block.
 """
 
 from __future__ import annotations
@@ -28,22 +31,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 import river_compile
 from benchmarks import common
+from benchmarks.quality import humaneval
 from benchmarks.quality.entries import of_cache
 from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
 from river_compile.calibration.evaluate import compiled
-from river_compile.cli import humaneval, models
+from river_compile.cli import models
 from river_compile.cli.texts import topics
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.model_record import GraphRecord, find_record
 from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.packed import PackedMatmul
 from river_compile.upstream.transformers import cache_argument
+from tools import demo_models
 
 PACKAGE, ANSWERS = "package's text", "answers"
 ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))
@@ -54,6 +61,7 @@ HEADERS = (
     "quantizer", *(f"{what} {kind}" for kind in KINDS for what in ("KL", "same")), "prompt in 4 bits",
     "K mean", "K least", "V mean", "V least", "SQNR weights", "SQNR outputs", "packing s", "MB",
 )  # fmt: skip
+BLOCK_HEADERS = ("block", "KL", "same", "SQNR least", "of")
 
 
 @dataclass(frozen=True)
@@ -100,13 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     models.quiet()
-    model, tokenizer = models.load_or_exit(options.model)
+    model, tokenizer = demo_models.load_or_exit(options.model)
     measured = {"own": answers(model, tokenizer, MEASURED[: options.texts], options.tokens)}
     measured |= other_texts(tokenizer, options)
     tokens = {kind: sum(text.ids.shape[1] - text.prompt for text in group) for kind, group in measured.items()}
     print(f"{options.model}, group size {options.group_size}, tokens of each kind: {tokens}")
     rows = measure(model, tokenizer, measured, options)
     common.print_table(HEADERS, [[_shown(name, row.get(name)) for name in HEADERS] for row in rows])
+    for row in rows if options.blocks else ():
+        print(f"\n{row['quantizer']}, one block in 4 bits")
+        common.print_table(
+            BLOCK_HEADERS, [[_shown(name, block[name]) for name in BLOCK_HEADERS] for block in row["blocks"]]
+        )
     content = {**common.setting("twins", options), "group_size": options.group_size, "tokens": tokens, "rows": rows}
     common.write_outcome(content, options.json)
     return 0
@@ -117,7 +130,7 @@ def other_texts(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace)
     kinds = {"docs": topics()[::-1]}
     try:
         kinds["code"] = [problem["prompt"] + problem["canonical_solution"] for problem in humaneval.problems()]
-    except ValueError as error:
+    except ImportError as error:
         print(f"without HumanEval: {error}", file=sys.stderr)
     context = 32
     found = {}
@@ -152,6 +165,8 @@ def measure(
         with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
             row["prompt in 4 bits"] = _mean_kl(reference["own"], decoder.run(0, ["own"])["own"])
         rows.append({**row, **packing(state.graphs[graphs_before:], judged)})
+        if options.blocks:
+            rows[-1]["blocks"] = block_errors(model, state.graphs[-1], [text.ids for text in texts["own"]])
     return rows
 
 
@@ -211,6 +226,41 @@ def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     }
 
 
+@torch.no_grad()
+def block_errors(model: PreTrainedModel, graph: GraphRecord, texts: Sequence[Tensor]) -> list[dict]:
+    """Replaces one block at a time by its twin, read back from what is packed, and compares the logits.
+
+    Args:
+        model: runs as it is, not compiled.
+        graph: of the model, whose twins are packed.
+        texts: token ids ``[B, T]``.
+    """
+    found = []
+    references = [model(input_ids=ids, use_cache=False).logits.flatten(0, 1) for ids in texts]
+    for number, path in enumerate(graph.block_paths, start=1):
+        packed = [site for site in graph.twins if site.name.startswith(f"{path}.")]
+        weights, kls, same = _twin_weights(model, packed), [], []
+        for ids, reference in zip(texts, references, strict=True):
+            logits = functional_call(model, weights, (), {"input_ids": ids, "use_cache": False}).logits.flatten(0, 1)
+            kls.append(token_kl(reference, logits))
+            same.append((reference.argmax(-1) == logits.argmax(-1)).float())
+        worst = min(packed, key=lambda site: site.quality)
+        means = {"KL": torch.cat(kls).mean().item(), "same": torch.cat(same).mean().item()}
+        found.append({"block": number, **means, "SQNR least": worst.quality, "of": worst.name})
+    return found
+
+
+def _twin_weights(model: PreTrainedModel, packed: Sequence[PackedMatmul]) -> dict[str, Tensor]:
+    """Returns the weights of a twin by parameter name, in the model's dtype."""
+    names, weights = {id(parameter): name for name, parameter in model.named_parameters()}, {}
+    for site in packed:
+        parts = site.dequantize().split(site.linear.out_features)
+        for source, part in zip(site.fresh_sources().weights, parts, strict=True):
+            part = part.unflatten(0, (site.linear.experts, -1)) if site.linear.experts else part
+            weights[names[id(source)]] = (part.mT if site.linear.transposed else part).to(source.dtype)
+    return weights
+
+
 def _mean_kl(reference: Sequence[Pass], other: Sequence[Pass]) -> float:
     return torch.cat([token_kl(a.logits, b.logits) for a, b in zip(reference, other, strict=True)]).mean().item()
 
@@ -226,6 +276,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantizer", action="append", choices=ROWS, help="may be repeated (default: all)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
     parser.add_argument("--lm-head", nargs="+", choices=("keep", "w4"), help="a row for each (default: one)")
+    parser.add_argument("--blocks", action="store_true", help="also the loss of each block's twin alone")
     parser.add_argument("--texts", type=int, default=12, help="texts of each kind to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=48, help="longest answer that is measured (default 48)")
     parser.add_argument("--calibration-tokens", type=int, default=128, help="longest answer observed (default 128)")

@@ -21,6 +21,7 @@ import torch
 import river_compile
 from river_compile.cli import models, timing
 from river_compile.cli.texts import topics
+from tools import demo_models
 
 PROMPT = "Explain how a refrigerator works."
 
@@ -58,7 +59,7 @@ def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: in
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description="Finds the exit rule of least cost that keeps a promised quality.")
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--kl", type=float, default=0.1, help="budget: mean KL in nats per token (default 0.1)")
     parser.add_argument(
         "--criterion", default="confidence", help="exit criterion (default confidence; docs/criteria.md)"
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     models.quiet()
 
     try:
-        model, tokenizer = models.load(options.model)
+        model, tokenizer = demo_models.load(options.model)
         start = time.perf_counter()
         found = river_compile.calibrate(
             model,
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             criterion=options.criterion,
             tokens=options.tokens,
         )
-    except (models.ModelUnavailable, ValueError) as error:
+    except (demo_models.ModelUnavailable, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{found}\n  took       {time.perf_counter() - start:.0f} s")
@@ -92,7 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.save:
         print(f"saved to {found.save(options.save)}")
     if options.plot:
-        print(f"drawn to {found.plot(options.plot)}")
+        from examples.plots import plot_calibration
+
+        print(f"drawn to {plot_calibration(found, options.plot)}")
     return 0
 
 

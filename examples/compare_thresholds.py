@@ -14,6 +14,7 @@ import sys
 from itertools import takewhile
 
 from river_compile.cli import models
+from tools import demo_models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 THRESHOLDS = {
@@ -25,7 +26,7 @@ THRESHOLDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description="Compares thresholds on one prompt.")
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
     parser.add_argument("--criterion", default="similarity", choices=sorted(THRESHOLDS))
     parser.add_argument("--thresholds", type=float, nargs="+", help="from careful to bold (default: four)")
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     import river_compile
     from river_compile.cli.timing import generate
 
-    model, tokenizer = models.load_or_exit(options.model)
+    model, tokenizer = demo_models.load_or_exit(options.model)
     ids = models.encode(tokenizer, options.prompt)
     model.compile(backend="river", options={"criterion": options.criterion})
     with river_compile.forced_threshold(THRESHOLDS[options.criterion][-1], first_exit=2):

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from river_compile.cli import models
 from river_compile.kernels.files import cache_folder
+from tools import demo_models
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     import river_compile
+    from examples.plots import plot_trace
     from river_compile.cli.timing import generate
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(f"Loading {options.model} ...", flush=True)
-    model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
+    model, tokenizer = demo_models.load_or_exit(options.model, dtype=options.dtype)
+    print(f"Loaded {model.name_or_path}", flush=True)
     prompt = models.encode(tokenizer, options.prompt)
     runs: dict[str, Run] = {}
     for way in WAYS:
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(side_by_side(texts, marks=not console.is_terminal))
     console.print(speeds(runs))
     options.picture.parent.mkdir(parents=True, exist_ok=True)
-    trace.plot(options.picture, texts=[tokenizer.decode([token]) for token in again.tokens[1:]])
+    plot_trace(trace, options.picture, [tokenizer.decode([token]) for token in again.tokens[1:]])
     print(f"Exit depth of every token of the fast text: {options.picture}")
     if options.report:
         print(f"\n{river_compile.report(model)}")
@@ -155,7 +157,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
     parser.add_argument("--new-tokens", type=_at_least_two, default=96, help="longest answer (default: %(default)s)")
     parser.add_argument(
-        "--model", default="smollm2", help=f"{', '.join(models.MODELS)}, or a model folder (default: %(default)s)"
+        "--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)}, or a model folder (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from river_compile.cli import models
+from tools import demo_models
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ BRACKETS = {"river": "{}", "lookup": "({})", "backbone": "[{}]"}
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description="Shows exact mode's cycles beside plain generation.")
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     models.quiet()
     import river_compile
 
-    model, tokenizer = models.load_or_exit(options.model, dtype=options.dtype)
+    model, tokenizer = demo_models.load_or_exit(options.model, dtype=options.dtype)
     ids = models.encode(tokenizer, options.prompt)
     model.compile(backend="river")
     exact = {"custom_generate": river_compile.exact}
@@ -53,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(cycle_lines(trace.cycles, texts)))
     print(f"\nThe text is plain generation's: {'yes' if ours.equal(plain) else 'no, rounding tipped a near-tie'}")
     if options.plot:
-        print(f"drawn to {trace.plot(options.plot, texts)}")
+        from examples.plots import plot_trace
+
+        print(f"drawn to {plot_trace(trace, options.plot, texts)}")
     return 0
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parents[1]))  # (torchrun starts the file, not the module)
 
 from river_compile.cli import models
+from tools import demo_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ PROMPT = "Explain in a few sentences why the sky is blue."
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description="Generates with a model that several processes share.")
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(models.MODELS)} or a model folder")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -51,10 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     dist.init_process_group("nccl" if cards else "gloo", timeout=timedelta(minutes=10))
     first = dist.get_rank() == 0
     if first:
-        models.resolve(options.model)  # (a demo model is made once)
+        demo_models.resolve(options.model)  # (a demo model is made once)
     dist.barrier()
-    model = load(models.resolve(options.model), options.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(models.resolve(options.model))
+    model = load(demo_models.resolve(options.model), options.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(demo_models.resolve(options.model))
     ids = models.encode(tokenizer, options.prompt).to(model.device)
     how = {"max_new_tokens": options.new_tokens, "do_sample": False, "cache_implementation": "static"}
     how |= {"attention_mask": torch.ones_like(ids), "disable_compile": True}

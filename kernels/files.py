@@ -89,10 +89,3 @@ def making(target: Path) -> Iterator[None]:
         for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{_SUFFIX}"):
             shutil.rmtree(unfinished, ignore_errors=True)
         yield
-
-
-def as_umask_allows(file: Path) -> None:
-    """Gives a private file the permissions that a new one gets."""
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)

@@ -8,10 +8,6 @@ Importing this package imports neither torch nor Triton and prints nothing: ever
 
 import os as _os
 
-from river_compile.quiet_warnings import leave_out as _leave_out
-
-_leave_out()
-
 # In a bare checkout `passes/` and `kernels/` lie beside this folder; an installed package has them inside.
 _here = _os.path.dirname(__file__)
 _root = _os.path.dirname(_here)
@@ -40,7 +36,6 @@ _EXPORTS = {
     "Trace": "reporting.trace",
     "UnsupportedGraphError": "errors",
     "accelerate": "api.accelerate",
-    "block_errors": "api.block_errors",
     "calibrate": "calibration.calibrate",
     "decode": "decoding.mode",
     "exact": "decoding.mode",
@@ -57,7 +52,6 @@ _EXPORTS = {
     "save": "api.twins",
     "tensor_parallel_plan": "distributed.support",
     "trace": "reporting.trace",
-    "warmup": "api.warmup",
 }
 __all__ = [*sorted(_EXPORTS)]
 

@@ -82,7 +82,7 @@ def river(
         model.ranks = ranks
         local = on_local_shards(traced, ranks.size, ranks.group.group_name)
         values |= {node: local_of(values[node]) for node in local}
-    graph = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)), progress=model.progress)
+    graph = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
     model.add(graph, limit=torch._dynamo.config.recompile_limit)
     for parameter in parameters[:1]:
         graph.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, model, graph))

@@ -6,7 +6,7 @@ Not handled: whether a graph is a decoder (:mod:`river_compile.backend` refuses 
 from __future__ import annotations
 
 import functools
-import logging
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,8 +30,9 @@ from river_compile.passes.nodes import calls_flex_attention
 from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.segments import with_shared_graphs
-from river_compile.reporting.dump import PassDump, trace_artifact
+from river_compile.progress import stage_reached
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
+from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
 from river_compile.runtime.draft_vocab import HeadVocab
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.runner import PlainRunner, Runner, Step
@@ -39,7 +40,6 @@ from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import TwinWatch
 from river_compile.upstream.memory import give_back
 
-log = logging.getLogger("river_compile")
 Packed = dict[Matmul, PackedMatmul]
 
 
@@ -155,12 +155,10 @@ def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
 
 
 def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
-    """Runs the passes, and writes what they did if that was asked for; blocks that are alike share a graph then."""
-    dump = PassDump(choices.config.dump_dir, found.plan.kind)
-    result = run_passes(found, passes_for(choices, found.plan), dump.after_pass)
-    dump.program(result)
-    if dump.folder is not None:
-        log.info("wrote the rewritten graph to %s", dump.folder)
+    """Runs the passes and traces what they did; blocks that are alike share a graph then."""
+    kind, numbers = found.plan.kind, itertools.count(1)
+    result = run_passes(found, passes_for(choices, found.plan), lambda record: trace_pass(kind, next(numbers), record))
+    trace_program(kind, result)
     return with_shared_graphs(result)
 
 
@@ -220,7 +218,7 @@ def _compiled(
     steps: dict[Segment, Step] = {}
     with graph.stage("compiling"):
         for number, segment in enumerate(segments):
-            graph.progress.reached(number / len(segments))
+            stage_reached(number / len(segments))
             operands = [tensor for linear in segment.packed for tensor in packed[linear].tensors]
             if all(linear.lossless for linear in segment.packed):
                 graph.lossless_bytes += sum(packed[linear].weight.qweight.nbytes for linear in segment.packed)

@@ -178,9 +178,6 @@ class RiverConfig:
         "agree on the first one's; slower ([docs/distributed.md](docs/distributed.md))",
         EXPERT,
     )
-    dump_dir: str | Path | None = _option(
-        None, optional(PATH), "a folder that receives every segment, each twin beside its block, and the plan", EXPERT
-    )
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():

@@ -26,7 +26,7 @@ from river_compile.lowering.compile import Compiled
 from river_compile.model_state import ModelLook
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
-from river_compile.progress import StartProgress
+from river_compile.progress import stage_shown
 from river_compile.runtime.cache_pool import CachePool
 from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
@@ -37,7 +37,6 @@ from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import Statistics, TwinRegistry
 from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import BlockErrors
 from river_compile.upstream.dynamo import GraphEntry
 
 BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
@@ -71,7 +70,6 @@ class GraphRecord:
         ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
         captures: what was captured of it.
         twins: the packed matrices of its twins.
-        progress: of the model's start.
     """
 
     config: RiverConfig
@@ -100,7 +98,6 @@ class GraphRecord:
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[PackedMatmul, ...] = ()
-    progress: StartProgress = field(default_factory=StartProgress)
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
@@ -111,7 +108,7 @@ class GraphRecord:
     def stage(self, name: str) -> Iterator[None]:
         """Adds the seconds that its body takes to a stage, and shows it as a part of the model's start."""
         start = time.perf_counter()
-        with self.progress.part(name):
+        with stage_shown(name):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -145,7 +142,6 @@ class ModelRecord:
     twins: TwinRegistry = field(default_factory=TwinRegistry)
     observation: Observation | None = None  # of texts that a user gave
     self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
-    block_errors: BlockErrors | None = None
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
     exit_stats: ExitStats = field(default_factory=ExitStats)
     exit_memories: Memories = field(default_factory=Memories)
@@ -158,10 +154,6 @@ class ModelRecord:
     batch: Joinable | None = None  # that calls of generate may join
     told_of_batches: bool = False  # that another number of rows is compiled anew
     told_of_gradients: bool = False  # that passes which need them run plainly
-    progress: StartProgress = field(default_factory=StartProgress)
-
-    def __post_init__(self) -> None:
-        self.twins.progress = self.self_calibration.progress = self.progress
 
     @property
     def statistics(self) -> Statistics:
@@ -257,21 +249,6 @@ def find_record(model: nn.Module) -> ModelRecord | None:
     """Returns the record of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
     module = unwrap(model)
     return _find([*module.parameters(), *module.buffers()])
-
-
-def record_of_model(model: nn.Module, purpose: str) -> ModelRecord:
-    """Returns the record of a model that has run.
-
-    Raises:
-        ValueError: none of its graphs reached the backend; the message begins with what the record is wanted for.
-    """
-    record = find_record(model)
-    if record is None or not record.graphs:
-        raise ValueError(
-            f"{purpose}: this model never reached the river backend; "
-            'call model.compile(backend="river") and generate a token first'
-        )
-    return record
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from river_compile.cli import models
 from tests.support.examples import register_profiles
+from tools import demo_models
 
 register_profiles()
 
@@ -101,7 +101,7 @@ def fresh_dynamo():
 @pytest.fixture(scope="session")
 def smollm2_folder():
     """The folder of SmolLM2-135M-Instruct, converted on first use."""
-    return models.fetch("smollm2")
+    return demo_models.fetch("smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from benchmarks.quality.session import Row, Session, session
 from benchmarks.texts import Texts, collect
 from river_compile.cli import models
 from river_compile.config import RiverConfig
+from tools import demo_models
 
 THRESHOLDS = (0.7, 0.95, 0.97, 0.98)
 PAPER = 0.7  # the threshold at which every quantizer is measured
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = {}
     for name in options.model:
         start = time.perf_counter()
-        outcomes[name] = outcome = measure(*models.load_or_exit(name), options)
+        outcomes[name] = outcome = measure(*demo_models.load_or_exit(name), options)
         outcome["seconds"] = time.perf_counter() - start
         print(f"\n{name}")
         show(outcome)

@@ -237,11 +237,8 @@ def _symmetric(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 @functools.cache
 def _torchao_hqq() -> Callable[..., tuple]:
-    """Imports torchao's solver; torchao warns of every CUDA extension that it cannot load, which says nothing here."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
-    finally:
-        logging.disable(disabled)
+    """Imports torchao's solver."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of every CUDA extension that it cannot load
+    from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
+
     return _choose_qparams_and_quantize_affine_hqq

@@ -177,7 +177,7 @@ def _built(
     owner = model()
     assert owner is not None, "the model that is being called is there"
     record.self_calibration.is_of(owner)
-    graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin, progress=record.progress)
+    graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin)
     if origin == "derived":
         values = dict(zip(found.program.inputs, args, strict=True))
         executor = build(found.program, values, None, record, graph)

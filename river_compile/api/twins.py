@@ -52,7 +52,7 @@ def observe(
         RankError: ranks that share the model were given different texts.
     """
     model = unwrap(model)
-    windows = windows_of(tokenizer, texts, inputs, "observe")
+    windows = windows_of(tokenizer, texts, inputs)
     ranks = ranks_of(model.parameters())
     if ranks.several:
         ranks.check_alike("the texts to observe", digest_of(windows))

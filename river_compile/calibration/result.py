@@ -11,10 +11,8 @@ from typing import Any
 
 from river_compile.exits import Threshold, threshold_text
 from river_compile.kernels.files import appearing
-from river_compile.reporting.plots import new_figure, save_figure
 
 VERSION = 4
-_VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (None, "pilot texts only", "lightgray"))
 
 
 @dataclass(frozen=True)
@@ -114,22 +112,3 @@ class Calibration:
             return cls(**content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no calibration that can be read ({error}); calibrate again") from error
-
-    def plot(self, path: str | Path) -> Path:
-        """Draws loss against cost of all candidates, with the budget, as a PNG; returns the path."""
-        is_kl = self.metric == "kl"
-        figure = new_figure(8, 5)
-        axes = figure.subplots()
-        axes.axhline(self.budget if is_kl else 1 - self.budget, color="tab:red", linewidth=1, label="budget")
-        for passed, label, colour in _VERDICTS:
-            shown = [c for c in self.candidates if c.passed is passed]
-            if shown:
-                axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=colour, label=label, zorder=2)
-        best = self.chosen
-        axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
-        axes.set_title(f"threshold {threshold_text(best.threshold)}, first exit {best.first_exit}")
-        axes.set_xlabel("time per token, share of never exit")
-        axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
-        return save_figure(figure, path)

@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 
 from river_compile import __version__
-from river_compile.cli import bench, cache, calibrate, chat, check, doctor, evaluate, explain, pack, serve
-from river_compile.cli.output import FAILED, ModelUnavailable, error_line
+from river_compile.cli import bench, cache, calibrate, chat, check, doctor, explain, pack, serve
+from river_compile.cli.output import FAILED, error_line
 
 EPILOG = """Exit codes: **0** done; **1** it failed, with one line that says why; **2** wrong usage; **3** the answer is
 no (`check`: nothing would be rewritten; `doctor`: something is wrong); **130** interrupted."""
@@ -52,7 +52,6 @@ app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
 app.command("pack")(pack.pack)
 app.command("calibrate")(calibrate.calibrate)
-app.command("eval")(evaluate.evaluate)
 app.command("explain")(explain.explain)
 app.command("cache")(cache.cache)
 app.command("serve")(serve.serve)
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ended.code if isinstance(ended.code, int) else FAILED
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ModelUnavailable) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error_line(error)}", file=sys.stderr)
         return FAILED
     return 0

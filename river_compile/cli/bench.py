@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,37 +16,32 @@ import typer
 
 from river_compile import __version__
 from river_compile.cli.output import Dtype, Threads, show
-from river_compile.cli.ways import (
-    CALIBRATED,
-    EXACT,
-    FAST,
-    INDUCTOR,
-    PLAIN,
-    RIVER,
-    STRICT,
-    Calibrated,
-    Rows,
-    chosen,
-    running,
-)
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-ROWS = (PLAIN, INDUCTOR, RIVER, FAST, CALIBRATED, EXACT, STRICT)
+PLAIN, INDUCTOR, RIVER, FAST, CALIBRATED, EXACT, STRICT = ROWS = (
+    "plain",  # the model as it is
+    "inductor",  # torch.compile with Inductor
+    "river",  # every token through all twins (depth 0): the fastest, and another text
+    "fast",  # tokens leave by the default rule: another text
+    "calibrated",  # tokens leave by a calibrated rule
+    "exact",  # the plain text, drafted by the river
+    "strict",  # exact, or an error if the bits may differ
+)
 FORMATS = ("md", "json", "jsonl", "csv")
 COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
 
 
 def bench(
-    model: Annotated[str, typer.Option("--model", "-m", help="A folder, or a known name such as smollm2.")] = "smollm2",
+    model: Annotated[str, typer.Option("--model", "-m", help="A model folder, or a name on the hub.")],
     n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of the prompt; 0: no such test.")] = 512,
     n_gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to generate; 0: no such test.")] = 128,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Of each test.")] = 5,
     output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
-    rows: Rows = None,
-    calibration: Calibrated = None,
+    rows: Annotated[list[str] | None, typer.Option("--row", help="Only this way of running; may be repeated.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")] = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
@@ -64,7 +61,7 @@ def bench(
         raise ValueError(f"-o {output} is not known; use one of {', '.join(FORMATS)}")
     if min(n_prompt, n_gen) < 0 or n_gen == 1 or repetitions < 1 or not n_prompt + n_gen:
         raise ValueError(f"-p {n_prompt} -n {n_gen} -r {repetitions} measures nothing; give -n 2 or more, -r 1 or more")
-    wanted = chosen(rows, ROWS, calibration)
+    wanted = chosen(rows, calibration)
     network, tokenizer = start(model, dtype, threads)
     ids = beginning(tokenizer, max(n_prompt, 64))
     shared = {
@@ -90,6 +87,39 @@ def bench(
                     _print_last(results, output)
     if output == "json":
         show("bench", {"results": results}, True, print)
+
+
+def chosen(rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
+    """Returns the rows that `--row` asked for, in the order of `ROWS`; without it all, calibrated if it has a file.
+
+    Raises:
+        ValueError: a row that is none of them, or "calibrated" without a calibration.
+    """
+    for row in rows or ():
+        if row not in ROWS:
+            raise ValueError(f"--row {row} is not known here; use one of {', '.join(ROWS)}")
+    if CALIBRATED in (rows or ()) and calibration is None:
+        raise ValueError("--row calibrated needs --calibration FILE, which `river calibrate` writes")
+    return [row for row in ROWS if (row in rows if rows else row != CALIBRATED or calibration)]
+
+
+@contextlib.contextmanager
+def running(model: PreTrainedModel, row: str, calibration: Path | None, **options: Any) -> Iterator[None]:
+    """Inside, a plain model runs as one of `ROWS`, with options of the backend; afterwards it is plain again."""
+    from river_compile.api.accelerate import accelerate, restore
+    from river_compile.exits import forced_depth
+
+    if row == INDUCTOR:
+        model.compile()
+    elif row != PLAIN:
+        quality = FAST if row == RIVER else row
+        accelerate(model, quality, calibration if row == CALIBRATED else None, **options)
+    try:
+        with forced_depth(0) if row == RIVER else contextlib.nullcontext():
+            yield
+    finally:
+        restore(model)
+        model._compiled_call_impl = None
 
 
 def beginning(tokenizer: Any, length: int) -> Tensor:

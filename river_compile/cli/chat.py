@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.output import Artifact, AsJson, Calibration, Quality, Threads, show
+from river_compile.cli.output import Artifact, AsJson, Calibration, Model, Quality, Threads, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ HELP = "/stats  speed and sources    /report  what became of the model    /reset
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A folder, or a known name such as smollm2.")] = "smollm2",
+    model: Model,
     quality: Quality = "exact",
     calibration: Calibration = None,
     artifact: Artifact = None,

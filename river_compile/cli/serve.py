@@ -19,7 +19,6 @@ from river_compile.cli.output import (
     Model,
     Quality,
     Threads,
-    needs,
     show,
     use_threads,
 )
@@ -52,7 +51,7 @@ def serve(
     more = {} if artifact is None else {"artifact": artifact}
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
-    server = make_server(str(folder), host, port, dtype, rows, queue, quality=quality, calibration=calibration, **more)
+    server = make_server(folder, host, port, dtype, rows, queue, quality=quality, calibration=calibration, **more)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
     try:
         server._thread.join()
@@ -79,6 +78,8 @@ def make_server(
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with needs("serve"):
+    try:
         from river_compile.cli import serving
+    except ImportError as error:
+        raise ValueError(f'this needs more packages: pip install "river-compile[serve]" ({error})') from None
     return serving.start(folder, host, port, dtype, device, rows, queue, acceleration)

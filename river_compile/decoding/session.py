@@ -43,7 +43,7 @@ from river_compile.kernels.native.load import few_rows
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.model_record import GraphRecord, record_of
 from river_compile.model_state import ModelLook
-from river_compile.progress import estimate
+from river_compile.progress import stage_shown
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
@@ -419,10 +419,7 @@ class Session:
 
     def _through_model(self, key: tuple, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
         """Runs a pass through the model; binds the first one of its kind."""
-        progress = self.record.progress
-        if not self.record.graphs and self._programs is not None:
-            progress.expect(estimate(self.model, self._programs.quantizer))
-        tracing = contextlib.nullcontext() if key in self._bound else progress.part("tracing")
+        tracing = contextlib.nullcontext() if key in self._bound else stage_shown("tracing")
         with graph_calls() as calls, forced_depth(depth), last_token_alone(last_token), tracing:
             logits: Tensor = self.model(**inputs, return_dict=True).logits
         if key not in self._bound:

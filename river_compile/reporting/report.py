@@ -27,7 +27,7 @@ from river_compile.runtime.stats import ExactStats
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import BlockErrors, TwinLoss
+from river_compile.twins.twin_kl import TwinLoss
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -55,7 +55,6 @@ class Report:
     exact: ExactStats
     own_text: SelfCalibration = field(default_factory=SelfCalibration)
     loss: TwinLoss | None = None
-    block_errors: BlockErrors | None = None
     offloaded: OffloadLog | None = None
     kept_cache: int = 0  # bytes of keys and values
     kept_texts: KeptTexts = field(default_factory=KeptTexts)
@@ -111,7 +110,6 @@ class Report:
             ],
             "own_text_refused": self.own_text.refusal or None,
             "twin_loss": self.loss and {**asdict(self.loss), "large": self.loss.large},
-            "block_errors": self.block_errors.to_dict() if self.block_errors else None,
             "exit_depths": dict(self.decode_depths),
             "prefill_exit_depths": dict(self.prefill_depths),
             "mean_exit_depth": _finite(self.mean_depth),
@@ -131,10 +129,6 @@ class Report:
             yield from graph_lines(graph)
         if self.packed:
             yield from _packed_lines(self)
-        if self.block_errors:
-            worst = f"{self.block_errors.worst.kl:.5f} (block {self.block_errors.worst.block})"
-            mean, tokens = self.block_errors.mean_kl, self.block_errors.tokens
-            yield f"  KL by block    mean {mean:.5f}, most {worst}, one twin at a time on {tokens} tokens"
         if self.offloaded:
             yield from self.offloaded.lines()
         yield f"  recompiles     {self.recompiles}"
@@ -176,7 +170,6 @@ def report(model: nn.Module) -> Report:
         exact=stats.exact,
         own_text=record.self_calibration,
         loss=packed.loss,
-        block_errors=record.block_errors,
         offloaded=record.offloaded.snapshot(),
         kept_cache=record.cache_pool.bytes,
         kept_texts=record.cache_pool.texts,

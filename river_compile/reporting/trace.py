@@ -10,9 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from river_compile.reporting.plots import plot_cycles, plot_depths
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
@@ -49,26 +47,6 @@ class Trace:
         longest = max((len(row.drafted) for row in rows), default=0)
         reached = [[row.accepted > i for row in rows if len(row.drafted) > i] for i in range(longest)]
         return [sum(kept) / len(kept) for kept in reached]
-
-    def plot(self, path: str | Path, texts: list[str] | None = None) -> Path:
-        """Draws the tokens above their texts as a PNG; returns the path.
-
-        Bars are exit depths. Where cycles of exact mode were recorded, they are the tokens' places in their cycles,
-        coloured by where the tokens came from.
-
-        Args:
-            path: the file to write.
-            texts: the decoded text of each token but a prompt's first: one for each of :attr:`tokens`, in exact mode
-                for each token that the cycles kept of the batch's first row, which alone is drawn. Numbers stand in
-                where it is None.
-
-        Raises:
-            ValueError: nothing was recorded, or `texts` has another length.
-        """
-        if self.cycles:
-            first = [row for cycle in self.cycles for row in cycle.rows if row.row == 0]
-            return plot_cycles(path, texts, first)
-        return plot_depths(path, texts, self.tokens, self.num_blocks)
 
     def add_step(self, executor: RiverExecutor, args: Sequence[object], step: StepRecord) -> None:
         """Adds a step that an executor took."""

@@ -67,13 +67,12 @@ class Programs:
 
     Attributes:
         config: the same, but for where twins come from.
-        quantizer: of the twins.
     """
 
     def __init__(self, config: RiverConfig, build: Build, stores: bool) -> None:
         self.config = replace(config, artifact=None, on_missing_artifact="raise")
-        self._build, self._stores, self.quantizer = build, stores, config.quantizer
-        self._usable = config.dump_dir is None and config.offload is None
+        self._build, self._stores = build, stores
+        self._usable = config.offload is None
         self._identity: str | None = None
         self._known: dict[str, list[_Known]] = {}
         self._new: list[tuple[str, StoredPass]] = []

@@ -74,18 +74,18 @@ def one_expert_at_a_time(model: Any) -> Iterator[None]:
 
 
 def windows_of(
-    tokenizer: Tokenizer | None, texts: Sequence[str] | None, inputs: Iterable[Tensor] | None, caller: str
+    tokenizer: Tokenizer | None, texts: Sequence[str] | None, inputs: Iterable[Tensor] | None
 ) -> list[Tensor]:
     """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once; raises as `observe`."""
     if (tokenizer is None) == (inputs is None):
-        raise OptionError(f"{caller} takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
+        raise OptionError("observe takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
     if tokenizer is not None:
         chosen = default_texts() if texts is None else checked_texts(texts)
         inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in chosen]
     batches = [torch.atleast_2d(ids) for ids in inputs or ()]
     windows = [window for ids in batches if ids.numel() for window in ids.split(_WINDOW, dim=1)]
     if not windows:
-        raise OptionError(f"{caller} was given no token; pass texts= of some thousand tokens in all")
+        raise OptionError("observe was given no token; pass texts= of some thousand tokens in all")
     return windows
 
 

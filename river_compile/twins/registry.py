@@ -34,7 +34,7 @@ from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import RiverWarning
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
-from river_compile.progress import StartProgress
+from river_compile.progress import stage_reached, stage_shown
 from river_compile.store.folder import enabled
 from river_compile.twins.artifact import FILE, Artifact, write_missing
 from river_compile.twins.calibration_stats import Moments, Observation
@@ -97,7 +97,6 @@ class TwinRegistry:
         loss: what the latest ones lose together, None where that is not known.
         renewals: how often weights were found changed.
         renewed: the number of matrices that were packed again the last time.
-        progress: of the model's start.
     """
 
     def __init__(self) -> None:
@@ -110,7 +109,6 @@ class TwinRegistry:
         self._not_judged = False
         self._stored: StoredTwins | None = None
         self.renewals = self.renewed = 0
-        self.progress = StartProgress()
 
     def pack(
         self,
@@ -214,8 +212,8 @@ class TwinRegistry:
                 recorded.moments_of(sources.weights[0]) if recorded is not None and needs_moments(site) else None
                 for site, sources in changed
             ]
-            with self.progress.part("packing changed weights") if changed else contextlib.nullcontext():
-                made = _packed(changed, known, recorded, made_again, self.progress, read)
+            with stage_shown("packing changed weights") if changed else contextlib.nullcontext():
+                made = _packed(changed, known, recorded, made_again, read)
             for (site, _), new in zip(changed, made, strict=True):
                 site.become(new)
             twins = [site for site, _ in changed if not site.linear.lossless]
@@ -281,7 +279,7 @@ class TwinRegistry:
         known = _in_threads(lambda pair: maker.look_up(*pair), pairs)
         if sites and threads_for(sources[sites[0]].weights[0]) == 1:  # (hashing needs no memory of the device)
             _in_threads(lambda pair: pair[1].digest, pairs)
-        made = _packed(pairs, known, maker.observation, maker.make, self.progress, read)
+        made = _packed(pairs, known, maker.observation, maker.make, read)
         return dict(zip(sites, made, strict=True))
 
     def _find(self, site: Matmul, sources: Sources, maker: Maker) -> PackedMatmul | None:
@@ -325,7 +323,6 @@ def _packed(
     known: Sequence[Known],
     recorded: Observation | None,
     make: Callable[[T, Sources, Known], PackedMatmul],
-    progress: StartProgress,
     read: Read | None,
 ) -> list[PackedMatmul]:
     """Packs products in threads, in the order in which the model reads them where it is to.
@@ -335,7 +332,6 @@ def _packed(
         known: what is known of each.
         recorded: where moments among that are from.
         make: packs one.
-        progress: is told how far it is.
         read: has the model read them. Products are packed some at a time, in the middle of that, so that few moments
             are held at once.
     """
@@ -360,7 +356,7 @@ def _packed(
             waiting.clear()
             for (number, _), twin in zip(jobs, pool.map(one, jobs), strict=True):
                 made[number] = twin
-                progress.reached(len(made) / len(pairs))
+                stage_reached(len(made) / len(pairs))
 
         def see(weight: Tensor, moments: Moments) -> None:
             waiting.extend((number, moments) for number in numbers[id(weight)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
-from river_compile.progress import StartProgress
+from river_compile.progress import stage_shown
 from river_compile.runtime.compiled_call import uncompiled
 from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.native_linear import NativeLinear
@@ -35,7 +35,6 @@ class SelfCalibration:
 
     Attributes:
         refusal: why there is none, empty where there is.
-        progress: of the model's start.
         seconds: what sampling and reading it took, with all that was done meanwhile.
     """
 
@@ -43,7 +42,6 @@ class SelfCalibration:
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._ids: Tensor | None = None
         self.refusal = "torch.compile was not given a model"
-        self.progress = StartProgress()
         self.seconds = 0.0
 
     def is_of(self, model: nn.Module) -> None:
@@ -93,7 +91,7 @@ class SelfCalibration:
 
     def _text(self, model: nn.Module, anew: bool) -> Tensor:
         if anew or self._ids is None:
-            with self.progress.part("reading own text"):
+            with stage_shown("reading own text"):
                 self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
         return self._ids
 

@@ -9,7 +9,7 @@ costs. Not handled: rounding of activations in kernels, and text of another kind
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -47,56 +47,6 @@ class TwinLoss:
 
     def __str__(self) -> str:
         return f"KL {self.kl:.3f}, {100 * self.agreement:.0f} % of next tokens, on {self.tokens} tokens of its own"
-
-
-@dataclass(frozen=True)
-class BlockError:
-    """The loss of one twin.
-
-    Attributes:
-        block: number of the block, from 1.
-        path: its module path.
-        kl: mean KL divergence from the model with all its blocks, in nats per token.
-        agreement: share of tokens whose most likely successor stays the same.
-        matrix: its 4-bit matrix with the least signal-to-noise ratio.
-        sqnr: that ratio in dB: of the outputs where they were observed, else of the weights.
-    """
-
-    block: int
-    path: str
-    kl: float
-    agreement: float
-    matrix: str
-    sqnr: float
-
-
-@dataclass(frozen=True)
-class BlockErrors:
-    """The loss of every twin of a model, and the number of tokens that it was measured on."""
-
-    blocks: tuple[BlockError, ...]
-    tokens: int
-
-    @property
-    def worst(self) -> BlockError:
-        return max(self.blocks, key=lambda block: block.kl)
-
-    @property
-    def mean_kl(self) -> float:
-        return sum(block.kl for block in self.blocks) / len(self.blocks)
-
-    def to_dict(self) -> dict[str, object]:
-        """Returns the same as values that ``json.dumps`` takes."""
-        return {"tokens": self.tokens, "blocks": [asdict(block) for block in self.blocks]}
-
-    def __str__(self) -> str:
-        lines = [
-            f"KL of the logits with one block in 4 bits, on {self.tokens} tokens",
-            f"  {'block':>5} {'KL':>9} {'agreement':>10} {'least SQNR':>11}",
-        ]
-        for b in self.blocks:
-            lines.append(f"  {b.block:>5} {b.kl:>9.5f} {b.agreement:>10.1%} {b.sqnr:>8.1f} dB  {b.matrix}")
-        return "\n".join(lines)
 
 
 @torch.no_grad()

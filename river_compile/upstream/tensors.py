@@ -50,14 +50,3 @@ def version_of(tensor: Tensor) -> int:
 def local_of(tensor: Any) -> Any:
     """Returns this rank's part of a parameter that is spread over several, one tensor for good; others as they are."""
     return getattr(tensor, "_local_tensor", tensor)
-
-
-def as_shard_of(local: Tensor, parameter: Tensor) -> Tensor:
-    """Returns a rank's values in the form of a parameter: spread over ranks as it is, or as they are."""
-    spread: Any = parameter
-    if local_of(parameter) is parameter:
-        return local
-    mesh, placements = spread.device_mesh, spread.placements
-    shape = {"shape": parameter.shape, "stride": parameter.stride()}
-    made: Tensor = type(spread.detach()).from_local(local, mesh, placements, run_check=False, **shape)
-    return made

@@ -3,10 +3,7 @@
 import copy
 import io
 import pickle
-import shutil
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -406,30 +403,6 @@ def test_the_backends_mode_is_no_option_of_accelerate():
         river_compile.accelerate(plain(), mode="max-autotune")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A saved model that brings our recipe; transformers' copies of code go into a folder of the test's."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    home = tmp_path / "model"
-    plain().save_pretrained(home)
-    recipe = Path(river_compile.api.__path__[0]) / "custom_generate"
-    shutil.copytree(recipe, home / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
-    return home
-
-
-@pytest.mark.slow
-def test_a_folder_brings_its_own_generate(folder):
-    """By name in one call, and for every call of a model that is loaded from it; both draft."""
-    named = plain()
-    loaded = type(named).from_pretrained(folder, trust_remote_code=True)
-    for model, options in ((named, {"custom_generate": str(folder), "trust_remote_code": True}), (loaded, {})):
-        for _ in range(2):
-            with river_compile.trace() as trace:
-                assert torch.equal(generate(model, **options), generate(plain()))
-            assert trace.cycles
-
-
 @pytest.mark.slow
 def test_training_between_texts_is_as_without(recwarn):
     """What needs gradients is not compiled: no graph of it comes to Dynamo. It is said once."""
@@ -450,8 +423,10 @@ def test_training_between_texts_is_as_without(recwarn):
     assert not any("leaves a graph to Inductor" in str(w.message) for w in recwarn)
 
 
-def test_load_is_from_pretrained_and_accelerate(folder, tmp_path):
+def test_load_is_from_pretrained_and_accelerate(tmp_path):
     """With an artifact nothing is packed, and the dtype is the folder's."""
+    folder = tmp_path / "model"
+    plain().save_pretrained(folder)
     first = river_compile.load(folder, **EXACT)
     expected = generate(first)
     artifact = river_compile.save(first, tmp_path / "twins")

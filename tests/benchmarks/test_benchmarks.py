@@ -174,7 +174,7 @@ def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys)
 
 def test_an_unknown_model_is_named(capsys):
     assert decode.main(["--model", "/no/such/folder"]) == 1
-    assert "model='/no/such/folder' is neither one of" in capsys.readouterr().err
+    assert "model='/no/such/folder' is neither a folder with a config.json" in capsys.readouterr().err
 
 
 def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, capsys):

@@ -125,14 +125,13 @@ def test_it_can_be_read(found):
     assert re.search(r"of never exit's time per token: \d+ tokens/s instead of \d+", text)
 
 
-def test_save_load_and_picture(found, tmp_path):
+def test_save_and_load(found, tmp_path):
     assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
-    assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_a_threshold_for_each_depth_is_chosen_where_it_is_cheapest(model, tmp_path, monkeypatch):
-    """Its options decode as it was measured; text, file and picture hold it."""
+    """Its options decode as it was measured; text and file hold it."""
     cost = Meter.cost
     cheaper = 1e-3
     monkeypatch.setattr(
@@ -150,7 +149,6 @@ def test_a_threshold_for_each_depth_is_chosen_where_it_is_cheapest(model, tmp_pa
     assert_mean_of_held_out(found.chosen.mean_depth, by_text(step.depth for step in seen.tokens))
     assert str(found.chosen.threshold[1])[:4] in str(found)
     assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
-    assert found.plot(tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

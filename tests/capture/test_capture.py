@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from transformers import StaticCache
 
 import river_compile
-from river_compile import CacheFullError, OptionError, RiverConfig, forced_threshold, report, river
+from river_compile import CacheFullError, OptionError, RiverConfig, report, river
 from river_compile.capture import capture_cache, units
 from river_compile.capture.device import CaptureFailed, captured_by
 from river_compile.upstream.tensors import lie_at
@@ -121,33 +121,19 @@ class TestSameBits:
         check(Decoder(lowering="inductor", layers=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
 
     @pytest.mark.core
-    def test_exact_mode_and_warmup(self):
-        """Drafts at depth 0 are captured, and after a warm-up nothing more is, whatever the depth."""
+    def test_exact_mode(self):
+        """Drafts at depth 0 and the passes that verify them are captured."""
         model, ids = Decoder(layers=2).model, prompt()
         cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
         plain = make("llama", layers=2).generate(ids, **settings)
         held = {cache_argument(model): cache}
-        log = river_compile.warmup(model, cache, depths=(0, 2))
-        assert {c.unit for c in log.captures} >= {"span 0-1", "last 1-2", "last 0-2", "tail 0", "tail 1"}
-        assert int(cache.get_seq_length()) == 0
-        made = log.made
-        for tau in (-1.0, 0.9, 2.0):
+        for _ in range(2):
             cache.reset()
-            with forced_threshold(tau):
-                model.generate(ids, **settings, **held)
-        assert log.made == made
-        cache.reset()
-        assert torch.equal(
-            model.generate(ids, **settings, **held, custom_generate=river_compile.exact, adaptive=False), plain
-        )
-
-    def test_what_a_warmup_cannot_do_is_an_error(self):
-        model = make("llama", layers=2)
-        with pytest.raises(ValueError, match="never reached the river backend"):
-            river_compile.warmup(model, StaticCache(config=model.config, max_cache_len=CAPACITY))
-        with pytest.raises(ValueError, match="a cache of 7 tokens or more, this one holds 6"):
-            river_compile.warmup(model, StaticCache(config=model.config, max_cache_len=6))
+            text = model.generate(ids, **settings, **held, custom_generate=river_compile.exact, adaptive=False)
+            assert torch.equal(text, plain)
+        units = {record.unit for graph in report(model).graphs for record in graph.captures.captures}
+        assert units >= {"last 0-2", "tail 0"}
 
 
 class TestOrder:

@@ -334,16 +334,12 @@ def test_nothing_is_compiled_after_a_warm_up(static, fresh_dynamo):
             exactly(model, prompt(length), static=static, max_draft=drafted)
 
 
-def test_traces_draw_cycles_and_the_report_tells_what_a_batch_cost(tmp_path):
-    """With outputs that hold all rows, so that they wait for each other; the first row is drawn."""
+def test_the_report_tells_what_a_batch_cost():
+    """With outputs that hold all rows, so that they wait for each other."""
     ids, mask = padded(3)
     model = compiled()
     with river_compile.trace() as trace:
         exactly(model, ids, mask, return_dict_in_generate=True)
-    texts = [str(i) for i in range(NEW_TOKENS - 1)]
-    assert trace.plot(tmp_path / "cycles.png", texts).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="texts has 1 entries for 23 tokens"):
-        trace.plot(tmp_path / "cycles.png", ["a"])
     report = river_compile.report(model)
     held_back = sum(cycle.held_back for cycle in trace.cycles)
     assert held_back > 0

@@ -20,6 +20,7 @@ from benchmarks.prompts import mixed
 from river_compile.cli import models
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.isa import chosen
+from tools import demo_models
 
 PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))
 CHATS = tuple(itertools.islice(mixed(), PROMPTS))
@@ -27,7 +28,7 @@ CHATS = tuple(itertools.islice(mixed(), PROMPTS))
 
 def load(dtype):
     """Returns SmolLM2 compiled, and its tokenizer; the static cache has one size for all texts, so one decode graph."""
-    model, tokenizer = models.load("smollm2", dtype=dtype)
+    model, tokenizer = demo_models.load("smollm2", dtype=dtype)
     model.compile(backend=river_compile.river, options={"quantizer": "rtn"})
     longest = max(models.encode(tokenizer, chat).shape[1] for chat in CHATS)
     model._previous_max_cache_length = max(longest, 64) + NEW_TOKENS
@@ -59,7 +60,7 @@ def plainly(model, ids, **options):
 def test_float32_texts_are_the_plain_ones(smollm2):
     """Greedy texts equal those of the same model run eagerly, and of the compiled one's backbone."""
     model, tokenizer = smollm2
-    eager, _ = models.load("smollm2", dtype="float32")
+    eager, _ = demo_models.load("smollm2", dtype="float32")
     with river_compile.trace() as trace:
         for chat in CHATS:
             ids = models.encode(tokenizer, chat)
@@ -133,7 +134,7 @@ def test_a_grammar_sees_what_plain_generation_shows_it(smollm2):
 def test_strict_bfloat16_texts_have_the_bits_of_decoding_without_drafts():  # (last: it drops the graphs before)
     """On River's own kernels, whose sums do not depend on the width of a pass."""
     torch._dynamo.reset()
-    model, tokenizer = models.load("smollm2", dtype="bfloat16")
+    model, tokenizer = demo_models.load("smollm2", dtype="bfloat16")
     river_compile.accelerate(model, "strict", quantizer="rtn", adaptive=False)
     for chat in CHATS:
         ids = models.encode(tokenizer, chat)
@@ -153,7 +154,7 @@ def test_bfloat16_texts_of_weights_in_12_bits_are_those_of_16():
     torch._dynamo.reset()
     accelerated = []
     for weights in ("model", "12bit"):
-        model, tokenizer = models.load("smollm2", dtype="bfloat16")
+        model, tokenizer = demo_models.load("smollm2", dtype="bfloat16")
         accelerated.append(river_compile.accelerate(model, "strict", quantizer="rtn", backbone_weights=weights))
     for chat in CHATS:
         ids = models.encode(tokenizer, chat)

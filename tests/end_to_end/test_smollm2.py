@@ -15,8 +15,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
 
 from river_compile import exact, report, river, trace
-from river_compile.cli import models
 from river_compile.exits import forced_depth
+from tools import demo_models
 
 NEW_TOKENS = 64
 QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -44,7 +44,7 @@ def answer(model, tokenizer, **options):
 @pytest.fixture(scope="module")
 def smollm2(smollm2_folder):
     """The model, compiled with the default options, its tokenizer, and the text of the plain model."""
-    model, tokenizer = models.load("smollm2", dtype=torch.float32)
+    model, tokenizer = demo_models.load("smollm2", dtype=torch.float32)
     text = answer(model, tokenizer, disable_compile=True)
     model.compile(backend=river)
     return model, tokenizer, text

@@ -19,7 +19,6 @@ from torch._inductor import metrics
 
 from river_compile import OptionError, RiverWarning, report, river, save, trace
 from river_compile.backend import executors_of
-from river_compile.cli import models
 from river_compile.config import RiverConfig
 from river_compile.exits import forced_depth
 from river_compile.lowering import choose as lowering_choice
@@ -30,6 +29,7 @@ from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode
 from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
+from tools import demo_models
 from tools.kernels.resources import token_cost
 from tools.kernels.shapes import ModelShape, model_kernels
 from tools.recorder import recording
@@ -403,7 +403,7 @@ def test_tokens_of_smollm2(smollm2_folder):
 
     Both ways are fed the same tokens.
     """
-    model, _ = models.load("smollm2", dtype=torch.float32)
+    model, _ = demo_models.load("smollm2", dtype=torch.float32)
     both = Both(UNFUSED, group_size=64)
     model.compile(backend=both)
     depths = [0, 29, 30, 28]

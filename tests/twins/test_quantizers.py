@@ -1,4 +1,4 @@
-"""Twins of quantizers that know their inputs: folded scales, the floor of quality, artifacts, errors by block."""
+"""Twins of quantizers that know their inputs: folded scales, the floor of quality, artifacts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import river_compile.twins.packed
-from river_compile import ArtifactError, OptionError, block_errors, observe, report, save
+from river_compile import ArtifactError, OptionError, observe, report, save
 from river_compile.kernels.quant import calibrated
-from tests.support.families import make, prompt
+from tests.support.families import prompt
 from tests.support.traced import TracedStep, dequantized
 
 TEXTS = [prompt(40, 2, seed=i) for i in range(3)]
@@ -118,52 +118,6 @@ class TestArtifacts:
             second.model.model.layers[1].input_layernorm.weight[3] += 1
         with pytest.raises(ArtifactError, match=r"layers.1.self_attn.q_proj.* was made from other weights"):
             second.run(quantizer="awq", artifact=tmp_path / "twins")
-
-
-class TestBlockErrors:
-    def test_each_block_alone_against_a_reference(self):
-        """KL with one block's weights replaced by hand; nothing of the model is changed afterwards."""
-        step = TracedStep()
-        step.run(quantizer="rtn")
-        before = {name: p.clone() for name, p in step.model.state_dict().items()}
-        ids = [prompt(30, 2, seed=20), prompt(15, seed=21)]
-        errors = block_errors(step.model, inputs=ids, progress=False)
-        assert (errors.tokens, [b.block for b in errors.blocks]) == (75, [1, 2])
-        assert all(torch.equal(before[name], p) for name, p in step.model.state_dict().items())
-        for b in errors.blocks:
-            assert b.path == f"model.layers.{b.block - 1}"
-            inside = [site for name, site in twins_of(step).items() if name.startswith(f"{b.path}.")]
-            other = make("llama", layers=2)
-            other.load_state_dict(dequantized(other, inside), strict=False)
-            total = 0.0
-            with torch.no_grad():
-                for row in ids:
-                    p, q = (m(input_ids=row).logits.double().log_softmax(-1) for m in (step.model, other))
-                    total += (p.exp() * (p - q)).sum().item()
-            assert b.kl == pytest.approx(total / 75, rel=1e-3)
-            assert b.kl > 0
-            assert (b.sqnr, b.matrix) == min((site.sqnr, site.name) for site in inside)
-
-    def test_transposed_matrices_and_the_report(self):
-        step = observed("gpt2")
-        step.run(quantizer="gptq")
-        errors = block_errors(step.model, inputs=TEXTS[:1], progress=False)
-        assert 0 < errors.mean_kl <= errors.worst.kl < 1
-        assert f"KL by block    mean {errors.mean_kl:.5f}, most {errors.worst.kl:.5f}" in str(report(step.model))
-        assert json.loads(json.dumps(report(step.model).to_dict()))["block_errors"] == errors.to_dict()
-        assert f"{errors.worst.kl:.5f}" in str(errors)
-
-    def test_weights_that_changed_since_are_refused(self):
-        step = TracedStep()
-        step.run()
-        with torch.no_grad():
-            step.model.model.layers[1].mlp.down_proj.weight.mul_(2)
-        with pytest.raises(ValueError, match=r"the weights of model.layers.1.mlp.down_proj changed after they were"):
-            block_errors(step.model, inputs=TEXTS)
-
-    def test_a_model_without_twins_is_refused(self):
-        with pytest.raises(ValueError, match="block_errors: this model never reached the river backend"):
-            block_errors(make("llama", layers=2), inputs=TEXTS)
 
 
 def test_the_report_names_quantizer_and_both_ratios():

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.random_llama import write_gguf
-from river_compile.cli.models import convert
-from river_compile.upstream.gguf import reading_once
+from tools.demo_models import convert, reading_once
 
 
 @pytest.fixture

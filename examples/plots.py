@@ -1,18 +1,18 @@
-"""Draws rows of bars above tokens' texts, for :meth:`river_compile.Trace.plot`, and makes and saves figures.
-
-matplotlib is imported when something is drawn.
-"""
+"""Draws what River measured: where tokens of a trace left or came from, and the candidates of a calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from river_compile import Calibration, Trace
+from river_compile.exits import threshold_text
 from river_compile.runtime.stats import RowCycle, StepRecord
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _PER_LINE = 32
 _SOURCES = {  # of a token in exact mode: colour and meaning
@@ -20,19 +20,58 @@ _SOURCES = {  # of a token in exact mode: colour and meaning
     "lookup": ("#3a9a5c", "copied from the context"),
     "backbone": ("#d98324", "the backbone's own"),
 }
+_VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (None, "pilot texts only", "lightgray"))
 
 
-def new_figure(width: float, height: float) -> Figure:
+def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = None) -> Path:
+    """Draws a trace's tokens above their texts as a PNG; returns the path.
+
+    Bars are exit depths. Where cycles of exact mode were recorded, they are the tokens' places in their cycles,
+    coloured by where the tokens came from.
+
+    Args:
+        trace: of `river_compile.trace`.
+        path: the file to write.
+        texts: the decoded text of each token but a prompt's first: one for each of ``trace.tokens``, in exact mode
+            for each token that the cycles kept of the batch's first row, which alone is drawn. Numbers stand in
+            where it is None.
+
+    Raises:
+        ValueError: nothing was recorded, or `texts` has another length.
+    """
+    if trace.cycles:
+        return _plot_cycles(path, texts, [row for cycle in trace.cycles for row in cycle.rows if row.row == 0])
+    return _plot_depths(path, texts, trace.tokens, trace.num_blocks)
+
+
+def plot_calibration(found: Calibration, path: str | Path) -> Path:
+    """Draws loss against cost of all candidates, with the budget, as a PNG; returns the path."""
+    is_kl = found.metric == "kl"
+    figure = _new_figure(8, 5)
+    axes = figure.subplots()
+    axes.axhline(found.budget if is_kl else 1 - found.budget, color="tab:red", linewidth=1, label="budget")
+    for passed, label, colour in _VERDICTS:
+        shown = [c for c in found.candidates if c.passed is passed]
+        if shown:
+            axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=colour, label=label, zorder=2)
+    best = found.chosen
+    axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
+    axes.set_title(f"threshold {threshold_text(best.threshold)}, first exit {best.first_exit}")
+    axes.set_xlabel("time per token, share of never exit")
+    axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _save_figure(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Figure:
     """Returns an empty figure of a size in inches that no window will show."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
+def _save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes a figure as a PNG without the frames' upper and right edges; returns the path."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -40,10 +79,8 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[StepRecord], num_blocks: int) -> Path:
+def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[StepRecord], num_blocks: int) -> Path:
     """Draws each decode step's exit depth, above the text of its token."""
-    from matplotlib import colormaps
-
     if not steps:
         raise ValueError("nothing to draw: the trace holds no decode step (generate inside `with trace() as t:`)")
     names = _names(texts, len(steps), "decode steps", first=1)
@@ -57,17 +94,15 @@ def plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[S
         axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
         axes.bar(x, step.depth, color=colours(step.depth / highest), width=0.9)
         axes.text(x, step.depth, str(step.depth), ha="center", va="bottom", fontsize=7)
-    return save_figure(figure, path)
+    return _save_figure(figure, path)
 
 
-def plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[RowCycle]) -> Path:
+def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[RowCycle]) -> Path:
     """Draws each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
 
     The cycles are those of one row. Each climbs like a staircase; grey outlines on its last step are drafted tokens
     that did not hold.
     """
-    from matplotlib.patches import Patch
-
     kept = sum(len(cycle.kept) for cycle in cycles)
     names = _names(texts, kept, "tokens kept in cycles", first=2)
     dropped = [len(cycle.drafted) - cycle.accepted for cycle in cycles]
@@ -87,7 +122,7 @@ def plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[
     handles = [Patch(color=colour, label=meaning) for colour, meaning in _SOURCES.values()]
     handles.append(Patch(facecolor="none", edgecolor="0.6", label="drafted, did not hold"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return save_figure(figure, path)
+    return _save_figure(figure, path)
 
 
 def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> list[str]:
@@ -103,7 +138,7 @@ def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> li
 def _lines_of_tokens(names: Sequence[str], highest: int, room: float) -> Figure:
     """Returns a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
     lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
-    figure = new_figure(14, 1 + 1.2 * len(lines))
+    figure = _new_figure(14, 1 + 1.2 * len(lines))
     for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
         axes.set_xticks(range(len(line)), line, fontsize=7, rotation=35, ha="right", parse_math=False)
         axes.set_xlim(-0.6, _PER_LINE - 0.4)

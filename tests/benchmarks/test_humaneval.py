@@ -2,8 +2,8 @@
 
 import pytest
 
-from river_compile.cli import humaneval
-from river_compile.cli.answers import Problems
+from benchmarks.quality import humaneval
+from benchmarks.quality.answers import Problems
 from tests.support.processes import ends
 from tests.support.tokenizers import byte_tokenizer
 

@@ -17,16 +17,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from river_compile.cli import humaneval, reasoning
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from benchmarks.quality import humaneval, reasoning
+from river_compile.cli.models import encode
 from river_compile.cli.output import error_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from river_compile.cli.timing import Clock
+from river_compile.cli.timing import Clock, StopAfter
+from river_compile.decoding.continuous import ContinuousBatch
+from river_compile.model_record import find_record
+from river_compile.reporting.trace import trace
 
 _SURE = 1.96  # standard errors on each side of a 95 % interval
 _WARM_UP = 16  # tokens of an answer that nobody times
@@ -53,14 +57,12 @@ class Problems:
     @classmethod
     def of(cls, task: str, tokenizer: PreTrainedTokenizerBase, limit: int, new_tokens: int) -> Problems:
         """Returns the first problems of a task, all (or 40) for a limit of 0."""
-        from river_compile.cli.models import encode
-
         if task in ("humaneval", "humaneval-chat"):
             asked = humaneval.problems()[: limit or None]
             if task == "humaneval":  # a completion of the problem's own text
                 prompts = [tokenizer(p["prompt"].rstrip("\n"), return_tensors="pt")["input_ids"] for p in asked]
             else:  # an answer whose beginning is given
-                prompts = [encode(tokenizer, humaneval.question(p), humaneval.beginning(p)) for p in asked]
+                prompts = [_begun(tokenizer, humaneval.question(p), humaneval.beginning(p)) for p in asked]
             stops = {"stop_strings": list(humaneval.STOPS), "tokenizer": tokenizer}
             return cls(tokenizer, prompts, lambda i, text: humaneval.passes(asked[i], text), new_tokens, stops)
         made = reasoning.problems(limit or 40, generators=reasoning.TASKS[task])
@@ -113,7 +115,7 @@ class AnswerFile:
                 found = json.loads(line)
                 self._known.setdefault(found["run"], {})[found["problem"]] = Answer(**found["answer"])
             except (ValueError, TypeError, KeyError) as error:
-                what = f"{path}, line {number}, is no answer of `river eval`; name another file"
+                what = f"{path}, line {number}, is no answer of `benchmarks.tasks`; name another file"
                 raise ValueError(f"{what} ({error_line(error)})") from None
 
     def of(self, run: str) -> Mapping[str, Answer]:
@@ -130,7 +132,7 @@ class AnswerFile:
 
 
 def run_of(model: str, dtype: str, way: str, options: Mapping[str, Any], calibration: Path | None) -> str:
-    """Returns what answers depend on beside the problems: a model's name, and how it runs, as `ways.running` has it."""
+    """Returns what answers depend on beside the problems: a model's name, and how it runs, as `running` has it."""
     return repr([way, dict(options), model, dtype, calibration and calibration.read_text(encoding="utf-8")])
 
 
@@ -147,8 +149,6 @@ def ask(
         at_once: problems at a time; more than 1 need an accelerated model.
         said: what the progress is called.
     """
-    from tqdm import tqdm
-
     run = f"{run} {problems.new_tokens} {at_once}"
     names = [_name(ids) for ids in problems.prompts]
     known = file.of(run)
@@ -167,8 +167,6 @@ def _answers(
     model: PreTrainedModel, problems: Problems, left: Sequence[int], at_once: int
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the answers to some problems as they come, with the problems' numbers."""
-    from river_compile.reporting.trace import trace
-
     asking = _one_by_one(model, problems, left) if at_once == 1 else _several(model, problems, left, at_once)
     with trace() as steps:
         for number, clock, tokens, seconds in asking:
@@ -178,13 +176,10 @@ def _answers(
             yield number, Answer(text, problems.solves(number, text), tokens, seconds, len(decoded), depth)
 
 
-Asked = Iterator[tuple[int, "Clock", int, float]]  # a problem's number, its answer, tokens that were timed, and seconds
+Asked = Iterator[tuple[int, Clock, int, float]]  # a problem's number, its answer, tokens that were timed, and seconds
 
 
 def _one_by_one(model: PreTrainedModel, problems: Problems, left: Sequence[int]) -> Asked:
-    from river_compile.cli.timing import Clock
-    from river_compile.model_record import find_record
-
     _generate(model, problems, left[0], Clock(), _WARM_UP)
     for number in left:
         record, clock = find_record(model), Clock()
@@ -195,9 +190,6 @@ def _one_by_one(model: PreTrainedModel, problems: Problems, left: Sequence[int])
 
 
 def _several(model: PreTrainedModel, problems: Problems, left: Sequence[int], at_once: int) -> Asked:
-    from river_compile.cli.timing import Clock
-    from river_compile.decoding.continuous import ContinuousBatch
-
     done: queue.SimpleQueue[tuple[int, Clock, Future[Any], float]] = queue.SimpleQueue()
     with ContinuousBatch(model, at_once) as batch:
 
@@ -221,11 +213,6 @@ def _several(model: PreTrainedModel, problems: Problems, left: Sequence[int], at
 
 
 def _generate(model: PreTrainedModel, problems: Problems, number: int, clock: Clock, new_tokens: int) -> Any:
-    import torch
-    from transformers import StoppingCriteriaList
-
-    from river_compile.cli.timing import StopAfter
-
     ids = problems.prompts[number]
     length = max(ids.shape[1] for ids in problems.prompts) + problems.new_tokens  # (all caches have one size)
     return model.generate(
@@ -239,6 +226,12 @@ def _generate(model: PreTrainedModel, problems: Problems, number: int, clock: Cl
         disable_compile=True,  # transformers must not compile on its own what is timed as plain
         **problems.options,
     )
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, question: str, beginning: str) -> Tensor:
+    """Returns the ids of a question and of the beginning of its answer."""
+    begun = tokenizer(beginning, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return torch.cat([encode(tokenizer, question), begun], dim=-1)
 
 
 def _name(ids_1S: Tensor) -> str:

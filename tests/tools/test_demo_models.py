@@ -5,8 +5,7 @@ Conversion itself is replaced by a stub that writes a small folder; the tests on
 
 import pytest
 
-from river_compile.cli import models
-from river_compile.cli.models import load_or_exit, resolve
+from tools import demo_models
 from tools.demo_models import copy_to
 
 
@@ -21,13 +20,13 @@ def conversions(tmp_path, monkeypatch):
         (folder / "model.safetensors").write_bytes(bytes(1000))
 
     monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "gguf_path", lambda name: tmp_path / "unused.gguf")
-    monkeypatch.setattr(models, "convert", convert)
+    monkeypatch.setattr(demo_models, "gguf_path", lambda name: tmp_path / "unused.gguf")
+    monkeypatch.setattr(demo_models, "convert", convert)
     return runs
 
 
 def test_a_whole_copy_is_converted_once(conversions):
-    assert models.fetch("smollm2") == models.fetch("smollm2")
+    assert demo_models.fetch("smollm2") == demo_models.fetch("smollm2")
     assert len(conversions) == 1
 
 
@@ -36,22 +35,22 @@ def test_an_interrupted_conversion_leaves_nothing(conversions, tmp_path, monkeyp
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "convert", interrupted)
+    monkeypatch.setattr(demo_models, "convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        models.fetch("smollm2")
+        demo_models.fetch("smollm2")
     assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_the_first_of_two_concurrent_conversions_stays(conversions, tmp_path, monkeypatch):
-    convert = models.convert
+    convert = demo_models.convert
 
     def overtaken(title, gguf, folder):
-        monkeypatch.setattr(models, "convert", convert)
-        models.fetch("smollm2")
+        monkeypatch.setattr(demo_models, "convert", convert)
+        demo_models.fetch("smollm2")
         convert(title, gguf, folder)
 
-    monkeypatch.setattr(models, "convert", overtaken)
-    assert models.fetch("smollm2").is_dir()
+    monkeypatch.setattr(demo_models, "convert", overtaken)
+    assert demo_models.fetch("smollm2").is_dir()
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["smollm2"]
 
 
@@ -59,12 +58,12 @@ def test_pieces_are_joined_in_order(tmp_path):
     pieces = [tmp_path / str(i) for i in range(3)]
     for i, piece in enumerate(pieces):
         piece.write_bytes(bytes([i]) * 5)
-    models._concatenate(pieces, tmp_path / "whole")
+    demo_models._concatenate(pieces, tmp_path / "whole")
     assert (tmp_path / "whole").read_bytes() == bytes([0] * 5 + [1] * 5 + [2] * 5)
 
 
 def test_copies_go_only_into_new_or_empty_folders(conversions, tmp_path):
-    folder = models.fetch("smollm2")
+    folder = demo_models.fetch("smollm2")
     copy_to(folder, tmp_path / "copy")
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["config.json", "model.safetensors"]
     with pytest.raises(ValueError, match="not an empty folder"):
@@ -73,13 +72,13 @@ def test_copies_go_only_into_new_or_empty_folders(conversions, tmp_path):
 
 def test_unknown_models_are_named():
     with pytest.raises(ValueError, match=r"model='smollm3' is unknown; choose one of smollm2, gemma3-270m, "):
-        models.fetch("smollm3")
-    with pytest.raises(ValueError, match=r"model='/no/such' is neither one of smollm2"):
-        resolve("/no/such")
+        demo_models.fetch("smollm3")
+    with pytest.raises(ValueError, match=r"model='/no/such' is neither a folder with a config.json"):
+        demo_models.resolve("/no/such")
 
 
 def test_a_program_without_a_model_ends_with_the_reason():
     """A message is what `sys.exit` prints to the standard error, with exit status 1."""
     with pytest.raises(SystemExit) as end:
-        load_or_exit("/no/such")
-    assert end.value.code.startswith("error: model='/no/such' is neither one of smollm2")
+        demo_models.load_or_exit("/no/such")
+    assert end.value.code.startswith("error: model='/no/such' is neither a folder with a config.json")

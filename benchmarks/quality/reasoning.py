@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from river_compile.cli.output import needs
-
 _SMALL = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 _GENERATORS: dict[str, dict[str, int]] = {"chain_sum": _SMALL, "basic_arithmetic": _SMALL, "gsm_symbolic": {}}
 TASKS = {"reasoning": tuple(_GENERATORS), "gsm": ("gsm_symbolic",)}
@@ -29,8 +27,8 @@ class Problem:
 
 def problems(count: int, seed: int = 0, generators: Sequence[str] = TASKS["reasoning"]) -> list[Problem]:
     """Returns so many problems, each generator's in turn, always the same for one seed."""
-    with needs("eval"):
-        from reasoning_gym import create_dataset
+    from reasoning_gym import create_dataset
+
     each = -(-count // len(generators))
     sources = [create_dataset(name, size=each, seed=seed, **_GENERATORS[name]) for name in generators]
     made = [Problem(f"{source[i]['question']} {_ASK}", source, source[i]) for i in range(each) for source in sources]

@@ -1,0 +1,83 @@
+"""What the passes did to a graph, in torch's structured trace (``TORCH_TRACE=folder``, which tlparse shows).
+
+Artifacts of a graph of kind "decode" or "prefill", in this order:
+
+    river_<kind>_<n>_<pass>   the segments that a pass changed, before (a new one has none) and after
+    river_<kind>_segments     every segment as the backend compiles it
+    river_<kind>_plan         the decoder that was found, and its segments
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+from torch._logging import trace_structured
+
+from river_compile.passes.pipeline import PassRecord
+from river_compile.passes.program import Matmul, RiverProgram, Segment
+from river_compile.passes.segments import fingerprint
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Adds a text to the trace; it is made only if one is written."""
+    trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def trace_pass(kind: str, number: int, record: PassRecord) -> None:
+    """Adds the segments that a pass changed or made."""
+    trace_artifact(f"river_{kind}_{number}_{record.name}", lambda: _changes(record))
+
+
+def trace_program(kind: str, program: RiverProgram) -> None:
+    """Adds every segment, and the plan."""
+    trace_artifact(
+        f"river_{kind}_segments", lambda: "".join(_text(segment, "compiled") for segment in program.segments)
+    )
+    trace_artifact(f"river_{kind}_plan", lambda: plan_text(program))
+
+
+def plan_text(program: RiverProgram) -> str:
+    """Returns the decoder's blocks with their KV caches, its segments, and the matrices in 16 bits."""
+    plan = program.plan
+    lines = [
+        f"{plan.num_blocks} blocks, batch {plan.batch}, {plan.query_length} tokens per row",
+        f"exit checks after blocks: {', '.join(map(str, program.candidates)) or 'none'}",
+        "",
+        f"{'block':<32} {'hidden state':<28} {'KV cache':<8} writes",
+    ]
+    for block in plan.blocks:
+        writes = ", ".join(n.name for n in block.kv.writes)
+        flow = f"{block.hidden_in.name} -> {block.hidden_out.name}"
+        lines.append(f"{block.path:<32} {flow:<28} {block.kv.kind:<8} {writes}")
+    lines += ["", f"{'segment':<12} {'function':<18} inputs outputs 4-bit products"]
+    for s in program.segments:
+        lines.append(
+            f"{s.name:<12} {fingerprint(s).digest:<18} {len(s.inputs):>6} {len(s.outputs):>7} {len(s.packed):>14}"
+        )
+    lines += ["", "segments with the same function are compiled once"]
+    lines += [f"in 16 bits: {kept.name}: {kept.reason}" for kept in program.kept]
+    return "\n".join(lines) + "\n"
+
+
+def _changes(record: PassRecord) -> str:
+    before, texts = {segment.name: segment for segment in record.before.segments}, []
+    for segment in record.after.segments:
+        old = before.get(segment.name)
+        if old is not segment:
+            texts += [_text(old, "before")] if old is not None else []
+            texts.append(_text(segment, "after"))
+    return "".join(texts)
+
+
+def _text(segment: Segment, when: str) -> str:
+    """Returns a segment's graph as Python code below a line ``# NAME WHEN`` and the names of its packed matmuls."""
+    sites = [_site_line(*site) for site in enumerate(segment.packed)]
+    module = fx.GraphModule(segment.graph.owning_module, segment.copy().graph, class_name="Segment")
+    return "\n".join([f"# {segment.name} {when}", *sites, module.print_readable(print_output=False), ""])
+
+
+def _site_line(number: int, linear: Matmul) -> str:
+    if linear.lossless:
+        return f"#   {linear.layout} product {number}: {linear.name}"
+    return f"#   4-bit product {number}: {linear.name}, groups of {linear.group_size}"
