@@ -6,7 +6,13 @@ leaves the 16-bit backbone early and runs through 4-bit *river twins* of the rem
 Importing this package imports neither torch nor Triton and prints nothing: every public name loads on first use.
 """
 
+import logging as _logging
 import os as _os
+
+# transformers imports torchao where it is installed, as here. It logs each extension for other machines that it cannot
+# load, and torch that it registers enums in an old way: nothing that a user of a model can act on.
+for _name in ("torchao", "torch.utils._pytree"):
+    _logging.getLogger(_name).setLevel(_logging.ERROR)
 
 # In a bare checkout `passes/` and `kernels/` lie beside this folder; an installed package has them inside.
 _here = _os.path.dirname(__file__)

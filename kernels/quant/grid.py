@@ -13,7 +13,6 @@ into bytes for a kernel is a layout's matter: see :mod:`river_compile.kernels.qu
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -238,7 +237,6 @@ def _symmetric(weight: Tensor, group_size: int) -> QuantizedWeight:
 @functools.cache
 def _torchao_hqq() -> Callable[..., tuple]:
     """Imports torchao's solver."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of every CUDA extension that it cannot load
     from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
 
     return _choose_qparams_and_quantize_affine_hqq
