@@ -1,16 +1,20 @@
-"""The values that pass between stages: DecoderPlan -> RiverProgram, and a Refusal where a graph cannot be rewritten.
+"""The values that pass between stages: DecoderPlan -> RiverProgram -> Program, and a Refusal where there is none.
 
-All are frozen. A node in them belongs to the traced graph, which no pass changes: its nodes are the names by which
-segments exchange values.
+All are frozen. Up to `RiverProgram` values are named by the nodes of the traced graph, which no pass changes. In a
+`Program` they are numbered slots: it can be stored, bound to a KV cache and captured without a look at a graph.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
+import sympy
 import torch
 from torch import fx
+
+Size: TypeAlias = int | sympy.Expr  # of symbols that stand for dynamic sizes
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Segment:
     @property
     def name(self) -> str:
         """The kind, with the number of the block where there are several: "block_3"."""
-        return self.kind if self.kind in ("prologue", "head", "river_head") else f"{self.kind}_{self.depth}"
+        return segment_name(self.kind, self.depth)
 
     @property
     def origins(self) -> dict[fx.Node, fx.Node]:
@@ -251,3 +255,214 @@ class RiverProgram:
         """All segments: prologue, blocks, twins, heads."""
         heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
         return (self.prologue, *self.blocks, *self.twins, *heads)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is not there yet."""
+
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool = False
+
+
+Example: TypeAlias = TensorSpec | Size | None  # what a value is like; None: like nothing that can be written down
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input of a program comes from.
+
+    Attributes:
+        kind: "model" (a parameter or buffer), "cache" (a field of a layer), "call" (an argument of the model's
+            forward), or "size" (of one of these).
+        name: its path in the model; the field; the argument, with its key where that is a dict (a pair then).
+        layer: of the cache.
+    """
+
+    kind: Literal["model", "cache", "call", "size"]
+    name: Any = ""
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a program.
+
+    Attributes:
+        name: how the user's code calls it.
+        example: what it is like.
+        is_parameter: it is a parameter or buffer of a module.
+        is_fixed: its memory is the caller's: a parameter, or what the program writes in place. All others may be copied
+            into buffers.
+        source: where it comes from; None where that is not known.
+    """
+
+    name: str
+    example: Example
+    is_parameter: bool
+    is_fixed: bool
+    source: Source | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """What segments compute that are the same function.
+
+    Attributes:
+        module: a graph of operators of one lowering, whose nodes know no examples.
+        runs_by: "native" where all its operators are the C++ kernels' or views, "operators" where it runs operator by
+            operator, "inductor" where that compiles it.
+        fingerprint: of the segment before it was lowered.
+    """
+
+    module: fx.GraphModule = field(repr=False)
+    runs_by: Literal["native", "operators", "inductor"]
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentSpec:
+    """A segment of a program; two are equal only if they are one.
+
+    Attributes:
+        kind, depth, packed, chooses_logits, has_score: as in :class:`Segment`.
+        inputs, outputs: slots, in the order of its code's placeholders and outputs.
+        obstacle: why it cannot be captured, None where it can.
+        experts: how many matrices a token reads of the stacks of experts among the placeholders, by their places.
+    """
+
+    kind: str
+    depth: int
+    code: Code
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    packed: tuple[Matmul, ...] = ()
+    chooses_logits: bool = False
+    has_score: bool = False
+    obstacle: Refusal | None = None
+    experts: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The kind, with the number of the block where there are several: "block_3"."""
+        return segment_name(self.kind, self.depth)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Where the room of a static cache is read: the slot of its filled length, and its size or that of a dimension."""
+
+    length: int
+    size: int | None
+    keys: int = 0  # the slot of a tensor of keys, and the dimension that counts its slots
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class LastToken:
+    """Slots that restrict the head to the last token: of hidden states, whose `axis` counts tokens, of their number."""
+
+    hidden: int
+    size: int
+    axis: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A rewritten decoder whose values are numbered slots: its inputs, what crosses segments' borders, one score.
+
+    Attributes:
+        kind: "decode" (one token of each row) or "prefill" (several).
+        cache: "static" or "dynamic".
+        device: of the hidden states.
+        dtype: of the hidden states.
+        inputs: in the order of the traced graph.
+        values: what the other slots hold, the last one (the score) excepted.
+        hints: what dynamic sizes were when they were traced.
+        conditions: what is assumed about dynamic sizes.
+        prologue, blocks, head, twins, river_head, candidates, kept, fusions: as in :class:`RiverProgram`.
+        returned: slots of what a pass returns.
+        logits: which of those are the logits, None where that is not known.
+        keys: slots of a tensor of the KV cache before and after a pass; they tell sequences apart.
+        batch, tokens: rows, and tokens of each row.
+        capacity: of a static cache that is filled from the front; None where no limit applies.
+        last_token: None where the heads cannot be restricted.
+        not_captured: why no segment can be captured, None where some can.
+        block_paths: module paths of the blocks.
+        matrices: names of all matmuls of which the model can have twins.
+        native: whether its kernels are those in C++.
+        width_matters: why a token's bits may depend on how many run with it through the backbone; empty if they do not.
+    """
+
+    kind: Literal["decode", "prefill"]
+    cache: Literal["static", "dynamic"]
+    device: torch.device
+    dtype: torch.dtype
+    inputs: tuple[Input, ...]
+    values: tuple[Example, ...]
+    hints: tuple[tuple[sympy.Symbol, int], ...]
+    conditions: tuple[sympy.Basic, ...] = ()
+    prologue: SegmentSpec
+    blocks: tuple[SegmentSpec, ...]
+    head: SegmentSpec
+    twins: tuple[SegmentSpec, ...]
+    river_head: SegmentSpec | None
+    candidates: tuple[int, ...]
+    kept: tuple[KeptLinear, ...]
+    fusions: tuple[Fusion, ...]
+    returned: tuple[int, ...]
+    logits: int | None = None
+    keys: tuple[int | None, int | None]
+    batch: Size
+    tokens: Size
+    capacity: Capacity | None
+    last_token: LastToken | None
+    not_captured: str | None
+    block_paths: tuple[str, ...]
+    matrices: tuple[str, ...]
+    native: bool
+    width_matters: str
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def is_decode(self) -> bool:
+        return self.kind == "decode"
+
+    @property
+    def segments(self) -> tuple[SegmentSpec, ...]:
+        """All segments: prologue, blocks, twins, heads."""
+        heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
+        return (self.prologue, *self.blocks, *self.twins, *heads)
+
+    @functools.cached_property
+    def examples(self) -> tuple[Example, ...]:
+        """What each slot holds but the score's."""
+        return (*(value.example for value in self.inputs), *self.values)
+
+    def is_parameter(self, slot: int) -> bool:
+        """Whether a slot holds a parameter or buffer of a module."""
+        return slot < len(self.inputs) and self.inputs[slot].is_parameter
+
+    def size_of(self, size: Size, args: Any) -> int | None:
+        """Returns a size of the pass with these inputs, None where they do not tell it."""
+        if isinstance(size, int):
+            return size
+        numbers = {example: i for i, example in enumerate(self.examples[: len(self.inputs)]) if _is_symbol(example)}
+        if not size.free_symbols <= numbers.keys():
+            return None
+        return int(size.xreplace({symbol: sympy.Integer(args[numbers[symbol]]) for symbol in size.free_symbols}))
+
+
+def _is_symbol(example: Example) -> bool:
+    return isinstance(example, sympy.Symbol)
+
+
+def segment_name(kind: str, depth: int) -> str:
+    """Returns a segment's kind, with the number of the block where there are several: "block_3"."""
+    return kind if kind in ("prologue", "head", "river_head") else f"{kind}_{depth}"

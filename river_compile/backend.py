@@ -21,7 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from river_compile.building import build
 from river_compile.config import RiverConfig, check_mode
 from river_compile.distributed.ranks import ranks_of
-from river_compile.distributed.runner import called_on_shards
+from river_compile.distributed.support import called_on_shards
 from river_compile.distributed.support import check as check_supported
 from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.native.build import CannotBuild
@@ -130,8 +130,8 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
 
 
 def _watch(model: ModelRecord, graph: GraphRecord, module: nn.Module) -> None:
-    if graph.block_paths:
-        model.plain_runs.watch(module, graph.block_paths[0], river, model.exit_stats)
+    if graph.program is not None:
+        model.plain_runs.watch(module, graph.program.block_paths[0], river, model.exit_stats)
         install(module, after=model.plain_runs.called)
 
 

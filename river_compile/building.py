@@ -8,34 +8,34 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from river_compile.capture.capture_cache import CaptureCache
-from river_compile.capture.choose import choose_device
-from river_compile.capture.runner import CapturedRunner
 from river_compile.choices import Choices, choose, passes_for
-from river_compile.distributed.runner import RankRunner
 from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA
+from river_compile.kernels.native import load as native
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
-from river_compile.lowering.compile import SegmentCompiler, inductor_settings
+from river_compile.lowering.compile import SegmentCompiler, StoredExamples, inductor_settings
+from river_compile.lowering.compile import lower as lower_segment
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.offload.streaming import Streamer
+from river_compile.passes.freeze import freeze
 from river_compile.passes.linears import matrix_names
-from river_compile.passes.nodes import calls_flex_attention
+from river_compile.passes.nodes import calls_flex_attention, value_of
 from river_compile.passes.pipeline import run_passes
-from river_compile.passes.program import Matmul, RiverProgram, Segment
+from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.progress import stage_reached
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
-from river_compile.runtime.draft_vocab import HeadVocab
+from river_compile.runtime.captures import check_captures, choose_captures
+from river_compile.runtime.draft_vocab import all_logits
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.runner import PlainRunner, Runner, Step
+from river_compile.runtime.state import CompiledProgram
+from river_compile.runtime.units import Step, Units
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import TwinWatch
 from river_compile.upstream.memory import give_back
@@ -61,76 +61,93 @@ def build(
     Raises:
         OptionError: (a ``ValueError``) options that do not go together, or with this model.
     """
-    choices = _choose(found, lowering, model, graph)
-    model.offloaded.check(found.plan, graph.config)
-    graph.matrices = tuple(sorted(matrix_names(found)))
-    with graph.stage("rewriting"):
-        program = _rewritten(found, choices)
-    return _assembled(program, values, choices, model, graph)
-
-
-def rebuild(program: RiverProgram, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
-    """Builds a program that was rewritten before, in another process perhaps.
-
-    Args:
-        program: what the passes made of a decoder with the same options on a machine alike.
-        inputs: of its graph, real tensors, in order.
-        model, graph: the records to fill in; `graph` has the program's matrices.
-    """
-    choices = _choose(program, None, model, graph)
-    return _assembled(program, dict(zip(program.inputs, inputs, strict=True)), choices, model, graph)
-
-
-def _choose(program: RiverProgram, lowering: Lowering | None, model: ModelRecord, graph: GraphRecord) -> Choices:
-    config, plan = graph.config, program.plan
-    lowering = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
-    device = choose_device(program, config, graph.captures, lowering.native, model.ranks)
-    choices = replace(choose(program, config, lowering), device=device)
+    config, plan = graph.config, found.plan
+    how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
+    choices = choose(found, config, how)
     if choices.backbone_weights != "model" and model.ranks.several:
         raise OptionError(
             f"backbone_weights={config.backbone_weights!r} is not for ranks that share a model; use "
             "backbone_weights='model'"
         )
-    graph.native = choices.lowering.native
-    return choices
+    check_captures(plan.device, config, how.native)
+    model.offloaded.check(plan, config)
+    matrices = tuple(sorted(matrix_names(found)))
+    with graph.stage("rewriting"):
+        rewritten = _rewritten(found, choices)
+        lower = functools.partial(lower_segment, lowering=how)
+        why = _why_width_matters(rewritten, choices)
+        program = freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
+    graph.traced = found
+    examples = {slot: value_of(node) for node, slot in rewritten.slots.items()}
+    warn = functools.partial(warn_of_slow_lowering, how, plan.device)
+    return _assembled(program, examples, [*values.values()], model, graph, warn)
+
+
+def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
+    """Builds a program that was rewritten before, in another process perhaps.
+
+    Args:
+        program: what the passes made of a decoder with the same options on a machine alike.
+        inputs: of its graph, real tensors, in order.
+        model, graph: the records to fill in.
+    """
+    if program.native:
+        native.load()
+    return _assembled(program, StoredExamples(program), inputs, model, graph, lambda: None)
 
 
 def _assembled(
-    program: RiverProgram, values: Mapping[fx.Node, Any], choices: Choices, model: ModelRecord, graph: GraphRecord
+    program: Program,
+    examples: Mapping[int, Any],
+    inputs: Sequence[Any],
+    model: ModelRecord,
+    graph: GraphRecord,
+    warn: Callable[[], object],
 ) -> RiverExecutor:
-    """Packs the twins of a rewritten program, compiles its segments, and puts them together."""
-    config, plan = choices.config, program.plan
-    graph.width_matters = _why_width_matters(program, choices)
-    segments = choices.policy.reachable(program)
-    packed = _packed(program, segments, [*values.values()], choices, model, graph)
-    if plan.is_decode:
+    """Packs the twins of a program, compiles its segments, and puts them together."""
+    config, ranks = graph.config, model.ranks
+    graph.program = program
+    policy = config.exit_policy(program)
+    segments = policy.reachable(program)
+    packed = _packed(program, segments, inputs, model, graph, warn)
+    if program.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
         with model.twins.moving():
-            model.offloaded.arrange(program, values, config, resident)
-    streamer = Streamer(model.offloaded, program, values, config.offload)
-    vocabulary = HeadVocab.of(program)
-    steps = _compiled(program, segments, packed, choices, streamer, vocabulary, graph)
-    note_ranks(program, graph, model.ranks)
-    trace_artifact(f"river_{plan.kind}_report", lambda: "\n".join(graph_lines(graph)))
-    model.exit_stats.num_blocks = plan.num_blocks
-    watch = None
+            model.offloaded.arrange(program, inputs, config, resident)
+    streamer = Streamer(model.offloaded, program, inputs, config.offload)
+    steps = _compiled(program, examples, segments, packed, streamer, graph)
+    note_ranks(program, graph, ranks)
+    trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph_lines(graph)))
+    model.exit_stats.num_blocks = program.num_blocks
+    captures = choose_captures(program, config, graph.captures, ranks)
+    watch: Callable[[Sequence[Any]], object] = _nothing
     if packed:
         watch = TwinWatch(packed, model.twins, lambda: model.statistics, functools.partial(adopt, model))
     executor = RiverExecutor(
-        program,
-        _runner(program, steps, choices, model, graph),
-        choices.policy,
+        CompiledProgram(
+            program,
+            Units(program, steps, _nothing),
+            None if captures is None else Units(program, steps, captures.kind.obstacle),
+            model.exit_memories,
+            policy.criterion.reads == "previous" and program.head.has_score,
+            all_logits(program),
+            graph.captures,
+            ranks,
+            ranks.several and config.check_ranks,
+        ),
+        policy,
         model.exit_stats,
-        model.exit_memories,
-        model.sequences,
+        captures,
         watch,
         streamer.forget,
-        vocabulary,
         graph.entry,
-        graph.inputs,
     )
     graph.executor = weakref.ref(executor)
     return executor
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
@@ -163,20 +180,19 @@ def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
 
 
 def _packed(
-    program: RiverProgram,
-    segments: Sequence[Segment],
+    program: Program,
+    segments: Sequence[SegmentSpec],
     inputs: Sequence[Any],
-    choices: Choices,
     model: ModelRecord,
     graph: GraphRecord,
+    warn: Callable[[], object],
 ) -> Packed:
     """Returns the packed weights of the matmuls that passes made and tokens can reach."""
-    twins = model.twins
+    twins, how = model.twins, graph.config.backbone_weights
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
         reached = [linear for linear in packable if linear.lossless or program.twins]
-        how = choices.backbone_weights
         if how == "12bit" and not any(linear.lossless for linear in packable):
             raise OptionError(
                 "backbone_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
@@ -185,7 +201,7 @@ def _packed(
         savable = [linear for linear in every if not linear.lossless]
         packed = {}
         if reached:
-            packed = twins.pack(reached, inputs, choices.config, model.statistics, graph.matrices, savable)
+            packed = twins.pack(reached, inputs, graph.config, model.statistics, program.matrices, savable)
     graph.twins = tuple(made for made in packed.values() if not made.linear.lossless)
     lossless = [linear for linear in packed if linear.lossless]
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
@@ -198,24 +214,25 @@ def _packed(
     # (Every time: what was packed just now read the parameters again.)
     graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values())
     if graph.twins:
-        warn_of_slow_lowering(choices.lowering, program.plan.device)
+        warn()
         if model.ranks.several:  # (which judge together or not at all; else the first report does)
             twins.judge(graph.twins, model.statistics)
     return packed
 
 
 def _compiled(
-    program: RiverProgram,
-    segments: Sequence[Segment],
+    program: Program,
+    examples: Mapping[int, Any],
+    segments: Sequence[SegmentSpec],
     packed: Packed,
-    choices: Choices,
     streamer: Streamer,
-    vocabulary: HeadVocab | None,
     graph: GraphRecord,
-) -> dict[Segment, Step]:
+) -> dict[SegmentSpec, Step]:
     """Returns the steps of the segments, each with the operands that follow its inputs."""
-    compiler = SegmentCompiler(choices.lowering, inductor_settings(graph.mode, whole=False))
-    steps: dict[Segment, Step] = {}
+    settings = inductor_settings(graph.mode, whole=False)
+    compiler = SegmentCompiler(examples, program.device, program.native, settings)
+    steps: dict[SegmentSpec, Step] = {}
+    wanted = all_logits(program)
     with graph.stage("compiling"):
         for number, segment in enumerate(segments):
             stage_reached(number / len(segments))
@@ -225,20 +242,8 @@ def _compiled(
             else:
                 graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
                 graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
-            if vocabulary is not None and segment.chooses_logits:
-                operands.append(vocabulary.list)
-            steps[segment] = streamer.step(segment, compiler.compile(segment, operands), operands, program.slots)
-    graph.describe(program, compiler.compiled)
+            more = [wanted] if segment.chooses_logits and wanted is not None else []
+            callee = compiler.compile(segment, [*operands, *more])
+            steps[segment] = streamer.step(segment, callee, operands)
+    graph.compiled = tuple(compiler.compiled)
     return steps
-
-
-def _runner(
-    program: RiverProgram, steps: Mapping[Segment, Step], choices: Choices, model: ModelRecord, graph: GraphRecord
-) -> Runner:
-    config, runner = choices.config, PlainRunner(program, steps)
-    if model.ranks.several:
-        runner = RankRunner(program, steps, model.ranks, config.check_ranks)
-    if choices.device is None:
-        return runner
-    captures = CaptureCache(program, choices.device, graph.captures, config.max_captures)
-    return CapturedRunner(program, steps, captures, runner)

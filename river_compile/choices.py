@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from river_compile.capture.device import CaptureDevice
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import ExitPolicy
@@ -41,11 +40,10 @@ class Choices:
     head_twinning: Twinning | None  # None: tokens that left use the head's own weights
     own_backbone: bool  # whether the backbone's blocks multiply by the package's kernels
     backbone_weights: str  # how these read weights: as the "model" has them, or packed in "12bit" or "8bit"
-    device: CaptureDevice | None = None  # captures the steps; None: nothing does
 
 
 def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Choices:
-    """Decides what a program is built with, but for the device that captures it. No pass needs to have run.
+    """Decides what a program is built with. No pass needs to have run.
 
     Raises:
         OptionError: (a ``ValueError``) options that do not go together, or with this model.
@@ -71,7 +69,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
 def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
     """Returns the passes, in order, that turn a decoder into what was chosen."""
     lowering, policy = choices.lowering, choices.policy
-    leaves, candidates = policy.may_leave(plan), policy.candidates(plan)
+    leaves, candidates = policy.may_leave(plan.num_blocks), policy.candidates(plan.num_blocks)
     passes: list[Pass] = []
     head = choices.head_twinning if leaves else None
     if leaves:

@@ -17,7 +17,7 @@ from river_compile.exits import CRITERIA, WHOLE, ExitPolicy, Threshold
 from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
-from river_compile.passes.program import DecoderPlan
+from river_compile.passes.program import DecoderPlan, Program
 
 USER, EXPERT = "user", "expert"
 _A_SCORE = number("it must be a number, such as 0.7, a list with one for each depth from 1 on, or nats of entropy")
@@ -238,7 +238,7 @@ class RiverConfig:
         """Blocks that a token which may leave executes at most; None if that is all of them."""
         return self.offload if self.offload_policy == "exit" else None
 
-    def exit_policy(self, plan: DecoderPlan) -> ExitPolicy:
+    def exit_policy(self, plan: DecoderPlan | Program) -> ExitPolicy:
         """Returns when the tokens of a graph leave. With a fixed depth no criterion plays a part."""
         assert self.threshold is not None, "checking an option without a value sets the criterion's own"
         leaves = plan.is_decode or self.prefill == "exit"

@@ -32,7 +32,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.passes.program import DecoderPlan, RiverProgram, Segment
+from river_compile.passes.program import Program, SegmentSpec
 
 WHOLE = sys.maxsize  # a forced depth, or a first exit: all blocks, however many there are
 
@@ -119,22 +119,22 @@ class ExitPolicy:
     fixed_depth: int | None
     deepest: int | None
 
-    def may_leave(self, plan: DecoderPlan) -> bool:
-        """Says whether tokens of a graph may leave before the last block."""
-        return self.fixed_depth != plan.num_blocks
+    def may_leave(self, num_blocks: int) -> bool:
+        """Says whether tokens may leave before the last of so many blocks."""
+        return self.fixed_depth != num_blocks
 
-    def candidates(self, plan: DecoderPlan) -> tuple[int, ...]:
+    def candidates(self, num_blocks: int) -> tuple[int, ...]:
         """Returns the depths after which a check stands. Depth 0 has nothing to compare and is not one of them."""
         if self.fixed_depth is not None or self.criterion.reads != "block":
             return ()
-        return tuple(range(max(self.first_exit, 1), self.last(plan.num_blocks), self.exit_every))
+        return tuple(range(max(self.first_exit, 1), self.last(num_blocks), self.exit_every))
 
-    def reachable(self, program: RiverProgram) -> list[Segment]:
+    def reachable(self, program: Program) -> list[SegmentSpec]:
         """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
         if self.fixed_depth is None and self.deepest is None:
             return list(program.segments)
         first, last = (0, self.deepest) if self.fixed_depth is None else (self.fixed_depth, self.fixed_depth)
-        head = program.head if last == program.plan.num_blocks or program.river_head is None else program.river_head
+        head = program.head if last == program.num_blocks or program.river_head is None else program.river_head
         return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 
     def last(self, num_blocks: int) -> int:
@@ -254,22 +254,35 @@ def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None
         _forced.rule = before
 
 
+@dataclass
+class Memory:
+    """What is known of a KV cache.
+
+    Attributes:
+        entropy: of its latest logits, in nats, a scalar; None where none is known.
+        filled: tokens in it once all steps launched so far have run; None where that is not known.
+        version: how often PyTorch had seen the tensor change that counts them on the device.
+    """
+
+    entropy: Tensor | None = None
+    filled: int | None = None
+    version: int = 0
+
+
 class Memories:
-    """The entropies of the latest logits of a model's sequences, each kept as long as the sequence's cache is."""
+    """The memories of a model's KV caches, each kept as long as a tensor of the cache is."""
 
     def __init__(self) -> None:
         self._by_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
-    def recall(self, cache: Tensor | None) -> Tensor | None:
-        """Returns the entropy, in nats, of the sequence that a cache tensor belongs to, None where none is known."""
-        if cache is None:
-            return None
+    def of(self, cache: Tensor) -> Memory:
+        """Returns the memory of the cache that a tensor belongs to, a new one where there is none yet."""
         with self._lock:
-            return self._by_cache.get(cache)
+            memory: Memory = self._by_cache.setdefault(cache, Memory())
+            return memory
 
-    def keep(self, cache: Tensor | None, entropy: Tensor | None) -> None:
-        """Remembers a scalar for the step that will bring this cache tensor; None begins a sequence."""
-        if cache is not None:
-            with self._lock:
-                self._by_cache[cache] = entropy
+    def keep(self, cache: Tensor, memory: Memory) -> None:
+        """Makes a memory that of the pass which will bring this tensor, another one each time where a cache grows."""
+        with self._lock:
+            self._by_cache[cache] = memory

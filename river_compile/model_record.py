@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
-from river_compile.capture.device import CaptureLog
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
@@ -25,12 +24,12 @@ from river_compile.exits import Memories
 from river_compile.lowering.compile import Compiled
 from river_compile.model_state import ModelLook
 from river_compile.offload.weights import OffloadedWeights
-from river_compile.passes.program import Fusion, KeptLinear, RiverProgram
+from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
 from river_compile.progress import stage_shown
 from river_compile.runtime.cache_pool import CachePool
+from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
-from river_compile.runtime.sequences import SequenceTracker
 from river_compile.runtime.stats import ExitStats
 from river_compile.store.programs import Origin, Programs
 from river_compile.twins.calibration_stats import Observation
@@ -50,22 +49,15 @@ class GraphRecord:
         config, mode: what it was compiled with.
         inputs: how the user's code names its inputs, in order.
         refusal: why it was not rewritten, empty where it was.
-        matrices: names of all matmuls of which the model can have twins.
         origin: "traced" by Dynamo, "stored" by an earlier process, or "derived" from a graph of several tokens.
-        kind: "decode", "prefill", or "other" for a graph that was refused.
-        cache: "static" or "dynamic".
-        candidates: exit depths with a check.
+        program: what it became, None for a graph that was refused.
+        traced: the decoder that Dynamo traced, before it was rewritten; None where an earlier process traced it.
         compiled: the distinct segments.
         seconds: by stage: rewriting, packing, compiling.
-        kept: matrices of the twins that stay in 16 bits.
         token_bytes, packed_bytes: of its twins' packed weights, what a token reads where all blocks are twins, and all.
         lossless_bytes, given_back: of its backbone's weights that are packed without loss, and of their parameters
             that a file holds, which leave the process's memory until somebody reads them.
-        fusions: what became of each fusion rule in each segment that it is for.
-        native: whether its kernels are those in C++.
-        width_matters: why a token's bits may depend on how many run with it through the backbone; empty if they do not.
-        block_paths: module paths of the blocks.
-        executor: returns what runs the graph while Dynamo keeps it, None for a graph that was refused.
+        executor: returns what runs the graph while somebody keeps it, None for a graph that was refused.
         entry: what Dynamo keeps of it.
         ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
         captures: what was captured of it.
@@ -76,28 +68,49 @@ class GraphRecord:
     mode: str | None = None
     inputs: tuple[str, ...] = ()
     refusal: str = ""
-    matrices: tuple[str, ...] = ()
     origin: Origin = "traced"
-    kind: str = "other"
-    cache: str = ""
-    num_blocks: int = 0
-    candidates: tuple[int, ...] = ()
+    program: Program | None = None
+    traced: RiverProgram | None = None
     compiled: tuple[Compiled, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-    kept: tuple[KeptLinear, ...] = ()
     token_bytes: int = 0
     packed_bytes: int = 0
     lossless_bytes: int = 0
     given_back: int = 0
-    fusions: tuple[Fusion, ...] = ()
-    native: bool = False
-    width_matters: str = ""
-    block_paths: tuple[str, ...] = ()
     executor: Callable[[], object | None] = field(default=lambda: None)
     entry: GraphEntry = field(default_factory=GraphEntry)
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[PackedMatmul, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "decode", "prefill", or "other" for a graph that was refused."""
+        return "other" if self.program is None else self.program.kind
+
+    @property
+    def cache(self) -> str:
+        """ "static" or "dynamic"; empty for a graph that was refused."""
+        return "" if self.program is None else self.program.cache
+
+    @property
+    def num_blocks(self) -> int:
+        return 0 if self.program is None else self.program.num_blocks
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Exit depths with a check."""
+        return () if self.program is None else self.program.candidates
+
+    @property
+    def kept(self) -> tuple[KeptLinear, ...]:
+        """Matrices of the twins that stay in 16 bits."""
+        return () if self.program is None else self.program.kept
+
+    @property
+    def fusions(self) -> tuple[Fusion, ...]:
+        """What became of each fusion rule in each segment that it is for."""
+        return () if self.program is None else self.program.fusions
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
@@ -111,18 +124,6 @@ class GraphRecord:
         with stage_shown(name):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def describe(self, program: RiverProgram, compiled: Iterable[Compiled]) -> None:
-        """Fills in what a rewritten graph turned out to be."""
-        plan = program.plan
-        self.kind = plan.kind
-        self.cache = plan.cache
-        self.num_blocks = plan.num_blocks
-        self.candidates = program.candidates
-        self.compiled = tuple(compiled)
-        self.kept = program.kept
-        self.fusions = program.fusions
-        self.block_paths = tuple(block.path for block in plan.blocks)
 
 
 class Joinable(Protocol):
@@ -145,7 +146,6 @@ class ModelRecord:
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
     exit_stats: ExitStats = field(default_factory=ExitStats)
     exit_memories: Memories = field(default_factory=Memories)
-    sequences: SequenceTracker = field(default_factory=SequenceTracker)
     drafts: DraftHistory = field(default_factory=DraftHistory)
     cache_pool: CachePool = field(default_factory=CachePool)
     plain_calls: PlainCalls = field(default_factory=PlainCalls)

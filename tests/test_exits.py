@@ -187,11 +187,11 @@ class TestSimilarity:
 
 def test_memories_die_with_the_cache():
     memories, cache = Memories(), torch.zeros(1)
-    memories.keep(cache, entropy := torch.ones(()))
-    assert memories.recall(cache) is entropy
-    assert memories.recall(torch.zeros(1)) is None
-    kept = weakref.ref(entropy)
-    del cache, entropy
+    memory = memories.of(cache)
+    assert memories.of(cache) is memory
+    assert memories.of(torch.zeros(1)) is not memory
+    kept = weakref.ref(memory)
+    del cache, memory
     assert kept() is None
 
 

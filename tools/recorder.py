@@ -2,7 +2,7 @@
 
 A captured graph behaves unlike plain code in ways that a test on a CPU would not notice. The recorder shows them:
 
-- a launch is put into a queue, which runs when the host waits for it and when the step ends;
+- a launch is put into a queue, which runs when the host waits for it, or when the step ends;
 - buffers and flags are filled with NaN (integers: their least value, booleans: True) when a step begins;
 - what a unit made for itself is filled the same way when its replay has ended;
 - a replay sees no slot but those that its unit reads, and raises where one of them lies elsewhere than at capture.
@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from river_compile.capture.device import CaptureDevice, captured_by
-from river_compile.capture.units import CaptureUnit
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
+from river_compile.runtime.captures import CaptureDevice, captured_by, copy_into
+from river_compile.runtime.units import Unit
 
 
 class StaleReplay(RuntimeError):
@@ -31,14 +31,16 @@ class StaleReplay(RuntimeError):
 
 @dataclass(frozen=True)
 class Recording:
-    """A captured unit: what it reads, where that lay, and the buffers it writes."""
+    """A captured unit, and what its replay would read and write: the state's slots, where they lay, the buffers."""
 
-    unit: CaptureUnit
+    unit: Unit
+    slots: list[Any]
+    flags: Tensor
     addresses: tuple[object, ...]
     outputs: dict[int, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Event:
     """One thing that happened, for tests and for drawing the schedule.
 
@@ -51,70 +53,70 @@ class Event:
     name: str = ""
 
 
-@dataclass
 class Recorder(CaptureDevice):
-    """The device; `events` is what it saw since it was last cleared."""
+    """The device of one state; `events` is what all recorders saw since it was last cleared."""
 
-    events: list[Event] = field(default_factory=list)
-    name: str = "recorder"
-    _queue: list[Callable[[], object]] = field(default_factory=list)
-    _latest: str = ""
+    name = "recorder"
+    events: list[Event] = []  # noqa: RUF012  (of all)
 
-    def takes_pass(self, dtype: torch.dtype, sequences: int, positions: int) -> bool:
-        return sequences * positions <= MAX_EXACT_ROWS
+    def __init__(self) -> None:
+        self._queue: list[Callable[[], object]] = []
+        self._latest = ""
 
     def flags(self, count: int) -> Tensor:
         with torch.inference_mode(False):
             return spoil(torch.empty(count))
 
-    def begin(self, buffers: Callable[[], Iterable[Tensor]], flags: Tensor) -> None:
-        for tensor in (*buffers(), flags):
+    def begin(self, buffers: Iterable[Tensor]) -> None:
+        self._queue.clear()  # (of a step that failed)
+        for tensor in buffers:
             spoil(tensor)
 
     def run(self, work: Callable[[], object]) -> None:
         self.events.append(Event("run"))
         self._queue.append(work)
 
-    def settle(self) -> None:
-        while self._queue:
-            self._queue.pop(0)()
-
     def capture(
-        self, unit: CaptureUnit, slots: list, outputs: dict[int, Tensor], buffer: Callable[[int, Tensor], Tensor]
-    ) -> tuple[Recording, int]:
+        self, unit: Unit, slots: list[Any], flags: Tensor, buffer: Callable[[int, Any], Any]
+    ) -> tuple[Callable[[], object], int]:
         self.events.append(Event("capture", unit.name))
-        addresses = tuple(_address(slots[i]) for i in unit.keys)
-        return Recording(unit, addresses, dict(outputs)), 0
+        addresses = tuple(_address(slots[i]) for i in unit.reads)
+        outputs = {index: slots[index] for index in unit.writes if isinstance(slots[index], Tensor)}
+        recording = Recording(unit, slots, flags, addresses, outputs)
+        return lambda: self.launch(recording), 0
 
-    def launch(self, graph: Recording, slots: list) -> None:
-        self.events.append(Event("launch", graph.unit.name))
-        own: list = [None] * len(slots)
-        for index, address in zip(graph.unit.keys, graph.addresses, strict=True):
-            if _address(slots[index]) != address:
-                raise StaleReplay(f"{graph.unit.name}: slot {index} has moved since the capture")
-        for index in graph.unit.reads:
-            own[index] = slots[index]
-        self._latest = graph.unit.name
-        self._queue.append(lambda: self._replay(graph, own))
+    def launch(self, recording: Recording) -> None:
+        """Replays a capture."""
+        unit = recording.unit
+        self.events.append(Event("launch", unit.name))
+        own: list[Any] = [None] * len(recording.slots)
+        for index, address in zip(unit.reads, recording.addresses, strict=True):
+            if _address(recording.slots[index]) != address:
+                raise StaleReplay(f"{unit.name}: slot {index} has moved since the capture")
+            own[index] = recording.slots[index]
+        self._latest = unit.name
+        self._queue.append(lambda: _replay(recording, own))
 
     def wait(self) -> None:
         self.events.append(Event("wait", self._latest))
-        self.settle()
+        self._run_queue()
 
     def end(self) -> None:
-        self.settle()
+        self._run_queue()
         self.events.append(Event("end"))
 
-    def abandon(self) -> None:
-        self._queue.clear()
+    def _run_queue(self) -> None:
+        while self._queue:
+            self._queue.pop(0)()
 
-    def _replay(self, graph: Recording, own: list) -> None:
-        """Runs a unit on slots and spoils what it made of them."""
-        before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
-        graph.unit.run_into(own, graph.outputs)
-        for tensor in own:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before:
-                spoil(tensor)
+
+def _replay(recording: Recording, own: list[Any]) -> None:
+    before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
+    recording.unit.run(own, recording.flags)
+    copy_into([*recording.outputs.values()], [own[index] for index in recording.outputs])
+    for tensor in own:
+        if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before:
+            spoil(tensor)
 
 
 def recording() -> AbstractContextManager[None]:

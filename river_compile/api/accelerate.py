@@ -20,7 +20,7 @@ import functools
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,11 +47,11 @@ from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, shown
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
+from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.compiled_call import CompiledCall, compiled_call
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.fallbacks import PlainRuns
 from river_compile.store.programs import Origin, Programs
-from river_compile.store.stored_pass import StoredPass
 from river_compile.twins.artifact import FILE, Artifact
 from river_compile.upstream.dynamo import compiled_with, untraceable
 
@@ -169,20 +169,20 @@ def _built(
     model: weakref.ref[PreTrainedModel],
     record: ModelRecord,
     config: RiverConfig,
-    found: StoredPass,
-    args: list[Any],
+    found: Program | RiverProgram,
+    names: Sequence[str],
+    args: Sequence[Any],
     origin: Origin,
 ) -> RiverExecutor:
     """Builds a program that Dynamo did not trace here for a model."""
     owner = model()
     assert owner is not None, "the model that is being called is there"
     record.self_calibration.is_of(owner)
-    graph = GraphRecord(config, inputs=found.inputs, matrices=found.matrices, origin=origin)
-    if origin == "derived":
-        values = dict(zip(found.program.inputs, args, strict=True))
-        executor = build(found.program, values, None, record, graph)
+    graph = GraphRecord(config, inputs=tuple(names), origin=origin)
+    if isinstance(found, Program):
+        executor = rebuild(found, args, record, graph)
     else:
-        executor = rebuild(found.program, args, record, graph)
+        executor = build(found, dict(zip(found.inputs, args, strict=True)), None, record, graph)
     record.graphs.append(graph)
     return executor
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from river_compile.capture.choose import captures_expected
 from river_compile.config import RiverConfig
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.mode import Call, ExactMode, decode
@@ -30,6 +29,7 @@ from river_compile.decoding.session import Session
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import DecodeError, ExactModeError
 from river_compile.model_record import record_of
+from river_compile.runtime.captures import captures_expected
 from river_compile.runtime.compiled_call import uncompiled
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 

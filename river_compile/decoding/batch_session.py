@@ -46,7 +46,7 @@ class BatchSession(Session):
         super().__init__(prompt.model, prompt.lent, prompt.depth)
         self._model_state = _state_of(prompt)
         self._graph, self._programs = prompt._graph, prompt._programs
-        self.stats, self.sequences, self.ranks = prompt.stats, prompt.sequences, prompt.ranks
+        self.stats, self.ranks = prompt.stats, prompt.ranks
         self._allocate(max(sizes_of(prompt.cache)), rows, prompt.cache)
 
     def fits(self, prompt: Session) -> bool:

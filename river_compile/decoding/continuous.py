@@ -352,7 +352,6 @@ class ContinuousBatch:
         call, session = prompt.call, prompt.session
         if not self._joined:
             self._held.enter_context(self._model._optimize_model_for_decode())
-            self._held.enter_context(session.sequences.one())
         loop = self._loop
         try:
             if loop is None or self._mode != prompt.mode or not self._batch.fits(session):

@@ -48,7 +48,7 @@ class TextDecoder:
     def prompt(self, ids_1S: Tensor) -> Tensor:
         """Runs a prompt on the emptied cache; returns its logits ``[S, V]``."""
         self.cache.reset()
-        self._memories.keep(self.cache.layers[0].keys, None)  # (a prompt of one token would go on)
+        self._memories.of(self.cache.layers[0].keys).entropy = None  # (a prompt of one token would go on)
         kwargs = {cache_argument(self._model): self.cache, "use_cache": True, **everything_counts(self._model, ids_1S)}
         self._session = Session(self._model, BorrowedCache(self._model, kwargs, None, False))
         return self._session.prefill(ids_1S, GenerationConfig(), all_logits=True)[0]
@@ -72,7 +72,7 @@ class TextDecoder:
     def save(self) -> AfterPrompt:
         """Returns copies of what the prompt that just ran left."""
         layers = [{name: _copied(v) for name, v in vars(layer).items() if _counts(v)} for layer in self.cache.layers]
-        return AfterPrompt(self._session, layers, self._memories.recall(self.cache.layers[0].keys))
+        return AfterPrompt(self._session, layers, self._memories.of(self.cache.layers[0].keys).entropy)
 
     def resume(self, saved: AfterPrompt) -> None:
         """Goes on after a prompt that was saved."""
@@ -84,7 +84,7 @@ class TextDecoder:
                 else:
                     setattr(layer, name, value)
         self._session.entries.filled = int(self.cache.get_seq_length())
-        self._memories.keep(self.cache.layers[0].keys, saved.entropy)
+        self._memories.of(self.cache.layers[0].keys).entropy = saved.entropy
 
 
 def _counts(value: object) -> bool:

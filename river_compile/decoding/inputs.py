@@ -56,9 +56,14 @@ class PassInputs:
             self._given_up = not self._checked
         if not self._checked and not self._given_up and self._can_follow(theirs, slot + self._width):
             self._own = _Moved(theirs, slot, self._width)
-        elif not self._checked:
+            return self._own.inputs
+        if not self._checked:
             self._own = None
         return theirs
+
+    def owns(self, inputs: Inputs) -> bool:
+        """Whether these are written in place for the next pass."""
+        return self._own is not None and inputs is self._own.inputs
 
     def _can_follow(self, inputs: Inputs, filled: int) -> bool:
         """Whether the inputs of later passes follow from these, after which the cache holds so many entries."""

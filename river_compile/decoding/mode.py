@@ -189,7 +189,7 @@ class Decode:
                 logits = session.prefill(input_ids, config)[:, -1:]
             drafter, together = mode.drafting(call, session, logits, shared)
             request = call.request(session.ranks, drafter is not None, together)
-            with model._optimize_model_for_decode(), session.sequences.one():
+            with model._optimize_model_for_decode():
                 ids = DecodeLoop(session, drafter, session.ranks).run(request, logits)
             # (Where tokens may leave, some entries of new ones are twins'.)
             lent.keep_text(ids, session.entries.filled if self.depth == WHOLE else input_ids.shape[1])

@@ -33,7 +33,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
-from river_compile.decoding.bound_pass import BoundPass, graph_calls
+from river_compile.decoding.bound_pass import BoundPass, graph_calls, locate
 from river_compile.decoding.inputs import KNOWN, Inputs, PassInputs, with_all_logits, with_masks
 from river_compile.decoding.late import read
 from river_compile.decoding.rewind import BY_SLOT, RewindableCache, moved_inputs, selected_inputs
@@ -47,7 +47,7 @@ from river_compile.progress import stage_shown
 from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.draft_vocab import DraftVocab
-from river_compile.runtime.executor import last_token_alone
+from river_compile.runtime.executor import RiverExecutor, last_token_alone
 from river_compile.store.programs import Programs
 from river_compile.upstream.transformers import (
     cache_argument,
@@ -95,6 +95,7 @@ class Session:
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
+        self._begun: set[RiverExecutor] = set()  # that have looked at the weights
         self._strict = False
         self._programs: Programs | None = None  # those stored; None where passes cannot be
         self._began: tuple[float, int] | None = None  # the prompt: at what time, and how many graphs there were
@@ -121,7 +122,7 @@ class Session:
         ran = [executor for executor, *_ in calls]
         self._kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
-        self.stats, self.sequences, self.ranks = record.exit_stats, record.sequences, record.ranks
+        self.stats, self.ranks = record.exit_stats, record.ranks
         self._use(cache_of(self._kwargs))
         self._of_rows(ids_BS.shape[0])
         self._kept = self._kept_by_kwargs = self.entries.filled + 1
@@ -183,24 +184,6 @@ class Session:
         self._kwargs, self._kept_by_kwargs = self.lent.kwargs, ids_BS.shape[1]
         return self._prepared(ids_BS, width)
 
-    def _recalled(self, key: tuple, inputs: Inputs) -> BoundPass | None:
-        """Returns a pass that was traced before, in this process or another one, bound to these inputs."""
-        width, *kind = key
-        found = None if self._programs is None else self._programs.recall(self.model, kind, inputs, self.cache)
-        if found is None:
-            return None
-        return BoundPass(found.executor, found.args, found.stored.given, width, found.stored.logits, self.cache)
-
-    def _keep(self, key: tuple, inputs: Inputs, bound: BoundPass | None) -> None:
-        """Has a pass that Dynamo traced known from now on, and stored at the end of the call."""
-        if self._programs is None or bound is None:
-            return
-        graph = next(graph for graph in self.record.graphs if graph.executor() is bound.executor)
-        _, *kind = key
-        self._programs.keep(
-            kind, self.model, inputs, self.cache, bound.executor, bound.args, bound.logits, graph.matrices
-        )
-
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
         """Makes drafts possible, which the backbone verifies.
 
@@ -253,13 +236,15 @@ class Session:
         Raises:
             ExactModeError: there is none.
         """
-        reason = graph.width_matters
+        program = graph.program
+        assert program is not None, "the prompt ran in it"
+        reason = program.width_matters
         if not reason and self.entries.grows:
             reason = 'its KV cache grows; leave cache_implementation out, or use cache_implementation="static"'
         if reason:
             raise ExactModeError(f"strict=True cannot be kept for this {type(self.model).__name__}: {reason}")
         dtype = self.model.dtype
-        most = {width: few_rows(dtype, width) if graph.native else MAX_EXACT_ROWS for width in widths}
+        most = {width: few_rows(dtype, width) if program.native else MAX_EXACT_ROWS for width in widths}
         return tuple(width for width in widths if width == 1 or width * rows <= most[width])
 
     def _use(self, cache: Cache | None) -> None:
@@ -405,26 +390,66 @@ class Session:
         last_token: bool = False,
     ) -> Tensor:
         """Runs a pass of some width: again, where one of its kind is known, else through the model."""
-        phase = self.entries.phase(width)
-        # (What counts the tokens of a sliding window in Python is a constant of a graph that begins a text.)
-        key = (width, prompt and bool(phase), *phase)
-        bound = self._bound[key] if key in self._bound else self._recalled(key, inputs)
-        if bound is None or self.entries.lacks_room(width):  # (the model's graph tells the user)
+        key = (width, prompt)
+        if self.entries.lacks_room(width):  # (the model's graph tells the user)
             logits = self._through_model(key, inputs, depth, last_token)
+        elif prompt or last_token:
+            logits = self._once(key, inputs, depth, last_token)
         else:
-            self._bound[key] = bound
-            logits = bound(inputs, depth, tokens, last_token)
+            logits = self._again(key, inputs, depth, tokens)
         self.entries.filled += width
         return logits
 
+    def _again(self, key: tuple, inputs: Inputs, depth: int | None, tokens: DraftVocab | None) -> Tensor:
+        """Runs a pass whose width comes again; it is bound to the cache the first time."""
+        width, _ = key
+        if key not in self._bound:
+            found = None if self._programs is None else self._programs.recall(self.model, key[1:], inputs, self.cache)
+            if found is None:
+                return self._through_model(key, inputs, depth, False)
+            self._bound[key] = self._bind(found.executor, found.args, inputs, width)
+        bound = self._bound[key]
+        if bound is None:
+            return self._through_model(key, inputs, depth, False)
+        return bound(inputs, depth, None if tokens is None else tokens.blocks)
+
+    def _bind(self, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs, width: int) -> BoundPass:
+        self._begin_with(executor, args)
+        return BoundPass(executor, args, inputs, self._inputs[width].owns(inputs))
+
+    def _once(self, key: tuple, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
+        """Runs a pass of a width that need not come again, a prompt or what is left of one."""
+        found = None if self._programs is None else self._programs.recall(self.model, key[1:], inputs, self.cache)
+        if found is None:
+            return self._through_model(key, inputs, depth, last_token)
+        self._begin_with(found.executor, found.args)
+        state = found.executor.bind(found.args, captured=False, last_token=last_token)
+        found.executor.step(state, depth)
+        return state.logits
+
+    def _begin_with(self, executor: RiverExecutor, args: Sequence[Any]) -> None:
+        """Has an executor look at the model's weights, once in a session."""
+        if executor not in self._begun:
+            self._begun.add(executor)
+            executor.on_begin(args)
+
     def _through_model(self, key: tuple, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
         """Runs a pass through the model; binds the first one of its kind."""
-        tracing = contextlib.nullcontext() if key in self._bound else stage_shown("tracing")
+        width, tracing = key[0], contextlib.nullcontext() if key in self._bound else stage_shown("tracing")
         with graph_calls() as calls, forced_depth(depth), last_token_alone(last_token), tracing:
             logits: Tensor = self.model(**inputs, return_dict=True).logits
-        if key not in self._bound:
-            self._bound[key] = bound = BoundPass.of(self.model, inputs, self.cache, calls, logits, key[0])
-            self._keep(key, inputs, bound)
+        if key in self._bound:
+            return logits
+        graph = locate(self.model, self.record.graphs, inputs, self.cache, calls, logits)
+        bound: BoundPass | None = None
+        if graph is not None:
+            executor, args, _ = calls[0]
+            if self._programs is not None and graph.traced is not None:
+                self._programs.keep(key[1:], inputs, self.cache, executor, graph.traced)
+            if width in self._inputs and not key[1]:
+                bound = self._bind(executor, args, inputs, width)
+        if not key[1]:
+            self._bound[key] = bound
         return logits
 
     def rewind(self, slots: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError
 from river_compile.passes.dtensor_locals import is_shard
 from river_compile.passes.nodes import called, value_of
+from river_compile.upstream.tensors import local_of
 
 NOT_CAPTURED = "tensor parallelism: collectives inside of captured graphs were not tried on a GPU yet"
 
@@ -72,3 +73,29 @@ def _embeddings(nodes: Iterable[fx.Node]) -> Iterator[str]:
             "the prompt ('unhashable type: non-nested SymInt'); load the model with DistributedConfig(tp_size=..., "
             "tp_plan=river_compile.tensor_parallel_plan(config, tp_size)), which keeps the embedding whole"
         )
+
+
+def called_on_shards(
+    executor: Callable[..., Any], placeholders: Sequence[fx.Node], local: frozenset[fx.Node]
+) -> Callable[..., Any]:
+    """Returns an executor as Dynamo calls it: with parameters whose local shards are the graph's inputs.
+
+    Args:
+        executor: takes the shards, and anything for inputs that its graph does not use.
+        placeholders: of the graph, in order.
+        local: those that stand for shards. None: the executor is returned.
+    """
+    if not local:
+        return executor
+    places = [i for i, node in enumerate(placeholders) if node in local]
+    unused = [i for i, node in enumerate(placeholders) if not node.users and node not in local]
+
+    def call(*args: Any) -> Any:
+        mine = list(args)
+        for place in places:
+            mine[place] = local_of(mine[place])
+        for place in unused:
+            mine[place] = None
+        return executor(*mine)
+
+    return call

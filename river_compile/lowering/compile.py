@@ -12,28 +12,37 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
 import torch._functorch.config
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from river_compile.kernels import portable
 from river_compile.kernels.native.build import CannotBuild, working_compiler
 from river_compile.lowering.choose import TRITON_LAYOUT, Lowering, warn_once
-from river_compile.lowering.native import native_segment, use_native
+from river_compile.lowering.native import Callee, NativeSegment, native_graph, use_native
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
-from river_compile.passes.nodes import called, value_of
-from river_compile.passes.program import Fingerprint, Segment
+from river_compile.passes.nodes import called
+from river_compile.passes.program import (
+    Code,
+    Example,
+    Fingerprint,
+    Program,
+    Segment,
+    SegmentSpec,
+    Size,
+    TensorSpec,
+)
 from river_compile.passes.segments import fingerprint
-from river_compile.runtime.runner import Callee
 
 log = logging.getLogger("river_compile.lowering.compile")
 
@@ -55,46 +64,80 @@ class Compiled:
     uses: int = 1
 
 
+def lower(segment: Segment, lowering: Lowering) -> Code:
+    """Returns a segment in the operators of a lowering.
+
+    Where the river's operators are those of the C++ kernels, segments of nothing else skip Inductor. So does then any
+    other prologue: its few operators take less time than compiling them, and one by one they give a token the same bits
+    in passes of every width.
+    """
+    mark = segment.fingerprint or fingerprint(segment)
+    module = native_graph(segment) if lowering.native else None
+    runs_by: Literal["native", "operators", "inductor"] = "native"
+    if module is None:
+        by_operator = lowering.compiler == "eager" or (lowering.native and segment.kind == "prologue")
+        module, runs_by = lower_ops(segment.graph, lowering.native), "operators" if by_operator else "inductor"
+    for node in module.graph.nodes:
+        node.meta = {}
+    return Code(module, runs_by, mark)
+
+
 @dataclass
 class SegmentCompiler:
-    """Compiles the segments of one traced graph, each distinct one once.
+    """Makes callables of the segments of one program, of each distinct one once.
 
-    `config_patches` are for Inductor. Where the river's operators are those of the C++ kernels, segments of nothing
-    else skip Inductor. So does then any other prologue: its few operators take less time than compiling them, and one
-    by one they give a token the same bits in passes of every width.
+    `examples` are what the slots hold, fake tensors and numbers, on `device`. `native` says whether the river's
+    operators are those of the C++ kernels; `config_patches` are for Inductor.
     """
 
-    lowering: Lowering
+    examples: Mapping[int, Any]
+    device: torch.device
+    native: bool
     config_patches: dict[str, object]
     compiled: list[Compiled] = field(default_factory=list)
 
-    def compile(self, segment: Segment, packed: Sequence[Tensor]) -> Callee:
-        """Returns a callable for the segment; `packed` are the real tensors of its 4-bit weights."""
-        mark = segment.fingerprint or fingerprint(segment)
-        shape_env = _fake_mode(segment).shape_env
-        assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
+    def compile(self, segment: SegmentSpec, operands: Sequence[Tensor]) -> Callee:
+        """Returns a callable for the segment; `operands` are the real tensors that follow its inputs."""
+        mark, code = segment.code.fingerprint, segment.code
         for known in self.compiled:
-            if known.mark.digest == mark.digest and _assumptions_hold(known, mark.symbols, shape_env):
+            if known.mark.digest == mark.digest and self._assumptions_hold(known, segment):
                 known.uses += 1
                 return known.callee
-        start = time.perf_counter()
-        guards_before = len(shape_env.guards)
-        native = self.lowering.native
-        callee: Callee | None = native_segment(segment) if native else None
-        direct = True
-        if callee is None and self._runs_by_operator(segment):
-            callee = _by_operator(segment, self.lowering)
-        elif callee is None:
-            callee, direct = _compile(segment, packed, self.config_patches, self.lowering)
-        guards = tuple(guard.expr for guard in shape_env.guards[guards_before:])
+        start, direct = time.perf_counter(), True
+        guards: tuple[sympy.Basic, ...] = ()
+        callee: Callee
+        if code.runs_by == "native":
+            callee = NativeSegment(code.module)
+        elif code.runs_by == "operators" or (self.native and _lacks_compiler()):
+            callee = _by_operator(code.module, self.device)
+        else:
+            shape_env = self._shape_env(segment)
+            before = len(shape_env.guards)
+            inputs = [self.examples[slot] for slot in segment.inputs]
+            callee, direct = _compile(code.module, inputs, operands, self.config_patches)
+            guards = tuple(guard.expr for guard in shape_env.guards[before:])
         done = Compiled(segment.name, callee, direct, time.perf_counter() - start, mark, guards)
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
         self.compiled.append(done)
         return callee
 
-    def _runs_by_operator(self, segment: Segment) -> bool:
-        by_choice = self.lowering.compiler == "eager" or (self.lowering.native and segment.name == "prologue")
-        return by_choice or (self.lowering.native and _lacks_compiler())
+    def _assumptions_hold(self, known: Compiled, segment: SegmentSpec) -> bool:
+        """Asks for the guards of a compiled segment with another segment's dynamic sizes in place of its own.
+
+        What holds becomes a guard of the whole graph, as it did when the first segment was compiled.
+        """
+        symbols = segment.code.fingerprint.symbols
+        if not known.guards or known.mark.symbols == symbols:
+            return True
+        shape_env = self._shape_env(segment)
+        by_name = {str(symbol): symbol for symbol in shape_env.var_to_range}
+        swap = {by_name[a]: by_name[b] for a, b in zip(known.mark.symbols, symbols, strict=True)}
+        return all(shape_env.evaluate_expr(guard.xreplace(swap)) for guard in known.guards)
+
+    def _shape_env(self, segment: SegmentSpec) -> ShapeEnv:
+        shape_env = _fake_mode([self.examples[slot] for slot in segment.inputs]).shape_env
+        assert shape_env is not None, "Dynamo's fake tensors know their dynamic sizes"
+        return shape_env
 
 
 def _lacks_compiler() -> bool:
@@ -107,28 +150,44 @@ def _lacks_compiler() -> bool:
     return False
 
 
-def _examples(segment: Segment) -> list[Any]:
-    """Returns example values of a segment's inputs; the placeholders of packed weights, which come last, have none."""
-    return [value_of(node) for node in segment.graph.find_nodes(op="placeholder")][: len(segment.inputs)]
-
-
-def _fake_mode(segment: Segment) -> FakeTensorMode:
-    modes = (value.fake_mode for value in _examples(segment) if isinstance(value, FakeTensor))
+def _fake_mode(examples: Sequence[Any]) -> FakeTensorMode:
+    modes = (value.fake_mode for value in examples if isinstance(value, FakeTensor))
     mode = next(modes, None) or torch._guards.detect_fake_mode()
     assert isinstance(mode, FakeTensorMode), "Dynamo hands over graphs whose values are fake tensors"
     return mode
 
 
-def _assumptions_hold(known: Compiled, symbols: tuple[str, ...], shape_env: ShapeEnv) -> bool:
-    """Asks for the guards of a compiled segment with another segment's dynamic sizes in place of its own.
+class StoredExamples(dict[int, Any]):
+    """Fake tensors and numbers for what a program's slots hold, in a ShapeEnv of their own, each made when it is asked
+    for."""
 
-    What holds becomes a guard of the whole graph, as it did when the first segment was compiled.
-    """
-    if known.mark.symbols == symbols:
-        return True
-    by_name = {str(symbol): symbol for symbol in shape_env.var_to_range}
-    swap = {by_name[a]: by_name[b] for a, b in zip(known.mark.symbols, symbols, strict=True)}
-    return all(shape_env.evaluate_expr(guard.xreplace(swap)) for guard in known.guards)
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._program, self._shapes = program, ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._shapes)
+        self._hints = {symbol: sympy.Integer(hint) for symbol, hint in program.hints}
+        self._symbols = {
+            symbol: self._shapes.create_symbol(hint, ConstantSource(f"stored_{symbol}"), DimDynamic.DYNAMIC, None)
+            for symbol, hint in program.hints
+        }
+
+    def __missing__(self, slot: int) -> Any:
+        self[slot] = made = self._made(self._program.examples[slot])
+        return made
+
+    def _made(self, example: Example) -> Any:
+        if not isinstance(example, TensorSpec):
+            return None if example is None else self._number(example)
+        shape, stride = (tuple(map(self._number, sizes)) for sizes in (example.shape, example.stride))
+        meta = torch.empty_strided(shape, stride, dtype=example.dtype, device="meta")
+        meta.requires_grad_(example.requires_grad)
+        return FakeTensor(self._mode, meta, example.device)
+
+    def _number(self, size: Size) -> int | torch.SymInt:
+        if isinstance(size, int):
+            return size
+        hint = int(size.xreplace(self._hints))
+        return self._shapes.create_symintnode(size.xreplace(self._symbols), hint=hint)
 
 
 def inductor_settings(mode: str | None, whole: bool = True) -> dict[str, object]:
@@ -141,22 +200,19 @@ def inductor_settings(mode: str | None, whole: bool = True) -> dict[str, object]
     return settings if whole else settings | {"triton.cudagraphs": False}
 
 
-def _by_operator(segment: Segment, lowering: Lowering) -> Callee:
-    """Returns a segment's graph as it is, under the autocast in which it was traced (compiled code has its casts)."""
-    graph_module = lower_ops(segment.graph, lowering.native)
-    device = next((v.device.type for v in _examples(segment) if isinstance(v, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+def _by_operator(graph_module: fx.GraphModule, device: torch.device) -> Callee:
+    """Returns a graph as it is, under the autocast in which it was traced (compiled code has its casts)."""
+    if not torch.is_autocast_enabled(device.type):
         return lambda inputs: graph_module(*inputs)
-    autocast = torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
+    autocast = torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
     return autocast(lambda inputs: graph_module(*inputs))
 
 
 def _compile(
-    segment: Segment, packed: Sequence[Tensor], config_patches: dict[str, object], lowering: Lowering
+    graph_module: fx.GraphModule, inputs: Sequence[Any], operands: Sequence[Tensor], config_patches: dict[str, object]
 ) -> tuple[Callee, bool]:
-    graph_module = lower_ops(segment.graph, lowering.native)
-    fake_mode, inputs = _fake_mode(segment), _examples(segment)
-    inputs += [fake_mode.from_tensor(t, static_shapes=True) for t in packed]
+    fake_mode = _fake_mode(inputs)
+    inputs = [*inputs, *(fake_mode.from_tensor(t, static_shapes=True) for t in operands)]
     direct: list[Callee] = []
 
     def inner_compile(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,10 @@ _VIEWS = (
 )
 # What makes a tensor from numbers alone, whose values stay what they were when they were recorded.
 _CONSTANTS = (torch.arange, torch.full, torch.zeros)
+
+
+# What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
+Callee: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 
 
 class CannotRecord(RuntimeError):
@@ -100,7 +104,7 @@ def _check_view(name: str, results: Tensor | Sequence[Any], *sources: object) ->
             raise CannotRecord(f"{name} copies what is computed before it")
 
 
-def native_segment(segment: Segment) -> NativeSegment | None:
+def native_graph(segment: Segment) -> fx.GraphModule | None:
     """Returns a segment as calls of the C++ operators, None if it computes something else."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(segment.graph, {}))
@@ -112,7 +116,7 @@ def native_segment(segment: Segment) -> NativeSegment | None:
             graph.erase_node(node)
     if not all(map(_is_native, graph.nodes)):
         return None
-    return NativeSegment(fx.GraphModule(segment.graph.owning_module, graph, class_name="Segment"))
+    return fx.GraphModule(segment.graph.owning_module, graph, class_name="Segment")
 
 
 def use_native(graph: fx.Graph) -> None:

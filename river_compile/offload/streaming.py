@@ -12,18 +12,18 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from river_compile.lowering.native import Callee
 from river_compile.offload.store import Arrival, Stored
 from river_compile.offload.weights import OffloadedWeights
-from river_compile.passes.nodes import is_parameter
-from river_compile.passes.program import RiverProgram, Segment
-from river_compile.runtime.runner import Callee, Step
+from river_compile.passes.program import Program, SegmentSpec
+from river_compile.runtime.units import Step
 from river_compile.upstream.tensors import version_of
 
 
@@ -52,20 +52,20 @@ class Streamer:
     """Brings in the weights of one graph's offloaded blocks: those after the first `offload`, none for None."""
 
     def __init__(
-        self, offloaded: OffloadedWeights, program: RiverProgram, values: Mapping[fx.Node, Any], offload: int | None
+        self, offloaded: OffloadedWeights, program: Program, inputs: Sequence[Any], offload: int | None
     ) -> None:
         self._offloaded = offloaded
         blocks = () if offload is None else program.blocks[offload:]
-        self._weights = {s: [TensorWeakRef(values[n]) for n in s.inputs if is_parameter(n)] for s in blocks}
+        self._places = {s: [place for place, i in enumerate(s.inputs) if program.is_parameter(i)] for s in blocks}
+        self._weights = {s: [TensorWeakRef(inputs[s.inputs[i]]) for i in self._places[s]] for s in blocks}
         self._next = dict(itertools.pairwise(blocks))
         self._ahead = _Ahead()
 
-    def step(self, segment: Segment, callee: Callee, packed: Sequence[Tensor], slots: Mapping[fx.Node, int]) -> Step:
+    def step(self, segment: SegmentSpec, callee: Callee, packed: Sequence[Tensor]) -> Step:
         """Returns the step of a segment: a streamed one for a block that may be offloaded."""
         if segment not in self._weights:
-            return Step(segment, callee, packed, slots)
-        parameters = [i for i, node in enumerate(segment.inputs) if is_parameter(node)]
-        return StreamedStep(segment, functools.partial(self._run, segment, parameters, callee), packed, slots)
+            return Step(segment, callee, packed)
+        return Step(segment, functools.partial(self._run, segment, self._places[segment], callee), packed, moves=True)
 
     def forget(self) -> None:
         """Drops unused prefetched weights, at the end of a step."""
@@ -73,7 +73,7 @@ class Streamer:
         if ahead is not None:
             self._offloaded.store.release(ahead.stored)
 
-    def _run(self, block: Segment, parameters: Sequence[int], callee: Callee, args: list[Any]) -> Sequence[Any]:
+    def _run(self, block: SegmentSpec, parameters: Sequence[int], callee: Callee, args: list[Any]) -> Sequence[Any]:
         """Runs a block, with its weights brought in if they are elsewhere."""
         away = [i for i in parameters if self._offloaded.find(args[i]) is not None]
         if not away:
@@ -86,7 +86,7 @@ class Streamer:
         finally:
             self._offloaded.store.release(brought.stored)
 
-    def _bring(self, block: Segment, weights: Sequence[Tensor]) -> _Brought:
+    def _bring(self, block: SegmentSpec, weights: Sequence[Tensor]) -> _Brought:
         """Brings weights of a block in, all of which are elsewhere, and begins with the next block's."""
         ahead = self._ahead.brought
         brought = ahead if ahead is not None and ahead.serves(weights) else self._start(weights)
@@ -103,10 +103,3 @@ class Streamer:
         arrival = self._offloaded.store.start(tuple(away.values()))
         self._offloaded.sent_for(sum(weight.nbytes for weight in away))
         return _Brought(tuple(away), tuple(map(version_of, away)), tuple(away.values()), arrival)
-
-
-class StreamedStep(Step):
-    """A step that computes with weights at another address in every run."""
-
-    __slots__ = ()
-    moves = True

@@ -18,12 +18,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from river_compile.offload.disk import MappedFiles
 from river_compile.offload.pinned import PinnedMemory
 from river_compile.offload.store import Stored, WeightStore
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
-from river_compile.passes.program import DecoderPlan, RiverProgram
+from river_compile.passes.program import DecoderPlan, Program
 from river_compile.upstream.tensors import parts_of
 
 log = logging.getLogger("river_compile.offload.weights")
@@ -115,14 +115,12 @@ class OffloadedWeights:
         self.store = make_store(config, plan)
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
 
-    def arrange(
-        self, program: RiverProgram, values: Mapping[fx.Node, Any], config: RiverConfig, packed_bytes: int
-    ) -> None:
+    def arrange(self, program: Program, inputs: Sequence[Any], config: RiverConfig, packed_bytes: int) -> None:
         """Puts the weights of a decode graph where the options want them: away or back.
 
         Args:
-            program: the rewritten decode graph.
-            values: its inputs, real tensors.
+            program: of the decode graph.
+            inputs: its inputs, real tensors.
             config: the options.
             packed_bytes: of its twins' packed weights, for the log.
 
@@ -130,9 +128,9 @@ class OffloadedWeights:
             OptionError: (a ``ValueError``) there is no room; nothing has moved then.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            weights = [value for node, value in values.items() if is_parameter(node)]
-            resident = program.plan.num_blocks if config.offload is None else config.offload
-            away, kept = _movable(program, values, resident)
+            weights = [value for i, value in enumerate(inputs) if program.is_parameter(i)]
+            resident = program.num_blocks if config.offload is None else config.offload
+            away, kept = _movable(program, inputs, resident)
             leave = set(map(id, away))
             self._bring_back(weight for weight in weights if id(weight) not in leave)
             if not away:
@@ -142,7 +140,7 @@ class OffloadedWeights:
             self._put([weight for weight in away if self.find(weight) is None])
             before = self.log  # (of another graph of the same model)
             self.log = OffloadLog(
-                blocks=(resident + 1, program.plan.num_blocks),
+                blocks=(resident + 1, program.num_blocks),
                 policy=config.offload_policy,
                 where=self.store.where,
                 moved=_bytes(away),
@@ -198,18 +196,18 @@ class OffloadedWeights:
         return size
 
 
-def _movable(program: RiverProgram, values: Mapping[fx.Node, Any], resident: int) -> tuple[list[Tensor], list[Tensor]]:
+def _movable(program: Program, inputs: Sequence[Any], resident: int) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the weights of the blocks after the first `resident` that can leave, and those of them that stay."""
     blocks = program.blocks[resident:]
-    stay = {node for segment in program.segments if segment not in blocks for node in segment.inputs}
-    users = Counter(_memory(value) for node, value in values.items() if is_parameter(node))
-    nodes = dict.fromkeys(node for segment in blocks for node in segment.inputs if is_parameter(node))
+    stay = {slot for segment in program.segments if segment not in blocks for slot in segment.inputs}
+    users = Counter(_memory(value) for i, value in enumerate(inputs) if program.is_parameter(i))
+    slots = dict.fromkeys(slot for segment in blocks for slot in segment.inputs if program.is_parameter(slot))
     away: list[Tensor] = []
     kept: list[Tensor] = []
-    for node in nodes:
-        weight = values[node]
+    for slot in slots:
+        weight = inputs[slot]
         movable = is_ordinary(weight) and weight.nbytes >= _PAGE and _is_dense(weight)
-        alone = node not in stay and users[_memory(weight)] == 1
+        alone = slot not in stay and users[_memory(weight)] == 1
         (away if alone and movable else kept).append(weight)
     return away, kept
 

@@ -20,8 +20,8 @@ from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, threshold_text
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
 from river_compile.offload.weights import OffloadLog
-from river_compile.passes.moe_router import ROUTER, chosen_experts
-from river_compile.passes.program import Fusion, RiverProgram, Segment
+from river_compile.passes.moe_router import ROUTER
+from river_compile.passes.program import Fusion, Program, SegmentSpec
 from river_compile.runtime.cache_pool import KeptTexts
 from river_compile.runtime.stats import ExactStats
 from river_compile.twins.packed import PackedMatmul
@@ -351,7 +351,7 @@ def _natural(name: str) -> list[object]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def note_ranks(program: RiverProgram, record: GraphRecord, ranks: Ranks) -> None:
+def note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
     """Notes each rank's packed matrices of a graph; warns of matrices that stay in 16 bits, routers aside."""
     if not ranks.several or not program.twins:
         return
@@ -367,14 +367,14 @@ def note_ranks(program: RiverProgram, record: GraphRecord, ranks: Ranks) -> None
     kept = [linear for linear in program.kept if linear.reason != ROUTER]
     if kept:
         warnings.warn(
-            f"{len(kept)} matrices of the twins of a {program.plan.kind} graph stay in 16 bits on {ranks.name}, so "
+            f"{len(kept)} matrices of the twins of a {program.kind} graph stay in 16 bits on {ranks.name}, so "
             f"that tokens that leave read more than they need to; the first is {kept[0].name}: {kept[0].reason}",
             RiverWarning,
             stacklevel=2,
         )
 
 
-def bytes_of_token(segment: Segment, values: Sequence[object], first: int = 0) -> int:
+def bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:
     """Returns the bytes that one token reads of the values of a segment's placeholders.
 
     Args:
@@ -382,10 +382,9 @@ def bytes_of_token(segment: Segment, values: Sequence[object], first: int = 0) -
         values: tensors, and others that do not count, in the order of the placeholders.
         first: the placeholder of the first of them.
     """
-    chosen = chosen_experts(segment)
-    placeholders = segment.graph.find_nodes(op="placeholder")[first:]
+    chosen = dict(segment.experts)
     return sum(
-        (value[: chosen[placeholder]] if placeholder in chosen else value).nbytes
-        for placeholder, value in zip(placeholders, values, strict=False)
+        (value[: chosen[place]] if place in chosen else value).nbytes
+        for place, value in enumerate(values, start=first)
         if isinstance(value, Tensor)
     )

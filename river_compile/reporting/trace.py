@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from river_compile.runtime.executor import RiverExecutor, on_step
@@ -48,9 +48,9 @@ class Trace:
         reached = [[row.accepted > i for row in rows if len(row.drafted) > i] for i in range(longest)]
         return [sum(kept) / len(kept) for kept in reached]
 
-    def add_step(self, executor: RiverExecutor, args: Sequence[object], step: StepRecord) -> None:
+    def add_step(self, executor: RiverExecutor, state: object, step: StepRecord) -> None:
         """Adds a step that an executor took."""
-        self.num_blocks = max(self.num_blocks, executor.num_blocks)
+        self.num_blocks = max(self.num_blocks, executor.program.num_blocks)
         self.steps.append(step)
 
 

@@ -10,13 +10,11 @@ Not handled: heads in 16 bits, and others than those of the C++ kernels; they co
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from river_compile.kernels.ops import WANTED_BLOCK
-from river_compile.passes.program import RiverProgram
+from river_compile.passes.program import Program
 
 _FIRST = 4  # a draft may have any token of the first quarter of the vocabulary,
 _AT_MOST = 32_768  # or of so many
@@ -57,50 +55,15 @@ class DraftVocab:
         return self._list
 
 
-class HeadVocab:
-    """The list that a graph's head reads; one thread's step at a time has it (:meth:`only`).
-
-    Args:
-        vocabulary: V, the logits that there are.
-
-    Attributes:
-        list: int32 ``[1 + ceil(V / WANTED_BLOCK)]``, the `wanted` of `river::linear`.
-    """
-
-    def __init__(self, vocabulary: int) -> None:
-        with torch.inference_mode(False):  # (whoever compiles in that mode may generate without)
-            self._all = torch.arange(blocks_of(vocabulary), dtype=torch.int32)
-            self.list = torch.empty(len(self._all) + 1, dtype=torch.int32)
-        self._lock = threading.Lock()
-        self._write(self._all)
-
-    @classmethod
-    def of(cls, program: RiverProgram) -> HeadVocab | None:
-        """Returns the list that a program's head reads, None if it reads none."""
-        head = program.river_head
-        return cls(sum(head.packed[0].out_features)) if head is not None and head.chooses_logits else None
-
-    def only(self, tokens: DraftVocab | None) -> HeadVocab:
-        """Inside, the head computes no logits but those of these tokens; None for all.
-
-        The others are `river_compile.kernels.ops.UNWANTED`.
-        """
-        self._lock.acquire()
-        blocks = self._all if tokens is None else tokens.blocks
-        if blocks is not self._written:
-            self._write(blocks)
-        return self
-
-    def __enter__(self) -> None:
-        """(:meth:`only` has the lock.)"""
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def _write(self, blocks: Tensor) -> None:
-        self.list[0] = len(blocks)
-        self.list[1 : 1 + len(blocks)] = blocks
-        self._written = blocks
+def all_logits(program: Program) -> Tensor | None:
+    """Returns the list of all blocks of the vocabulary, int32 ``[1 + ceil(V / WANTED_BLOCK)]``, as `wanted` of
+    `river::linear` has it; None for a program whose head takes no list."""
+    head = program.river_head
+    if head is None or not head.chooses_logits:
+        return None
+    count = blocks_of(sum(head.packed[0].out_features))
+    with torch.inference_mode(False):  # (whoever compiles in that mode may generate without)
+        return torch.tensor([count, *range(count)], dtype=torch.int32)
 
 
 def blocks_of(vocabulary: int) -> int:

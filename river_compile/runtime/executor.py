@@ -1,227 +1,236 @@
-"""Runs the steps of a RiverProgram: backbone blocks until an exit, twins for the rest, then the head.
+"""Runs a compiled program: bound to a KV cache for passes that come again, or once.
 
-Not handled: how a span of blocks runs (:mod:`river_compile.runtime.runner`), and what the bars of a step are
-(:mod:`river_compile.exits`).
+:meth:`RiverExecutor.bind` makes a :class:`StepState`, which the sessions of generate run. Called as Dynamo calls it, an
+executor finds its state by the cache's first tensor of keys, copies inputs in and outputs out.
+
+Not handled: how units run (:mod:`river_compile.runtime.state`), and when a token leaves (:mod:`river_compile.exits`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
-import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.exits import ExitPolicy, Memories, bars_of
-from river_compile.passes.capture_safety import fixed_inputs
-from river_compile.passes.program import RiverProgram
-from river_compile.runtime.capacity import Capacity
-from river_compile.runtime.draft_vocab import DraftVocab, HeadVocab
-from river_compile.runtime.runner import Runner
-from river_compile.runtime.sequences import SequenceTracker
-from river_compile.runtime.slots import Slots, cache_slots
+from river_compile.errors import CacheFullError
+from river_compile.exits import ExitPolicy, Memory
+from river_compile.passes.program import Program
+from river_compile.runtime.captures import Capturing, buffer_like
+from river_compile.runtime.state import CompiledProgram, StepState, Taken
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.upstream.dynamo import GraphEntry
+from river_compile.upstream.tensors import version_of
 
-# Runs a pass once more: (the graph's inputs, the tokens that a draft may have) -> outputs.
-Replay = Callable[[Sequence, "DraftVocab | None"], tuple]
+_STATES = 8  # of one cache: sizes of inputs that are remembered
 
 _last_token: ContextVar[bool] = ContextVar("_last_token", default=False)
-_steps: Observers[[RiverExecutor, Sequence[Any], StepRecord]] = Observers()
+_steps: Observers[[RiverExecutor, StepState, StepRecord]] = Observers()
 _calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
-
-
-class _Taken(NamedTuple):
-    """The way that a step took: its exit depth, the scores that were read, and the entropy that decided."""
-
-    depth: int
-    scores: tuple[float, ...] = ()
-    entropy: float | None = None
 
 
 class RiverExecutor:
     """Callable that stands in for a traced graph.
 
     Args:
-        program: the rewritten graph.
-        runner: runs its segments; may be replaced between two steps.
+        compiled: the program.
         policy: when tokens leave; may be replaced between two steps.
         stats: counts exits.
-        memories: what the policy remembers of the model's sequences; shared by the model's graphs.
-        sequences: of the model; tells when a sequence begins.
-        on_begin: called with the graph's inputs where one begins, before anything runs; None: nothing to do.
+        captures: what captures passes, None: nothing does; may be replaced between two steps.
+        on_begin: called with the graph's inputs before the first pass of a sequence.
         on_close: called after each step.
-        wanted: the list of logits that the river's head computes; None where it computes all.
         entry: what Dynamo keeps of the graph; None outside of Dynamo.
-        inputs: how the user's code names the graph's inputs, in order; none outside of Dynamo.
     """
 
     def __init__(
         self,
-        program: RiverProgram,
-        runner: Runner,
+        compiled: CompiledProgram,
         policy: ExitPolicy,
         stats: ExitStats,
-        memories: Memories,
-        sequences: SequenceTracker,
-        on_begin: Callable[[Sequence[Any]], None] | None,
+        captures: Capturing | None,
+        on_begin: Callable[[Sequence[Any]], object],
         on_close: Callable[[], None],
-        wanted: HeadVocab | None = None,
         entry: GraphEntry | None = None,
-        inputs: Sequence[str] = (),
     ) -> None:
-        self.program, self.runner, self.policy = program, runner, policy
-        self.num_blocks = program.plan.num_blocks
-        self.decodes = program.plan.is_decode
-        self.sequences, self.entry, self.inputs = sequences, entry, tuple(inputs)
-        self._stats, self._memories = stats, memories
-        self._on_begin, self._on_close = on_begin, on_close
-        self._wanted = wanted
-        self.room = Capacity.of(program)
-        self._cache_in, self._cache_out = cache_slots(program)
-        self._remembers = policy.criterion.reads == "previous"
+        self.compiled, self.policy, self.entry = compiled, policy, entry
+        self.decodes = compiled.program.is_decode
+        self.captures = captures
+        self._stats, self.on_begin, self._on_close = stats, on_begin, on_close
+        # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
+        self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._varying = [i for i, given in enumerate(compiled.program.inputs) if not given.is_fixed]
+        self._prompts = -1  # of the model, when its weights were looked at
 
-    def __call__(self, *args: object) -> tuple:
-        return self.step(args)
+    @property
+    def program(self) -> Program:
+        """The program, its inputs in the order of the graph's."""
+        return self.compiled.program
 
-    def step(
-        self,
-        args: Sequence[Any],
-        depth: int | None = None,
-        tokens: DraftVocab | None = None,
-        last_token: bool = False,
-        has_room: bool = False,
-    ) -> tuple:
-        """Runs a step and returns the graph's outputs.
+    def locate(self, program: Program) -> None:
+        """Takes the same program with the sources of its inputs in the place of its own."""
+        self.compiled = replace(self.compiled, program=program)
+
+    def bind(self, args: Sequence[Any], captured: bool = True, last_token: bool = False) -> StepState:
+        """Returns a state of the program on the cache among its inputs.
 
         Args:
-            args: the graph's inputs.
+            args: the inputs, which the state reads in place: whoever binds writes the next pass's there.
+            captured: whether units may be captured, where what captures takes passes of this size.
+            last_token: nobody reads other logits than the last token's, and there may be no others.
+        """
+        captures = self.captures if captured and not last_token and self._may_capture(args) else None
+        return StepState(self.compiled, args, None if captures is None else captures.make(), last_token)
+
+    def step(self, state: StepState, depth: int | None = None) -> None:
+        """Runs a state's pass and counts it.
+
+        Args:
+            state: of this program.
             depth: blocks that a decode step executes, `WHOLE` for all; None leaves it to the thread and the policy.
-            tokens: those whose logits the river's head computes, None for all.
-            last_token: the caller reads no logits but those of the last token.
-            has_room: whether the caller saw to it that the tokens have room in the cache.
 
         Raises:
             ValueError: the program lacks the segments for that depth.
-            CacheFullError: (a ``ValueError``) the tokens do not fit into a static cache.
         """
         started = time.perf_counter()
-        policy = self._policy_at(depth)
-        runner = self.runner.for_pass(args)
-        if last_token or _last_token.get():
-            runner = runner.for_last_token()
-        if self._on_begin is not None and self.sequences.begins(self, self._cache(args)):
-            self._on_begin(args)
-        if self.room is not None and has_room:
-            self.room.forget(args)
-        with runner, self._logits_of(tokens), torch._C._DisableAutocast():
-            slots = runner.begin(args)
-            filled = None if self.room is None or has_room else self.room.check(slots)
-            taken = self._run(runner, slots, policy)
-            self.sequences.left(None if not self.decodes or self._cache_out is None else slots[self._cache_out])
-            outputs = runner.finish(slots)
-        if self.room is not None and filled is not None:
-            self.room.took(slots, filled)
-        self._record(args, taken, started)
-        _calls(self, args, outputs)
+        try:
+            taken = state.run(self._policy_at(depth))
+        except BaseException as error:
+            self.compiled.ranks.explain(error)
+            raise
+        self._record(state, taken, started)
         self._on_close()
+
+    def __call__(self, *args: Any) -> tuple:
+        """Runs a pass for inputs of Dynamo's; the outputs are the caller's.
+
+        Raises:
+            CacheFullError: (a ``ValueError``) the tokens do not fit into a static cache.
+        """
+        compiled, last_token = self.compiled, _last_token.get()
+        if compiled.checks_ranks:
+            ids = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point() and arg.dim() == 2]
+            compiled.ranks.check_alike("the tokens, positions and masks that they are given", list(map(_digest, ids)))
+        if not self.decodes or self._prompts != self._stats.prompts:
+            self._prompts = self._stats.prompts
+            self.on_begin(args)
+        filled = self._check_room(args)
+        state = None if last_token else self._state_of(args)
+        if state is None:
+            state = self.bind(args, captured=False, last_token=last_token)
+        else:
+            state.load(args, self._varying)
+        self.step(state)
+        self._note_room(args, filled)
+        outputs = state.copied_outputs()
+        _calls(self, args, outputs)
         return outputs
 
-    def replay(self, args: Sequence, depth: int | None) -> Replay | None:
-        """Returns what runs steps like this one again, with `depth` as :meth:`step` has it.
+    def _may_capture(self, args: Sequence[Any]) -> bool:
+        if self.captures is None or self.decodes:
+            return self.captures is not None
+        program = self.program
+        rows, tokens = (program.size_of(size, args) for size in (program.batch, program.tokens))
+        return rows is not None and tokens is not None and self.captures.kind.takes(program.dtype, rows, tokens)
 
-        None where that saves nothing. The caller sees to it that the tokens have room in the cache, and that they go on
-        with a sequence. What may differ in the inputs: tensors that are neither parameters nor the cache's, and
-        numbers.
-        """
-        whole = self.runner
-        runner = whole.for_pass(args)
-        if not runner.binds:
+    def _state_of(self, args: Sequence[Any]) -> StepState | None:
+        """Returns the state of a cache for inputs of these sizes, from the second time on that they come."""
+        if self.captures is None:
             return None
-        slots: Slots | None = None
-        way: _Taken | None = None  # where it is known
-        if not self._remembers and (depth is not None or not self.decodes):
-            last = self._policy_at(depth).fixed_depth if self.decodes else None
-            way = _Taken(self.num_blocks if last is None else min(last, self.num_blocks))
+        sizes = tuple(args[i].shape if isinstance(args[i], Tensor) else args[i] for i in self._varying)
+        states = self._states.setdefault(self._keys(args), {})
+        if sizes not in states:
+            if len(states) == _STATES:
+                self._forget(states, sizes)
+            states[sizes] = None
+        elif states[sizes] is None and self._may_capture(args):
+            owned = list(args)
+            for i in self._varying:
+                owned[i] = buffer_like(args[i]) if isinstance(args[i], Tensor) else args[i]
+            states[sizes] = self.bind(owned)
+        return states[sizes]
 
-        def again(args: Sequence, tokens: DraftVocab | None) -> tuple:
-            nonlocal slots
-            if self.runner is not whole:  # (it was replaced)
-                return self.step(args, depth, tokens, has_room=True)
-            started = time.perf_counter()
-            if self.room is not None:
-                self.room.forget(args)
-            with runner, self._logits_of(tokens):
-                slots = runner.begin(args, slots)
-                if way is None:
-                    taken = self._run(runner, slots, self._policy_at(depth))
-                else:
-                    taken = way
-                    runner.through(slots, way.depth)
-                outputs = runner.finish(slots)
-            self._record(args, taken, started)
-            self._on_close()
-            return outputs
+    def _forget(self, states: dict[tuple, StepState | None], sizes: tuple) -> None:
+        """Forgets the sizes of a cache's inputs that came first; if they came once, the log says which changed."""
+        oldest = next(iter(states))
+        if states.pop(oldest) is None:
+            changed = [i for i, *pair in zip(self._varying, oldest, sizes, strict=True) if pair[0] != pair[1]]
+            names = ", ".join(self.program.inputs[i].name for i in changed)
+            self.compiled.log.uncaptured_units["pass"] = f"its inputs have had other sizes each time so far: {names}"
 
-        return again
+    def states(self) -> list[StepState]:
+        """Returns the states of caches that are alive, which calls of Dynamo's run, in the order of their making."""
+        return [state for states in self._states.values() for state in states.values() if state is not None]
 
-    @functools.cached_property
-    def fixed(self) -> frozenset[int]:
-        """The numbers of the inputs whose memory the caller keeps: parameters, and what the graph writes in place."""
-        return frozenset(self.program.slots[node] for node in fixed_inputs(self.program.plan))
+    def _check_room(self, args: Sequence[Any]) -> int | None:
+        """Returns how many tokens will be in a static cache after a pass; None where no limit applies.
+
+        The filled length lies on the device. To read it is to wait for everything launched so far, so on a GPU it is
+        counted here, for as long as PyTorch counts no other change of it: replays are the ones that it does not count.
+        (It counts none of what was made under ``torch.inference_mode()``.)
+        """
+        program, inputs = self.program, len(args)
+        capacity = program.capacity
+        if capacity is None:
+            return None
+        new = 1 if self.decodes else program.size_of(program.tokens, args)
+        size = capacity.size
+        if size is None and capacity.keys < inputs:
+            size = args[capacity.keys].shape[capacity.dim]
+        if new is None or size is None:
+            return None
+        filled = 0  # (where the pass makes the cache)
+        if capacity.length < inputs:
+            length, memory = args[capacity.length], self._memory_of(args)
+            known, memory.filled = memory.filled, None  # (a step that fails leaves nothing known)
+            counted = known is not None and not (length.is_cpu or length.is_inference())
+            if known is not None and counted and memory.version == version_of(length) and known + new <= size:
+                filled = known
+            else:
+                filled = int(length)
+        if filled + new > size:
+            raise CacheFullError(
+                f"the static KV cache holds {size} tokens; {filled} are filled and this step adds {new}. Make it "
+                f"larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
+            )
+        return filled + new
+
+    def _note_room(self, args: Sequence[Any], filled: int | None) -> None:
+        capacity = self.program.capacity
+        if filled is not None and capacity is not None and capacity.length < len(args):
+            memory = self._memory_of(args)
+            memory.filled, memory.version = filled, version_of(args[capacity.length])
+
+    def _memory_of(self, args: Sequence[Any]) -> Memory:
+        return self.compiled.memories.of(self._keys(args))
+
+    def _keys(self, args: Sequence[Any]) -> Tensor:
+        """Returns the tensor of a static cache's keys that it is known by."""
+        before, _ = self.program.keys
+        assert before is not None, "a static cache is written in place"
+        keys: Tensor = args[before]
+        return keys
 
     def _policy_at(self, depth: int | None) -> ExitPolicy:
         if not self.decodes:
             return self.policy
         return self.policy.in_this_thread() if depth is None else self.policy.at(depth)
 
-    def _logits_of(self, tokens: DraftVocab | None) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._wanted is None else self._wanted.only(tokens)
-
-    def _run(self, runner: Runner, slots: list, policy: ExitPolicy) -> _Taken:
-        """Runs blocks, tail and head of a step."""
-        bars = bars_of(policy, self.program.candidates, self.num_blocks)
-        last, done, scores, entropy = bars.last, 0, [], None
-        if bars.early is not None:
-            entropy = self._previous_entropy(slots)
-            if entropy is not None and -entropy > bars.early[1]:
-                last = bars.early[0]
-        for depth, bar in bars.stops:
-            runner.blocks(slots, done, depth)
-            done = depth
-            if bar is None:
-                continue
-            scores.append(runner.read_score(slots, depth))
-            if scores[-1] > bar:
-                last = depth
-                break
-        else:
-            runner.blocks(slots, done, last)
-        if last < self.num_blocks:
-            runner.tail(slots, last)
-        if self._remembers and self._cache_out is not None:
-            self._memories.keep(slots[self._cache_out], runner.head_score(slots))
-        return _Taken(last, tuple(scores), entropy)
-
-    def _previous_entropy(self, slots: list) -> float | None:
-        entropy = None if self._cache_in is None else self._memories.recall(slots[self._cache_in])
-        return None if entropy is None else entropy.item()
-
-    def _record(self, args: Sequence[Any], taken: _Taken, started: float) -> None:
+    def _record(self, state: StepState, taken: Taken, started: float) -> None:
         """Counts a step and shows it to observers."""
-        thread, seconds = threading.get_ident(), time.perf_counter() - started
-        step = StepRecord(taken.depth, taken.scores, self.decodes, thread, self._stats.model_id, taken.entropy, seconds)
-        self._stats.count(step)
-        _steps(self, args, step)
-
-    def _cache(self, args: Sequence[Any]) -> Any:
-        """Returns the tensor of the KV cache that tells sequences apart, before the step."""
-        return None if self._cache_in is None or self._cache_in >= len(args) else args[self._cache_in]
+        self._stats.count(taken.depth, self.decodes)
+        if _steps:
+            seconds, thread = time.perf_counter() - started, threading.get_ident()
+            model = self._stats.model_id
+            step = StepRecord(taken.depth, taken.scores, self.decodes, thread, model, taken.entropy, seconds)
+            _steps(self, state, step)
 
 
 @contextlib.contextmanager
@@ -234,11 +243,15 @@ def last_token_alone(alone: bool = True) -> Iterator[None]:
         _last_token.reset(before)
 
 
-def on_step(observer: Callable[[RiverExecutor, Sequence[Any], StepRecord], object]) -> AbstractContextManager[None]:
-    """Inside, calls `observer(executor, args, record)` after every step in the process, with its graph's inputs."""
+def on_step(observer: Callable[[RiverExecutor, StepState, StepRecord], object]) -> AbstractContextManager[None]:
+    """Inside, calls `observer(executor, state, record)` after every step in the process."""
     return _steps.added(observer)
 
 
 def on_call(observer: Callable[[RiverExecutor, Sequence[Any], tuple], object]) -> AbstractContextManager[None]:
-    """Inside, calls `observer(executor, args, outputs)` after every step in the process: its graph's."""
+    """Inside, calls `observer(executor, args, outputs)` after every call that Dynamo makes: its graph's."""
     return _calls.added(observer)
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.cpu().contiguous().numpy().data).hexdigest()[:12]

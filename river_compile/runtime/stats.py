@@ -178,6 +178,7 @@ class ExitStats:
     Attributes:
         model_id: identifies the model in traces, unique in the process.
         decode, prefill: decode steps and prompts by depth.
+        prompts: how many of these there were.
     """
 
     def __init__(self) -> None:
@@ -186,6 +187,7 @@ class ExitStats:
         self.exact = ExactStats()
         self.decode: Counter[int] = Counter()
         self.prefill: Counter[int] = Counter()
+        self.prompts = 0
         self._lock = threading.Lock()
 
     @property
@@ -193,10 +195,11 @@ class ExitStats:
         """Forward passes."""
         return self.decode.total() + self.prefill.total()
 
-    def count(self, step: StepRecord) -> None:
-        """Counts a step."""
+    def count(self, depth: int, decode: bool) -> None:
+        """Counts a pass."""
         with self._lock:
-            (self.decode if step.decode else self.prefill)[step.depth] += 1
+            (self.decode if decode else self.prefill)[depth] += 1
+            self.prompts += not decode
 
     def count_cycle(self, cycle: CycleRecord) -> None:
         """Counts a cycle of exact mode and shows it to those who observe cycles."""

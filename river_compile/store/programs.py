@@ -11,7 +11,6 @@ share a model, offloaded blocks.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import threading
@@ -27,34 +26,39 @@ from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
 from river_compile.kernels.native.build import CannotBuild
+from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.store.codec import NotStorable, dumps, loads
 from river_compile.store.folder import Entry, enabled, keep_bound
-from river_compile.store.graphs import NotStorable, dumps, loads
-from river_compile.store.stored_pass import StoredPass, named
+from river_compile.store.inputs import arguments, named, of_one_token
 from river_compile.upstream.transformers import is_of_transformers
 
 log = logging.getLogger("river_compile.store")
 _ENDING = ".pass"
 Origin = Literal["traced", "stored", "derived"]
-# Builds a program, a derived one after rewriting it: (the pass, the graph's inputs, its origin) -> what runs it.
-Build = Callable[[StoredPass, list[Any], Origin], RiverExecutor]
+# Builds a program, or rewrites a decoder first: (what, the names of its inputs, their values, its origin) -> what runs
+# it.
+Build = Callable[[Program | RiverProgram, Sequence[str], Sequence[Any], Origin], RiverExecutor]
 
 
 class Recalled(NamedTuple):
-    """A pass that was found: what runs it, its graph's inputs, and what is stored of it."""
+    """A pass that was found: what runs it, and the program's inputs."""
 
     executor: RiverExecutor
     args: list[Any]
-    stored: StoredPass
 
 
 @dataclass
 class _Known:
-    """A pass, and what returns its executor: None where there is none yet, or none any more."""
+    """A program, and what returns its executor: None where there is none yet, or none any more.
 
-    stored: StoredPass
+    Attributes:
+        traced: the decoder that Dynamo traced in this process, None for others.
+    """
+
+    program: Program
     executor: Callable[[], RiverExecutor | None]
-    origin: Origin
+    traced: RiverProgram | None = None
 
 
 class Programs:
@@ -75,7 +79,7 @@ class Programs:
         self._usable = config.offload is None
         self._identity: str | None = None
         self._known: dict[str, list[_Known]] = {}
-        self._new: list[tuple[str, StoredPass]] = []
+        self._new: list[tuple[str, Program]] = []
         self._lock = threading.Lock()  # (threads may generate with one model)
         self._about = ""
 
@@ -110,18 +114,18 @@ class Programs:
         entry, signature = self._entry(), _signature(kind, inputs, cache)
         if signature not in self._known:
             read = [] if entry is None else _read(entry, signature)
-            self._known[signature] = [_Known(stored, lambda: None, "stored") for stored in read]
+            self._known[signature] = [_Known(program, lambda: None) for program in read]
         for known in self._known[signature]:
-            args = known.stored.arguments(model, inputs, cache)
+            args = arguments(known.program, model, inputs, cache)
             if args is None:
                 continue
             executor = known.executor()
             if executor is None:
-                executor = self._build(known.stored, args, "stored")
-                known.executor = functools.partial(_same, executor)
+                executor = self._build(known.program, _names(known.program), args, "stored")
+                known.executor = _always(executor)
                 if entry is not None:
                     entry.used()
-            return Recalled(executor, args, known.stored)
+            return Recalled(executor, args)
         return None
 
     def _follow(self, kind: object, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
@@ -130,19 +134,21 @@ class Programs:
             return None
         signature = _signature(kind, inputs, cache)
         for known in self._known.get(_signature(kind, inputs, cache, one_token=False), ()):
-            found = known.stored.of_one_token() if known.origin == "traced" else None
-            args = None if found is None else found.arguments(model, inputs, cache)
-            if found is None or args is None:
+            one = None if known.traced is None else of_one_token(known.program, known.traced)
+            if one is None:
                 continue
-            executor = self._build(found, args, "derived")
-            stored = replace(found, program=executor.program)
-            self._add(signature, _Known(stored, functools.partial(_same, executor), "derived"))
-            return Recalled(executor, args, stored)
+            args = arguments(replace(known.program, inputs=one.inputs, conditions=one.conditions), model, inputs, cache)
+            if args is None:
+                continue
+            executor = self._build(one.found, [given.name for given in one.inputs], args, "derived")
+            executor.locate(one.locate(executor.program))
+            self._add(signature, _Known(executor.program, _always(executor)))
+            return Recalled(executor, args)
         return None
 
     def _add(self, signature: str, known: _Known) -> None:
         self._known.setdefault(signature, []).append(known)
-        self._new.append((signature, known.stored))
+        self._new.append((signature, known.program))
 
     def _entry(self, about: str = "") -> Entry | None:
         """Returns the model's folder in the store, None where nothing is stored."""
@@ -150,29 +156,14 @@ class Programs:
         return Entry(self._identity, about) if self._stores and enabled() else None
 
     def keep(
-        self,
-        kind: object,
-        model: PreTrainedModel,
-        inputs: Mapping[str, Any],
-        cache: Cache,
-        executor: RiverExecutor,
-        args: Sequence[Any],
-        logits: int,
-        matrices: tuple[str, ...],
+        self, kind: object, inputs: Mapping[str, Any], cache: Cache, executor: RiverExecutor, traced: RiverProgram
     ) -> None:
-        """Keeps a pass that Dynamo traced in this call, with the graph's inputs; see :class:`StoredPass`."""
+        """Keeps a pass that Dynamo traced in this call, of a located program."""
         signature = _signature(kind, inputs, cache)
         if any(known.executor() is executor for known in self._known.get(signature, ())):
             return  # (one graph may serve several widths)
-        try:
-            stored = StoredPass.of(
-                executor.program, executor.inputs, matrices, logits, model=model, args=args, inputs=inputs, cache=cache
-            )
-        except NotStorable as why:
-            log.info("a pass is not stored: %s", why)
-        else:
-            with self._lock:
-                self._add(signature, _Known(stored, weakref.ref(executor), "traced"))  # (Dynamo may drop it)
+        with self._lock:
+            self._add(signature, _Known(executor.program, weakref.ref(executor), traced))  # (Dynamo may drop it)
 
     def write(self) -> None:
         """Writes, at the end of a call, what is to be stored."""
@@ -181,9 +172,9 @@ class Programs:
         entry = None if self._identity is None else self._entry(self._about)
         if entry is None:
             return
-        for signature, stored in new:
+        for signature, program in new:
             try:
-                content = dumps(stored)
+                content = dumps(program)
             except NotStorable as why:
                 log.info("a pass is not stored: %s", why)
                 continue
@@ -192,11 +183,15 @@ class Programs:
             keep_bound()
 
 
-def _same(executor: RiverExecutor) -> RiverExecutor:
-    return executor
+def _always(executor: RiverExecutor) -> Callable[[], RiverExecutor]:
+    return lambda: executor
 
 
-def _read(entry: Entry, signature: str) -> list[StoredPass]:
+def _names(program: Program) -> list[str]:
+    return [given.name for given in program.inputs]
+
+
+def _read(entry: Entry, signature: str) -> list[Program]:
     found = []
     for name in entry.names(_ENDING):
         content = entry.read(name) if name.startswith(signature) else None
@@ -205,9 +200,7 @@ def _read(entry: Entry, signature: str) -> list[StoredPass]:
         try:
             found.append(loads(content))
         except NotStorable as why:
-            log.info("%s is left out: %s", name, why)
-        except Exception as error:  # (whatever bytes of another kind lead to)
-            entry.damaged(name, f"{type(error).__name__}: {error}")
+            entry.damaged(name, why)
     return found
 
 

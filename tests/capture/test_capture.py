@@ -15,7 +15,6 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,9 +24,7 @@ from transformers import StaticCache
 
 import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, report, river
-from river_compile.capture import capture_cache, units
-from river_compile.capture.device import CaptureFailed, captured_by
-from river_compile.upstream.tensors import lie_at
+from river_compile.runtime.captures import CaptureFailed, captured_by
 from tests.support.captured import (
     CAPACITY,
     DEVICES,
@@ -38,7 +35,6 @@ from tests.support.captured import (
     STEP,
     Decoder,
     assert_same,
-    captured,
     capturing,
     check,
     run,
@@ -46,7 +42,7 @@ from tests.support.captured import (
 )
 from tests.support.decoding import cache_argument, decode, new_cache
 from tests.support.families import make, prompt
-from tools.recorder import StaleReplay
+from tools.recorder import Recorder, StaleReplay
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +57,15 @@ def shared(request, recorded) -> Decoder:
 
 
 @pytest.fixture
-def decoder(shared) -> Iterator[Decoder]:
-    """A decoder that launches in order unless the test says otherwise."""
+def decoder(shared) -> Decoder:
     run(shared, [STAY])
-    yield from _in_order(shared)
+    return shared
 
 
 @pytest.fixture
-def recorder(recorded) -> Iterator[Decoder]:
+def recorder(recorded) -> Decoder:
     run(recorded, [STAY])
-    yield from _in_order(recorded)
-
-
-def _in_order(decoder: Decoder) -> Iterator[Decoder]:
-    launcher = decoder.runner.launcher
-    bound = launcher.max_captures
-    yield decoder
-    launcher.max_captures = bound
+    return recorded
 
 
 class TestSameBits:
@@ -141,15 +129,14 @@ class TestOrder:
 
     def ready(self, recorder):
         cache = recorder.start()
-        for tau in (2.0, 2.0, -1.0, -1.0):
+        for tau in (2.0, 2.0, 2.0, -1.0, -1.0, -1.0):
             recorder.step(cache, 4, threshold=tau)
         return cache
 
     def events(self, recorder, cache, tau):
-        events = recorder.runner.device.events
-        events.clear()
+        Recorder.events.clear()
         recorder.step(cache, 5, threshold=tau)
-        return [f"{e.what} {e.name}".strip() for e in events if e.what != "run"]
+        return [f"{e.what} {e.name}".strip() for e in Recorder.events if e.what != "run"]
 
     def test_every_flag_is_awaited_before_the_next_launch(self, recorder):
         cache = self.ready(recorder)
@@ -158,29 +145,15 @@ class TestOrder:
         assert self.events(recorder, cache, 2.0) == [*never, "launch last 3-4", "end"]
         assert self.events(recorder, cache, -1.0) == [*never[:2], "launch tail 1", "end"]
 
-    def test_a_session_compares_addresses_of_its_first_steps_alone(self, monkeypatch):
-        """Parameters and cache stay where they are for a call of generate: more tokens compare nothing more."""
-        torch._dynamo.reset()  # (a session binds the model's one graph, and others' of this class would be more)
-        model = river_compile.accelerate(make("llama"), "fast", store=False, **capturing(threshold=0.85))
-        ids, compared = prompt(), []
-        monkeypatch.setattr(capture_cache, "lie_at", lambda *given: (compared.append(1), lie_at(*given))[1])
-        counts, texts = [], []
-        for tokens in (12, 12, 24):  # (the first call captures)
-            compared.clear()
-            with river_compile.trace() as steps:
-                texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens))
-            counts.append(len(compared))
-        assert len({step.depth for step in steps.tokens}) > 1
-        assert counts[2] == counts[1] < 12
-        assert texts[0].equal(texts[1])
-        assert texts[0].equal(texts[2][:, : texts[0].shape[1]])
-
-    def test_inputs_are_copied_by_one_call_and_results_by_another(self, recorder):
+    def test_a_state_is_found_by_its_cache_and_replays(self, recorder):
+        """A step copies its inputs into the state's, replays, and returns copies: nothing else runs."""
         cache = self.ready(recorder)
-        events = recorder.runner.device.events
-        events.clear()
+        Recorder.events.clear()
         recorder.step(cache, 5, depth=1)
-        assert [e.what for e in events] == ["run", "launch", "launch", "run", "end"]
+        recorder.step(cache, 5, depth=1)
+        Recorder.events.clear()
+        recorder.step(cache, 5, depth=1)
+        assert [f"{e.what} {e.name}".strip() for e in Recorder.events] == ["launch span 0-1", "launch tail 1", "end"]
 
 
 class TestStaleness:
@@ -189,34 +162,34 @@ class TestStaleness:
     @pytest.fixture
     def cache(self, recorder):
         cache = recorder.start()
-        for tau in (2.0, 2.0, -1.0, -1.0):
+        for tau in (2.0, 2.0, 2.0, -1.0, -1.0, -1.0):
             recorder.step(cache, 4, threshold=tau)
         return cache
 
     def test_a_replay_on_moved_inputs_is_refused(self, recorder, cache):
-        graph = recorder.runner.launcher.graphs()[-1]
-        slots = [torch.zeros(1) if i in graph.unit.keys else None for i in range(max(graph.unit.reads) + 1)]
+        state = recorder.state
+        moved = next(i for i, slot in enumerate(state.slots) if isinstance(slot, torch.Tensor) and slot.dim() == 4)
+        state.slots[moved] = state.slots[moved].clone()
         with pytest.raises(StaleReplay, match="has moved since the capture"):
-            recorder.runner.device.launch(graph, slots)
+            recorder.executor.step(state, 1)
 
     def test_a_buffer_that_nobody_wrote_in_this_step_is_no_number(self, recorder, cache, monkeypatch):
         """A tail whose span was left out reads an earlier token's hidden state: NaN here."""
         assert recorder.step(cache, 5, threshold=-1.0).isfinite().all()
-        runner = recorder.runner
-        launch = runner.device.launch
+        launch = Recorder.launch
 
-        def leave_out(graph, slots):
-            if graph.unit.name == "span 0-1":
-                runner.flags[0] = 1.0
+        def leave_out(device, recording):
+            if recording.unit.name == "span 0-1":
+                recording.flags[1] = 1.0
             else:
-                launch(graph, slots)
+                launch(device, recording)
 
-        monkeypatch.setattr(runner.device, "launch", leave_out)
+        monkeypatch.setattr(Recorder, "launch", leave_out)
         assert recorder.step(cache, 5, threshold=-1.0).isnan().all()
 
     def test_a_flag_read_without_waiting_is_no_number(self, recorder, cache, monkeypatch):
         """Then no token ever leaves."""
-        monkeypatch.setattr(recorder.runner.device, "wait", lambda: None)
+        monkeypatch.setattr(Recorder, "wait", lambda device: None)
         with river_compile.trace() as seen:
             recorder.step(cache, 5, threshold=-1.0)
         assert [step.depth for step in seen.tokens] == [LAYERS]
@@ -250,14 +223,6 @@ class TestCaches:
         del caches, cache
         gc.collect()
         assert [ref() for ref in gone] == [None] * 2 * LAYERS
-
-    def test_captures_are_bounded_and_the_oldest_gives_way(self, decoder):
-        decoder.runner.launcher.max_captures = 3
-        dropped = decoder.log.dropped
-        check(decoder, [(0, depth, None) for depth in (0, 0, 1, 1, 2, 2, 0, 0, 1, 1)])
-        assert decoder.log.alive == 3
-        assert decoder.log.dropped > dropped
-        assert "dropped (max_captures)" in str(report(decoder.model))
 
     @pytest.mark.gpu
     def test_device_memory_returns(self):
@@ -311,7 +276,7 @@ class TestReported:
         """The decoder is the test's own: on a cache at a freed one's addresses nothing would be captured anew."""
         decoder = Decoder(device=device, layers=2)
         run(decoder, [STAY])
-        with caplog.at_level(logging.INFO, logger="river_compile.capture.device"):
+        with caplog.at_level(logging.INFO, logger="river_compile.runtime.captures"):
             run(decoder, [(0, 1, None)] * 3)
         lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("captured")]
         assert len(lines) == 2
@@ -330,40 +295,29 @@ class TestReported:
         with captured_by(None), wanted:
             Decoder(compiled_prompts=True).start()
 
-    @pytest.mark.parametrize(("name", "value"), [("cudagraphs", "yes"), ("max_captures", 0), ("cudagraphs", 1)])
+    @pytest.mark.parametrize(("name", "value"), [("cudagraphs", "yes"), ("cudagraphs", 1)])
     def test_bad_values(self, name, value):
         with pytest.raises(OptionError, match=f"{name}={value!r} is not allowed"):
             RiverConfig.from_options({name: value})
 
-    def test_a_unit_whose_capture_fails_runs_uncaptured_and_says_so(self):
+    def test_a_unit_whose_capture_fails_runs_uncaptured_and_says_so(self, monkeypatch):
         """The others are captured, and the failed one is not tried again."""
         decoder = Decoder(layers=2)
         decoder.step(decoder.start(), 3, depth=1)
-        device, tries = decoder.runner.device, []
-        capture = device.capture
+        kind, tries = decoder.executor.captures.kind, []
+        capture = kind.capture
 
-        def fail(unit, slots, outputs, buffer):
+        def fail(device, unit, *arguments):
             if unit.name == "tail 1":
                 tries.append(unit)
                 raise CaptureFailed("operation not permitted when stream is capturing")
-            return capture(unit, slots, outputs, buffer)
+            return capture(device, unit, *arguments)
 
-        device.capture = fail
+        monkeypatch.setattr(kind, "capture", fail)
         check(decoder, [(0, 1, None)] * 4)
         assert decoder.log.uncaptured_units["tail 1"] == "operation not permitted when stream is capturing"
         assert {c.unit for c in decoder.log.captures} == {"span 0-1"}
         assert len(tries) == 1
-
-    def test_what_stands_in_the_way_is_worked_out_once(self, decoder, monkeypatch):
-        """Looking a unit up must not walk its graphs: it happens at every check of every token."""
-        cache, walks = decoder.start(), []
-        ways = [{"threshold": 2.0}, {"threshold": -1.0}, {"depth": 0}, {"depth": LAYERS}]
-        for way in ways:
-            decoder.step(cache, 3, **way)
-        monkeypatch.setattr(units, "obstacle", lambda segment, _home: walks.append(segment.name))
-        for way in ways:
-            decoder.step(cache, 4, **way)
-        assert walks == []
 
     def test_a_full_cache_is_an_error_and_the_executor_goes_on(self, decoder):
         full, free = decoder.start(0), decoder.start(1)
@@ -394,19 +348,19 @@ class TestSizes:
         assert_same([*range(12)], expected, actual)
         assert {c.batch for g in report(decoder.model).graphs for c in g.captures.captures} == {1, 2, 3}
 
-    def test_a_growing_mask_leaves_the_prologue_uncaptured(self):
-        """Hand-fed 2-D masks change their length with every token: later spans are captured, the first one is not."""
+    def test_a_growing_mask_keeps_passes_uncaptured(self):
+        """Hand-fed 2-D masks change their length with every token: nothing comes twice, and the log names the mask."""
         model = make("llama", layers=3)
         model.compile(backend=river, options=capturing())
-        depths = [2, 2, 2, 2, 2, 2, None, None]
+        depths = [2, None] * 6
         caches = [new_cache(model, "static") for _ in range(2)]
         actual = decode(model, caches[0], depths, plain_prompt=True)
         with uncaptured(model):
             expected = decode(model, caches[1], depths, plain_prompt=True)
         assert_same(["prompt", *depths], (expected, caches[1:]), (actual, caches[:1]))
         log = report(model).graphs[-1].captures
-        assert "tail 2" in [c.unit for c in log.captures]
-        assert "attention_mask" in log.uncaptured_units["span 0-2"]
+        assert not log.captures
+        assert "attention_mask" in log.uncaptured_units["pass"]
 
     def test_dynamic_caches_are_not_captured(self):
         model = make("llama", layers=2)
@@ -440,10 +394,13 @@ class TestSizes:
 def test_executor_buffers_and_graphs_go_with_their_model(fresh_dynamo):
     decoder = Decoder(layers=2)
     run(decoder, [(0, 1, None)] * 3)
-    executor = weakref.ref(captured(decoder.model)[-1])
-    buffers = [weakref.ref(buffer) for _, buffer in executor().runner.launcher.buffers()]
+    executor = weakref.ref(decoder.executor)
+    cache = decoder.start()
+    for _ in range(3):
+        decoder.step(cache, 4, depth=1)
+    buffers = [weakref.ref(buffer) for buffer in decoder.state.buffers.values()]
     assert buffers
-    del decoder
+    del decoder, cache
     torch._dynamo.reset()
     gc.collect()
     assert executor() is None

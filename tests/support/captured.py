@@ -17,9 +17,8 @@ from transformers import StaticCache
 
 from river_compile import forced_depth, forced_threshold, report, river
 from river_compile.backend import executors_of
-from river_compile.capture.runner import CapturedRunner
 from river_compile.runtime.executor import RiverExecutor, on_step
-from river_compile.runtime.runner import PlainRunner
+from river_compile.runtime.state import StepState
 from tests.support.decoding import cache_argument, cache_state, run_plainly
 from tests.support.families import make, prompt
 
@@ -89,9 +88,14 @@ class Decoder:
         return run(**{k: v.to(self.device) for k, v in tensors.items()}, **held).logits
 
     @property
-    def runner(self) -> CapturedRunner:
-        """The runner of the newest captured graph."""
-        return captured(self.model)[-1].runner
+    def executor(self) -> RiverExecutor:
+        """Of the newest captured graph."""
+        return captured(self.model)[-1]
+
+    @property
+    def state(self) -> StepState:
+        """The newest one of it."""
+        return self.executor.states()[-1]
 
     @property
     def log(self):
@@ -101,20 +105,20 @@ class Decoder:
 
 def captured(model) -> list[RiverExecutor]:
     """Returns the executors of a model's captured graphs."""
-    return [executor for executor in executors_of(model) if isinstance(executor.runner, CapturedRunner)]
+    return [executor for executor in executors_of(model) if executor.captures is not None]
 
 
 @contextlib.contextmanager
 def uncaptured(model) -> Iterator[None]:
     """Inside, captured graphs of a model run as plain calls of the same steps. They must all have been compiled."""
-    runners = [(executor, executor.runner) for executor in captured(model)]
-    for executor, runner in runners:
-        executor.runner = PlainRunner(executor.program, runner.steps)
+    executors = [(executor, executor.captures) for executor in captured(model)]
+    for executor, _ in executors:
+        executor.captures = None
     launched = []
-    with on_step(lambda executor, args, step: launched.append(isinstance(executor.runner, CapturedRunner))):
+    with on_step(lambda executor, state, step: launched.append(state.device is not None)):
         yield
-    for executor, runner in runners:
-        executor.runner = runner
+    for executor, captures in executors:
+        executor.captures = captures
     assert not any(launched), "a graph was compiled inside"
 
 

@@ -1,0 +1,240 @@
+"""Freezes a rewritten decoder: values become numbered slots, and what a run asks of graphs is answered once.
+
+Not handled (None in the place of an example): inputs that are neither ordinary tensors nor integers. Writes through a
+view of a cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from river_compile.passes.capture_safety import fixed_inputs, obstacle
+from river_compile.passes.moe_router import chosen_experts
+from river_compile.passes.nodes import (
+    hints_of,
+    is_ordinary,
+    is_parameter,
+    is_tensor,
+    mutated_inputs,
+    rank,
+    source_of,
+    value_of,
+)
+from river_compile.passes.program import (
+    Capacity,
+    Code,
+    Example,
+    Input,
+    LastToken,
+    Program,
+    RiverProgram,
+    Segment,
+    SegmentSpec,
+    Size,
+    TensorSpec,
+)
+from river_compile.passes.segments import number_inputs
+
+
+def freeze(
+    program: RiverProgram,
+    lower: Callable[[Segment], Code],
+    names: Sequence[str],
+    matrices: Sequence[str],
+    native: bool,
+    width_matters: str,
+) -> Program:
+    """Returns a rewritten decoder without its traced graph.
+
+    Args:
+        program: the decoder, in which segments that are the same function share a graph.
+        lower: returns the code of a segment; called once for each graph.
+        names: how the user's code calls the inputs.
+        matrices, native, width_matters: as in :class:`Program`.
+    """
+    plan, slots, fixed = program.plan, program.slots, fixed_inputs(program.plan)
+    codes: dict[fx.Graph, SegmentSpec] = {}
+
+    def spec(segment: Segment) -> SegmentSpec:
+        known = codes.get(segment.graph)
+        if known is None:
+            places = {node: place for place, node in enumerate(segment.graph.find_nodes(op="placeholder"))}
+            experts = tuple((places[node], count) for node, count in chosen_experts(segment).items() if node in places)
+        made = SegmentSpec(
+            segment.kind,
+            segment.depth,
+            lower(segment) if known is None else known.code,
+            tuple(slots[node] for node in segment.inputs),
+            tuple(slots[node] for node in segment.outputs),
+            segment.packed,
+            segment.chooses_logits,
+            segment.has_score,
+            obstacle(segment, plan.device) if known is None else known.obstacle,
+            experts if known is None else known.experts,
+        )
+        return codes.setdefault(segment.graph, made) if known is None else made
+
+    inputs = tuple(
+        Input(name, example_of(value_of(node)), is_parameter(node), node in fixed)
+        for node, name in zip(program.inputs, names, strict=True)
+    )
+    values = [value_of(node) for node in slots]
+    return Program(
+        kind="decode" if plan.is_decode else "prefill",
+        cache="dynamic" if plan.cache == "dynamic" else "static",
+        device=plan.device,
+        dtype=value_of(plan.blocks[0].hidden_in).dtype,
+        inputs=inputs,
+        values=tuple(map(example_of, values[len(inputs) :])),
+        hints=tuple(sorted(_hints(values).items(), key=str)),
+        prologue=spec(program.prologue),
+        blocks=tuple(map(spec, program.blocks)),
+        head=spec(program.head),
+        twins=tuple(map(spec, program.twins)),
+        river_head=None if program.river_head is None else spec(program.river_head),
+        candidates=program.candidates,
+        kept=program.kept,
+        fusions=program.fusions,
+        returned=tuple(slots[node] for node in program.returned),
+        keys=_keys(program),
+        batch=size_of(plan.batch),
+        tokens=size_of(plan.query_length),
+        capacity=_capacity(program),
+        last_token=_last_token(program),
+        not_captured=_not_captured(program),
+        block_paths=tuple(block.path for block in plan.blocks),
+        matrices=tuple(matrices),
+        native=native,
+        width_matters=width_matters,
+    )
+
+
+def size_of(size: int | torch.SymInt) -> Size:
+    """Returns a size as a number or an expression of symbols."""
+    if isinstance(size, int):
+        return size
+    expr: sympy.Expr = size.node.expr
+    return expr if expr.free_symbols else int(expr)
+
+
+def example_of(value: Any) -> Example:
+    """Returns what a fake tensor or number is like, None for anything else."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return size_of(value)
+    if not isinstance(value, Tensor) or not is_ordinary(value):
+        return None
+    shape, stride = (tuple(map(size_of, sizes)) for sizes in (value.shape, value.stride()))
+    return TensorSpec(shape, stride, value.dtype, value.device, value.requires_grad)
+
+
+def assumed_of(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
+    """Returns what was assumed so far about the dynamic sizes of a graph, given the example values of its inputs.
+
+    The range of a number that no input has (a capacity that only Python reads) is no matter of the graph's.
+    """
+    sizes = [size.node for size in _sizes(values) if isinstance(size, torch.SymInt)]
+    if not sizes:
+        return ()
+    shapes, known = sizes[0].shape_env, {symbol for size in sizes for symbol in size.expr.free_symbols}
+    assumed = [shapes.replace(guard.expr) for guard in shapes.guards]
+    for symbol, bounds in shapes.var_to_range.items():
+        here = shapes.replace(symbol)
+        if not known.issuperset(here.free_symbols):
+            continue
+        assumed += [sympy.Ge(here, bounds.lower)] if bounds.lower.is_Integer else []
+        assumed += [sympy.Le(here, bounds.upper)] if bounds.upper.is_Integer else []
+    return tuple(expr for expr in dict.fromkeys(assumed) if expr != sympy.true)
+
+
+def _sizes(values: Iterable[object]) -> list[object]:
+    return [
+        size
+        for value in values
+        for size in ((*value.shape, *value.stride()) if isinstance(value, Tensor) and is_ordinary(value) else (value,))
+    ]
+
+
+def _hints(values: Iterable[object]) -> dict[sympy.Symbol, int]:
+    hints: dict[sympy.Symbol, int] = {}
+    for size in _sizes(values):
+        if isinstance(size, torch.SymInt):
+            known = hints_of(size.node.shape_env)
+            hints |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
+    return hints
+
+
+def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
+    """Returns the slots of a tensor that the first block with a cache keeps its tokens in, before and after a pass.
+
+    That is the tensor that is written in place, or the one that a pass gets and the longer one that it returns.
+    """
+    plan, slots = program.plan, program.slots
+    block = next(b for b in plan.blocks if b.kv.writes)
+    kv, part = block.kv, block.index + 1
+    if kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
+        targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
+        return (slots[targets[0]],) * 2 if targets else (None, None)
+    write = kv.writes[0]
+    stack, before = [write], None
+    while stack and before is None:
+        node = stack.pop()
+        if node.op == "placeholder" and rank(node) == rank(write) and node is not block.hidden_in:
+            before = node
+        stack += [n for n in node.all_input_nodes if plan.part_of.get(n, part) == part]
+    return (None if before is None else slots.get(before)), slots.get(write)
+
+
+def _capacity(program: RiverProgram) -> Capacity | None:
+    """Returns the room of the first static cache that is filled from the front; None where it cannot be read."""
+    slots = program.slots
+    found = (block.kv for block in program.plan.blocks if block.kv.capacity is not None and block.kv.lengths)
+    kv = next(found, None)
+    if kv is None:
+        return None
+    length = slots[kv.lengths[0]]
+    if isinstance(kv.capacity, int):
+        return Capacity(length, kv.capacity)
+    copied = (n for n in kv.writes if n.target is Tensor.index_copy_ and n.args[0] in slots)
+    written = next(copied, None)
+    return None if written is None else Capacity(length, None, slots[written.args[0]], written.args[1])
+
+
+def _last_token(program: RiverProgram) -> LastToken | None:
+    """Returns None where the heads read more of each token than its hidden state, or others read that."""
+    plan, hidden = program.plan, program.plan.blocks[-1].hidden_out
+    length = plan.query_length
+    symbol = None if isinstance(length, int) else length.node.expr
+    holder = number_inputs(program.inputs).get(symbol)
+    if holder is None or hidden in program.returned:
+        return None
+    for head in filter(None, (program.head, program.river_head)):
+        if any(symbol in free_symbols(value_of(n)) for n in head.inputs if n not in (hidden, holder)):
+            return None
+    return LastToken(program.slots[hidden], program.slots[holder], plan.token_axis)
+
+
+def _not_captured(program: RiverProgram) -> str | None:
+    """Returns why no unit of a graph can be captured, with the node if there is one; None if some can."""
+    plan = program.plan
+    for block in plan.blocks:
+        if block.kv.kind != "static":
+            where = source_of(block.kv.writes[0])
+            return f'the cache grows with every token; cache_implementation="static" keeps it in place (at {where})'
+    for block in plan.blocks:
+        made = next((c for w in block.kv.writes for c in mutated_inputs(w) if c.op != "placeholder"), None)
+        if made is not None:
+            return f"the cache is made in this pass (at {source_of(made)})"
+    for node in (n for segment in program.segments for n in segment.outputs):
+        if not isinstance(value_of(node), (Tensor, int, torch.SymInt)):
+            return f"a value that is neither tensor nor number goes from block to block (at {source_of(node)})"
+    written = {node for block in plan.blocks for node in block.kv.writes}
+    for node in program.returned:
+        if node in written or (node.op == "placeholder" and is_tensor(node)):
+            return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
+    return None

@@ -1,0 +1,183 @@
+"""Cuts a program into units: spans of blocks between exit checks, and one tail for each exit depth.
+
+    span a-b   [prologue,] blocks a+1..b, whose last check has a score
+    last a-L   [prologue,] blocks a+1..L and the head
+    tail d     [prologue,] twins d+1..L and the river's head
+
+A unit is captured as one graph. Where some of its segments cannot be captured, they and the others are units of their
+own (named "prologue", "span", "twins d" or "head" by what is in them). A unit reads and writes slots.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from river_compile.lowering.native import Callee
+from river_compile.passes.program import Program, Refusal, SegmentSpec
+
+SCORE, WANTED = -1, -2  # slots of no value of the graph: the latest score, and the list of logits that a head computes
+
+
+def gather(indices: Sequence[int]) -> Callable[[Sequence], Sequence]:
+    """Returns a function that picks these slots."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda slots: [slots[i] for i in indices]
+
+
+class Step:
+    """A segment with its callee and the tensors of its packed matmuls.
+
+    Attributes:
+        moves: whether it may compute with weights at another address in every run.
+    """
+
+    __slots__ = ("_outputs", "_take", "callee", "moves", "packed", "segment")
+
+    def __init__(self, segment: SegmentSpec, callee: Callee, packed: Sequence[Tensor], moves: bool = False) -> None:
+        self.segment, self.callee, self.packed, self.moves = segment, callee, tuple(packed), moves
+        self._take = gather(segment.inputs)
+        self._outputs = (*segment.outputs, *[SCORE] * segment.has_score)
+
+    def __call__(self, slots: list[Any]) -> None:
+        """Runs the segment: reads its inputs from the slots and puts its outputs there, its score in `SCORE`."""
+        self.run_as(self.callee, slots)
+
+    def run_as(self, callee: Callee, slots: list[Any]) -> None:
+        """Runs another callee in the place of the compiled segment."""
+        inputs = [*self._take(slots), *self.packed]
+        if self.segment.chooses_logits:
+            inputs.append(slots[WANTED])
+        for index, value in zip(self._outputs, callee(inputs), strict=True):
+            slots[index] = value
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (*self.segment.inputs, *[WANTED] * self.segment.chooses_logits)
+
+    @property
+    def writes(self) -> tuple[int, ...]:
+        return self._outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Steps that run one after the other.
+
+    Attributes:
+        depth: of a span the blocks executed at its end, of a tail those before it.
+        reads: slots whose values must be there when it starts.
+        writes: slots that are needed when it has ended.
+        flag: the depth whose flag takes its score (of a check, or of a head at L); None without one.
+        obstacle: why it cannot be captured, None where it can.
+    """
+
+    name: str
+    depth: int
+    steps: tuple[Step, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    flag: int | None
+    obstacle: Refusal | None
+
+    def run(self, slots: list[Any], flags: Tensor | None = None) -> None:
+        """Runs the steps on the slots, and sends the score to host memory without waiting for it."""
+        for step in self.steps:
+            step(slots)
+        if self.flag is not None and flags is not None:
+            flags[self.flag].copy_(slots[SCORE], non_blocking=True)
+
+
+class Units:
+    """The units of one program, each made when it is asked for.
+
+    Args:
+        steps: of each segment that can be reached.
+        obstacle: says why what a step runs cannot be captured, None where it can.
+    """
+
+    def __init__(
+        self, program: Program, steps: Mapping[SegmentSpec, Step], obstacle: Callable[[Step], Refusal | None]
+    ) -> None:
+        self._program, self._steps, self._device_obstacle = program, steps, obstacle
+        self._made: dict[tuple[SegmentSpec, ...], tuple[Unit, ...]] = {}
+
+    def span(self, start: int, end: int) -> tuple[Unit, ...]:
+        """Returns the units of blocks start+1..end: with the prologue before the first, with the head after block L."""
+        program = self._program
+        if start == end:
+            return ()
+        segments = (*self._first(start), *program.blocks[start:end])
+        return self._units((*segments, program.head) if end == program.num_blocks else segments, start)
+
+    def tail(self, depth: int) -> tuple[Unit, ...]:
+        """Returns the units of twins depth+1..L and their head; none at L."""
+        program = self._program
+        if depth == program.num_blocks:
+            return ()
+        return self._units((*self._first(depth), *program.twins[depth:], program.river_head or program.head), depth)
+
+    def way(self, depth: int) -> tuple[Unit, ...]:
+        """Returns the units of a token that leaves after `depth` blocks."""
+        return (*self.span(0, depth), *self.tail(depth))
+
+    def _first(self, start: int) -> tuple[SegmentSpec, ...]:
+        return () if start else (self._program.prologue,)
+
+    def _units(self, segments: tuple[SegmentSpec, ...], start: int) -> tuple[Unit, ...]:
+        if segments not in self._made:
+            groups = itertools.groupby(segments, lambda segment: self._obstacle(segment) is None)
+            self._made[segments] = tuple(self._unit(tuple(group), start) for _, group in groups)
+        return self._made[segments]
+
+    def _obstacle(self, segment: SegmentSpec) -> Refusal | None:
+        step = self._steps[segment]
+        if step.moves:
+            path = self._program.block_paths[segment.depth - 1]
+            return Refusal("offloaded weights lie elsewhere in every run", path)
+        return segment.obstacle or self._device_obstacle(step)
+
+    def _unit(self, segments: tuple[SegmentSpec, ...], start: int) -> Unit:
+        program, last = self._program, segments[-1]
+        steps = tuple(self._steps[segment] for segment in segments)
+        reads: dict[int, None] = {}
+        written: dict[int, None] = {}
+        for step in steps:
+            reads |= {slot: None for slot in step.reads if slot not in written}
+            written |= dict.fromkeys(step.writes)
+        is_end = last in (program.head, program.river_head)
+        needed = set(program.returned) | ({SCORE} if is_end and last.has_score else set())
+        if not is_end:
+            needed |= {slot for s in program.segments if s.depth > last.depth for slot in s.inputs}
+        flag = None
+        if last.has_score:
+            flag = program.num_blocks if is_end else last.depth
+        return Unit(
+            name=_name(segments, start, program.num_blocks),
+            depth=last.depth if last.kind == "block" else start,
+            steps=steps,
+            reads=tuple(reads),
+            writes=tuple(slot for slot in written if slot in needed),
+            flag=flag,
+            obstacle=next(filter(None, map(self._obstacle, segments)), None),
+        )
+
+
+def _name(segments: Sequence[SegmentSpec], start: int, num_blocks: int) -> str:
+    """Returns how logs and reports call a unit."""
+    kinds = {segment.kind for segment in segments}
+    if "block" in kinds:
+        blocks = [segment.depth for segment in segments if segment.kind == "block"]
+        return f"{'last' if 'head' in kinds else 'span'} {blocks[0] - 1}-{blocks[-1]}"
+    if "twin" in kinds:
+        depth = next(segment.depth for segment in segments if segment.kind == "twin") - 1
+        return f"{'tail' if kinds & {'head', 'river_head'} else 'twins'} {depth}"
+    if len(segments) == 1 or start == num_blocks:
+        return "prologue" if segments[0].kind == "prologue" else "head"
+    return segments[0].name

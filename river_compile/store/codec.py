@@ -1,0 +1,260 @@
+"""Programs as JSON, and back: numbers, names and the operators of their graphs.
+
+Reading builds the types below and nothing else: a name that is neither an operator nor one of the functions that traced
+models call is refused, so a damaged or foreign file is an error at worst.
+
+Not handled (a :class:`NotStorable`): graphs with attributes or submodules, such as constants of tensors, and inputs
+that have no example.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+import operator
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.node import _get_qualified_name
+from torch.utils._sympy import functions as sizes
+
+from river_compile.kernels import ops  # noqa: F401  (registers what programs call)
+from river_compile.passes import program as values
+from river_compile.passes.program import Code, Input, Program
+
+_TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(Program, Input, Code, values.SegmentSpec, values.Source, values.TensorSpec, values.Capacity),
+        *(values.LastToken, values.Fingerprint, values.Matmul, values.Refusal, values.KeptLinear, values.Fusion),
+    )
+}
+# What sizes are made of, and what is assumed of them.
+_EXPRESSIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(sympy, name)
+    for name in ("Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or", "Not")
+} | {
+    name: getattr(sizes, name)
+    for name in ("FloorDiv", "Mod", "PythonMod", "ModularIndexing", "CleanDiv", "CeilToInt", "Max", "Min")
+    if hasattr(sizes, name)
+}
+_NAMES = {kind: name for name, kind in _EXPRESSIONS.items()} | {
+    sympy.Equality: "Eq",
+    sympy.Unequality: "Ne",
+    sympy.GreaterThan: "Ge",
+    sympy.StrictGreaterThan: "Gt",
+    sympy.LessThan: "Le",
+    sympy.StrictLessThan: "Lt",
+}
+# Modules whose functions traced models call. (Of `torch`, only what its extension module defines: no `torch.load`.)
+_MODULES = (
+    *("torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch._C._fft"),
+    *("torch._C._linalg", "torch._tensor", "torch.amp.autocast_mode", "torch.fx.experimental.symbolic_shapes"),
+    *("torch._C", "torch.special", "torch.linalg", "torch.fft", "_operator", "operator", "math"),
+    *("river_compile.kernels.portable",),
+)
+_BUILTINS = ("abs", "float", "getattr", "int", "len", "max", "min", "round", "slice")
+
+
+class NotStorable(ValueError):
+    """Why a value cannot be written, or what was read is no program."""
+
+
+def dumps(program: Program) -> bytes:
+    """Returns a program as bytes.
+
+    Raises:
+        NotStorable: (a ``ValueError``) something in it cannot be written.
+    """
+    if any(given.example is None for given in program.inputs):
+        name = next(given.name for given in program.inputs if given.example is None)
+        raise NotStorable(f"{name} is neither an ordinary tensor nor an integer")
+    writer = _Writer()
+    content = writer.write(program)
+    return json.dumps({"codes": writer.codes, "program": content}, separators=(",", ":")).encode()
+
+
+def loads(data: bytes) -> Program:
+    """Returns what was written.
+
+    Raises:
+        NotStorable: (a ``ValueError``) it is no program, or calls what this process does not have.
+    """
+    try:
+        content = json.loads(data)
+        reader = _Reader()
+        for code in content["codes"]:
+            reader.codes.append(reader.read(code))
+        program = reader.read(content["program"])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RuntimeError) as error:
+        raise NotStorable(f"{type(error).__name__}: {error}") from error
+    if not isinstance(program, Program):
+        raise NotStorable(f"a {type(program).__name__} is no program")
+    return program
+
+
+class _Writer:
+    """Writes a value; codes that segments share are written once."""
+
+    def __init__(self) -> None:
+        self.codes: list[Any] = []
+        self._known: dict[Code, int] = {}
+        self._nodes: dict[fx.Node, int] = {}
+
+    def write(self, value: Any) -> Any:
+        if value is None or isinstance(value, (bool, str)) or type(value) in (int, float):
+            return value
+        if isinstance(value, Code):
+            if value not in self._known:
+                written = self._dataclass(value)
+                self._known[value] = len(self.codes)
+                self.codes.append(written)
+            return {"code": self._known[value]}
+        if is_dataclass(value) and type(value).__name__ in _TYPES:
+            return self._dataclass(value)
+        if isinstance(value, fx.GraphModule):
+            return {"graph": self._graph(value.graph)}
+        if isinstance(value, fx.Node):
+            return {"node": self._nodes[value]}
+        if isinstance(value, (tuple, list)):
+            return {"tuple" if isinstance(value, tuple) else "list": list(map(self.write, value))}
+        if isinstance(value, dict):
+            return {"dict": [[self.write(key), self.write(item)] for key, item in value.items()]}
+        if isinstance(value, slice):
+            return {"slice": [self.write(bound) for bound in (value.start, value.stop, value.step)]}
+        if isinstance(value, sympy.Basic):
+            return {"size": _expression(value)}
+        if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+            return {"torch": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {"device": str(value)}
+        if value is Ellipsis:
+            return {"ellipsis": True}
+        raise NotStorable(f"a {type(value).__name__} is no part of a program")
+
+    def _dataclass(self, value: Any) -> dict[str, Any]:
+        held = {field.name: self.write(getattr(value, field.name)) for field in fields(value)}
+        return {"type": type(value).__name__, **held}
+
+    def _graph(self, graph: fx.Graph) -> list[Any]:
+        written = []
+        for number, node in enumerate(graph.nodes):
+            if node.op in ("get_attr", "call_module"):
+                raise NotStorable(f"{node.name} reads {node.target}")
+            target = node.target if isinstance(node.target, str) else _target(node.target)
+            written.append([node.op, target, self.write(node.args), self.write(dict(node.kwargs)), node.name])
+            self._nodes[node] = number
+        return written
+
+
+class _Reader:
+    """Reads a value that a writer has written."""
+
+    def __init__(self) -> None:
+        self.codes: list[Any] = []
+        self._nodes: list[fx.Node] = []
+
+    def read(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "type" in value:
+            kind = _TYPES[value["type"]]
+            return kind(**{name: self.read(item) for name, item in value.items() if name != "type"})
+        ((kind, held),) = value.items()
+        readers: dict[str, Callable[[Any], Any]] = {
+            "code": lambda held: self.codes[held],
+            "graph": self._graph,
+            "node": lambda held: self._nodes[held],
+            "tuple": lambda held: tuple(map(self.read, held)),
+            "list": lambda held: list(map(self.read, held)),
+            "dict": lambda held: {self.read(key): self.read(item) for key, item in held},
+            "slice": lambda held: slice(*map(self.read, held)),
+            "size": _size,
+            "torch": _of_torch,
+            "device": torch.device,
+            "ellipsis": lambda held: Ellipsis,
+        }
+        return readers[kind](held)
+
+    def _graph(self, written: list[Any]) -> fx.GraphModule:
+        graph = fx.Graph()
+        self._nodes = []
+        for op, target, args, kwargs, name in written:
+            if op == "call_function":
+                target = _function(target)
+            elif op not in ("placeholder", "output", "call_method") or (
+                op == "call_method" and not hasattr(Tensor, target)
+            ):
+                raise NotStorable(f"{op} {target} is no part of a program")
+            self._nodes.append(graph.create_node(op, target, self.read(args), self.read(kwargs), name))
+        return fx.GraphModule(nn.Module(), graph, class_name="Segment")
+
+
+def _expression(value: sympy.Basic) -> Any:
+    if isinstance(value, sympy.Symbol):
+        return value.name
+    if value in (sympy.true, sympy.false):
+        return bool(value)
+    if isinstance(value, sympy.Integer):
+        return int(value)
+    name = _NAMES.get(type(value))
+    if name is None:
+        raise NotStorable(f"the size {value} is made by {type(value).__name__}")
+    return [name, *map(_expression, value.args)]
+
+
+def _size(held: Any) -> sympy.Basic:
+    if isinstance(held, str):
+        return sympy.Symbol(held, integer=True, positive=True)
+    if isinstance(held, bool):
+        return sympy.true if held else sympy.false
+    if isinstance(held, int):
+        return sympy.Integer(held)
+    name, *arguments = held
+    made: sympy.Basic = _EXPRESSIONS[name](*map(_size, arguments))
+    return made
+
+
+def _of_torch(name: str) -> Any:
+    found = getattr(torch, name)
+    if not isinstance(found, (torch.dtype, torch.memory_format, torch.layout)):
+        raise NotStorable(f"torch.{name} is no dtype")
+    return found
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, OpOverload):
+        return f"{target._schema.name}::{target._overloadname}"
+    if isinstance(target, OpOverloadPacket):
+        return f"{target._qualified_op_name}::"
+    name = getattr(target, "__name__", "")
+    name = f"torch.Tensor.{name}" if getattr(Tensor, name, None) is target else _get_qualified_name(target)
+    if _function(name) is not target:
+        raise NotStorable(f"{name} is another function than {target!r}")
+    return name
+
+
+def _function(name: str) -> Any:
+    """Returns an operator or a function by its name."""
+    if "::" in name:
+        space, short, overload = name.split("::")
+        packet: OpOverloadPacket = getattr(getattr(torch.ops, space), short)
+        return getattr(packet, overload) if overload else packet
+    module, _, attribute = name.rpartition(".")
+    if not module and attribute in _BUILTINS:
+        return getattr(builtins, attribute)
+    if module == "torch.Tensor":
+        return getattr(Tensor, attribute)
+    if module not in _MODULES:
+        raise NotStorable(f"{name} is not a function that programs call")
+    function = operator.attrgetter(attribute)(importlib.import_module(module))
+    own = module not in ("torch", "torch._C") or not hasattr(function, "__code__") or attribute.startswith("sym_")
+    if isinstance(function, type) or not callable(function) or not own:
+        raise NotStorable(f"{name} is not a function that programs call")
+    return function

@@ -1,0 +1,106 @@
+"""A program that was written is read as the same program; what is no program is an error and runs no code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import sympy
+import torch
+from torch import fx, nn
+
+from river_compile import accelerate
+from river_compile.backend import executors_of
+from river_compile.passes.program import Code, Fingerprint, Input, Program
+from river_compile.store.codec import NotStorable, dumps, loads
+from tests.support.examples import slow
+from tests.support.families import FAMILIES, each, make, prompt
+
+
+def programs_of(name: str, **options) -> list[Program]:
+    """Returns the programs of a prompt and of a step."""
+    torch._dynamo.reset()  # (or cache sizes of earlier tests make some of this one's dynamic)
+    model = accelerate(make(name, layers=3), store=False, quantizer="rtn", group_size=32, **options)
+    model.generate(prompt(), attention_mask=torch.ones_like(prompt()), max_new_tokens=6, do_sample=False)
+    found = [executor.program for executor in executors_of(model)]
+    assert {program.kind for program in found} == {"decode", "prefill"}
+    return found
+
+
+@pytest.mark.parametrize("name", each(FAMILIES, quick=["llama", "gemma2"]))
+@pytest.mark.parametrize("lowering", ["native", slow("eager")])
+def test_what_is_read_is_what_was_written(name, lowering):
+    """Targets, arguments and names of every graph, and every other field; segments that share code share it again."""
+    for program in programs_of(name, lowering=lowering):
+        again = loads(dumps(program))
+        assert fields(again) == fields(program)
+        for alike in filter(None, (program.blocks, program.twins)):
+            places = [segment.name for segment in alike]
+            read = [segment for segment in again.segments if segment.name in places]
+            assert len({id(segment.code) for segment in read}) == len({id(segment.code) for segment in alike})
+
+
+def fields(value):
+    """Returns a value with graphs as text and dataclasses as their fields."""
+    if isinstance(value, fx.GraphModule):
+        return [(n.op, str(n.target), str(n.args), str(n.kwargs), n.name) for n in value.graph.nodes]
+    if dataclasses.is_dataclass(value):
+        return {field.name: fields(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [*map(fields, value)]
+    return str(value) if isinstance(value, sympy.Basic) else value
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return programs_of("llama", lowering="eager")[0]
+
+
+def code(graph: fx.Graph, owner: nn.Module | None = None) -> Code:
+    return Code(fx.GraphModule(owner or nn.Module(), graph), "operators", Fingerprint("", ()))
+
+
+def test_a_graph_with_a_tensor_of_its_own_is_refused(program):
+    owner, graph = nn.Module(), fx.Graph()
+    owner.constant = torch.ones(2)
+    graph.output((graph.get_attr("constant"),))
+    head = dataclasses.replace(program.head, code=code(graph, owner))
+    with pytest.raises(NotStorable, match="reads constant"):
+        dumps(dataclasses.replace(program, head=head))
+
+
+def test_an_input_that_is_like_nothing_is_refused(program):
+    inputs = (Input("a_quantized_weight", None, True, True), *program.inputs[1:])
+    with pytest.raises(NotStorable, match="a_quantized_weight is neither an ordinary tensor nor an integer"):
+        dumps(dataclasses.replace(program, inputs=inputs))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.load",
+        "os.system",
+        "builtins.eval",
+        "eval",
+        "torch.hub.load",
+        "subprocess.run",
+        "torch.nn.Linear",
+        "aten::",
+    ],
+)
+def test_a_file_names_no_other_functions_than_models_call(target, program):
+    content = json.loads(dumps(program))
+    nodes = content["codes"][0]["module"]["graph"]
+    place = next(i for i, node in enumerate(nodes) if node[0] == "call_function")
+    nodes[place][1] = target
+    with pytest.raises(NotStorable):
+        loads(json.dumps(content).encode())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\x80\x05N.", b'{"codes": [], "program": 3}', b'{"codes": 7}']
+)
+def test_what_is_no_program_is_refused(content):
+    with pytest.raises(NotStorable):
+        loads(content)
