@@ -24,12 +24,13 @@ from benchmarks.roofline import Roofline
 from benchmarks.schedule import leaving_at
 from river_compile import decode, exact, report
 from river_compile.backend import executors_of
-from river_compile.capture.device import CaptureLog
 from river_compile.cli.timing import generate
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.exits import WHOLE, forced_depth
+from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.executor import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
-from river_compile.upstream.transformers import cache_argument, crop
+from river_compile.upstream.transformers import cache_argument
 
 _WARM_UP = 4  # tokens: the first runs, the second is captured
 _REPEATS = 3
@@ -283,7 +284,7 @@ class Loop:
         """Returns those of given tokens after the prompt, ``[tokens, V]``; `plain`: by the model as it is."""
         start = self._prompt.shape[1]
         steps = [self._call(ids, start + i, plain)[0, -1:] for i, ids in enumerate(self._fed.split(1, 1))]
-        crop(self.cache, _COMPARED)
+        KVCache(self.cache).rewind(_COMPARED)
         return torch.cat(steps)
 
     def profiled(self) -> dict:
@@ -296,12 +297,9 @@ class Loop:
         return counted(found.events(), tokens)
 
     def text(self, **how: Any) -> list[int]:
-        """Returns the new tokens of `model.generate`, into the loop's cache after the same prompt; takes them back."""
-        held = {cache_argument(self.model): self.cache, "attention_mask": torch.ones_like(self._prompt)}
-        self.cache.reset()
+        """Returns the new tokens of `model.generate` after the same prompt."""
         how |= {"max_new_tokens": self.new_tokens, "do_sample": False, "disable_compile": True}
-        ids = self.model.generate(self._prompt, **held, **how)
-        crop(self.cache, self.new_tokens - 1)
+        ids = self.model.generate(self._prompt, attention_mask=torch.ones_like(self._prompt), **how)
         return ids[0, self._prompt.shape[1] :].tolist()
 
     def text_in_steps(self, **how: Any) -> tuple[list[int], float]:
@@ -359,7 +357,7 @@ class Loop:
             ids = self._call(ids, position)[:, -1:].argmax(-1)
         self._synchronize()
         seconds = time.perf_counter() - start
-        crop(self.cache, tokens)
+        KVCache(self.cache).rewind(tokens)
         return seconds
 
     def _generate_rate(self, cache: StaticCache | None = None) -> float:

@@ -13,7 +13,6 @@ with a static cache; the rows take turns, once to warm up and then `--repeats` t
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
     exact_no_lookup  only the river drafts
-    exact_together   (batches) exact, rows keep only what held for all of them
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
 
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 LOOKUP = 10  # tokens that transformers' prompt lookup drafts, its documentation's value
 ROWS = ("plain", "exact", "exact_no_lookup", "prompt_lookup", "river")
-BATCH_ROWS = ("plain", "exact", "exact_together")
+BATCH_ROWS = ("plain", "exact")
 CONTEXT_ROWS = ("plain", "exact")
 IN_12_BITS = {"plain_12bit": "plain", "exact_12bit": "exact"}  # rows of the model with packed weights, as these
 RATIOS = (
@@ -55,7 +54,6 @@ RATIOS = (
     ("exact_12bit", "exact"),
     ("exact", "plain"),
     ("exact", "prompt_lookup"),
-    ("exact", "exact_together"),
     ("exact_no_lookup", "plain"),
     ("river", "plain"),
 )
@@ -158,7 +156,6 @@ class Bench:
         special = {
             "exact": {"custom_generate": exact},
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},
-            "exact_together": {"custom_generate": exact, "return_dict_in_generate": True},  # rows wait for each other
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
         }.get(row, {})
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}
@@ -263,7 +260,7 @@ def _row(repeats: list[dict], plain_texts: list[list[int]]) -> dict:
     return {
         "tokens_per_s": statistics.median(speeds),
         "by_repeat": speeds,
-        "tokens_per_cycle": sum(len(c.kept) for c in cycles) / sum(len(c.rows) for c in cycles) if cycles else None,
+        "tokens_per_cycle": sum(len(c.kept) for c in cycles) / len(cycles) if cycles else None,
         "acceptance": sum(c.accepted for c in cycles) / drafted if drafted else None,
         "time_shares": [s / sum(spent) for s in spent] if cycles else None,
         "same_texts": sum(a == b for a, b in zip(texts, plain_texts, strict=True)),
@@ -305,7 +302,7 @@ def show(outcome: dict) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json")
-    all_rows = {*ROWS, *BATCH_ROWS, *CONTEXT_ROWS, *IN_12_BITS}
+    all_rows = {*ROWS, *CONTEXT_ROWS, *IN_12_BITS}
     parser.add_argument("--new-tokens", type=common.number(16), default=96, help="tokens per text (%(default)s)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of prompts (all)")
     parser.add_argument("--prompts", type=common.number(1), default=2, help="of each group (%(default)s)")

@@ -67,10 +67,10 @@ def judge(cycles: Sequence[CycleRecord]) -> dict[str, Judged]:
     A token is judged where all before it held and the text went on: the backbone's own token ends each such cycle.
     """
     found: dict[str, Judged] = {}
-    for row in (row for cycle in cycles for row in cycle.rows):
-        went_on = row.kept[-1:] == ("backbone",)
-        for position, source in enumerate(row.drafted[: row.accepted + went_on]):
-            found.setdefault(source, Judged()).add(position, position < row.accepted)
+    for cycle in cycles:
+        went_on = cycle.kept[-1:] == ("backbone",)
+        for position, source in enumerate(cycle.drafted[: cycle.accepted + went_on]):
+            found.setdefault(source, Judged()).add(position, position < cycle.accepted)
     return found
 
 

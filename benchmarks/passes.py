@@ -34,12 +34,13 @@ def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
     measured: dict[str, float] = {}
 
     def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
+        from river_compile.decoding.kv_cache import KVCache
         from river_compile.decoding.session import Session
         from river_compile.exits import WHOLE
-        from river_compile.runtime.cache_pool import BorrowedCache
+        from river_compile.upstream.transformers import cache_of
 
         given = {name: value for name, value in arguments.items() if name not in NOT_THE_MODELS}
-        session = Session(model, BorrowedCache(model, given, None, False), WHOLE)
+        session = Session(model, given, KVCache(cache_of(given)), WHOLE)
         logits = session.prefill(input_ids, generation_config)
         session.allow_drafts(input_ids, logits, MAX_DRAFT, strict=False)
         ids = torch.cat([input_ids, input_ids[:, -1:]], 1)

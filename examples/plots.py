@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from river_compile import Calibration, Trace
 from river_compile.exits import threshold_text
-from river_compile.runtime.stats import RowCycle, StepRecord
+from river_compile.runtime.stats import CycleRecord, StepRecord
 
 _PER_LINE = 32
 _SOURCES = {  # of a token in exact mode: colour and meaning
@@ -97,11 +97,10 @@ def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[
     return _save_figure(figure, path)
 
 
-def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[RowCycle]) -> Path:
+def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[CycleRecord]) -> Path:
     """Draws each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
 
-    The cycles are those of one row. Each climbs like a staircase; grey outlines on its last step are drafted tokens
-    that did not hold.
+    Each cycle climbs like a staircase; grey outlines on its last step are drafted tokens that did not hold.
     """
     kept = sum(len(cycle.kept) for cycle in cycles)
     names = _names(texts, kept, "tokens kept in cycles", first=2)

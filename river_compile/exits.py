@@ -262,11 +262,13 @@ class Memory:
         entropy: of its latest logits, in nats, a scalar; None where none is known.
         filled: tokens in it once all steps launched so far have run; None where that is not known.
         version: how often PyTorch had seen the tensor change that counts them on the device.
+        left: how often it had seen the keys change when a decode step left them; None after a prompt.
     """
 
     entropy: Tensor | None = None
     filled: int | None = None
     version: int = 0
+    left: int | None = None
 
 
 class Memories:

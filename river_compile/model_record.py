@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from river_compile.config import RiverConfig
+from river_compile.decoding.kv_cache import PrefixPool
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
@@ -26,7 +27,6 @@ from river_compile.model_state import ModelLook
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
 from river_compile.progress import stage_shown
-from river_compile.runtime.cache_pool import CachePool
 from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
@@ -129,7 +129,7 @@ class GraphRecord:
 class Joinable(Protocol):
     """A batch that calls of generate may join."""
 
-    def join(self, call: Any, mode: Any, kwargs: Mapping[str, Any], shared: bool) -> object | None:
+    def join(self, call: Any, mode: Any, kwargs: Mapping[str, Any]) -> object | None:
         """Takes over a call of the batch's own thread, and returns what stands for its result; None if it does not."""
         ...
 
@@ -146,14 +146,18 @@ class ModelRecord:
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
     exit_stats: ExitStats = field(default_factory=ExitStats)
     exit_memories: Memories = field(default_factory=Memories)
-    drafts: DraftHistory = field(default_factory=DraftHistory)
-    cache_pool: CachePool = field(default_factory=CachePool)
+    drafts: DraftHistory = field(init=False)
+    prefixes: PrefixPool = field(default_factory=PrefixPool)
     plain_calls: PlainCalls = field(default_factory=PlainCalls)
     plain_runs: PlainRuns = field(default_factory=PlainRuns)
     programs: Programs | None = None  # that are stored, of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
+    batch_sizes: set[int] = field(default_factory=set)  # of prompts that ran
     told_of_batches: bool = False  # that another number of rows is compiled anew
     told_of_gradients: bool = False  # that passes which need them run plainly
+
+    def __post_init__(self) -> None:
+        self.drafts = DraftHistory(lambda: self.prepared)
 
     @property
     def statistics(self) -> Statistics:

@@ -135,7 +135,7 @@ def test_the_check_sees_circles_of_folders():
     [
         ("river_compile", "river_compile"),
         ("river_compile.config", "river_compile.config"),
-        ("river_compile.runtime.slots", "river_compile.runtime"),
+        ("river_compile.runtime.units", "river_compile.runtime"),
         ("river_compile.passes", "river_compile.passes"),
         ("river_compile.passes.nodes", "river_compile.passes.nodes"),
         ("river_compile.kernels.quant.grid", "river_compile.kernels.quant"),

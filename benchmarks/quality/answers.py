@@ -184,7 +184,7 @@ def _one_by_one(model: PreTrainedModel, problems: Problems, left: Sequence[int])
     for number in left:
         record, clock = find_record(model), Clock()
         if record is not None:
-            record.cache_pool.forget_texts()
+            record.prefixes.forget_texts()
         _generate(model, problems, number, clock, problems.new_tokens)
         yield number, clock, len(clock.ids) - 1, clock.times[-1] - clock.times[0]
 

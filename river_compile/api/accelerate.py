@@ -46,6 +46,7 @@ from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, shown
+from river_compile.lowering.choose import begin_kernels
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.compiled_call import CompiledCall, compiled_call
@@ -135,10 +136,11 @@ def accelerate(
             stacklevel=2,
         )
     elif exact_mode is None:
-        generate_in_own_loop(model, config)
+        generate_in_own_loop(model)
     else:
-        generate_exactly(model, exact_mode, config)
+        generate_exactly(model, exact_mode)
     vars(model)["_compiled_call_impl"] = call
+    begin_kernels(config, model.device)
     _use_store(model, config, store)
     return model
 
@@ -329,7 +331,7 @@ def free_cache(model: nn.Module) -> int:
         The bytes of their keys and values, 0 where none were kept.
     """
     record = find_record(model)
-    return 0 if record is None else record.cache_pool.free()
+    return 0 if record is None else record.prefixes.free()
 
 
 def bring_back(model: nn.Module) -> int:

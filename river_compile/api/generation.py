@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -22,14 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from river_compile.config import RiverConfig
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.mode import Call, ExactMode, decode
 from river_compile.decoding.session import Session
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import DecodeError, ExactModeError
 from river_compile.model_record import record_of
-from river_compile.runtime.captures import captures_expected
 from river_compile.runtime.compiled_call import uncompiled
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
@@ -41,16 +38,14 @@ _OURS = "river_compile_mode"  # an attribute of our function
 class _ExactOrPlain(ExactMode):
     """Exact mode that goes on without drafts if the prompt showed that they cannot be verified."""
 
-    def drafting(
-        self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
-    ) -> tuple[Drafter | None, bool]:
+    def drafting(self, call: Call, session: Session, logits: Tensor) -> Drafter | None:
         try:
-            return super().drafting(call, session, logits, shared, joins)
+            return super().drafting(call, session, logits)
         except ExactModeError as refusal:
             if self.strict:
                 raise
             _tell(call.model, refusal, by_backend=True)
-            return None, True
+            return None
 
 
 class _LateStreamer(BaseStreamer):
@@ -78,11 +73,8 @@ class _LateStreamer(BaseStreamer):
         self._begun = True
 
 
-def generate_exactly(model: PreTrainedModel, mode: ExactMode, config: RiverConfig) -> None:
-    """Makes ``model.generate`` use exact mode with the options of `mode`; copies and pickles have the class's again.
-
-    The model is compiled with `config`.
-    """
+def generate_exactly(model: PreTrainedModel, mode: ExactMode) -> None:
+    """Makes ``model.generate`` use exact mode with the options of `mode`; copies and pickles have the class's again."""
     options = dict(vars(mode))
 
     def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
@@ -93,30 +85,25 @@ def generate_exactly(model: PreTrainedModel, mode: ExactMode, config: RiverConfi
             theirs = {name: value for name, value in kwargs.items() if name not in options}
             return type(self).generate(self, *args, **theirs)
 
-    mode = _ExactOrPlain(**options)
-    _generate_by(model, (mode, replace(mode, static_cache=True)), config, ExactModeError, refused)
+    _generate_by(model, _ExactOrPlain(**options), ExactModeError, refused)
 
 
-def generate_in_own_loop(model: PreTrainedModel, config: RiverConfig) -> None:
+def generate_in_own_loop(model: PreTrainedModel) -> None:
     """Makes ``model.generate`` use `decode`, in the same way."""
 
     def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
         return type(self).generate(self, *args, **kwargs)
 
-    _generate_by(model, (decode, replace(decode, static_cache=True)), config, DecodeError, refused)
+    _generate_by(model, decode, DecodeError, refused)
 
 
 def _generate_by(
     model: PreTrainedModel,
-    loops: tuple[Callable[..., Any], Callable[..., Any]],
-    config: RiverConfig,
+    loop: Callable[..., Any],
     refusal: type[Exception],
     refused: Callable[[PreTrainedModel, tuple, dict[str, Any], Exception], Any],
 ) -> None:
-    """Gives a model a ``generate`` that goes through a loop, and through `refused` if the loop refuses.
-
-    Of the two loops the second one is used where static caches are faster.
-    """
+    """Gives a model a ``generate`` that goes through a loop, and through `refused` if the loop refuses."""
     plain = type(model).generate
 
     @functools.wraps(plain)
@@ -125,16 +112,13 @@ def _generate_by(
             return plain(self, *args, **kwargs)
         streamer = kwargs.get("streamer")
         late = {} if streamer is None else {"streamer": _LateStreamer(streamer)}
-        # (Its masks for a long static cache are code that Inductor's C++ does not compile for every size.)
-        flex = getattr(self.config, "_attn_implementation", None) == "flex_attention"
-        loop = loops[not flex and captures_expected(config, self.device, ranks_of(self.parameters()))]
         try:
             return plain(self, *args, **{**kwargs, "custom_generate": loop, **late})
         except refusal as reason:
             because = reason
         return refused(self, args, kwargs, because)
 
-    setattr(generate, _OURS, loops)
+    setattr(generate, _OURS, loop)
     method = MethodType(generate, model)
     keep_out_of_copies(model, _GENERATE)
     vars(model)[_GENERATE] = method

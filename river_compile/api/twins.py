@@ -127,7 +127,7 @@ def refresh(model: nn.Module) -> int:
     record = find_record(model)
     if record is None:
         return 0
-    record.cache_pool.forget_texts()
+    record.prefixes.forget_texts()
     pairs = [(site, site.sources.get()) for site in record.twins.all(lossless=True)]
     known = [(site, sources) for site, sources in pairs if sources is not None]
     # (Of another dtype or device: Dynamo traces the model anew, and its twins are packed then.)

@@ -75,7 +75,7 @@ def generate(
     """
     record = find_record(model)
     if fresh and record is not None:
-        record.cache_pool.forget_texts()
+        record.prefixes.forget_texts()
     clock = Clock()
     ends = _NoEnd(model.generation_config.eos_token_id, input_ids.shape[1] + (2 if end_early else new_tokens))
     options = {"logits_processor": LogitsProcessorList([ends]), **more}

@@ -4,7 +4,7 @@ Between a model's call and its graph stands Dynamo. It checks thousands of guard
 hundreds of modules, about a millisecond a token. Within one session the same graph runs with the same parameters and
 the same cache, and with other ids, masks and positions.
 
-Not handled (such passes go through the model each time): caches that grow, whose graphs return longer ones, and models
+Not handled (such passes go through the model each time): other caches than those of full static layers, and models
 whose code does more in a call than to run one graph.
 """
 
@@ -25,7 +25,6 @@ from river_compile.runtime.executor import RiverExecutor, on_call
 from river_compile.store.codec import NotStorable
 from river_compile.store.inputs import located, named
 from river_compile.upstream.dynamo import runs_one_graph
-from river_compile.upstream.transformers import is_static
 
 log = logging.getLogger("river_compile.decoding")
 
@@ -69,7 +68,7 @@ def locate(
         The graph, whose program knows its inputs now; None where a call does more than to run one graph, or where it is
         not known where an input came from.
     """
-    if len(calls) != 1 or not is_static(cache):
+    if len(calls) != 1:
         return None
     executor, args, outputs = calls[0]
     made = next((i for i, output in enumerate(outputs) if output is logits), None)
@@ -105,7 +104,18 @@ class BoundPass:
             for number, _ in self._given:
                 args[number] = args[number].clone()
         self.executor, self.state = executor, executor.bind(args)
-        self._latest = inputs  # what is in the state's
+        self.inputs: Mapping[str, Any] | None = inputs if owned else None  # whose tensors are the state's
+
+    @property
+    def args(self) -> Sequence[Any]:
+        """The program's inputs."""
+        return self.state.slots[: len(self.executor.program.inputs)]
+
+    def serves(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the program may run with these inputs of another session: they look as its own do."""
+        values = dict(named(inputs))
+        pairs = [(self.state.slots[number], values.get(name)) for number, name in self._given]
+        return all(isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
 
     def __call__(self, inputs: Mapping[str, Any], depth: int | None, blocks: Tensor | None) -> Tensor:
         """Runs the program with inputs of the same shapes, whose tokens have room in the cache.
@@ -119,14 +129,10 @@ class BoundPass:
             The logits ``[B, W, V]``, which the next run overwrites.
         """
         state = self.state
-        if inputs is not self._latest:
-            self._load(inputs)
+        if inputs is not self.inputs:
+            values = dict(named(inputs))
+            for number, name in self._given:
+                state.slots[number].copy_(values[name])
         state.only_logits(blocks)
         self.executor.step(state, depth)
         return state.logits
-
-    def _load(self, inputs: Mapping[str, Any]) -> None:
-        values = dict(named(inputs))
-        for number, name in self._given:
-            self.state.slots[number].copy_(values[name])
-        self._latest = inputs

@@ -15,8 +15,8 @@ would be alone, and an error or a streamer that raises ends that call alone.
 
 The model must not change while calls run: a change takes effect when the batch is empty.
 
-Not handled (such calls run by themselves, and the batch waits): batches of several rows, caches that the caller brings
-or gets back, sliding windows and recurrent states, strict exact mode, ranks that share a model. With early exits rows
+Not handled (such calls run by themselves, and the batch waits): batches of several rows, caches that the caller gets
+back, models that keep more than keys and values, strict exact mode, ranks that share a model. With early exits rows
 leave the backbone together, when the least sure one may: each token runs as many blocks as alone, or more.
 """
 
@@ -37,18 +37,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from river_compile.decoding.batch_session import BatchSession
-from river_compile.decoding.kept_prefix import prompt_of
+from river_compile.decoding.inputs import BY_SLOT
 from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.request import Request
-from river_compile.decoding.rewind import BY_SLOT
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
 from river_compile.errors import OptionError
 from river_compile.kernels.checks import integer
 from river_compile.model_record import record_of
-from river_compile.runtime.cache_pool import borrowed_cache
-from river_compile.upstream.transformers import is_static
 
 log = logging.getLogger("river_compile.continuous")
 
@@ -105,7 +102,7 @@ class _Joined:
     call: Call
     mode: Decode
     session: Session  # of the prompt
-    held: contextlib.ExitStack  # what the prompt borrows
+    text: Tensor | None = None  # whose entries are in the session's cache
     request: Request | None = None
 
 
@@ -232,45 +229,34 @@ class ContinuousBatch:
                 busy_seconds=self._busy,
             )
 
-    def join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any], shared: bool) -> object | None:
+    def join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> object | None:
         """Takes a call over from the generate that the batch's thread is in; called by the model's loop.
 
         Returns:
             What stands for the result; None where the call has to run by itself, or comes from another thread.
         """
         waiting = self._starting
-        if waiting is None or threading.current_thread() is not self._thread:
+        if waiting is None or threading.current_thread() is not self._thread or not self._can_join(call, mode, kwargs):
             return None
-        if not self._can_join(call, mode, kwargs, shared):
+        session = mode.session(call, kwargs)
+        if not session.kv.is_full:
             return None
-        held = contextlib.ExitStack()
-        pool, ids = self._record.cache_pool, call.ids_BS
-        look = self._record.look_at(self._model)
-        prompt = prompt_of(self._model, ids, call.config, kwargs, look, strict=False)
-        lent = held.enter_context(
-            borrowed_cache(pool, self._model, ids, call.config, dict(kwargs), shared, mode.static_cache, prompt)
-        )
-        cache = lent.cache
-        if cache is None or not is_static(cache) or any(layer.is_sliding for layer in cache.layers):
-            lent.keep_text(ids, lent.filled)
-            held.close()
-            return None
-        self._prompt = _Joined(waiting, call, mode, Session(self._model, lent, mode.depth, look), held)
-        self._prompt_tokens += ids.shape[1]
-        self._prompt_tokens_kept += lent.filled
+        self._prompt = _Joined(waiting, call, mode, session)
+        self._prompt_tokens += call.ids_BS.shape[1]
+        self._prompt_tokens_kept += session.kv.filled
         return self._prompt
 
-    def _can_join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any], shared: bool) -> bool:
+    def _can_join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> bool:
         strict = isinstance(mode, ExactMode) and mode.strict
         mask, positions = (kwargs.get(name) for name in ("attention_mask", "position_ids"))
         others = [n for n, value in kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
         return (
             len(call.ids_BS) == 1
-            and not (shared or strict or others or self._record.ranks.several)
+            and not (call.config.return_dict_in_generate or strict or others or self._record.ranks.several)
             and isinstance(positions, Tensor)
             and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
             and call.config.prefill_chunk_size is None
-            and (mode == self._mode or self._loop is None or not self._loop.rows)
+            and (mode == self._mode or self._loop is None or not self._loop.requests)
         )
 
     @property
@@ -324,12 +310,12 @@ class ContinuousBatch:
             logits = prompt.session.prefill_piece(call.ids_BS, call.config, _PIECE)
             if logits is None:
                 return
-            prompt.session.lent.keep_text(call.ids_BS, call.ids_BS.shape[1])
+            prompt.text = call.ids_BS
             self._become_row(prompt, logits)
         except Exception as error:
             self._end(prompt, error)
         self._prompt = None
-        prompt.held.close()
+        prompt.session.release(prompt.text, call.ids_BS.shape[1])
 
     def _start(self, waiting: _Waiting) -> None:
         """Makes a call up to where it joins; one that does not runs here."""
@@ -357,15 +343,13 @@ class ContinuousBatch:
             if loop is None or self._mode != prompt.mode or not self._batch.fits(session):
                 self._mode, self._batch = prompt.mode, BatchSession(session, self._limit)
                 self._batch.join(session, call.ids_BS)
-                drafter, _ = prompt.mode.drafting(call, self._batch, logits, shared=False, joins=True)
+                drafter = prompt.mode.drafting(call, self._batch, logits)
                 self._loop = loop = DecodeLoop(self._batch, drafter, shared=True)
             else:
                 self._batch.join(session, call.ids_BS)
-                if loop.drafter is not None:
-                    loop.drafter.take(self._batch.times)
             generator = torch.Generator(self._model.device)
             generator.set_state(prompt.waiting.random_state)
-            prompt.request = call.request(session.ranks, loop.drafter is not None, True, generator)
+            prompt.request = call.request(session.ranks, loop.drafter is not None, generator=generator)
             loop.admit(prompt.request, logits)
         except Exception as error:
             self._fail(error)
@@ -381,12 +365,12 @@ class ContinuousBatch:
         loop = self._loop
         try:
             if loop is not None:
-                loop.let_leave()
-                if loop.rows:
+                loop.drop_finished()
+                if loop.requests:
                     loop.advance()
         except Exception as error:
             self._fail(error)
-        ended = [joined for joined in self._joined if joined.request is None or not joined.request.texts.running]
+        ended = [joined for joined in self._joined if joined.request is None or not joined.request.runs]
         for joined in ended:
             self._end(joined, None if joined.request is None else joined.request.error)
         if ended and not self._joined:
@@ -405,7 +389,7 @@ class ContinuousBatch:
         if joined in self._joined:
             self._joined.remove(joined)
         request, future = joined.request, joined.waiting.future
-        new = 0 if request is None else request.texts.step_of(0)
+        new = 0 if request is None else request.new_tokens
         try:
             if error is None and joined.call.streamer is not None:
                 joined.call.streamer.end()
@@ -413,7 +397,7 @@ class ContinuousBatch:
             error = raised
         self._count(new)
         if error is None and request is not None:
-            future.set_result(joined.call.result(request.finish(), request, joined.session.cache))
+            future.set_result(request.finish())
         else:
             future.set_exception(error or RuntimeError("no text"))
 
@@ -430,7 +414,7 @@ class ContinuousBatch:
             if waiting.future.set_running_or_notify_cancel():
                 waiting.future.set_exception(error)
         if self._prompt is not None:
-            self._prompt.held.close()
+            self._prompt.session.release()
         for joined in self._held_calls:
             joined.waiting.future.set_exception(error)
         self._prompt, self._joined = None, []

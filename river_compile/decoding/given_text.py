@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StaticCache
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.session import Session
 from river_compile.model_record import record_of
-from river_compile.runtime.cache_pool import BorrowedCache
 from river_compile.twins.sampling import everything_counts
 from river_compile.upstream.transformers import cache_argument
 
@@ -35,23 +36,28 @@ class TextDecoder:
     Args:
         model: a causal language model, compiled or not.
         capacity: tokens of the longest text.
-
-    Attributes:
-        cache: the KV cache of the text that ran last.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self._model = model
         self._memories = record_of(model.parameters()).exit_memories
-        self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity)
+        self._kv = KVCache.of(model, capacity)
+
+    @property
+    def cache(self) -> Cache:
+        """The KV cache of the text that ran last."""
+        return self._kv.cache
 
     def prompt(self, ids_1S: Tensor) -> Tensor:
         """Runs a prompt on the emptied cache; returns its logits ``[S, V]``."""
         self.cache.reset()
+        self._kv.take_in()
         self._memories.of(self.cache.layers[0].keys).entropy = None  # (a prompt of one token would go on)
         kwargs = {cache_argument(self._model): self.cache, "use_cache": True, **everything_counts(self._model, ids_1S)}
-        self._session = Session(self._model, BorrowedCache(self._model, kwargs, None, False))
-        return self._session.prefill(ids_1S, GenerationConfig(), all_logits=True)[0]
+        self._session = Session(self._model, kwargs, self._kv)
+        logits = self._session.prefill(ids_1S, GenerationConfig(), all_logits=True)[0]
+        self._kv = self._session.kv
+        return logits
 
     def step(self, ids_1S: Tensor) -> Tensor:
         """Runs the last token of a text, all before it being in the cache; returns its logits ``[V]``."""
@@ -83,7 +89,7 @@ class TextDecoder:
                     getattr(layer, name).copy_(value)
                 else:
                     setattr(layer, name, value)
-        self._session.entries.filled = int(self.cache.get_seq_length())
+        self._session.kv.filled = int(self.cache.get_seq_length())
         self._memories.of(self.cache.layers[0].keys).entropy = saved.entropy
 
 

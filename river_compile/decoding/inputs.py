@@ -1,27 +1,31 @@
 """The inputs of a session's passes: ids, masks and positions, moved on in place from pass to pass.
 
-`generate` makes them anew for every pass, up to half a millisecond of it. On a static cache that no sliding window of
-has become full, a later pass sees some slots more or fewer, and its positions differ by as many.
+`generate` makes them anew for every pass, up to half a millisecond of it. On a cache of full static layers a later pass
+sees some slots more or fewer, a sliding window's mask moves along, and positions differ by as many.
 
-Not handled (transformers' own methods make every pass's inputs then): caches that grow, full sliding windows, models
-that prepare their inputs or masks in a way of their own, inputs that other things than these belong to.
+Not handled (transformers' own methods make every pass's inputs then): other caches, attention in chunks, models that
+prepare their inputs or masks in a way of their own, inputs that other things than these belong to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticLayer
 
 from river_compile.upstream.transformers import cache_of, is_of_transformers, masks_of
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
 Inputs = dict[str, Any]
+
+# Arguments of a forward whose last dimension is that of the ids.
+BY_SLOT = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 class PassInputs:
@@ -30,13 +34,15 @@ class PassInputs:
     Args:
         model: the model.
         width: tokens of each row.
+        kept: inputs of such passes in an earlier session, whose tensors are written again; None: there are none.
     """
 
-    def __init__(self, model: PreTrainedModel, width: int) -> None:
-        self._model, self._width = model, width
+    def __init__(self, model: PreTrainedModel, width: int, kept: Inputs | None = None) -> None:
+        self._model, self._width, self._kept = model, width, kept
         self._own: _Moved | None = None
         self._checked = False  # whether a pass that followed from another was compared with transformers'
         self._given_up = False
+        self._window: int | None = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
 
     def at(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs]) -> Inputs:
         """Returns the inputs of a pass: the same object as the last time, or those that transformers makes.
@@ -55,7 +61,7 @@ class PassInputs:
             self._checked = _same(own.inputs, theirs)
             self._given_up = not self._checked
         if not self._checked and not self._given_up and self._can_follow(theirs, slot + self._width):
-            self._own = _Moved(theirs, slot, self._width)
+            self._own = _Moved(_owned(theirs, self._kept), slot, self._width, self._window)
             return self._own.inputs
         if not self._checked:
             self._own = None
@@ -71,7 +77,8 @@ class PassInputs:
         return (
             inputs.keys() <= KNOWN
             and cache is not None
-            and all(_has_room(layer, filled) for layer in cache.layers)
+            and all(type(layer) is StaticLayer for layer in cache.layers)
+            and not any(kind == "chunked_attention" for kind, _ in masks_of(inputs))
             and prepares_as_most_do(self._model)
             and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in masks_of(inputs))
             and all(filled < mask.shape[-1] for _, mask in masks_of(inputs))
@@ -105,6 +112,27 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     return {**inputs, "attention_mask": {**given, **dict.fromkeys(missing, mask)} if given is not None else mask}
 
 
+def joined_inputs(kwargs: Mapping[str, object], others: Mapping[str, object]) -> dict:
+    """Returns a forward's arguments, as `generate` keeps them, for the rows of both; all end in the same column."""
+    joined = dict(kwargs)
+    for name in BY_SLOT:
+        held, other = kwargs.get(name), others.get(name)
+        if isinstance(held, Tensor) and isinstance(other, Tensor):
+            most = max(held.shape[-1], other.shape[-1])
+            joined[name] = torch.cat([pad(t, (most - t.shape[-1], 0)) for t in (held, other)], dim=-2)
+    return joined
+
+
+def selected_inputs(kwargs: Mapping[str, object], rows: Sequence[int]) -> dict:
+    """Returns a forward's arguments, as `generate` keeps them, for some of the rows."""
+    selected = dict(kwargs)
+    for name in BY_SLOT:
+        held = selected.get(name)
+        if isinstance(held, Tensor):  # (positions of three kinds stand before the rows)
+            selected[name] = held.index_select(held.ndim - 2, torch.tensor(rows, device=held.device))
+    return selected
+
+
 def prepares_as_most_do(model: PreTrainedModel) -> bool:
     """Whether a model's inputs and masks are made by the methods that nearly all have in common."""
     kind = type(model)
@@ -116,37 +144,44 @@ def prepares_as_most_do(model: PreTrainedModel) -> bool:
 
 
 class _Moved:
-    """Copies of a pass's inputs, which become those of a pass at another slot.
+    """A pass's inputs, which become those of a pass at a later slot, or at one in between.
 
     Args:
-        inputs: of a pass by transformers.
+        inputs: of a pass, in tensors of their own.
         slot: the first one that it writes.
         width: tokens of each row.
+        window: tokens that sliding windows show.
     """
 
-    def __init__(self, inputs: Inputs, slot: int, width: int) -> None:
-        own = {kind: _copied(mask) for kind, mask in masks_of(inputs)}
-        self.inputs = {**inputs, "input_ids": inputs["input_ids"].clone(memory_format=torch.contiguous_format)}
-        self.inputs["attention_mask"] = own if type(inputs["attention_mask"]) is dict else own[None]
-        self._positions = inputs.get("position_ids")
-        if self._positions is not None:
-            self.inputs["position_ids"] = self._positions = _copied(self._positions)
-        self._slot, self._width = slot, width
+    def __init__(self, inputs: Inputs, slot: int, width: int, window: int | None) -> None:
+        own = dict(masks_of(inputs))
+        self.inputs, self._positions = inputs, inputs.get("position_ids")
+        self._first = self._slot = slot
+        self._width, self._window = width, window
         self._slots = min(mask.shape[-1] for mask in own.values())
-        # Of each mask: itself, how the pass's tokens see each other, and how one sees itself and what comes later.
+        # Of each mask: itself, how the pass's tokens see each other, how one sees itself and what comes later, and of a
+        # window how the first token sees each slot that it shows (padding among them).
         end = slot + width
         self._masks = [
-            (mask, mask[..., slot:end].clone(), mask[..., -1:, end - 1 : end].clone(), mask[..., -1:, end:][..., :1])
-            for mask in own.values()
+            (
+                mask,
+                mask[..., slot:end].clone(),
+                mask[..., -1:, end - 1 : end].clone(),
+                mask[..., -1:, end:][..., :1].clone(),
+                mask[..., :1, :].clone() if kind in (None, "sliding_attention") and window is not None else None,
+            )
+            for kind, mask in own.items()
         ]
-        self._masks = [(mask, block, seen, hidden.clone()) for mask, block, seen, hidden in self._masks]
 
     def move_to(self, slot: int, ids_BS: Tensor) -> bool:
         """Makes the inputs those of a pass that begins in a slot; returns False if that does not fit the masks."""
         before, width = self._slot, self._width
-        if slot + width > self._slots:
+        if slot + width > self._slots or slot < self._first:
             return False
-        for mask, block, seen, hidden in self._masks:
+        for mask, block, seen, hidden, shown in self._masks:
+            if shown is not None:
+                self._move_window(mask, seen, hidden, shown, slot)
+                continue
             if slot > before:
                 mask[..., before:slot] = seen
             elif slot < before:
@@ -158,9 +193,33 @@ class _Moved:
         self._slot = slot
         return True
 
+    def _move_window(self, mask: Tensor, seen: Tensor, hidden: Tensor, shown: Tensor, slot: int) -> None:
+        assert self._window is not None, "windows have a size"
+        shown[..., self._first : slot + self._width] = seen
+        mask.copy_(hidden)
+        for token in range(self._width):
+            end = slot + token + 1
+            start = max(end - self._window, 0)
+            mask[..., token, start:end] = shown[..., 0, start:end]
 
-def _has_room(layer: Any, filled: int) -> bool:
-    return type(layer) is StaticLayer or (type(layer) is StaticSlidingWindowLayer and filled <= layer.max_cache_len)
+
+def _owned(inputs: Inputs, kept: Inputs | None) -> Inputs:
+    """Returns a pass's inputs in tensors that may be written: those of an earlier pass that look the same, or new."""
+    masks = {kind: _copied(mask) for kind, mask in masks_of(inputs)}
+    own = {**inputs, "input_ids": inputs["input_ids"].clone(memory_format=torch.contiguous_format)}
+    own["attention_mask"] = masks if type(inputs["attention_mask"]) is dict else masks[None]
+    if inputs.get("position_ids") is not None:
+        own["position_ids"] = _copied(inputs["position_ids"])
+    if kept is None or kept.keys() != own.keys() or dict(masks_of(kept)).keys() != masks.keys():
+        return own
+    pairs = [(a, b) for (_, a), (_, b) in zip(masks_of(kept), masks_of(own), strict=True)]
+    pairs += [(kept[name], own[name]) for name in own if name != "attention_mask" and isinstance(own[name], Tensor)]
+    if not all(isinstance(a, Tensor) and _alike(a, b) for a, b in pairs):
+        return own
+    for before, now in pairs:
+        before.copy_(now)
+    kept.update((name, own[name]) for name in own if name not in ("attention_mask", "input_ids", "position_ids"))
+    return kept
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -49,25 +49,6 @@ def sent(values: Sequence[Any], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long, pin_memory=late).to(device, non_blocking=True)
 
 
-def at(values_B: Tensor, places: Sequence[int]) -> Tensor:
-    """Returns the values at some places, all as they are where these are all in order."""
-    if list(places) == [*range(len(values_B))]:
-        return values_B
-    return torch.cat([values_B[:0], *(values_B[place : place + 1] for place in places)])
-
-
-def put_together(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
-    """Returns values ``[N]`` in the order of their places, which are those from 0 to N - 1.
-
-    Args:
-        parts: places, each in order, and as many values.
-    """
-    if len(parts) == 1:
-        return parts[0][1]
-    values = {place: value for places, values in parts for place, value in zip(places, values, strict=True)}
-    return torch.stack([values[place] for place in range(len(values))])
-
-
 def mark(device: torch.device) -> Any:
     """Returns a mark after everything that a device was asked so far."""
     if device.type != "cuda":

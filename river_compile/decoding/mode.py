@@ -28,25 +28,27 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from river_compile.decoding.draft_policy import ByGain, DraftPolicy, FixedLength
 from river_compile.decoding.drafter import Drafter
-from river_compile.decoding.kept_prefix import prompt_of
+from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.loop import DecodeLoop
-from river_compile.decoding.request import Ends, Outputs, Request
+from river_compile.decoding.request import Ends, Request
 from river_compile.decoding.sampling import STATELESS, Chooser, RowProcessors
-from river_compile.decoding.sequences import Sequences
 from river_compile.decoding.session import LONGEST_OFFLOADED, Session, verification_widths
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, optional
+from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
-from river_compile.runtime.cache_pool import borrowed_cache
+from river_compile.model_state import ModelLook
 from river_compile.runtime.draft_stats import DraftRates
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
     argument_of_generate,
     cache_argument,
     cache_of,
-    shares_cache,
+    callers_cache,
+    is_of_transformers,
 )
 
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
@@ -56,7 +58,6 @@ _CHECKS = {
     "prompt_lookup": FLAG,
     "strict": FLAG,
     "adaptive": FLAG,
-    "static_cache": FLAG,
 }
 
 # (The last one is what stands for the result of a call that joined a batch.)
@@ -74,35 +75,42 @@ class Call:
     config: GenerationConfig
     streamer: Any | None
 
-    def request(
-        self, ranks: Ranks, drafting: bool, together: bool, generator: torch.Generator | None = None
-    ) -> Request:
+    def request(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Request:
         """Returns the call as a decode loop takes it.
 
         Args:
             ranks: that share the model.
             drafting: whether drafts are verified.
-            together: whether rows keep only what held for all of them.
             generator: of random numbers; None for PyTorch's.
         """
-        config, criteria, rows = self.config, self.criteria, len(self.ids_BS)
-        wanted, pad_token = config.return_dict_in_generate, self.pad_token
+        config, criteria, wanted = self.config, self.criteria, self.config.return_dict_in_generate
         stateless = LogitsProcessorList(p for p in self.processors if type(p) in STATELESS)
         ends = getattr(config, "_eos_token_tensor", None)
         return Request(
-            texts=Sequences(self.ids_BS, pad_token, None if self.streamer is None else self.streamer.put),
-            chooser=Chooser(rows, config.do_sample, ranks, drafting, generator),
+            prompt=self.ids_BS,
+            chooser=Chooser(len(self.ids_BS), config.do_sample, ranks, drafting, generator),
             process=RowProcessors(self.processors) if self.processors else None,
             process_draft=RowProcessors(stateless) if stateless else None,
             stops=_ends(criteria) or criteria,
             max_length=math.ceil(min(config.max_length, sys.maxsize)),  # (generate takes 17.5 and inf too)
-            pad_token=pad_token,
-            together=together,
+            pad_token=self.pad_token,
+            put=None if self.streamer is None else self.streamer.put,
+            rows_are_independent=self._row_by_row and not wanted,
             end_tokens=frozenset(() if ends is None else ends.tolist()),
-            scores=Outputs(rows) if wanted and config.output_scores else None,
-            logits=Outputs(rows) if wanted and config.output_logits else None,
+            scores=[] if wanted and config.output_scores else None,
+            logits=[] if wanted and config.output_logits else None,
             ranks=ranks,
         )
+
+    @property
+    def _row_by_row(self) -> bool:
+        """Whether processors and criteria are known to look at each row alone, and to remember nothing.
+
+        Without an end token there is no padding: a row that a stop string ended goes on for as long as the others do.
+        """
+        kinds = {type(criterion) for criterion in self.criteria}
+        ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds
+        return ends_alone and kinds <= _ROW_BY_ROW and all(type(p) in STATELESS for p in self.processors)
 
     @property
     def pad_token(self) -> int | None:
@@ -111,15 +119,50 @@ class Call:
         pad = self.config._pad_token_tensor
         return int(pad) if ends and pad is not None else None
 
-    def result(self, ids_BS: Tensor, request: Request, cache: Cache) -> Generated:
-        """Returns the result of ``generate`` for texts that have ended with these ids."""
+    def prefix_ids(self, kwargs: Mapping[str, object], look: ModelLook | None, strict: bool) -> Tensor | None:
+        """Returns the ids of a prompt that may begin with a kept text and leave one, None where it must be a fresh one.
+
+        Its entries must depend on its ids alone, beside what the model is at the moment. With `strict` they must have
+        the bits that a fresh prompt gives them, so no library may multiply its rows: sums then depend on how many there
+        are.
+
+        Args:
+            kwargs: of the model's forward passes.
+            look: at the model, None where it was not accelerated.
+            strict: as above.
+        """
+        model, ids_BS = self.model, self.ids_BS
+        if look is None or look.config.prefill != "backbone" or (strict and loaded() and not any_rows(model.dtype)):
+            return None
+        known = is_of_transformers(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
+        if not known or self.config.prefill_chunk_size is not None or len(ids_BS) != 1 or not ids_BS.shape[1]:
+            return None
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids_BS.shape and bool(mask.all())):
+            return None
+        expected = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+        if positions is not None and not (isinstance(positions, Tensor) and torch.equal(positions.cpu(), expected)):
+            return None
+        return ids_BS[0].cpu()
+
+    def result(self, ids_BS: Tensor, request: Request, kv: KVCache, made: Cache | None) -> Generated:
+        """Returns the result of ``generate`` for texts that have ended with these ids.
+
+        Args:
+            ids_BS: the ids.
+            request: of the call.
+            kv: in which it was generated.
+            made: the cache that generate made, to hand back.
+        """
         if not self.config.return_dict_in_generate:
             return ids_BS
+        if kv.is_full and made is not None:
+            kv.copy_to(made)
         return GenerateDecoderOnlyOutput(
             sequences=ids_BS,
-            scores=None if request.scores is None else tuple(request.scores.steps),
-            logits=None if request.logits is None else tuple(request.logits.steps),
-            **{cache_argument(self.model): cache},
+            scores=None if request.scores is None else tuple(request.scores),
+            logits=None if request.logits is None else tuple(request.logits),
+            **{cache_argument(self.model): made if kv.is_full else kv.cache},
         )
 
 
@@ -129,12 +172,8 @@ class Decode:
 
     The same processors, stopping criteria and streamers in the same order with the same arguments as in transformers'
     loop, and the same tokens.
-
-    Attributes:
-        static_cache: stand a static cache for one that grows, where the caller says nothing of caches.
     """
 
-    static_cache: bool = False
     __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[Exception]] = DecodeError
     depth: ClassVar[int | None] = None  # of decode steps: by the exit policy
@@ -157,7 +196,6 @@ class Decode:
         Raises:
             DecodeError, ExactModeError: (a ``ValueError``) something that this loop does not handle.
             OptionError: (a ``ValueError``) a bad option.
-            CacheFullError: (a ``ValueError``) a static cache of the user's is too small for the text.
         """
         config = generation_config
         given = {name: model_kwargs.pop(name, None) for name in self.per_call}
@@ -170,33 +208,44 @@ class Decode:
         if input_ids.dtype == torch.int32:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
-        shared = shares_cache(config)
         record = record_of(model.parameters())
-        joined = None if record.batch is None else record.batch.join(call, mode, model_kwargs, shared)
+        joined = None if record.batch is None else record.batch.join(call, mode, model_kwargs)
         if joined is not None:
             return joined
+        session, text = mode.session(call, model_kwargs), None
+        try:
+            with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs):
+                with session.told_if_compiled(len(input_ids)):
+                    logits = session.prefill(input_ids, config)[:, -1:]
+                drafter = mode.drafting(call, session, logits)
+                request = call.request(session.ranks, drafter is not None)
+                with model._optimize_model_for_decode():
+                    ids = DecodeLoop(session, drafter, session.ranks).run(request, logits)
+                # (Where tokens may leave, some entries of new ones are twins'.)
+                text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
+                record.write_programs()
+            if streamer is not None:
+                streamer.end()
+            return call.result(ids, request, session.kv, cache_of(model_kwargs))
+        finally:
+            session.release(text, input_ids.shape[1])
+
+    def session(self, call: Call, kwargs: Mapping[str, Any]) -> Session:
+        """Returns a session for a call, on a cache that may hold the first tokens of its prompt."""
+        model, ids_BS = call.model, call.ids_BS
+        record = record_of(model.parameters())
         look = record.look_at(model)
-        strict = isinstance(mode, ExactMode) and mode.strict
-        prompt = None if shared else prompt_of(model, input_ids, config, model_kwargs, look, strict)
-        with (
-            borrowed_cache(
-                record.cache_pool, model, input_ids, config, model_kwargs, shared, self.static_cache, prompt
-            ) as lent,
-            torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs),
-        ):
-            session = Session(model, lent, self.depth, look)
-            with session.told_if_compiled(len(input_ids)):
-                logits = session.prefill(input_ids, config)[:, -1:]
-            drafter, together = mode.drafting(call, session, logits, shared)
-            request = call.request(session.ranks, drafter is not None, together)
-            with model._optimize_model_for_decode():
-                ids = DecodeLoop(session, drafter, session.ranks).run(request, logits)
-            # (Where tokens may leave, some entries of new ones are twins'.)
-            lent.keep_text(ids, session.entries.filled if self.depth == WHOLE else input_ids.shape[1])
-            record.write_programs()
-        if streamer is not None:
-            streamer.end()
-        return call.result(ids, request, session.cache)
+        ids = call.prefix_ids(kwargs, look, isinstance(self, ExactMode) and self.strict)
+        state = None if look is None else look.state
+        embeds = kwargs.get("inputs_embeds")  # (in place of ids, or of some before them)
+        tokens = max(given.shape[1] for given in (ids_BS, embeds) if given is not None)
+        made = cache_of(kwargs)
+        assert made is not None, "a generation without a cache is refused"
+        kv = KVCache(made)
+        if model._can_compile_fullgraph or prepares_as_most_do(model):  # (CPM-Ant's masks are for caches that grow)
+            ours, _ = record.prefixes.acquire(model, len(ids_BS), tokens, ids, state)
+            kv = ours if ours.is_full else kv
+        return Session(model, kwargs, kv, self.depth, look, state, keeps_text=ids is not None)
 
     @property
     def graphs(self) -> int:
@@ -230,24 +279,25 @@ class Decode:
             return "synced_gpus=True is not available: processes would run other numbers of passes"
         if cache_of(model_kwargs) is None:
             return "use_cache=False leaves out the KV cache; leave out use_cache=False"
+        given = callers_cache()
+        if given is not None:
+            return f"the call brings a {type(given).__name__}, and this loop has a cache of its own; leave it out"
+        if config.cache_implementation not in (None, "static"):
+            return f"cache_implementation={config.cache_implementation!r} is not available; leave it out"
         return _other_rows(rows, model_kwargs)
 
-    def drafting(
-        self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
-    ) -> tuple[Drafter | None, bool]:
-        """Returns the drafter, after the prompt, and whether rows keep only tokens that held for all of them.
+    def drafting(self, call: Call, session: Session, logits: Tensor) -> Drafter | None:
+        """Returns the drafter, after the prompt; None where nothing is drafted.
 
         Args:
             call: whose prompt has run.
             session: in which it did.
             logits: of its last position.
-            shared: whether the caller brings or gets back the cache.
-            joins: whether rows of other calls follow.
 
         Raises:
             ExactModeError: drafts cannot be verified.
         """
-        return None, True
+        return None
 
 
 decode = Decode()
@@ -288,8 +338,7 @@ class ExactMode(Decode):
 
     @property
     def graphs(self) -> int:
-        """(A static sliding window has a graph for each width until it is full, and another one afterwards.)"""
-        return super().graphs + 2 * len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
+        return super().graphs + len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
 
     def obstacle(
         self,
@@ -307,17 +356,12 @@ class ExactMode(Decode):
             )
         return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
-    def drafting(
-        self, call: Call, session: Session, logits: Tensor, shared: bool, joins: bool = False
-    ) -> tuple[Drafter | None, bool]:
+    def drafting(self, call: Call, session: Session, logits: Tensor) -> Drafter | None:
         session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
-        together = not joins and (len(call.ids_BS) == 1 or shared or not (session.can_part and _row_by_row(call)))
-        return self._drafter(call, session, together), together
-
-    def _drafter(self, call: Call, session: Session, together: bool) -> Drafter:
         rule: DraftPolicy
+        times = session.record.drafts.times
         if self.adaptive:
-            rule = ByGain(session.times, session.width_for, together)
+            rule = ByGain(times, session.width_for)
             rates = session.record.drafts.rates.setdefault(call.config.do_sample, DraftRates()).go_on()
         else:  # (drafts are the same in every run)
             rates = DraftRates()
@@ -325,9 +369,7 @@ class ExactMode(Decode):
         return Drafter(
             prompt_lookup=self.prompt_lookup,
             rule=rule,
-            times=session.times,
-            together=together,
-            pad_token=call.pad_token or 0,
+            times=times,
             ranks=session.ranks,
             rates=rates,
         )
@@ -343,16 +385,6 @@ def _ends(criteria: StoppingCriteriaList) -> Ends | None:
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     tokens = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
     return Ends(min(lengths, default=sys.maxsize), frozenset(itertools.chain(*tokens)))
-
-
-def _row_by_row(call: Call) -> bool:
-    """Whether processors and criteria are known to look at each row alone, and to remember nothing.
-
-    Without an end token there is no padding: a row that a stop string ended goes on for as long as the others do.
-    """
-    kinds = {type(criterion) for criterion in call.criteria}
-    ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds
-    return ends_alone and kinds <= _ROW_BY_ROW and all(type(p) in STATELESS for p in call.processors)
 
 
 def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:

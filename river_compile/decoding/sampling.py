@@ -5,11 +5,11 @@ probabilities by exponential noise and takes the largest (the Gumbel-max trick),
 before anything is known of its scores. Drafts are chosen with the same noise as the backbone's tokens, which makes them
 agree often (Daliri, Musco, Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding",
 arXiv 2408.07978), and a draft is kept exactly where it is the backbone's own choice. The text then depends on the seed
-alone: not on drafts, and not on how far another row of the batch has come.
+alone, and not on drafts.
 
-Shapes: B rows, V vocabulary entries, N chosen positions. Not handled: random numbers that others draw from PyTorch's
-default generator meanwhile, a logits processor for instance, which come from another place of its stream than in plain
-sampling; rows that part under processors that remember calls (such rows stay together).
+Shapes: B rows, V vocabulary entries, N rows that are chosen for. Not handled: random numbers that others draw from
+PyTorch's default generator meanwhile, a logits processor for instance, which come from another place of its stream than
+in plain sampling.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Chooser:
         rows: B.
         do_sample: draw from the scores' softmax instead of taking their maximum.
         ranks: that share the model; all of them choose what the first one does.
-        drafting: whether some places are asked for more than once, or not in order.
+        drafting: whether some steps are asked for more than once, or for some of the rows.
         generator: of random numbers, on the scores' device; None for PyTorch's.
     """
 
@@ -49,8 +49,8 @@ class Chooser:
         self._drawn = 0  # steps whose noise was drawn
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
 
-    def choose(self, scores_NV: Tensor, places: Sequence[tuple[int, int]], drafts: bool = False) -> Tensor:
-        """Returns a token ``[N]`` for each place, which is a row and its number of new tokens so far.
+    def choose(self, scores_NV: Tensor, rows: Sequence[int], step: int, draft: bool = False) -> Tensor:
+        """Returns a token ``[N]`` for each of these rows, which have so many new tokens so far.
 
         Raises:
             RuntimeError: as ``torch.multinomial`` does: a row's scores are all -inf, or one of them is NaN or +inf. (A
@@ -62,15 +62,17 @@ class Chooser:
         if not self._drafting:
             shares_NV = scores_NV.softmax(-1)
             return self._ranks.first(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
-        noise_NV = torch.stack([self._noise(step, scores_NV)[row] for row, step in places])
+        noise_NV = self._noise(step, scores_NV)
+        if len(rows) < self._rows:
+            noise_NV = torch.stack([noise_NV[row] for row in rows])
         shares_NV = scores_NV.softmax(-1) / noise_NV
         tokens_N = shares_NV.argmax(-1)
-        if not drafts and shares_NV[:, 0].isnan().any():  # (the softmax of such scores is NaN everywhere)
+        if not draft and shares_NV[:, 0].isnan().any():  # (the softmax of such scores is NaN everywhere)
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         return self._ranks.first(tokens_N)
 
     def forget(self, before: int) -> None:
-        """Drops the noise of steps that all rows have passed."""
+        """Drops the noise of steps that are over."""
         for step in [step for step in self._steps if step < before]:
             del self._steps[step]
 

@@ -13,6 +13,7 @@ The backbone goes through Inductor in all but the last.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
@@ -57,14 +58,13 @@ class Lowering:
         return "dense" if self.native else TRITON_LAYOUT
 
 
-def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False, wait: bool = True) -> Lowering:
+def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False) -> Lowering:
     """Returns the lowering of a graph whose hidden state lies on a device.
 
     Args:
         config: the options.
         device: where it lies.
         flex: it calls flex attention.
-        wait: for the C++ kernels; else they only begin to compile, and may turn out not to.
 
     Raises:
         CannotBuild: it is that of the C++ kernels, and nothing compiles them.
@@ -87,7 +87,7 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
     if config.lowering == "native" and on_gpu:
         raise OptionError("lowering='native' has no kernel for a model on a GPU; use lowering='auto'")
     if config.lowering == "native" or (config.lowering == "auto" and not on_gpu):
-        native.load() if wait else native.begin()
+        native.load()
         return Lowering("inductor", NATIVE_LAYOUT, fuse=True)
     if config.lowering != "triton" and not on_gpu:
         return Lowering(compiler, PLAIN_LAYOUT, fuse=False)
@@ -97,6 +97,13 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
             "model on a CPU with lowering='auto'"
         )
     return Lowering(compiler, TRITON_LAYOUT, fuse=config.lowering in ("auto", "triton"))
+
+
+def begin_kernels(config: RiverConfig, device: torch.device) -> None:
+    """Has kernels that are not there yet compile from now on, while a model is traced."""
+    if device.type == "cpu" and config.lowering in ("auto", "native") and config.quantizer != "none":
+        with contextlib.suppress(CannotBuild):  # (whoever lowers a graph raises it)
+            native.begin()
 
 
 def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: bool) -> Refusal | None:

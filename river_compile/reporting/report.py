@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
+from river_compile.decoding.kv_cache import KeptTexts
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, threshold_text
@@ -22,7 +23,6 @@ from river_compile.model_record import GraphRecord, ModelRecord, find_record, un
 from river_compile.offload.weights import OffloadLog
 from river_compile.passes.moe_router import ROUTER
 from river_compile.passes.program import Fusion, Program, SegmentSpec
-from river_compile.runtime.cache_pool import KeptTexts
 from river_compile.runtime.stats import ExactStats
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.quantize import UNOBSERVED
@@ -171,8 +171,8 @@ def report(model: nn.Module) -> Report:
         own_text=record.self_calibration,
         loss=packed.loss,
         offloaded=record.offloaded.snapshot(),
-        kept_cache=record.cache_pool.bytes,
-        kept_texts=record.cache_pool.texts,
+        kept_cache=record.prefixes.bytes,
+        kept_texts=record.prefixes.texts,
         plain_runs=record.plain_runs.count,
         plain_reason=record.plain_runs.reason,
         plain_calls=dict(record.plain_calls.reasons),
@@ -317,13 +317,9 @@ def token_lines(report: Report) -> Iterator[str]:
         yield f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"
     yield from histogram(report.decode_depths)
     if exact.cycles:
-        each = "per pass" if exact.row_cycles == exact.cycles else "per pass and row"
-        yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.row_cycles:.2f} tokens {each}"
+        yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.cycles:.2f} tokens per pass"
     for source, (drafted, accepted) in exact.by_source.items():
         yield f"    {source:<12} {100 * accepted / drafted:.0f} % of {drafted} drafted tokens held"
-    if exact.held_back:
-        held = f"{100 * exact.held_back / exact.row_cycles:.0f} % of their passes"
-        yield f"    batches      rows dropped a draft that held in {held}: the slowest row decided"
 
 
 def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[str]:

@@ -43,9 +43,8 @@ class Trace:
     @property
     def acceptance_by_position(self) -> list[float]:
         """Share of the first, second ... drafted tokens that exact mode kept."""
-        rows = [row for cycle in self.cycles for row in cycle.rows]
-        longest = max((len(row.drafted) for row in rows), default=0)
-        reached = [[row.accepted > i for row in rows if len(row.drafted) > i] for i in range(longest)]
+        longest = max((len(cycle.drafted) for cycle in self.cycles), default=0)
+        reached = [[cycle.accepted > i for cycle in self.cycles if len(cycle.drafted) > i] for i in range(longest)]
         return [sum(kept) / len(kept) for kept in reached]
 
     def add_step(self, executor: RiverExecutor, state: object, step: StepRecord) -> None:

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.distributed.ranks import Ranks
 from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.errors import OptionError
 from river_compile.kernels.native.load import few_rows
 from river_compile.kernels.native.tape import Tape
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
-from river_compile.lowering.choose import choose_lowering
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Program, Refusal
 from river_compile.runtime.units import SCORE, Step, Unit
@@ -328,21 +327,6 @@ def check_captures(device: torch.device, config: RiverConfig, native: bool) -> N
             f"cudagraphs=True needs a model on a GPU or lowering='native', and this one lies on {device}; move it "
             "there, or leave cudagraphs out"
         )
-
-
-def captures_expected(config: RiverConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
-    """Whether steps on a static cache will be captured, as far as is known before a graph is traced.
-
-    Kernels that are not there yet compile from now on, while the graph is traced.
-    """
-    if ranks.several or config.cudagraphs is False:
-        return False
-    if device.type == "cuda" or _stand_in(config.cudagraphs, device) is not None:
-        return True
-    try:
-        return choose_lowering(config, device, wait=False).native
-    except OptionError:  # (whoever lowers a graph raises it)
-        return False
 
 
 def choose_captures(program: Program, config: RiverConfig, log: CaptureLog, ranks: Ranks) -> Capturing | None:

@@ -67,7 +67,6 @@ class RiverExecutor:
         # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
         self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._varying = [i for i, given in enumerate(compiled.program.inputs) if not given.is_fixed]
-        self._prompts = -1  # of the model, when its weights were looked at
 
     @property
     def program(self) -> Program:
@@ -118,9 +117,11 @@ class RiverExecutor:
         if compiled.checks_ranks:
             ids = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point() and arg.dim() == 2]
             compiled.ranks.check_alike("the tokens, positions and masks that they are given", list(map(_digest, ids)))
-        if not self.decodes or self._prompts != self._stats.prompts:
-            self._prompts = self._stats.prompts
-            self.on_begin(args)
+        before, after = self.program.keys
+        cache = None if before is None or before >= len(args) else args[before]
+        memory = Memory() if cache is None else compiled.memories.of(cache)
+        if cache is None or not self.decodes or memory.left != version_of(cache):
+            self.on_begin(args)  # (a step goes on where the cache is as the latest step left it)
         filled = self._check_room(args)
         state = None if last_token else self._state_of(args)
         if state is None:
@@ -129,6 +130,9 @@ class RiverExecutor:
             state.load(args, self._varying)
         self.step(state)
         self._note_room(args, filled)
+        if after is not None:
+            memory.left = version_of(state.slots[after]) if self.decodes else None
+            compiled.memories.keep(state.slots[after], memory)
         outputs = state.copied_outputs()
         _calls(self, args, outputs)
         return outputs

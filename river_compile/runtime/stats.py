@@ -68,20 +68,24 @@ class StepRecord(NamedTuple):
     seconds: float = 0.0
 
 
-class RowCycle(NamedTuple):
-    """One row's part of a cycle of exact mode.
+class CycleRecord(NamedTuple):
+    """One cycle of exact mode, of one row: drafts, the pass that verified them, and the kept tokens.
 
     Attributes:
-        row: its number in the batch.
         drafted: where each drafted token came from: "river" or "lookup" (copied from the context).
         kept: where each kept token came from: as above, or "backbone" for its own token after the agreeing drafts.
-        held_back: whether its next draft held but was dropped, because another row's did not.
+        width: query length of the verifying pass; what the draft left of it was filler.
+        seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
+        thread: identifier of the thread it ran in.
+        model: which model ran, an identifier unique in the process.
     """
 
-    row: int
     drafted: tuple[str, ...]
     kept: tuple[str, ...]
-    held_back: bool = False
+    width: int
+    seconds: tuple[float, float, float]
+    thread: int
+    model: int
 
     @property
     def accepted(self) -> int:
@@ -89,85 +93,37 @@ class RowCycle(NamedTuple):
         return sum(source != "backbone" for source in self.kept)
 
 
-class CycleRecord(NamedTuple):
-    """One cycle of exact mode: drafts, the pass that verified them, and the kept tokens.
-
-    Attributes:
-        rows: the rows that were being generated.
-        width: query length of the verifying pass; what a row's draft left of it was filler.
-        seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
-        thread: identifier of the thread it ran in.
-        model: which model ran, an identifier unique in the process.
-    """
-
-    rows: tuple[RowCycle, ...]
-    width: int
-    seconds: tuple[float, float, float]
-    thread: int
-    model: int
-
-    @property
-    def drafted(self) -> tuple[str, ...]:
-        """The sources of all rows' drafts, row after row."""
-        return tuple(source for row in self.rows for source in row.drafted)
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """The sources of all rows' kept tokens, row after row."""
-        return tuple(source for row in self.rows for source in row.kept)
-
-    @property
-    def accepted(self) -> int:
-        """Drafted tokens that were kept, of all rows."""
-        return sum(row.accepted for row in self.rows)
-
-    @property
-    def held_back(self) -> int:
-        """Rows that dropped a draft that held."""
-        return sum(row.held_back for row in self.rows)
-
-
 class ExactStats(NamedTuple):
-    """Exact mode's totals of one model: sums over its cycles and their rows.
+    """Exact mode's totals of one model: sums over its cycles.
 
     Attributes:
         cycles: verifying passes.
-        row_cycles: rows that were being generated in them.
         drafted, accepted: tokens.
         kept: tokens, the backbone's own included.
-        held_back: rows that dropped a draft that held, because another row's did not.
         by_source: of the drafted tokens of each source, how many there were and how many were kept.
     """
 
     cycles: int = 0
-    row_cycles: int = 0
     drafted: int = 0
     accepted: int = 0
     kept: int = 0
-    held_back: int = 0
     by_source: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     def plus(self, cycle: CycleRecord) -> ExactStats:
         """Returns the sums with one more cycle."""
-        drafted = accepted = kept = held_back = 0
         by_source = dict(self.by_source)
-        for row in cycle.rows:
-            drafted, kept, held_back = drafted + len(row.drafted), kept + len(row.kept), held_back + row.held_back
-            for source in row.drafted:
-                there, held = by_source.get(source, (0, 0))
-                by_source[source] = (there + 1, held)
-            for source in row.kept:
-                if source != "backbone":
-                    there, held = by_source[source]
-                    by_source[source] = (there, held + 1)
-                    accepted += 1
+        for source in cycle.drafted:
+            there, held = by_source.get(source, (0, 0))
+            by_source[source] = (there + 1, held)
+        for source in cycle.kept:
+            if source != "backbone":
+                there, held = by_source[source]
+                by_source[source] = (there, held + 1)
         return ExactStats(
             self.cycles + 1,
-            self.row_cycles + len(cycle.rows),
-            self.drafted + drafted,
-            self.accepted + accepted,
-            self.kept + kept,
-            self.held_back + held_back,
+            self.drafted + len(cycle.drafted),
+            self.accepted + cycle.accepted,
+            self.kept + len(cycle.kept),
             by_source,
         )
 
@@ -178,7 +134,6 @@ class ExitStats:
     Attributes:
         model_id: identifies the model in traces, unique in the process.
         decode, prefill: decode steps and prompts by depth.
-        prompts: how many of these there were.
     """
 
     def __init__(self) -> None:
@@ -187,7 +142,6 @@ class ExitStats:
         self.exact = ExactStats()
         self.decode: Counter[int] = Counter()
         self.prefill: Counter[int] = Counter()
-        self.prompts = 0
         self._lock = threading.Lock()
 
     @property
@@ -199,7 +153,6 @@ class ExitStats:
         """Counts a pass."""
         with self._lock:
             (self.decode if decode else self.prefill)[depth] += 1
-            self.prompts += not decode
 
     def count_cycle(self, cycle: CycleRecord) -> None:
         """Counts a cycle of exact mode and shows it to those who observe cycles."""

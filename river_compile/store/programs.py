@@ -1,9 +1,9 @@
 """A model's programs: those that Dynamo traced in this process, those of earlier ones, and those that follow from them.
 
-A pass has a *signature*: how full sliding windows are, whether it is of one token, and what its inputs are but for
-their sizes. Of the known passes of a signature the first one that fits the inputs' sizes runs; those in the store are
-read when their signature first comes, and the one that fits is built, once in a process. A pass of one token follows
-from one of several, and Dynamo need not trace it.
+A pass has a *signature*: whether it is of one token, and what its inputs are but for their sizes. Of the known passes
+of a signature the first one that fits the inputs' sizes runs; those in the store are read when their signature first
+comes, and the one that fits is built, once in a process. A pass of one token follows from one of several, and Dynamo
+need not trace it.
 
 Not handled (such passes go through Dynamo in every process): caches that grow, devices other than a CPU, ranks that
 share a model, offloaded blocks.
@@ -100,18 +100,18 @@ class Programs:
                 self._identity, self._known, self._new = found, {}, []
         return found is not None
 
-    def recall(self, model: PreTrainedModel, kind: object, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+    def recall(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
         """Returns a pass for inputs of a model's forward; None if none is stored."""
         assert self._identity is not None, "begin() found an identity"
         with self._lock:
             try:
-                return self._find(kind, model, inputs, cache) or self._follow(kind, model, inputs, cache)
+                return self._find(model, inputs, cache) or self._follow(model, inputs, cache)
             except CannotBuild as why:  # (the backend says so)
                 log.info("known passes are left out: %s", why)
                 return None
 
-    def _find(self, kind: object, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
-        entry, signature = self._entry(), _signature(kind, inputs, cache)
+    def _find(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+        entry, signature = self._entry(), _signature(inputs, cache)
         if signature not in self._known:
             read = [] if entry is None else _read(entry, signature)
             self._known[signature] = [_Known(program, lambda: None) for program in read]
@@ -128,12 +128,12 @@ class Programs:
             return Recalled(executor, args)
         return None
 
-    def _follow(self, kind: object, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+    def _follow(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
         """Returns a pass of one token that follows from one of several, None if none does."""
         if not _is_of_one_token(inputs) or not is_of_transformers(model):
             return None
-        signature = _signature(kind, inputs, cache)
-        for known in self._known.get(_signature(kind, inputs, cache, one_token=False), ()):
+        signature = _signature(inputs, cache)
+        for known in self._known.get(_signature(inputs, cache, one_token=False), ()):
             one = None if known.traced is None else of_one_token(known.program, known.traced)
             if one is None:
                 continue
@@ -155,11 +155,9 @@ class Programs:
         assert self._identity is not None, "begin() found an identity"
         return Entry(self._identity, about) if self._stores and enabled() else None
 
-    def keep(
-        self, kind: object, inputs: Mapping[str, Any], cache: Cache, executor: RiverExecutor, traced: RiverProgram
-    ) -> None:
+    def keep(self, inputs: Mapping[str, Any], cache: Cache, executor: RiverExecutor, traced: RiverProgram) -> None:
         """Keeps a pass that Dynamo traced in this call, of a located program."""
-        signature = _signature(kind, inputs, cache)
+        signature = _signature(inputs, cache)
         if any(known.executor() is executor for known in self._known.get(signature, ())):
             return  # (one graph may serve several widths)
         with self._lock:
@@ -208,7 +206,7 @@ def _is_of_one_token(inputs: Mapping[str, Any]) -> bool:
     return bool(inputs["input_ids"].shape[1] == 1)
 
 
-def _signature(kind: object, inputs: Mapping[str, Any], cache: Cache, one_token: bool | None = None) -> str:
+def _signature(inputs: Mapping[str, Any], cache: Cache, one_token: bool | None = None) -> str:
     """Returns the signature of passes with inputs like these; `one_token` says otherwise than they do."""
     one_token = _is_of_one_token(inputs) if one_token is None else one_token
 
@@ -220,4 +218,4 @@ def _signature(kind: object, inputs: Mapping[str, Any], cache: Cache, one_token:
     arguments = sorted((str(name), str(of(value))) for name, value in named(inputs))
     layers = [type(layer).__qualname__ for layer in cache.layers]
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return hashlib.sha256(repr((kind, one_token, arguments, layers, modes)).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((one_token, arguments, layers, modes)).encode()).hexdigest()[:24]

@@ -9,20 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from river_compile.passes.nodes import is_ordinary
-
-# In builds for a GPU: compares all addresses in one call.
-_lie_at: Any = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-
-
-def lie_at(tensors: list[Tensor], addresses: list[int]) -> bool:
-    """Returns whether each tensor's data begins at its address, of as many."""
-    if _lie_at is not None:
-        return bool(_lie_at(tensors, addresses, [*range(len(tensors))]))
-    return list(map(Tensor.data_ptr, tensors)) == addresses
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:

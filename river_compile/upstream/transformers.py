@@ -1,7 +1,6 @@
 """All uses of transformers beyond its public API, in the spelling of every supported release.
 
-*KV caches.* Newer releases call a model's cache ``cache`` and can free the last slots of a static one; older ones call
-it ``past_key_values`` and cannot, and their sliding windows that remember what left them show it to attention too.
+*KV caches.* Newer releases call a model's cache ``cache``; older ones call it ``past_key_values``.
 
 *Growing sizes.* Left alone, Dynamo takes the sizes that it sees first for constants, and traces the model a second time
 when the next token finds one entry more. A mark on the dimension makes it trace once. A graph that was traced without
@@ -22,13 +21,12 @@ Not handled: caches of encoder-decoder models; static caches with layers other t
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +35,6 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sta
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
-    QuantizedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -77,165 +73,18 @@ def is_of_transformers(model: nn.Module) -> bool:
     return type(model).__module__.partition(".")[0] == "transformers"
 
 
-def cannot_crop(cache: Cache) -> list[str]:
-    """Returns the names of the classes of those layers whose last slots cannot be freed, sorted.
+def full_static_cache(model: PreTrainedModel, slots: int) -> StaticCache:
+    """Returns a static cache without memory, in which layers of sliding windows hold all tokens too.
 
-    A static sliding window is not among them: `crop_layer` frees its slots while it has dropped nothing, and from then
-    on its entries must be copied before they go (`decoding/rewind.py`).
+    Masks are made by the sizes that layers state, so a window becomes a mask.
     """
-    static = (StaticLayer, StaticSlidingWindowLayer)
-
-    def can(layer: Any) -> bool:  # (older releases call quantized layers croppable)
-        return type(layer) in static or (layer.is_croppable and not isinstance(layer, QuantizedLayer))
-
-    return sorted({type(layer).__name__ for layer in cache.layers if not can(layer)})
-
-
-def remember_past(cache: Cache) -> None:
-    """Makes growing sliding windows keep evicted entries until the next `crop`, which may restore them."""
-    cache.activate_past_recording()
-    for layer in cache.layers if _shows_the_past(DynamicSlidingWindowLayer) else ():
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.__class__ = _RememberingWindow
-
-
-class _RememberingWindow(DynamicSlidingWindowLayer):
-    """Shows attention the window alone, however much it remembers."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        visible = self.sliding_window - 1 + key_states.shape[-2]
-        return keys[:, :, -visible:], values[:, :, -visible:]
-
-
-@functools.cache
-def _shows_the_past(window: type[DynamicSlidingWindowLayer]) -> bool:
-    """Whether a window of two tokens that remembers shows three to attention."""
-    layer, one = window(sliding_window=2), torch.zeros(1, 1, 1, 1)
-    layer.activate_past_recording()
-    return [layer.update(one, one)[0].shape[2] for _ in range(3)][-1] > 2
-
-
-def crop(cache: Cache, tokens: int) -> None:
-    """Frees a cache's last slots; even for none, sliding windows that grow are trimmed to what they need."""
-    for layer in cache.layers:
-        crop_layer(layer, tokens)
-
-
-def crop_layer(layer: Any, tokens: int) -> None:
-    """Frees a layer's last slots, as `crop` does."""
-    if hasattr(layer, "crop"):
-        layer.crop(-tokens)
-        return
-    layer.cumulative_length.sub_(tokens)
-    if isinstance(layer, StaticSlidingWindowLayer):
-        layer.cumulative_length_int -= tokens
-
-
-def rows_can_part(layer: Any) -> bool:
-    """Whether a layer holds nothing but keys and values ``[B, H, slots, D]``, in which rows may be moved."""
-    kinds = (StaticLayer, StaticSlidingWindowLayer, DynamicLayer, DynamicSlidingWindowLayer, _RememberingWindow)
-    return type(layer) in kinds
-
-
-def with_rows(cache: Cache, rows: Sequence[int]) -> Cache:
-    """Returns a cache of some of a cache's rows, whose layers are all such that `rows_can_part`.
-
-    Those of static layers move to the front of the same memory, so that what knows its address finds them; the cache
-    that was given is of no use afterwards.
-    """
-    return _of_layers(cache, [_layer_with_rows(layer, rows) for layer in cache.layers])
-
-
-def front_rows(cache: Cache, rows: int) -> Cache:
-    """Returns a view of a static cache's first rows."""
-    return _of_layers(cache, [_with_tensors(layer, layer.keys[:rows], layer.values[:rows]) for layer in cache.layers])
-
-
-def put_rows(cache: Cache, first: int, other: Cache, last: int) -> None:
-    """Copies the entries of another static cache into rows of this one, from the `first` on, so that they end at slot
-    `last`."""
-    for here, there in zip(cache.layers, other.layers, strict=True):
-        count = int(there.cumulative_length)
-        for name in ("keys", "values"):
-            entries = getattr(there, name)[:, :, :count]
-            getattr(here, name)[first : first + len(entries), :, last - count : last].copy_(entries)
-
-
-def _of_layers(cache: Cache, layers: list[Any]) -> Cache:
-    chosen = copy.copy(cache)
-    chosen.layers = layers
-    return chosen
-
-
-def _layer_with_rows(layer: Any, rows: Sequence[int]) -> Any:
-    moved = [_moved_rows(tensor, rows, isinstance(layer, StaticLayer)) for tensor in (layer.keys, layer.values)]
-    return _with_tensors(layer, *moved)
-
-
-def _moved_rows(tensor: Tensor, rows: Sequence[int], in_place: bool) -> Tensor:
-    """Returns some rows of a tensor, at the front of its memory if that is asked for."""
-    count = len(rows)
-    if in_place and all(row == place or row >= count for place, row in enumerate(rows)):  # (none is written over)
-        for place, row in enumerate(rows):
-            if row != place:
-                tensor[place].copy_(tensor[row])
-        return tensor[:count]
-    moved = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
-    return tensor[:count].copy_(moved) if in_place else moved
-
-
-def _with_tensors(layer: Any, keys: Tensor, values: Tensor) -> Any:
-    chosen = copy.copy(layer)
-    chosen.keys, chosen.values = keys, values
-    if hasattr(layer, "batch_size"):
-        chosen.batch_size = len(keys)
-    return chosen
-
-
-def slots_needed(layer: Any, tokens: int) -> int:
-    """Returns how many of the last entries of this many tokens a layer that grows needs."""
-    return min(tokens, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else tokens
-
-
-def set_length(layer: Any, tokens: int) -> None:
-    """Makes a layer whose entries were put in place by hand one that holds the last of so many tokens."""
-    if isinstance(layer, StaticSlidingWindowLayer):
-        layer.cumulative_length_int = tokens
-    if isinstance(layer, StaticLayer):
-        if tokens <= layer.max_cache_len:  # (a full window leaves it as it was)
-            layer.cumulative_length.fill_(tokens)
-    elif isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = tokens
-
-
-_KINDS = (StaticLayer, StaticSlidingWindowLayer)
-
-
-def static_cache(model: PreTrainedModel, slots: int) -> StaticCache | None:
-    """Returns a cache with capacity for so many tokens, whose layers have no memory yet."""
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=slots)
-    return cache if is_static(cache) else None
-
-
-def is_static(cache: Cache) -> bool:
-    """Whether all layers of a cache are such as this module knows."""
-    return all(type(layer) in _KINDS for layer in cache.layers)
-
-
-def is_allocated(cache: Cache) -> bool:
-    """Whether all layers of a static cache have their memory, which else the first pass allocates."""
-    return all(getattr(layer, "keys", None) is not None for layer in cache.layers)
-
-
-def sizes_of(cache: Cache) -> list[int]:
-    """Returns the slots of each layer: a sliding window has no more than it shows."""
-    return [layer.max_cache_len for layer in cache.layers]
-
-
-def bytes_of(cache: Cache) -> int:
-    """Returns the memory of its keys and values."""
-    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+    windows = (type(layer) is StaticSlidingWindowLayer for layer in cache.layers)
+    cache.layers = [
+        StaticLayer(max_cache_len=slots) if window else layer
+        for window, layer in zip(windows, cache.layers, strict=True)
+    ]
+    return cache
 
 
 def allocate(cache: StaticCache, model: PreTrainedModel, rows: int) -> None:
@@ -252,61 +101,6 @@ def allocate(cache: StaticCache, model: PreTrainedModel, rows: int) -> None:
     made = {getattr(m, "out_features", 0) for name, m in model.named_modules() if name.endswith("k_proj")}
     if made == {h * f for h, f in zip(heads, features, strict=True)}:
         cache.early_initialization(rows, heads, features, model.dtype, model.device)
-
-
-def copy_entries(cache: Cache, longer: Cache, tokens: int) -> None:
-    """Puts the entries of so many tokens, none of which fell behind for lack of slots, into a cache without memory."""
-    for old, new in zip(cache.layers, longer.layers, strict=True):
-        new.lazy_initialization(old.keys[:, :, :0], old.values[:, :, :0])
-        for name in ("keys", "values"):
-            entries = getattr(old, name)
-            getattr(new, name)[:, :, : entries.shape[2]].copy_(entries)
-        set_length(new, tokens)
-
-
-class LayerEntries(NamedTuple):
-    """The entries of one row in a layer, ``[H, tokens, D]``, and the device that their cache lies on."""
-
-    keys: Tensor
-    values: Tensor
-    device: torch.device
-
-    def copied(self) -> LayerEntries:
-        """Returns a copy in the host's memory."""
-        keys, values = (torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in (self.keys, self.values))
-        return LayerEntries(keys, values, self.device)
-
-
-def entries_of(cache: Cache, tokens: int) -> list[LayerEntries]:
-    """Returns the first entries of a static cache of one row, as views of it."""
-    return [
-        LayerEntries(layer.keys[0, :, :tokens], layer.values[0, :, :tokens], layer.device) for layer in cache.layers
-    ]
-
-
-def put_entries(cache: Cache, entries: Sequence[LayerEntries], tokens: int) -> None:
-    """Makes a static cache of one row hold the first of these entries and nothing else."""
-    for layer, saved in zip(cache.layers, entries, strict=True):
-        if layer.is_initialized:
-            _empty_from(layer, tokens)
-        else:
-            layer.lazy_initialization(*(t[None, :, :0].to(saved.device) for t in (saved.keys, saved.values)))
-        layer.keys[0, :, :tokens].copy_(saved.keys[:, :tokens])
-        layer.values[0, :, :tokens].copy_(saved.values[:, :tokens])
-        set_length(layer, tokens)
-
-
-def keep_first(cache: Cache, tokens: int) -> None:
-    """Empties a static cache but for its first entries, none of which fell behind for lack of slots."""
-    for layer in cache.layers:
-        _empty_from(layer, tokens)
-        set_length(layer, tokens)
-
-
-def _empty_from(layer: Any, tokens: int) -> None:
-    """Zeroes the slots of a layer but for the first: what a mask hides may be multiplied by 0 all the same."""
-    layer.keys[:, :, tokens:].zero_()
-    layer.values[:, :, tokens:].zero_()
 
 
 _TOKENS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "attention_mask": 1}
@@ -391,9 +185,9 @@ def argument_of_generate(name: str) -> Any:
     return None if frame is None else frame.f_locals.get(name)
 
 
-def shares_cache(config: GenerationConfig) -> bool:
-    """Whether the caller of the generate that is running brings its KV cache, or gets it back."""
-    return config.return_dict_in_generate or cache_of(argument_of_generate("kwargs") or {}) is not None
+def callers_cache() -> Cache | None:
+    """Returns the KV cache that the caller of the generate that is running brings, None if it brings none."""
+    return cache_of(argument_of_generate("kwargs") or {})
 
 
 def _running(function: str) -> FrameType | None:

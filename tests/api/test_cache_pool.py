@@ -1,5 +1,6 @@
-"""The static cache that a model keeps: lent to calls that say nothing of caches, longer where it is full."""
+"""The static cache that a model keeps for its calls, longer where it is full."""
 
+import contextlib
 import threading
 import types
 
@@ -9,10 +10,10 @@ from transformers import DynamicCache, StaticCache
 
 import river_compile
 from river_compile.api.accelerate import free_cache
+from river_compile.decoding import kv_cache
 from river_compile.model_record import find_record
-from river_compile.runtime import cache_pool
-from river_compile.upstream.transformers import cache_of, sizes_of
-from tests.support.families import CONFIGS, make, prompt
+from river_compile.upstream.transformers import cache_of
+from tests.support.families import make, prompt
 from tools.recorder import recording
 
 # (The recorder stands for a device that captures, so that a static cache is what pays.)
@@ -23,14 +24,18 @@ QUALITIES = {"exact": {"max_draft": 1, "adaptive": False}, "fast": {"quantizer":
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     """Room for a few tokens, so that a short text outgrows it."""
-    monkeypatch.setattr(cache_pool, "_AHEAD", 4)
-    monkeypatch.setattr(cache_pool, "_STEP", 8)
+    monkeypatch.setattr(kv_cache, "_AHEAD", 4)
+    monkeypatch.setattr(kv_cache, "_STEP", 8)
     with recording():
         yield
 
 
 def accelerated(family="llama", quality="exact", **options):
     return river_compile.accelerate(make(family, layers=2), quality, **OPTIONS, **QUALITIES[quality], **options)
+
+
+def slots_of(cache):
+    return {layer.max_cache_len for layer in cache.layers}
 
 
 def generate(model, ids, tokens=8, **options):
@@ -61,18 +66,7 @@ def test_texts_that_outgrow_the_cache_are_plain(family, quality, monkeypatch):
     seen = caches_of(model, monkeypatch)
     for tokens in (24, 5):
         assert torch.equal(generate(model, ids, tokens), generate(plain, ids, tokens))
-        assert max(sizes_of(seen[-1])) >= ids.shape[1] + 23
-
-
-def test_windows_alone_stay_as_long_as_they_are(monkeypatch):
-    """They show no more of a longer text, and a cache that moved would be captured anew in every call."""
-    config = CONFIGS["mistral"](2)
-    model = river_compile.accelerate(make("mistral", config=config), "fast", **OPTIONS, **QUALITIES["fast"])
-    ids, seen = prompt(), caches_of(model, monkeypatch)
-    for _ in range(2):
-        assert torch.equal(generate(model, ids, 24), generate(make("mistral", config=config), ids, 24))
-    assert sizes_of(seen[0]) == [config.sliding_window] * 2
-    assert all(cache is seen[0] for cache in seen)
+        assert max(slots_of(seen[-1])) >= ids.shape[1] + 23
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -95,39 +89,32 @@ def test_later_calls_capture_nothing(quality, device, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def unkept():
-    """A model for calls of which none is lent a cache."""
-    return accelerated()
-
-
-@pytest.fixture(scope="module")
 def fast():
     """A model for calls that are."""
     return accelerated(quality="fast")
 
 
-@pytest.mark.parametrize(
-    "options", [{"cache_implementation": "dynamic"}, {"return_dict_in_generate": True}, {"cache": DynamicCache()}]
-)
-def test_callers_who_say_something_of_caches_have_them(options, unkept, monkeypatch):
-    """One that they name, one that they get back, one that they bring."""
-    model = unkept
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("options", [{"cache_implementation": "dynamic"}, {"past_key_values": DynamicCache}])
+def test_callers_who_name_or_bring_a_cache_generate_with_it(quality, options, monkeypatch):
+    """Exact mode says so, and runs plainly."""
+    model, ids = accelerated(quality=quality), prompt()
     seen = caches_of(model, monkeypatch)
-    options = {"past_key_values" if name == "cache" else name: value for name, value in options.items()}
-    generate(model, prompt(), **options)
+    options = {name: value() if name == "past_key_values" else value for name, value in options.items()}
+    said = pytest.warns(river_compile.RiverWarning, match="runs plainly here: .*cache")
+    with said if quality == "exact" else contextlib.nullcontext():
+        text = generate(model, ids, **options)
+    assert torch.equal(text, generate(make("llama", layers=2), ids))
     assert {type(cache) for cache in seen} == {DynamicCache}
     assert free_cache(model) == 0
 
 
-@pytest.mark.slow
-def test_a_static_cache_that_was_asked_for_has_its_length(monkeypatch):
-    """It is kept too, and a call that needs a longer one has a longer one."""
-    model = accelerated()
-    seen, ids = caches_of(model, monkeypatch), prompt()
-    for tokens in (8, 30):
-        generate(model, ids, tokens, cache_implementation="static")
-        assert sizes_of(seen[-1]) == [ids.shape[1] + tokens - 1] * 2
-    assert {type(cache) for cache in seen} == {StaticCache}
+def test_a_static_cache_that_was_asked_for_is_the_models(fast, monkeypatch):
+    seen, ids = caches_of(fast, monkeypatch), prompt()
+    generate(fast, ids)
+    generate(fast, ids, cache_implementation="static")
+    assert len(set(map(id, seen))) == 1
+    assert type(seen[0]) is StaticCache
 
 
 def test_nothing_of_a_text_reaches_the_next(fast, monkeypatch):

@@ -8,8 +8,9 @@ import torch
 from transformers import LogitsProcessor
 
 import river_compile
+from river_compile.decoding import kv_cache
 from river_compile.kernels.native.load import any_rows
-from river_compile.runtime import cache_pool
+from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import left_padded
 from tests.support.families import CONFIGS, make, prompt
 from tools.recorder import recording
@@ -129,7 +130,7 @@ def test_conversations_in_turn_have_their_texts_each(eager):
 
 def test_saved_texts_are_bounded_and_the_oldest_goes(eager, monkeypatch):
     size = 2 * 2 * 2 * 16 * 4 * 60  # layers, keys and values, heads, features, bytes, tokens
-    monkeypatch.setattr(cache_pool, "_SAVED", 2 * size)
+    monkeypatch.setattr(kv_cache, "_SAVED", 2 * size)
     model, texts = eager("fast"), [prompt(60, 1, seed=seed) for seed in range(4)]
     for ids in texts:
         generate(model, ids)
@@ -151,7 +152,6 @@ def one():
 @pytest.mark.parametrize(
     "options",
     [
-        {"return_dict_in_generate": True, "output_logits": True},  # the caller gets the cache
         {"cache_implementation": "dynamic"},
         {"prefill_chunk_size": 32},
         {"attention_mask": torch.tensor([[0] * 5 + [1] * 55])},
@@ -166,7 +166,6 @@ def test_calls_that_take_a_fresh_prompt(options, one):
     text = generate(one, ids)
     before = reused(one)
     ours, theirs = (generate(model, ids, **options) for model in (one, plain))
-    ours, theirs = (out if isinstance(out, torch.Tensor) else out.sequences for out in (ours, theirs))
     assert torch.equal(ours, theirs)
     assert reused(one) == before
     assert torch.equal(generate(one, ids), text)
@@ -287,16 +286,31 @@ def test_a_model_that_moves_takes_a_fresh_prompt(eager):
     assert torch.equal(text, generate(model, ids))
 
 
-def test_a_window_that_fills_up_ends_what_is_kept(eager):
-    config = CONFIGS["gemma3"](2)
-    config.sliding_window = 96
-    model, plain = eager(family="gemma3", config=config), make("gemma3", config=config)
-    text, expected = prompt(40, 1), [0, 47, 74, 0]
-    for turn, entries in enumerate(expected):
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_texts_beyond_a_window_are_kept_too(family, eager):
+    """Windows of 8 tokens, which are masks over all entries."""
+    model, plain, text = eager(family=family), make(family, layers=2), prompt(40, 1)
+    for turn, entries in enumerate([0, 47, 74]):
         text, found = ran(model, text)
         assert found == entries
         assert torch.equal(text, generate(plain, text[:, :-8]))
         text = then(text, turn, length=19)
+
+
+def test_callers_who_get_the_cache_back_have_one_of_their_own(one):
+    """Its entries are those of a plain call's, and the next prompt begins with the text all the same."""
+    plain, ids = make("llama", layers=2), prompt(60, 1)
+    river_compile.free_cache(one)
+    ours, theirs = (generate(model, ids, return_dict_in_generate=True) for model in (one, plain))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for layer, expected in zip(cache_of(ours).layers, cache_of(theirs).layers, strict=True):
+        assert type(layer) is type(expected)
+        torch.testing.assert_close(layer.keys, expected.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values, expected.values, atol=1e-4, rtol=1e-4)
+        layer.keys.fill_(float("nan"))
+    text, found = ran(one, then(ours.sequences, 1))
+    assert found == 67
+    assert torch.equal(text, generate(plain, then(theirs.sequences, 1)))
 
 
 def test_rotary_frequencies_that_follow_the_length_take_fresh_prompts(eager):

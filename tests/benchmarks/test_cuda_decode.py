@@ -18,14 +18,14 @@ from benchmarks.int4_baseline import Int4Linear, fits, packed_for_cuda, scales_a
 from benchmarks.random_llama import random_llama
 from river_compile import exact
 from river_compile.kernels.quant.grid import quantize
-from river_compile.runtime.stats import CycleRecord, RowCycle
+from river_compile.runtime.stats import CycleRecord
 from tests.support.lowerings import FUSED, lowered
 from tools.kernels.shapes import MODELS, ModelShape
 from tools.recorder import recording
 
 SIZES = {"context": 8, "group_size": 32, "new_tokens": 5}
 PARTS = {"draft": 2, "verify": 1, "rest": 1}  # of a cycle with two drafted tokens
-CYCLES = [CycleRecord((RowCycle(0, ("river",) * 2, ("river", "backbone"), False),), 3, (0.2, 0.3, 0.1), 0, 0)]
+CYCLES = [CycleRecord(("river",) * 2, ("river", "backbone"), 3, (0.2, 0.3, 0.1), 0, 0)]
 
 
 @pytest.fixture

@@ -3,20 +3,20 @@
 import pytest
 
 from benchmarks.holds import best, judge, tokens_per_cycle
-from river_compile.runtime.stats import CycleRecord, RowCycle
+from river_compile.runtime.stats import CycleRecord
 
 
-def cycle(*rows: RowCycle) -> CycleRecord:
-    return CycleRecord(rows, 4, (0.1, 0.2, 0.0), 0, 0)
+def cycle(drafted: tuple[str, ...], kept: tuple[str, ...]) -> CycleRecord:
+    return CycleRecord(drafted, kept, 4, (0.1, 0.2, 0.0), 0, 0)
 
 
 def test_a_token_is_judged_where_all_before_it_held():
     """The first that does not hold is the last one judged; of a text that ended, only what was kept is."""
     river = ("river",) * 3
-    held_one = RowCycle(0, river, ("river", "backbone"))
-    held_all = RowCycle(1, (*river[:2], "lookup"), ("river", "river", "lookup", "backbone"))
-    ended = RowCycle(0, river, ("river", "river"))
-    found = judge([cycle(held_one, held_all), cycle(ended)])
+    held_one = cycle(river, ("river", "backbone"))
+    held_all = cycle((*river[:2], "lookup"), ("river", "river", "lookup", "backbone"))
+    ended = cycle(river, ("river", "river"))
+    found = judge([held_one, held_all, ended])
     assert (found["river"].judged, found["river"].held) == ([3, 3], [3, 2])
     assert (found["lookup"].judged, found["lookup"].rates) == ([0, 0, 1], [0.0, 0.0, 1.0])
 

@@ -20,11 +20,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import StaticCache
 
 import river_compile
 from river_compile import CacheFullError, OptionError, RiverConfig, report, river
-from river_compile.runtime.captures import CaptureFailed, captured_by
+from river_compile.runtime.captures import CaptureFailed, CudaGraphs, captured_by
 from tests.support.captured import (
     CAPACITY,
     DEVICES,
@@ -40,7 +39,7 @@ from tests.support.captured import (
     run,
     uncaptured,
 )
-from tests.support.decoding import cache_argument, decode, new_cache
+from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
 from tools.recorder import Recorder, StaleReplay
 
@@ -112,13 +111,10 @@ class TestSameBits:
     def test_exact_mode(self):
         """Drafts at depth 0 and the passes that verify them are captured."""
         model, ids = Decoder(layers=2).model, prompt()
-        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
         plain = make("llama", layers=2).generate(ids, **settings)
-        held = {cache_argument(model): cache}
         for _ in range(2):
-            cache.reset()
-            text = model.generate(ids, **settings, **held, custom_generate=river_compile.exact, adaptive=False)
+            text = model.generate(ids, **settings, custom_generate=river_compile.exact, adaptive=False)
             assert torch.equal(text, plain)
         units = {record.unit for graph in report(model).graphs for record in graph.captures.captures}
         assert units >= {"last 0-2", "tail 0"}
@@ -370,17 +366,11 @@ class TestSizes:
             assert "the cache grows with every token" in graph.captures.not_captured
             assert "cache_utils.py:" in graph.captures.not_captured
 
-    @pytest.mark.parametrize(("rows", "captured"), [(2, True), (9, False)])
-    def test_passes_of_up_to_16_tokens_are_captured(self, rows, captured):
-        """Two tokens of each row and more, which verify drafts."""
-        model = make("llama", layers=2)
-        model.compile(backend=river, options={**capturing(), "criterion": "confidence", "threshold": 0.0})
-        drafts = {"custom_generate": river_compile.exact, "max_draft": 7, "adaptive": False}
-        model.generate(prompt(5, rows), max_new_tokens=24, do_sample=False, cache_implementation="static", **drafts)
-        logs = [graph.captures for graph in report(model).graphs]
-        units = {record.unit for log in logs for record in log.captures}
-        assert "tail 0" in units
-        assert ("last 0-2" in units) == captured
+    def test_passes_of_up_to_16_tokens_are_captured(self):
+        """Those of a GPU: verifications are as narrow, and come again."""
+        for kind in (Recorder, CudaGraphs):
+            assert kind.takes(torch.float32, 2, 8)
+            assert not kind.takes(torch.float32, 2, 9)
 
     def test_on_a_cpu_nothing_is_captured_by_default(self):
         model = make("llama", layers=2)

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from river_compile.capture.cuda import CudaGraphs
-from river_compile.capture.device import CaptureFailed
-from river_compile.capture.units import buffer_like, copy_into
+from river_compile.runtime.captures import CaptureFailed, CudaGraphs, buffer_like, copy_into
 
 DEVICE = torch.device("cuda", 1)
 
@@ -57,34 +55,34 @@ class FakeCuda(types.SimpleNamespace):
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr("river_compile.capture.cuda.torch.cuda", fake)
+    monkeypatch.setattr("river_compile.runtime.captures.torch.cuda", fake)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: fake.said.append("clear"), raising=False)
     monkeypatch.setattr(torch, "full", lambda size, fill, pin_memory: torch.tensor([fill] * size[0]))
     return fake
 
 
 def unit(work):
-    return types.SimpleNamespace(run_into=work)
+    return types.SimpleNamespace(run=work, writes=())
 
 
 def test_captures_run_on_a_stream_of_the_models_device(cuda):
     """torch's own stream for captures belongs to the device of the process's first one."""
     device = CudaGraphs(DEVICE)
-    graph, size = device.capture(unit(lambda slots, outputs: cuda.said.append("run")), [], {}, None)
+    replay, size = device.capture(unit(lambda slots, flags: cuda.said.append("run")), [], torch.zeros(1), None)
     assert size == 10
     stream = ("pool", "stream of cuda:1", "thread_local")
     before = ["on cuda:1", "synchronize", "empty_cache", "clear"]
     assert cuda.said == [*before, stream, "run", "captured", "clear"]
-    device.launch(graph, [])
+    replay()
     assert cuda.said[-1] == "replay"
 
 
 def test_a_capture_that_fails_says_what_the_driver_said(cuda):
-    def fail(slots, outputs):
+    def fail(slots, flags):
         raise RuntimeError("CUDA error: operation not permitted\nmore lines")
 
     with pytest.raises(CaptureFailed, match=r"^CUDA error: operation not permitted$"):
-        CudaGraphs(DEVICE).capture(unit(fail), [], {}, None)
+        CudaGraphs(DEVICE).capture(unit(fail), [], torch.zeros(1), None)
     assert cuda.said[-1] == "clear"
 
 
@@ -92,7 +90,7 @@ def test_flags_outlive_the_replays_that_write_them(cuda):
     """The last one is waited for before the device lets go of their memory."""
     device = CudaGraphs(DEVICE)
     flags = device.flags(3)
-    assert any(held is flags for held in device._flags)
+    assert device._flags is flags
     device.end()
     *_, event = cuda.Event.made
     assert not event.timing  # (one with a time takes longer to record, and nobody asks for it)
@@ -105,7 +103,7 @@ def test_a_step_on_another_stream_waits_for_the_one_before(cuda, monkeypatch):
     device, waited = CudaGraphs(DEVICE), []
     device.end()
     monkeypatch.setattr(cuda, "current_stream", lambda device: types.SimpleNamespace(wait_event=waited.append))
-    device.begin(lambda: [], torch.zeros(1))
+    device.begin([])
     assert waited == [cuda.Event.made[-1]]
 
 

@@ -12,13 +12,10 @@ import torch
 
 import river_compile
 from river_compile import forced_threshold, report
-from river_compile.backend import executors_of
-from river_compile.capture.device import CaptureLog
-from river_compile.decoding.given_text import TextDecoder
 from river_compile.lowering.choose import Lowering
-from river_compile.runtime.runner import PlainRunner
+from river_compile.runtime.captures import CaptureLog
 from tests.support.decoding import cache_state, decode, new_cache
-from tests.support.families import make, prompt
+from tests.support.families import make
 from tests.support.lowerings import lowered
 
 LAYERS = 3
@@ -110,24 +107,3 @@ def test_what_is_more_than_kernels_runs_uncaptured_and_says_so(name, uncaptured)
     assert all("it is not made of C++ kernels alone" in said[unit] for unit in uncaptured)
     assert ("twins 0" in {c.unit for c in pair.log.captures}) == (uncaptured == {"head"})
     pair.check(CHOSEN, batch=2, threshold=-1.0)
-
-
-@torch.inference_mode()
-def test_a_runner_that_is_replaced_takes_the_steps_that_were_replayed():
-    """Of a session whose passes are bound; and the first one goes on when it is back."""
-    model, ids = make("llama", layers=LAYERS), prompt(12)
-    model.compile(backend=lowered(NATIVE), options=OPTIONS)
-    decoder = TextDecoder(model, 12)
-    expected = decoder.logits(ids, 4)
-    decoder.prompt(ids[:, :4])
-    found = [decoder.step(ids[:, :end]) for end in range(5, 9)]
-    (executor,) = (executor for executor in executors_of(model) if executor.decodes)
-    runner, begun = executor.runner, []
-    executor.runner = other = PlainRunner(executor.program, runner.steps)
-    begin = other.begin
-    other.begin = lambda *args: begun.append(1) or begin(*args)
-    found += [decoder.step(ids[:, :end]) for end in range(9, 11)]
-    executor.runner = runner
-    found += [decoder.step(ids[:, :end]) for end in range(11, 13)]
-    assert len(begun) == 2
-    torch.testing.assert_close(torch.stack(found), expected)

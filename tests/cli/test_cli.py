@@ -24,7 +24,7 @@ from river_compile.cli import app, dry_run
 from river_compile.cli.output import error_line
 from river_compile.cli.timing import Painter
 from river_compile.runtime.executor import on_step
-from river_compile.runtime.stats import CycleRecord, RowCycle, cycles
+from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
 
 ROOT = Path(__file__).parents[2]
@@ -372,8 +372,7 @@ def test_a_painter_gives_each_token_its_source():
         for ids in ([9, 9], [1], [2], [3]):
             painter.put(torch.tensor(ids))
         assert shown == [("a", "default")]
-        row = RowCycle(0, ("river",), ("river", "backbone"))
-        cycles(CycleRecord((row,), 2, (0.0, 0.0, 0.0), thread=0, model=0))
+        cycles(CycleRecord(("river",), ("river", "backbone"), 2, (0.0, 0.0, 0.0), thread=0, model=0))
         painter.put(torch.tensor([4]))
         painter.end()
     assert painter.tokens == [("a", "prompt"), ("", "river"), ("é", "backbone"), ("b", "backbone")]

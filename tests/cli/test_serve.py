@@ -19,6 +19,7 @@ import transformers
 import river_compile
 from river_compile.cli import app, serve
 from river_compile.runtime.executor import on_step
+from tests.support.decoding import rows_of_steps
 
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")
 for package in ("fastapi", "uvicorn", "prometheus_client"):
@@ -141,15 +142,14 @@ def test_four_clients_at_once_get_the_texts_that_each_gets_alone(served, plain, 
     questions = [("question", 9), ("another question, a longer one", 5), ("why", 12), ("hm", 7)]
     settings = [{"seed": seed, **SAMPLED} if sampled else {} for seed in range(4)]
     expected = [plain(question, count, **more) for (question, count), more in zip(questions, settings, strict=True)]
-    with river_compile.trace() as trace, held() as (release, _), ThreadPoolExecutor(2) as pool:
+    with rows_of_steps() as seen, held() as (release, _), ThreadPoolExecutor(2) as pool:
         streams = [served.ask(*questions[i], stream=True, **settings[i]) for i in (0, 1)]
         texts = [pool.submit(served.text, *questions[i], **settings[i]) for i in (2, 3)]
         served.until(lambda found: found["river_rows_in_use",] + found["river_queued",] == 4)
         release.set()
         found = [whole("".join(pieces(stream))) for stream in streams] + [text.result() for text in texts]
-        cycles = trace.cycles
     assert found == expected
-    assert max(len(cycle.rows) for cycle in cycles) == ROWS
+    assert max(seen) == ROWS
 
 
 def test_a_seed_is_its_clients_alone(served, plain):

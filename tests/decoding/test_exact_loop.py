@@ -21,8 +21,7 @@ from river_compile.decoding.lookup import SuffixAutomaton
 from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.request import Ends, Request
 from river_compile.decoding.sampling import Chooser, RowProcessors
-from river_compile.decoding.sequences import Sequences
-from river_compile.runtime.draft_stats import AcceptanceRate, DraftRates
+from river_compile.runtime.draft_stats import AcceptanceRate, DraftRates, PassTimes
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
 PAD = 0
@@ -44,21 +43,22 @@ class Recorder:
         self.streamed.append(tokens.tolist())
 
 
-def loop_on(runner, prompt, recorder, lookup=True, adaptive=False, process=None, do_sample=False, together=True):
-    rule = ByGain(runner.times, runner.width_for, together) if adaptive else FixedLength(runner.width_for)
-    texts = Sequences(prompt, PAD, recorder.put)
-    runner.ended = lambda: [not active for active in texts.active]
-    loop = DecodeLoop(runner, Drafter(lookup, rule, runner.times, together, PAD))
-    return loop, Request(
-        texts=texts,
+def loop_on(runner, prompt, recorder, lookup=True, adaptive=False, process=None, do_sample=False, rates=None):
+    times = PassTimes()
+    rule = ByGain(times, runner.width_for) if adaptive else FixedLength(runner.width_for)
+    request = Request(
+        prompt=prompt,
         chooser=Chooser(len(prompt), do_sample),
         process=None if process is None else RowProcessors(process),
         process_draft=None if process is None else RowProcessors(process),
         stops=recorder.stops,
         max_length=recorder.max_length,
         pad_token=PAD,
-        together=together,
+        put=recorder.put,
+        rows_are_independent=True,
     )
+    runner.ended = lambda: [not active for active in request.active]
+    return DecodeLoop(runner, Drafter(lookup, rule, times, rates=rates)), request
 
 
 def run_on(runner, prompt, *arguments, **options):
@@ -94,17 +94,28 @@ def plain(runner, prompt, recorder):
     memory=st.integers(1, 6),
     lookup=st.booleans(),
     adaptive=st.booleans(),
-    together=st.booleans(),
+    independent=st.booleans(),
     asked=st.booleans(),
     late=st.booleans(),
 )
 def test_text_calls_and_cache_are_those_of_plain_generation(
-    seed, batch, river_right, max_draft, new_tokens, spare_slots, eos, memory, lookup, adaptive, together, asked, late
+    seed,
+    batch,
+    river_right,
+    max_draft,
+    new_tokens,
+    spare_slots,
+    eos,
+    memory,
+    lookup,
+    adaptive,
+    independent,
+    asked,
+    late,
 ):
     """Whatever agrees, wherever the texts end, however few slots are left: ids and streamer match.
 
-    The calls of criteria (where they are asked) and the cache match too where rows stay together; where they part, each
-    row's calls do.
+    The calls of criteria (where they are asked) and the cache match too, but for rows that have ended and left.
     """
     prompt = torch.randint(1, VOCABULARY, (batch, 5), generator=torch.Generator().manual_seed(seed))
     max_length = 5 + new_tokens
@@ -112,67 +123,44 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     runner.runs_late = late
     expected = plain(runner, prompt, expected_calls)
-    loop, request = loop_on(runner, prompt, calls, lookup, adaptive, together=together)
+    loop, request = loop_on(runner, prompt, calls, lookup, adaptive)
+    request.rows_are_independent = independent
     if not asked:
         request.stops = Ends(max_length, frozenset({eos}))
     ids = loop.run(request, first_logits(runner, prompt))
     assert ids.tolist() == expected.tolist()
     assert calls.streamed == expected_calls.streamed
-    if together:
-        assert calls.seen == (expected_calls.seen if asked else [])
-        assert runner.slots == [[(token, True) for token in row[:-1]] for row in expected.tolist()]
-    elif asked:
-        seen = [row for rows in calls.seen for row in rows]
-        assert len(seen) == len(set(map(tuple, seen))) or batch > 1, "a position was judged twice"
-        assert all(row in seen for rows in expected_calls.seen[:1] for row in rows)
+
+    def of_rows_left(seen):
+        return [[call[row] for row in runner.rows] if len(call) == batch else call for call in seen]
+
+    assert of_rows_left(calls.seen) == (of_rows_left(expected_calls.seen) if asked else [])
+    assert runner.slots == [[(token, True) for token in expected[row, :-1].tolist()] for row in runner.rows]
 
 
-def test_rows_that_part_take_fewer_passes_than_rows_that_wait():
-    """The same batch both ways: the same text, and no row takes more passes than it takes alone."""
-    prompt = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    passes = {}
-    for rows, together in ((prompt, True), (prompt, False), *((prompt[i : i + 1], True) for i in range(3))):
-        runner = ScriptedRunner(rows, 11, 7, 7, capacity=100, memory=3)
-        with river_compile.trace() as trace:
-            ids = run_on(runner, rows, Recorder(-1, 60), False, 0.0, together=together)
-        passes[len(rows), together, int(rows[0, 0])] = len(trace.cycles)
-        assert ids.tolist() == plain(runner, rows, Recorder(-1, 60)).tolist()
-    alone = [passes[1, True, first] for first in (1, 4, 7)]
-    assert passes[3, False, 1] == max(alone) < passes[3, True, 1]
-
-
-def test_rows_that_have_ended_leave_the_batch():
-    """Three of four end early: passes are of one row from then on; unless rows stay together, or it costs more."""
+def test_the_last_row_of_a_batch_goes_on_alone_and_drafts():
+    """Three of four end early: passes are of one row from then on; unless rows belong together, or it costs more."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 2]])
     script = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
     texts = plain(script, prompt, Recorder(-1, 60))[:, 3:].tolist()
     eos = min(range(VOCABULARY), key=lambda token: sum(token in text for text in texts) or len(texts) + 1)
     expected = plain(script, prompt, Recorder(eos, 60)).tolist()
-    for together, least_tokens in ((False, 0), (True, 0), (False, 1000)):
+    for independent, shrinks in ((True, True), (False, True), (True, False)):
         runner = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
-        runner.least_tokens = least_tokens
-        ids = run_on(runner, prompt, Recorder(eos, 60), False, together=together)
-        assert ids.tolist() == expected
-        assert (len(runner.rows) == 4) == (together or least_tokens > 0)
+        runner.shrinks = shrinks
+        loop, request = loop_on(runner, prompt, Recorder(eos, 60), False)
+        request.rows_are_independent = independent
+        with river_compile.trace() as trace:
+            assert loop.run(request, first_logits(runner, prompt)).tolist() == expected
+        assert (len(runner.rows) == 1) == bool(trace.cycles) == (independent and shrinks)
 
 
-def test_the_row_that_takes_the_place_of_one_that_left_keeps_its_own_tokens():
-    """The first of three ends: the last one comes before the second, whose numbers are still the other way round."""
-    prompt = torch.tensor([[5, 10, 4, 1, 4], [10, 8, 4, 8, 4], [2, 7, 7, 10, 9]])
-    runner = ScriptedRunner(prompt, 0, 0, 1, capacity=9, memory=3)
-    expected = plain(runner, prompt, Recorder(6, 9)).tolist()
-    assert [6 in row[5:] for row in expected] == [True, False, False]
-    assert run_on(runner, prompt, Recorder(6, 9), False, 0.0, together=False).tolist() == expected
-    assert runner.rows == [2, 1]
-
-
-def test_rows_that_part_are_streamed_without_padding():
+def test_rows_that_end_without_padding_go_on_to_the_last_ones_end():
     """Sequences end together, at their longest, so generate knows of no token that stands for padding."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     runner, ours, expected = ScriptedRunner(prompt, 3, 5, 7, 60, memory=3), Recorder(-1, 40), Recorder(-1, 40)
-    loop, request = loop_on(runner, prompt, ours, together=False)
-    request.texts, request.pad_token = Sequences(prompt, None, ours.put), None
-    runner.ended = lambda: [not active for active in request.texts.active]
+    loop, request = loop_on(runner, prompt, ours)
+    request.pad_token = None
     assert loop.run(request, first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
     assert ours.streamed == expected.streamed
 
@@ -184,27 +172,29 @@ class LikelyEnough(FixedLength):
         super().__init__(width)
         self.least, self.width = least, width
 
-    def verify_now(self, rows, drafted, river):
-        going_on = any(row.open and row.reach >= self.least for row in rows)
-        return super().verify_now(rows, drafted, river) if going_on else self.width(drafted) - 1
+    def verify_now(self, draft, river):
+        if draft.open and draft.reach >= self.least:
+            return super().verify_now(draft, river)
+        return self.width(len(draft.proposed)) - 1
 
 
 def test_late_drafts_are_as_long_as_the_rivers_average_says_and_teach_as_much():
     """What the steps chose is read behind them: where drafts have one length both ways, so is all that is learned."""
-    prompt, learned, drafted = torch.tensor([[1, 2, 3], [4, 5, 6]]), [], []
+    prompt, learned, drafted = torch.tensor([[1, 2, 3]]), [], []
     for late, least in ((False, 0.0), (True, 0.0), (True, 0.3)):
         runner = ScriptedRunner(prompt, 5, 8, 7, capacity=100, memory=6)
         runner.runs_late = late
-        loop, request = loop_on(runner, prompt, Recorder(-1, 40), False, together=False)
-        rates, rule = DraftRates(), LikelyEnough(least, runner.width_for)
-        loop.drafter = Drafter(False, rule, runner.times, False, PAD, rates=rates)
+        rates = DraftRates()
+        loop, request = loop_on(runner, prompt, Recorder(-1, 40), False, rates=rates)
+        loop.drafter.rule = LikelyEnough(least, runner.width_for)
         with river_compile.trace() as trace:
             ids = loop.run(request, first_logits(runner, prompt))
         assert ids.tolist() == plain(runner, prompt, Recorder(-1, 40)).tolist()
-        learned.append((vars(rates.by_entropy), vars(rates.river), [cycle.rows for cycle in trace.cycles]))
+        cycles = [(cycle.drafted, cycle.kept) for cycle in trace.cycles]
+        learned.append((vars(rates.by_entropy), vars(rates.river), cycles))
         drafted.append(len(trace.cycles[0].drafted))
     assert learned[0] == learned[1]
-    assert drafted == [14, 14, 8]  # (0.7 ** 4 is less than 0.3)
+    assert drafted == [7, 7, 4]  # (0.7 ** 4 is less than 0.3)
 
 
 @pytest.mark.parametrize("free", range(1, 10))
@@ -229,14 +219,6 @@ def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
     assert all(cycle.width == 8 for cycle in trace.cycles)
 
 
-def test_rows_held_back_by_another_row_are_counted():
-    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    runner = ScriptedRunner(prompt, 11, 5, 3, capacity=100, memory=6)
-    with river_compile.trace() as trace:
-        run_on(runner, prompt, Recorder(-1, 40), lookup=False)
-    assert sum(cycle.held_back for cycle in trace.cycles) > 0
-
-
 def chi_square(counts, expected):
     return (((counts - expected) ** 2) / expected).sum().item()
 
@@ -251,17 +233,17 @@ def test_tokens_are_those_that_multinomial_draws():
     chooser = Chooser(3, do_sample=True)
     ours = [[0] * 3 for _ in range(5)]
     for row, step in [(2, 1), (0, 4), (0, 0), (2, 0), (1, 3), (0, 1), (0, 2), (1, 0), (1, 1), (2, 2)]:
-        ours[step][row] = chooser.choose(scores[step, row : row + 1], [(row, step)]).item()
+        ours[step][row] = chooser.choose(scores[step, row : row + 1], [row], step).item()
         assert ours[step][row] == expected[step][row]
     chooser.forget(5)
-    chooser.choose(scores[0, :1], [(0, 9)])  # a draft that reached beyond the end
+    chooser.choose(scores[0, :1], [0], 9)  # a draft that reached beyond the end
     chooser.close(5)
     assert torch.equal(torch.rand(1), after)
 
 
-@pytest.mark.parametrize(("lookup", "together"), [(False, True), (True, False)])
-def test_sampled_texts_have_the_plain_models_distribution(lookup, together):
-    """Pairs of tokens, with temperature, top-p and a repetition penalty, of ten rows that are drafted for at once."""
+@pytest.mark.parametrize("lookup", [False, True])
+def test_sampled_texts_have_the_plain_models_distribution(lookup):
+    """Pairs of tokens, with temperature, top-p and a repetition penalty."""
     torch.manual_seed(1)
     process = LogitsProcessorList(
         [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)]
@@ -273,12 +255,10 @@ def test_sampled_texts_have_the_plain_models_distribution(lookup, together):
     for token in range(VOCABULARY):
         ids = torch.cat([prompt, torch.tensor([[token]])], dim=1)
         expected[token] = first[token] * process(ids, first_logits(script, ids)[:, 0]).softmax(-1)[0]
-    rows = 10
-    batch = prompt.expand(rows, -1)
     counts = torch.zeros(VOCABULARY * VOCABULARY)
-    for _ in range(TEXTS // rows):
-        runner = ScriptedRunner(batch, 4, 8, 3, capacity=100, memory=2)
-        ids = run_on(runner, batch, Recorder(-1, 8), lookup, 0.0, process, do_sample=True, together=together)
+    for _ in range(TEXTS):
+        runner = ScriptedRunner(prompt, 4, 8, 3, capacity=100, memory=2)
+        ids = run_on(runner, prompt, Recorder(-1, 8), lookup, 0.0, process, do_sample=True)
         counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
     likely = expected.flatten() * TEXTS >= 5
     assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text

@@ -9,7 +9,7 @@ import transformers
 from rich.console import Console
 
 from examples import compare_thresholds, demo, exact
-from river_compile.runtime.stats import CycleRecord, RowCycle
+from river_compile.runtime.stats import CycleRecord
 
 
 def test_the_demo_marks_changed_words_side_by_side(capsys):
@@ -33,7 +33,7 @@ def test_too_few_tokens_are_refused(capsys):
 
 def test_cycles_are_shown_with_the_source_of_every_token():
     def cycle(drafted, kept, width):
-        return CycleRecord((RowCycle(0, drafted, kept),), width, seconds=(0.002, 0.01, 0.0), thread=0, model=0)
+        return CycleRecord(drafted, kept, width, seconds=(0.002, 0.01, 0.0), thread=0, model=0)
 
     cycles = [cycle(("river",) * 3, ("river", "backbone"), 4), cycle(("lookup",), ("lookup", "backbone"), 2)]
     lines = exact.cycle_lines(cycles, [" a", "\n", " b", "."])

@@ -7,10 +7,11 @@ import sympy
 import torch
 from torch import Tensor
 
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.passes.normalize import normalized
 from river_compile.passes.segments import recognise
 from river_compile.passes.sizes import with_size
-from river_compile.upstream.transformers import crop, mark_growing
+from river_compile.upstream.transformers import mark_growing
 from tests.support.decoding import cache_argument, cache_state, new_cache, run_plainly
 from tests.support.families import FAMILIES, each, make, prompt
 
@@ -53,7 +54,7 @@ def test_one_of_several_tokens_is_what_the_model_makes_of_one(family):
 
     one = with_size(graph.graph, length, 1)
     assert recognise(one, twins=False).plan.query_length == 1
-    crop(cache, TOKENS)
+    KVCache(cache).rewind(TOKENS)
     own = given(PROMPT, 1)
     instead = {id(several[name]): own[name] for name in own}
     named = {n.name: value for n, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)}

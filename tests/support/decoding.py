@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
-from river_compile.runtime.cache_pool import BorrowedCache
+from river_compile.runtime.executor import RiverExecutor, on_step
+from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 from tests.support.families import prompt
 
@@ -95,9 +98,23 @@ def session_on(model, ids: Tensor, kind: str = "static") -> Session:
     """Returns a session whose prompt has run."""
     cache = new_cache(model, kind)
     kwargs = {"attention_mask": torch.ones_like(ids), "use_cache": True, cache_argument(model): cache}
-    session = Session(model, BorrowedCache(model, kwargs, None, False))
+    session = Session(model, kwargs, KVCache(cache))
     session.prefill(ids, model.generation_config)
     return session
+
+
+@contextlib.contextmanager
+def rows_of_steps() -> Iterator[set[int]]:
+    """Collects how many rows the decode steps inside have."""
+    found: set[int] = set()
+
+    def note(executor: RiverExecutor, args: Sequence[object], step: StepRecord) -> None:
+        if step.decode:
+            ids = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.long and arg.dim() == 2]
+            found.add(max(map(len, ids)))
+
+    with on_step(note):
+        yield found
 
 
 def cache_state(cache) -> list[tuple[Tensor, Tensor, int]]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from river_compile.runtime.draft_stats import PassTimes
 from river_compile.runtime.stats import ExitStats
 
 VOCABULARY = 11
@@ -41,20 +40,19 @@ class ScriptedRunner:
         slots: for each row what stands in the filled slots, an id and whether the backbone wrote it; None for filler.
         rows: which rows of the call are in the batch.
         ended: rows whose slots are not looked at any more; the test's loop sets it.
-        least_tokens: for so many a smaller batch pays.
+        shrinks: whether the last row of a batch may go on alone.
         runs_late: whether passes are taken to return before they have run.
     """
 
     runs_late = False
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
-        self.stats, self.times = ExitStats(), PassTimes()
+        self.stats = ExitStats()
         self.seed, self.river_right, self.memory = seed, river_right, memory
         self.max_draft, self.capacity = max_draft, capacity
         self.slots: list[list[tuple[int, bool] | None]] = [[(token, True) for token in row] for row in prompt.tolist()]
         self.rows = list(range(len(prompt)))
-        self.kept = self.filled + 1
-        self.least_tokens = 0
+        self.shrinks = True
         self.ended: Callable[[], list[bool]] = lambda: [False] * len(prompt)
 
     @property
@@ -73,6 +71,16 @@ class ScriptedRunner:
         recent = row[-self.memory :]
         return torch.tensor([mix(self.seed, token, *recent) % 1000 / 250 for token in range(VOCABULARY)])
 
+    @property
+    def can_take_back(self) -> bool:
+        return self.filled < self.capacity
+
+    def step(self, ids_BS: Tensor) -> Tensor:
+        return self.verify(ids_BS, 0)
+
+    def begin_drafts(self, ids_1S: Tensor) -> None:
+        assert len(self.slots) == len(ids_1S) == 1
+
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         self._write(ids_BS, 1, exact=False)
         out = []
@@ -83,6 +91,7 @@ class ScriptedRunner:
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         self._write(ids_BS, drafted + 1, exact=True)
+        self.written = drafted + 1
         first = ids_BS.shape[1] - drafted
         return torch.stack(
             [torch.stack([self.logits(row[:end]) for end in range(first, len(row) + 1)]) for row in ids_BS.tolist()]
@@ -93,16 +102,11 @@ class ScriptedRunner:
         for row in self.slots:
             del row[len(row) - slots :]
 
-    def keep(self, kept: Sequence[int], advance: int) -> None:
-        start, filled = self.kept - 1, self.filled
-        self.kept += advance
-        for i, count in enumerate(kept):
-            assert start + count <= filled, "a row cannot keep more than was verified"
-            content = self.slots[i][: start + count][-(self.kept - 1) :]
-            self.slots[i] = [None] * (self.kept - 1 - len(content)) + content
+    def keep(self, tokens: int, width: int) -> None:
+        self.rewind(self.written - tokens)  # (a pass writes no filler here)
 
-    def pays_to_select(self, rows: int, tokens: int) -> bool:
-        return tokens >= self.least_tokens
+    def should_shrink(self, tokens_left: int) -> bool:
+        return self.shrinks
 
     def make_room(self, tokens):
         """The cache stays as long as it is."""

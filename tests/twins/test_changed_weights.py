@@ -13,7 +13,6 @@ from river_compile.backend import executors_of
 from river_compile.exits import forced_depth
 from river_compile.kernels.quant.grid import quantize
 from river_compile.model_record import find_record
-from river_compile.runtime.sequences import SequenceTracker
 from river_compile.twins import parameter_stamp
 from river_compile.twins.parameter_stamp import ParameterStamp
 from tests.support.families import make, prompt
@@ -331,19 +330,3 @@ class TestWhenItIsLookedAt:
         assert len(seen) == 1
         step.call(executor)
         assert len(seen) == 2
-
-    def test_when_a_sequence_begins(self):
-        """With another cache tensor, with one that somebody wrote to, and after a prompt."""
-        sequences, cache = SequenceTracker(), torch.zeros(3)
-        assert sequences.begins("graph", cache)
-        sequences.left(cache)
-        assert not sequences.begins("graph", cache)
-        assert sequences.begins("graph", torch.zeros(3))
-        cache.zero_()
-        assert sequences.begins("graph", cache)
-        sequences.left(cache)
-        sequences.left(None)
-        assert sequences.begins("graph", cache)
-        with sequences.one():
-            assert [sequences.begins(graph, cache) for graph in "aabba"] == [True, False, True, False, False]
-        assert sequences.begins("a", cache)
