@@ -19,6 +19,7 @@ from benchmarks.random_llama import random_llama
 from river_compile import exact
 from river_compile.kernels.quant.grid import quantize
 from river_compile.runtime.stats import CycleRecord
+from tests.kernels.harness import dots_in_order
 from tests.support.lowerings import FUSED, lowered
 from tools.kernels.shapes import MODELS, ModelShape
 from tools.recorder import recording
@@ -247,6 +248,7 @@ def test_rivers_rows(tiny, monkeypatch, no_grad):
 
 @pytest.mark.slow
 @recording()
+@dots_in_order()
 def test_exact_mode_s_rows(tiny, monkeypatch, no_grad):
     """Generated kernels in Triton's interpreter: verified text is that without drafts."""
     monkeypatch.setitem(MODELS, tiny, ModelShape(tiny, 2, 64, 4, 2, 16, 128, 96))

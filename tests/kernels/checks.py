@@ -18,7 +18,7 @@ from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import reference
-from tests.kernels.harness import assert_close, assert_sqnr, poisoned, run_guarded
+from tests.kernels.harness import assert_close, assert_sqnr, dots_in_order, poisoned, run_guarded
 from tests.kernels.packing import pack_linear
 
 KV = ("k_cache", "v_cache")
@@ -366,6 +366,7 @@ def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: 
         assert int(result["slot"]) == 7 + positions
 
 
+@dots_in_order()
 def check_bits_of_positions(
     spec: DecodeAttentionSpec, positions: int, some: slice, seed: int = 0, device: str = "cpu"
 ) -> None:
@@ -382,6 +383,7 @@ def check_bits_of_positions(
     assert torch.equal(found.view(torch.uint8), whole.contiguous().view(torch.uint8))
 
 
+@dots_in_order()
 def check_bits_of_rows(spec: LinearSpec, rows: int, some: slice, seed: int = 0, device: str = "cpu") -> None:
     """Checks that some of the rows of a kernel for all widths, of weights in 16 bits, have the same bits alone."""
     g = torch.Generator(device).manual_seed(seed)

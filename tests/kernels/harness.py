@@ -89,6 +89,25 @@ def in_order(change: Callable[[list], object]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def dots_in_order() -> Iterator[None]:
+    """Inside, the interpreter's dots add one product after another, in float32, each row as every other one.
+
+    Outside, they are a BLAS's: which rows of a tile it computes together, and in what order it adds, differs by
+    machine. (The interpreter's sums add every row alike.)
+    """
+    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    def dot(a, b, acc, *_):
+        rows, columns = (factor.data.astype(acc.data.dtype) for factor in (a, b))
+        products = (rows[..., k, None] * columns[..., k, None, :] for k in range(rows.shape[-1]))
+        return TensorHandle(sum(products, acc.data), acc.dtype.scalar)
+
+    with mock.patch.object(builder, "create_dot", dot):
+        yield
+
+
 def assert_close(
     actual: torch.Tensor,
     expected: torch.Tensor,

@@ -14,6 +14,7 @@ from river_compile.decoding.mode import decode as decode_loop
 from river_compile.kernels.triton.calls import linear as products
 from river_compile.lowering.choose import Lowering
 from river_compile.upstream.transformers import cache_argument
+from tests.kernels.harness import dots_in_order
 from tests.support.decoding import cache_state, decode, left_padded, new_cache
 from tests.support.families import each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
@@ -147,7 +148,7 @@ def generated(model, rows: int, **how):
 )
 def test_verified_text_has_the_bits_of_decoding_without_drafts(name, rows, dtype):
     """Every token's logits, in passes of one position and of several, captured as one launch a pass."""
-    with recording():
+    with recording(), dots_in_order():
         check_verified_text(compiled(name, dtype=dtype, cudagraphs=True, **VERIFIES), rows)
 
 

@@ -14,12 +14,15 @@ from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels.checks import (
     check_attend,
     check_attention,
+    check_bits_of_positions,
+    check_bits_of_rows,
     check_experts,
     check_kv_fill,
     check_linear,
     check_nan_never_exits,
     check_shift,
 )
+from tests.support.examples import slow_but
 
 ROW = LinearSpec(1, 300, 21, LinearTile(8, 128), dtype="float32")
 ROWS = LinearSpec(3, 300, 21, LinearTile(16, 128, 16), dtype="float32")
@@ -30,12 +33,14 @@ PATCHED = dataclasses.replace(TWELVE, in_features=5, out_features=70)
 PATCHED_ROWS = dataclasses.replace(PATCHED, rows=None, tile=LinearTile(64, 128, 16))
 STACK = dataclasses.replace(ROW, rows=3, experts=4)
 STACKS = dataclasses.replace(ROWS, rows=None, experts=4)
+DENSE = LinearSpec(None, 300, 21, LinearTile(16, 64, 16, split_k=2), weights="dense", group_size=0, dtype="float32")
 FILL = KvFillSpec(2, 2, 1, 48, 6, dtype="float32", rotary_dim=48, rotary_dtype="float32")
 ATTENTION = DecodeAttentionSpec(2, 4, 2, 64, 70, 0.125, dtype="float32", mask=True, splits=2, block=16)
 ATTEND = DecodeAttentionSpec(
     2, 2, 1, 48, 70, 0.125, dtype="float32", mask=True, splits=2, block=16, advance=True,
     fill=KvFillSpec(2, 2, 1, 48, 70, dtype="float32", rotary_dim=48, rotary_dtype="float32", head_norm="rms"),
 )  # fmt: skip
+POSITIONS = dataclasses.replace(ATTENTION, positions=None)
 SHIFT = ShiftSpec(2, 2, 2, 40, 22, dtype="float32", block=4)
 
 #: What is broken -> (check of the family, pattern in the source, what replaces it).
@@ -108,11 +113,24 @@ MUTATIONS = {
         lambda: check_nan_never_exits(ExitScoreSpec(3, 50), 1),
         r"tl\.minimum\(lowest, similarity\)\n +invalid \+= .*", "tl.where(similarity < lowest, similarity, lowest)",
     ),
+    "a split by the number of rows": (  # of few, the second part begins a step earlier: right, but for the rounding
+        lambda: check_bits_of_rows(DENSE, 6, slice(1, 3)), r"( +)for step in range\(3\)",
+        r"\1few, part = tl.where(rows < 4, 1, 0), tl.program_id(2)"
+        r"\n\1for step in range(-few * part, 3 - few * (1 - part))",
+    ),
+    "a row that reads its neighbour's": (
+        lambda: check_bits_of_rows(DENSE, 6, slice(1, 3)), r"m \* 300", "(m ^ 1) * 300"
+    ),
+    "one largest score for all positions": (  # right, but for the rounding
+        lambda: check_bits_of_positions(POSITIONS, 6, slice(1, 3)),
+        r"tl\.max\(score, axis=1\)", "tl.max(tl.max(score, axis=1), axis=0)",
+    ),
 }  # fmt: skip
+# These show that bits are compared although the tests' own dot adds in one order.
+QUICK = ("a split by the number of rows", "a row that reads its neighbour's")
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-@pytest.mark.slow
+@pytest.mark.parametrize("name", slow_but(QUICK, MUTATIONS))
 def test_a_broken_kernel_is_noticed(name, monkeypatch):
     check, old, new = MUTATIONS[name]
     check()
