@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import tempfile
@@ -13,8 +14,6 @@ from hypothesis import settings
 
 from tests.support.examples import register_profiles
 from tools import demo_models
-
-register_profiles()
 
 # What one test built must not change what another one does; those of the store give it a folder of their own. (With a
 # folder in RIVER_TEST_STORE all tests share one: those that count graphs may fail then, and no text may differ.)
@@ -30,6 +29,7 @@ TOOLS = [Path(__file__).parent / name for name in ("benchmarks", "examples", "to
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too, as -m and the name of a test do")
+    parser.addoption("--shrink", action="store_true", help="look for the smallest example that a property fails for")
     parser.addoption("--tools", action="store_true", help="collect benchmarks, examples and tools, as their names do")
 
 
@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         caches = Path(tempfile.gettempdir()) / f"river_compile_tests_{os.getuid()}"
         for name in ("RIVER_COMPILE_CACHE", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
             os.environ.setdefault(name, str(caches / name.lower()))
+    register_profiles(config.option.shrink)
     if config.option.slow:  # (an option of Hypothesis, which is read after this, goes before)
         settings.load_profile("slow")
 
@@ -68,7 +69,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    gc.unfreeze()  # (libraries look for what they leaked)
+    """Leaves nothing for the collection that pytest makes after this.
+
+    It takes seconds, and xdist interrupts a worker that takes more than five to end after its last report.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # (libraries look for what they leaked)
 
 
 @pytest.fixture(autouse=True, scope="module")

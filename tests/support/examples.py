@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 SHARES = {"quick": 0.3, "slow": 1.0, "long": 200.0}  # by the name of a profile of Hypothesis
 _DEFAULT = 100  # of a test that names no number
 _LEAST = 3
 
 
-def register_profiles() -> None:
-    """Registers the profiles, of which "quick" counts from now on; all but "long" draw the same examples each time."""
+def register_profiles(shrink: bool = False) -> None:
+    """Registers the profiles, of which "quick" counts from now on; all but "long" draw the same examples each time.
+
+    A property that fails prints the case that it failed for, or with `shrink` the smallest one, which takes long.
+    """
+    phases = [phase for phase in Phase if shrink or phase not in (Phase.shrink, Phase.explain)]
     for name, share in SHARES.items():
         repeats = {"derandomize": True} if name != "long" else {}
-        settings.register_profile(name, max_examples=round(share * _DEFAULT), deadline=None, database=None, **repeats)
+        most = round(share * _DEFAULT)
+        settings.register_profile(name, max_examples=most, deadline=None, database=None, phases=phases, **repeats)
     settings.load_profile("quick")
 
 
