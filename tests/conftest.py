@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,10 @@ from tools import demo_models
 # What one test built must not change what another one does; those of the store give it a folder of their own. (With a
 # folder in RIVER_TEST_STORE all tests share one: those that count graphs may fail then, and no text may differ.)
 os.environ["RIVER_COMPILE_STORE"] = os.environ.get("RIVER_TEST_STORE", "0")
+
+# torch writes every graph on its way through Dynamo into a log of its own as soon as somebody listens, which is a sixth
+# of a compilation, and pytest (from 9.1 on) listens to each logger that it finds and that does not propagate.
+logging.root.manager.loggerDict.pop("torch.__trace", None)
 
 # Processes that test side by side share the cores: threads of two that wait for each other cost more than they bring.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
