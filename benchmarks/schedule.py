@@ -24,18 +24,17 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
 from river_compile import river
-from river_compile.capture.runner import CapturedRunner
-from river_compile.capture.units import CaptureUnit
 from river_compile.exits import CRITERIA
 from river_compile.model_record import find_record
 from river_compile.reporting.report import bytes_of_token
 from river_compile.runtime.executor import RiverExecutor, on_step
-from river_compile.runtime.runner import Step
+from river_compile.runtime.state import StepState
 from river_compile.runtime.stats import StepRecord
+from river_compile.runtime.units import Step, Unit
 from river_compile.upstream.transformers import cache_argument
 from tools import demo_models
 from tools.kernels.shapes import ModelShape
-from tools.recorder import Event, recording
+from tools.recorder import Event, Recorder, recording
 
 _PROMPT = 4
 _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}
@@ -43,11 +42,10 @@ _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}
 
 @dataclass
 class Watch:
-    """Keeps the captured executor that ran last, its runner, and arguments and events of its last step."""
+    """Keeps the captured executor that ran last, its state, and the events of its last step."""
 
     executor: RiverExecutor | None = None
-    runner: CapturedRunner | None = None
-    arguments: tuple = ()
+    state: StepState | None = None
     events: list[Event] = field(default_factory=list)
 
 
@@ -65,12 +63,11 @@ def watching() -> Iterator[Watch]:
     """Notes every captured step inside, and what the recorder saw of it."""
     watch = Watch()
 
-    def note(executor: RiverExecutor, arguments: tuple, _: StepRecord) -> None:
-        if isinstance(executor.runner, CapturedRunner):
-            watch.executor, watch.runner, watch.arguments = executor, executor.runner, arguments
-            events = executor.runner.device.events
-            watch.events = list(itertools.takewhile(lambda event: event.what != "end", events))
-            events.clear()
+    def note(executor: RiverExecutor, state: StepState, _: StepRecord) -> None:
+        if executor.decodes and executor.captures is not None:
+            watch.executor, watch.state = executor, state
+            watch.events = list(itertools.takewhile(lambda event: event.what != "end", Recorder.events))
+        Recorder.events.clear()
 
     with on_step(note):
         yield watch
@@ -98,12 +95,12 @@ def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
     with recording(), watching() as watch:
         generate(model, cache)  # (compiles)
         depths = _depths(watch.executor)
-        for depth in depths * 2:  # (the first time warms up, the second captures)
+        for depth in depths * 3:  # (the first time runs, the second warms up, the third captures)
             step(model, cache, watch, depth)
         steps = {depth: step(model, cache, watch, depth) for depth in depths}
     units = _units(watch.executor)
     _print_units(watch, units)
-    _print_buffers(watch.runner)
+    _print_buffers(watch.executor, watch.state)
     rows = []
     for depth, events in steps.items():
         launches, waits = ([e for e in events if e.what == what] for what in ("launch", "wait"))
@@ -149,43 +146,54 @@ def generate(model: PreTrainedModel, cache: StaticCache) -> None:
 
 
 def _depths(executor: RiverExecutor) -> list[int]:
-    return [*executor.program.candidates, executor.num_blocks]
+    return [*executor.program.candidates, executor.program.num_blocks]
 
 
-def _units(executor: RiverExecutor) -> dict[str, CaptureUnit]:
-    units, depths = executor.runner.units, _depths(executor)
-    spans = [unit for a, b in itertools.pairwise((0, *depths)) for unit in units.spans(a, b)]
+def _units(executor: RiverExecutor) -> dict[str, Unit]:
+    units, depths = executor.compiled.units, _depths(executor)
+    spans = [unit for a, b in itertools.pairwise((0, *depths)) for unit in units.span(a, b)]
     tails = [unit for depth in executor.program.candidates for unit in units.tail(depth)]
     return {unit.name: unit for unit in (*spans, *tails)}
 
 
-def _print_units(watch: Watch, units: dict[str, CaptureUnit]) -> None:
+def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
     """Bytes read are those of weights, packed weights and the whole KV cache; of an embedding, one row; of
     experts, those that a token chooses."""
     rows = []
     for unit in units.values():
         read = sum(_bytes_read(watch, step) for step in unit.steps)
         flag = "yes" if unit.flag is not None else ""
-        rows.append([unit.name, len(unit.steps), flag, read / 1e6, len(unit.keys), len(unit.writes)])
-    print_table(["unit", "segments", "flag", "reads MB", "addresses checked", "buffers written"], rows)
+        rows.append([unit.name, len(unit.steps), flag, read / 1e6, len(unit.reads), len(unit.writes)])
+    print_table(["unit", "segments", "flag", "reads MB", "values read", "buffers written"], rows)
     print()
 
 
 def _bytes_read(watch: Watch, step: Step) -> int:
-    slots = [watch.executor.program.slots[node] for node in step.segment.inputs]
-    values = [watch.arguments[i] if i < len(watch.arguments) else None for i in slots]
+    inputs = len(watch.executor.program.inputs)
+    values = [watch.state.slots[i] if i < inputs else None for i in step.segment.inputs]
     if step.segment.kind == "prologue":
         values = [v[:1] if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in values]
     return bytes_of_token(step.segment, [*values, *step.packed])
 
 
-def _print_buffers(runner: CapturedRunner) -> None:
+def _print_buffers(executor: RiverExecutor, state: StepState) -> None:
+    makers = {slot: step.segment.name for step in _steps(executor) for slot in step.segment.outputs}
     rows = [
-        [name, "x".join(map(str, buffer.shape)), str(buffer.dtype).removeprefix("torch."), buffer.nbytes]
-        for name, buffer in runner.launcher.buffers()
+        [
+            f"of {makers[slot]}" if slot in makers else "score of the head",
+            "x".join(map(str, buffer.shape)),
+            str(buffer.dtype).removeprefix("torch."),
+            buffer.nbytes,
+        ]
+        for slot, buffer in state.buffers.items()
     ]
     print_table(["buffer", "shape", "dtype", "bytes"], rows)
     print()
+
+
+def _steps(executor: RiverExecutor) -> Iterator[Step]:
+    for unit in _units(executor).values():
+        yield from unit.steps
 
 
 def timeline(title: str, events: Iterable[Event], runs: Mapping[str, Sequence[Step]]) -> list[str]:

@@ -30,7 +30,6 @@ from river_compile import decode, forced_depth, river
 from river_compile.backend import executors_of
 from river_compile.cli import models, timing
 from river_compile.runtime.executor import RiverExecutor, on_step
-from river_compile.runtime.runner import PlainRunner
 from river_compile.runtime.stats import StepRecord
 from tools import demo_models
 
@@ -47,13 +46,6 @@ STAGES = {
     ("update", "updated"): "transformers: arguments of the next step",
     ("updated", "prepare"): "transformers: choosing the token, streamer, stopping",
 }
-# Methods of a runner, which an executor calls.
-PARTS = {
-    "begin": "inputs and prologue",
-    "blocks": "backbone blocks",
-    "tail": "twins and head",
-    "finish": "outputs",
-}
 
 
 class Marks:
@@ -64,7 +56,7 @@ class Marks:
         self.parts: dict[str, list[float]] = {}
         self.steps: list[tuple[float, float]] = []  # when each ended, and its seconds
 
-    def step(self, executor: RiverExecutor, args: object, record: StepRecord) -> None:
+    def step(self, executor: RiverExecutor, state: object, record: StepRecord) -> None:
         """Notes a step of an executor."""
         self.steps.append((time.perf_counter(), record.seconds))
 
@@ -92,20 +84,14 @@ class Marks:
 
         return run
 
-    def time_parts(self, executor: RiverExecutor, segments: bool) -> None:
-        """Makes an executor's parts note their seconds: its runner's methods, or with `segments` each kind of segment.
+    def time_segments(self, executor: RiverExecutor) -> None:
+        """Makes the segments of an executor note their seconds, each kind by itself.
 
         Segments that are replayed together, from a tape, run one by one for that.
         """
-        if segments:
-            steps: Any = {
-                segment: self.timed(segment.name.rstrip("0123456789_"), step)
-                for segment, step in executor.runner.steps.items()
-            }
-            executor.runner = PlainRunner(executor.program, steps)
-            return
-        for method, name in PARTS.items():
-            setattr(executor.runner, method, self.timed(name, getattr(executor.runner, method)))
+        executor.captures = None
+        for step in executor.compiled.plain.steps.values():
+            step.callee = self.timed(step.segment.kind, step.callee)
 
 
 @contextmanager
@@ -146,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.skip_guards:
             torch.compiler.set_stance(skip_guard_eval_unsafe=True)
         for executor in executors_of(model):
-            if executor.decodes:
-                marks.time_parts(executor, options.segments)
+            if executor.decodes and options.segments:
+                marks.time_segments(executor)
         with marked(model, marks):
             timing.generate(model, ids, NEW_TOKENS, **loop)
             marks.times.clear()

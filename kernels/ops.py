@@ -8,7 +8,6 @@
     kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention      one query position over a static cache
     attend                both, which counts the tokens too: of one position in one launch, or of any number of them
-    shift                 a full window's entries one slot further up, which frees the last; mutates the caches
     attention             several; plain torch, or the C++ kernels
     exit_score            smallest cosine of two hidden states, plain torch on any device
     residual_score        the same fused with the residual add
@@ -16,8 +15,8 @@
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
 Every other layout is plain torch around the layout's own linear. Weights of 16 and 12 bits meet generated kernels in
 passes of up to `MAX_EXACT_ROWS` rows, which decode and verify; wider ones are prompts, and a library's. All outputs
-are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`, `attend`, `shift`
-and `residual_score` are those of their functions in `triton.calls`.
+are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`, `attend` and
+`residual_score` are those of their functions in `triton.calls`.
 """
 
 from __future__ import annotations
@@ -301,7 +300,6 @@ def _(x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_featur
 kv_fill = torch.library.custom_op("river::kv_fill", cache.kv_fill, mutates_args=("k_cache", "v_cache"))
 decode_attention = torch.library.custom_op("river::decode_attention", cache.decode_attention, mutates_args=())
 attend = torch.library.custom_op("river::attend", cache.attend, mutates_args=("counter", "k_cache", "v_cache"))
-shift = torch.library.custom_op("river::shift", cache.shift, mutates_args=("k_cache", "v_cache"))
 residual_score = torch.library.custom_op("river::residual_score", exits.residual_score, mutates_args=())
 
 
@@ -325,11 +323,6 @@ def _(
     several = len(others) > 7 and others[7]
     positions = qkv.shape[1:2] if several else ()
     return qkv.new_empty((b, *positions, qkv.shape[-1] // d - 2 * kv_heads, d))
-
-
-@shift.register_fake
-def _(k_cache: Tensor, *_others: Any) -> Tensor:
-    return k_cache.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("river::attention", mutates_args=())

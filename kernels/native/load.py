@@ -10,7 +10,6 @@
     kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
     decode_attention   one query position over a static cache
     attention          several: up to 16 each by itself, more in blocks that read a slot once
-    shift              the entries of a cache ``[B, J, S, D]`` moved up by one slot, in place
     few_rows           up to which `dense` is recorded, by whether x has 16 bits and by positions of a sequence
     exit_score         the least cosine of the rows of two matrices
     largest_entropy    the largest entropy of rows of logits, at the last position
@@ -179,7 +178,6 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
     "largest_entropy": lambda logits: logits.new_empty((), dtype=torch.float32),
     "add": _add_fake,
-    "shift": lambda *_: None,
     "advance": lambda *_: None,
     "copy": lambda *_: None,
 }

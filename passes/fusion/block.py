@@ -5,7 +5,6 @@ Roles follow from the flow of values alone. Not handled: cache entries at other 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch.fx.node import Argument
 
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import Missed
-from river_compile.passes.fusion.match import WHOLE, is_product
+from river_compile.passes.fusion.match import is_product
 from river_compile.passes.fusion.recognise import Attention, attention
 from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, value_of
 
@@ -24,14 +23,13 @@ from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, 
 class CacheEntry:
     """How keys or values ``[B, J, T, D]`` enter a static cache ``[B, J, S, D]``.
 
-    `slot` is a tensor of one element for each position, or the last slot of a cache whose entries `moved` up by one.
+    `slot` is a tensor of one element for each position.
     """
 
     cache: fx.Node
     value: fx.Node
-    slot: fx.Node | int
+    slot: fx.Node
     writer: fx.Node
-    moved: fx.Node | None = None
 
 
 class BlockView:
@@ -98,24 +96,7 @@ def _entry(node: fx.Node) -> CacheEntry | None:
     if called(node, torch.Tensor.index_copy_) and _is_cache(node.args[0]) and node.args[1] in (2, -2):
         cache, _, slot, value = node.args
         return CacheEntry(cache, value, slot, node)
-    if called(node, torch.Tensor.copy_) and _is_cache(node.args[0]) and called(node.args[1], torch.roll):
-        return _rolled_entry(node)
     return None
-
-
-def _rolled_entry(copy: fx.Node) -> CacheEntry | None:
-    """Recognises a full sliding window: ``new = cache.roll(-1); new[:, :, -1] = value; cache.copy_(new)``."""
-    cache, new = copy.args[:2]
-    if new.args not in ((cache, -1, -2), (cache, -1, 2)) or len(new.users) != 2:
-        return None
-    writer = next((user for user in new.users if called(user, operator.setitem)), None)
-    slots = shape(cache)[2]
-    if writer is None or not isinstance(writer.args[1], tuple) or not isinstance(slots, int):
-        return None
-    _, index, value = writer.args
-    *others, slot = index
-    last = slot == -1 or (called(slot, torch.tensor) and slot.args[0] == [-1])
-    return CacheEntry(cache, value, slots - 1, writer, moved=copy) if last and others == [WHOLE, WHOLE] else None
 
 
 def _is_start(node: fx.Node) -> bool:

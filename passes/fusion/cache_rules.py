@@ -1,9 +1,9 @@
 """The fusion rules around the KV cache: the write of its slots, and attention over a static cache.
 
-Slots stay device tensors; the entries of a full window move up in place, which frees its last slot. On a GPU, where
-each operator is a launch, write and attention become one operator, which counts the tokens too: one launch of a twin,
-whose tokens come one by one, and two of a backbone that runs passes of all widths with the same kernels. On a CPU they
-are phases of a tape, and stay apart. Not handled: caches that grow with every token.
+Slots stay device tensors. On a GPU, where each operator is a launch, write and attention become one operator, which
+counts the tokens too: one launch of a twin, whose tokens come one by one, and two of a backbone that runs passes of all
+widths with the same kernels. On a CPU they are phases of a tape, and stay apart. Not handled: caches that grow with
+every token, and those of full sliding windows, whose entries move.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     _, attended = view.attention()
     entries = k_entry, v_entry = view.entries[attended.k], view.entries[attended.v]
     require(k_entry.slot == v_entry.slot, "keys and values go to different slots", v_entry.writer)
-    slots = shape(k_entry.slot) if isinstance(k_entry.slot, fx.Node) else (1,)
+    slots = shape(k_entry.slot)
     require(slots == (1,) or view.several, "more than one slot is written", k_entry.writer)
     require(slots == (_positions(k_entry.value),), "its entries do not go to one slot each", k_entry.writer)
     k, v = (_heads(entry.value) for entry in entries)
@@ -101,13 +101,13 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     if v is None or v.norm or v.rotation:
         raise Missed("the value is no plain range of columns", before_views(v_entry.value))
     q = _query(attended.q, k)
-    last = max(node for entry in entries for node in (entry.writer, entry.moved) if node is not None)
+    last = max(entry.writer for entry in entries)
     moved = _users_before(q.node, last)
     _check_heads(q, k, v, entries)
     _check_reads(entries, last)
-    fused = _write((q, k, v), entries, last, moved, view.native)
+    fused = _write((q, k, v), entries, last, moved)
     for entry in entries:
-        view.entries[entry.cache] = replace(entry, value=k.columns.product, writer=fused, moved=None)
+        view.entries[entry.cache] = replace(entry, value=k.columns.product, writer=fused)
     return fused
 
 
@@ -160,8 +160,7 @@ def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
 
 def _check_reads(entries: tuple[CacheEntry, CacheEntry], last: fx.Node) -> None:
     for entry in entries:
-        own = {entry.writer} if entry.moved is None else {entry.moved, *entry.moved.all_input_nodes}
-        early = next((user for user in entry.cache.users if user < last and user not in own), None)
+        early = next((user for user in entry.cache.users if user < last and user is not entry.writer), None)
         require(early is None, "the cache is read before it is written", early)
 
 
@@ -170,7 +169,6 @@ def _write(
     entries: tuple[CacheEntry, CacheEntry],
     last: fx.Node,
     moved: list[fx.Node],
-    native: bool,
 ) -> fx.Node:
     q, k, v = heads
     product, batch, (_, dim) = k.columns.product, value_of(entries[0].cache).shape[0], _fixed_sizes(entries[0].cache)
@@ -186,7 +184,7 @@ def _write(
             qkv_value = value_of(product)[..., start:stop]
             qkv = call(operator.getitem, (product, (Ellipsis, slice(start, stop))), qkv_value, product)
         caches = [entry.cache for entry in entries]
-        arguments = (qkv, *weights, *tables, _slot(entries, native), *caches, *how)
+        arguments = (qkv, *weights, *tables, entries[0].slot, *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
         several = _positions(q.node) != 1
         positions = value_of(entries[0].value).shape[2]
@@ -200,9 +198,6 @@ def _write(
     for entry in entries:
         entry.writer.replace_all_uses_with(entry.cache)
         drop_unused(entry.writer)
-        if entry.moved is not None and not native:
-            entry.moved.replace_all_uses_with(entry.cache)
-            drop_unused(entry.moved)
     return fused
 
 
@@ -210,25 +205,10 @@ def _exchanged(node: fx.Node) -> fx.Node:
     return call(torch.transpose, (node, 1, 2), value_of(node).transpose(1, 2), node)
 
 
-def _slot(entries: tuple[CacheEntry, CacheEntry], native: bool) -> fx.Node:
-    """Returns the slot that is written, as a tensor of one number on the cache's device.
-
-    Of a full window it is the last one, which an operator frees; the C++ kernels recognise the moves themselves.
-    """
-    slot, caches = entries[0].slot, tuple(entry.cache for entry in entries)
-    if isinstance(slot, fx.Node):
-        return slot
-    like = value_of(caches[0])
-    value = like.new_empty((1,), dtype=torch.int64)
-    if not native:
-        return call(torch.ops.river.shift.default, caches, value, caches[0])
-    return call(torch.full, ((1,), slot), value, caches[0], dtype=torch.int64, device=like.device)
-
-
 def fuse_attention(view: BlockView) -> fx.Node:
     """attention."""
     node, found = view.attention()
-    late = any(n is not None and n > node for e in view.entries.values() for n in (e.writer, e.moved))
+    late = any(entry.writer > node for entry in view.entries.values())
     require(not late, "the cache is read before it is written", node)
     q, keys, values = (value_of(n) for n in (found.q, found.k, found.v))
     alike = q.dtype == keys.dtype == values.dtype and _same_sizes(keys, values)

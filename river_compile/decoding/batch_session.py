@@ -50,7 +50,8 @@ class BatchSession(Session):
             kwargs["attention_mask"] = ids_BS.new_ones(1, entries + 1)
         if self.kv.rows:
             kwargs = joined_inputs(self._lengthened(self.kv.filled + 1), kwargs)
-        self.make_room(entries - self.kv.filled + self.widths[-1])
+            entries = max(entries, self.kv.filled)
+        self._fit(entries + self.widths[-1])
         self.kv.join(prompt.kv)
         self._kwargs, self._in_kwargs = kwargs, self.kv.filled + 1
         self._use_rows()

@@ -129,7 +129,7 @@ def selected_inputs(kwargs: Mapping[str, object], rows: Sequence[int]) -> dict:
     for name in BY_SLOT:
         held = selected.get(name)
         if isinstance(held, Tensor):  # (positions of three kinds stand before the rows)
-            selected[name] = held.index_select(held.ndim - 2, torch.tensor(rows, device=held.device))
+            selected[name] = held.index_select(held.ndim - 2, torch.tensor(rows, dtype=torch.long, device=held.device))
     return selected
 
 

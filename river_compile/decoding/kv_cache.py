@@ -4,11 +4,9 @@ A full layer holds an entry for every token. A sliding window is a mask over it 
 kind of attention by the sizes that layers state), so every cache can free its last entries, hold several rows that end
 at one slot, and begin with the first entries of another text, whatever the model's windows.
 
-Captures, tapes and noted steps belong to the memory of one cache. `generate` makes a cache for every call, so each call
-would begin with new ones; a model keeps one cache, that of its latest call, and the text in it (:class:`PrefixPool`).
-
-Decode steps and other passes of few positions sum attention in another order than a prompt (``kFewPositions`` of
-`kernels/native/sources/tensors.h`). So what is left of a prompt is always so wide that it runs as a whole prompt does.
+Captures belong to the memory of one cache, so a model keeps that of its latest call, and the text in it. Passes of few
+positions sum attention in another order than a prompt (``kFewPositions`` of `kernels/native/sources/tensors.h`), so
+what is left of a prompt is always so wide that it runs as a whole prompt does.
 
 Not handled: models that keep more than keys and values (recurrent states, convolutions, indexers), which generate in
 the cache that transformers makes; entries that a text shares with another one, which are saved with each.
@@ -47,7 +45,7 @@ class KVCache:
     Attributes:
         cache: the same, or a view of its rows that are in use.
         filled: tokens that it holds.
-        rows: in use; None before it has memory.
+        rows: in use; 0 before it has memory.
         states: what is bound to its memory, by rows and width of a pass (:class:`BoundPass`).
     """
 
@@ -114,10 +112,13 @@ class KVCache:
         self._show(self.rows)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Goes on with some of the rows, which move to the front of the memory."""
-        for layer in self.whole.layers:
+        """Goes on with some of the rows: each stays, or comes from behind these to the place of one that leaves."""
+        moves = [(place, row) for place, row in enumerate(rows) if row != place]
+        assert all(row >= len(rows) for _, row in moves), "no row is written over"
+        for layer in self.whole.layers if moves else ():
             for tensor in _tensors(layer):
-                _to_front(tensor, rows)
+                for place, row in moves:
+                    tensor[place].copy_(tensor[row])
         self._show(len(rows))
 
     def join(self, other: KVCache) -> None:
@@ -177,17 +178,6 @@ def _front(layer: Any, rows: int) -> Any:
     view = copy.copy(layer)
     view.keys, view.values, view.batch_size = layer.keys[:rows], layer.values[:rows], rows
     return view
-
-
-def _to_front(tensor: Tensor, rows: Sequence[int]) -> None:
-    """Moves some rows to the front, in place."""
-    count = len(rows)
-    if all(row == place or row >= count for place, row in enumerate(rows)):  # (none is written over)
-        for place, row in enumerate(rows):
-            if row != place:
-                tensor[place].copy_(tensor[row])
-    else:
-        tensor[:count].copy_(tensor.index_select(0, torch.tensor(rows, device=tensor.device)))
 
 
 class _Text(NamedTuple):
@@ -251,12 +241,8 @@ class PrefixPool:
     ) -> tuple[KVCache, int]:
         """Returns a cache for a call, and how many tokens of its prompt have entries in it; nothing else is in it.
 
-        Args:
-            model: generates.
-            rows: of the call.
-            tokens: of its prompt.
-            ids: the same on the host, where it may begin with a kept text.
-            state: of the model; None where that is not known, so that no text is kept, and nothing stays bound.
+        `ids` are those of a prompt that may begin with a text that this `state` of the model made; None where not.
+        Where the state is not known, or another one, nothing stays bound to the cache.
         """
         key = _key(model, rows)
         with self._lock:
@@ -291,24 +277,12 @@ class PrefixPool:
         return cache, shared
 
     def release(
-        self,
-        model: PreTrainedModel,
-        cache: KVCache,
-        ids_BS: Tensor | None = None,
-        prompt: int = 0,
-        state: object = None,
+        self, model: PreTrainedModel, cache: KVCache, ids_BS: Tensor | None, prompt: int, state: object | None
     ) -> None:
         """Keeps a cache in the place of the one before, with the text that a state of the model made in it.
 
         Where a row of a pass has the same bits whatever their number, only the prompt's entries stay: a later prompt
-        that has the new tokens too makes other ones of them.
-
-        Args:
-            model: generated.
-            cache: of a call that has ended.
-            ids_BS: the tokens that have entries, None to keep no text.
-            prompt: how many of them are the prompt's.
-            state: of the model.
+        that has the new tokens too makes other ones of them. `ids_BS` have entries; None keeps no text.
         """
         if not (cache.is_full and cache.memory_rows):
             return

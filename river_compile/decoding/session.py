@@ -286,7 +286,10 @@ class Session:
     def make_room(self, tokens: int) -> None:
         """Moves to longer memory, between two cycles, where the next `tokens` do not fit; no cycle writes more than its
         widest pass."""
-        needed = self.kv.filled + min(tokens, self.widths[-1])
+        self._fit(self.kv.filled + min(tokens, self.widths[-1]))
+
+    def _fit(self, needed: int) -> None:
+        """Moves to longer memory where there are fewer slots."""
         slots = slots_for(self.model, max(2 * self.kv.slots, needed)) if needed > self.kv.slots else 0
         if slots > self.kv.slots:
             self.kv.grow(slots)

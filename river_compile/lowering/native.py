@@ -147,12 +147,10 @@ def _use_native_product(node: fx.Node, native_ops: Any) -> None:
 
 
 def _use_native_bookkeeping(graph: fx.Graph) -> None:
-    """Turns counters, scores of heads and rolling windows into operators that a tape can hold."""
+    """Turns counters and scores of heads into operators that a tape can hold."""
     native_ops = native.load()
     for node in list(graph.nodes):
-        if called(node, Tensor.copy_) and _moves_up(node):
-            node.target, node.args = native_ops.shift.default, node.args[:1]
-        elif called(node, largest_entropy):
+        if called(node, largest_entropy):
             node.target = native_ops.largest_entropy.default
         elif called(node, operator.add) and _are_slots(*node.args):
             node.target = native_ops.add.default
@@ -233,13 +231,6 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
         elif target is Tensor.to and len(user.args) == 2 and isinstance(user.args[1], torch.dtype):
             node = user
     return node, scale
-
-
-def _moves_up(copy: fx.Node) -> bool:
-    """True for ``cache.copy_(cache.roll(-1, dim of slots))``: a full sliding window frees a slot."""
-    cache, new = copy.args[:2]
-    moved = called(new, torch.roll) and new.args in ((cache, -1, -2), (cache, -1, 2)) and len(new.users) == 1
-    return moved and not copy.users and value_of(cache).dim() == 4
 
 
 def _changes_nothing(cast: fx.Node) -> bool:

@@ -105,7 +105,7 @@ class Units:
     def __init__(
         self, program: Program, steps: Mapping[SegmentSpec, Step], obstacle: Callable[[Step], Refusal | None]
     ) -> None:
-        self._program, self._steps, self._device_obstacle = program, steps, obstacle
+        self._program, self.steps, self._device_obstacle = program, steps, obstacle
         self._made: dict[tuple[SegmentSpec, ...], tuple[Unit, ...]] = {}
 
     def span(self, start: int, end: int) -> tuple[Unit, ...]:
@@ -137,7 +137,7 @@ class Units:
         return self._made[segments]
 
     def _obstacle(self, segment: SegmentSpec) -> Refusal | None:
-        step = self._steps[segment]
+        step = self.steps[segment]
         if step.moves:
             path = self._program.block_paths[segment.depth - 1]
             return Refusal("offloaded weights lie elsewhere in every run", path)
@@ -145,7 +145,7 @@ class Units:
 
     def _unit(self, segments: tuple[SegmentSpec, ...], start: int) -> Unit:
         program, last = self._program, segments[-1]
-        steps = tuple(self._steps[segment] for segment in segments)
+        steps = tuple(self.steps[segment] for segment in segments)
         reads: dict[int, None] = {}
         written: dict[int, None] = {}
         for step in steps:

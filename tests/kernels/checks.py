@@ -15,7 +15,6 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, part_name
-from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import reference
 from tests.kernels.harness import assert_close, assert_sqnr, dots_in_order, poisoned, run_guarded
@@ -207,17 +206,6 @@ def check_slot(
     for name, cache in caches.items():
         kept, before = (c[:, :, ~written].contiguous().view(torch.uint8) for c in (result[name], cache))
         assert torch.equal(kept, before), f"{name}: another slot changed"
-
-
-def check_shift(spec: ShiftSpec, seed: int = 0, device: str = "cpu") -> None:
-    """Checks to the bit that every entry but the first lies a slot further up, and the last one where it was too."""
-    g = torch.Generator(device).manual_seed(seed)
-    sizes = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
-    caches = {n: torch.randn(sizes, generator=g, device=device).to(getattr(torch, spec.dtype)) for n in KV}
-    result = run_guarded(spec, device=device, **caches, slot=poisoned((1,), torch.int64, device))
-    assert result["slot"].tolist() == [spec.slots - 1]
-    for name, cache in caches.items():
-        assert torch.equal(result[name], torch.cat([cache[:, :, 1:], cache[:, :, -1:]], 2)), name
 
 
 def check_attend(
@@ -464,13 +452,7 @@ def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
         for slot in (0, slots - 1, slots):  # the last one lies outside
             check_kv_fill(spec.fill, slot, device=device)
             check_attend(spec, slot, device=device)
-        check_shift(window_of(spec), device=device)
     else:
         assert isinstance(spec, ExitScoreSpec), "another family has no check here"
         check_exit_score(spec, 1.0, device=device)
         check_nan_never_exits(spec, rows - 1, device=device)
-
-
-def window_of(spec: DecodeAttentionSpec) -> ShiftSpec:
-    """The kernel that makes room in a window of an attention's slots."""
-    return ShiftSpec(spec.batch, spec.heads, spec.kv_heads, spec.head_dim, spec.slots, dtype=spec.dtype)

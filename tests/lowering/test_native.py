@@ -41,7 +41,7 @@ def test_twins_compute_what_their_grids_say(family, product):
     model.compile(backend=backend)
     logits, caches = {}, {}
     for way in backend.ways:
-        backend.now, cache = way, new_cache(model, "static")
+        backend.now, cache = way, new_cache(model, "full")
         with torch.profiler.profile() as profile:
             logits[way], caches[way] = decode(model, cache, [0, 1, 2], plain_prompt=True), cache_state(cache)
         called = {event.name for event in profile.events()}
@@ -63,7 +63,7 @@ def test_the_option_reaches_the_kernels_through_inductor():
     for backend in (river, lowered(Lowering("eager", "native", False))):
         torch._dynamo.reset()
         model.compile(backend=backend, options={**OPTIONS, "lowering": "native", "exit_depth": 0})
-        cache = new_cache(model, "static")
+        cache = new_cache(model, "full")
         model.forward(input_ids=ids, attention_mask=mask, past_key_values=cache)
         longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         found.append(model(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache).logits)
@@ -80,7 +80,7 @@ def passes(model, widths: list[int], batch: int = 2) -> list[torch.Tensor]:
     ids, mask = left_padded(batch)
     tokens = prompt(sum(widths), batch, seed=1)
     mask = torch.cat([mask, torch.ones(batch, CAPACITY - mask.shape[1], dtype=mask.dtype)], 1)
-    held = {"use_cache": True, cache_argument(model): new_cache(model, "static")}
+    held = {"use_cache": True, cache_argument(model): new_cache(model, "full")}
     padding = mask[:, : ids.shape[1], None] == 0
     logits = [model(input_ids=ids, attention_mask=mask[:, : ids.shape[1]], **held).logits.masked_fill(padding, 0.0)]
     start = 0
@@ -244,7 +244,7 @@ def test_a_head_of_4_bits_gives_the_models_logits():
         torch._dynamo.reset()
         model = make("llama", layers=2)
         model.compile(backend=river, options={**OPTIONS, "lowering": "native", "exit_depth": 0, "lm_head": head})
-        cache = new_cache(model, "static")
+        cache = new_cache(model, "full")
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache)
             found[head] = model(input_ids=ids[:, -1:], past_key_values=cache).logits

@@ -84,7 +84,7 @@ def run(name: str, **options) -> dict[str, object]:
     results = {}
     for fused in (True, False):
         both.fused = fused
-        cache = new_cache(model, "static")
+        cache = new_cache(model, "full")
         logits = steps(model, cache)
         results[fused] = logits, cache_state(cache)
     graphs = [g for g in report(model).to_dict()["graphs"] if g["fused"]]
@@ -118,21 +118,14 @@ SHAPES = ("llama", "qwen3", "mistral")  # plain, with norms of queries and keys,
 
 @pytest.mark.parametrize("name", slow_but(SHAPES, (name for name in WHOLE if name != "qwen3_moe")))
 def test_these_families_use_every_kernel(name):
-    """Llama, Qwen, Mistral and what is shaped like them: each twin takes every rule, no graph misses one.
-
-    A sliding window has a graph before it is full and one afterwards.
-    """
+    """Llama, Qwen, Mistral and what is shaped like them: each twin takes every rule, no graph misses one."""
     graphs = run(name)["graphs"]
-    assert len(graphs) in (1, 2)
+    assert len(graphs) == 1
     for graph in graphs:
         assert graph["missed"] == []
         assert graph["fused"] == {rule: LAYERS for rule in BLOCK_RULES} | {"norm + head": 1, "exit score": 1}
     twins = run(name)["twins"]
     assert len(twins) == LAYERS * len(graphs)
-    moves = [twin for twin in twins if "shift" in twin]  # (of windows that are full)
-    assert bool(moves) == (len(graphs) == 2)
-    assert all(twin[1] == "shift" and twin.count("shift") == 1 for twin in moves)
-    twins = [[name for name in twin if name != "shift"] for twin in twins]
     scaled = name == "ministral3"  # (it multiplies queries by a factor of the position, between write and attention)
     attention = ["kv_fill", "decode_attention"] if scaled else ["attend"]
     assert all(twin == ["linear", *attention, "linear", "linear", "linear"] for twin in twins)
@@ -168,7 +161,7 @@ def test_fused_checks_measure_what_the_others_do():
     scores = {}
     for both.fused in (True, False):
         with trace() as t:
-            steps(model, new_cache(model, "static"), [None, None])
+            steps(model, new_cache(model, "full"), [None, None])
         scores[both.fused] = torch.tensor([token.similarities for token in t.tokens])
     assert scores[True].shape == (2, 2)
     torch.testing.assert_close(scores[True], scores[False], rtol=1e-5, atol=1e-6)
@@ -226,7 +219,7 @@ def test_through_inductor_and_captured(name):
     expected = run(name)["results"][False]
     model = make(name, layers=LAYERS)
     model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "cudagraphs": True})
-    cache = new_cache(model, "static")
+    cache = new_cache(model, "full")
     for _ in range(2):  # what ran once is captured the second time
         cache.reset()
         assert_same((steps(model, cache), cache_state(cache)), expected, rtol=1e-4, atol=1e-4)
@@ -255,32 +248,11 @@ def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch)
     torch._dynamo.reset()
     model = make(name, layers=LAYERS)
     model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "exit_depth": 0})
-    steps(model, new_cache(model, "static"), [0], batch)
+    steps(model, new_cache(model, "full"), [0], batch)
     twins = {name: counts for name, counts in found.items() if name.startswith("twin")}
     assert set(twins.values()) == {(5, 0)}
     shape = ModelShape("tiny", LAYERS, 64, 4, 2, 16, 128, 96)
     assert token_cost(shape, model_kernels(shape))[0].launches == 5
-
-
-def test_a_twin_with_a_full_window_is_six_launches(monkeypatch):
-    """One more than another twin, for keys and values that move up by a slot; none of Inductor's."""
-    found, compiled = [], compile_module._compile
-
-    def counting(segment, *others):
-        metrics.reset()
-        result = compiled(segment, *others)
-        found.append((segment.name, operators(segment), metrics.generated_kernel_count, result[1]))
-        return result
-
-    monkeypatch.setattr(compile_module, "_compile", counting)
-    torch._dynamo.reset()
-    model = make("mistral", layers=LAYERS)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "exit_depth": 0})
-    steps(model, new_cache(model, "static"), [0])  # (behind a prompt that is longer than the window)
-    twins = [(names, kernels, direct) for name, names, kernels, direct in found if name.startswith("twin")]
-    launches = ["linear", "shift", "attend", "linear", "linear", "linear"]
-    assert twins
-    assert all(twin == (launches, 0, True) for twin in twins)
 
 
 @pytest.mark.slow
@@ -289,7 +261,7 @@ def test_generated_products_alone():
     model = make("llama", layers=LAYERS)
     backend = lowered(Lowering("inductor", "triton", fuse=False))
     model.compile(backend=backend, options={**OPTIONS, "exit_depth": 0})
-    cache = new_cache(model, "static")
+    cache = new_cache(model, "full")
     logits = steps(model, cache, [0])
     for a, b in zip(logits, run("llama")["results"][False][0], strict=False):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -305,7 +277,7 @@ def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     model = make("llama", layers=LAYERS)
     options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "cudagraphs": True}
     model.compile(backend=lowered(FUSED), options=options)
-    cache = new_cache(model, "static")
+    cache = new_cache(model, "full")
     for _ in range(2):  # what ran once is captured the second time
         cache.reset()
         for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
@@ -351,7 +323,7 @@ def test_saved_twins_serve_both_layouts(tmp_path):
         model = make("qwen2", layers=LAYERS)
         options = {**OPTIONS, "exit_depth": 1, "artifact": tmp_path / source if source else None}
         model.compile(backend=lowered(lowering), options=options)
-        steps(model, new_cache(model, "static"), [1])
+        steps(model, new_cache(model, "full"), [1])
         grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
         if source != "plain":
             save(model, tmp_path / lowering.layout)
@@ -409,7 +381,7 @@ def test_tokens_of_smollm2(smollm2_folder):
     depths = [0, 29, 30, 28]
     fed, results = prompt(4 + len(depths)), {}
     for both.fused in (True, False):
-        cache = new_cache(model, "static", capacity=16)
+        cache = new_cache(model, "full", capacity=16)
         logits, held = [], {"use_cache": True, cache_argument(model): cache}
         with torch.no_grad():
             logits.append(model.forward(fed[:, :4], **held).logits[:, -1])
@@ -428,7 +400,7 @@ def test_compiled_kernels_on_the_card(name, dtype):
     expected = run(name)
     model = make(name, layers=LAYERS).to("cuda", dtype)
     model.compile(backend=river, options=OPTIONS)
-    cache = new_cache(model, "static")
+    cache = new_cache(model, "full")
     for _ in range(2):  # what ran once is captured the second time
         cache.reset()
         logits = [step.cpu().float() for step in steps(model, cache)]

@@ -37,7 +37,7 @@ def test_never_exiting_computes_what_the_model_does(name):
     """Logits, entries and lengths, and of tokens that leave, the entries of the blocks before."""
     model = compiled(name)
     for depths in (NEVER, [1, LAYERS, 1]):
-        cache, plain = new_cache(model, "static"), new_cache(model, "static")
+        cache, plain = new_cache(model, "full"), new_cache(model, "full")
         ours, theirs = decode(model, cache, depths), decode(model, plain, NEVER, compiled=False)
         if depths == NEVER:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -57,10 +57,10 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
         return linear(x, weight, *others)
 
     model = compiled(name)
-    cache = new_cache(model, "static")
+    cache = new_cache(model, "full")
     decode(model, cache, NEVER[:1])
     monkeypatch.setattr(products, "linear", note)
-    decode(model, new_cache(model, "static"), NEVER[:1])
+    decode(model, new_cache(model, "full"), NEVER[:1])
     expected = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -88,7 +88,7 @@ def test_weights_in_12_bits(name):
     outcomes = []
     for weights in ("model", "12bit"):
         model = compiled(name, dtype=torch.bfloat16, backbone_weights=weights)
-        outcomes.append(decode(model, new_cache(model, "static"), NEVER))
+        outcomes.append(decode(model, new_cache(model, "full"), NEVER))
         packed = {g["kind"]: g["lossless_bytes"] > 0 for g in report(model).to_dict()["graphs"]}
         assert packed == dict.fromkeys(("prefill", "decode"), weights == "12bit")
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0.05, atol=0.05)
@@ -101,15 +101,15 @@ def test_a_matrix_that_12_bits_would_hold_badly_is_read_in_16():
         model = compiled("llama", dtype=torch.bfloat16, backbone_weights=weights)
         weight = model.model.layers[1].mlp.down_proj.weight
         weight.mul_(torch.logspace(-30, 0, weight.numel()).view_as(weight).bfloat16())
-        outcomes.append(decode(model, new_cache(model, "static"), NEVER))
+        outcomes.append(decode(model, new_cache(model, "full"), NEVER))
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.slow
 def test_the_products_go_through_inductor():
     model = compiled("llama", Lowering("inductor", "triton", fuse=True))
-    ours = decode(model, new_cache(model, "static"), NEVER)
-    theirs = decode(model, new_cache(model, "static"), NEVER, compiled=False)
+    ours = decode(model, new_cache(model, "full"), NEVER)
+    theirs = decode(model, new_cache(model, "full"), NEVER, compiled=False)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -120,7 +120,7 @@ def test_wide_passes_are_a_library_s(tokens, launches, monkeypatch):
     linear = products.linear
     monkeypatch.setattr(products, "linear", lambda x, *others: made.append(x.shape) or linear(x, *others))
     model = compiled("llama")
-    ids, caches = prompt(tokens, 1), [new_cache(model, "static") for _ in range(2)]
+    ids, caches = prompt(tokens, 1), [new_cache(model, "full") for _ in range(2)]
     with torch.no_grad():
         ours = model(ids, **{cache_argument(model): caches[0]}).logits
         theirs = model.forward(ids, **{cache_argument(model): caches[1]}).logits
@@ -192,4 +192,4 @@ def test_what_strict_cannot_keep_is_an_error(name, options, reason):
 def test_without_such_kernels_the_option_is_refused():
     model = compiled("llama", UNFUSED)
     with pytest.raises(OptionError, match="backbone='river' needs the kernels in C\\+\\+ or the generated ones"):
-        decode(model, new_cache(model, "static"), NEVER)
+        decode(model, new_cache(model, "full"), NEVER)

@@ -17,14 +17,17 @@ from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
 from river_compile.runtime.executor import RiverExecutor, on_step
 from river_compile.runtime.stats import StepRecord
-from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
+from river_compile.upstream.transformers import cache_argument, cache_of, full_static_cache, mark_growing
 from tests.support.families import prompt
 
 CAPACITY = 24
 
 
 def new_cache(model: PreTrainedModel, kind: str, capacity: int = CAPACITY) -> StaticCache | DynamicCache:
+    """Returns one of transformers' kinds, "static" or "dynamic", or a static one without ring buffers, "full"."""
     config = model.config.get_text_config()
+    if kind == "full":
+        return full_static_cache(model, capacity)
     return StaticCache(config=config, max_cache_len=capacity) if kind == "static" else DynamicCache(config=config)
 
 
@@ -94,7 +97,7 @@ def decode(
     return logits
 
 
-def session_on(model, ids: Tensor, kind: str = "static") -> Session:
+def session_on(model, ids: Tensor, kind: str = "full") -> Session:
     """Returns a session whose prompt has run."""
     cache = new_cache(model, kind)
     kwargs = {"attention_mask": torch.ones_like(ids), "use_cache": True, cache_argument(model): cache}

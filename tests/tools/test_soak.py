@@ -62,9 +62,9 @@ def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path
     """A token that left is written one slot too far: text and logits are others, in float64 too."""
     assert text.run(CASE, tmp_path) == "passed"
 
-    def wrong_slot(executor, args, step):
-        left = step.decode and step.depth < executor.num_blocks
-        for value in args if left else ():
+    def wrong_slot(executor, state, step):
+        left = step.decode and step.depth < executor.program.num_blocks
+        for value in state.slots if left else ():
             if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[0] == 2:
                 value.copy_(value.roll(1, dims=2))
 

@@ -308,7 +308,7 @@ class TestGenerate:
         model.bfloat16()
         self.text(model)
         (executor,) = [e for e in executors_of(model) if e.decodes][-1:]
-        dtypes = {t.dtype for step in executor.runner.steps.values() for t in step.packed[2:3]}
+        dtypes = {t.dtype for step in executor.compiled.plain.steps.values() for t in step.packed[2:3]}
         assert dtypes == {torch.bfloat16}
         assert all(site.stands_for(site.sources.get(), thorough=True) for site in report(model).packed)
 

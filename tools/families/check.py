@@ -262,7 +262,7 @@ class Left:
         self.depths: Counter[int] = Counter()
         self.prompts = 0
 
-    def __call__(self, executor, args, step) -> None:
+    def __call__(self, executor, state, step) -> None:
         if step.decode:
             self.depths[step.depth] += 1
         else:

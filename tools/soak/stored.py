@@ -24,9 +24,8 @@ from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.linear import LinearTile
 from river_compile.kernels.triton.tiles import form_key, read_table, tuned_for, untiled
-from river_compile.passes.program import RiverProgram
-from river_compile.passes.segments import fingerprint
-from river_compile.store import graphs
+from river_compile.passes.program import Program
+from river_compile.store import codec
 from river_compile.store.folder import Entry
 from river_compile.twins.artifact import FILE, Artifact
 from tests.support.decoding import decode, new_cache
@@ -60,7 +59,7 @@ def packed_model() -> torch.nn.Module:
 
 
 @functools.cache
-def _built() -> tuple[torch.nn.Module, RiverProgram]:
+def _built() -> tuple[torch.nn.Module, Program]:
     """Returns it with a program of its own, which lasts longer than what Dynamo keeps."""
     torch._dynamo.reset()
     model = make("llama", layers=2)
@@ -147,7 +146,7 @@ def _read_calibration(folder: Path) -> None:
 def _program() -> tuple[bytes, list[str]]:
     """Returns a program as the store has it, and what its segments are."""
     program = _built()[1]
-    return graphs.dumps(program), [fingerprint(segment).digest for segment in program.segments]
+    return codec.dumps(program), [segment.code.fingerprint.digest for segment in program.segments]
 
 
 @contextmanager
@@ -177,7 +176,7 @@ def _read_program(folder: Path) -> None:
         content = entry.read("a.pass")
     if content is None:
         return
-    if [fingerprint(segment).digest for segment in graphs.loads(content).segments] != _program()[1]:
+    if [segment.code.fingerprint.digest for segment in codec.loads(content).segments] != _program()[1]:
         raise Failure("a damaged program was taken for whole")
 
 

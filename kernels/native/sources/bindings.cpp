@@ -164,7 +164,6 @@ const Operator kOnTensors[] = {
      boxed<kv_fill>},
     {"decode_attention", kAttention + ") -> Tensor", boxed<decode_attention>},
     {"attention", kAttention + ", bool causal) -> Tensor", boxed<attention>},
-    {"shift", "(Tensor(a!) cache) -> ()", boxed<shift>},
     {"exit_score", "(Tensor hidden, Tensor previous) -> Tensor", boxed<exit_score>},
     {"largest_entropy", "(Tensor logits) -> Tensor", boxed<largest_entropy>},
     {"add", "(Tensor a, Tensor b) -> Tensor", boxed<add>},

@@ -167,30 +167,4 @@ inline Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   return run_attention(a, q);
 }
 
-// The entries of a cache [B, J, S, D], moved up by one slot, over the oldest. Parts split sequences and heads.
-struct ShiftArgs {
-  char* cache;
-  int64_t sequence, head, slot;  // bytes between two of each
-  int64_t batch, heads, slots;
-};
-
-inline void move_up(const void* args, int part, int parts) {
-  const auto& a = *static_cast<const ShiftArgs*>(args);
-  for (auto [i, end] = share_of(a.batch * a.heads, part, parts); i < end; ++i) {
-    char* entries = a.cache + i / a.heads * a.sequence + i % a.heads * a.head;
-    std::memmove(entries, entries + a.slot, (a.slots - 1) * a.slot);
-  }
-}
-
-inline void shift(Tensor cache) {
-  check(cache.is_cpu() && cache.dim() == 4 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3), "cache",
-        "be [B, J, S, D] in the CPU's memory, slots adjacent");
-  const auto bytes = [&](int dim) { return cache.stride(dim) * int64_t(cache.element_size()); };
-  ShiftArgs a{static_cast<char*>(cache.data_ptr()), bytes(0), bytes(1), bytes(2)};
-  a.batch = cache.size(0);
-  a.heads = cache.size(1);
-  a.slots = cache.size(2);
-  if (cache.numel() > 0) run_phases(a, {{move_up, &a, parts_of(cache.numel(), 1 << 16)}});
-}
-
 }  // namespace river

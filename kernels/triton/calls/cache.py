@@ -20,7 +20,6 @@ from river_compile.kernels.triton.devices import device_of
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import dtype_name
-from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.tiles import attention_splits
 
 # What describes a call that fills slots, its buffers but for the query, and the query, which is empty.
@@ -288,30 +287,6 @@ def _attention(
         cache_strides=_cache_strides(k_cache, v_cache),
         **others,
     )
-
-
-def shift(k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    """Moves all entries of a full window up by one slot, and returns the slot that this frees.
-
-    Args:
-        k_cache, v_cache: ``[B, J, S, D]`` of one dtype, features contiguous. Mutated; the last slot stays as it is.
-
-    Returns:
-        S - 1, int64 ``[1]``.
-
-    Raises:
-        ValueError: caches whose shapes, strides or dtypes do not fit together.
-    """
-    b, kv_heads, slots, d = k_cache.shape
-    slot = k_cache.new_empty(1, dtype=torch.int64)
-    given = {"k_cache": k_cache, "v_cache": v_cache, "slot": slot}
-
-    def describe() -> ShiftSpec:
-        strides = _cache_strides(k_cache, v_cache)
-        return ShiftSpec(b, kv_heads, kv_heads, d, slots, dtype=dtype_name(k_cache), cache_strides=strides)
-
-    launch.chosen(("shift",), given, 1, describe)(given)
-    return slot
 
 
 def _cache_strides(k_cache: Tensor, v_cache: Tensor) -> tuple[int, ...]:

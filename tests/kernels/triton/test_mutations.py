@@ -10,7 +10,6 @@ from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
-from river_compile.kernels.triton.shift import ShiftSpec
 from tests.kernels.checks import (
     check_attend,
     check_attention,
@@ -20,7 +19,6 @@ from tests.kernels.checks import (
     check_kv_fill,
     check_linear,
     check_nan_never_exits,
-    check_shift,
 )
 from tests.support.examples import slow_but
 
@@ -41,7 +39,6 @@ ATTEND = DecodeAttentionSpec(
     fill=KvFillSpec(2, 2, 1, 48, 70, dtype="float32", rotary_dim=48, rotary_dtype="float32", head_norm="rms"),
 )  # fmt: skip
 POSITIONS = dataclasses.replace(ATTENTION, positions=None)
-SHIFT = ShiftSpec(2, 2, 2, 40, 22, dtype="float32", block=4)
 
 #: What is broken -> (check of the family, pattern in the source, what replaces it).
 MUTATIONS = {
@@ -104,11 +101,6 @@ MUTATIONS = {
     "a counter that advances early": (
         lambda: check_attend(ATTEND, 40), r"(batch = .*)", r"\1\n    tl.store(slot_ptr, tl.load(slot_ptr) + 1)"
     ),
-    "a window moved from its end": (
-        lambda: check_shift(SHIFT), r"range\(0, 21, 4\)", "range(20, -1, -4)"
-    ),
-    "a window moved by two": (lambda: check_shift(SHIFT), r"\(to \+ 1\)", "(to + 2)"),
-    "a window whose last slot moves too": (lambda: check_shift(SHIFT), r"to < 21", "to < 22"),
     "a NaN that exits": (  # (a GPU's minimum skips NaN, that of some interpreters does not)
         lambda: check_nan_never_exits(ExitScoreSpec(3, 50), 1),
         r"tl\.minimum\(lowest, similarity\)\n +invalid \+= .*", "tl.where(similarity < lowest, similarity, lowest)",

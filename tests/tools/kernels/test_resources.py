@@ -11,7 +11,6 @@ from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.kv_fill import KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from river_compile.kernels.triton.loader import compile_for
-from river_compile.kernels.triton.shift import ShiftSpec
 from river_compile.kernels.triton.tiles import best_tile, untiled
 from tests.support.examples import slow, slow_but
 from tools.kernels import resources
@@ -229,8 +228,6 @@ def unusual_kernels():
     yield DecodeAttentionSpec(1, 3, 1, 80, 64, 0.1, dtype="float32", splits=1, fill=fills[1])
     yield ExitScoreSpec(4, 5000, "float16")
     yield ExitScoreSpec(1, 4096)
-    yield ShiftSpec(1, 8, 8, 128, 4096)
-    yield ShiftSpec(2, 4, 2, 80, 100, dtype="float32", cache_strides=(80 * 400, 80 * 100, 80))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
