@@ -28,7 +28,7 @@ from river_compile.cli.timing import generate
 from river_compile.decoding.kv_cache import KVCache
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.runtime.captures import CaptureLog
-from river_compile.runtime.executor import on_step
+from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.upstream.transformers import cache_argument
 
@@ -305,7 +305,7 @@ class Loop:
     def text_in_steps(self, **how: Any) -> tuple[list[int], float]:
         """Returns a text without drafts, and the seconds per token from its first decode step on."""
         at: list[float] = []
-        with on_step(lambda executor, args, step: at.append(time.perf_counter())):
+        with on_step(lambda state, step: at.append(time.perf_counter())):
             text = self.text(**how)
         _, first, *_, last = at  # (before them the prompt's)
         return text, (last - first) / (len(at) - 2)

@@ -27,8 +27,7 @@ from river_compile import river
 from river_compile.exits import CRITERIA
 from river_compile.model_record import find_record
 from river_compile.reporting.report import bytes_of_token
-from river_compile.runtime.executor import RiverExecutor, on_step
-from river_compile.runtime.state import StepState
+from river_compile.runtime.state import CompiledProgram, StepState, on_step
 from river_compile.runtime.stats import StepRecord
 from river_compile.runtime.units import Step, Unit
 from river_compile.upstream.transformers import cache_argument
@@ -42,9 +41,8 @@ _COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}
 
 @dataclass
 class Watch:
-    """Keeps the captured executor that ran last, its state, and the events of its last step."""
+    """Keeps the captured state that ran last, and the events of its last step."""
 
-    executor: RiverExecutor | None = None
     state: StepState | None = None
     events: list[Event] = field(default_factory=list)
 
@@ -63,9 +61,9 @@ def watching() -> Iterator[Watch]:
     """Notes every captured step inside, and what the recorder saw of it."""
     watch = Watch()
 
-    def note(executor: RiverExecutor, state: StepState, _: StepRecord) -> None:
-        if executor.decodes and executor.captures is not None:
-            watch.executor, watch.state = executor, state
+    def note(state: StepState, record: StepRecord) -> None:
+        if record.decode:
+            watch.state = state
             watch.events = list(itertools.takewhile(lambda event: event.what != "end", Recorder.events))
         Recorder.events.clear()
 
@@ -94,13 +92,13 @@ def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
     with recording(), watching() as watch:
         generate(model, cache)  # (compiles)
-        depths = _depths(watch.executor)
+        depths = _depths(watch.state.compiled)
         for depth in depths * 3:  # (the first time runs, the second warms up, the third captures)
             step(model, cache, watch, depth)
         steps = {depth: step(model, cache, watch, depth) for depth in depths}
-    units = _units(watch.executor)
+    units = _units(watch.state.compiled)
     _print_units(watch, units)
-    _print_buffers(watch.executor, watch.state)
+    _print_buffers(watch.state)
     rows = []
     for depth, events in steps.items():
         launches, waits = ([e for e in events if e.what == what] for what in ("launch", "wait"))
@@ -132,7 +130,8 @@ def small_llama(layers: int) -> PreTrainedModel:
 
 def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -> list[Event]:
     """Decodes one token that leaves at a depth; returns what the recorder saw."""
-    watch.executor.policy = replace(watch.executor.policy, threshold=leaving_at(depth))
+    compiled = watch.state.compiled
+    compiled.policy = replace(compiled.policy, threshold=leaving_at(depth))
     generate(model, cache)
     return watch.events
 
@@ -145,14 +144,14 @@ def generate(model: PreTrainedModel, cache: StaticCache) -> None:
     model.generate(ids, **settings, **{cache_argument(model): cache})
 
 
-def _depths(executor: RiverExecutor) -> list[int]:
-    return [*executor.program.candidates, executor.program.num_blocks]
+def _depths(compiled: CompiledProgram) -> list[int]:
+    return [*compiled.program.candidates, compiled.program.num_blocks]
 
 
-def _units(executor: RiverExecutor) -> dict[str, Unit]:
-    units, depths = executor.compiled.units, _depths(executor)
+def _units(compiled: CompiledProgram) -> dict[str, Unit]:
+    units, depths = compiled.units, _depths(compiled)
     spans = [unit for a, b in itertools.pairwise((0, *depths)) for unit in units.span(a, b)]
-    tails = [unit for depth in executor.program.candidates for unit in units.tail(depth)]
+    tails = [unit for depth in compiled.program.candidates for unit in units.tail(depth)]
     return {unit.name: unit for unit in (*spans, *tails)}
 
 
@@ -169,15 +168,15 @@ def _print_units(watch: Watch, units: dict[str, Unit]) -> None:
 
 
 def _bytes_read(watch: Watch, step: Step) -> int:
-    inputs = len(watch.executor.program.inputs)
+    inputs = len(watch.state.args)
     values = [watch.state.slots[i] if i < inputs else None for i in step.segment.inputs]
     if step.segment.kind == "prologue":
         values = [v[:1] if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in values]
     return bytes_of_token(step.segment, [*values, *step.packed])
 
 
-def _print_buffers(executor: RiverExecutor, state: StepState) -> None:
-    makers = {slot: step.segment.name for step in _steps(executor) for slot in step.segment.outputs}
+def _print_buffers(state: StepState) -> None:
+    makers = {slot: step.segment.name for step in _steps(state.compiled) for slot in step.segment.outputs}
     rows = [
         [
             f"of {makers[slot]}" if slot in makers else "score of the head",
@@ -191,8 +190,8 @@ def _print_buffers(executor: RiverExecutor, state: StepState) -> None:
     print()
 
 
-def _steps(executor: RiverExecutor) -> Iterator[Step]:
-    for unit in _units(executor).values():
+def _steps(compiled: CompiledProgram) -> Iterator[Step]:
+    for unit in _units(compiled).values():
         yield from unit.steps
 
 

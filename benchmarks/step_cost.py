@@ -22,7 +22,7 @@ import river_compile
 from benchmarks import common
 from benchmarks.random_llama import random_llama
 from river_compile.exits import forced_depth
-from river_compile.runtime.executor import on_step
+from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import StepRecord
 from tools.kernels.shapes import ModelShape
 from tools.recorder import Recorder, recording
@@ -52,7 +52,7 @@ def measure(model: PreTrainedModel, repeats: int) -> dict[str, float]:
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     seconds: list[float] = []
 
-    def note(executor: object, state: object, record: StepRecord) -> None:
+    def note(state: object, record: StepRecord) -> None:
         if record.decode:
             seconds.append(record.seconds)
 

@@ -29,7 +29,8 @@ from benchmarks.common import command_line, print_table
 from river_compile import decode, forced_depth, river
 from river_compile.backend import executors_of
 from river_compile.cli import models, timing
-from river_compile.runtime.executor import RiverExecutor, on_step
+from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import StepRecord
 from tools import demo_models
 
@@ -56,7 +57,7 @@ class Marks:
         self.parts: dict[str, list[float]] = {}
         self.steps: list[tuple[float, float]] = []  # when each ended, and its seconds
 
-    def step(self, executor: RiverExecutor, state: object, record: StepRecord) -> None:
+    def step(self, state: object, record: StepRecord) -> None:
         """Notes a step of an executor."""
         self.steps.append((time.perf_counter(), record.seconds))
 

@@ -7,16 +7,11 @@ Not handled: what only shows when the code runs, such as an operator that waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from river_compile.passes.nodes import (
-    ancestors,
     called,
     is_tensor,
     memory_of,
@@ -25,7 +20,6 @@ from river_compile.passes.nodes import (
     value_of,
 )
 from river_compile.passes.program import DecoderPlan, Refusal, Segment
-from river_compile.passes.segments import number_inputs
 
 
 def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
@@ -54,45 +48,3 @@ def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
         if is_tensor(node) and value.device != home:
             return Refusal(f"a value lies on {value.device}, the hidden state on {home}", source_of(node))
     return None
-
-
-@dataclass(frozen=True)
-class HostNumber:
-    """A number that a segment hands on, which the host can compute from the values of other numbers, its inputs."""
-
-    node: fx.Node
-    inputs: tuple[fx.Node, ...]
-    compute: Callable[..., int]
-
-
-def host_numbers(segment: Segment) -> tuple[HostNumber, ...]:
-    """Returns the numbers among a segment's outputs (sliding-window caches count their tokens in one)."""
-    holders = number_inputs(segment.inputs)
-    numbers: list[HostNumber] = []
-    for node in segment.outputs:
-        value = value_of(node)
-        if isinstance(value, torch.SymInt):
-            symbols = sorted(value.node.expr.free_symbols, key=str)
-            inputs = tuple(holders[s] for s in symbols)
-            numbers.append(HostNumber(node, inputs, sympy.lambdify(symbols, value.node.expr, "math")))
-        elif isinstance(value, int):
-            numbers.append(HostNumber(node, (), lambda value=value: value))
-    return tuple(numbers)
-
-
-def idle_numbers(segment: Segment) -> frozenset[int]:
-    """Returns which of a segment's inputs are numbers that no tensor in it depends on, by their places."""
-    inputs = segment.graph.find_nodes(op="placeholder")[: len(segment.inputs)]
-    numbers = {place: free_symbols(value_of(n)) for place, n in enumerate(inputs) if _is_number(n)}
-    if not numbers:
-        return frozenset()
-    operations = [n for n in segment.graph.nodes if n.op not in ("placeholder", "output")]
-    tensors = [n for n in segment.graph.nodes if is_tensor(n)]
-    readers = {*tensors, *(n for n in operations if value_of(n) is None)}
-    feeding = ancestors(a for n in readers for a in n.all_input_nodes if _is_number(a))
-    used = {s for n in (*tensors, *filter(_is_number, feeding)) for s in free_symbols(value_of(n))}
-    return frozenset(place for place, symbols in numbers.items() if not symbols & used)
-
-
-def _is_number(node: fx.Node) -> bool:
-    return isinstance(value_of(node), torch.SymInt)

@@ -27,7 +27,7 @@ from river_compile.passes.nodes import (
     value_of,
 )
 from river_compile.passes.program import (
-    Capacity,
+    CacheRoom,
     Code,
     Example,
     Input,
@@ -190,7 +190,7 @@ def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
     return (None if before is None else slots.get(before)), slots.get(write)
 
 
-def _capacity(program: RiverProgram) -> Capacity | None:
+def _capacity(program: RiverProgram) -> CacheRoom | None:
     """Returns the room of the first static cache that is filled from the front; None where it cannot be read."""
     slots = program.slots
     found = (block.kv for block in program.plan.blocks if block.kv.capacity is not None and block.kv.lengths)
@@ -199,10 +199,10 @@ def _capacity(program: RiverProgram) -> Capacity | None:
         return None
     length = slots[kv.lengths[0]]
     if isinstance(kv.capacity, int):
-        return Capacity(length, kv.capacity)
+        return CacheRoom(length, kv.capacity)
     copied = (n for n in kv.writes if n.target is Tensor.index_copy_ and n.args[0] in slots)
     written = next(copied, None)
-    return None if written is None else Capacity(length, None, slots[written.args[0]], written.args[1])
+    return None if written is None else CacheRoom(length, None, slots[written.args[0]], written.args[1])
 
 
 def _last_token(program: RiverProgram) -> LastToken | None:

@@ -352,7 +352,7 @@ class SegmentSpec:
 
 
 @dataclass(frozen=True)
-class Capacity:
+class CacheRoom:
     """Where the room of a static cache is read: the slot of its filled length, and its size or that of a dimension."""
 
     length: int
@@ -418,7 +418,7 @@ class Program:
     keys: tuple[int | None, int | None]
     batch: Size
     tokens: Size
-    capacity: Capacity | None
+    capacity: CacheRoom | None
     last_token: LastToken | None
     not_captured: str | None
     block_paths: tuple[str, ...]

@@ -162,9 +162,6 @@ class RiverConfig:
         "([docs/cuda.md](docs/cuda.md))",
         EXPERT,
     )
-    max_captures: int = _option(
-        256, integer(1), "CUDA graphs kept at the same time; the one not used for longest gives way", EXPERT
-    )
     offload_dir: str | Path | None = _option(
         None,
         optional(PATH),

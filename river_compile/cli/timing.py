@@ -11,14 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.model_record import find_record
-from river_compile.runtime.executor import on_step
+from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
 STYLES = {"river": "green", "lookup": "cyan", "backbone": "default", "prompt": "default"}
@@ -200,5 +199,5 @@ class Painter(Clock):
             if self._waits:
                 self._show(source, self._blocks)
 
-    def _stepped(self, executor: Any, args: object, step: StepRecord) -> None:
+    def _stepped(self, state: object, step: StepRecord) -> None:
         self._depth = step.depth

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
+from river_compile.store.inputs import named
 from river_compile.upstream.transformers import cache_of, is_of_transformers, masks_of
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
@@ -34,10 +35,10 @@ class PassInputs:
     Args:
         model: the model.
         width: tokens of each row.
-        kept: inputs of such passes in an earlier session, whose tensors are written again; None: there are none.
+        kept: tensors by name that such passes had in an earlier session, to be written again.
     """
 
-    def __init__(self, model: PreTrainedModel, width: int, kept: Inputs | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, width: int, kept: Mapping[Any, Tensor]) -> None:
         self._model, self._width, self._kept = model, width, kept
         self._own: _Moved | None = None
         self._checked = False  # whether a pass that followed from another was compared with transformers'
@@ -203,23 +204,24 @@ class _Moved:
             mask[..., token, start:end] = shown[..., 0, start:end]
 
 
-def _owned(inputs: Inputs, kept: Inputs | None) -> Inputs:
+def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:
     """Returns a pass's inputs in tensors that may be written: those of an earlier pass that look the same, or new."""
     masks = {kind: _copied(mask) for kind, mask in masks_of(inputs)}
     own = {**inputs, "input_ids": inputs["input_ids"].clone(memory_format=torch.contiguous_format)}
-    own["attention_mask"] = masks if type(inputs["attention_mask"]) is dict else masks[None]
+    several = type(inputs["attention_mask"]) is dict
+    own["attention_mask"] = masks if several else masks[None]
     if inputs.get("position_ids") is not None:
         own["position_ids"] = _copied(inputs["position_ids"])
-    if kept is None or kept.keys() != own.keys() or dict(masks_of(kept)).keys() != masks.keys():
-        return own
-    pairs = [(a, b) for (_, a), (_, b) in zip(masks_of(kept), masks_of(own), strict=True)]
-    pairs += [(kept[name], own[name]) for name in own if name != "attention_mask" and isinstance(own[name], Tensor)]
-    if not all(isinstance(a, Tensor) and _alike(a, b) for a, b in pairs):
-        return own
-    for before, now in pairs:
-        before.copy_(now)
-    kept.update((name, own[name]) for name in own if name not in ("attention_mask", "input_ids", "position_ids"))
-    return kept
+    for name, tensor in [*named(own)]:
+        held = kept.get(name)
+        if held is None or not isinstance(tensor, Tensor) or not _alike(held, tensor):
+            continue
+        held.copy_(tensor)
+        if isinstance(name, tuple):
+            masks[name[1]] = held
+        else:
+            own[name] = held
+    return own
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class KVCache:
         cache: the same, or a view of its rows that are in use.
         filled: tokens that it holds.
         rows: in use; 0 before it has memory.
-        states: what is bound to its memory, by rows and width of a pass (:class:`BoundPass`).
+        states: the programs that are bound to its memory (`StepState`), by rows and width of a pass.
     """
 
     def __init__(self, cache: Cache) -> None:

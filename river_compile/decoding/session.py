@@ -7,7 +7,7 @@
     logits = session.step(ids, width=4)               # the last four at once
 
 The first pass of each width goes through the model. From then on its graph is known, and runs again with other ids,
-masks and positions (`bound_pass.py`, `inputs.py`). Inputs are prepared by transformers' own methods, so masks and
+masks and positions (`runtime/state.py`, `inputs.py`). Inputs are prepared by transformers' own methods, so masks and
 positions are those of plain generation.
 
 The contract: within one call of generate nobody changes the model, its configuration, its hooks or its weights. A
@@ -32,7 +32,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from river_compile.config import RiverConfig
-from river_compile.decoding.bound_pass import BoundPass, graph_calls, locate
 from river_compile.decoding.inputs import (
     BY_SLOT,
     KNOWN,
@@ -43,6 +42,7 @@ from river_compile.decoding.inputs import (
     with_masks,
 )
 from river_compile.decoding.kv_cache import KVCache, slots_for
+from river_compile.decoding.traced_calls import graph_calls, locate
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -52,6 +52,8 @@ from river_compile.model_state import ModelLook
 from river_compile.progress import stage_shown
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor, last_token_alone
+from river_compile.runtime.state import CompiledProgram, StepState
+from river_compile.store.inputs import named
 from river_compile.store.programs import Programs, Recalled
 from river_compile.upstream.transformers import cache_argument, cache_of
 
@@ -103,7 +105,7 @@ class Session:
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
-        self._begun: set[RiverExecutor] = set()  # that have looked at the weights
+        self._begun: set[CompiledProgram] = set()  # that have looked at the weights
         self._programs: Programs | None = None  # those stored; None where passes cannot be
         self._use_rows()
 
@@ -122,9 +124,9 @@ class Session:
                 logits = outputs.logits
             else:
                 logits = self._pass(inputs, ids_BS.shape[1] - kept, self.depth, last_token=not all_logits)
-        ran = [executor for executor, *_ in calls]
+        ran = self._begun.union(executor.compiled for executor, *_ in calls)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
-        self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
+        self._graph = next((graph for graph in record.graphs if _compiled(graph) in ran), None)
         self.stats, self.ranks = record.exit_stats, record.ranks
         if inputs is None:
             cache = cache_of(self._kwargs)
@@ -254,7 +256,7 @@ class Session:
     def _use_rows(self) -> None:
         """Goes on with the rows of the cache that are in use."""
         self._kwargs = {**self._kwargs, cache_argument(self.model): self.kv.cache}
-        self._bound: dict[int, BoundPass | None] = {}  # by width; None: such passes go through the model
+        self._states: dict[int, StepState | None] = {}  # by width; None: such passes go through the model
         self._inputs: dict[int, PassInputs] = {}
 
     @property
@@ -346,8 +348,8 @@ class Session:
             CacheFullError: (a ``ValueError``) they do not fit into a static cache.
         """
         if width not in self._inputs:
-            known = self.kv.states.get((self.kv.rows, width))
-            self._inputs[width] = PassInputs(self.model, width, None if known is None else known.inputs)
+            state = self.kv.states.get((self.kv.rows, width))
+            self._inputs[width] = PassInputs(self.model, width, {} if state is None else state.inputs)
         inputs = self._inputs[width].at(self.kv.filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
         depth = self.depth if depth is None else depth
         return self._pass(inputs, width, depth, tokens, last_token=last_token)[:, -width:]
@@ -371,20 +373,37 @@ class Session:
         return logits
 
     def _again(self, width: int, inputs: Inputs, depth: int | None, tokens: DraftVocab | None) -> Tensor:
-        """Runs a pass whose width comes again; it is bound to the cache the first time."""
-        if width not in self._bound:
-            known = self.kv.states.get((self.kv.rows, width))
-            if known is not None and known.serves(inputs):
-                self._begin(known.executor, known.args)
-                self._bound[width] = known
-            else:
-                found = self._recalled(inputs)
-                if found is not None:
-                    self._bind(width, found.executor, found.args, inputs)
-        bound = self._bound.get(width)
-        if bound is None:
+        """Runs a pass whose width comes again; its program is bound to the cache the first time."""
+        if width not in self._states:
+            self._find_state(width, inputs)
+        state = self._states.get(width)
+        if state is None:
             return self._through_model(width, inputs, depth, last_token=False)
-        return bound(inputs, depth, None if tokens is None else tokens.blocks)
+        if not self._inputs[width].owns(inputs):
+            values = dict(named(inputs))
+            for name, held in state.inputs.items():
+                held.copy_(values[name])
+        state.only_logits(None if tokens is None else tokens.blocks)
+        state.step(depth)
+        return state.logits
+
+    def _find_state(self, width: int, inputs: Inputs) -> None:
+        """Looks for what is bound to the cache already, then for a program that was traced before."""
+        state = self.kv.states.get((self.kv.rows, width))
+        if state is not None and _serves(state, inputs, self._inputs[width].owns(inputs)):
+            self._begin(state.compiled, state.args)
+            self._states[width] = state
+            return
+        found = self._recalled(inputs)
+        if found is not None:
+            self._bind(width, found.executor, found.args, inputs)
+
+    def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> None:
+        """Binds a program to the cache; the state's inputs are those that are moved on in place, or copies."""
+        if not self._inputs[width].owns(inputs):
+            given = {id(value) for _, value in named(inputs)}
+            args = [arg.clone() if id(arg) in given and isinstance(arg, Tensor) else arg for arg in args]
+        self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
 
     def _once(self, width: int, inputs: Inputs, depth: int | None) -> Tensor:
         """Runs a pass of a width that need not come again, for the logits of its last token."""
@@ -392,29 +411,25 @@ class Session:
         if found is None:
             return self._through_model(width, inputs, depth, last_token=True)
         state = found.executor.bind(found.args, captured=False, last_token=True)
-        found.executor.step(state, depth)
+        state.step(depth)
         return state.logits
 
     def _recalled(self, inputs: Inputs) -> Recalled | None:
         """Returns a pass that was traced before, in this process or another one."""
         found = None if self._programs is None else self._programs.recall(self.model, inputs, self.kv.cache)
         if found is not None:
-            self._begin(found.executor, found.args)
+            self._begin(found.executor.compiled, found.args)
         return found
 
-    def _begin(self, executor: RiverExecutor, args: Sequence[Any]) -> None:
-        """Has an executor look at the model's weights, once in a session."""
-        if executor not in self._begun:
-            self._begun.add(executor)
-            executor.on_begin(args)
-
-    def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> None:
-        bound = BoundPass(executor, args, inputs, self._inputs[width].owns(inputs))
-        self._bound[width] = self.kv.states[self.kv.rows, width] = bound
+    def _begin(self, compiled: CompiledProgram, args: Sequence[Any]) -> None:
+        """Has a program look at the model's weights, once in a session."""
+        if compiled not in self._begun:
+            self._begun.add(compiled)
+            compiled.on_begin(args)
 
     def _through_model(self, width: int, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
         """Runs a pass through the model; binds the first one of its kind."""
-        known = width in self._bound
+        known = width in self._states
         with (
             graph_calls() as calls,
             forced_depth(depth),
@@ -427,13 +442,13 @@ class Session:
         graph = locate(self.model, self.record.graphs, inputs, self.kv.cache, calls, logits)
         if graph is not None and graph.traced is not None:
             executor, args, _ = calls[0]
-            self._begun.add(executor)
+            self._begun.add(executor.compiled)
             if self._programs is not None:
                 self._programs.keep(inputs, self.kv.cache, executor, graph.traced)
             if not last_token and width in self._inputs:
                 self._bind(width, executor, args, inputs)
         elif not last_token:
-            self._bound[width] = None
+            self._states[width] = None
         return logits
 
     def release(self, text_BS: Tensor | None = None, prompt: int = 0) -> None:
@@ -454,6 +469,20 @@ class Session:
         """Makes the model kwargs of a pass over the last `width` ids, by transformers' methods."""
         kwargs = self._lengthened(self.kv.filled + width)
         return with_all_logits(self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs))
+
+
+def _compiled(graph: GraphRecord) -> CompiledProgram | None:
+    executor = graph.executor()
+    return executor.compiled if isinstance(executor, RiverExecutor) else None
+
+
+def _serves(state: StepState, inputs: Inputs, owned: bool) -> bool:
+    """Whether a state may run with these inputs of another session: they are its own, or look as those do."""
+    values = dict(named(inputs))
+    pairs = [(held, values.get(name)) for name, held in state.inputs.items()]
+    if owned:
+        return all(a is b for a, b in pairs)
+    return all(isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
 
 
 def check_paths(config: RiverConfig) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from river_compile.runtime.executor import RiverExecutor, on_step
+from river_compile.runtime.state import StepState, on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
 
@@ -47,9 +47,9 @@ class Trace:
         reached = [[cycle.accepted > i for cycle in self.cycles if len(cycle.drafted) > i] for i in range(longest)]
         return [sum(kept) / len(kept) for kept in reached]
 
-    def add_step(self, executor: RiverExecutor, state: object, step: StepRecord) -> None:
+    def add_step(self, state: StepState, step: StepRecord) -> None:
         """Adds a step that an executor took."""
-        self.num_blocks = max(self.num_blocks, executor.program.num_blocks)
+        self.num_blocks = max(self.num_blocks, state.compiled.program.num_blocks)
         self.steps.append(step)
 
 

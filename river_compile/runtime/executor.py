@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,15 +22,14 @@ from river_compile.errors import CacheFullError
 from river_compile.exits import ExitPolicy, Memory
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import Capturing, buffer_like
-from river_compile.runtime.state import CompiledProgram, StepState, Taken
-from river_compile.runtime.stats import ExitStats, Observers, StepRecord
+from river_compile.runtime.state import CompiledProgram, StepState
+from river_compile.runtime.stats import Observers
 from river_compile.upstream.dynamo import GraphEntry
 from river_compile.upstream.tensors import version_of
 
 _STATES = 8  # of one cache: sizes of inputs that are remembered
 
 _last_token: ContextVar[bool] = ContextVar("_last_token", default=False)
-_steps: Observers[[RiverExecutor, StepState, StepRecord]] = Observers()
 _calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
 
 
@@ -42,31 +38,25 @@ class RiverExecutor:
 
     Args:
         compiled: the program.
-        policy: when tokens leave; may be replaced between two steps.
-        stats: counts exits.
         captures: what captures passes, None: nothing does; may be replaced between two steps.
-        on_begin: called with the graph's inputs before the first pass of a sequence.
-        on_close: called after each step.
         entry: what Dynamo keeps of the graph; None outside of Dynamo.
     """
 
-    def __init__(
-        self,
-        compiled: CompiledProgram,
-        policy: ExitPolicy,
-        stats: ExitStats,
-        captures: Capturing | None,
-        on_begin: Callable[[Sequence[Any]], object],
-        on_close: Callable[[], None],
-        entry: GraphEntry | None = None,
-    ) -> None:
-        self.compiled, self.policy, self.entry = compiled, policy, entry
+    def __init__(self, compiled: CompiledProgram, captures: Capturing | None, entry: GraphEntry | None = None) -> None:
+        self.compiled, self.captures, self.entry = compiled, captures, entry
         self.decodes = compiled.program.is_decode
-        self.captures = captures
-        self._stats, self.on_begin, self._on_close = stats, on_begin, on_close
         # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
         self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._varying = [i for i, given in enumerate(compiled.program.inputs) if not given.is_fixed]
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """When tokens leave; may be replaced between two steps."""
+        return self.compiled.policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy) -> None:
+        self.compiled.policy = policy
 
     @property
     def program(self) -> Program:
@@ -75,7 +65,7 @@ class RiverExecutor:
 
     def locate(self, program: Program) -> None:
         """Takes the same program with the sources of its inputs in the place of its own."""
-        self.compiled = replace(self.compiled, program=program)
+        self.compiled.program = program
 
     def bind(self, args: Sequence[Any], captured: bool = True, last_token: bool = False) -> StepState:
         """Returns a state of the program on the cache among its inputs.
@@ -87,25 +77,6 @@ class RiverExecutor:
         """
         captures = self.captures if captured and not last_token and self._may_capture(args) else None
         return StepState(self.compiled, args, None if captures is None else captures.make(), last_token)
-
-    def step(self, state: StepState, depth: int | None = None) -> None:
-        """Runs a state's pass and counts it.
-
-        Args:
-            state: of this program.
-            depth: blocks that a decode step executes, `WHOLE` for all; None leaves it to the thread and the policy.
-
-        Raises:
-            ValueError: the program lacks the segments for that depth.
-        """
-        started = time.perf_counter()
-        try:
-            taken = state.run(self._policy_at(depth))
-        except BaseException as error:
-            self.compiled.ranks.explain(error)
-            raise
-        self._record(state, taken, started)
-        self._on_close()
 
     def __call__(self, *args: Any) -> tuple:
         """Runs a pass for inputs of Dynamo's; the outputs are the caller's.
@@ -121,14 +92,14 @@ class RiverExecutor:
         cache = None if before is None or before >= len(args) else args[before]
         memory = Memory() if cache is None else compiled.memories.of(cache)
         if cache is None or not self.decodes or memory.left != version_of(cache):
-            self.on_begin(args)  # (a step goes on where the cache is as the latest step left it)
+            compiled.on_begin(args)  # (a step goes on where the cache is as the latest step left it)
         filled = self._check_room(args)
         state = None if last_token else self._state_of(args)
         if state is None:
             state = self.bind(args, captured=False, last_token=last_token)
         else:
             state.load(args, self._varying)
-        self.step(state)
+        state.step()
         self._note_room(args, filled)
         if after is not None:
             memory.left = version_of(state.slots[after]) if self.decodes else None
@@ -222,20 +193,6 @@ class RiverExecutor:
         keys: Tensor = args[before]
         return keys
 
-    def _policy_at(self, depth: int | None) -> ExitPolicy:
-        if not self.decodes:
-            return self.policy
-        return self.policy.in_this_thread() if depth is None else self.policy.at(depth)
-
-    def _record(self, state: StepState, taken: Taken, started: float) -> None:
-        """Counts a step and shows it to observers."""
-        self._stats.count(taken.depth, self.decodes)
-        if _steps:
-            seconds, thread = time.perf_counter() - started, threading.get_ident()
-            model = self._stats.model_id
-            step = StepRecord(taken.depth, taken.scores, self.decodes, thread, model, taken.entropy, seconds)
-            _steps(self, state, step)
-
 
 @contextlib.contextmanager
 def last_token_alone(alone: bool = True) -> Iterator[None]:
@@ -245,11 +202,6 @@ def last_token_alone(alone: bool = True) -> Iterator[None]:
         yield
     finally:
         _last_token.reset(before)
-
-
-def on_step(observer: Callable[[RiverExecutor, StepState, StepRecord], object]) -> AbstractContextManager[None]:
-    """Inside, calls `observer(executor, state, record)` after every step in the process."""
-    return _steps.added(observer)
 
 
 def on_call(observer: Callable[[RiverExecutor, Sequence[Any], tuple], object]) -> AbstractContextManager[None]:

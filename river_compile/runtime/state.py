@@ -9,8 +9,10 @@ Not handled: two steps at a time on one state; inputs of other sizes than those 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,9 +30,11 @@ from river_compile.runtime.captures import (
     buffer_like,
     copy_into,
 )
+from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.units import SCORE, WANTED, Unit, Units
 
 log = logging.getLogger("river_compile.runtime.captures")
+_steps: Observers[[StepState, StepRecord]] = Observers()
 
 
 class Taken(NamedTuple):
@@ -41,18 +45,22 @@ class Taken(NamedTuple):
     entropy: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CompiledProgram:
-    """What all states of one program share.
+    """What all states of one program share. `policy` may be replaced between two steps.
 
     Attributes:
         plain: units that run as plain calls.
         units: cut for what captures them, None where nothing does.
+        policy: when tokens leave.
+        stats: counts the model's steps.
         memories: what is known of KV caches, shared by the model's programs.
         remembers: whether exits read the entropy of the previous logits.
         all_logits: the list of all blocks of the vocabulary, as `wanted` of `river::linear` has it; None where the
             river's head takes none.
         log: of captures.
+        on_begin: called with the program's inputs before the first pass of a sequence.
+        on_close: called after each step.
         ranks: that share the model; of each score the first one's counts.
         checks_ranks: whether they compare what they are given and what they compute.
     """
@@ -60,10 +68,14 @@ class CompiledProgram:
     program: Program
     plain: Units
     units: Units | None
+    policy: ExitPolicy
+    stats: ExitStats
     memories: Memories
     remembers: bool
     all_logits: Tensor | None
     log: CaptureLog
+    on_begin: Callable[[Sequence[Any]], object]
+    on_close: Callable[[], None]
     ranks: Ranks = ALONE
     checks_ranks: bool = False
 
@@ -112,6 +124,17 @@ class StepState:
         self.flags = torch.empty(0) if device is None else device.flags(program.num_blocks + 1)
 
     @property
+    def args(self) -> Sequence[Any]:
+        """The program's inputs."""
+        return self.slots[: len(self.compiled.program.inputs)]
+
+    @property
+    def inputs(self) -> dict[Any, Tensor]:
+        """The inputs that are arguments of the model's forward, by their names, which whoever bound them may write."""
+        given = enumerate(self.compiled.program.inputs)
+        return {known.source.name: self.slots[i] for i, known in given if known.source and known.source.kind == "call"}
+
+    @property
     def logits(self) -> Tensor:
         """The logits of the latest run, which the next one overwrites."""
         program = self.compiled.program
@@ -158,6 +181,30 @@ class StepState:
         else:
             wanted[0] = len(blocks)
             wanted[1 : 1 + len(blocks)] = blocks
+
+    def step(self, depth: int | None = None) -> None:
+        """Runs a pass and counts it.
+
+        Args:
+            depth: blocks that a decode step executes, `WHOLE` for all; None leaves it to the thread and the policy.
+
+        Raises:
+            ValueError: the program lacks the segments for that depth.
+        """
+        compiled, started = self.compiled, time.perf_counter()
+        decodes, policy = compiled.program.is_decode, compiled.policy
+        if decodes:
+            policy = policy.in_this_thread() if depth is None else policy.at(depth)
+        try:
+            taken = self.run(policy)
+        except BaseException as error:
+            compiled.ranks.explain(error)
+            raise
+        compiled.stats.count(taken.depth, decodes)
+        if _steps:
+            seconds, thread, model = time.perf_counter() - started, threading.get_ident(), compiled.stats.model_id
+            _steps(self, StepRecord(taken.depth, taken.scores, decodes, thread, model, taken.entropy, seconds))
+        compiled.on_close()
 
     def run(self, policy: ExitPolicy) -> Taken:
         """Runs a pass, whose token leaves as the policy says."""
@@ -310,3 +357,8 @@ class StepState:
         kept = buffer_like(score)
         self.device.run(lambda: kept.copy_(score))
         return kept
+
+
+def on_step(observer: Callable[[StepState, StepRecord], object]) -> AbstractContextManager[None]:
+    """Inside, calls `observer(state, record)` after every step in the process."""
+    return _steps.added(observer)

@@ -31,7 +31,7 @@ from river_compile.passes.program import Code, Input, Program
 _TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        *(Program, Input, Code, values.SegmentSpec, values.Source, values.TensorSpec, values.Capacity),
+        *(Program, Input, Code, values.SegmentSpec, values.Source, values.TensorSpec, values.CacheRoom),
         *(values.LastToken, values.Fingerprint, values.Matmul, values.Refusal, values.KeptLinear, values.Fusion),
     )
 }

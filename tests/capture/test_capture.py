@@ -167,7 +167,7 @@ class TestStaleness:
         moved = next(i for i, slot in enumerate(state.slots) if isinstance(slot, torch.Tensor) and slot.dim() == 4)
         state.slots[moved] = state.slots[moved].clone()
         with pytest.raises(StaleReplay, match="has moved since the capture"):
-            recorder.executor.step(state, 1)
+            state.step(1)
 
     def test_a_buffer_that_nobody_wrote_in_this_step_is_no_number(self, recorder, cache, monkeypatch):
         """A tail whose span was left out reads an earlier token's hidden state: NaN here."""

@@ -23,7 +23,7 @@ from examples import demo
 from river_compile.cli import app, dry_run
 from river_compile.cli.output import error_line
 from river_compile.cli.timing import Painter
-from river_compile.runtime.executor import on_step
+from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
 

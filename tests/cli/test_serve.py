@@ -18,7 +18,7 @@ import transformers
 
 import river_compile
 from river_compile.cli import app, serve
-from river_compile.runtime.executor import on_step
+from river_compile.runtime.state import on_step
 from tests.support.decoding import rows_of_steps
 
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")

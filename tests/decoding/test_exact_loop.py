@@ -22,6 +22,7 @@ from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.request import Ends, Request
 from river_compile.decoding.sampling import Chooser, RowProcessors
 from river_compile.runtime.draft_stats import AcceptanceRate, DraftRates, PassTimes
+from tests.support.examples import slow
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
 PAD = 0
@@ -241,7 +242,7 @@ def test_tokens_are_those_that_multinomial_draws():
     assert torch.equal(torch.rand(1), after)
 
 
-@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("lookup", [slow(False), True])
 def test_sampled_texts_have_the_plain_models_distribution(lookup):
     """Pairs of tokens, with temperature, top-p and a repetition penalty."""
     torch.manual_seed(1)

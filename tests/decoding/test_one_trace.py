@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
 from river_compile import accelerate, report
-from river_compile.runtime.executor import on_call
+from river_compile.runtime.state import on_step
 from tests.support.families import CONFIGS, VOCABULARY, make, prompt
 
 OPTIONS = {"group_size": 32, "quantizer": "rtn", "store": False}
@@ -44,7 +44,7 @@ def test_dynamo_traces_once(traced, quality):
 def test_a_prompts_head_is_that_of_its_last_token():
     """Of a long prompt and a large vocabulary all logits would be gigabytes."""
     model, widths = accelerate(make("llama", layers=2), **OPTIONS), []
-    with on_call(lambda executor, args, outputs: widths.append([o.shape[1] for o in outputs if _are_logits(o)])):
+    with on_step(lambda state, step: widths.append([o.shape[1] for o in state.outputs() if _are_logits(o)])):
         generate(model, prompt(40), tokens=1)  # through Dynamo
         generate(model, prompt(50), tokens=1)
     assert widths == [[1], [1]]

@@ -27,7 +27,8 @@ from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
 from river_compile.model_record import find_record
-from river_compile.runtime.executor import on_call, on_step
+from river_compile.runtime.executor import on_call
+from river_compile.runtime.state import on_step
 from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
 from tools.ranks import Wire
@@ -72,7 +73,7 @@ def decode(
     seen: list[int] = []
     run_prompt = model.forward if plain_prompt else model
     logits = [run_prompt(input_ids=ids[:, :length], **given).logits[:, -1]]
-    with on_step(lambda executor, args, step: seen.append(step.depth)):
+    with on_step(lambda state, step: seen.append(step.depth)):
         for place, depth in enumerate(depths, length):
             with forced_depth(depth):
                 logits.append(model(input_ids=ids[:, place : place + 1], **given).logits[:, -1])

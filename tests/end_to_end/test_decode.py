@@ -12,7 +12,8 @@ from river_compile import CacheFullError
 from river_compile.decoding.session import Session
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
-from tests.support.families import CONFIGS, make, prompt
+from tests.support.examples import slow
+from tests.support.families import CONFIGS, each, make, prompt
 from tools.recorder import recording
 
 PROMPT = 9  # tokens
@@ -74,7 +75,7 @@ def notes_preparations(model) -> list[int]:
         ("llama", "static", True),
         ("qwen2", "static", True),  # masks by kind of attention
         ("gpt2", "static", True),
-        ("granite", "static", True),
+        slow("granite", "static", True),
         ("gemma3", "static", False),  # full sliding windows
         ("llama", "dynamic", False),
     ],
@@ -119,7 +120,7 @@ def test_options_mean_the_same(options):
     assert all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", each(["llama", "gpt2", "qwen2", "gemma3"], quick=["llama", "gemma3"]))
 def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     """The prompt and one step of each kind go through it and Dynamo; later ones run its graph alone."""
     model = make(name, layers=2)

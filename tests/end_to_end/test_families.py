@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.families import FAMILIES, HIDDEN, make, prompt
+from tests.support.families import FAMILIES, HIDDEN, each, make, prompt
 
 NEW_TOKENS = 12
 
@@ -15,7 +15,7 @@ def generate(model, ids, **options):
     return out[:, ids.shape[1] :]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each(FAMILIES))
 def test_static_and_dynamic_caches_generate_the_same_varied_text(name):
     """Both caches give the same text, longer than any sliding window, and the text depends on what came before."""
     model = FAMILIES[name]()

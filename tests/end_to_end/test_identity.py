@@ -143,7 +143,7 @@ def test_twins_under_autocast_have_the_plain_models_dtypes(lowering):
         assert (a[0].dtype, a[1].dtype, a[2]) == (b[0].dtype, b[1].dtype, b[2])
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", each(["llama", "opt"]))
 def test_generating_under_autocast(family):
     """Rotated keys stay in float32 there and values do not, so the cache has two dtypes, which no kernel takes.
 

@@ -97,7 +97,7 @@ FEW = ("llama", "qwen3", "gpt2", "opt", "phi", "falcon", "gemma2", "gemma3", "mi
 
 
 @pytest.mark.parametrize("compiler", ["eager", slow("inductor")])
-@pytest.mark.parametrize("name", each(FEW))
+@pytest.mark.parametrize("name", each(FEW, quick=("llama", "gemma3", "mixtral")))
 def test_passes_of_several_tokens_compute_what_the_model_does(name, compiler):
     """A prompt, and then passes of three tokens, of one and of four; nothing leaves.
 

@@ -59,7 +59,7 @@ def assert_alike(a, b):
     assert all(map(torch.equal, generate(a), generate(b)))
 
 
-@pytest.mark.parametrize("family", each(("llama", "qwen2", "gemma2", "phi3", "gpt_neox", "mixtral")))
+@pytest.mark.parametrize("family", each(("llama", "qwen2", "gemma2", "phi3", "gpt_neox", "mixtral"), ["llama"]))
 def test_texts_and_scores_are_those_of_weights_in_16_bits(family):
     """With biases, merged and gated products, tied and untied heads; where experts stay in 16 bits too."""
     packed, plain = accelerated(model_of(family), "12bit"), accelerated(model_of(family), "model")

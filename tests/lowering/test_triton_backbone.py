@@ -16,6 +16,7 @@ from river_compile.lowering.choose import Lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.kernels.harness import dots_in_order
 from tests.support.decoding import cache_state, decode, left_padded, new_cache
+from tests.support.examples import slow
 from tests.support.families import each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 from tools.recorder import recording
@@ -38,7 +39,8 @@ def test_never_exiting_computes_what_the_model_does(name):
     model = compiled(name)
     for depths in (NEVER, [1, LAYERS, 1]):
         cache, plain = new_cache(model, "full"), new_cache(model, "full")
-        ours, theirs = decode(model, cache, depths), decode(model, plain, NEVER, compiled=False)
+        ours = decode(model, cache, depths, plain_prompt=True)  # (the interpreter takes long for one)
+        theirs = decode(model, plain, NEVER, compiled=False)
         if depths == NEVER:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         first = [cache_state(c)[0] for c in (cache, plain)]
@@ -58,9 +60,9 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
 
     model = compiled(name)
     cache = new_cache(model, "full")
-    decode(model, cache, NEVER[:1])
+    decode(model, cache, NEVER[:1], plain_prompt=True)
     monkeypatch.setattr(products, "linear", note)
-    decode(model, new_cache(model, "full"), NEVER[:1])
+    decode(model, new_cache(model, "full"), NEVER[:1], plain_prompt=True)
     expected = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -82,7 +84,7 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
     assert [(miss["rule"], miss["segment"]) for miss in graph["missed"]] == [("down + residual", "block_1")]
 
 
-@pytest.mark.parametrize("name", each(["qwen2", "llama", "gemma3"]))
+@pytest.mark.parametrize("name", each(["qwen2", "llama", "gemma3"], quick=["llama"]))
 def test_weights_in_12_bits(name):
     """Blocks and the head, with their norms, biases, gates and residuals; prompts unpack what they read."""
     outcomes = []
@@ -144,7 +146,8 @@ def generated(model, rows: int, **how):
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "dtype"), [("qwen2", 1, torch.float32), ("qwen3", 1, torch.bfloat16), ("llama", 3, torch.bfloat16)]
+    ("name", "rows", "dtype"),
+    [("qwen2", 1, torch.float32), ("qwen3", 1, torch.bfloat16), slow("llama", 3, torch.bfloat16)],
 )
 def test_verified_text_has_the_bits_of_decoding_without_drafts(name, rows, dtype):
     """Every token's logits, in passes of one position and of several, captured as one launch a pass."""

@@ -17,8 +17,8 @@ from transformers import StaticCache
 
 from river_compile import forced_depth, forced_threshold, report, river
 from river_compile.backend import executors_of
-from river_compile.runtime.executor import RiverExecutor, on_step
-from river_compile.runtime.state import StepState
+from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.state import StepState, on_step
 from tests.support.decoding import cache_argument, cache_state, run_plainly
 from tests.support.families import make, prompt
 
@@ -115,7 +115,7 @@ def uncaptured(model) -> Iterator[None]:
     for executor, _ in executors:
         executor.captures = None
     launched = []
-    with on_step(lambda executor, state, step: launched.append(state.device is not None)):
+    with on_step(lambda state, step: launched.append(state.device is not None)):
         yield
     for executor, captures in executors:
         executor.captures = captures

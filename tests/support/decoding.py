@@ -15,7 +15,7 @@ from transformers.cache_utils import QuantizedLayer
 from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
-from river_compile.runtime.executor import RiverExecutor, on_step
+from river_compile.runtime.state import StepState, on_step
 from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.transformers import cache_argument, cache_of, full_static_cache, mark_growing
 from tests.support.families import prompt
@@ -111,9 +111,9 @@ def rows_of_steps() -> Iterator[set[int]]:
     """Collects how many rows the decode steps inside have."""
     found: set[int] = set()
 
-    def note(executor: RiverExecutor, args: Sequence[object], step: StepRecord) -> None:
+    def note(state: StepState, step: StepRecord) -> None:
         if step.decode:
-            ids = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.long and arg.dim() == 2]
+            ids = [arg for arg in state.slots if isinstance(arg, Tensor) and arg.dtype == torch.long and arg.dim() == 2]
             found.add(max(map(len, ids)))
 
     with on_step(note):

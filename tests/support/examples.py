@@ -40,5 +40,6 @@ def slow(*values: object) -> object:
 
 
 def slow_but(quick: Collection, parameters: Iterable) -> list:
-    """Returns parameters of a test of which all but the `quick` ones count with --slow alone."""
-    return [value if value in quick else slow(value) for value in parameters]
+    """Returns parameters of a test, or tuples of them, of which all but the `quick` ones count with --slow alone."""
+    tuples = [(value, value if isinstance(value, tuple) else (value,)) for value in parameters]
+    return [value if value in quick else slow(*values) for value, values in tuples]

@@ -53,6 +53,7 @@ class ScriptedRunner:
         self.slots: list[list[tuple[int, bool] | None]] = [[(token, True) for token in row] for row in prompt.tolist()]
         self.rows = list(range(len(prompt)))
         self.shrinks = True
+        self._filler = 0
         self.ended: Callable[[], list[bool]] = lambda: [False] * len(prompt)
 
     @property
@@ -91,19 +92,17 @@ class ScriptedRunner:
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         self._write(ids_BS, drafted + 1, exact=True)
-        self.written = drafted + 1
+        self._filler = self.width_for(drafted) - drafted - 1  # (which a pass does not write here)
         first = ids_BS.shape[1] - drafted
         return torch.stack(
             [torch.stack([self.logits(row[:end]) for end in range(first, len(row) + 1)]) for row in ids_BS.tolist()]
         )
 
     def rewind(self, slots: int) -> None:
+        slots, self._filler = slots - self._filler, 0
         assert 0 <= slots <= self.filled
         for row in self.slots:
             del row[len(row) - slots :]
-
-    def keep(self, tokens: int, width: int) -> None:
-        self.rewind(self.written - tokens)  # (a pass writes no filler here)
 
     def should_shrink(self, tokens_left: int) -> bool:
         return self.shrinks

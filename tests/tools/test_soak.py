@@ -8,7 +8,7 @@ import torch
 from torch._inductor.exc import InductorError
 
 from river_compile import trace
-from river_compile.runtime.executor import on_step
+from river_compile.runtime.state import on_step
 from river_compile.twins import tensor_file
 from tools.soak import __main__ as command
 from tools.soak import cases, compilers, damage, kill, memory, serving, stored, text, threads
@@ -62,8 +62,8 @@ def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path
     """A token that left is written one slot too far: text and logits are others, in float64 too."""
     assert text.run(CASE, tmp_path) == "passed"
 
-    def wrong_slot(executor, state, step):
-        left = step.decode and step.depth < executor.program.num_blocks
+    def wrong_slot(state, step):
+        left = step.decode and step.depth < state.compiled.program.num_blocks
         for value in state.slots if left else ():
             if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[0] == 2:
                 value.copy_(value.roll(1, dims=2))

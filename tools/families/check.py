@@ -24,7 +24,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 import river_compile
 from river_compile.backend import river
 from river_compile.exits import forced_depth
-from river_compile.runtime.executor import RiverExecutor, on_step
+from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.state import on_step
 
 from .tiny import VOCABULARY, tiny_model
 
@@ -262,7 +263,7 @@ class Left:
         self.depths: Counter[int] = Counter()
         self.prompts = 0
 
-    def __call__(self, executor, state, step) -> None:
+    def __call__(self, state, step) -> None:
         if step.decode:
             self.depths[step.depth] += 1
         else:
