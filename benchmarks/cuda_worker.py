@@ -25,9 +25,9 @@ from benchmarks.schedule import leaving_at
 from river_compile import decode, exact, report
 from river_compile.backend import executors_of
 from river_compile.cli.timing import generate
-from river_compile.decoding.kv_cache import KVCache
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.runtime.captures import CaptureLog
+from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.upstream.transformers import cache_argument

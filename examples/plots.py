@@ -33,14 +33,13 @@ def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = Non
         trace: of `river_compile.trace`.
         path: the file to write.
         texts: the decoded text of each token but a prompt's first: one for each of ``trace.tokens``, in exact mode
-            for each token that the cycles kept of the batch's first row, which alone is drawn. Numbers stand in
-            where it is None.
+            for each token that the cycles kept. Numbers stand in where it is None.
 
     Raises:
         ValueError: nothing was recorded, or `texts` has another length.
     """
     if trace.cycles:
-        return _plot_cycles(path, texts, [row for cycle in trace.cycles for row in cycle.rows if row.row == 0])
+        return _plot_cycles(path, texts, trace.cycles)
     return _plot_depths(path, texts, trace.tokens, trace.num_blocks)
 
 

@@ -177,8 +177,8 @@ def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
     plan, slots = program.plan, program.slots
     block = next(b for b in plan.blocks if b.kv.writes)
     kv, part = block.kv, block.index + 1
-    if kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
-        targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
+    targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
+    if targets or kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
         return (slots[targets[0]],) * 2 if targets else (None, None)
     write = kv.writes[0]
     stack, before = [write], None

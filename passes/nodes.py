@@ -64,12 +64,12 @@ def is_streams(node: fx.Node) -> bool:
 def is_parameter(node: object, dims: int | None = None) -> TypeGuard[fx.Node]:
     """True for a placeholder that holds a module's parameter or buffer (of `dims` dimensions).
 
-    Dynamo marks those as static inputs.
+    Dynamo marks those as static inputs; transformers marks a static cache's tensors too, which a pass writes in place.
     """
     if not isinstance(node, fx.Node) or node.op != "placeholder":
         return False
     marked = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
-    return marked and dims in (None, rank(node))
+    return marked and dims in (None, rank(node)) and not any(node in mutated_inputs(user) for user in node.users)
 
 
 def is_ordinary(tensor: object) -> bool:

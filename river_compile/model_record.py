@@ -7,6 +7,7 @@ package's only global state of models.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from river_compile.config import RiverConfig
-from river_compile.decoding.kv_cache import PrefixPool
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
@@ -30,6 +30,7 @@ from river_compile.progress import stage_shown
 from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.draft_stats import DraftHistory
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
+from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.stats import ExitStats
 from river_compile.store.programs import Origin, Programs
 from river_compile.twins.calibration_stats import Observation
@@ -157,7 +158,7 @@ class ModelRecord:
     told_of_gradients: bool = False  # that passes which need them run plainly
 
     def __post_init__(self) -> None:
-        self.drafts = DraftHistory(lambda: self.prepared)
+        self.drafts = DraftHistory(functools.partial(_prepared, self.graphs))
 
     @property
     def statistics(self) -> Statistics:
@@ -167,10 +168,7 @@ class ModelRecord:
     @property
     def prepared(self) -> int:
         """How many of its graphs were compiled and captured so far."""
-        made = len(self.graphs)
-        for graph in self.graphs:
-            made += graph.captures.made
-        return made
+        return _prepared(self.graphs)
 
     @property
     def why_not(self) -> str:
@@ -215,6 +213,13 @@ class ModelRecord:
             cached, others = ([g for g in graphs if g.entry.cached] for graphs in (cached, others))
         graph.entry.counts = len(cached) - len(others) >= limit
         self.graphs.append(graph)
+
+
+def _prepared(graphs: Sequence[GraphRecord]) -> int:
+    made = len(graphs)
+    for graph in graphs:
+        made += graph.captures.made
+    return made
 
 
 _records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -354,6 +354,18 @@ class TestReport:
         gc.collect()
         assert [w() for w in watched if w() is not None] == []
 
+    def test_caches_that_were_let_go_are_freed_but_for_a_few(self, fresh_dynamo):
+        """A captured step holds its cache: the latest four that generate has made stay, and none of those before."""
+        model, caches = make("llama", layers=2), []
+        model.compile(backend=river, options={**ALWAYS, "lowering": "native"})
+        how = {"cache_implementation": "static", "disable_compile": True, "return_dict_in_generate": True}
+        for _ in range(7):
+            made = model.generate(prompt(), max_new_tokens=5, do_sample=False, **how).past_key_values
+            caches.append(weakref.ref(made.layers[0].keys))
+            del made
+        gc.collect()
+        assert [cache() is not None for cache in caches] == 3 * [False] + 4 * [True]
+
     def test_the_log_holds_the_table_of_passes(self, caplog):
         with caplog.at_level(logging.DEBUG, logger="river_compile"):
             TracedStep().run(quantizer="rtn")

@@ -127,6 +127,7 @@ def accelerate(
     call = CompiledCall(
         compiled, model._call_impl, prompts=True, stays_plain=functools.partial(_needs_gradients, model)
     )
+    begin_kernels(config, model.device)
     # (The model changes last, so that whatever fails leaves it as it was.)
     if has_generate_of_its_own(model):
         warnings.warn(
@@ -140,7 +141,6 @@ def accelerate(
     else:
         generate_exactly(model, exact_mode)
     vars(model)["_compiled_call_impl"] = call
-    begin_kernels(config, model.device)
     _use_store(model, config, store)
     return model
 

@@ -87,6 +87,8 @@ def _run(
 @contextlib.contextmanager
 def _traced() -> Iterator[list[tuple[str, str]]]:
     """Gives a list of (name, text) that receives what the backend adds to torch's structured trace inside."""
+    from torch._logging._internal import trace_log
+
     found: list[tuple[str, str]] = []
 
     class Keep(logging.Handler):
@@ -94,12 +96,12 @@ def _traced() -> Iterator[list[tuple[str, str]]]:
             if "artifact" in record.metadata:
                 found.append((record.metadata["artifact"]["name"], record.payload))
 
-    log, keep = logging.getLogger("torch.__trace"), Keep()
-    log.addHandler(keep)
+    keep = Keep()
+    trace_log.addHandler(keep)
     try:
         yield found
     finally:
-        log.removeHandler(keep)
+        trace_log.removeHandler(keep)
 
 
 def _graphs(artifacts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:

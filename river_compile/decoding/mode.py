@@ -29,7 +29,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from river_compile.decoding.draft_policy import ByGain, DraftPolicy, FixedLength
 from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
-from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.request import Ends, Request
 from river_compile.decoding.sampling import STATELESS, Chooser, RowProcessors
@@ -42,6 +41,7 @@ from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
 from river_compile.model_state import ModelLook
 from river_compile.runtime.draft_stats import DraftRates
+from river_compile.runtime.kv_cache import KVCache
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
     argument_of_generate,

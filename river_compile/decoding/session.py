@@ -41,7 +41,6 @@ from river_compile.decoding.inputs import (
     with_all_logits,
     with_masks,
 )
-from river_compile.decoding.kv_cache import KVCache, slots_for
 from river_compile.decoding.traced_calls import graph_calls, locate
 from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.exits import forced_depth
@@ -52,6 +51,7 @@ from river_compile.model_state import ModelLook
 from river_compile.progress import stage_shown
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor, last_token_alone
+from river_compile.runtime.kv_cache import KVCache, slots_for
 from river_compile.runtime.state import CompiledProgram, StepState
 from river_compile.store.inputs import named
 from river_compile.store.programs import Programs, Recalled

@@ -81,14 +81,18 @@ def called_on_shards(
     """Returns an executor as Dynamo calls it: with parameters whose local shards are the graph's inputs.
 
     Args:
-        executor: takes the shards, and anything for inputs that its graph does not use.
+        executor: takes the shards, and None for tensors that its graph does not use.
         placeholders: of the graph, in order.
         local: those that stand for shards. None: the executor is returned.
     """
     if not local:
         return executor
     places = [i for i, node in enumerate(placeholders) if node in local]
-    unused = [i for i, node in enumerate(placeholders) if not node.users and node not in local]
+    unused = [
+        i
+        for i, node in enumerate(placeholders)
+        if not node.users and node not in local and isinstance(value_of(node), torch.Tensor)
+    ]
 
     def call(*args: Any) -> Any:
         mine = list(args)

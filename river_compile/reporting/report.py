@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
-from river_compile.decoding.kv_cache import KeptTexts
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, threshold_text
@@ -23,6 +22,7 @@ from river_compile.model_record import GraphRecord, ModelRecord, find_record, un
 from river_compile.offload.weights import OffloadLog
 from river_compile.passes.moe_router import ROUTER
 from river_compile.passes.program import Fusion, Program, SegmentSpec
+from river_compile.runtime.kv_cache import KeptTexts
 from river_compile.runtime.stats import ExactStats
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.quantize import UNOBSERVED

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ from river_compile.runtime.stats import Observers
 from river_compile.upstream.dynamo import GraphEntry
 from river_compile.upstream.tensors import version_of
 
+_CACHES = 4  # whose states are kept: those hold the cache, and nothing tells whether it will be used again
 _STATES = 8  # of one cache: sizes of inputs that are remembered
 
 _last_token: ContextVar[bool] = ContextVar("_last_token", default=False)
@@ -47,6 +49,7 @@ class RiverExecutor:
         self.decodes = compiled.program.is_decode
         # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
         self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
         self._varying = [i for i, given in enumerate(compiled.program.inputs) if not given.is_fixed]
 
     @property
@@ -88,9 +91,7 @@ class RiverExecutor:
         if compiled.checks_ranks:
             ids = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point() and arg.dim() == 2]
             compiled.ranks.check_alike("the tokens, positions and masks that they are given", list(map(_digest, ids)))
-        before, after = self.program.keys
-        cache = None if before is None or before >= len(args) else args[before]
-        memory = Memory() if cache is None else compiled.memories.of(cache)
+        cache, after, memory = self._cache_of(args), self.program.keys[1], self._memory_of(args)
         if cache is None or not self.decodes or memory.left != version_of(cache):
             compiled.on_begin(args)  # (a step goes on where the cache is as the latest step left it)
         filled = self._check_room(args)
@@ -102,8 +103,9 @@ class RiverExecutor:
         state.step()
         self._note_room(args, filled)
         if after is not None:
-            memory.left = version_of(state.slots[after]) if self.decodes else None
-            compiled.memories.keep(state.slots[after], memory)
+            if not compiled.remembers:  # (a state that does has kept it)
+                compiled.memories.keep(state.slots[after], memory)
+            compiled.memories.of(state.slots[after]).left = version_of(state.slots[after]) if self.decodes else None
         outputs = state.copied_outputs()
         _calls(self, args, outputs)
         return outputs
@@ -117,10 +119,14 @@ class RiverExecutor:
 
     def _state_of(self, args: Sequence[Any]) -> StepState | None:
         """Returns the state of a cache for inputs of these sizes, from the second time on that they come."""
-        if self.captures is None:
+        cache = self._cache_of(args)
+        if self.captures is None or cache is None:
             return None
         sizes = tuple(args[i].shape if isinstance(args[i], Tensor) else args[i] for i in self._varying)
-        states = self._states.setdefault(self._keys(args), {})
+        with self._lock:
+            if cache not in self._states and len(self._states) == _CACHES:
+                del self._states[next(iter(self._states))]
+            states = self._states.setdefault(cache, {})
         if sizes not in states:
             if len(states) == _STATES:
                 self._forget(states, sizes)
@@ -184,14 +190,13 @@ class RiverExecutor:
             memory.filled, memory.version = filled, version_of(args[capacity.length])
 
     def _memory_of(self, args: Sequence[Any]) -> Memory:
-        return self.compiled.memories.of(self._keys(args))
+        cache = self._cache_of(args)
+        return Memory() if cache is None else self.compiled.memories.of(cache)
 
-    def _keys(self, args: Sequence[Any]) -> Tensor:
-        """Returns the tensor of a static cache's keys that it is known by."""
+    def _cache_of(self, args: Sequence[Any]) -> Tensor | None:
+        """Returns the tensor of keys that a cache is known by, None where the pass makes the cache."""
         before, _ = self.program.keys
-        assert before is not None, "a static cache is written in place"
-        keys: Tensor = args[before]
-        return keys
+        return None if before is None or before >= len(args) else args[before]
 
 
 @contextlib.contextmanager

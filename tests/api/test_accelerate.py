@@ -375,6 +375,7 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
         "river_compile.api.accelerate.CompiledCall",
         "river_compile.api.accelerate.has_generate_of_its_own",
         "river_compile.api.accelerate.generate_exactly",
+        "river_compile.api.accelerate.begin_kernels",
         "river_compile.api.generation.MethodType",
         "river_compile.api.generation.keep_out_of_copies",
     ],

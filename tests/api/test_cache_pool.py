@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 
 import river_compile
 from river_compile.api.accelerate import free_cache
-from river_compile.decoding import kv_cache
 from river_compile.model_record import find_record
+from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
 from tests.support.families import make, prompt
 from tools.recorder import recording
@@ -110,7 +110,9 @@ def test_callers_who_name_or_bring_a_cache_generate_with_it(quality, options, mo
 
 
 def test_a_static_cache_that_was_asked_for_is_the_models(fast, monkeypatch):
-    seen, ids = caches_of(fast, monkeypatch), prompt()
+    ids = prompt()
+    generate(fast, ids)
+    seen = caches_of(fast, monkeypatch)
     generate(fast, ids)
     generate(fast, ids, cache_implementation="static")
     assert len(set(map(id, seen))) == 1

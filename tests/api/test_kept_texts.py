@@ -8,8 +8,8 @@ import torch
 from transformers import LogitsProcessor
 
 import river_compile
-from river_compile.decoding import kv_cache
 from river_compile.kernels.native.load import any_rows
+from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import left_padded
 from tests.support.families import CONFIGS, make, prompt

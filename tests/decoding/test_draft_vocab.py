@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
 from river_compile.kernels.ops import UNWANTED, WANTED_BLOCK
-from river_compile.runtime.draft_vocab import DraftVocab, HeadVocab
+from river_compile.runtime.draft_vocab import DraftVocab
 from tests.support.decoding import session_on
 
 VOCABULARY = 10_010  # (of a length that no block divides)
@@ -133,14 +133,10 @@ def test_the_text_is_plains_whatever_drafts_lack(sample):
     assert seen.cycles
 
 
-def test_a_list_is_written_only_where_another_is_wanted():
-    """Made in inference mode or not, in either."""
-    with torch.inference_mode():
-        wanted, tokens = HeadVocab(100), DraftVocab(100)
-    with wanted.only(None):
-        assert wanted.list.tolist() == [7, *range(7)]
-    wanted.list.fill_(-1)
-    with wanted.only(None):
-        assert (wanted.list == -1).all()
-    with wanted.only(tokens):
-        assert wanted.list.tolist() == [7, *range(7)]
+def test_a_list_is_made_anew_only_where_a_token_is():
+    """States compare it by identity before they write theirs."""
+    tokens = DraftVocab(VOCABULARY)
+    first = tokens.blocks
+    assert tokens.blocks is first
+    tokens.add(torch.tensor([VOCABULARY - 1]))
+    assert len(tokens.blocks) == len(first) + 1

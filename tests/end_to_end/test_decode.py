@@ -8,12 +8,12 @@ from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile import CacheFullError
 from river_compile.decoding.session import Session
-from river_compile.upstream.transformers import cache_argument
-from tests.support.decoding import cache_state, left_padded, new_cache
+from river_compile.runtime import kv_cache
+from river_compile.upstream.transformers import cache_of
+from tests.support.decoding import cache_state, left_padded
 from tests.support.examples import slow
-from tests.support.families import CONFIGS, each, make, prompt
+from tests.support.families import make, prompt
 from tools.recorder import recording
 
 PROMPT = 9  # tokens
@@ -31,16 +31,24 @@ class Streamed(BaseStreamer):
         self.ended = True
 
 
-def generate(model, kind="static", batch=3, **options):
+@pytest.fixture(autouse=True)
+def _as_many_slots_as_transformers_makes(monkeypatch):
+    """Sums over slots have the bits of sums over as many."""
+    monkeypatch.setattr(kv_cache, "_AHEAD", NEW_TOKENS - 1)
+    monkeypatch.setattr(kv_cache, "_STEP", 1)
+
+
+def generate(model, batch=3, **options):
     """Returns everything that a call of generate gives, as one list."""
     ids, mask = left_padded(batch)
-    cache, streamer = new_cache(model, kind, capacity=32), Streamed() if batch == 1 else None
+    streamer = Streamed() if batch == 1 else None
     wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "streamer": streamer}
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "disable_compile": True, **wanted, **options}
     torch.manual_seed(0)
-    out = model.generate(ids, attention_mask=mask, **{cache_argument(model): cache}, **settings)
-    entries = [tensor[:, :, :length] for *tensors, length in cache_state(cache) for tensor in tensors]
-    entries += [torch.tensor(length) for *_, length in cache_state(cache)]
+    out = model.generate(ids, attention_mask=mask, cache_implementation="static", **settings)
+    state = cache_state(cache_of(out))
+    entries = [tensor[:, :, :length] for *tensors, length in state for tensor in tensors]
+    entries += [torch.tensor(length) for *_, length in state]
     streamed = [] if streamer is None else [torch.tensor(streamer.ended), *map(torch.tensor, streamer.tokens)]
     return [out.sequences, *out.scores, *out.logits, *entries, *streamed]
 
@@ -69,37 +77,22 @@ def notes_preparations(model) -> list[int]:
     return made
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "own"),
-    [
-        ("llama", "static", True),
-        ("qwen2", "static", True),  # masks by kind of attention
-        ("gpt2", "static", True),
-        slow("granite", "static", True),
-        ("gemma3", "static", False),  # full sliding windows
-        ("llama", "dynamic", False),
-    ],
-)
-def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name, kind, own):
-    """With left padding; transformers makes the inputs of the prompt and two steps, the second one to compare."""
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", slow("granite"), "gemma3"])
+def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name):
+    """With left padding; transformers makes the inputs of the prompt and two steps, the second one to compare.
+
+    (In a window of 8 slots sums have another order than behind a mask.)
+    """
     model = make(name, layers=2)
-    theirs = generate(model, kind)
-    prepared = notes_preparations(model)
-    ours = generate(model, kind, custom_generate=river_compile.decode)
-    assert len(ours) == len(theirs)
-    assert all(map(torch.equal, ours, theirs))
-    assert prepared == [PROMPT, PROMPT + 1, PROMPT + 2] + ([] if own else [*range(PROMPT + 3, PROMPT + NEW_TOKENS)])
-
-
-def test_inputs_of_windows_that_fill_up_follow_until_then():
-    config = CONFIGS["gemma3"](2)
-    config.sliding_window = 14  # five steps more than the prompt has tokens
-    model = make("gemma3", layers=2, config=config)
     theirs = generate(model)
     prepared = notes_preparations(model)
     ours = generate(model, custom_generate=river_compile.decode)
-    assert prepared == [9, 10, 11, 15, 16, 17, 18]  # (14 tokens fill the window)
-    assert all(map(torch.equal, ours, theirs))
+    assert prepared == [PROMPT, PROMPT + 1, PROMPT + 2]
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            a, b, **({"rtol": 1e-4, "atol": 1e-4} if name == "gemma3" else {"rtol": 0, "atol": 0})
+        )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +113,7 @@ def test_options_mean_the_same(options):
     assert all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("name", each(["llama", "gpt2", "qwen2", "gemma3"], quick=["llama", "gemma3"]))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
 def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     """The prompt and one step of each kind go through it and Dynamo; later ones run its graph alone."""
     model = make(name, layers=2)
@@ -133,13 +126,6 @@ def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     calls.clear()
     assert all(map(torch.equal, generate(model, custom_generate=river_compile.decode), theirs))
     assert len(calls) == 2
-
-
-def test_a_full_cache_raises_what_a_step_through_the_model_does():
-    model = make("llama", layers=2)
-    model.compile(backend=river_compile.river, options={"lowering": "eager", "quantizer": "none"})
-    with pytest.raises(CacheFullError, match="holds 32 tokens"):
-        generate(model, max_new_tokens=40, custom_generate=river_compile.decode)
 
 
 @pytest.mark.parametrize(
@@ -215,24 +201,6 @@ def test_a_step_behind_the_end_of_a_text_is_taken_back(order, river):
     ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decode, **ends)
     assert ours[0].shape[1] < left_padded(1)[0].shape[1] + NEW_TOKENS
     assert len(ours) == len(theirs)
-    assert all(map(torch.equal, ours, theirs))
+    for a, b in zip(ours, theirs, strict=True):  # (a compiled prompt that allocates its cache has other roundings)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert list(order) == ["step", "read"] * 4
-
-
-def test_a_full_cache_queues_nothing_that_may_not_be_wanted(order):
-    """A text that ends where its cache is full raises nothing."""
-    model = make("llama", layers=2)
-    ids, mask = left_padded(1)
-    ends = {"eos_token_id": end_token(model, after=3), "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
-    cache = new_cache(model, "static", capacity=ids.shape[1] + 3)
-    arguments = {cache_argument(model): cache, "custom_generate": river_compile.decode, "do_sample": False}
-    text = model.generate(ids, attention_mask=mask, stopping_criteria=[order], **arguments, **ends)
-    assert text.shape[1] == ids.shape[1] + 4
-    assert list(order) == ["step", "read"] * 3 + ["read"]
-
-
-def test_a_sliding_window_is_not_pushed_on_before_it_is_known_that_a_token_follows(order):
-    model = make("gemma3", layers=2)
-    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decode)
-    assert all(map(torch.equal, ours, generate(model)))
-    assert list(order) == ["read", "step"] * (NEW_TOKENS - 1) + ["read"]

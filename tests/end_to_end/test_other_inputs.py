@@ -76,11 +76,9 @@ def test_hybrids_give_the_plain_text_and_states_at_every_depth(build: Callable[[
             generate(model, custom_generate=river_compile.exact, adaptive=False, **inputs)
 
 
-def test_exact_mode_rewinds_a_convolution_and_reads_a_prompt_of_embeddings():
-    """LFM2's text from embeddings is the one from ids; the river drafts it, and lookup knows the new text alone."""
-    torch.manual_seed(0)
-    model = lfm2()
-    ids = prompt(7)
+def test_exact_mode_reads_a_prompt_of_embeddings():
+    """The text is the one from ids; the river drafts it, and lookup knows the new text alone."""
+    model, ids = make("llama", layers=2), prompt(7)
     embeds = model.get_input_embeddings()(ids).detach()
     plain = generate(model, input_ids=ids, max_new_tokens=12)[:, 7:]
     model.compile(backend=river_compile.river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
@@ -89,6 +87,17 @@ def test_exact_mode_rewinds_a_convolution_and_reads_a_prompt_of_embeddings():
         ours = generate(model, inputs_embeds=embeds, max_new_tokens=12, **exactly)
     assert torch.equal(ours, plain)
     assert trace.kept_sources["river"] > 0
+
+
+def test_exact_mode_refuses_a_convolution_by_name():
+    """What it holds of a draft cannot be taken back. The loop without drafts has the plain text."""
+    torch.manual_seed(0)
+    model, inputs = lfm2(), {"input_ids": prompt(7), "max_new_tokens": 12}
+    plain = generate(model, **inputs)
+    assert torch.equal(generate(model, custom_generate=river_compile.decode, **inputs), plain)
+    model.compile(backend=river_compile.river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
+    with pytest.raises(ValueError, match=r"LinearAttentionLayer.*; it works with attention layers"):
+        generate(model, custom_generate=river_compile.exact, **inputs)
 
 
 def test_prompts_and_steps_of_embeddings_give_the_plain_text():

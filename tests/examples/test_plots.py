@@ -5,17 +5,15 @@ import pytest
 from examples.plots import plot_calibration, plot_trace
 from river_compile import Calibration, Trace
 from river_compile.calibration.result import Candidate
-from river_compile.runtime.stats import CycleRecord, RowCycle, StepRecord
+from river_compile.runtime.stats import CycleRecord, StepRecord
 
 
 def drawn(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("river_from", [None, 1])
-def test_depths_are_drawn_above_the_texts(river_from, tmp_path):
-    """A doubted token too."""
-    steps = [StepRecord(2, (0.9,), True, 0, 0, 0.5, river_from)] * 39
+def test_depths_are_drawn_above_the_texts(tmp_path):
+    steps = [StepRecord(2, (0.9,), True, 0, 0, 0.5)] * 39
     trace = Trace(steps, num_blocks=2)
     assert drawn(plot_trace(trace, tmp_path / "depths.png", texts=["a"] * 39))
     with pytest.raises(ValueError, match="texts has 1 entries for 39 decode steps"):
@@ -24,9 +22,8 @@ def test_depths_are_drawn_above_the_texts(river_from, tmp_path):
         plot_trace(Trace(), tmp_path / "depths.png")
 
 
-def test_cycles_of_the_first_row_are_drawn(tmp_path):
-    rows = [RowCycle(row, ("river", "lookup"), ("river", "backbone")) for row in range(2)]
-    cycles = [CycleRecord(tuple(rows), 3, (0.0, 0.0, 0.0), thread=0, model=0)] * 20
+def test_cycles_are_drawn(tmp_path):
+    cycles = [CycleRecord(("river", "lookup"), ("river", "backbone"), 3, (0.0, 0.0, 0.0), thread=0, model=0)] * 20
     trace = Trace(cycles=cycles)
     assert drawn(plot_trace(trace, tmp_path / "cycles.png", [str(i) for i in range(40)]))
     with pytest.raises(ValueError, match="texts has 1 entries for 40 tokens"):
@@ -35,6 +32,6 @@ def test_cycles_of_the_first_row_are_drawn(tmp_path):
 
 @pytest.mark.parametrize("threshold", [0.5, (0.5, 0.6)])
 def test_candidates_of_a_calibration_are_drawn(threshold, tmp_path):
-    candidates = [Candidate(threshold, 2, 0.1, 0.9, 0.1, 2.0, 0.0, 0.5, 16, passed) for passed in (True, False, None)]
+    candidates = [Candidate(threshold, 2, 0.1, 0.9, 0.1, 2.0, 0.5, 16, passed) for passed in (True, False, None)]
     found = Calibration("kl", 0.3, 0.9, 1.5, 3, 0.01, candidates[0], tuple(candidates), {"criterion": "similarity"})
     assert drawn(plot_calibration(found, tmp_path / "calibration.png"))

@@ -329,7 +329,7 @@ _EXITS = (
         "return tuple(fresh)",
         "return outputs",
         "the next step overwrites what a captured one returned",
-        ("tests/capture/test_capture.py",),
+        ("tests/runtime/test_capture.py",),
     ),
 )
 
@@ -360,7 +360,7 @@ _EXACT = (
     ),
     Mutation(
         "joined-slot",
-        "river_compile/decoding/kv_cache.py",
+        "river_compile/runtime/kv_cache.py",
         "entries[self.rows, :, end - other.filled : end]",
         "entries[self.rows, :, : other.filled]",
         "a row that joins a batch has its entries in slots that are not its own",
@@ -388,7 +388,7 @@ _EXACT = (
         "start = max(end - self._window, 0)",
         "start = 0",
         "the mask of a sliding window that moves along goes on showing what left it",
-        ("tests/decoding/test_kv_cache.py",),
+        ("tests/runtime/test_kv_cache.py",),
     ),
     Mutation(
         "draft-reach",
@@ -408,7 +408,7 @@ _EXACT = (
     ),
     Mutation(
         "cache-reset",
-        "river_compile/decoding/kv_cache.py",
+        "river_compile/runtime/kv_cache.py",
         "            cache.begin_with(0)\n",
         "            pass\n",
         "a call begins with the last one's cache filled",
@@ -451,9 +451,9 @@ _PROMISES = (
     ),
     Mutation(
         "store-unallocated",
-        "river_compile/upstream/transformers.py",
-        'all(getattr(layer, "keys", None) is not None for layer in cache.layers)',
-        "True",
+        "river_compile/decoding/session.py",
+        "if not self.kv.memory_rows:",
+        "if False:",
         "a prompt that allocates its cache is stored without that",
         ("tests/store/test_store.py::TestASecondStart",),
     ),

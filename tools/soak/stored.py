@@ -167,7 +167,7 @@ def _entry(folder: Path) -> Iterator[Entry]:
 
 def _write_program(folder: Path) -> None:
     with _entry(folder) as entry:
-        entry.write("a.pass", _program()[0], anew=True)
+        entry.write("a.pass", _program()[0])
 
 
 def _read_program(folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 import river_compile
-from river_compile.decoding.kv_cache import KVCache
+from river_compile.runtime.kv_cache import KVCache
 from tests.support.decoding import left_padded
 from tests.support.families import SLIDING_WINDOW, each, make, prompt
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -231,6 +232,7 @@ class PrefixPool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._model: weakref.ref[PreTrainedModel] | None = None
         self._pooled: _Pooled | None = None
         self._saved: list[_Text] = []  # in the order of their last use
         self._state: object | None = None  # of the model, which all texts are of
@@ -291,6 +293,7 @@ class PrefixPool:
             ids = ids[:prompt]
         keeps = ids is not None and len(ids) >= LEAST_PREFIX
         with self._lock:
+            self._model = self._model or self._freed_with(model)
             text = ids.cpu() if ids is not None and keeps and state is not None and state == self._state else None
             others, self._pooled = self._pooled, _Pooled(_key(model, cache.memory_rows), cache, text)
         if others is not None and others.ids is not None:  # (of a call at the same time)
@@ -308,6 +311,17 @@ class PrefixPool:
             self._pooled = None
             self._forget(None)
         return held
+
+    def _freed_with(self, model: PreTrainedModel) -> weakref.ref[PreTrainedModel]:
+        """Returns a reference that empties the pool as the model goes, whose weights the cache's states hold."""
+        mine = weakref.ref(self)
+
+        def free(_: object) -> None:
+            pool = mine()
+            if pool is not None:
+                pool.free()
+
+        return weakref.ref(model, free)
 
     @property
     def bytes(self) -> int:
