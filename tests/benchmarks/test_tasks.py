@@ -9,7 +9,7 @@ import transformers
 from benchmarks import tasks
 from benchmarks.quality import perplexity, reasoning
 from benchmarks.quality.answers import wilson
-from river_compile.config import RiverConfig
+from tests.support.commands import compile_by_operator
 from tests.support.tokenizers import save_tiny_llama
 
 
@@ -20,9 +20,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_inductor(monkeypatch):
-    checked = RiverConfig.from_options.__func__
-    quick = {"lowering": "eager", "group_size": 32}
-    monkeypatch.setattr(RiverConfig, "from_options", classmethod(lambda cls, o: checked(cls, {**quick, **(o or {})})))
+    compile_by_operator(monkeypatch)
 
 
 def rows_of(tiny, tmp_path, *arguments):

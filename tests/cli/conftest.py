@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from river_compile.config import RiverConfig
+from tests.support.commands import compile_by_operator
 from tests.support.tokenizers import save_tiny_llama
 
 
@@ -16,7 +16,4 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def _without_inductor(monkeypatch):
-    """Commands compile with the backend's defaults; here these are the quick ones."""
-    checked = RiverConfig.from_options.__func__
-    quick = {"lowering": "eager", "group_size": 32}
-    monkeypatch.setattr(RiverConfig, "from_options", classmethod(lambda cls, o: checked(cls, {**quick, **(o or {})})))
+    compile_by_operator(monkeypatch)
