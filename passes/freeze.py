@@ -33,6 +33,7 @@ from river_compile.passes.program import (
     Input,
     LastToken,
     Program,
+    Refusal,
     RiverProgram,
     Segment,
     SegmentSpec,
@@ -59,26 +60,26 @@ def freeze(
         matrices, native, width_matters: as in :class:`Program`.
     """
     plan, slots, fixed = program.plan, program.slots, fixed_inputs(program.plan)
-    codes: dict[fx.Graph, SegmentSpec] = {}
+    shared: dict[fx.Graph, tuple[Code, Refusal | None, tuple[tuple[int, int], ...]]] = {}
 
     def spec(segment: Segment) -> SegmentSpec:
-        known = codes.get(segment.graph)
-        if known is None:
+        if segment.graph not in shared:
             places = {node: place for place, node in enumerate(segment.graph.find_nodes(op="placeholder"))}
             experts = tuple((places[node], count) for node, count in chosen_experts(segment).items() if node in places)
-        made = SegmentSpec(
+            shared[segment.graph] = lower(segment), obstacle(segment, plan.device), experts
+        code, why_not, experts = shared[segment.graph]
+        return SegmentSpec(
             segment.kind,
             segment.depth,
-            lower(segment) if known is None else known.code,
+            code,
             tuple(slots[node] for node in segment.inputs),
             tuple(slots[node] for node in segment.outputs),
             segment.packed,
             segment.chooses_logits,
             segment.has_score,
-            obstacle(segment, plan.device) if known is None else known.obstacle,
-            experts if known is None else known.experts,
+            why_not,
+            experts,
         )
-        return codes.setdefault(segment.graph, made) if known is None else made
 
     inputs = tuple(
         Input(name, example_of(value_of(node)), is_parameter(node), node in fixed)
@@ -178,8 +179,10 @@ def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
     block = next(b for b in plan.blocks if b.kv.writes)
     kv, part = block.kv, block.index + 1
     targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
-    if targets or kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
-        return (slots[targets[0]],) * 2 if targets else (None, None)
+    if targets:
+        return (slots[targets[0]] if targets[0].op == "placeholder" else None), slots[targets[0]]
+    if kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
+        return None, None
     write = kv.writes[0]
     stack, before = [write], None
     while stack and before is None:

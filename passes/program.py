@@ -386,7 +386,7 @@ class Program:
         prologue, blocks, head, twins, river_head, candidates, kept, fusions: as in :class:`RiverProgram`.
         returned: slots of what a pass returns.
         logits: which of those are the logits, None where that is not known.
-        keys: slots of a tensor of the KV cache before and after a pass; they tell sequences apart.
+        keys: slots of a tensor of the KV cache before a pass, an input, and after it; they tell sequences apart.
         batch, tokens: rows, and tokens of each row.
         capacity: of a static cache that is filled from the front; None where no limit applies.
         last_token: None where the heads cannot be restricted.

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from river_compile.choices import Choices, choose, passes_for
 from river_compile.errors import OptionError
@@ -115,7 +115,8 @@ def _assembled(
         with model.twins.moving():
             model.offloaded.arrange(program, inputs, config, resident)
     streamer = Streamer(model.offloaded, program, inputs, config.offload)
-    steps = _compiled(program, examples, segments, packed, streamer, graph)
+    wanted = all_logits(program)
+    steps = _compiled(program, examples, segments, packed, wanted, streamer, graph)
     note_ranks(program, graph, ranks)
     trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph_lines(graph)))
     model.exit_stats.num_blocks = program.num_blocks
@@ -132,7 +133,7 @@ def _assembled(
             model.exit_stats,
             model.exit_memories,
             policy.criterion.reads == "previous" and program.head.has_score,
-            all_logits(program),
+            wanted,
             graph.captures,
             watch,
             streamer.forget,
@@ -225,6 +226,7 @@ def _compiled(
     examples: Mapping[int, Any],
     segments: Sequence[SegmentSpec],
     packed: Packed,
+    wanted: Tensor | None,
     streamer: Streamer,
     graph: GraphRecord,
 ) -> dict[SegmentSpec, Step]:
@@ -232,7 +234,6 @@ def _compiled(
     settings = inductor_settings(graph.mode, whole=False)
     compiler = SegmentCompiler(examples, program.device, program.native, settings)
     steps: dict[SegmentSpec, Step] = {}
-    wanted = all_logits(program)
     with graph.stage("compiling"):
         for number, segment in enumerate(segments):
             stage_reached(number / len(segments))

@@ -57,7 +57,7 @@ class Recorder(CaptureDevice):
     """The device of one state; `events` is what all recorders saw since it was last cleared."""
 
     name = "recorder"
-    events: list[Event] = []  # noqa: RUF012  (of all)
+    events: list[Event] = []  # noqa: RUF012  (one list, shared by all states' recorders on purpose)
 
     def __init__(self) -> None:
         self._queue: list[Callable[[], object]] = []
@@ -113,7 +113,7 @@ class Recorder(CaptureDevice):
 def _replay(recording: Recording, own: list[Any]) -> None:
     before = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
     recording.unit.run(own, recording.flags)
-    copy_into([*recording.outputs.values()], [own[index] for index in recording.outputs])
+    copy_into((buffer, own[index]) for index, buffer in recording.outputs.items())
     for tensor in own:
         if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before:
             spoil(tensor)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -182,7 +182,6 @@ class CudaGraphs(CaptureDevice):
         self, unit: Unit, slots: list[Any], flags: Tensor, buffer: Callable[[int, Any], Any]
     ) -> tuple[Callable[[], object], int]:
         graph, own = torch.cuda.CUDAGraph(), list(slots)
-        outputs = {index: slots[index] for index in unit.writes if isinstance(slots[index], Tensor)}
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -193,7 +192,7 @@ class CudaGraphs(CaptureDevice):
                 # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
                 with torch.cuda.graph(graph, self._pool, self._capture_stream, capture_error_mode="thread_local"):
                     unit.run(own, flags)
-                    copy_into([*outputs.values()], [own[index] for index in outputs])
+                    copy_into((slots[index], own[index]) for index in unit.writes)
             except RuntimeError as error:
                 raise CaptureFailed(str(error).partition("\n")[0]) from error
             finally:
@@ -221,14 +220,17 @@ def buffer_like(value: Tensor) -> Tensor:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-def copy_into(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copies values into tensors of the same shapes, on a GPU those of one dtype by one kernel.
+def copy_into(pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Copies into the first tensor of each pair the second one, of the same shape; on a GPU those of one dtype by one
+    kernel. Pairs of numbers are passed over.
 
     Of an expanded dimension, the one element that is there is copied. (A copy alone is a memcpy, which takes a captured
     graph's node of its own; several kernels in a line start faster.)
     """
     alike: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for buffer, value in zip(buffers, values, strict=True):
+    for buffer, value in pairs:
+        if not isinstance(value, Tensor):
+            continue
         if 0 in buffer.stride():
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
             buffer, value = buffer[once], value[once]

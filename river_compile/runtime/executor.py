@@ -91,21 +91,16 @@ class RiverExecutor:
         if compiled.checks_ranks:
             ids = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point() and arg.dim() == 2]
             compiled.ranks.check_alike("the tokens, positions and masks that they are given", list(map(_digest, ids)))
-        cache, after, memory = self._cache_of(args), self.program.keys[1], self._memory_of(args)
+        held = None if last_token else self._state_of(args)
+        state = held or self.bind(args, captured=False, last_token=last_token)
+        cache, memory = state.cache, state.memory
         if cache is None or not self.decodes or memory.left != version_of(cache):
             compiled.on_begin(args)  # (a step goes on where the cache is as the latest step left it)
-        filled = self._check_room(args)
-        state = None if last_token else self._state_of(args)
-        if state is None:
-            state = self.bind(args, captured=False, last_token=last_token)
-        else:
-            state.load(args, self._varying)
+        filled = self._check_room(args, memory)
+        if held is not None:
+            held.load(args, self._varying)
         state.step()
-        self._note_room(args, filled)
-        if after is not None:
-            if not compiled.remembers:  # (a state that does has kept it)
-                compiled.memories.keep(state.slots[after], memory)
-            compiled.memories.of(state.slots[after]).left = version_of(state.slots[after]) if self.decodes else None
+        self._note(state, filled)
         outputs = state.copied_outputs()
         _calls(self, args, outputs)
         return outputs
@@ -119,9 +114,10 @@ class RiverExecutor:
 
     def _state_of(self, args: Sequence[Any]) -> StepState | None:
         """Returns the state of a cache for inputs of these sizes, from the second time on that they come."""
-        cache = self._cache_of(args)
-        if self.captures is None or cache is None:
+        before, _ = self.program.keys
+        if self.captures is None or before is None:
             return None
+        cache = args[before]
         sizes = tuple(args[i].shape if isinstance(args[i], Tensor) else args[i] for i in self._varying)
         with self._lock:
             if cache not in self._states and len(self._states) == _CACHES:
@@ -150,7 +146,7 @@ class RiverExecutor:
         """Returns the states of caches that are alive, which calls of Dynamo's run, in the order of their making."""
         return [state for states in self._states.values() for state in states.values() if state is not None]
 
-    def _check_room(self, args: Sequence[Any]) -> int | None:
+    def _check_room(self, args: Sequence[Any], memory: Memory) -> int | None:
         """Returns how many tokens will be in a static cache after a pass; None where no limit applies.
 
         The filled length lies on the device. To read it is to wait for everything launched so far, so on a GPU it is
@@ -169,7 +165,7 @@ class RiverExecutor:
             return None
         filled = 0  # (where the pass makes the cache)
         if capacity.length < inputs:
-            length, memory = args[capacity.length], self._memory_of(args)
+            length = args[capacity.length]
             known, memory.filled = memory.filled, None  # (a step that fails leaves nothing known)
             counted = known is not None and not (length.is_cpu or length.is_inference())
             if known is not None and counted and memory.version == version_of(length) and known + new <= size:
@@ -183,20 +179,14 @@ class RiverExecutor:
             )
         return filled + new
 
-    def _note_room(self, args: Sequence[Any], filled: int | None) -> None:
-        capacity = self.program.capacity
-        if filled is not None and capacity is not None and capacity.length < len(args):
-            memory = self._memory_of(args)
-            memory.filled, memory.version = filled, version_of(args[capacity.length])
-
-    def _memory_of(self, args: Sequence[Any]) -> Memory:
-        cache = self._cache_of(args)
-        return Memory() if cache is None else self.compiled.memories.of(cache)
-
-    def _cache_of(self, args: Sequence[Any]) -> Tensor | None:
-        """Returns the tensor of keys that a cache is known by, None where the pass makes the cache."""
-        before, _ = self.program.keys
-        return None if before is None or before >= len(args) else args[before]
+    def _note(self, state: StepState, filled: int | None) -> None:
+        """Notes how a pass left the cache."""
+        (_, after), capacity, memory = self.program.keys, self.program.capacity, state.memory
+        if filled is not None and capacity is not None and capacity.length < len(state.args):
+            memory.filled, memory.version = filled, version_of(state.slots[capacity.length])
+        if after is not None:
+            memory.left = version_of(state.slots[after]) if self.decodes else None
+            self.compiled.memories.keep(state.slots[after], memory)
 
 
 @contextlib.contextmanager

@@ -98,6 +98,8 @@ class StepState:
     Attributes:
         slots: the inputs, what units exchange, the list of wanted logits and the latest score.
         buffers: of the values that units exchange, by slot.
+        cache: the tensor of keys that the KV cache is known by; None where the pass makes the cache.
+        memory: what is known of the cache.
         flags: ``[L + 1]`` float32 values in host memory, where the scores of checks and of the head (at L) arrive.
     """
 
@@ -116,11 +118,9 @@ class StepState:
         self._replays: dict[Unit, Callable[[], object]] = {}
         self._warm: set[Unit] = set()
         self._ways: dict[int, tuple[Unit, ...]] = {}
-        before, self._after = program.keys
-        self._memory: Memory | None = None
-        if compiled.remembers and self._after is not None:  # (a prompt may make the cache)
-            cache = None if before is None else self.slots[before]
-            self._memory = Memory() if cache is None else compiled.memories.of(cache)
+        before, _ = program.keys
+        self.cache: Tensor | None = None if before is None else self.slots[before]
+        self.memory = Memory() if self.cache is None else compiled.memories.of(self.cache)
         self.flags = torch.empty(0) if device is None else device.flags(program.num_blocks + 1)
 
     @property
@@ -151,19 +151,15 @@ class StepState:
         outputs = self.outputs()
         if self.device is None:
             return outputs
-        fresh = [torch.empty_like(value) if isinstance(value, Tensor) else value for value in outputs]
-        pairs = [(new, value) for new, value in zip(fresh, outputs, strict=True) if isinstance(value, Tensor)]
-        if pairs:
-            copy_into(*zip(*pairs, strict=True))
-        return tuple(fresh)
+        fresh = tuple(torch.empty_like(value) if isinstance(value, Tensor) else value for value in outputs)
+        copy_into(zip(fresh, outputs, strict=True))
+        return fresh
 
     def load(self, args: Sequence[Any], numbers: Sequence[int]) -> None:
         """Copies inputs of these numbers into the state's."""
         if self._late and self.device is not None:
             self.device.begin(())
-        pairs = [(self.slots[i], args[i]) for i in numbers if isinstance(args[i], Tensor)]
-        if pairs:
-            copy_into(*zip(*pairs, strict=True))
+        copy_into((self.slots[i], args[i]) for i in numbers)
 
     def only_logits(self, blocks: Tensor | None) -> None:
         """Has the river's head compute the logits of these blocks of the vocabulary alone, of all for None.
@@ -208,7 +204,7 @@ class StepState:
 
     def run(self, policy: ExitPolicy) -> Taken:
         """Runs a pass, whose token leaves as the policy says."""
-        program, memory = self.compiled.program, self._memory
+        program, memory = self.compiled.program, self.memory if self.compiled.remembers else None
         bars = bars_of(policy, program.candidates, program.num_blocks)
         if not bars.stops and memory is None:
             self.run_to(bars.last)
@@ -222,7 +218,7 @@ class StepState:
                 last = depth
         self._begin()
         for depth, bar in bars.stops:
-            self._launch_all(self._units.span(done, depth))
+            self._launch(self._units.span(done, depth))
             done = depth
             if bar is None:
                 continue
@@ -231,11 +227,10 @@ class StepState:
                 last = depth
                 break
         else:
-            self._launch_all(self._units.span(done, last))
-        self._launch_all(self._units.tail(last))
-        if memory is not None and self._after is not None:
+            self._launch(self._units.span(done, last))
+        self._launch(self._units.tail(last))
+        if memory is not None:
             memory.entropy = self._kept_score()
-            self.compiled.memories.keep(self.slots[self._after], memory)
         self._end()
         return Taken(last, tuple(scores), entropy)
 
@@ -246,12 +241,7 @@ class StepState:
             way = self._ways[depth] = self._units.way(depth)
         if self._late:
             self._begin()
-        for unit in way:
-            replay = self._replays.get(unit)
-            if replay is not None:
-                replay()
-            else:
-                self._launch(unit)
+        self._launch(way)
         if self._late:
             self._end()
 
@@ -263,24 +253,24 @@ class StepState:
         if self.device is not None:
             self.device.end()
 
-    def _launch_all(self, units: Sequence[Unit]) -> None:
+    def _launch(self, units: Sequence[Unit]) -> None:
+        """Replays units, captures those first that have no capture and may have one, and runs the others."""
         for unit in units:
-            self._launch(unit)
+            replay = self._replays.get(unit) or self._captured_or_run(unit)
+            if replay is not None:
+                replay()
 
-    def _launch(self, unit: Unit) -> None:
-        """Replays a unit, captures it first where it has no capture and may have one, or runs it."""
-        device, replay = self.device, self._replays.get(unit)
-        if replay is None:
-            with torch._C._DisableAutocast():  # (compiled code has its casts)
-                if device is None:
-                    self._run_plainly(unit)
-                    return
-                if self._may_capture(unit, device):
-                    replay = self._capture(unit, device)
-                if replay is None:
-                    self._run_into_buffers(unit, device)
-                    return
-        replay()
+    def _captured_or_run(self, unit: Unit) -> Callable[[], object] | None:
+        """Returns what replays a unit; None where it cannot be captured now, and has run."""
+        device = self.device
+        with torch._C._DisableAutocast():  # (compiled code has its casts)
+            if device is None:
+                self._run_plainly(unit)
+                return None
+            replay = self._capture(unit, device) if self._may_capture(unit, device) else None
+            if replay is None:
+                self._run_into_buffers(unit, device)
+            return replay
 
     def _may_capture(self, unit: Unit, device: CaptureDevice) -> bool:
         reasons = self.compiled.log.uncaptured_units
@@ -328,10 +318,8 @@ class StepState:
         own = list(self.slots)
         device.wait()
         unit.run(own, self.flags)
-        kept = {index: self._buffer(index, own[index]) for index in unit.writes}
-        pairs = [(buffer, own[index]) for index, buffer in kept.items() if isinstance(buffer, Tensor)]
-        if pairs:
-            device.run(lambda: copy_into(*zip(*pairs, strict=True)))
+        pairs = [(self._buffer(index, own[index]), own[index]) for index in unit.writes]
+        device.run(lambda: copy_into(pairs))
         self._warm.add(unit)
 
     def _buffer(self, index: int, value: Any) -> Any:

@@ -132,7 +132,7 @@ def test_values_of_one_dtype_are_copied_by_one_operation():
     ]
     buffers = [buffer_like(value) for value in values]
     with Copies() as copies:
-        copy_into(buffers, values)
+        copy_into(zip(buffers, values, strict=True))
     assert copies.names == ["aten::_foreach_copy_"] * 3  # float32, int64, bool
     for buffer, value in zip(buffers, values, strict=True):
         assert torch.equal(buffer, value)
