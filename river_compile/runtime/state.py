@@ -207,7 +207,12 @@ class StepState:
         program, memory = self.compiled.program, self.memory if self.compiled.remembers else None
         bars = bars_of(policy, program.candidates, program.num_blocks)
         if not bars.stops and memory is None:
-            self.run_to(bars.last)
+            way = self._ways.get(bars.last) or self._ways.setdefault(bars.last, self._units.way(bars.last))
+            if self._late:
+                self._begin()
+            self._launch(way)
+            if self._late:
+                self._end()
             return Taken(bars.last)
         last, done, entropy = bars.last, 0, None
         scores: list[float] = []
@@ -233,17 +238,6 @@ class StepState:
             memory.entropy = self._kept_score()
         self._end()
         return Taken(last, tuple(scores), entropy)
-
-    def run_to(self, depth: int) -> None:
-        """Runs a pass that leaves after `depth` blocks, whatever its checks say."""
-        way = self._ways.get(depth)
-        if way is None:
-            way = self._ways[depth] = self._units.way(depth)
-        if self._late:
-            self._begin()
-        self._launch(way)
-        if self._late:
-            self._end()
 
     def _begin(self) -> None:
         if self.device is not None:
