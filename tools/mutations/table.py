@@ -326,7 +326,7 @@ _EXITS = (
     Mutation(
         "capture-results",
         "river_compile/runtime/state.py",
-        "return tuple(fresh)",
+        "return fresh",
         "return outputs",
         "the next step overwrites what a captured one returned",
         ("tests/runtime/test_capture.py",),
