@@ -426,11 +426,11 @@ class Program:
     native: bool
     width_matters: str
 
-    @property
+    @functools.cached_property
     def num_blocks(self) -> int:
         return len(self.blocks)
 
-    @property
+    @functools.cached_property
     def is_decode(self) -> bool:
         return self.kind == "decode"
 

@@ -136,7 +136,7 @@ def _assembled(
             wanted,
             graph.captures,
             watch,
-            streamer.forget,
+            None if config.offload is None else streamer.forget,
             ranks,
             ranks.several and config.check_ranks,
         ),

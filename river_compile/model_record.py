@@ -7,7 +7,6 @@ package's only global state of models.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
 from river_compile.progress import stage_shown
 from river_compile.runtime.captures import CaptureLog
-from river_compile.runtime.draft_stats import DraftHistory
+from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
 from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.stats import ExitStats
@@ -147,7 +146,7 @@ class ModelRecord:
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
     exit_stats: ExitStats = field(default_factory=ExitStats)
     exit_memories: Memories = field(default_factory=Memories)
-    drafts: DraftHistory = field(init=False)
+    drafts: dict[bool, DraftLength] = field(default_factory=dict)  # by whether tokens are sampled
     prefixes: PrefixPool = field(default_factory=PrefixPool)
     plain_calls: PlainCalls = field(default_factory=PlainCalls)
     plain_runs: PlainRuns = field(default_factory=PlainRuns)
@@ -157,9 +156,6 @@ class ModelRecord:
     told_of_batches: bool = False  # that another number of rows is compiled anew
     told_of_gradients: bool = False  # that passes which need them run plainly
 
-    def __post_init__(self) -> None:
-        self.drafts = DraftHistory(functools.partial(_prepared, self.graphs))
-
     @property
     def statistics(self) -> Statistics:
         """What quantizers may know of the inputs of its matrices."""
@@ -168,7 +164,7 @@ class ModelRecord:
     @property
     def prepared(self) -> int:
         """How many of its graphs were compiled and captured so far."""
-        return _prepared(self.graphs)
+        return len(self.graphs) + sum(graph.captures.made for graph in self.graphs)
 
     @property
     def why_not(self) -> str:
@@ -213,13 +209,6 @@ class ModelRecord:
             cached, others = ([g for g in graphs if g.entry.cached] for graphs in (cached, others))
         graph.entry.counts = len(cached) - len(others) >= limit
         self.graphs.append(graph)
-
-
-def _prepared(graphs: Sequence[GraphRecord]) -> int:
-    made = len(graphs)
-    for graph in graphs:
-        made += graph.captures.made
-    return made
 
 
 _records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.mode import Call, ExactMode, decode
 from river_compile.decoding.session import Session
+from river_compile.decoding.speculative import SpeculativeDecoder
 from river_compile.errors import DecodeError, ExactModeError
 from river_compile.model_record import record_of
 from river_compile.runtime.compiled_call import uncompiled
@@ -38,14 +38,14 @@ _OURS = "river_compile_mode"  # an attribute of our function
 class _ExactOrPlain(ExactMode):
     """Exact mode that goes on without drafts if the prompt showed that they cannot be verified."""
 
-    def drafting(self, call: Call, session: Session, logits: Tensor) -> Drafter | None:
+    def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
         try:
-            return super().drafting(call, session, logits)
+            return super().decoder(call, session, logits)
         except ExactModeError as refusal:
             if self.strict:
                 raise
             _tell(call.model, refusal, by_backend=True)
-            return None
+            return SpeculativeDecoder(session)
 
 
 class _LateStreamer(BaseStreamer):

@@ -36,13 +36,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from river_compile.decoding.batch_session import BatchSession
 from river_compile.decoding.inputs import BY_SLOT
-from river_compile.decoding.loop import DecodeLoop
 from river_compile.decoding.mode import Call, Decode, ExactMode
-from river_compile.decoding.request import Request
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
+from river_compile.decoding.speculative import SpeculativeDecoder
+from river_compile.decoding.texts import Texts
 from river_compile.errors import OptionError
 from river_compile.kernels.checks import integer
 from river_compile.model_record import record_of
@@ -102,8 +101,8 @@ class _Joined:
     call: Call
     mode: Decode
     session: Session  # of the prompt
-    text: Tensor | None = None  # whose entries are in the session's cache
-    request: Request | None = None
+    kept: Tensor | None = None  # ids whose entries are in the session's cache
+    texts: Texts | None = None
 
 
 class ContinuousBatch:
@@ -117,7 +116,7 @@ class ContinuousBatch:
         OptionError: (a ``ValueError``) `rows` is no such number, or the model has a batch already.
     """
 
-    _batch: BatchSession  # of the loop
+    _batch: Session  # of the decoder
 
     def __init__(self, model: PreTrainedModel, rows: int = 8) -> None:
         self._model, self._limit = model, _rows("rows", rows, OptionError)
@@ -129,8 +128,8 @@ class ContinuousBatch:
         self._starting: _Waiting | None = None
         self._prompt: _Joined | None = None
         self._joined: list[_Joined] = []
-        self._loop: DecodeLoop | None = None
-        self._mode: Decode | None = None  # of the loop's calls
+        self._decoder: SpeculativeDecoder | None = None
+        self._mode: Decode | None = None  # of the decoder's calls
         self._held = contextlib.ExitStack()  # while there are rows
         self._closed = False
         self._dead: BaseException | None = None
@@ -256,7 +255,7 @@ class ContinuousBatch:
             and isinstance(positions, Tensor)
             and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
             and call.config.prefill_chunk_size is None
-            and (mode == self._mode or self._loop is None or not self._loop.requests)
+            and (mode == self._mode or self._decoder is None or not self._decoder.texts)
         )
 
     @property
@@ -310,12 +309,12 @@ class ContinuousBatch:
             logits = prompt.session.prefill_piece(call.ids_BS, call.config, _PIECE)
             if logits is None:
                 return
-            prompt.text = call.ids_BS
+            prompt.kept = call.ids_BS
             self._become_row(prompt, logits)
         except Exception as error:
             self._end(prompt, error)
         self._prompt = None
-        prompt.session.release(prompt.text, call.ids_BS.shape[1])
+        prompt.session.release(prompt.kept, call.ids_BS.shape[1])
 
     def _start(self, waiting: _Waiting) -> None:
         """Makes a call up to where it joins; one that does not runs here."""
@@ -338,19 +337,19 @@ class ContinuousBatch:
         call, session = prompt.call, prompt.session
         if not self._joined:
             self._held.enter_context(self._model._optimize_model_for_decode())
-        loop = self._loop
+        decoder = self._decoder
         try:
-            if loop is None or self._mode != prompt.mode or not self._batch.fits(session):
-                self._mode, self._batch = prompt.mode, BatchSession(session, self._limit)
+            if decoder is None or self._mode != prompt.mode or not self._batch.may_join(session):
+                self._mode, self._batch = prompt.mode, Session.of_rows(session, self._limit)
                 self._batch.join(session, call.ids_BS)
-                drafter = prompt.mode.drafting(call, self._batch, logits)
-                self._loop = loop = DecodeLoop(self._batch, drafter, shared=True)
+                self._decoder = decoder = prompt.mode.decoder(call, self._batch, logits)
             else:
                 self._batch.join(session, call.ids_BS)
             generator = torch.Generator(self._model.device)
             generator.set_state(prompt.waiting.random_state)
-            prompt.request = call.request(session.ranks, loop.drafter is not None, generator=generator)
-            loop.admit(prompt.request, logits)
+            prompt.texts = call.texts(session.ranks, decoder.drafts, generator=generator)
+            decoder.admit(prompt.texts, logits)
+            decoder.drop_finished()
         except Exception as error:
             self._fail(error)
             raise
@@ -360,44 +359,45 @@ class ContinuousBatch:
     def _advance(self) -> None:
         """Runs a cycle of the batch, and hands over the texts that have ended."""
         for joined in self._joined:
-            if joined.waiting.cancelled and joined.request is not None:
-                joined.request.fail(CancelledError("the call was cancelled"))
-        loop = self._loop
+            if joined.waiting.cancelled and joined.texts is not None:
+                joined.texts.fail(CancelledError("the call was cancelled"))
+        decoder = self._decoder
         try:
-            if loop is not None:
-                loop.drop_finished()
-                if loop.requests:
-                    loop.advance()
+            if decoder is not None:
+                decoder.drop_finished()
+                if decoder.texts:
+                    decoder.advance()
+                    decoder.drop_finished()
         except Exception as error:
             self._fail(error)
-        ended = [joined for joined in self._joined if joined.request is None or not joined.request.runs]
+        ended = [joined for joined in self._joined if joined.texts is None or not joined.texts.runs]
         for joined in ended:
-            self._end(joined, None if joined.request is None else joined.request.error)
+            self._end(joined, None if joined.texts is None else joined.texts.error)
         if ended and not self._joined:
             self._held.close()
             self._record.write_programs()
 
     def _fail(self, error: Exception) -> None:
         """Ends all rows for an error in a pass of theirs; the next call begins a new batch."""
-        self._loop = None
+        self._decoder = None
         for joined in self._joined:
-            if joined.request is not None:
-                joined.request.fail(error)
+            if joined.texts is not None:
+                joined.texts.fail(error)
 
     def _end(self, joined: _Joined, error: BaseException | None) -> None:
         """Hands over a text, or what ended it."""
         if joined in self._joined:
             self._joined.remove(joined)
-        request, future = joined.request, joined.waiting.future
-        new = 0 if request is None else request.new_tokens
+        texts, future = joined.texts, joined.waiting.future
+        new = 0 if texts is None else texts.new_tokens
         try:
             if error is None and joined.call.streamer is not None:
                 joined.call.streamer.end()
         except Exception as raised:
             error = raised
         self._count(new)
-        if error is None and request is not None:
-            future.set_result(request.finish())
+        if error is None and texts is not None:
+            future.set_result(texts.finish())
         else:
             future.set_exception(error or RuntimeError("no text"))
 

@@ -29,7 +29,7 @@ Inputs = dict[str, Any]
 BY_SLOT = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
-class PassInputs:
+class MovedInputs:
     """The inputs of passes of one width on one cache, while its rows do not move.
 
     Args:
@@ -40,7 +40,7 @@ class PassInputs:
 
     def __init__(self, model: PreTrainedModel, width: int, kept: Mapping[Any, Tensor]) -> None:
         self._model, self._width, self._kept = model, width, kept
-        self._own: _Moved | None = None
+        self._inputs: Inputs | None = None  # in tensors of their own, those of the pass that begins in `_slot`
         self._checked = False  # whether a pass that followed from another was compared with transformers'
         self._given_up = False
         self._window: int | None = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
@@ -53,24 +53,75 @@ class PassInputs:
             ids_BS: all ids, those of the pass last.
             prepare: makes them by transformers' methods.
         """
-        own = self._own
-        ours = own is not None and own.move_to(slot, ids_BS)
-        if own is not None and ours and self._checked:
-            return own.inputs
+        ours = self._inputs if self._move_to(slot, ids_BS) else None
+        if ours is not None and self._checked:
+            return ours
         theirs = prepare()
-        if own is not None and ours:
-            self._checked = _same(own.inputs, theirs)
+        if ours is not None:
+            self._checked = _same(ours, theirs)
             self._given_up = not self._checked
-        if not self._checked and not self._given_up and self._can_follow(theirs, slot + self._width):
-            self._own = _Moved(_owned(theirs, self._kept), slot, self._width, self._window)
-            return self._own.inputs
-        if not self._checked:
-            self._own = None
-        return theirs
+            if self._checked:
+                return ours
+        if self._checked:  # (and does not fit the masks)
+            return theirs
+        self._inputs = None
+        if self._given_up or not self._can_follow(theirs, slot + self._width):
+            return theirs
+        self._own(_owned(theirs, self._kept), slot)
+        return self._inputs or theirs
 
     def owns(self, inputs: Inputs) -> bool:
         """Whether these are written in place for the next pass."""
-        return self._own is not None and inputs is self._own.inputs
+        return inputs is self._inputs
+
+    def _own(self, inputs: Inputs, slot: int) -> None:
+        """Takes a pass's inputs, which are in tensors of their own, for those to be moved."""
+        masks = dict(masks_of(inputs))
+        self._inputs, self._positions = inputs, inputs.get("position_ids")
+        self._first = self._slot = slot
+        self._slots = min(mask.shape[-1] for mask in masks.values())
+        # Of each mask: itself, how the pass's tokens see each other, how one sees itself and what comes later, and of a
+        # window how the first token sees each slot that it shows (padding among them).
+        end = slot + self._width
+        self._masks = [
+            (
+                mask,
+                mask[..., slot:end].clone(),
+                mask[..., -1:, end - 1 : end].clone(),
+                mask[..., -1:, end:][..., :1].clone(),
+                mask[..., :1, :].clone() if kind in (None, "sliding_attention") and self._window is not None else None,
+            )
+            for kind, mask in masks.items()
+        ]
+
+    def _move_to(self, slot: int, ids_BS: Tensor) -> bool:
+        """Makes the inputs those of a pass that begins in a slot; returns False where there are none that can be."""
+        width = self._width
+        if self._inputs is None or slot + width > self._slots or slot < self._first:
+            return False
+        before, self._slot = self._slot, slot
+        for mask, block, seen, hidden, shown in self._masks:
+            if shown is not None:
+                self._move_window(mask, seen, hidden, shown, slot)
+                continue
+            if slot > before:
+                mask[..., before:slot] = seen
+            elif slot < before:
+                mask[..., slot + width : before + width] = hidden
+            mask[..., slot : slot + width] = block
+        if self._positions is not None and slot != before:
+            self._positions.add_(slot - before)
+        self._inputs["input_ids"].copy_(ids_BS[:, -width:])
+        return True
+
+    def _move_window(self, mask: Tensor, seen: Tensor, hidden: Tensor, shown: Tensor, slot: int) -> None:
+        assert self._window is not None, "windows have a size"
+        shown[..., self._first : slot + self._width] = seen
+        mask.copy_(hidden)
+        for token in range(self._width):
+            end = slot + token + 1
+            start = max(end - self._window, 0)
+            mask[..., token, start:end] = shown[..., 0, start:end]
 
     def _can_follow(self, inputs: Inputs, filled: int) -> bool:
         """Whether the inputs of later passes follow from these, after which the cache holds so many entries."""
@@ -142,66 +193,6 @@ def prepares_as_most_do(model: PreTrainedModel) -> bool:
         and kind._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
         and not hasattr(model, "create_masks_for_generate")
     )
-
-
-class _Moved:
-    """A pass's inputs, which become those of a pass at a later slot, or at one in between.
-
-    Args:
-        inputs: of a pass, in tensors of their own.
-        slot: the first one that it writes.
-        width: tokens of each row.
-        window: tokens that sliding windows show.
-    """
-
-    def __init__(self, inputs: Inputs, slot: int, width: int, window: int | None) -> None:
-        own = dict(masks_of(inputs))
-        self.inputs, self._positions = inputs, inputs.get("position_ids")
-        self._first = self._slot = slot
-        self._width, self._window = width, window
-        self._slots = min(mask.shape[-1] for mask in own.values())
-        # Of each mask: itself, how the pass's tokens see each other, how one sees itself and what comes later, and of a
-        # window how the first token sees each slot that it shows (padding among them).
-        end = slot + width
-        self._masks = [
-            (
-                mask,
-                mask[..., slot:end].clone(),
-                mask[..., -1:, end - 1 : end].clone(),
-                mask[..., -1:, end:][..., :1].clone(),
-                mask[..., :1, :].clone() if kind in (None, "sliding_attention") and window is not None else None,
-            )
-            for kind, mask in own.items()
-        ]
-
-    def move_to(self, slot: int, ids_BS: Tensor) -> bool:
-        """Makes the inputs those of a pass that begins in a slot; returns False if that does not fit the masks."""
-        before, width = self._slot, self._width
-        if slot + width > self._slots or slot < self._first:
-            return False
-        for mask, block, seen, hidden, shown in self._masks:
-            if shown is not None:
-                self._move_window(mask, seen, hidden, shown, slot)
-                continue
-            if slot > before:
-                mask[..., before:slot] = seen
-            elif slot < before:
-                mask[..., slot + width : before + width] = hidden
-            mask[..., slot : slot + width] = block
-        if self._positions is not None and slot != before:
-            self._positions.add_(slot - before)
-        self.inputs["input_ids"].copy_(ids_BS[:, -width:])
-        self._slot = slot
-        return True
-
-    def _move_window(self, mask: Tensor, seen: Tensor, hidden: Tensor, shown: Tensor, slot: int) -> None:
-        assert self._window is not None, "windows have a size"
-        shown[..., self._first : slot + self._width] = seen
-        mask.copy_(hidden)
-        for token in range(self._width):
-            end = slot + token + 1
-            start = max(end - self._window, 0)
-            mask[..., token, start:end] = shown[..., 0, start:end]
 
 
 def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:

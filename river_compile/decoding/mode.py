@@ -26,13 +26,11 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.decoding.draft_policy import ByGain, DraftPolicy, FixedLength
-from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
-from river_compile.decoding.loop import DecodeLoop
-from river_compile.decoding.request import Ends, Request
-from river_compile.decoding.sampling import STATELESS, Chooser, RowProcessors
+from river_compile.decoding.sampling import STATELESS, Sampler
 from river_compile.decoding.session import LONGEST_OFFLOADED, Session, verification_widths
+from river_compile.decoding.speculative import SpeculativeDecoder
+from river_compile.decoding.texts import Ends, Texts
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
@@ -40,7 +38,7 @@ from river_compile.kernels.checks import FLAG, integer, optional
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
 from river_compile.model_state import ModelLook
-from river_compile.runtime.draft_stats import DraftRates
+from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
@@ -75,30 +73,35 @@ class Call:
     config: GenerationConfig
     streamer: Any | None
 
-    def request(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Request:
-        """Returns the call as a decode loop takes it.
+    def texts(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Texts:
+        """Returns the call's texts, as yet its prompt.
 
         Args:
             ranks: that share the model.
             drafting: whether drafts are verified.
             generator: of random numbers; None for PyTorch's.
         """
-        config, criteria, wanted = self.config, self.criteria, self.config.return_dict_in_generate
-        stateless = LogitsProcessorList(p for p in self.processors if type(p) in STATELESS)
+        config, criteria, wanted = self.config, self.criteria, bool(self.config.return_dict_in_generate)
         ends = getattr(config, "_eos_token_tensor", None)
-        return Request(
+        sampler = Sampler(
+            rows=len(self.ids_BS),
+            do_sample=config.do_sample,
+            processors=self.processors,
+            ranks=ranks,
+            drafting=drafting,
+            generator=generator,
+            keeps_scores=wanted and config.output_scores,
+            keeps_logits=wanted and config.output_logits,
+        )
+        return Texts(
             prompt=self.ids_BS,
-            chooser=Chooser(len(self.ids_BS), config.do_sample, ranks, drafting, generator),
-            process=RowProcessors(self.processors) if self.processors else None,
-            process_draft=RowProcessors(stateless) if stateless else None,
+            sampler=sampler,
             stops=_ends(criteria) or criteria,
             max_length=math.ceil(min(config.max_length, sys.maxsize)),  # (generate takes 17.5 and inf too)
             pad_token=self.pad_token,
             put=None if self.streamer is None else self.streamer.put,
             rows_are_independent=self._row_by_row and not wanted,
             end_tokens=frozenset(() if ends is None else ends.tolist()),
-            scores=[] if wanted and config.output_scores else None,
-            logits=[] if wanted and config.output_logits else None,
             ranks=ranks,
         )
 
@@ -145,12 +148,12 @@ class Call:
             return None
         return ids_BS[0].cpu()
 
-    def result(self, ids_BS: Tensor, request: Request, kv: KVCache, made: Cache | None) -> Generated:
+    def result(self, ids_BS: Tensor, sampler: Sampler, kv: KVCache, made: Cache | None) -> Generated:
         """Returns the result of ``generate`` for texts that have ended with these ids.
 
         Args:
             ids_BS: the ids.
-            request: of the call.
+            sampler: of the call.
             kv: in which it was generated.
             made: the cache that generate made, to hand back.
         """
@@ -160,8 +163,8 @@ class Call:
             kv.copy_to(made)
         return GenerateDecoderOnlyOutput(
             sequences=ids_BS,
-            scores=None if request.scores is None else tuple(request.scores),
-            logits=None if request.logits is None else tuple(request.logits),
+            scores=None if sampler.scores is None else tuple(sampler.scores),
+            logits=None if sampler.logits is None else tuple(sampler.logits),
             **{cache_argument(self.model): made if kv.is_full else kv.cache},
         )
 
@@ -217,16 +220,16 @@ class Decode:
             with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs):
                 with session.told_if_compiled(len(input_ids)):
                     logits = session.prefill(input_ids, config)[:, -1:]
-                drafter = mode.drafting(call, session, logits)
-                request = call.request(session.ranks, drafter is not None)
+                decoder = mode.decoder(call, session, logits)
+                texts = call.texts(session.ranks, decoder.drafts)
                 with model._optimize_model_for_decode():
-                    ids = DecodeLoop(session, drafter, session.ranks).run(request, logits)
+                    ids = decoder.run(texts, logits)
                 # (Where tokens may leave, some entries of new ones are twins'.)
                 text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
                 record.write_programs()
             if streamer is not None:
                 streamer.end()
-            return call.result(ids, request, session.kv, cache_of(model_kwargs))
+            return call.result(ids, texts.sampler, session.kv, cache_of(model_kwargs))
         finally:
             session.release(text, input_ids.shape[1])
 
@@ -286,8 +289,8 @@ class Decode:
             return f"cache_implementation={config.cache_implementation!r} is not available; leave it out"
         return _other_rows(rows, model_kwargs)
 
-    def drafting(self, call: Call, session: Session, logits: Tensor) -> Drafter | None:
-        """Returns the drafter, after the prompt; None where nothing is drafted.
+    def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
+        """Returns what generates after the prompt.
 
         Args:
             call: whose prompt has run.
@@ -297,7 +300,7 @@ class Decode:
         Raises:
             ExactModeError: drafts cannot be verified.
         """
-        return None
+        return SpeculativeDecoder(session)
 
 
 decode = Decode()
@@ -356,23 +359,13 @@ class ExactMode(Decode):
             )
         return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
-    def drafting(self, call: Call, session: Session, logits: Tensor) -> Drafter | None:
+    def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
         session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
-        rule: DraftPolicy
-        times = session.record.drafts.times
         if self.adaptive:
-            rule = ByGain(times, session.width_for)
-            rates = session.record.drafts.rates.setdefault(call.config.do_sample, DraftRates()).go_on()
+            length = session.record.drafts.setdefault(call.config.do_sample, DraftLength())
         else:  # (drafts are the same in every run)
-            rates = DraftRates()
-            rule = FixedLength(session.width_for)
-        return Drafter(
-            prompt_lookup=self.prompt_lookup,
-            rule=rule,
-            times=times,
-            ranks=session.ranks,
-            rates=rates,
-        )
+            length = DraftLength(adaptive=False)
+        return SpeculativeDecoder(session, length.carry_over(session.widths), self.prompt_lookup)
 
 
 exact = ExactMode()

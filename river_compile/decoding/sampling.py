@@ -1,4 +1,4 @@
-"""Chooses tokens from processed scores, so that the text is plain generation's for any drafts.
+"""Chooses tokens from logits, so that the text is plain generation's for any drafts.
 
 Greedy: the best token. Sampling: the token that ``torch.multinomial`` would draw. That function divides the
 probabilities by exponential noise and takes the largest (the Gumbel-max trick), so the noise of a position can be drawn
@@ -24,44 +24,80 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, logits
 from river_compile.distributed.ranks import ALONE, Ranks
 
 
-class Chooser:
+class Sampler:
     """Chooses tokens for one call of generate.
 
     Args:
         rows: B.
         do_sample: draw from the scores' softmax instead of taking their maximum.
+        processors: the user's logits processors; drafts pass through those that remember nothing.
         ranks: that share the model; all of them choose what the first one does.
         drafting: whether some steps are asked for more than once, or for some of the rows.
-        generator: of random numbers, on the scores' device; None for PyTorch's.
+        generator: of random numbers, on the logits' device; None for PyTorch's.
+        keeps_scores, keeps_logits: whether the attributes below are wanted.
+
+    Attributes:
+        scores, logits: processed scores and raw logits of each kept token, None where they are not wanted.
     """
 
     def __init__(
         self,
         rows: int,
         do_sample: bool,
+        processors: Sequence[LogitsProcessor] = (),
         ranks: Ranks = ALONE,
         drafting: bool = True,
         generator: torch.Generator | None = None,
+        keeps_scores: bool = False,
+        keeps_logits: bool = False,
     ) -> None:
-        self.do_sample, self._ranks, self._drafting = do_sample, ranks, drafting
-        self._generator = generator
-        self._rows = rows
+        self.do_sample, self.scores, self.logits = do_sample, [] if keeps_scores else None, [] if keeps_logits else None
+        self._processors, self._of_drafts = processors, [p for p in processors if type(p) in STATELESS]
+        self._ranks, self._drafting, self._generator, self._rows = ranks, drafting, generator, rows
         self._drawn = 0  # steps whose noise was drawn
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
 
-    def choose(self, scores_NV: Tensor, rows: Sequence[int], step: int, draft: bool = False) -> Tensor:
+    scores: list[Tensor] | None
+    logits: list[Tensor] | None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each position's token is the best by its logits, whatever stands before it."""
+        return not (self.do_sample or self._processors) and self.scores is None and self.logits is None
+
+    def best(self, logits_NV: Tensor) -> Tensor:
+        """Returns the best tokens ``[N]`` by their logits, all ranks the first one's."""
+        tokens_N = logits_NV.argmax(-1)
+        return self._ranks.first(tokens_N) if self._ranks.several else tokens_N
+
+    def choose(self, logits_NV: Tensor, ids_NS: Tensor, rows: Sequence[int], step: int) -> Tensor:
         """Returns a token ``[N]`` for each of these rows, which have so many new tokens so far.
 
         Raises:
-            RuntimeError: as ``torch.multinomial`` does: a row's scores are all -inf, or one of them is NaN or +inf. (A
-                draft is of any token then, since it need not hold.)
+            RuntimeError: as ``torch.multinomial`` does: a row's scores are all -inf, or one of them is NaN or +inf.
         """
+        if self.is_greedy:  # (the best token is the same in the logits' own dtype)
+            return self.best(logits_NV)
+        raw = logits_NV.to(copy=True, dtype=torch.float32, device=ids_NS.device)
+        scores = _processed(self._processors, ids_NS, raw, rows)
+        for kept, values in ((self.scores, scores), (self.logits, raw)):
+            if kept is not None:
+                kept.append(values)
+        if not self.do_sample or self._drafting:
+            return self._token(scores, rows, step, draft=False)
+        shares_NV = scores.softmax(-1)
+        return self._ranks.first(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
+
+    def draft(self, logits_1V: Tensor, ids_1S: Tensor, row: int, step: int) -> tuple[Tensor, Tensor]:
+        """Returns a drafted token ``[1]`` of a row, any one where none can be drawn, and its scores ``[1, V]``."""
+        scores = logits_1V.float()
+        if self._of_drafts:
+            scores = _processed(self._of_drafts, ids_1S, scores, [row])
+        return self._token(scores, [row], step, draft=True), scores
+
+    def _token(self, scores_NV: Tensor, rows: Sequence[int], step: int, draft: bool) -> Tensor:
         if not self.do_sample:
-            tokens_N = scores_NV.argmax(-1)
-            return self._ranks.first(tokens_N) if self._ranks.several else tokens_N
-        if not self._drafting:
-            shares_NV = scores_NV.softmax(-1)
-            return self._ranks.first(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
+            return self.best(scores_NV)
         noise_NV = self._noise(step, scores_NV)
         if len(rows) < self._rows:
             noise_NV = torch.stack([noise_NV[row] for row in rows])
@@ -100,7 +136,7 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(device: torch.device, state: Tensor) -> None:
-    """Sets it."""
+    """Sets the state of PyTorch's generator of a device."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:
@@ -131,19 +167,11 @@ STATELESS = (
 )
 
 
-class RowProcessors:
-    """Logits processors that know the rows of their scores.
-
-    Args:
-        processors: they take rows of one length.
-    """
-
-    def __init__(self, processors: LogitsProcessorList) -> None:
-        self._processors = processors
-
-    def __call__(self, ids_NS: Tensor, scores_NV: Tensor, rows: Sequence[int]) -> Tensor:
-        """Returns the processed scores of these rows of the batch."""
-        return LogitsProcessorList(_for_rows(p, rows) for p in self._processors)(ids_NS, scores_NV)
+def _processed(processors: Sequence[LogitsProcessor], ids_NS: Tensor, scores_NV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Returns the scores of these rows of the batch as processors, which take rows of one length, leave them."""
+    if not processors:
+        return scores_NV
+    return LogitsProcessorList(_for_rows(p, rows) for p in processors)(ids_NS, scores_NV)
 
 
 def _for_rows(processor: LogitsProcessor, rows: Sequence[int]) -> LogitsProcessor:

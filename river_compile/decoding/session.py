@@ -36,7 +36,8 @@ from river_compile.decoding.inputs import (
     BY_SLOT,
     KNOWN,
     Inputs,
-    PassInputs,
+    MovedInputs,
+    joined_inputs,
     selected_inputs,
     with_all_logits,
     with_masks,
@@ -47,7 +48,7 @@ from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.model_record import GraphRecord, record_of
-from river_compile.model_state import ModelLook
+from river_compile.model_state import ModelLook, ModelState
 from river_compile.progress import stage_shown
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor, last_token_alone
@@ -105,6 +106,7 @@ class Session:
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
+        self._joins: ModelState | None = None  # of the model when the passes of rows that join became known
         self._begun: set[CompiledProgram] = set()  # that have looked at the weights
         self._programs: Programs | None = None  # those stored; None where passes cannot be
         self._use_rows()
@@ -257,17 +259,12 @@ class Session:
         """Goes on with the rows of the cache that are in use."""
         self._kwargs = {**self._kwargs, cache_argument(self.model): self.kv.cache}
         self._states: dict[int, StepState | None] = {}  # by width; None: such passes go through the model
-        self._inputs: dict[int, PassInputs] = {}
+        self._inputs: dict[int, MovedInputs] = {}
 
     @property
     def runs_late(self) -> bool:
         """Whether calls on the model's device have run when they return."""
         return self.model.device.type == "cuda"
-
-    @property
-    def can_take_back(self) -> bool:
-        """Whether one more token's entries can be freed again."""
-        return self.kv.is_full and self.kv.free_slots > 0
 
     def should_shrink(self, tokens_left: int) -> bool:
         """Whether a batch goes on with its last row alone, which then has so many tokens to generate at most.
@@ -284,6 +281,41 @@ class Session:
         self._kwargs = selected_inputs(self._kwargs, rows)
         self.kv.select(rows)
         self._use_rows()
+
+    @classmethod
+    def of_rows(cls, prompt: Session, rows: int) -> Session:
+        """Returns a session without rows, up to `rows` of which may join; model and depth are those of one whose prompt
+        has run. Memory is allocated for all rows at once, and passes see the first of its rows: those in use."""
+        kv = prompt.kv.like(prompt.kv.slots, rows)
+        kv.select([])
+        session = cls(prompt.model, {}, kv, prompt.depth)
+        session._joins = prompt._whole_look
+        session._graph, session._programs = prompt._graph, prompt._programs
+        session.stats, session.ranks = prompt.stats, prompt.ranks
+        return session
+
+    def may_join(self, prompt: Session) -> bool:
+        """Whether the model is as it was when the passes became known; nobody changes it under rows."""
+        return bool(self.kv.rows) or (self._joins is not None and self._joins == prompt._whole_look)
+
+    def join(self, prompt: Session, ids_1S: Tensor) -> None:
+        """Takes in the row of a session whose prompt has run, between two cycles: it becomes the last one."""
+        entries = prompt.kv.filled
+        kwargs = prompt._lengthened(entries + 1)
+        if kwargs.get("attention_mask") is None:  # (of a text without padding, which rows beside it will have)
+            kwargs["attention_mask"] = ids_1S.new_ones(1, entries + 1)
+        if self.kv.rows:
+            kwargs = joined_inputs(self._lengthened(self.kv.filled + 1), kwargs)
+            entries = max(entries, self.kv.filled)
+        self._fit(entries + self.widths[-1])
+        self.kv.join(prompt.kv)
+        self._kwargs, self._in_kwargs = kwargs, self.kv.filled + 1
+        self._use_rows()
+
+    @property
+    def _whole_look(self) -> ModelState | None:
+        """What passes depend on beside their inputs, None where that is not known."""
+        return None if self._look is None else self._look.whole
 
     def make_room(self, tokens: int) -> None:
         """Moves to longer memory, between two cycles, where the next `tokens` do not fit; no cycle writes more than its
@@ -347,12 +379,13 @@ class Session:
         Raises:
             CacheFullError: (a ``ValueError``) they do not fit into a static cache.
         """
-        if width not in self._inputs:
+        moved = self._inputs.get(width)
+        if moved is None:
             state = self.kv.states.get((self.kv.rows, width))
-            self._inputs[width] = PassInputs(self.model, width, {} if state is None else state.inputs)
-        inputs = self._inputs[width].at(self.kv.filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
+            moved = self._inputs[width] = MovedInputs(self.model, width, {} if state is None else state.inputs)
+        inputs = moved.at(self.kv.filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
         depth = self.depth if depth is None else depth
-        return self._pass(inputs, width, depth, tokens, last_token=last_token)[:, -width:]
+        return self._pass(inputs, width, depth, tokens, last_token)[:, -width:]
 
     def _pass(
         self,
@@ -362,57 +395,44 @@ class Session:
         tokens: DraftVocab | None = None,
         last_token: bool = False,
     ) -> Tensor:
-        """Runs a pass of some width: again, where one of its kind is known, else through the model."""
-        if self.kv.free_slots < width:  # (the model's graph tells the user)
-            logits = self._through_model(width, inputs, depth, last_token)
-        elif last_token:
-            logits = self._once(width, inputs, depth)
+        """Runs a pass of some width: by its program where that is known, else through the model."""
+        if self.kv.slots - self.kv.filled < width:  # (the model's graph tells the user)
+            state = None
+        elif last_token:  # (a pass that need not come again)
+            found = self._recalled(inputs)
+            state = None if found is None else found.executor.bind(found.args, captured=False, last_token=True)
         else:
-            logits = self._again(width, inputs, depth, tokens)
+            state = self._states[width] if width in self._states else self._find_state(width, inputs)
+        if state is None:
+            logits = self._through_model(width, inputs, depth, last_token)
+        else:
+            if not last_token and not self._inputs[width].owns(inputs):
+                values = dict(named(inputs))
+                for name, held in state.inputs.items():
+                    held.copy_(values[name])
+            state.only_logits(None if tokens is None else tokens.blocks)
+            state.step(depth)
+            logits = state.logits
         self.kv.filled += width
         return logits
 
-    def _again(self, width: int, inputs: Inputs, depth: int | None, tokens: DraftVocab | None) -> Tensor:
-        """Runs a pass whose width comes again; its program is bound to the cache the first time."""
-        if width not in self._states:
-            self._find_state(width, inputs)
-        state = self._states.get(width)
-        if state is None:
-            return self._through_model(width, inputs, depth, last_token=False)
-        if not self._inputs[width].owns(inputs):
-            values = dict(named(inputs))
-            for name, held in state.inputs.items():
-                held.copy_(values[name])
-        state.only_logits(None if tokens is None else tokens.blocks)
-        state.step(depth)
-        return state.logits
-
-    def _find_state(self, width: int, inputs: Inputs) -> None:
+    def _find_state(self, width: int, inputs: Inputs) -> StepState | None:
         """Looks for what is bound to the cache already, then for a program that was traced before."""
         state = self.kv.states.get((self.kv.rows, width))
         if state is not None and _serves(state, inputs, self._inputs[width].owns(inputs)):
             self._begin(state.compiled, state.args)
             self._states[width] = state
-            return
+            return state
         found = self._recalled(inputs)
-        if found is not None:
-            self._bind(width, found.executor, found.args, inputs)
+        return None if found is None else self._bind(width, found.executor, found.args, inputs)
 
-    def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> None:
+    def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> StepState:
         """Binds a program to the cache; the state's inputs are those that are moved on in place, or copies."""
         if not self._inputs[width].owns(inputs):
             given = {id(value) for _, value in named(inputs)}
             args = [arg.clone() if id(arg) in given and isinstance(arg, Tensor) else arg for arg in args]
-        self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
-
-    def _once(self, width: int, inputs: Inputs, depth: int | None) -> Tensor:
-        """Runs a pass of a width that need not come again, for the logits of its last token."""
-        found = self._recalled(inputs)
-        if found is None:
-            return self._through_model(width, inputs, depth, last_token=True)
-        state = found.executor.bind(found.args, captured=False, last_token=True)
-        state.step(depth)
-        return state.logits
+        state = self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
+        return state
 
     def _recalled(self, inputs: Inputs) -> Recalled | None:
         """Returns a pass that was traced before, in this process or another one."""

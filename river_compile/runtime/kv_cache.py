@@ -45,7 +45,7 @@ class KVCache:
 
     Attributes:
         cache: the same, or a view of its rows that are in use.
-        filled: tokens that it holds.
+        slots, filled: tokens that it can hold, and that it holds.
         rows: in use; 0 before it has memory.
         states: the programs that are bound to its memory (`StepState`), by rows and width of a pass.
     """
@@ -53,6 +53,7 @@ class KVCache:
     def __init__(self, cache: Cache) -> None:
         self.whole = self.cache = cache
         self.is_full = all(type(layer) is StaticLayer for layer in cache.layers)
+        self.slots = cache.layers[0].max_cache_len if self.is_full else sys.maxsize
         self.states: dict[tuple[int, int], Any] = {}
         self.take_in()
 
@@ -79,11 +80,6 @@ class KVCache:
         return KVCache(whole)
 
     @property
-    def slots(self) -> int:
-        """Tokens that it can hold."""
-        return self.whole.layers[0].max_cache_len if self.is_full else sys.maxsize
-
-    @property
     def free_slots(self) -> int:
         return self.slots - self.filled
 
@@ -105,7 +101,7 @@ class KVCache:
     def grow(self, slots: int) -> None:
         """Moves to memory of so many slots."""
         before, self.whole = self.whole, self.like(slots, self.memory_rows).whole
-        self.states = {}
+        self.states, self.slots = {}, slots
         for old, new in zip(before.layers, self.whole.layers, strict=True):
             for entries, here in zip(_tensors(old), _tensors(new), strict=True):
                 here[:, :, : self.filled].copy_(entries[:, :, : self.filled])

@@ -60,7 +60,7 @@ class CompiledProgram:
             river's head takes none.
         log: of captures.
         on_begin: called with the program's inputs before the first pass of a sequence.
-        on_close: called after each step.
+        on_close: called after each step; None: nothing is.
         ranks: that share the model; of each score the first one's counts.
         checks_ranks: whether they compare what they are given and what they compute.
     """
@@ -75,7 +75,7 @@ class CompiledProgram:
     all_logits: Tensor | None
     log: CaptureLog
     on_begin: Callable[[Sequence[Any]], object]
-    on_close: Callable[[], None]
+    on_close: Callable[[], None] | None
     ranks: Ranks = ALONE
     checks_ranks: bool = False
 
@@ -200,7 +200,8 @@ class StepState:
         if _steps:
             seconds, thread, model = time.perf_counter() - started, threading.get_ident(), compiled.stats.model_id
             _steps(self, StepRecord(taken.depth, taken.scores, decodes, thread, model, taken.entropy, seconds))
-        compiled.on_close()
+        if compiled.on_close is not None:
+            compiled.on_close()
 
     def run(self, policy: ExitPolicy) -> Taken:
         """Runs a pass, whose token leaves as the policy says."""

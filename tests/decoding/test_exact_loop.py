@@ -15,13 +15,11 @@ from transformers.generation import (
 )
 
 import river_compile
-from river_compile.decoding.draft_policy import ByGain, FixedLength
-from river_compile.decoding.drafter import Drafter
 from river_compile.decoding.lookup import SuffixAutomaton
-from river_compile.decoding.loop import DecodeLoop
-from river_compile.decoding.request import Ends, Request
-from river_compile.decoding.sampling import Chooser, RowProcessors
-from river_compile.runtime.draft_stats import AcceptanceRate, DraftRates, PassTimes
+from river_compile.decoding.sampling import Sampler
+from river_compile.decoding.speculative import SpeculativeDecoder
+from river_compile.decoding.texts import Ends, Texts
+from river_compile.runtime.draft_length import DraftLength
 from tests.support.examples import slow
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
@@ -44,27 +42,24 @@ class Recorder:
         self.streamed.append(tokens.tolist())
 
 
-def loop_on(runner, prompt, recorder, lookup=True, adaptive=False, process=None, do_sample=False, rates=None):
-    times = PassTimes()
-    rule = ByGain(times, runner.width_for) if adaptive else FixedLength(runner.width_for)
-    request = Request(
+def decoder_on(runner, prompt, recorder, lookup=True, adaptive=False, process=(), do_sample=False, length=None):
+    texts = Texts(
         prompt=prompt,
-        chooser=Chooser(len(prompt), do_sample),
-        process=None if process is None else RowProcessors(process),
-        process_draft=None if process is None else RowProcessors(process),
+        sampler=Sampler(len(prompt), do_sample, process),
         stops=recorder.stops,
         max_length=recorder.max_length,
         pad_token=PAD,
         put=recorder.put,
         rows_are_independent=True,
     )
-    runner.ended = lambda: [not active for active in request.active]
-    return DecodeLoop(runner, Drafter(lookup, rule, times, rates=rates)), request
+    runner.ended = lambda: [not active for active in texts.active]
+    length = DraftLength(adaptive) if length is None else length
+    return SpeculativeDecoder(runner, length.carry_over(runner.widths), lookup), texts
 
 
 def run_on(runner, prompt, *arguments, **options):
-    loop, request = loop_on(runner, prompt, *arguments, **options)
-    return loop.run(request, first_logits(runner, prompt))
+    decoder, texts = decoder_on(runner, prompt, *arguments, **options)
+    return decoder.run(texts, first_logits(runner, prompt))
 
 
 def first_logits(runner, prompt):
@@ -124,11 +119,11 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     runner.runs_late = late
     expected = plain(runner, prompt, expected_calls)
-    loop, request = loop_on(runner, prompt, calls, lookup, adaptive)
-    request.rows_are_independent = independent
+    decoder, texts = decoder_on(runner, prompt, calls, lookup, adaptive)
+    texts.rows_are_independent = independent
     if not asked:
-        request.stops = Ends(max_length, frozenset({eos}))
-    ids = loop.run(request, first_logits(runner, prompt))
+        texts.stops = Ends(max_length, frozenset({eos}))
+    ids = decoder.run(texts, first_logits(runner, prompt))
     assert ids.tolist() == expected.tolist()
     assert calls.streamed == expected_calls.streamed
 
@@ -149,10 +144,10 @@ def test_the_last_row_of_a_batch_goes_on_alone_and_drafts():
     for independent, shrinks in ((True, True), (False, True), (True, False)):
         runner = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
         runner.shrinks = shrinks
-        loop, request = loop_on(runner, prompt, Recorder(eos, 60), False)
-        request.rows_are_independent = independent
+        decoder, texts = decoder_on(runner, prompt, Recorder(eos, 60), False)
+        texts.rows_are_independent = independent
         with river_compile.trace() as trace:
-            assert loop.run(request, first_logits(runner, prompt)).tolist() == expected
+            assert decoder.run(texts, first_logits(runner, prompt)).tolist() == expected
         assert (len(runner.rows) == 1) == bool(trace.cycles) == (independent and shrinks)
 
 
@@ -160,42 +155,42 @@ def test_rows_that_end_without_padding_go_on_to_the_last_ones_end():
     """Sequences end together, at their longest, so generate knows of no token that stands for padding."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     runner, ours, expected = ScriptedRunner(prompt, 3, 5, 7, 60, memory=3), Recorder(-1, 40), Recorder(-1, 40)
-    loop, request = loop_on(runner, prompt, ours)
-    request.pad_token = None
-    assert loop.run(request, first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
+    decoder, texts = decoder_on(runner, prompt, ours)
+    texts.pad_token = None
+    assert decoder.run(texts, first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
     assert ours.streamed == expected.streamed
 
 
-class LikelyEnough(FixedLength):
-    """Ends drafts that are not as likely to hold in whole."""
-
-    def __init__(self, least, width):
-        super().__init__(width)
-        self.least, self.width = least, width
-
-    def verify_now(self, draft, river):
-        if draft.open and draft.reach >= self.least:
-            return super().verify_now(draft, river)
-        return self.width(len(draft.proposed)) - 1
-
-
-def test_late_drafts_are_as_long_as_the_rivers_average_says_and_teach_as_much():
-    """What the steps chose is read behind them: where drafts have one length both ways, so is all that is learned."""
-    prompt, learned, drafted = torch.tensor([[1, 2, 3]]), [], []
-    for late, least in ((False, 0.0), (True, 0.0), (True, 0.3)):
+def test_steps_that_are_read_together_are_those_that_are_read_one_by_one():
+    """Where drafts have one length both ways, so is all that is learned."""
+    prompt, learned = torch.tensor([[1, 2, 3]]), []
+    for late in (False, True):
         runner = ScriptedRunner(prompt, 5, 8, 7, capacity=100, memory=6)
         runner.runs_late = late
-        rates = DraftRates()
-        loop, request = loop_on(runner, prompt, Recorder(-1, 40), False, rates=rates)
-        loop.drafter.rule = LikelyEnough(least, runner.width_for)
+        length = DraftLength(adaptive=False)
         with river_compile.trace() as trace:
-            ids = loop.run(request, first_logits(runner, prompt))
+            ids = run_on(runner, prompt, Recorder(-1, 40), False, length=length)
         assert ids.tolist() == plain(runner, prompt, Recorder(-1, 40)).tolist()
         cycles = [(cycle.drafted, cycle.kept) for cycle in trace.cycles]
-        learned.append((vars(rates.by_entropy), vars(rates.river), cycles))
-        drafted.append(len(trace.cycles[0].drafted))
+        learned.append(([length.token(0, "river", nats) for nats in (0.01, 0.3, 1.2, 2.5)], cycles))
     assert learned[0] == learned[1]
-    assert drafted == [7, 7, 4]  # (0.7 ** 4 is less than 0.3)
+
+
+def test_an_error_in_the_calls_own_code_ends_its_texts_and_is_raised():
+    """Whatever it is: the cache and the loop stay as they were, for texts beside these."""
+    prompt = torch.tensor([[1, 2, 3]])
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        runner = ScriptedRunner(prompt, 5, 8, 7, capacity=100, memory=6)
+        decoder, texts = decoder_on(runner, prompt, Recorder(-1, 40))
+
+        def put(tokens, error=error, texts=texts):
+            if texts.new_tokens == 5:
+                raise error
+
+        texts.put = put
+        with pytest.raises(type(error)):
+            decoder.run(texts, first_logits(runner, prompt))
+        assert texts.new_tokens == 5
 
 
 @pytest.mark.parametrize("free", range(1, 10))
@@ -231,14 +226,14 @@ def test_tokens_are_those_that_multinomial_draws():
     expected = [torch.multinomial(s.softmax(-1), num_samples=1)[:, 0].tolist() for s in scores]
     after = torch.rand(1)
     torch.manual_seed(7)
-    chooser = Chooser(3, do_sample=True)
+    sampler, ids = Sampler(3, do_sample=True), torch.zeros(1, 4, dtype=torch.long)
     ours = [[0] * 3 for _ in range(5)]
     for row, step in [(2, 1), (0, 4), (0, 0), (2, 0), (1, 3), (0, 1), (0, 2), (1, 0), (1, 1), (2, 2)]:
-        ours[step][row] = chooser.choose(scores[step, row : row + 1], [row], step).item()
+        ours[step][row] = sampler.choose(scores[step, row : row + 1], ids, [row], step).item()
         assert ours[step][row] == expected[step][row]
-    chooser.forget(5)
-    chooser.choose(scores[0, :1], [0], 9)  # a draft that reached beyond the end
-    chooser.close(5)
+    sampler.forget(5)
+    sampler.draft(scores[0, :1], ids, 0, 9)  # a draft that reached beyond the end
+    sampler.close(5)
     assert torch.equal(torch.rand(1), after)
 
 
@@ -274,12 +269,3 @@ def test_a_repeated_ngram_is_continued_and_the_longest_wins():
     assert index.continuation(2, ahead=[7]) == ([7, 1], 3)
     assert SuffixAutomaton([1, 2, 3]).continuation(3) == ([], 0)
     assert SuffixAutomaton([5, 6, 5, 6]).continuation(5) == ([5, 6, 5, 6, 5], 2)
-
-
-def test_acceptance_is_learned_per_bin():
-    estimate = AcceptanceRate([1.0], [0.5, 0.5])
-    for _ in range(1000):
-        estimate.learn(0.5, True)
-        estimate.learn(2.0, False)
-    assert estimate.chance(0.1) > 0.98
-    assert estimate.chance(5.0) < 0.02

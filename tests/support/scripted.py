@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from river_compile.distributed.ranks import ALONE
 from river_compile.runtime.stats import ExitStats
 
 VOCABULARY = 11
@@ -44,7 +45,7 @@ class ScriptedRunner:
         runs_late: whether passes are taken to return before they have run.
     """
 
-    runs_late = False
+    runs_late, ranks, widths = False, ALONE, (1, 2, 4, 8, 16, 32)
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
         self.stats = ExitStats()
@@ -65,16 +66,12 @@ class ScriptedRunner:
         return max(min(self.max_draft, self.capacity - self.filled - 1), 0)
 
     def width_for(self, drafted: int) -> int:
-        return next(w for w in (1, 2, 4, 8, 16, 32) if w > drafted)
+        return next(w for w in self.widths if w > drafted)
 
     def logits(self, row: list[int]) -> Tensor:
         """Returns the backbone's logits after one row's ids ``[V]``."""
         recent = row[-self.memory :]
         return torch.tensor([mix(self.seed, token, *recent) % 1000 / 250 for token in range(VOCABULARY)])
-
-    @property
-    def can_take_back(self) -> bool:
-        return self.filled < self.capacity
 
     def step(self, ids_BS: Tensor) -> Tensor:
         return self.verify(ids_BS, 0)

@@ -336,9 +336,9 @@ _EXITS = (
 _EXACT = (
     Mutation(
         "accept-rule",
-        "river_compile/decoding/request.py",
-        "if not (held and self.runs):",
-        "if not self.runs:",
+        "river_compile/decoding/speculative.py",
+        "if not (held and text.runs):",
+        "if not text.runs:",
         "what was verified after a rejected draft is kept",
         ("tests/decoding/test_exact_loop.py",),
     ),
@@ -352,7 +352,7 @@ _EXACT = (
     ),
     Mutation(
         "stop-length",
-        "river_compile/decoding/request.py",
+        "river_compile/decoding/texts.py",
         "self.length >= self.stops.max_length or",
         "self.length > self.stops.max_length or",
         "a text has one token more than was asked for",
@@ -376,8 +376,8 @@ _EXACT = (
     ),
     Mutation(
         "joined-stale",
-        "river_compile/decoding/batch_session.py",
-        "return bool(self.kv.rows) or (self._model_state is not None and self._model_state == _state_of(prompt))",
+        "river_compile/decoding/session.py",
+        "return bool(self.kv.rows) or (self._joins is not None and self._joins == prompt._whole_look)",
         "return True",
         "a batch runs the passes of before a change of the model",
         ("tests/decoding/test_continuous.py",),
@@ -392,11 +392,11 @@ _EXACT = (
     ),
     Mutation(
         "draft-reach",
-        "river_compile/decoding/draft_policy.py",
-        "self.reach *= proposed.chance",
-        "self.reach = proposed.chance",
+        "river_compile/runtime/draft_length.py",
+        "token.probability * (self.prefixes[-1] if self.prefixes else 1.0)",
+        "token.probability",
         "a long draft counts as likely to hold as its last token",
-        ("tests/decoding/test_draft_policy.py",),
+        ("tests/decoding/test_draft_length.py",),
     ),
     Mutation(
         "vocabulary-reset",

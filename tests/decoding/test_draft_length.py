@@ -1,0 +1,191 @@
+"""How long to draft: by what drafts gain and cost, on numbers alone."""
+
+import pytest
+
+from river_compile.runtime.draft_length import LOOKUP, RIVER, AcceptanceRate, Draft, DraftLength, DraftToken
+
+WIDTHS = (1, 2, 4, 8, 16)
+STEP = 0
+
+
+def width(drafted):
+    return next(w for w in WIDTHS if w > drafted)
+
+
+def measured(step, passes):
+    """Returns a rule that was shown the seconds of draft steps and of passes by width, a few times each."""
+    length = DraftLength()
+    for _ in range(4):  # (fewer are not believed)
+        for w, seconds in passes.items():
+            show(length, w, seconds, step)
+    return length.carry_over(WIDTHS)
+
+
+def show(length, w, seconds, step=None):
+    """Shows a cycle whose pass has a width, and of whose draft nothing was judged."""
+    length.carry_over((w,) if w == 1 else (1, w))
+    tokens = [] if w == 1 else [DraftToken(0, LOOKUP, 3.0, 0.5)]
+    steps = 0 if step is None else 1
+    length.learn(Draft(15, tokens, [0.5] * len(tokens), steps), (), 0.0 if step is None else step, seconds)
+
+
+def rule(step, each_token=0.0, **others):
+    """Returns one for which a pass of width w takes 1 + each_token * (w - 1) seconds, or others[f"w{w}"]."""
+    return measured(step, {w: others.get(f"w{w}", 1 + each_token * (w - 1)) for w in WIDTHS})
+
+
+def tokens(count, probability, source=LOOKUP):
+    return [DraftToken(i, source, 0.0, probability) for i in range(count)]
+
+
+def draft_of(proposed=(), copy=(), room=15):
+    draft = Draft(room, copy=list(copy))
+    for token in proposed:
+        draft.add(token)
+    return draft
+
+
+def steps_taken(length, probability, room=15, at_once=False):
+    """Returns how many steps the river takes where each of its tokens holds with this probability."""
+    length._next = AcceptanceRate([], [probability])
+    draft = draft_of(room=room)
+    for taken in range(room + 1):
+        steps, _ = length.plan(draft)
+        if at_once or not steps:
+            return steps if at_once else taken
+        draft.add(*tokens(1, probability, RIVER))
+    raise AssertionError("drafted beyond the room")
+
+
+def test_drafts_are_longer_where_they_are_cheap_or_sure():
+    assert steps_taken(rule(0.01), 0.9) > steps_taken(rule(0.3), 0.9) > 0
+    assert steps_taken(rule(0.3), 0.95) > steps_taken(rule(0.3), 0.6)
+
+
+def test_drafts_that_do_not_pay_are_not_made():
+    """A step that takes as long as the pass it may save is not worth it, nor is one whose token costs a whole pass."""
+    assert steps_taken(rule(1.0), 0.9) == 0
+    assert steps_taken(rule(0.3, each_token=1.0), 0.9) == 0
+
+
+def test_a_length_decided_at_once_is_that_of_steps_decided_one_by_one():
+    """Where the tokens hold as often as the average says, so that a step tells nothing new."""
+    for step, each_token in ((0.01, 0.0), (0.1, 0.02), (0.3, 0.0), (0.3, 0.1)):
+        for probability in (0.5, 0.7, 0.9):
+            assert steps_taken(rule(step, each_token), probability, at_once=True) == steps_taken(
+                rule(step, each_token), probability
+            )
+
+
+def test_the_next_width_is_reached_for_as_a_whole():
+    """The fourth drafted token alone does not pay for a pass of eight; it and the three after it do."""
+    length = rule(0.02, w8=1.9, w16=9.0)
+    assert steps_taken(length, 0.95, room=4) == 3
+    assert steps_taken(length, 0.95, room=7) == 7
+
+
+def test_copies_are_verified_as_far_as_they_pay():
+    draft = draft_of(copy=tokens(15, 0.95))
+    assert rule(0.3).plan(draft) == (0, 15)
+    steps, count = rule(0.3, each_token=0.9).plan(draft)
+    assert not steps
+    assert count <= 3
+
+
+def test_what_time_is_worth_follows_what_cycles_bring():
+    """Where cycles keep many tokens, a step that saves half of one is no longer worth its time."""
+    length = rule(0.3)
+    assert steps_taken(length, 0.5) > 0
+    for _ in range(100):
+        length.learn(Draft(15), ["backbone"] * 4, 0.0, 1.0)
+    assert steps_taken(length, 0.5) == 0
+
+
+def test_what_is_not_known_is_tried():
+    assert steps_taken(measured(None, {1: 1.0}), 0.7) > 0
+
+
+def test_drafts_of_fixed_length_take_all_the_room_whatever_they_cost():
+    for probability in (0.1, 0.9):
+        assert steps_taken(DraftLength(adaptive=False).carry_over(WIDTHS), probability) == 15
+
+
+def test_drafts_of_fixed_length_are_copies_where_those_are_as_likely_to_hold():
+    length = DraftLength(adaptive=False).carry_over(WIDTHS)
+    assert length.plan(draft_of(copy=tokens(5, 0.9))) == (0, 5)
+    assert length.plan(draft_of(copy=tokens(5, 0.1)))[0] == 15
+    drafted = draft_of(tokens(2, 0.7, RIVER), tokens(5, 0.9))
+    assert length.plan(drafted) == (0, 3)  # (no wider a pass than the draft's own)
+
+
+def test_before_passes_are_measured_they_count_in_proportion():
+    length = DraftLength()
+    guess = length.seconds(8) / length.seconds(1)
+    for seconds in (3.0, 2.0, 9.0, 2.5):
+        show(length, 1, seconds)
+    assert length.seconds(1) == 2.0
+    assert length.seconds(8) == pytest.approx(2.0 * guess)
+
+
+def test_a_narrow_pass_that_was_never_measured_is_tried_where_wide_ones_are_dear():
+    """Nothing says that one token costs as much as sixteen: sums may be what takes the time, as in large batches."""
+    length = measured(0.015, {16: 0.170})
+    assert [length.seconds(w) for w in (1, 2)] == pytest.approx([0.170 / 16, 0.170 / 8])
+    assert length.seconds(16) == 0.170
+
+
+def test_a_wide_pass_costs_no_less_than_narrower_ones():
+    """Where two tokens cost nearly twice one, sixteen are not tried as if they cost little more than one."""
+    length = measured(None, {1: 1.0, 2: 1.8})
+    assert length.seconds(16) > 1.8
+    show(length, 16, 9.0)
+    assert length.seconds(16) < 9.0  # (a single slow pass may have had other reasons)
+
+
+def test_what_seems_dear_is_tried_again():
+    """A few slow passes are not believed, and what was slow long ago is not any more."""
+    length = rule(0.3)
+    show(length, 32, 100.0)
+    assert length.seconds(32) < 2.0
+    for _ in range(4):
+        show(length, 32, 100.0)
+    assert length.seconds(32) == 100.0
+    for _ in range(600):
+        show(length, 1, 1.0)
+    assert length.seconds(32) < 2.0
+
+
+def test_drafts_that_stopped_paying_are_tried_again_after_a_while():
+    length = rule(0.3)
+    for _ in range(50):
+        length.learn(draft_of(tokens(1, 0.7, RIVER)), ["backbone"], 0.3, 1.0)
+    assert length.plan(Draft(15))[0] == 0
+    for _ in range(200):
+        length.learn(Draft(15), ["backbone"], 0.0, 1.0)
+    assert length.plan(Draft(15))[0] > 0
+
+
+def test_what_other_texts_taught_is_unlearned_quickly():
+    """A hundred tokens of them held; a rule that carries over keeps that in mind, for as long as a few tokens take."""
+    length, held = DraftLength(), DraftToken(0, LOOKUP, 3.0, 0.5)
+
+    def judge(source):
+        length.learn(Draft(15, [held], [0.5]), [source], 0.0, 1.0)
+
+    length.carry_over(WIDTHS)
+    for _ in range(100):
+        judge(LOOKUP)
+    prior = DraftLength().token(0, LOOKUP, 3.0).probability
+    assert length.carry_over(WIDTHS).token(0, LOOKUP, 3.0).probability > 0.9 > prior
+    for _ in range(16):
+        judge("backbone")
+    assert length.token(0, LOOKUP, 3.0).probability < 0.55
+
+
+def test_acceptance_is_learned_per_bin():
+    estimate = AcceptanceRate([1.0], [0.5, 0.5])
+    for _ in range(1000):
+        estimate.learn(0.5, True)
+        estimate.learn(2.0, False)
+    assert estimate.probability(0.1) > 0.98
+    assert estimate.probability(5.0) < 0.02
