@@ -7,7 +7,6 @@ operator by operator), with one warning that names the reason.
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +26,21 @@ from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.choose import Lowering, no_compiler
 from river_compile.lowering.compile import inductor_settings
-from river_compile.model_record import BROKE, GraphRecord, ModelRecord, find_record, record_of
+from river_compile.model_record import BROKE, GraphRecord, find_record, record_of
 from river_compile.passes.dtensor_locals import on_local_shards
 from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
-from river_compile.runtime.compiled_call import install
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.upstream.dynamo import break_before, build_whole_files, compiled_module, untraceable
+from river_compile.upstream.dynamo import (
+    break_before,
+    build_whole_files,
+    compiled_module,
+    guard_model,
+    traced_code,
+    untraceable,
+)
 from river_compile.upstream.tensors import local_of
 from river_compile.upstream.transformers import leave_compiled_models_alone
 from river_compile.upstream.versions import warn_of_untested
@@ -83,9 +88,10 @@ def river(
         local = on_local_shards(traced, ranks.size, ranks.group.group_name)
         values |= {node: local_of(values[node]) for node in local}
     graph = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
-    model.add(graph, limit=torch._dynamo.config.recompile_limit)
+    model.add(graph)
     for parameter in parameters[:1]:
-        graph.entry.belongs_to_model_of(parameter, then=functools.partial(_watch, model, graph))
+        guard_model(parameter, counts=len(model.graphs) > torch._dynamo.config.recompile_limit)
+        graph.code = traced_code()
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
         refusal = unbuildable or _untraceable(owner) or _needs_gradients(example_inputs)
@@ -127,12 +133,6 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
     record = find_record(model)
     graphs = [] if record is None else record.graphs
     return [executor for graph in graphs if isinstance(executor := graph.executor(), RiverExecutor)]
-
-
-def _watch(model: ModelRecord, graph: GraphRecord, module: nn.Module) -> None:
-    if graph.program is not None:
-        model.plain_runs.watch(module, graph.program.block_paths[0], river, model.exit_stats)
-        install(module, after=model.plain_runs.called)
 
 
 def _untraceable(model: nn.Module | None) -> Refusal | None:

@@ -141,7 +141,7 @@ def _assembled(
             ranks.several and config.check_ranks,
         ),
         captures,
-        graph.entry,
+        graph.code,
     )
     graph.executor = weakref.ref(executor)
     return executor

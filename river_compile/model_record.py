@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -22,13 +24,12 @@ from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
 from river_compile.lowering.compile import Compiled
-from river_compile.model_state import ModelLook
+from river_compile.model_state import ModelState, model_state
 from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
 from river_compile.progress import stage_shown
 from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.draft_length import DraftLength
-from river_compile.runtime.fallbacks import PlainCalls, PlainRuns
 from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.stats import ExitStats
 from river_compile.store.programs import Origin, Programs
@@ -36,7 +37,7 @@ from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.registry import Statistics, TwinRegistry
 from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.upstream.dynamo import GraphEntry
+from river_compile.upstream.dynamo import drop_graphs
 
 BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
 
@@ -58,7 +59,7 @@ class GraphRecord:
         lossless_bytes, given_back: of its backbone's weights that are packed without loss, and of their parameters
             that a file holds, which leave the process's memory until somebody reads them.
         executor: returns what runs the graph while somebody keeps it, None for a graph that was refused.
-        entry: what Dynamo keeps of it.
+        code: of the function that Dynamo traced; None where a call of it may do more than to run the graph.
         ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
         captures: what was captured of it.
         twins: the packed matrices of its twins.
@@ -78,7 +79,7 @@ class GraphRecord:
     lossless_bytes: int = 0
     given_back: int = 0
     executor: Callable[[], object | None] = field(default=lambda: None)
-    entry: GraphEntry = field(default_factory=GraphEntry)
+    code: CodeType | None = None
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[PackedMatmul, ...] = ()
@@ -148,13 +149,11 @@ class ModelRecord:
     exit_memories: Memories = field(default_factory=Memories)
     drafts: dict[bool, DraftLength] = field(default_factory=dict)  # by whether tokens are sampled
     prefixes: PrefixPool = field(default_factory=PrefixPool)
-    plain_calls: PlainCalls = field(default_factory=PlainCalls)
-    plain_runs: PlainRuns = field(default_factory=PlainRuns)
+    fallbacks: Counter[str] = field(default_factory=Counter)  # calls of generate that ran plainly, by reason
+    call: Callable[..., Any] | None = None  # of an accelerated model: its own compiled call
     programs: Programs | None = None  # that are stored, of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
     batch_sizes: set[int] = field(default_factory=set)  # of prompts that ran
-    told_of_batches: bool = False  # that another number of rows is compiled anew
-    told_of_gradients: bool = False  # that passes which need them run plainly
 
     @property
     def statistics(self) -> Statistics:
@@ -171,20 +170,17 @@ class ModelRecord:
         """Why a prompt ran in none of the model's rewritten graphs, given that it did."""
         if not self.graphs:
             return 'this model never reached it; call model.compile(backend="river")'
-        plain = self.plain_runs.reason
-        if plain:
-            return f"it ran without it: {plain}"
         refusals = [graph.refusal for graph in reversed(self.graphs) if graph.refusal]
         refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
         return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
 
-    def look_at(self, model: PreTrainedModel) -> ModelLook | None:
-        """Returns a look at the model for one call of `generate`; None where it is not accelerated."""
-        return None if self.programs is None else ModelLook(model, self.programs.config)
+    def state_of(self, model: PreTrainedModel) -> ModelState | None:
+        """Returns what the passes of an accelerated model depend on now, None where that is not known."""
+        return None if self.programs is None else model_state(model, self.programs.config)
 
-    def known_programs(self, model: PreTrainedModel, look: ModelLook | None) -> Programs | None:
+    def known_programs(self, model: PreTrainedModel, state: ModelState | None) -> Programs | None:
         """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
-        if self.programs is None or look is None or not self.programs.begin(model, lambda: look.identity):
+        if self.programs is None or state is None or not self.programs.begin(model, state.identity):
             return None
         return self.programs
 
@@ -193,21 +189,9 @@ class ModelRecord:
         if self.programs is not None:
             self.programs.write()
 
-    def add(self, graph: GraphRecord, limit: int) -> None:
-        """Adds a graph that Dynamo is about to keep. Where it keeps `limit` of them, those of other options give way.
-
-        The options that were compiled first go first.
-        """
-        cached = [g for g in self.graphs if g.entry.cached]
-        others = [g for g in cached if g.options != graph.options]
-        while others and len(cached) >= limit:
-            oldest = others[0].options
-            for old in others:
-                if old.options == oldest:
-                    old.entry.drop()
-                    self.graphs.remove(old)
-            cached, others = ([g for g in graphs if g.entry.cached] for graphs in (cached, others))
-        graph.entry.counts = len(cached) - len(others) >= limit
+    def add(self, graph: GraphRecord) -> None:
+        """Adds a graph that is being compiled; rewritten ones that nobody runs any more go."""
+        self.graphs[:] = [g for g in self.graphs if g.refusal or g.executor() is not None]
         self.graphs.append(graph)
 
 
@@ -236,8 +220,8 @@ def forget(model: nn.Module) -> None:
     """Forgets a model, and lets Dynamo drop its graphs; what was packed for it is freed with them."""
     tensors = [*model.parameters(), *model.buffers()]
     record = _find(tensors)
-    for graph in record.graphs if record else ():
-        graph.entry.drop()
+    if record is not None and record.call is None:
+        drop_graphs(model)
     with _lock:
         for tensor in tensors:
             _records.pop(tensor, None)

@@ -9,7 +9,6 @@ identity; rotary embeddings whose frequencies depend on how long the text is, so
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 from torch import nn
@@ -21,39 +20,36 @@ from river_compile.twins.parameter_stamp import ParameterStamp
 
 
 class ModelState(NamedTuple):
-    """What the entries of a text depend on beside its tokens; holds no tensor of the model."""
+    """What passes of a model depend on beside their inputs; holds no tensor of it.
+
+    Attributes:
+        identity: a hash of the code and all that it reads but weights.
+        weights: the parameters and buffers.
+        keeps_entries: whether a token's entries depend on this and the tokens before it alone.
+    """
 
     identity: str
     weights: ParameterStamp
+    keeps_entries: bool
+
+    @property
+    def of_entries(self) -> ModelState | None:
+        """The same, None where a token's entries depend on more."""
+        return self if self.keeps_entries else None
 
 
-class ModelLook:
-    """A look at a model, at the beginning of a call: each part is looked at once, and only if somebody asks.
+def model_state(model: PreTrainedModel, config: RiverConfig) -> ModelState | None:
+    """Looks at a model at the beginning of a call; returns None for one without identity.
 
     Args:
         model: the model.
         config: what it is compiled with.
     """
-
-    def __init__(self, model: PreTrainedModel, config: RiverConfig) -> None:
-        self._model, self.config = model, config
-
-    @functools.cached_property
-    def identity(self) -> str | None:
-        """A hash, None for a model that has none."""
-        return identity_of(self._model, self.config)
-
-    @functools.cached_property
-    def whole(self) -> ModelState | None:
-        """Both parts, None without an identity."""
-        if self.identity is None:
-            return None
-        return ModelState(self.identity, ParameterStamp([*self._model.parameters(), *self._model.buffers()]))
-
-    @functools.cached_property
-    def state(self) -> ModelState | None:
-        """What entries depend on, None where they depend on more."""
-        return None if any(map(_follows_length, self._model.modules())) else self.whole
+    identity = identity_of(model, config)
+    if identity is None:
+        return None
+    tensors = [*model.parameters(), *model.buffers()]
+    return ModelState(identity, ParameterStamp(tensors), not any(map(_follows_length, model.modules())))
 
 
 def _follows_length(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""One line before a pipeline: ``accelerate(model)`` compiles a model in place and keeps its text; `restore` undoes it.
+"""One line before a pipeline: ``accelerate(model)`` replaces a model's ``generate``; `restore` undoes it.
 
     quality       generate                                     the text
     "exact"       the river drafts, the backbone verifies      the plain model's, in 16 bits up to rounding
@@ -7,8 +7,8 @@
     "calibrated"  tokens leave by a calibrated rule            another one, within the promise of the calibration
     "fast"        tokens leave by the backend's default rule   another one
 
-With "exact" and "strict" a call of the model itself, ``model(...)``, runs its whole backbone. `load` maps weights and
-artifact from a folder, if the model keeps its folder's dtype and the C++ kernels of a CPU multiply.
+A call of the model itself, ``model(...)``, is the plain model's. `load` maps weights and artifact from a folder, if the
+model keeps its folder's dtype and the C++ kernels of a CPU multiply.
 
 Not handled: wrappers (``torch.compile(model)``, PEFT's) instead of the transformers model in them; `load` of models
 that are no causal language models, and of quantized folders that need arguments of their own.
@@ -21,26 +21,19 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from river_compile.api.generation import (
-    generate_exactly,
-    generate_in_own_loop,
-    has_generate_of_its_own,
-    restore_generate,
-)
+from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
 from river_compile.backend import river
 from river_compile.building import build, rebuild
 from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
-from river_compile.decoding.mode import ExactMode, exact
+from river_compile.decoding.mode import ExactMode, decode, exact
 from river_compile.decoding.session import check_paths
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
@@ -49,12 +42,10 @@ from river_compile.kernels.checks import FLAG, PATH, one_of, shown
 from river_compile.lowering.choose import begin_kernels
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
-from river_compile.runtime.compiled_call import CompiledCall, compiled_call
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.fallbacks import PlainRuns
 from river_compile.store.programs import Origin, Programs
 from river_compile.twins.artifact import FILE, Artifact
-from river_compile.upstream.dynamo import compiled_with, untraceable
+from river_compile.upstream.dynamo import compiled_with, own_call, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -75,9 +66,9 @@ def accelerate(
 ) -> Model:
     """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
 
-    The model is compiled in place, at its first calls. A call that exact mode does not handle (beams, assisted modes,
-    attention weights as outputs, ...) runs plainly; a warning names the reason, once for each. So do passes that need
-    gradients, those of training. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and
+    Nothing of the model but ``generate`` changes, which traces and builds what it needs at its first calls. A call that
+    it does not handle (beams, assisted modes, attention weights as outputs, ...) runs plainly; a warning names the
+    reason, once for each. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and
     :func:`river_compile.restore` takes everything back. Another call with other arguments replaces the first one's.
 
     Args:
@@ -123,48 +114,22 @@ def accelerate(
         artifact = ranks_of(model.parameters()).folder(Path(config.artifact))
         if not os.path.exists(artifact / FILE):
             Artifact(artifact)  # (says what is wrong)
-    compiled = torch.compile(model._call_impl, backend=_OwnBackend(weakref.ref(model)), options=backend_options)
-    call = CompiledCall(
-        compiled, model._call_impl, prompts=True, stays_plain=functools.partial(_needs_gradients, model)
-    )
+    record, call = record_of(model.parameters()), own_call(river, backend_options)
+    programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), store)
     begin_kernels(config, model.device)
     # (The model changes last, so that whatever fails leaves it as it was.)
     if has_generate_of_its_own(model):
         warnings.warn(
             f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which "
-            "stays in use: accelerate only compiled the model",
+            "stays in use: accelerate changes nothing",
             RiverWarning,
             stacklevel=2,
         )
-    elif exact_mode is None:
-        generate_in_own_loop(model)
     else:
-        generate_exactly(model, exact_mode)
-    vars(model)["_compiled_call_impl"] = call
-    _use_store(model, config, store)
+        generate_by(model, exact_mode or decode)
+    record.graphs.clear()
+    record.call, record.programs, record.twins.stores = call, programs, store
     return model
-
-
-def _needs_gradients(model: PreTrainedModel) -> bool:
-    """Whether a call of the model is one of training, which nobody asked to have compiled."""
-    if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in model.parameters()):
-        return False
-    record = record_of(model.parameters())
-    if not record.told_of_gradients:
-        record.told_of_gradients = True
-        warnings.warn(
-            f"a forward pass of {type(model).__name__} needs gradients and runs plainly, as all such passes do; where "
-            "nobody needs them, call the model under torch.no_grad() or torch.inference_mode()",
-            RiverWarning,
-            stacklevel=4,
-        )
-    return True
-
-
-def _use_store(model: PreTrainedModel, config: RiverConfig, store: bool) -> None:
-    record = record_of(model.parameters())
-    record.twins.stores = store
-    record.programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), store)
 
 
 def _built(
@@ -187,22 +152,6 @@ def _built(
         executor = build(found, dict(zip(found.inputs, args, strict=True)), None, record, graph)
     record.graphs.append(graph)
     return executor
-
-
-@dataclass(frozen=True)
-class _OwnBackend:
-    """The backend as that of one model alone.
-
-    Dynamo runs what it keeps of a function for every model that was compiled with an equal backend. What it keeps where
-    a model's code broke its graph (at hooks, say) says nothing of the model, and would take the river from the others.
-    """
-
-    model: weakref.ref[PreTrainedModel]
-    __name__ = "river"
-    func = staticmethod(river)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return river(*args, **kwargs)
 
 
 def _in(model: object) -> str:
@@ -314,9 +263,8 @@ def restore(model: Module) -> Module:
     inner = unwrap(model)
     bring_back(inner)
     restore_generate(inner)
-    if compiled_with(river, compiled_call(inner)):
+    if compiled_with(river, inner._compiled_call_impl):
         vars(inner).pop("_compiled_call_impl")
-    PlainRuns.end(inner)
     forget(inner)
     return model
 

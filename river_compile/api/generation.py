@@ -3,17 +3,12 @@
 It stands on the model itself, in front of the class's method. Everything that generates with the model asks the model:
 ``pipeline``, chat programs, servers, PEFT. Calls with a ``custom_generate`` of their own are left alone, and so are
 ``type(model).generate(model)`` and methods of ``generate``'s that a program calls by name.
-
-Exact mode refuses in two ways: before the prompt ran (beams, assisted modes, attention weights as outputs, ...) the
-call starts again in the class's method, on the model as it is without compilation; after it (a graph that the backend
-could not rewrite) its loop goes on without drafts. What `decode` does not handle starts again in transformers' loop, on
-the compiled model.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,12 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from river_compile.decoding.mode import Call, ExactMode, decode
+from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder
-from river_compile.errors import DecodeError, ExactModeError
+from river_compile.errors import ExactModeError, RiverWarning
 from river_compile.model_record import record_of
-from river_compile.runtime.compiled_call import uncompiled
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
 _GENERATE = "generate"
@@ -73,38 +67,15 @@ class _LateStreamer(BaseStreamer):
         self._begun = True
 
 
-def generate_exactly(model: PreTrainedModel, mode: ExactMode) -> None:
-    """Makes ``model.generate`` use exact mode with the options of `mode`; copies and pickles have the class's again."""
-    options = dict(vars(mode))
+def generate_by(model: PreTrainedModel, mode: Decode) -> None:
+    """Gives a model a ``generate`` that goes through a loop; copies and pickles have the class's again.
 
-    def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
-        if mode.strict:
-            raise refusal
-        _tell(self, refusal)
-        with uncompiled():
-            theirs = {name: value for name, value in kwargs.items() if name not in options}
-            return type(self).generate(self, *args, **theirs)
-
-    _generate_by(model, _ExactOrPlain(**options), ExactModeError, refused)
-
-
-def generate_in_own_loop(model: PreTrainedModel) -> None:
-    """Makes ``model.generate`` use `decode`, in the same way."""
-
-    def refused(self: PreTrainedModel, args: tuple, kwargs: dict[str, Any], refusal: Exception) -> Any:
-        return type(self).generate(self, *args, **kwargs)
-
-    _generate_by(model, decode, DecodeError, refused)
-
-
-def _generate_by(
-    model: PreTrainedModel,
-    loop: Callable[..., Any],
-    refusal: type[Exception],
-    refused: Callable[[PreTrainedModel, tuple, dict[str, Any], Exception], Any],
-) -> None:
-    """Gives a model a ``generate`` that goes through a loop, and through `refused` if the loop refuses."""
+    What the loop refuses before the prompt ran (beams, assisted modes, attention weights as outputs, ...) starts again
+    in the class's method. A graph that could not be rewritten shows after it: the loop goes on without drafts.
+    """
     plain = type(model).generate
+    loop = _ExactOrPlain(**vars(mode)) if isinstance(mode, ExactMode) else mode
+    options = set(loop.per_call)
 
     @functools.wraps(plain)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -114,9 +85,11 @@ def _generate_by(
         late = {} if streamer is None else {"streamer": _LateStreamer(streamer)}
         try:
             return plain(self, *args, **{**kwargs, "custom_generate": loop, **late})
-        except refusal as reason:
-            because = reason
-        return refused(self, args, kwargs, because)
+        except mode.refusal as refusal:
+            if isinstance(mode, ExactMode) and mode.strict:
+                raise
+            _tell(self, refusal)
+        return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
 
     setattr(generate, _OURS, loop)
     method = MethodType(generate, model)
@@ -141,13 +114,14 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
     return _GENERATE in vars(model) and not is_patched(model)
 
 
-def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> Any:
-    """Counts a call that runs plainly, and returns the model's state.
+def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> None:
+    """Counts a call that runs plainly; the first one for a reason is warned of.
 
     What came `by_backend`, which warns of the graphs that it refuses, is not warned of again.
     """
     record = record_of(model.parameters())
     reason = str(refusal).partition("; ")[0]  # (what follows is for those who asked for exact mode by name)
+    record.fallbacks[reason] += 1
     told = by_backend and any(graph.refusal for graph in record.graphs)
-    record.plain_calls.count(type(model).__name__, reason, told)
-    return record
+    if record.fallbacks[reason] == 1 and not told:
+        warnings.warn(f"{type(model).__name__}.generate runs plainly here: {reason}", RiverWarning, stacklevel=3)

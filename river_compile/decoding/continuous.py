@@ -270,8 +270,7 @@ class ContinuousBatch:
 
     def _run(self) -> None:
         try:
-            limit = torch._dynamo.config.recompile_limit + ExactMode().graphs
-            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=limit):
+            with torch.no_grad():
                 while self._wait():
                     began = time.perf_counter()
                     self._take_in()

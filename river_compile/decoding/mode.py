@@ -28,7 +28,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
 from river_compile.decoding.sampling import STATELESS, Sampler
-from river_compile.decoding.session import LONGEST_OFFLOADED, Session, verification_widths
+from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder
 from river_compile.decoding.texts import Ends, Texts
 from river_compile.distributed.ranks import Ranks
@@ -37,7 +37,6 @@ from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, optional
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
-from river_compile.model_state import ModelLook
 from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.upstream.transformers import (
@@ -122,7 +121,7 @@ class Call:
         pad = self.config._pad_token_tensor
         return int(pad) if ends and pad is not None else None
 
-    def prefix_ids(self, kwargs: Mapping[str, object], look: ModelLook | None, strict: bool) -> Tensor | None:
+    def prefix_ids(self, kwargs: Mapping[str, object], strict: bool) -> Tensor | None:
         """Returns the ids of a prompt that may begin with a kept text and leave one, None where it must be a fresh one.
 
         Its entries must depend on its ids alone, beside what the model is at the moment. With `strict` they must have
@@ -131,11 +130,13 @@ class Call:
 
         Args:
             kwargs: of the model's forward passes.
-            look: at the model, None where it was not accelerated.
             strict: as above.
         """
         model, ids_BS = self.model, self.ids_BS
-        if look is None or look.config.prefill != "backbone" or (strict and loaded() and not any_rows(model.dtype)):
+        programs = record_of(model.parameters()).programs
+        if programs is None or programs.config.prefill != "backbone":
+            return None
+        if strict and loaded() and not any_rows(model.dtype):
             return None
         known = is_of_transformers(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
         if not known or self.config.prefill_chunk_size is not None or len(ids_BS) != 1 or not ids_BS.shape[1]:
@@ -217,16 +218,15 @@ class Decode:
             return joined
         session, text = mode.session(call, model_kwargs), None
         try:
-            with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + mode.graphs):
-                with session.told_if_compiled(len(input_ids)):
-                    logits = session.prefill(input_ids, config)[:, -1:]
-                decoder = mode.decoder(call, session, logits)
-                texts = call.texts(session.ranks, decoder.drafts)
-                with model._optimize_model_for_decode():
-                    ids = decoder.run(texts, logits)
-                # (Where tokens may leave, some entries of new ones are twins'.)
-                text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
-                record.write_programs()
+            logits = session.prefill(input_ids, config)[:, -1:]
+            record.batch_sizes.add(len(input_ids))
+            decoder = mode.decoder(call, session, logits)
+            texts = call.texts(session.ranks, decoder.drafts)
+            with model._optimize_model_for_decode():
+                ids = decoder.run(texts, logits)
+            # (Where tokens may leave, some entries of new ones are twins'.)
+            text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
+            record.write_programs()
             if streamer is not None:
                 streamer.end()
             return call.result(ids, texts.sampler, session.kv, cache_of(model_kwargs))
@@ -237,26 +237,18 @@ class Decode:
         """Returns a session for a call, on a cache that may hold the first tokens of its prompt."""
         model, ids_BS = call.model, call.ids_BS
         record = record_of(model.parameters())
-        look = record.look_at(model)
-        ids = call.prefix_ids(kwargs, look, isinstance(self, ExactMode) and self.strict)
-        state = None if look is None else look.state
+        state = record.state_of(model)
+        ids = call.prefix_ids(kwargs, isinstance(self, ExactMode) and self.strict)
         embeds = kwargs.get("inputs_embeds")  # (in place of ids, or of some before them)
         tokens = max(given.shape[1] for given in (ids_BS, embeds) if given is not None)
         made = cache_of(kwargs)
         assert made is not None, "a generation without a cache is refused"
         kv = KVCache(made)
         if model._can_compile_fullgraph or prepares_as_most_do(model):  # (CPM-Ant's masks are for caches that grow)
-            ours, _ = record.prefixes.acquire(model, len(ids_BS), tokens, ids, state)
+            entries = None if state is None else state.of_entries
+            ours, _ = record.prefixes.acquire(model, len(ids_BS), tokens, ids, entries)
             kv = ours if ours.is_full else kv
-        return Session(model, kwargs, kv, self.depth, look, state, keeps_text=ids is not None)
-
-    @property
-    def graphs(self) -> int:
-        """How many graphs more than plain generation a call needs.
-
-        Beyond its limit of graphs for one function Dynamo would run what is new without the backend: right, and slow.
-        """
-        return 1  # of a prompt's rest
+        return Session(model, kwargs, kv, self.depth, state, keeps_text=ids is not None)
 
     def obstacle(
         self,
@@ -338,10 +330,6 @@ class ExactMode(Decode):
     def with_options(self, **options: Any) -> ExactMode:
         """Returns the same mode with other options."""
         return replace(self, **options)
-
-    @property
-    def graphs(self) -> int:
-        return super().graphs + len(verification_widths(self.max_draft or LONGEST_OFFLOADED))
 
     def obstacle(
         self,

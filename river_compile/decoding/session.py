@@ -21,10 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
-import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,20 +41,20 @@ from river_compile.decoding.inputs import (
     with_masks,
 )
 from river_compile.decoding.traced_calls import graph_calls, locate
-from river_compile.errors import ExactModeError, RiverWarning
+from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.model_record import GraphRecord, record_of
-from river_compile.model_state import ModelLook, ModelState
+from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor, last_token_alone
 from river_compile.runtime.kv_cache import KVCache, slots_for
 from river_compile.runtime.state import CompiledProgram, StepState
 from river_compile.store.inputs import named
-from river_compile.store.programs import Programs, Recalled
-from river_compile.upstream.transformers import cache_argument, cache_of
+from river_compile.store.programs import Recalled
+from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 
 _WORTH_GRAPHS = 200  # tokens of one row
 _LONGEST = 15  # tokens of a draft, where the caller does not say
@@ -76,7 +74,6 @@ class Session:
         kwargs: what generate prepared for the forward passes.
         kv: the cache that they use, perhaps with entries of the prompt's first tokens.
         depth: blocks of the backbone that its decode steps execute, `WHOLE` for all; None leaves it to the exit policy.
-        look: at the model, of this call; None for one of its own.
         state: of the model; None where that is not known.
         keeps_text: whether the text stays in the cache for the next call.
 
@@ -93,22 +90,22 @@ class Session:
         kwargs: Mapping[str, Any],
         kv: KVCache,
         depth: int | None = None,
-        look: ModelLook | None = None,
-        state: object | None = None,
+        state: ModelState | None = None,
         keeps_text: bool = False,
     ) -> None:
         self.model, self.kv, self.depth = model, kv, depth
         self._kwargs = {**kwargs, cache_argument(model): kv.cache}
         self._in_kwargs = 0  # tokens that masks and positions are of
         self.record = record_of(model.parameters())
-        self._look, self._state, self._keeps_text = look or self.record.look_at(model), state, keeps_text
+        self._call = model if self.record.call is None else functools.partial(self.record.call, model)
+        self._state, self._keeps_text = state, keeps_text
+        # (None: passes cannot be stored.)
+        self._programs = self.record.known_programs(model, state)
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
-        self._joins: ModelState | None = None  # of the model when the passes of rows that join became known
         self._begun: set[CompiledProgram] = set()  # that have looked at the weights
-        self._programs: Programs | None = None  # those stored; None where passes cannot be
         self._use_rows()
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
@@ -120,12 +117,12 @@ class Session:
         inputs = self._rest_of_prompt(ids_BS) if kept else self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
         with graph_calls() as calls:
-            if inputs is None:
-                with forced_depth(self.depth):  # (a prompt of one token is a decode step)
-                    outputs = model._prefill(ids_BS, config, self._kwargs, not config.is_assistant)
-                logits = outputs.logits
-            else:
+            if inputs is not None:
                 logits = self._pass(inputs, ids_BS.shape[1] - kept, self.depth, last_token=not all_logits)
+            else:
+                with forced_depth(self.depth):  # (a prompt of one token is a decode step)
+                    outputs = self._prompted(ids_BS, config)
+                logits = outputs.logits
         ran = self._begun.union(executor.compiled for executor, *_ in calls)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
         self._graph = next((graph for graph in record.graphs if _compiled(graph) in ran), None)
@@ -160,41 +157,36 @@ class Session:
             logits = self.step(ids_BS[:, :upto], upto - filled, last_token=True)[:, -1:]
         return logits if upto == whole else None
 
-    @contextlib.contextmanager
-    def told_if_compiled(self, rows: int) -> Iterator[None]:
-        """Warns, once for a model, if its body waits for graphs since no batch of so many rows has run before."""
-        record, start = self.record, time.perf_counter()
-        graphs, others = len(record.graphs), record.batch_sizes - {rows}
-        record.batch_sizes.add(rows)
-        yield
-        if others and len(record.graphs) > graphs and not record.told_of_batches:
-            record.told_of_batches = True
-            warnings.warn(
-                f"a prompt of {rows} rows was compiled anew, in {time.perf_counter() - start:.0f} s, and its steps are "
-                "next; later batches of two rows and more, of any size, run in the same graphs",
-                RiverWarning,
-                stacklevel=6,
-            )
-
     def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
-        """Returns what the model is given for a prompt that is a pass like others; None where transformers runs it."""
-        if not self.kv.is_full or config.prefill_chunk_size is not None or not KNOWN.issuperset(self._kwargs):
+        """Returns what the model is given for a prompt that is a pass like others; None for any other."""
+        if self.record.call is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(self._kwargs):
             return None
-        if not self.kv.memory_rows:  # (a prompt that allocates the cache does more than its graph)
+        if not (
+            self.kv.is_full and self.kv.memory_rows
+        ):  # (a prompt that allocates the cache does more than its graph)
             return None
-        self._programs = self.record.known_programs(self.model, self._look)
-        if self._programs is None:
-            return None
-        inputs: Inputs = self.model.prepare_inputs_for_generation(
-            ids_BS, is_first_iteration=not config.is_assistant, **self._kwargs
-        )
-        return with_all_logits(with_masks(self.model, inputs))
+        return with_all_logits(with_masks(self.model, self._first_inputs(ids_BS, config)))
+
+    def _first_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs:
+        first = not config.is_assistant
+        inputs: Inputs = self.model.prepare_inputs_for_generation(ids_BS, is_first_iteration=first, **self._kwargs)
+        return inputs
+
+    def _prompted(self, ids_BS: Tensor, config: GenerationConfig) -> Any:
+        """Returns the model's outputs for any prompt."""
+        if self.record.call is None or config.prefill_chunk_size is not None:
+            return self.model._prefill(ids_BS, config, self._kwargs, not config.is_assistant)
+        return self._called(self._first_inputs(ids_BS, config))
 
     def _rest_of_prompt(self, ids_BS: Tensor) -> Inputs:
         """Returns what the model is given for the last tokens of a prompt, the others of which are in the cache."""
-        self._programs = self.record.known_programs(self.model, self._look)
         self._in_kwargs = ids_BS.shape[1]
         return self._prepared(ids_BS, ids_BS.shape[1] - self.kv.filled)
+
+    def _called(self, inputs: Inputs) -> Any:
+        """Returns the outputs of the model, through Dynamo if it is compiled."""
+        mark_growing(inputs)
+        return self._call(**inputs, return_dict=True)
 
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
         """Makes drafts possible where one row runs, which the backbone verifies.
@@ -288,15 +280,14 @@ class Session:
         has run. Memory is allocated for all rows at once, and passes see the first of its rows: those in use."""
         kv = prompt.kv.like(prompt.kv.slots, rows)
         kv.select([])
-        session = cls(prompt.model, {}, kv, prompt.depth)
-        session._joins = prompt._whole_look
-        session._graph, session._programs = prompt._graph, prompt._programs
+        session = cls(prompt.model, {}, kv, prompt.depth, prompt._state)
+        session._graph = prompt._graph
         session.stats, session.ranks = prompt.stats, prompt.ranks
         return session
 
     def may_join(self, prompt: Session) -> bool:
         """Whether the model is as it was when the passes became known; nobody changes it under rows."""
-        return bool(self.kv.rows) or (self._joins is not None and self._joins == prompt._whole_look)
+        return bool(self.kv.rows) or (self._state is not None and self._state == prompt._state)
 
     def join(self, prompt: Session, ids_1S: Tensor) -> None:
         """Takes in the row of a session whose prompt has run, between two cycles: it becomes the last one."""
@@ -311,11 +302,6 @@ class Session:
         self.kv.join(prompt.kv)
         self._kwargs, self._in_kwargs = kwargs, self.kv.filled + 1
         self._use_rows()
-
-    @property
-    def _whole_look(self) -> ModelState | None:
-        """What passes depend on beside their inputs, None where that is not known."""
-        return None if self._look is None else self._look.whole
 
     def make_room(self, tokens: int) -> None:
         """Moves to longer memory, between two cycles, where the next `tokens` do not fit; no cycle writes more than its
@@ -456,10 +442,10 @@ class Session:
             last_token_alone(last_token),
             contextlib.nullcontext() if known else stage_shown("tracing"),
         ):
-            logits: Tensor = self.model(**inputs, return_dict=True).logits
+            logits: Tensor = self._called(inputs).logits
         if known or not self.kv.is_full:
             return logits
-        graph = locate(self.model, self.record.graphs, inputs, self.kv.cache, calls, logits)
+        graph = locate(self.model, self.record.graphs, inputs, self.kv.cache, calls, logits, self.record.call)
         if graph is not None and graph.traced is not None:
             executor, args, _ = calls[0]
             self._begun.add(executor.compiled)
@@ -474,7 +460,8 @@ class Session:
     def release(self, text_BS: Tensor | None = None, prompt: int = 0) -> None:
         """Leaves the cache to the next call, with the text whose entries are in it, `prompt` of them the prompt's."""
         text_BS = text_BS if self._keeps_text else None
-        self.record.prefixes.release(self.model, self.kv, text_BS, prompt, self._state)
+        state = None if self._state is None else self._state.of_entries
+        self.record.prefixes.release(self.model, self.kv, text_BS, prompt, state)
 
     def rewind(self, tokens: int) -> None:
         """Frees the last entries of the cache."""

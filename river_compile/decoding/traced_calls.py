@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +49,7 @@ def locate(
     cache: Cache,
     calls: Sequence[Call],
     logits: Tensor,
+    own: Callable[..., Any] | None,
 ) -> GraphRecord | None:
     """Finds out where the inputs of a graph come from that Dynamo ran for a call of the model.
 
@@ -59,6 +60,7 @@ def locate(
         cache: the KV cache among them.
         calls: the graphs that ran.
         logits: what it returned.
+        own: the model's own compiled call, through which it went; None: it went through the model's.
 
     Returns:
         The graph, whose program knows its inputs now; None where a call does more than to run one graph, or where it is
@@ -68,7 +70,7 @@ def locate(
         return None
     executor, args, outputs = calls[0]
     made = next((i for i, output in enumerate(outputs) if output is logits), None)
-    if made is None or executor.entry is None or not runs_one_graph(model, executor.entry.code):
+    if made is None or not runs_one_graph(model, executor.code, own):
         return None
     graph = next(graph for graph in graphs if graph.executor() is executor)
     assert graph.traced is not None, "Dynamo traced it in this process"

@@ -32,7 +32,7 @@ from river_compile.twins.twin_kl import TwinLoss
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
     'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then '
-    "generate. Where another model reached Dynamo's recompile_limit before, torch._dynamo.reset() first"
+    "generate"
 )
 _ORIGINS = {"traced": "", "stored": ", from the store", "derived": ", from the graph of several tokens"}
 _BAR = 32
@@ -58,8 +58,6 @@ class Report:
     offloaded: OffloadLog | None = None
     kept_cache: int = 0  # bytes of keys and values
     kept_texts: KeptTexts = field(default_factory=KeptTexts)
-    plain_runs: int = 0
-    plain_reason: str = ""
     plain_calls: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -87,8 +85,6 @@ class Report:
             "recompiles": self.recompiles,
             "kept_cache_bytes": self.kept_cache,
             "kept_texts": self.kept_texts._asdict(),
-            "plain_runs": self.plain_runs,
-            "plain_reason": self.plain_reason,
             "plain_calls": dict(self.plain_calls),
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
@@ -140,9 +136,6 @@ class Report:
                 f"  kept texts     {kept.texts} of {kept.tokens} tokens, {kept.saved_bytes / 1e6:.1f} MB beside the "
                 f"cache; {kept.reused} tokens of prompts were there already"
             )
-        if self.plain_runs:
-            yield f"  without river  {self.plain_runs} forward passes, the latest because"
-            yield f"    {self.plain_reason}"
         yield from _plain_call_lines(self)
         yield from token_lines(self)
 
@@ -173,9 +166,7 @@ def report(model: nn.Module) -> Report:
         offloaded=record.offloaded.snapshot(),
         kept_cache=record.prefixes.bytes,
         kept_texts=record.prefixes.texts,
-        plain_runs=record.plain_runs.count,
-        plain_reason=record.plain_runs.reason,
-        plain_calls=dict(record.plain_calls.reasons),
+        plain_calls=dict(record.fallbacks),
     )
 
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,6 @@ from river_compile.passes.program import Program
 from river_compile.runtime.captures import Capturing, buffer_like
 from river_compile.runtime.state import CompiledProgram, StepState
 from river_compile.runtime.stats import Observers
-from river_compile.upstream.dynamo import GraphEntry
 from river_compile.upstream.tensors import version_of
 
 _CACHES = 4  # whose states are kept: those hold the cache, and nothing tells whether it will be used again
@@ -41,11 +41,11 @@ class RiverExecutor:
     Args:
         compiled: the program.
         captures: what captures passes, None: nothing does; may be replaced between two steps.
-        entry: what Dynamo keeps of the graph; None outside of Dynamo.
+        code: of the function that Dynamo traced; None where a call of it may do more than to run the graph.
     """
 
-    def __init__(self, compiled: CompiledProgram, captures: Capturing | None, entry: GraphEntry | None = None) -> None:
-        self.compiled, self.captures, self.entry = compiled, captures, entry
+    def __init__(self, compiled: CompiledProgram, captures: Capturing | None, code: CodeType | None = None) -> None:
+        self.compiled, self.captures, self.code = compiled, captures, code
         self.decodes = compiled.program.is_decode
         # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
         self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

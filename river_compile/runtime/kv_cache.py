@@ -284,6 +284,8 @@ class PrefixPool:
         """
         if not (cache.is_full and cache.memory_rows):
             return
+        if state is None:  # (nothing tells whether a later call finds the same)
+            cache.states.clear()
         ids = None if ids_BS is None else ids_BS[0]
         if ids is not None and model.device.type == "cpu" and any_rows(model.dtype):
             ids = ids[:prompt]

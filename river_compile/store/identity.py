@@ -28,7 +28,6 @@ import river_compile
 from river_compile import kernels, passes
 from river_compile.kernels.native import isa
 from river_compile.passes.nodes import is_ordinary
-from river_compile.upstream.dynamo import CHANGES_NOTHING
 from river_compile.upstream.versions import installed
 
 # What models call beside their own module.
@@ -36,6 +35,7 @@ _CALLED = ("masking_utils", "cache_utils", "modeling_rope_utils", "activations",
 # What no forward calls, or what the versions tell.
 _NOT_TRACED = ("torch.", "builtins", "transformers.generation.")
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
+_NESTED = {tuple, list, dict}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -55,7 +55,7 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
     ]
     for name, module in model.named_modules():
         held = vars(module)
-        if module.training or any(_changes(hook) for kind in _HOOKS for hook in held[kind].values()):
+        if module.training or any(held[kind] for kind in _HOOKS):
             return None
         parts += (name, type(module).__qualname__, _plain(held))
         for tensors in (held["_parameters"], held["_buffers"]):
@@ -68,18 +68,15 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _changes(hook: object) -> bool:
-    return not getattr(hook, CHANGES_NOTHING, False)
-
-
 def _plain(held: Mapping[str, object]) -> list[tuple[str, object]]:
     """Returns attributes that traced code may read as they are; of a function that was put there, its code."""
     found: list[tuple[str, object]] = []
     for name, value in held.items():
-        if type(value) in _PLAIN or _is_plain(value):
+        kind = type(value)
+        if kind in _PLAIN or (kind in _NESTED and _is_plain(value)):
             found.append((name, value))
-        elif isinstance(value, FunctionType):
-            found.append((name, value.__code__.co_code))
+        elif kind is FunctionType:
+            found.append((name, value.__code__.co_code))  # type: ignore[attr-defined]
     return found
 
 
@@ -87,10 +84,10 @@ def _is_plain(value: object) -> bool:
     left = [value]
     while left:
         value = left.pop()
-        if isinstance(value, (tuple, list)):
-            left += value
-        elif type(value) is dict:
+        if type(value) is dict:
             left += value.values()
+        elif isinstance(value, (tuple, list)):
+            left += value
         elif type(value) not in _PLAIN:
             return False
     return True

@@ -83,22 +83,21 @@ class Programs:
         self._lock = threading.Lock()  # (threads may generate with one model)
         self._about = ""
 
-    def begin(self, model: PreTrainedModel, identity: Callable[[], str | None]) -> bool:
+    def begin(self, model: PreTrainedModel, identity: str) -> bool:
         """Begins a call; returns whether programs can be recalled and kept for the model.
 
         Args:
             model: the model.
-            identity: returns its identity now, as `config` compiles it.
+            identity: its own now, as `config` compiles it.
         """
         if not (self._usable and model.device.type == "cpu"):
             return False
-        found = identity()
         with self._lock:
-            if found != self._identity:
+            if identity != self._identity:
                 size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
                 self._about = f"programs of {type(model).__name__}, {size:.0f}M parameters"
-                self._identity, self._known, self._new = found, {}, []
-        return found is not None
+                self._identity, self._known, self._new = identity, {}, []
+        return True
 
     def recall(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
         """Returns a pass for inputs of a model's forward; None if none is stored."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
 from river_compile.progress import stage_shown
-from river_compile.runtime.compiled_call import uncompiled
 from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.native_linear import NativeLinear
 from river_compile.twins.observe import record, visit
@@ -79,7 +78,7 @@ class SelfCalibration:
             return None
         start = time.perf_counter()
         try:
-            with uncompiled(), NativeLinear():
+            with NativeLinear():
                 return what(model)
         except Exception as error:  # (the code of any model, which was not made for this)
             _tell_ranks(model, error)
@@ -101,7 +100,7 @@ class SelfCalibration:
         if model is None or self.refusal:
             return None
         try:
-            with uncompiled(), NativeLinear():
+            with NativeLinear():
                 return estimate_loss(model, packed)
         except Exception as error:  # (as above)
             _tell_ranks(model, error)

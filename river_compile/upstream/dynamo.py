@@ -3,45 +3,36 @@
 *Calls.* Dynamo's code for a call reads the graph's inputs from where they are kept, runs the graph, writes back what
 the function changed in Python, and builds what it returns. `code_without_effects` says whether that is all.
 
-*Cache entries.* Dynamo counts the entries of one code object towards ``recompile_limit`` and runs the code without a
-backend from then on. transformers puts the same few decorators around every forward, so all models of a process share
-one such count, with those that are gone and with options nobody uses any more. A :class:`GraphEntry` counts for its
-own model alone: graphs of other options give way at the limit, and those of a model that is gone count for nobody. An
-entry also ends when a forward hook is added to or taken from the model. (Dynamo does not look at hooks.)
-
 *Builds.* Inductor lets the compiler write libraries where other processes look for them, under a lock that ends with
 the process that holds it; after a killed process the others fail at every start. `build_whole_files` makes the compiler
 write beside the place, and moves the result there.
 
-Not handled: calls that do not reach Dynamo's cache (:mod:`river_compile.runtime.fallbacks` counts them), code that
-Dynamo does not see, such as hooks that it skips, calls that go on in other threads, and command lines without ``-o``.
+Not handled: code that Dynamo does not see, such as hooks that it skips, calls that go on in other threads, and command
+lines without ``-o``.
 """
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import re
 import shlex
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, set_code_exec_strategy
-from torch._dynamo import convert_frame, eval_frame, symbolic_convert
+from torch._dynamo import eval_frame, symbolic_convert
 from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
-from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import GraphCompileReason
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._dynamo.utils import graph_break_reasons
 from torch._guards import Guard, Source, TracingContext
 from torch._inductor import cpp_builder
-from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from river_compile.kernels.files import appearing
@@ -102,11 +93,11 @@ def break_before(model: nn.Module) -> GraphCompileReason | None:
     return graph_break_reasons[-1] if piece and graph_break_reasons else None
 
 
-def runs_one_graph(model: nn.Module, code: CodeType | None) -> bool:
-    """Returns whether a call of a model is a call of the function with this code (of `code_without_effects`)."""
+def runs_one_graph(model: nn.Module, code: CodeType | None, own: Callable[..., Any] | None) -> bool:
+    """Returns whether a call of a model, or its own compiled call, is one of the function with this `traced_code`."""
     if code is None or model._forward_hooks or model._forward_pre_hooks:
         return False
-    return code in _code_of_calls(model)
+    return code in (_code_of_calls(model) if own is None else [getattr(own, "code", None)])
 
 
 def _code_of_calls(model: nn.Module) -> list[CodeType | None]:
@@ -116,7 +107,30 @@ def _code_of_calls(model: nn.Module) -> list[CodeType | None]:
 
 # Objects that come with a call's arguments, which whoever runs a graph without Dynamo looks after.
 _LOOKED_AFTER = (Cache, CacheLayerMixin)
-CHANGES_NOTHING = "changes_nothing"  # an attribute of hooks that graphs need not be traced anew for
+
+
+def own_call(backend: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Returns the compiled call of one model, ``(model, **inputs)``.
+
+    Dynamo keeps graphs with the code of the function that it compiled. This one's code and globals are its own, so no
+    other model's graphs count towards its limits, and they go with it. Hooks of modules are guarded.
+    """
+    code = _call.__code__.replace(co_name="call_of_one_model")
+    call = torch.compile(FunctionType(code, {"__builtins__": builtins}), backend=backend, options=dict(options))
+
+    def compiled(model: nn.Module, /, **inputs: Any) -> Any:
+        try:
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                return call(model, inputs)
+        except TorchRuntimeError as error:
+            raise error_of_code(error) from None
+
+    compiled.code = code  # type: ignore[attr-defined]
+    return compiled
+
+
+def _call(model: Any, inputs: dict[str, Any]) -> Any:
+    return model._call_impl(**inputs)
 
 
 class _Nobody:
@@ -128,85 +142,42 @@ _NOBODY = _Nobody()
 _COUNTS_FOR_NOBODY: dict[str, weakref.ref[Any]] = {"river_compile": weakref.ref(_NOBODY)}
 
 
-class GraphEntry:
-    """The entry of one graph.
+def guard_model(parameter: fx.Node, counts: bool) -> None:
+    """Makes Dynamo trace every other model anew: it would run in the graph that is being compiled, with its twins.
 
-    Attributes:
-        counts: whether Dynamo counts it among those of all models.
-        code: of the traced function; None where a call of it may do more than to run the graph.
+    Dynamo runs code without a backend that has ``recompile_limit`` graphs, those of models that are gone included, and
+    nearly all models share theirs. Outside of Dynamo there is nothing to guard.
+
+    Args:
+        parameter: a placeholder of the graph.
+        counts: whether this one is counted among them.
     """
-
-    def __init__(self) -> None:
-        self.counts = False
-        self.code: CodeType | None = None
-        self._hooks: _Hooks | None = None
-        self._calls_model = False  # in the graph, with the hooks of the model itself
-        self._guards: Any = None  # Dynamo's CheckFunctionManager
-
-    @property
-    def cached(self) -> bool:
-        """Whether Dynamo still holds it."""
-        return self._guards is not None and self._guards.guard_manager.cache_entry is not None
-
-    def holds(self, model: nn.Module) -> bool:
-        """Returns whether Dynamo still holds it and the model's hooks are those of the graph."""
-        return self.cached and self._hooks is not None and self._hooks.unchanged(model)
-
-    def belongs_to_model_of(self, parameter: fx.Node, then: Callable[[nn.Module], object]) -> None:
-        """Makes Dynamo trace every other model anew: it would run in this graph, with this one's twins.
-
-        Outside of Dynamo there is nothing to guard.
-
-        Args:
-            parameter: a placeholder of the graph that is being compiled.
-            then: called with the model once the graph is compiled.
-        """
-        context = TracingContext.try_get()
-        if context is None:
-            return
-        guards, source = context.guards_context.dynamo_guards, parameter.meta["grapharg"].source
-        model = _model_source(source)
-        self.code = code_without_effects(_LOOKED_AFTER)
-        if model is None:
-            guards.add(source.make_guard(GuardBuilder.ID_MATCH))
-            return
-        guard = model.make_guard(functools.partial(self._guard_model, then=then))
-        self._calls_model = any(other.name.startswith(f"{guard.name}._forward") for other in guards)
-        guards.add(guard)
-        # Dynamo's cap over all models of a process is not what bounds entries that count for their own model.
-        torch._dynamo.config.accumulated_recompile_limit += not self.counts
-
-    def drop(self) -> None:
-        """Takes it out of Dynamo's cache. What is left there is empty and counts for nobody."""
-        if self._guards is not None:
-            self._guards.invalidate(obj_str="a graph that gave way")
-            self._guards.guard_manager.id_matched_objs = _COUNTS_FOR_NOBODY
-
-    def _guard_model(self, builder: Any, guard: Guard, then: Callable[[nn.Module], object]) -> None:
-        builder.ID_MATCH(guard)
-        if not self.counts:
-            builder.id_matched_objs.update(_COUNTS_FOR_NOBODY)
-        self._guards = builder.check_fn_manager
-        model: Any = guard.obj_weakref() if isinstance(guard.obj_weakref, weakref.ref) else None
-        assert isinstance(model, nn.Module), "the source of a module gives a module"
-        weakref.finalize(model, self.drop).atexit = False
-        self._hooks = hooks = _Hooks(model, with_own=self._calls_model)
-        builder.get_guard_manager(guard).add_lambda_guard(hooks.unchanged, ["forward hooks of its modules"], None)
-        then(model)
+    context = TracingContext.try_get()
+    if context is not None:
+        source = parameter.meta["grapharg"].source
+        guard = (_model_source(source) or source).make_guard(functools.partial(_match, counts=counts))
+        context.guards_context.dynamo_guards.add(guard)
+        torch._dynamo.config.accumulated_recompile_limit += not counts
 
 
-def trace_anew() -> None:
-    """Makes Dynamo trace code again that it gave up, for all models, where one of them broke a graph or had too many.
+def _match(builder: Any, guard: Guard, counts: bool) -> None:
+    builder.ID_MATCH(guard)
+    if not counts:
+        builder.id_matched_objs.update(_COUNTS_FOR_NOBODY)
+    owner: Any = guard.obj_weakref() if isinstance(guard.obj_weakref, weakref.ref) else None
+    if owner is not None:
+        weakref.finalize(owner, _end, builder.check_fn_manager).atexit = False
 
-    What it keeps of code and no model owns counts for nobody from then on.
-    """
-    again = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
-    for code in filter(None, (held() for held in [*convert_frame.input_codes.seen])):
-        set_code_exec_strategy(code, again)
-        for entry in _debug_get_cache_entry_list(code):
-            if not entry.guard_manager.id_matched_objs:
-                entry.guard_manager.id_matched_objs = _COUNTS_FOR_NOBODY
-                torch._dynamo.config.accumulated_recompile_limit += 1
+
+def _end(guards: Any) -> None:
+    """Ends an entry of Dynamo's cache; what is left there counts for nobody."""
+    guards.invalidate(obj_str="a model that is gone")
+    guards.guard_manager.id_matched_objs = _COUNTS_FOR_NOBODY
+
+
+def traced_code() -> CodeType | None:
+    """Returns the code of the function that Dynamo is compiling; None where a call does more than to run the graph."""
+    return code_without_effects(_LOOKED_AFTER)
 
 
 def _model_source(source: Source) -> Source | None:
@@ -217,39 +188,6 @@ def _model_source(source: Source) -> Source | None:
             outermost = base
         source = base
     return outermost
-
-
-class _Hooks:
-    """The forward hooks of a model's modules when its graph was traced.
-
-    Args:
-        model: the model.
-        with_own: whether those of the model itself are in the graph too.
-    """
-
-    def __init__(self, model: nn.Module, with_own: bool) -> None:
-        self._with_own = with_own
-        self._found = [(weakref.ref(hooks), number) for hooks, number in self._find(model)]
-        self._registered = RemovableHandle.next_id
-
-    def unchanged(self, model: nn.Module) -> bool:
-        """Returns whether the model has the same hooks; a fraction of a microsecond until some hook is registered."""
-        if not all(number in (hooks() or ()) for hooks, number in self._found):
-            return False
-        registered = RemovableHandle.next_id
-        if registered != self._registered:
-            if len(list(self._find(model))) != len(self._found):
-                return False
-            self._registered = registered
-        return True
-
-    def _find(self, model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
-        for module in model.modules():
-            if module is not model or self._with_own:
-                for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    for number, hook in hooks.items():
-                        if not getattr(hook, CHANGES_NOTHING, False):
-                            yield hooks, number
 
 
 def compiled_with(backend: Callable[..., object], compiled: Callable[..., object] | None) -> bool:
@@ -310,6 +248,12 @@ def error_of_code(error: TorchRuntimeError) -> RuntimeError:
         own = inner
     sizes = dict(re.findall(r"\((s\d+): hint = (\d+)\)", str(error)))
     return RuntimeError(re.sub(r"\bs\d+\b", lambda name: sizes.get(name[0], name[0]), str(own)))
+
+
+def drop_graphs(model: nn.Module) -> None:
+    """Has Dynamo forget the graphs of a model's class, which keep what was packed for it."""
+    for code in filter(None, _code_of_calls(model)):
+        eval_frame.reset_code(code)
 
 
 def uncompiled_forward(model: nn.Module) -> Callable[..., Any]:

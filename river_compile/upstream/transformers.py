@@ -39,8 +39,6 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from river_compile.upstream.dynamo import CHANGES_NOTHING
-
 _NAMES = ("cache", "past_key_values")
 
 
@@ -106,15 +104,9 @@ def allocate(cache: StaticCache, model: PreTrainedModel, rows: int) -> None:
 _TOKENS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "attention_mask": 1}
 
 
-def mark_growing(arguments: Mapping[str, Any], prompts: bool) -> None:
-    """Marks the entries of caches that grow, and the mask over them, in the arguments of a model's forward, by name.
-
-    With `prompts`, ids and masks are marked without such a cache too.
-    """
-    tensors = [*_entries(arguments)]
-    if prompts or tensors:
-        tensors += _by_token(arguments)
-    for tensor, dim in tensors:
+def mark_growing(arguments: Mapping[str, Any]) -> None:
+    """Marks what grows with a text in the arguments of a model's forward: ids, masks, and entries of caches."""
+    for tensor, dim in (*_entries(arguments), *_by_token(arguments)):
         if tensor.shape[dim] > 1:  # (Dynamo compiles sizes of 0 and 1 by themselves)
             maybe_mark_dynamic(tensor, dim % tensor.dim())
 
@@ -145,7 +137,7 @@ _GETSTATE = "__getstate__"
 
 
 def keep_out_of_copies(module: nn.Module, *attributes: str) -> None:
-    """Makes copies of a module come without these attributes of it, and without hooks that change nothing."""
+    """Makes copies of a module come without these attributes of it."""
     state = vars(module).get(_GETSTATE)
     if not isinstance(state, _PlainState):
         state = vars(module)[_GETSTATE] = _PlainState(module)
@@ -171,12 +163,7 @@ class _PlainState:
         state = type(module).__getstate__(module)
         if not isinstance(state, dict):
             return state
-        plain = {name: value for name, value in state.items() if name not in self.leave_out}
-        hooks = state["_forward_pre_hooks"]
-        plain["_forward_pre_hooks"] = type(hooks)(
-            (number, hook) for number, hook in hooks.items() if not getattr(hook, CHANGES_NOTHING, False)
-        )
-        return plain
+        return {name: value for name, value in state.items() if name not in self.leave_out}
 
 
 def argument_of_generate(name: str) -> Any:

@@ -124,12 +124,24 @@ def test_a_streamer_sees_a_call_that_starts_again_once():
         assert streamed(model, use_cache=False) == streamed(plain(), use_cache=False)
 
 
-def test_a_call_of_the_model_runs_its_whole_backbone(model):
-    held = {cache_argument(model): new_cache(model, "dynamic")}
+def test_a_call_of_the_model_is_the_plain_models(model):
+    """To the bit, before and after a text, and beside one whose processor calls the model in the middle."""
+    held = [{cache_argument(m): new_cache(m, "dynamic")} for m in (model, plain())]
+    expected = generate(plain())
+    inside = []
+
+    def look(ids, scores):
+        inside.append(model(ids).logits)
+        return scores
+
     with torch.no_grad(), river_compile.trace() as trace:
         for ids in (prompt(), prompt(1, seed=3)):
-            model(ids, **held)
-    assert [step.depth for step in trace.tokens] == [2]
+            ours, theirs = (m(ids, **kept).logits for m, kept in zip((model, plain()), held, strict=True))
+            assert torch.equal(ours, theirs)
+        assert not trace.tokens
+        assert torch.equal(generate(model, logits_processor=[look]), expected)
+        assert torch.equal(inside[-1], plain()(expected[:, : inside[-1].shape[1]]).logits)
+    assert model._compiled_call_impl is None
 
 
 def test_callers_keep_their_own_custom_generate(model):
@@ -141,7 +153,7 @@ def test_callers_keep_their_own_custom_generate(model):
 
 @pytest.mark.core
 def test_copies_and_pickles_are_the_plain_model(tmp_path):
-    """No attribute, hook or compiled call is left, and a pickle says nothing of this package."""
+    """No attribute is left, and a pickle says nothing of this package."""
     model = river_compile.accelerate(plain(), **EXACT)
     model.generate(prompt(), max_new_tokens=1, do_sample=False)
     expected = generate(plain())
@@ -154,8 +166,6 @@ def test_copies_and_pickles_are_the_plain_model(tmp_path):
     for copied in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickled)):
         assert set(vars(copied)) == set(vars(plain()))
         assert copied._compiled_call_impl is None
-        if copied is not model and copied.get_input_embeddings() is not model.get_input_embeddings():
-            assert not any(module._forward_pre_hooks for module in copied.modules())
         assert type(copied) is type(model)
         assert torch.equal(generate(copied), expected)
     assert torch.equal(generate(type(model).from_pretrained(tmp_path)), expected)
@@ -283,13 +293,12 @@ def test_sampling_without_drafts_draws_what_plain_sampling_draws():
 
 @pytest.mark.core
 def test_restore_takes_everything_back(model):
-    """The generate of the class, the call, the hook, the twins; afterwards it can be accelerated again."""
+    """The generate of the class, the call, the twins; afterwards it can be accelerated again."""
     ours = river_compile.accelerate(plain(), **EXACT)
     generate(ours)
     assert river_compile.restore(ours) is ours
     assert set(vars(ours)) == set(vars(plain()))
     assert ours._compiled_call_impl is None
-    assert not any(module._forward_pre_hooks for module in ours.modules())
     assert find_record(ours) is None
     with river_compile.trace() as trace:
         assert torch.equal(generate(ours), generate(plain()))
@@ -372,9 +381,10 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
         "torch.compile",
         "river_compile.config.RiverConfig.from_options",
         "river_compile.api.accelerate.check_paths",
-        "river_compile.api.accelerate.CompiledCall",
+        "river_compile.api.accelerate.own_call",
+        "river_compile.api.accelerate.Programs",
         "river_compile.api.accelerate.has_generate_of_its_own",
-        "river_compile.api.accelerate.generate_exactly",
+        "river_compile.api.accelerate.generate_by",
         "river_compile.api.accelerate.begin_kernels",
         "river_compile.api.generation.MethodType",
         "river_compile.api.generation.keep_out_of_copies",
@@ -405,7 +415,7 @@ def test_the_backends_mode_is_no_option_of_accelerate():
 
 @pytest.mark.slow
 def test_training_between_texts_is_as_without(recwarn):
-    """What needs gradients is not compiled: no graph of it comes to Dynamo. It is said once."""
+    """Nothing but ``generate`` is another, so no graph that needs gradients comes to Dynamo."""
     models = plain(), river_compile.accelerate(plain(), **EXACT)
     found = []
     for model in models:
@@ -419,7 +429,6 @@ def test_training_between_texts_is_as_without(recwarn):
     expected, ours = found
     assert ours[0][0] == expected[0][0], "the first step's loss has the plain model's bits"
     assert [ids for _, ids in ours] == [ids for _, ids in expected]
-    assert sum("needs gradients and runs plainly" in str(w.message) for w in recwarn) == 1
     assert not any("leaves a graph to Inductor" in str(w.message) for w in recwarn)
 
 

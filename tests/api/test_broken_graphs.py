@@ -60,7 +60,6 @@ def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(h
     assert trace.cycles
     assert not said
     assert [graph.refusal for graph in river_compile.report(whole).graphs if graph.refusal] == []
-    assert river_compile.report(whole).plain_runs == 0
 
 
 @pytest.mark.slow  # (transformers compiles its masks with the compiler of the machine: half a minute)

@@ -445,12 +445,3 @@ def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     assert learned[False] is length
     exactly(model, ids, max_new_tokens=8, adaptive=True, do_sample=True)
     assert set(learned) == {False, True}
-
-
-def test_dynamos_limit_of_graphs_makes_room_for_every_width(fresh_dynamo):
-    """The prompt's and the decode step's graph fill what is allowed; any further one would be an error here."""
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        model, ids = compiled(), prompt()
-        assert torch.equal(generate(model, ids), generate(make("llama"), ids))
-        for lookup in (False, True):
-            assert torch.equal(exactly(model, ids, prompt_lookup=lookup), generate(make("llama"), ids))

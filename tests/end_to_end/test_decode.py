@@ -8,13 +8,11 @@ from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile.decoding.session import Session
 from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import cache_state, left_padded
 from tests.support.examples import slow
 from tests.support.families import make, prompt
-from tools.recorder import recording
 
 PROMPT = 9  # tokens
 NEW_TOKENS = 10
@@ -149,58 +147,3 @@ class Order(list, StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         self.append("read")
         return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-@pytest.fixture
-def order(monkeypatch):
-    """Steps are queued ahead, as on a GPU."""
-    noted, step = Order(), Session.step
-
-    def note_step(self, *args):
-        noted.append("step")
-        return step(self, *args)
-
-    monkeypatch.setattr(Session, "runs_late", True)
-    monkeypatch.setattr(Session, "step", note_step)
-    return noted
-
-
-def end_token(model, after: int) -> int:
-    """Returns the token that a text of one row has at a place, and not before."""
-    ids, mask = left_padded(1)
-    text = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
-    token = int(text[after])
-    assert token not in text[:after].tolist()
-    return token
-
-
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_steps_are_queued_before_the_host_reads_what_was_chosen(order, batch, options):
-    """The same text, scores, entries and state of the generator; the last step of a full text is not queued."""
-    model = make("llama", layers=2)
-    ours = generate(model, batch=batch, stopping_criteria=[order], custom_generate=river_compile.decode, **options)
-    drawn = torch.rand(1)
-    theirs = generate(model, batch=batch, **options)
-    assert all(map(torch.equal, ours, theirs))
-    assert torch.equal(drawn, torch.rand(1))
-    assert list(order) == ["step", "read"] * (NEW_TOKENS - 1) + ["read"]
-
-
-@pytest.mark.parametrize("river", [False, True], ids=["plain", "recorded"])
-@recording()
-def test_a_step_behind_the_end_of_a_text_is_taken_back(order, river):
-    """The cache has the length, and the entries up to it, that transformers' loop leaves."""
-    model = make("llama", layers=2)
-    ends = {"eos_token_id": end_token(model, after=3), "pad_token_id": 0, "batch": 1}
-    if river:
-        model.compile(
-            backend="river", options={"cudagraphs": True, "lowering": "eager", "quantizer": "rtn", "group_size": 32}
-        )
-    theirs = generate(model, **ends)
-    ours = generate(model, stopping_criteria=[order], custom_generate=river_compile.decode, **ends)
-    assert ours[0].shape[1] < left_padded(1)[0].shape[1] + NEW_TOKENS
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):  # (a compiled prompt that allocates its cache has other roundings)
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert list(order) == ["step", "read"] * 4

@@ -94,18 +94,6 @@ def _other_parameter(model):
     up.weight = nn.Parameter(1.5 * up.weight)
 
 
-def _hook(model):
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
-
-
-def _hook_of_the_model(model):
-    def scaled(module, args, output):
-        output.logits = 1.5 * output.logits
-        return output
-
-    model.register_forward_hook(scaled)
-
-
 def _adapter(model):
     attention = model.model.layers[0].self_attn
     attention.k_proj = Adapter(attention.k_proj)
@@ -134,11 +122,9 @@ CHANGES = [
     _other_data,
     _other_parameter,
     _training_mode,
-    _hook,
     _adapter,
     _configuration,
     _other_dtype,
-    _hook_of_the_model,
 ]
 
 

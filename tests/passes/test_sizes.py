@@ -46,7 +46,7 @@ def test_one_of_several_tokens_is_what_the_model_makes_of_one(family):
         return graph.forward
 
     several = given(PROMPT, TOKENS)
-    mark_growing({**several, **held}, prompts=True)
+    mark_growing({**several, **held})
     torch.compile(model.forward, backend=keep, fullgraph=True)(**several, **held)
     ((graph, inputs),) = traced
     length = recognise(graph, twins=False).plan.query_length.node.expr

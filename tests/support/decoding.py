@@ -91,7 +91,7 @@ def decode(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         position = (mask.cumsum(-1) - 1)[:, -1:].clone()  # (a view would have another stride in each step)
         arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
-        mark_growing(arguments, prompts=True)  # one graph serves all steps, over static caches too
+        mark_growing(arguments)  # one graph serves all steps, over static caches too
         with depth if isinstance(depth, AbstractContextManager) else forced_depth(depth):
             logits.append(run(**arguments, **held).logits)
     return logits

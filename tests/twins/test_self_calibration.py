@@ -59,7 +59,6 @@ def test_the_same_weights_give_the_same_twins():
     assert same(twins, bytes_of(started()))
     assert same(twins, bytes_of(packed_by_default()))
     assert not same(twins, bytes_of(packed_by_default(quantizer="hqq")))
-    assert report(first).plain_runs == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "gemma3"])
@@ -117,7 +116,6 @@ def test_weights_that_changed_write_anew():
     other.compile(backend=river, options=OPTIONS)
     decode(other, new_cache(other, "static"), [0])
     assert same(bytes_of(model), bytes_of(other))
-    assert report(model).plain_runs == 0
     assert report(model).loss is None  # of other weights
 
 
