@@ -161,9 +161,7 @@ class Session:
         """Returns what the model is given for a prompt that is a pass like others; None for any other."""
         if self.record.call is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(self._kwargs):
             return None
-        if not (
-            self.kv.is_full and self.kv.memory_rows
-        ):  # (a prompt that allocates the cache does more than its graph)
+        if not (self.kv.is_full and self.kv.memory_rows):  # (one that allocates the cache does more than its graph)
             return None
         return with_all_logits(with_masks(self.model, self._first_inputs(ids_BS, config)))
 

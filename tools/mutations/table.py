@@ -377,7 +377,7 @@ _EXACT = (
     Mutation(
         "joined-stale",
         "river_compile/decoding/session.py",
-        "return bool(self.kv.rows) or (self._joins is not None and self._joins == prompt._whole_look)",
+        "return bool(self.kv.rows) or (self._state is not None and self._state == prompt._state)",
         "return True",
         "a batch runs the passes of before a change of the model",
         ("tests/decoding/test_continuous.py",),
@@ -452,8 +452,8 @@ _PROMISES = (
     Mutation(
         "store-unallocated",
         "river_compile/decoding/session.py",
-        "if not self.kv.memory_rows:",
-        "if False:",
+        "if not (self.kv.is_full and self.kv.memory_rows):",
+        "if not self.kv.is_full:",
         "a prompt that allocates its cache is stored without that",
         ("tests/store/test_store.py::TestASecondStart",),
     ),
