@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from river_compile.choices import Choices, choose, passes_for
-from river_compile.errors import OptionError
+from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import CRITERIA
 from river_compile.kernels.native import load as native
 from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
@@ -31,16 +34,16 @@ from river_compile.passes.segments import with_shared_graphs
 from river_compile.progress import stage_reached
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
-from river_compile.runtime.captures import check_captures, choose_captures
+from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.draft_vocab import all_logits
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import CompiledProgram
 from river_compile.runtime.units import Step, Units
-from river_compile.twins.packed import PackedMatmul
-from river_compile.twins.registry import TwinWatch
+from river_compile.twins.quantize import UNOBSERVED
+from river_compile.twins.weights import ProgramWeights, TwinWeight
 from river_compile.upstream.memory import give_back
 
-Packed = dict[Matmul, PackedMatmul]
+log = logging.getLogger("river_compile.twins")
 
 
 def build(
@@ -80,7 +83,7 @@ def build(
     graph.traced = found
     examples = {slot: value_of(node) for node, slot in rewritten.slots.items()}
     warn = functools.partial(warn_of_slow_lowering, how, plan.device)
-    return _assembled(program, examples, [*values.values()], model, graph, warn)
+    return _executor(program, examples, [*values.values()], model, graph, warn)
 
 
 def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
@@ -93,7 +96,60 @@ def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: 
     """
     if program.native:
         native.load()
-    return _assembled(program, StoredExamples(program), inputs, model, graph, lambda: None)
+    return _executor(program, StoredExamples(program), inputs, model, graph, lambda: None)
+
+
+def _executor(
+    program: Program,
+    examples: Mapping[int, Any],
+    inputs: Sequence[Any],
+    model: ModelRecord,
+    graph: GraphRecord,
+    warn: Callable[[], object],
+) -> RiverExecutor:
+    """Returns what runs a program, and builds it anew where its parameters change."""
+    compiled, captures = _assembled(program, examples, inputs, model, graph, warn)
+    again = functools.partial(_again, weakref.ref(model), weakref.ref(graph))
+    executor = RiverExecutor(compiled, captures, graph.code, again)
+    graph.executor = weakref.ref(executor)
+    return executor
+
+
+def _again(
+    model_ref: weakref.ref[ModelRecord], graph_ref: weakref.ref[GraphRecord], program: Program, inputs: Sequence[Any]
+) -> tuple[CompiledProgram, Capturing | None]:
+    """Builds a program anew, whose parameters have changed."""
+    model, graph = model_ref(), graph_ref()
+    assert model is not None, "the model whose parameters these are is there"
+    assert graph is not None, "its record has the graph that is run"
+    start, before = time.perf_counter(), {id(twin) for twin in graph.twins}
+    adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
+    graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
+    built = _assembled(program, StoredExamples(program), inputs, model, graph, lambda: None, anew=True)
+    changed = [twin for twin in graph.twins if id(twin) not in before]
+    if changed:
+        _tell_of_change(model, changed, time.perf_counter() - start)
+    return built
+
+
+def _tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: float) -> None:
+    """Reports weights that were packed again: the first time as a warning, then in the log, for those who train."""
+    twins = model.twins
+    twins.loss, twins.changes, twins.changed = None, twins.changes + 1, len(changed)
+    others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    message = (
+        f"weights changed after their 4-bit twins were packed ({changed[0].name}{others}); the twins were packed "
+        f"again in {seconds:.1f} s"
+    )
+    observed = sum(twin.statistics.endswith("observed tokens") for twin in changed)
+    if observed:
+        message += f", {observed} with what was observed before; river_compile.observe takes new statistics"
+    if any(twin.quantizer == UNOBSERVED != twin.asked for twin in changed):
+        message += f". Matrices that were not observed took quantizer={UNOBSERVED!r}"
+    if twins.changes == 1:
+        hint = "Later changes are only logged and counted in the report."
+        warnings.warn(f"{message}. {hint}", RiverWarning, stacklevel=2)
+    log.info("%s", message)
 
 
 def _assembled(
@@ -103,13 +159,15 @@ def _assembled(
     model: ModelRecord,
     graph: GraphRecord,
     warn: Callable[[], object],
-) -> RiverExecutor:
-    """Packs the twins of a program, compiles its segments, and puts them together."""
+    anew: bool = False,
+) -> tuple[CompiledProgram, Capturing | None]:
+    """Packs the twins of a program, compiles its segments, and puts them together; `anew`: its parameters changed."""
     config, ranks = graph.config, model.ranks
     graph.program = program
     policy = config.exit_policy(program)
     segments = policy.reachable(program)
-    packed = _packed(program, segments, inputs, model, graph, warn)
+    weights = _packed(program, segments, inputs, model, graph, warn, anew)
+    packed = weights.packed
     if program.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
         with model.twins.moving():
@@ -121,30 +179,22 @@ def _assembled(
     trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph_lines(graph)))
     model.exit_stats.num_blocks = program.num_blocks
     captures = choose_captures(program, config, graph.captures, ranks)
-    watch: Callable[[Sequence[Any]], object] = _nothing
-    if packed:
-        watch = TwinWatch(packed, model.twins, lambda: model.statistics, functools.partial(adopt, model))
-    executor = RiverExecutor(
-        CompiledProgram(
-            program,
-            Units(program, steps, _nothing),
-            None if captures is None else Units(program, steps, captures.kind.obstacle),
-            policy,
-            model.exit_stats,
-            model.exit_memories,
-            policy.criterion.reads == "previous" and program.head.has_score,
-            wanted,
-            graph.captures,
-            watch,
-            None if config.offload is None else streamer.forget,
-            ranks,
-            ranks.several and config.check_ranks,
-        ),
-        captures,
-        graph.code,
+    compiled = CompiledProgram(
+        program,
+        Units(program, steps, _nothing),
+        None if captures is None else Units(program, steps, captures.kind.obstacle),
+        policy,
+        model.exit_stats,
+        model.exit_memories,
+        policy.criterion.reads == "previous" and program.head.has_score,
+        wanted,
+        graph.captures,
+        weights,
+        None if config.offload is None else streamer.forget,
+        ranks,
+        ranks.several and config.check_ranks,
     )
-    graph.executor = weakref.ref(executor)
-    return executor
+    return compiled, captures
 
 
 def _nothing(_: object) -> None:
@@ -187,7 +237,8 @@ def _packed(
     model: ModelRecord,
     graph: GraphRecord,
     warn: Callable[[], object],
-) -> Packed:
+    anew: bool,
+) -> ProgramWeights:
     """Returns the packed weights of the matmuls that passes made and tokens can reach."""
     twins, how = model.twins, graph.config.backbone_weights
     with graph.stage("packing"):
@@ -200,10 +251,11 @@ def _packed(
                 "model.to(torch.bfloat16), or use backbone_weights='model'"
             )
         savable = [linear for linear in every if not linear.lossless]
-        packed = {}
+        weights = ProgramWeights({}, inputs)
         if reached:
-            packed = twins.pack(reached, inputs, graph.config, model.statistics, program.matrices, savable)
-    graph.twins = tuple(made for made in packed.values() if not made.linear.lossless)
+            weights = twins.get(reached, inputs, graph.config, model.statistics, program.matrices, savable, anew)
+    packed = weights.packed
+    graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     lossless = [linear for linear in packed if linear.lossless]
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
     if how == "8bit" and not smaller:
@@ -218,14 +270,14 @@ def _packed(
         warn()
         if model.ranks.several:  # (which judge together or not at all; else the first report does)
             twins.judge(graph.twins, model.statistics)
-    return packed
+    return weights
 
 
 def _compiled(
     program: Program,
     examples: Mapping[int, Any],
     segments: Sequence[SegmentSpec],
-    packed: Packed,
+    packed: Mapping[Matmul, TwinWeight],
     wanted: Tensor | None,
     streamer: Streamer,
     graph: GraphRecord,

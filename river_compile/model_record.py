@@ -34,9 +34,9 @@ from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.stats import ExitStats
 from river_compile.store.programs import Origin, Programs
 from river_compile.twins.calibration_stats import Observation
-from river_compile.twins.packed import PackedMatmul
-from river_compile.twins.registry import Statistics, TwinRegistry
+from river_compile.twins.pack import Statistics, TwinWeights
 from river_compile.twins.self_calibration import SelfCalibration
+from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.dynamo import drop_graphs
 
 BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
@@ -82,7 +82,7 @@ class GraphRecord:
     code: CodeType | None = None
     ranks: Sequence[Mapping[str, Any]] = ()
     captures: CaptureLog = field(default_factory=CaptureLog)
-    twins: tuple[PackedMatmul, ...] = ()
+    twins: tuple[TwinWeight, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -141,7 +141,7 @@ class ModelRecord:
 
     graphs: list[GraphRecord] = field(default_factory=list)
     ranks: Ranks = ALONE  # that share it
-    twins: TwinRegistry = field(default_factory=TwinRegistry)
+    twins: TwinWeights = field(default_factory=TwinWeights)
     observation: Observation | None = None  # of texts that a user gave
     self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
@@ -159,6 +159,11 @@ class ModelRecord:
     def statistics(self) -> Statistics:
         """What quantizers may know of the inputs of its matrices."""
         return Statistics(self.observation, self.self_calibration, self.ranks)
+
+    @property
+    def packed(self) -> list[TwinWeight]:
+        """The weights of its twins."""
+        return [*{id(twin): twin for graph in self.graphs for twin in graph.twins}.values()]
 
     @property
     def prepared(self) -> int:

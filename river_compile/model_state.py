@@ -1,7 +1,7 @@
 """A model as a call of generate finds it: what its programs depend on, and what the entries of its texts depend on.
 
     identity   code, configuration, attributes, hooks, shapes, dtypes, devices: `store/identity.py`
-    weights    which tensors its parameters and buffers are, and how they look: `twins/parameter_stamp.py`
+    weights    which tensors its parameters and buffers are, and how they look: `twins/weights.py`
 
 Not handled (a model without a state): ranks that share a model, tensors made of others, and other models without
 identity; rotary embeddings whose frequencies depend on how long the text is, so that a token's entries do too.
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from river_compile.config import RiverConfig
 from river_compile.store.identity import identity_of
-from river_compile.twins.parameter_stamp import ParameterStamp
+from river_compile.twins.weights import ParameterStamp
 
 
 class ModelState(NamedTuple):

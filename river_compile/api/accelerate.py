@@ -44,7 +44,7 @@ from river_compile.model_record import GraphRecord, ModelRecord, find_record, fo
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.programs import Origin, Programs
-from river_compile.twins.artifact import FILE, Artifact
+from river_compile.twins.file import FILE, TwinFile
 from river_compile.upstream.dynamo import compiled_with, own_call, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -113,7 +113,7 @@ def accelerate(
     if config.artifact is not None and config.on_missing_artifact == "raise":
         artifact = ranks_of(model.parameters()).folder(Path(config.artifact))
         if not os.path.exists(artifact / FILE):
-            Artifact(artifact)  # (says what is wrong)
+            TwinFile(artifact)  # (says what is wrong)
     record, call = record_of(model.parameters()), own_call(river, backend_options)
     programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), store)
     begin_kernels(config, model.device)

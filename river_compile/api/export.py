@@ -27,7 +27,7 @@ from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import appearing
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.model_record import unwrap
-from river_compile.twins.packed import PackedMatmul
+from river_compile.twins.weights import TwinWeight
 
 FORMATS = ("compressed-tensors",)
 
@@ -77,13 +77,13 @@ def export(model: nn.Module, folder: str | Path, format: str = "compressed-tenso
     return folder
 
 
-def _check(sites: Sequence[PackedMatmul], folder: Path) -> None:
+def _check(sites: Sequence[TwinWeight], folder: Path) -> None:
     """Refuses twins that the format cannot hold."""
     why = ""
     for site in sites:
-        if site.linear.experts or site.linear.transposed:
+        if site.matmul.experts or site.matmul.transposed:
             why = (
-                f"{site.name} is {'a stack of experts' if site.linear.experts else 'transposed'}, and only linears are"
+                f"{site.name} is {'a stack of experts' if site.matmul.experts else 'transposed'}, and only linears are"
             )
         elif site.input_scale is not None:
             why = f"the inputs of {site.name} are scaled; use quantizer='symmetric'"
@@ -96,11 +96,11 @@ def _check(sites: Sequence[PackedMatmul], folder: Path) -> None:
         raise ArtifactError(f"cannot export to {folder}: all twins stay in 16 bits")
 
 
-def _linears(site: PackedMatmul) -> Iterator[tuple[str, QuantizedWeight]]:
+def _linears(site: TwinWeight) -> Iterator[tuple[str, QuantizedWeight]]:
     """Yields the module path and the grid of each linear of a product."""
     assert site.weight is not None
     grid = site.weight.unpack()
-    parts = (tensor.split(list(site.linear.out_features)) for tensor in (grid.q, grid.scale, grid.zero))
+    parts = (tensor.split(list(site.matmul.out_features)) for tensor in (grid.q, grid.scale, grid.zero))
     for name, q, scale, zero in zip(site.name.split("|"), *parts, strict=True):
         yield name, QuantizedWeight(q, scale, zero, grid.group_size)
 

@@ -15,12 +15,10 @@ from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError
 from river_compile.kernels.checks import PATH
 from river_compile.model_record import find_record, record_of, unwrap
-from river_compile.twins.artifact import write_artifact
 from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.file import write
 from river_compile.twins.observe import Tokenizer, record, windows_of
-from river_compile.twins.packed import PackedMatmul
-from river_compile.twins.parameter_stamp import digest_of
-from river_compile.twins.registry import changed_since
+from river_compile.twins.weights import TwinWeight, digest_of, is_in
 
 
 def observe(
@@ -64,8 +62,7 @@ def observe(
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
 
-    Twins of weights that changed are packed again first. Of a model on several ranks each one calls this and writes its
-    own part, "rank-0-of-2" and so on.
+    Of a model on several ranks each one calls this and writes its own part, "rank-0-of-2" and so on.
 
     Args:
         model: a model that has generated with the backend, so that its twins are packed.
@@ -75,61 +72,53 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, weights were replaced since, or it cannot be written.
+        ArtifactError: (a ``ValueError``) nothing is packed, weights changed since, or it cannot be written.
     """
     folder = Path(PATH("folder", folder, ArtifactError))
     mine = ranks_of(unwrap(model).parameters()).folder(folder)
-    write_artifact(mine, packed_twins(model, mine))
+    write(mine, packed_twins(model, mine))
     return folder
 
 
-def packed_twins(model: nn.Module, folder: Path) -> list[PackedMatmul]:
-    """Returns the packed matmuls of a model as its weights are now, for a folder that they are to be written to.
+def packed_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
+    """Returns the packed twins of a model as its weights are now, for a folder that they are to be written to.
 
     Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, or weights were replaced since.
+        ArtifactError: (a ``ValueError``) nothing is packed, or weights changed since.
     """
     record = find_record(model)
-    made = record.twins.all() if record else []
+    made = record.packed if record else []
     if not made:
         raise ArtifactError(
             f"cannot save to {folder}: no twin of this model is packed; generate a token with "
             'model.compile(backend="river") first'
         )
-    refresh(model)
-    made = [site for site in made if _has(unwrap(model), site)] or made  # (not those of adapters that are gone)
-    stale = next((site.name for site in made if site.fresh_sources() is None), None)
+    made = [twin for twin in made if is_in(unwrap(model), twin)] or made  # (not those of adapters that are gone)
+    stale = next((twin.name for twin in made if not twin.is_current), None)
     if stale is not None:
-        raise ArtifactError(f"cannot save to {folder}: {changed_since(stale)}")
+        raise ArtifactError(
+            f"cannot save to {folder}: the weights of {stale} changed after they were packed; call "
+            "river_compile.refresh(model) and generate a token first"
+        )
     return made
 
 
-def _has(model: nn.Module, site: PackedMatmul) -> bool:
-    """Tells whether all layers of a product are in the model now."""
-    paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
-    return paths.issuperset(site.name.split("|"))
-
-
 def refresh(model: nn.Module) -> int:
-    """Packs the twins of all matrices again whose weights are not those that they were made from.
+    """Has the next text packed with the twins of the weights as they are now, whatever changed them.
 
     That happens by itself at the next prompt after ``load_state_dict``, an optimizer's step, ``parameter.data = ...``
     or a merged adapter. Call it after changing single elements under ``torch.inference_mode()`` or through
-    ``parameter.data``, which PyTorch does not count. It reads all weights. Compiled code and captured graphs stay;
-    texts that were kept for the next call of generate do not.
+    ``parameter.data``, which PyTorch does not count. It reads all weights. Texts that were kept for the next call of
+    generate are forgotten.
 
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
 
     Returns:
-        The number of matrices that were packed again, products of several layers counting once.
+        The number of weights that the next text packs again, those of several layers in one matmul counting once.
     """
     record = find_record(model)
     if record is None:
         return 0
     record.prefixes.forget_texts()
-    pairs = [(site, site.sources.get()) for site in record.twins.all(lossless=True)]
-    known = [(site, sources) for site, sources in pairs if sources is not None]
-    # (Of another dtype or device: Dynamo traces the model anew, and its twins are packed then.)
-    alike = [(site, sources) for site, sources in known if sources.kinds == site.sources.kinds]
-    return record.twins.renew(alike, record.statistics, thorough=True)
+    return record.twins.look_again()

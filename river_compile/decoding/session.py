@@ -51,7 +51,7 @@ from river_compile.progress import stage_shown
 from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor, last_token_alone
 from river_compile.runtime.kv_cache import KVCache, slots_for
-from river_compile.runtime.state import CompiledProgram, StepState
+from river_compile.runtime.state import StepState
 from river_compile.store.inputs import named
 from river_compile.store.programs import Recalled
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
@@ -105,7 +105,7 @@ class Session:
         self._graph: GraphRecord | None = None
         self._tokens: DraftVocab | None = None
         self._strict = False
-        self._begun: set[CompiledProgram] = set()  # that have looked at the weights
+        self._begun: set[RiverExecutor] = set()  # that have looked at the weights
         self._use_rows()
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
@@ -123,9 +123,9 @@ class Session:
                 with forced_depth(self.depth):  # (a prompt of one token is a decode step)
                     outputs = self._prompted(ids_BS, config)
                 logits = outputs.logits
-        ran = self._begun.union(executor.compiled for executor, *_ in calls)
+        ran = self._begun.union(executor for executor, *_ in calls)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
-        self._graph = next((graph for graph in record.graphs if _compiled(graph) in ran), None)
+        self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
         self.stats, self.ranks = record.exit_stats, record.ranks
         if inputs is None:
             cache = cache_of(self._kwargs)
@@ -404,9 +404,10 @@ class Session:
         """Looks for what is bound to the cache already, then for a program that was traced before."""
         state = self.kv.states.get((self.kv.rows, width))
         if state is not None and _serves(state, inputs, self._inputs[width].owns(inputs)):
-            self._begin(state.compiled, state.args)
-            self._states[width] = state
-            return state
+            self._begin(state.executor, state.args)
+            if state.compiled is state.executor.compiled:
+                self._states[width] = state
+                return state
         found = self._recalled(inputs)
         return None if found is None else self._bind(width, found.executor, found.args, inputs)
 
@@ -422,14 +423,14 @@ class Session:
         """Returns a pass that was traced before, in this process or another one."""
         found = None if self._programs is None else self._programs.recall(self.model, inputs, self.kv.cache)
         if found is not None:
-            self._begin(found.executor.compiled, found.args)
+            self._begin(found.executor, found.args)
         return found
 
-    def _begin(self, compiled: CompiledProgram, args: Sequence[Any]) -> None:
-        """Has a program look at the model's weights, once in a session."""
-        if compiled not in self._begun:
-            self._begun.add(compiled)
-            compiled.on_begin(args)
+    def _begin(self, executor: RiverExecutor, args: Sequence[Any]) -> None:
+        """Has an executor look at the model's weights, once in a session."""
+        if executor not in self._begun:
+            self._begun.add(executor)
+            executor.begin(args)
 
     def _through_model(self, width: int, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
         """Runs a pass through the model; binds the first one of its kind."""
@@ -446,7 +447,7 @@ class Session:
         graph = locate(self.model, self.record.graphs, inputs, self.kv.cache, calls, logits, self.record.call)
         if graph is not None and graph.traced is not None:
             executor, args, _ = calls[0]
-            self._begun.add(executor.compiled)
+            self._begun.add(executor)
             if self._programs is not None:
                 self._programs.keep(inputs, self.kv.cache, executor, graph.traced)
             if not last_token and width in self._inputs:
@@ -474,11 +475,6 @@ class Session:
         """Makes the model kwargs of a pass over the last `width` ids, by transformers' methods."""
         kwargs = self._lengthened(self.kv.filled + width)
         return with_all_logits(self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs))
-
-
-def _compiled(graph: GraphRecord) -> CompiledProgram | None:
-    executor = graph.executor()
-    return executor.compiled if isinstance(executor, RiverExecutor) else None
 
 
 def _serves(state: StepState, inputs: Inputs, owned: bool) -> bool:

@@ -24,10 +24,10 @@ from river_compile.passes.moe_router import ROUTER
 from river_compile.passes.program import Fusion, Program, SegmentSpec
 from river_compile.runtime.kv_cache import KeptTexts
 from river_compile.runtime.stats import ExactStats
-from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.twin_kl import TwinLoss
+from river_compile.twins.weights import TwinWeight
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -47,7 +47,7 @@ class Report:
 
     model: str
     graphs: tuple[GraphRecord, ...]
-    packed: tuple[PackedMatmul, ...]
+    packed: tuple[TwinWeight, ...]
     packing_seconds: float
     packed_again: tuple[int, int]
     decode_depths: dict[int, int]
@@ -151,13 +151,13 @@ def report(model: nn.Module) -> Report:
     record = find_record(model) or ModelRecord()
     stats, packed = record.exit_stats, record.twins
     if not record.ranks.several:
-        packed.judge({id(twin): twin for graph in record.graphs for twin in graph.twins}.values(), record.statistics)
+        packed.judge(record.packed, record.statistics)
     return Report(
         model=type(unwrap(model)).__name__,
         graphs=tuple(record.graphs),
-        packed=tuple(sorted(packed.all(), key=lambda p: _natural(p.name))),
+        packed=tuple(sorted(record.packed, key=lambda p: _natural(p.name))),
         packing_seconds=packed.seconds,
-        packed_again=(packed.renewals, packed.renewed),
+        packed_again=(packed.changes, packed.changed),
         decode_depths=dict(sorted(stats.decode.items())),
         prefill_depths=dict(sorted(stats.prefill.items())),
         exact=stats.exact,

@@ -42,10 +42,17 @@ class RiverExecutor:
         compiled: the program.
         captures: what captures passes, None: nothing does; may be replaced between two steps.
         code: of the function that Dynamo traced; None where a call of it may do more than to run the graph.
+        again: builds the program anew for inputs whose parameters have changed.
     """
 
-    def __init__(self, compiled: CompiledProgram, captures: Capturing | None, code: CodeType | None = None) -> None:
-        self.compiled, self.captures, self.code = compiled, captures, code
+    def __init__(
+        self,
+        compiled: CompiledProgram,
+        captures: Capturing | None,
+        code: CodeType | None = None,
+        again: Callable[[Program, Sequence[Any]], tuple[CompiledProgram, Capturing | None]] | None = None,
+    ) -> None:
+        self.compiled, self.captures, self.code, self._again = compiled, captures, code, again
         self.decodes = compiled.program.is_decode
         # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
         self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -70,6 +77,19 @@ class RiverExecutor:
         """Takes the same program with the sources of its inputs in the place of its own."""
         self.compiled.program = program
 
+    def begin(self, args: Sequence[Any]) -> None:
+        """Looks at the parameters among a sequence's inputs; builds the program anew where they are not those it has.
+
+        States that were bound before have the old ones.
+        """
+        weights, ranks = self.compiled.weights, self.compiled.ranks
+        if weights is None or self._again is None or not weights.packed or ranks.every(weights.stand_for(args)):
+            return
+        policy = self.policy
+        self.compiled, self.captures = self._again(self.program, args)
+        self.policy = policy
+        self._states = WeakTensorKeyDictionary()
+
     def bind(self, args: Sequence[Any], captured: bool = True, last_token: bool = False) -> StepState:
         """Returns a state of the program on the cache among its inputs.
 
@@ -79,7 +99,7 @@ class RiverExecutor:
             last_token: nobody reads other logits than the last token's, and there may be no others.
         """
         captures = self.captures if captured and not last_token and self._may_capture(args) else None
-        return StepState(self.compiled, args, None if captures is None else captures.make(), last_token)
+        return StepState(self.compiled, args, None if captures is None else captures.make(), last_token, self)
 
     def __call__(self, *args: Any) -> tuple:
         """Runs a pass for inputs of Dynamo's; the outputs are the caller's.
@@ -87,15 +107,15 @@ class RiverExecutor:
         Raises:
             CacheFullError: (a ``ValueError``) the tokens do not fit into a static cache.
         """
-        compiled, last_token = self.compiled, _last_token.get()
+        last_token, compiled = _last_token.get(), self.compiled
         if compiled.checks_ranks:
             ids = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point() and arg.dim() == 2]
             compiled.ranks.check_alike("the tokens, positions and masks that they are given", list(map(_digest, ids)))
+        if not self._goes_on(args):
+            self.begin(args)
         held = None if last_token else self._state_of(args)
         state = held or self.bind(args, captured=False, last_token=last_token)
-        cache, memory = state.cache, state.memory
-        if cache is None or not self.decodes or memory.left != version_of(cache):
-            compiled.on_begin(args)  # (a step goes on where the cache is as the latest step left it)
+        memory = state.memory
         filled = self._check_room(args, memory)
         if held is not None:
             held.load(args, self._varying)
@@ -104,6 +124,13 @@ class RiverExecutor:
         outputs = state.copied_outputs()
         _calls(self, args, outputs)
         return outputs
+
+    def _goes_on(self, args: Sequence[Any]) -> bool:
+        """Whether a step's cache is as the latest step left it: it is of the same sequence."""
+        before, _ = self.program.keys
+        if before is None or not self.decodes:
+            return False
+        return self.compiled.memories.of(args[before]).left == version_of(args[before])
 
     def _may_capture(self, args: Sequence[Any]) -> bool:
         if self.captures is None or self.decodes:

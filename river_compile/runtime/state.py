@@ -32,6 +32,7 @@ from river_compile.runtime.captures import (
 )
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.units import SCORE, WANTED, Unit, Units
+from river_compile.twins.weights import ProgramWeights
 
 log = logging.getLogger("river_compile.runtime.captures")
 _steps: Observers[[StepState, StepRecord]] = Observers()
@@ -59,7 +60,7 @@ class CompiledProgram:
         all_logits: the list of all blocks of the vocabulary, as `wanted` of `river::linear` has it; None where the
             river's head takes none.
         log: of captures.
-        on_begin: called with the program's inputs before the first pass of a sequence.
+        weights: its packed ones; None where it has none.
         on_close: called after each step; None: nothing is.
         ranks: that share the model; of each score the first one's counts.
         checks_ranks: whether they compare what they are given and what they compute.
@@ -74,7 +75,7 @@ class CompiledProgram:
     remembers: bool
     all_logits: Tensor | None
     log: CaptureLog
-    on_begin: Callable[[Sequence[Any]], object]
+    weights: ProgramWeights | None
     on_close: Callable[[], None] | None
     ranks: Ranks = ALONE
     checks_ranks: bool = False
@@ -94,6 +95,7 @@ class StepState:
         args: the program's inputs. Tensors among them are read in place.
         device: captures units; None: they run as plain calls.
         last_token: nobody reads other logits than the last token's, and there may be no others. For plain calls.
+        executor: that bound it.
 
     Attributes:
         slots: the inputs, what units exchange, the list of wanted logits and the latest score.
@@ -104,10 +106,15 @@ class StepState:
     """
 
     def __init__(
-        self, compiled: CompiledProgram, args: Sequence[Any], device: CaptureDevice | None, last_token: bool = False
+        self,
+        compiled: CompiledProgram,
+        args: Sequence[Any],
+        device: CaptureDevice | None,
+        last_token: bool = False,
+        executor: Any = None,
     ) -> None:
         program = compiled.program
-        self.compiled, self.device = compiled, device
+        self.compiled, self.device, self.executor = compiled, device, executor
         self._units = compiled.plain if device is None or compiled.units is None else compiled.units
         self._late = device is not None and device.runs_late
         self._narrowed = program.last_token if last_token else None

@@ -1,151 +1,154 @@
-"""Makes the packed matrices of twins: from a known grid, or from weights and what is known of their inputs.
+"""Makes packed weights: from a known grid, or from parameters and what is known of their inputs.
 
 Where a quantizer asks for statistics and there are none, one that looks at weights alone takes its place, and the
-product says so. Not handled: which products are made, and when; see :mod:`river_compile.twins.registry`.
+weight says so. Not handled: which are made, and when; see :mod:`river_compile.twins.pack`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from river_compile.config import RiverConfig
-from river_compile.errors import OptionError, UnsupportedGraphError
-from river_compile.kernels.quant.calibrated import OBSERVING
-from river_compile.kernels.quant.grid import QuantizedWeight
+from river_compile.errors import UnsupportedGraphError
+from river_compile.kernels.quant.calibrated import OBSERVING, output_sqnr_db, quantize_observed
+from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_stack
 from river_compile.passes.program import Matmul
-from river_compile.twins.artifact import Artifact
-from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments, Observation
-from river_compile.twins.packed import LOSSLESS, PackedMatmul, Quantized, extras_of, quantize_site, quantize_stack
-from river_compile.twins.parameter_stamp import HeldSources, ParameterStamp, Sources
+from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments
+from river_compile.twins.weights import LOSSLESS, Parameters, TwinWeight, held
+from river_compile.upstream.tensors import as_ordinary
 
 UNOBSERVED = "hqq"  # what looks at weights alone, for those without statistics
-Known = Quantized | Moments | None  # of a product, before it is quantized
+_STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel; others store what is exact for them
+_ROWS_COMPARED = 256  # output features by which the outputs' ratio is known to a few hundredths of a dB
 
-
-@dataclass(frozen=True)
-class Maker:
-    """Makes packed matmuls in one way.
-
-    Attributes:
-        config: its `quantizer` and `artifact` say how.
-        artifact: what is read instead of made.
-        number: distinguishes the statistics that it was made to use.
-        observation: what the matrices read, where that was recorded before.
-        lossless: of the backbone's matmuls, which no quantizer and no artifact changes.
-    """
-
-    config: RiverConfig
-    artifact: Artifact | None
-    number: int
-    observation: Observation | None = None
-    lossless: bool = False
-
-    @property
-    def quantizer(self) -> str:
-        return LOSSLESS if self.lossless else self.config.quantizer
-
-    @property
-    def origin(self) -> str:
-        return str(self.artifact.folder) if self.artifact else ""
-
-    def key(self, site: Matmul) -> tuple[object, ...]:
-        """Returns the key of a packing beside its parameters."""
-        number = self.number if self.needs_statistics else 0
-        return site.name, site.group_size, site.layout, self.quantizer, self.origin, number
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether products are made with statistics."""
-        return self.artifact is None and self.quantizer in OBSERVING
-
-    def look_up(self, site: Matmul, sources: Sources) -> Known:
-        """Returns the artifact's entry of a matmul, or the recorded moments of its inputs, None if there are none."""
-        quantizer = self.quantizer
-        if self.artifact is not None and (not self.lossless or site.name in self.artifact.names):
-            return self.artifact.find(site, quantizer, sources.digest)
-        if self.observation is None or not self.needs_statistics:
-            return None
-        moments = self.observation.moments_of(sources.weights[0])
-        if moments is None and not self.observation.own:
-            raise OptionError(
-                f"quantizer={quantizer!r} needs to know what the model's matrices read, and no observed text reached "
-                f"{site.name}; call river_compile.observe(model, tokenizer, texts) with other texts before the first "
-                "generation, name an artifact=, or use quantizer='hqq'"
-            )
-        return moments
-
-    def make(self, site: Matmul, sources: Sources, known: Known) -> PackedMatmul:
-        """Quantizes, or reads, and packs a linear."""
-        made = _made(site, sources, self.quantizer, known)
-        return replace(made, key=self.key(site), artifact=self.origin)
-
-
-def needs_moments(site: PackedMatmul) -> bool:
-    """Tells whether a packed matmul is made again with statistics."""
-    return site.asked in OBSERVING
-
-
-def made_again(site: PackedMatmul, sources: Sources, known: Known) -> PackedMatmul:
-    """Returns a new packing of a matmul from its current parameters, which no artifact has."""
-    return _made(site.linear, sources, site.asked, known)
+# A matrix, and the fields of its `TwinWeight` that tell what was lost.
+Grid = tuple[QuantizedWeight | PackedLinear, dict[str, Any]]
 
 
 @torch.no_grad()
-def _made(
-    linear: Matmul,
-    sources: Sources,
+def make(matmul: Matmul, parameters: Parameters, digest: str, asked: str, known: Moments | None) -> TwinWeight:
+    """Quantizes and packs the weight of a matmul.
+
+    Args:
+        matmul: which.
+        parameters: what it is made from.
+        digest: of those.
+        asked: the quantizer, or `LOSSLESS`.
+        known: of its inputs.
+
+    Raises:
+        UnsupportedGraphError: the weights, or their inputs, are not finite.
+    """
+    try:
+        grid, facts = _grid(matmul, parameters, asked, known)
+    except ValueError as error:
+        names = zip(matmul.name.split("|"), parameters.weights, strict=not matmul.experts)
+        name = next((name for name, weight in names if not weight.isfinite().all()), matmul.name)
+        raise UnsupportedGraphError(f"no 4-bit twin can be made of {name}: {error}") from None
+    return packed(matmul, parameters, digest, asked, grid, facts)
+
+
+def packed(
+    matmul: Matmul,
+    parameters: Parameters,
+    digest: str,
     asked: str,
-    known: Known,
-) -> PackedMatmul:
-    """Packs a product from a known grid, or quantizes it with what is known of its inputs."""
-    held, stamp, digest = HeldSources(sources), ParameterStamp(sources.tensors), sources.digest
-    found = known if isinstance(known, Quantized) else _quantized(linear, sources, asked, known)
-    device = sources.weights[0].device
-    scale = None if found.input_scale is None else found.input_scale.to(device)
-    return PackedMatmul(
-        linear=linear,
-        quantizer=found.quantizer,
+    grid: QuantizedWeight | PackedLinear,
+    facts: Mapping[str, Any],
+) -> TwinWeight:
+    """Returns a known grid as a matmul's kernel reads it: a file's own tensors where they are that on a CPU.
+
+    Args:
+        matmul, parameters, digest, asked: as :func:`make` has them.
+        grid: the matrix.
+        facts: of it, fields of :class:`TwinWeight`.
+    """
+    device = parameters.weights[0].device
+    scale = facts.get("input_scale")
+    scale = None if scale is None else scale.to(device)
+    if isinstance(grid, PackedLinear):
+        weight = grid.to(device).as_layout(matmul.layout)
+    elif matmul.experts:
+        weight = pack_stack(grid.to(device), matmul.layout, matmul.experts)
+    else:
+        weight = pack(grid.to(device), matmul.layout)
+    return TwinWeight(
+        matmul=matmul,
+        weight=weight,
+        extras=_extras(matmul, parameters, scale),
         asked=asked,
-        statistics=found.statistics,
-        sources=held,
-        stamp=stamp,
         digest=digest,
-        weight=_packed(found.weight, linear, device),
-        extras=extras_of(linear, sources, scale),
-        input_scale=scale,
-        sqnr=found.sqnr,
-        output_sqnr=found.output_sqnr,
+        made_from=held(parameters.tensors),
+        **{**facts, "input_scale": scale},
     )
 
 
-def _packed(weight: QuantizedWeight | PackedLinear, linear: Matmul, device: torch.device) -> PackedLinear:
-    """Returns a grid as a product's kernel reads it: the artifact's own tensors where they are that on a CPU."""
-    if isinstance(weight, PackedLinear):
-        return weight.to(device).as_layout(linear.layout)
-    grid, experts = weight.to(device), linear.experts
-    return pack_stack(grid, linear.layout, experts) if experts else pack(grid, linear.layout)
-
-
-def _quantized(linear: Matmul, sources: Sources, asked: str, known: Moments | None) -> Quantized:
-    """Raises an UnsupportedGraphError that names the product where its weights, or their inputs, are not finite."""
-    try:
-        return _grid(linear, sources, asked, known)
-    except ValueError as error:
-        names = zip(linear.name.split("|"), sources.weights, strict=not linear.experts)
-        name = next((name for name, weight in names if not weight.isfinite().all()), linear.name)
-        raise UnsupportedGraphError(f"no 4-bit twin can be made of {name}: {error}") from None
-
-
-def _grid(linear: Matmul, sources: Sources, asked: str, known: Moments | None) -> Quantized:
+def _grid(matmul: Matmul, parameters: Parameters, asked: str, known: Moments | None) -> Grid:
     if asked == LOSSLESS:
-        return Quantized(weight=pack_lossless(sources.weights, linear.layout), quantizer=asked, sqnr=math.inf)
+        return pack_lossless(parameters.weights, matmul.layout), {"quantizer": asked, "sqnr": math.inf}
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
-    if linear.experts:
-        return quantize_stack(
-            linear, sources.weights[0], quantizer, known if isinstance(known, ExpertMoments) else None
-        )
-    return quantize_site(linear, sources.weights, quantizer, known if isinstance(known, InputMoments) else None)
+    if matmul.experts:
+        return _of_stack(matmul, parameters.weights[0], quantizer, known if isinstance(known, ExpertMoments) else None)
+    return _of_matrix(matmul, parameters, quantizer, known if isinstance(known, InputMoments) else None)
+
+
+def _of_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inputs: InputMoments | None) -> Grid:
+    """Finds the grid of a matmul's weights; "awq" and "gptq" need the second moments of its inputs."""
+    weight = torch.cat([w.T if matmul.transposed else w for w in map(as_ordinary, parameters.weights)])
+    if inputs is None:
+        grid = quantize(weight, matmul.group_size, quantizer).rounded(_STORED_AS)
+        return grid, {"quantizer": quantizer, "sqnr": sqnr_db(weight, grid.dequantize())}
+    moments = inputs.cheapest(weight.device)
+    grid, scale = quantize_observed(
+        weight, matmul.group_size, quantizer, moments, _STORED_AS, matmul.scales_inputs, inputs.tokens
+    )
+    stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
+    some = slice(None, None, max(1, len(weight) // _ROWS_COMPARED))
+    return grid, {
+        "quantizer": quantizer,
+        "input_scale": scale,
+        "sqnr": sqnr_db(weight, stands_for),
+        "output_sqnr": output_sqnr_db(weight[some], stands_for[some], moments),
+    }
+
+
+def _of_stack(matmul: Matmul, stack: Tensor, quantizer: str, known: ExpertMoments | None) -> Grid:
+    """Finds the grids of experts, one after another, so that only one of them is held in float32."""
+    grids, signal, noise = [], [0.0, 0.0], [0.0, 0.0]  # of weights, of outputs
+    for expert, of_expert in enumerate(stack.detach().mT if matmul.transposed else stack.detach()):
+        matrix = of_expert.float()
+        if known is None:
+            grid = quantize(matrix, matmul.group_size, quantizer).rounded(_STORED_AS)
+        else:
+            inputs, tokens = known.of(expert, matrix.device)
+            few = tokens or math.inf  # (the moments of all experts are of many)
+            grid, _ = quantize_observed(matrix, matmul.group_size, quantizer, inputs, _STORED_AS, False, few)
+            signal[1] += tokens * inputs.energy(matrix)
+            noise[1] += tokens * inputs.energy(matrix - grid.dequantize())
+        signal[0] += matrix.square().sum(dtype=torch.float64).item()
+        noise[0] += (matrix - grid.dequantize()).square().sum(dtype=torch.float64).item()
+        grids.append(grid)
+    of_weights, of_outputs = map(decibels, signal, noise)
+    facts = {"quantizer": quantizer, "sqnr": of_weights, "output_sqnr": None if known is None else of_outputs}
+    return QuantizedWeight.stacked(grids), facts
+
+
+def _extras(matmul: Matmul, parameters: Parameters, scale: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns what a twin's graph takes beside the packed matrix (see `TwinWeight`)."""
+    like = parameters.weights[0]
+    extras: list[Tensor] = []
+    if any(bias is not None for bias in parameters.biases):
+        biases = zip(parameters.biases, matmul.out_features, strict=True)
+        zeros = functools.partial(torch.zeros, dtype=like.dtype, device=like.device)
+        extras.append(torch.cat([zeros(n) if bias is None else bias.detach() for bias, n in biases]))
+    if matmul.scales_inputs:
+        scale = torch.ones(matmul.in_features, device=like.device) if scale is None else scale
+        norms = [norm.detach() for norm in parameters.folds]
+        extras += [(norm.float() / scale).to(norm.dtype) for norm in norms] or [scale.reciprocal().to(like.dtype)]
+    return tuple(extras)

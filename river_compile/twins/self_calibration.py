@@ -19,9 +19,9 @@ from river_compile.progress import stage_shown
 from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.native_linear import NativeLinear
 from river_compile.twins.observe import record, visit
-from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.sampling import enough, sample
 from river_compile.twins.twin_kl import TwinLoss, estimate_loss
+from river_compile.twins.weights import TwinWeight
 
 log = logging.getLogger("river_compile.twins")
 R = TypeVar("R")
@@ -94,7 +94,7 @@ class SelfCalibration:
                 self._ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS))
         return self._ids
 
-    def loss(self, packed: Iterable[PackedMatmul]) -> TwinLoss | None:
+    def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
         """Estimates the joint loss of these twins on other text; None if the model cannot write it."""
         model = self._model()
         if model is None or self.refusal:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from river_compile.kernels.portable import token_kl
 from river_compile.twins.calibration_stats import Products
 from river_compile.twins.observe import one_expert_at_a_time
-from river_compile.twins.packed import PackedMatmul
 from river_compile.twins.sampling import enough, everything_counts, sample
+from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.dynamo import uncompiled_forward
 
 ROWS, MOST_TOKENS, SEED = 32, 8, 1  # (a longer row takes a step more)
@@ -50,7 +50,7 @@ class TwinLoss:
 
 
 @torch.no_grad()
-def estimate_loss(model: nn.Module, packed: Iterable[PackedMatmul]) -> TwinLoss:
+def estimate_loss(model: nn.Module, packed: Iterable[TwinWeight]) -> TwinLoss:
     """Samples a little text and compares the logits of the model in 16 and in 4 bits; raises as `sample` does."""
     ids = sample(model, ROWS, enough(model, ROWS, MOST_TOKENS), SEED)
     forward, inputs = uncompiled_forward(model), {"input_ids": ids, "use_cache": False, **everything_counts(model, ids)}
@@ -67,14 +67,13 @@ def estimate_loss(model: nn.Module, packed: Iterable[PackedMatmul]) -> TwinLoss:
 class _InTwins(Products):
     """Multiplies by the 4-bit matrices of twins."""
 
-    def __init__(self, parameters: Iterable[Tensor], packed: Sequence[PackedMatmul]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], packed: Sequence[TwinWeight]) -> None:
         super().__init__(parameters)
-        self._parts: dict[int, tuple[PackedMatmul, int]] = {}  # by parameter: its product, and which part of it
+        self._parts: dict[int, tuple[TwinWeight, int]] = {}  # by parameter: its product, and which part of it
         for site in packed:
-            sources = site.sources.get()
-            if sources is not None:
-                self._parts |= {id(weight): (site, i) for i, weight in enumerate(sources.weights)}
-        self._last: tuple[PackedMatmul, Tensor] | None = None
+            weights = site.parameters[: len(site.matmul.weights)]
+            self._parts |= {id(weight): (site, i) for i, weight in enumerate(weights)}
+        self._last: tuple[TwinWeight, Tensor] | None = None
 
     def instead(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
         found = self._parts.get(id(parameter))
@@ -82,18 +81,18 @@ class _InTwins(Products):
             return matrix
         site, part = found
         whole = self._of(site)
-        if site.linear.experts:
-            stack = whole.unflatten(0, (site.linear.experts, -1))
+        if site.matmul.experts:
+            stack = whole.unflatten(0, (site.matmul.experts, -1))
             weight = stack if index is None else stack[index]
         else:
-            weight = whole.split(site.linear.out_features)[part]
+            weight = whole.split(site.matmul.out_features)[part]
         weight = weight.to(matrix.dtype)
         # A block may read its parameter transposed: it then has the strides of the transposed matrix.
-        as_stored = weight.mT if site.linear.transposed else weight
+        as_stored = weight.mT if site.matmul.transposed else weight
         same = matrix.stride()[-2:] == parameter.stride()[-2:] and matrix.shape[-2:] == parameter.shape[-2:]
         return as_stored if same else as_stored.mT
 
-    def _of(self, site: PackedMatmul) -> Tensor:
+    def _of(self, site: TwinWeight) -> Tensor:
         if self._last is None or self._last[0] is not site:
             self._last = site, site.dequantize()
         return self._last[1]

@@ -1,9 +1,9 @@
-"""Packed twins on disk: a folder with one file, ``twins.safetensors``.
+"""Packed weights on disk, saved on request or left in the store: a folder with one file, ``twins.safetensors``.
 
     <key>.qweight, .scale_zero   as the matrix's layout has them (`river_compile.kernels.quant.layouts`); a stack of
                                  experts has a dimension more in front. key = name/quantizer asked for/group size
     <key>.input_scale            float32 ``[K]``, for a matrix whose inputs are scaled
-    metadata                     "format", "version", "matrices" (JSON: the fields of `_SavedMatrix`, ratios as text,
+    metadata                     "format", "version", "matrices" (JSON: the fields of `_Saved`, ratios as text,
                                  since JSON knows no infinity) and "xxh3", the hash of the file with this hash taken
                                  as zeros
 
@@ -19,10 +19,14 @@ artifact in place (folders cannot be swapped atomically), and files that change 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
+import math
+import shutil
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +35,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from river_compile.errors import ArtifactError
+from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import appearing, making
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.quant import bf12, bits8
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
+from river_compile.store.folder import Entry, cannot_write, keep_bound
 from river_compile.twins import tensor_file
-from river_compile.twins.packed import PackedMatmul, Quantized
+from river_compile.twins.weights import LOSSLESS, TwinWeight
 
 log = logging.getLogger("river_compile.twins")
 FORMAT = "river-twins"
 VERSION = 8
 FILE = "twins.safetensors"
+_PACKED = "packed"  # the folder of an entry
 _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_hash")}
 _NEW = "leave artifact= out and save a new one"
@@ -51,14 +57,8 @@ _INFINITIES = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16:
 
 
 @dataclass(kw_only=True)
-class _SavedMatrix:
-    """One matrix of an artifact.
-
-    Attributes:
-        name, shape, group_size, experts, quantizer, asked, statistics: as in its :class:`PackedMatmul`.
-        layout: of its bytes.
-        weights_hash: hash of the parameters it was made from, see :func:`digest_of`.
-    """
+class _Saved:
+    """One matrix of a file: fields of its :class:`TwinWeight`, the layout of its bytes, and the digest as a hash."""
 
     name: str
     shape: tuple[int, int]
@@ -73,7 +73,7 @@ class _SavedMatrix:
     output_sqnr: float | None = None
 
     @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> _SavedMatrix:
+    def from_json(cls, entry: dict[str, Any]) -> _Saved:
         """Returns a matrix from its fields; raises a TypeError, KeyError or ValueError for anything else."""
         for name, kind in _KINDS.items():
             if not isinstance(entry[name], kind):
@@ -108,8 +108,8 @@ class _SavedMatrix:
         return {**found, "input_scale": ((k,), (torch.float32,))}
 
 
-def write_artifact(folder: Path, sites: Sequence[PackedMatmul]) -> None:
-    """Writes products whose parameters did not change since; the folder appears complete or not at all.
+def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
+    """Writes weights whose parameters did not change since; the folder appears complete or not at all.
 
     Raises:
         ArtifactError: the folder is not empty or cannot be written.
@@ -122,21 +122,21 @@ def write_artifact(folder: Path, sites: Sequence[PackedMatmul]) -> None:
         raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
-    for site in sites:
+    for site in weights:
         entry: dict[str, Any] = {
             "name": site.name,
             "shape": site.shape,
             "group_size": site.group_size,
-            "experts": site.linear.experts,
+            "experts": site.matmul.experts,
             "quantizer": site.quantizer,
             "asked": site.asked,
             "statistics": site.statistics,
-            "layout": site.linear.layout,
+            "layout": site.matmul.layout,
             "weights_hash": site.digest,
             "sqnr": str(site.sqnr),
             "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
         }
-        matrix = _SavedMatrix.from_json(entry)
+        matrix = _Saved.from_json(entry)
         matrices[matrix.key] = entry
         tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
     metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(list(matrices.values()))}
@@ -148,7 +148,7 @@ def write_artifact(folder: Path, sites: Sequence[PackedMatmul]) -> None:
         raise ArtifactError(f"cannot save to {folder}: {error}") from error
 
 
-def write_missing(folder: Path, make: Callable[[], Sequence[PackedMatmul]]) -> None:
+def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> None:
     """Writes an artifact where there is none; of processes that call this at once one does, and the others wait.
 
     Args:
@@ -156,7 +156,7 @@ def write_missing(folder: Path, make: Callable[[], Sequence[PackedMatmul]]) -> N
         make: packs the products that it is to hold.
 
     Raises:
-        ArtifactError: as `write_artifact`.
+        ArtifactError: as `write`.
     """
     try:
         if (folder / FILE).exists():
@@ -164,13 +164,13 @@ def write_missing(folder: Path, make: Callable[[], Sequence[PackedMatmul]]) -> N
         log.info("%s: there is no artifact; it is made here unless another process is making it", folder)
         with making(folder):
             if not (folder / FILE).exists():
-                write_artifact(folder, make())
+                write(folder, make())
     except OSError as error:
         raise ArtifactError(f"cannot save to {folder!s:.200}: {error}") from error
 
 
-class Artifact:
-    """An artifact that was read and found whole.
+class TwinFile:
+    """A file that was read and found whole.
 
     Raises:
         ArtifactError: the file is missing or damaged, of another version, or holds other tensors than it says.
@@ -203,8 +203,11 @@ class Artifact:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: Matmul, quantizer: str, digest: str) -> Quantized:
-        """Returns what is saved of a product that was made in this way from parameters with this digest.
+    def find(self, site: Matmul, quantizer: str, digest: str) -> tuple[PackedLinear, dict[str, Any]]:
+        """Returns what is saved of a matmul's weight, made in this way from parameters with this digest.
+
+        Returns:
+            The matrix, and the fields of :class:`TwinWeight` that tell what was lost.
 
         Raises:
             ArtifactError: there is none.
@@ -235,16 +238,15 @@ class Artifact:
             raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
         q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
         sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
-        return Quantized(
-            weight=PackedLinear(matrix.layout, q, scale_zero, *sizes),
-            quantizer=matrix.quantizer,
-            statistics=matrix.statistics,
-            input_scale=input_scale,
-            sqnr=matrix.sqnr,
-            output_sqnr=matrix.output_sqnr,
-        )
+        return PackedLinear(matrix.layout, q, scale_zero, *sizes), {
+            "quantizer": matrix.quantizer,
+            "statistics": matrix.statistics,
+            "input_scale": input_scale,
+            "sqnr": matrix.sqnr,
+            "output_sqnr": matrix.output_sqnr,
+        }
 
-    def _read_matrices(self) -> list[_SavedMatrix]:
+    def _read_matrices(self) -> list[_Saved]:
         """Reads the header, and checks format, version and hash in this order."""
         if (self.folder / _MANIFEST_2).exists():
             self._file = self.folder / _MANIFEST_2
@@ -257,7 +259,7 @@ class Artifact:
         if not tensor_file.is_whole(self._file, metadata):
             raise self._refusal("it is damaged (its hash differs from the one it states)")
         try:
-            return [_SavedMatrix.from_json(entry) for entry in json.loads(metadata["matrices"])]
+            return [_Saved.from_json(entry) for entry in json.loads(metadata["matrices"])]
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self._refusal(f"its list of matrices is wrong ({error})") from error
 
@@ -288,6 +290,53 @@ class Artifact:
 
     def _refusal(self, why: str, fix: str = "save the artifact again") -> ArtifactError:
         return ArtifactError(f"{self._file}: {why}; {fix}")
+
+
+def stored(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: str) -> Entry:
+    """Returns the entry of the store for some matmuls' weights, named by all that they are made from.
+
+    That is the digests of the parameters, the quantizer, or `LOSSLESS`, the sizes of groups, and the format's version:
+    what is there fits, or nothing is.
+    """
+    made_from = sorted((x.name, x.group_size, x.scales_inputs, digests[x]) for x in matmuls)
+    identity = hashlib.sha256(repr((VERSION, quantizer, made_from)).encode()).hexdigest()
+    size = sum(math.prod(x.shape) for x in matmuls) / 1e6
+    what, kind = ("a backbone", "backbone") if quantizer == LOSSLESS else (f"twins by {quantizer}", "twins")
+    return Entry(f"{kind}-{identity[:40]}", f"{what}, {len(made_from)} matrices of {size:.0f}M weights")
+
+
+def open_stored(entry: Entry) -> TwinFile | None:
+    """Returns the file of an entry, None where there is none; one that is damaged is told and removed."""
+    folder = entry.folder / _PACKED
+    if not (folder / FILE).exists():
+        return None
+    try:
+        found = TwinFile(folder)
+    except ArtifactError as error:
+        warnings.warn(f"stored weights cannot be used and are packed anew: {error}", RiverWarning, stacklevel=2)
+        shutil.rmtree(entry.folder, ignore_errors=True)
+        return None
+    entry.used()
+    return found
+
+
+def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
+    """Writes weights into an entry, unless another process has done so; a place that cannot be written is told.
+
+    Matrices that stayed what they were are not written, nor are those of 8 bits, which take no time to pack.
+    """
+    weights = [made for made in weights if not made.weight.unpacked and made.weight.layout != bits8.LAYOUT]
+    if not weights:
+        return
+    folder = entry.folder / _PACKED
+    try:
+        with making(folder):
+            if not (folder / FILE).exists():
+                write(folder, weights)
+                entry.describe()
+    except (ArtifactError, OSError) as error:
+        cannot_write(error)
+    keep_bound()
 
 
 def _is_finite(tensor: Tensor) -> bool:
