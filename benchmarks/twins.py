@@ -48,7 +48,7 @@ from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.model_record import GraphRecord, find_record
 from river_compile.twins.calibration_stats import Observation
-from river_compile.twins.packed import PackedMatmul
+from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.transformers import cache_argument
 from tools import demo_models
 
@@ -213,8 +213,8 @@ def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
     sites = graphs[-1].twins
     outputs = []
     for site in sites:
-        weights = site.fresh_sources().weights
-        weight = torch.cat([w.T if site.linear.transposed else w for w in weights])
+        weights = site.parameters[: len(site.matmul.weights)]
+        weight = torch.cat([w.T if site.matmul.transposed else w for w in weights])
         some = slice(None, None, max(1, len(weight) // SQNR_ROWS))
         moments = observation.moments_of(weights[0]).cheapest(weight.device)
         outputs.append(output_sqnr_db(weight[some], site.dequantize()[some], moments))
@@ -250,14 +250,14 @@ def block_errors(model: PreTrainedModel, graph: GraphRecord, texts: Sequence[Ten
     return found
 
 
-def _twin_weights(model: PreTrainedModel, packed: Sequence[PackedMatmul]) -> dict[str, Tensor]:
+def _twin_weights(model: PreTrainedModel, packed: Sequence[TwinWeight]) -> dict[str, Tensor]:
     """Returns the weights of a twin by parameter name, in the model's dtype."""
     names, weights = {id(parameter): name for name, parameter in model.named_parameters()}, {}
     for site in packed:
-        parts = site.dequantize().split(site.linear.out_features)
-        for source, part in zip(site.fresh_sources().weights, parts, strict=True):
-            part = part.unflatten(0, (site.linear.experts, -1)) if site.linear.experts else part
-            weights[names[id(source)]] = (part.mT if site.linear.transposed else part).to(source.dtype)
+        parts = site.dequantize().split(site.matmul.out_features)
+        for source, part in zip(site.parameters[: len(site.matmul.weights)], parts, strict=True):
+            part = part.unflatten(0, (site.matmul.experts, -1)) if site.matmul.experts else part
+            weights[names[id(source)]] = (part.mT if site.matmul.transposed else part).to(source.dtype)
     return weights
 
 

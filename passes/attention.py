@@ -34,7 +34,7 @@ def simplify_attention(graph: fx.Graph) -> None:
 def simplify_linears(graph: fx.Graph) -> int:
     """Makes linear layers whose inputs are one row ones for one row; returns the number replaced.
 
-    Quantized weights stay with their own products.
+    Weights of 4 bits stay with their own products.
     """
     linears = graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
     known = [n for n in linears if value_of(n.args[0]) is not None and is_ordinary(value_of(n.args[1]))]

@@ -122,11 +122,13 @@ def _again(
     model, graph = model_ref(), graph_ref()
     assert model is not None, "the model whose parameters these are is there"
     assert graph is not None, "its record has the graph that is run"
-    start, before = time.perf_counter(), {id(twin) for twin in graph.twins}
+    start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
     graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
     built = _assembled(program, StoredExamples(program), inputs, model, graph, lambda: None, anew=True)
-    changed = [twin for twin in graph.twins if id(twin) not in before]
+    weights = built[0].weights
+    made = weights.made if isinstance(weights, ProgramWeights) else ()
+    changed = [twin for twin in made if not twin.matmul.lossless]
     if changed:
         _tell_of_change(model, changed, time.perf_counter() - start)
     return built
@@ -167,7 +169,7 @@ def _assembled(
     policy = config.exit_policy(program)
     segments = policy.reachable(program)
     weights = _packed(program, segments, inputs, model, graph, warn, anew)
-    packed = weights.packed
+    packed = {} if weights is None else weights.packed
     if program.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
         with model.twins.moving():
@@ -238,7 +240,7 @@ def _packed(
     graph: GraphRecord,
     warn: Callable[[], object],
     anew: bool,
-) -> ProgramWeights:
+) -> ProgramWeights | None:
     """Returns the packed weights of the matmuls that passes made and tokens can reach."""
     twins, how = model.twins, graph.config.backbone_weights
     with graph.stage("packing"):
@@ -251,11 +253,13 @@ def _packed(
                 "model.to(torch.bfloat16), or use backbone_weights='model'"
             )
         savable = [linear for linear in every if not linear.lossless]
-        weights = ProgramWeights({}, inputs)
-        if reached:
-            weights = twins.get(reached, inputs, graph.config, model.statistics, program.matrices, savable, anew)
-    packed = weights.packed
+        names = program.matrices
+        weights = twins.get(reached, inputs, graph.config, model.statistics, names, savable, anew) if reached else None
+    packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
+    digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}
+    for other in model.graphs:  # (that one is built anew when it runs again)
+        other.twins = tuple(t for t in other.twins if digests.get((t.name, t.asked), t.digest) == t.digest)
     lossless = [linear for linear in packed if linear.lossless]
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
     if how == "8bit" and not smaller:

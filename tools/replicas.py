@@ -37,7 +37,7 @@ import torch._inductor.codecache as codecache
 import torch._inductor.config as inductor
 
 from river_compile import river
-from river_compile.twins import artifact
+from river_compile.twins import file
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 
@@ -115,8 +115,8 @@ class Round:
         codecache._HEADER_LOCK_DIR = str(self.folder / "headers" / "locks")
         inductor.compile_threads = 1  # (threads of a process that was forked)
         inductor.cpp.cxx = (None, str(self.folder / "bin" / "g++"))
-        write = artifact.write_artifact
-        artifact.write_artifact = lambda *arguments: self._note("packed") or write(*arguments)
+        write = file.write
+        file.write = lambda *arguments: self._note("packed") or write(*arguments)
         model = make("llama", layers=2)
         model.compile(backend=river, options={**OPTIONS, "artifact": self.folder / "twins", "lowering": self._lowering})
         logits = torch.stack(decode(model, new_cache(model, "static"), [1, 1])[1:])

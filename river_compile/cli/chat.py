@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.output import Artifact, AsJson, Calibration, Model, Quality, Threads, show
+from river_compile.cli.output import AsJson, Calibration, Model, Quality, Threads, Twins, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ def chat(
     model: Model,
     quality: Quality = "exact",
     calibration: Calibration = None,
-    artifact: Artifact = None,
+    artifact: Twins = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Ask this and end; may be repeated.")] = None,
     system: Annotated[str, typer.Option(help="The system's message.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Of an answer.")] = 512,

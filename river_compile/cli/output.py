@@ -24,7 +24,7 @@ Dtype = Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or f
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Of torch; 0: its own choice.")]
 Quality = Annotated[str, typer.Option(help="exact, strict, calibrated or fast.")]
 Calibration = Annotated[Path | None, typer.Option(help="For calibrated: a file of `river calibrate`.")]
-Artifact = Annotated[Path | None, typer.Option(help="Twins of `river pack`.")]
+Twins = Annotated[Path | None, typer.Option(help="Twins of `river pack`.")]
 Texts = Annotated[Path | None, typer.Option(help="Texts, separated by empty lines; without: Python's documentation.")]
 
 

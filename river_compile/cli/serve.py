@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from river_compile.cli.output import (
-    Artifact,
     AsJson,
     Calibration,
     Dtype,
     Model,
     Quality,
     Threads,
+    Twins,
     show,
     use_threads,
 )
@@ -32,7 +32,7 @@ def serve(
     queue: Annotated[int, typer.Option(help="Requests more that may wait; those after them get 429.")] = 32,
     quality: Quality = "exact",
     calibration: Calibration = None,
-    artifact: Artifact = None,
+    artifact: Twins = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Mu
 from contextvars import ContextVar
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -50,7 +50,7 @@ class Refused(Exception):
         self.status, self.code, self.headers = status, code, headers
 
 
-async def answer_error(_: Request, error: Exception) -> JSONResponse:
+async def answer_error(_: object, error: Exception) -> JSONResponse:
     """Answers a request that was refused, or had a value that transformers or the model refuses."""
     refused = error if isinstance(error, Refused) else Refused(400, "invalid_value", error_line(error))
     kind = "invalid_request_error" if refused.status < 500 else "server_error"

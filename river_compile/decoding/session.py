@@ -53,7 +53,7 @@ from river_compile.runtime.executor import RiverExecutor, last_token_alone
 from river_compile.runtime.kv_cache import KVCache, slots_for
 from river_compile.runtime.state import StepState
 from river_compile.store.inputs import named
-from river_compile.store.programs import Recalled
+from river_compile.store.programs import Bindable
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 
 _WORTH_GRAPHS = 200  # tokens of one row
@@ -384,7 +384,7 @@ class Session:
             state = None
         elif last_token:  # (a pass that need not come again)
             found = self._recalled(inputs)
-            state = None if found is None else found.executor.bind(found.args, captured=False, last_token=True)
+            state = None if found is None else found[0].bind(found[1], captured=False, last_token=True)
         else:
             state = self._states[width] if width in self._states else self._find_state(width, inputs)
         if state is None:
@@ -409,7 +409,7 @@ class Session:
                 self._states[width] = state
                 return state
         found = self._recalled(inputs)
-        return None if found is None else self._bind(width, found.executor, found.args, inputs)
+        return None if found is None else self._bind(width, *found, inputs)
 
     def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> StepState:
         """Binds a program to the cache; the state's inputs are those that are moved on in place, or copies."""
@@ -419,11 +419,11 @@ class Session:
         state = self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
         return state
 
-    def _recalled(self, inputs: Inputs) -> Recalled | None:
+    def _recalled(self, inputs: Inputs) -> Bindable | None:
         """Returns a pass that was traced before, in this process or another one."""
         found = None if self._programs is None else self._programs.recall(self.model, inputs, self.kv.cache)
         if found is not None:
-            self._begin(found.executor, found.args)
+            self._begin(*found)
         return found
 
     def _begin(self, executor: RiverExecutor, args: Sequence[Any]) -> None:

@@ -33,7 +33,7 @@ PLAIN = "plain"
 _SCORING = one_of("decode", "forward")
 _SMALLEST_CACHE = 64
 
-Request = tuple[Any, list[int], list[int]]  # what it is called in lm-eval's cache, context, continuation
+Scored = tuple[Any, list[int], list[int]]  # what it is called in lm-eval's cache, context, continuation
 
 
 @register_model("river")
@@ -73,7 +73,7 @@ class RiverLM(HFLM):
         self._decoder: tuple[int, TextDecoder] | None = None
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[Scored], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Returns each continuation's log-probability, and whether every token of it is the most likely one."""
         if self.scoring == "forward":

@@ -83,7 +83,7 @@ class RiverExecutor:
         States that were bound before have the old ones.
         """
         weights, ranks = self.compiled.weights, self.compiled.ranks
-        if weights is None or self._again is None or not weights.packed or ranks.every(weights.stand_for(args)):
+        if weights is None or self._again is None or ranks.every(weights.stand_for(args)):
             return
         policy = self.policy
         self.compiled, self.captures = self._again(self.program, args)

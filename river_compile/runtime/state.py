@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from river_compile.runtime.captures import (
 )
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.units import SCORE, WANTED, Unit, Units
-from river_compile.twins.weights import ProgramWeights
 
 log = logging.getLogger("river_compile.runtime.captures")
 _steps: Observers[[StepState, StepRecord]] = Observers()
@@ -44,6 +43,14 @@ class Taken(NamedTuple):
     depth: int
     scores: tuple[float, ...] = ()
     entropy: float | None = None
+
+
+class Weights(Protocol):
+    """Packed weights of a program."""
+
+    def stand_for(self, inputs: Sequence[Any]) -> bool:
+        """Whether they are made from the parameters among a program's inputs."""
+        ...
 
 
 @dataclass(eq=False)
@@ -75,7 +82,7 @@ class CompiledProgram:
     remembers: bool
     all_logits: Tensor | None
     log: CaptureLog
-    weights: ProgramWeights | None
+    weights: Weights | None
     on_close: Callable[[], None] | None
     ranks: Ranks = ALONE
     checks_ranks: bool = False

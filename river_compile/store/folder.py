@@ -6,7 +6,8 @@ Files appear whole, and the first process to write one keeps it. What is damaged
 removed. Entries that were not used for longest give way where all of them exceed the bound (`RIVER_COMPILE_STORE_GB`,
 20 by default). ``RIVER_COMPILE_STORE=0`` does without the store; a folder there takes the place of the one above.
 
-Not handled: a disk that other users may write to. Files are read as pickles.
+What others may have written is left alone, with a warning: folders are made 0700, files 0600. Not handled: a folder
+above the store that others may write to.
 """
 
 from __future__ import annotations
@@ -28,11 +29,32 @@ _HASH = 64  # hexadecimal digits
 _GB = 20.0
 _VARIABLE = "RIVER_COMPILE_STORE"
 _ABOUT = "about"
+_FOLDER, _FILE = 0o700, 0o600  # modes
+_told: set[str] = set()  # what was warned of
 
 
 def enabled() -> bool:
-    """Tells whether the environment allows a store."""
-    return os.environ.get(_VARIABLE) != "0"
+    """Tells whether the environment allows a store, and nobody else may write to it."""
+    return os.environ.get(_VARIABLE) != "0" and is_trusted(store_folder())
+
+
+def is_trusted(path: Path) -> bool:
+    """Tells whether nobody else can have written a file or folder, or none is there; warns once of another."""
+    try:
+        found = path.stat()
+    except OSError:
+        return True
+    own, mode = found.st_uid == os.geteuid(), found.st_mode & 0o777
+    if own and not mode & 0o022:
+        return True
+    if str(path) not in _told:
+        _told.add(str(path))
+        whose = f"others may write to it (mode {mode:04o})" if own else f"it is of another user (number {found.st_uid})"
+        fix = f"run chmod -R go-w {store_folder()}, or set" if own else "set"
+        warnings.warn(
+            f"{path} is left alone: {whose}; {fix} RIVER_COMPILE_CACHE to a folder of yours", RiverWarning, stacklevel=4
+        )
+    return False
 
 
 def store_folder() -> Path:
@@ -58,6 +80,8 @@ class Entry:
 
     def names(self, ending: str) -> list[str]:
         """Returns the names of its files with an ending, sorted."""
+        if not is_trusted(self.folder):
+            return []
         try:
             return sorted(file.name for file in self.folder.glob(f"*{ending}"))
         except OSError:
@@ -66,6 +90,8 @@ class Entry:
     def read(self, name: str) -> bytes | None:
         """Returns what a file holds, None where it is missing or damaged."""
         file = self.folder / name
+        if not (is_trusted(self.folder) and is_trusted(file)):
+            return None
         try:
             whole = file.read_bytes()
         except OSError:
@@ -90,16 +116,24 @@ class Entry:
         try:
             if file.exists():
                 return
+            self.make()
             with appearing(file) as scratch:
                 scratch.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+                scratch.chmod(_FILE)
             self.describe()
         except OSError as error:
             cannot_write(error)
+
+    def make(self) -> None:
+        """Makes its folder, for this user alone; raises an OSError where that cannot be."""
+        store_folder().mkdir(_FOLDER, parents=True, exist_ok=True)
+        self.folder.mkdir(_FOLDER, exist_ok=True)
 
     def describe(self) -> None:
         """Writes what it is, for people."""
         if self._about and not (self.folder / _ABOUT).exists():
             (self.folder / _ABOUT).write_text(self._about, encoding="utf-8")
+            (self.folder / _ABOUT).chmod(_FILE)
 
     def used(self) -> None:
         """Notes that it was used now."""
@@ -107,9 +141,6 @@ class Entry:
             os.utime(self.folder)
         except OSError:
             log.debug("%s cannot be marked as used", self.folder)
-
-
-_told: set[str] = set()
 
 
 def cannot_write(error: Exception) -> None:

@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,17 +35,11 @@ from river_compile.upstream.transformers import is_of_transformers
 
 log = logging.getLogger("river_compile.store")
 _ENDING = ".pass"
+Bindable = tuple[RiverExecutor, list[Any]]  # what runs a pass, and the inputs of its program
 Origin = Literal["traced", "stored", "derived"]
 # Builds a program, or rewrites a decoder first: (what, the names of its inputs, their values, its origin) -> what runs
 # it.
 Build = Callable[[Program | RiverProgram, Sequence[str], Sequence[Any], Origin], RiverExecutor]
-
-
-class Recalled(NamedTuple):
-    """A pass that was found: what runs it, and the program's inputs."""
-
-    executor: RiverExecutor
-    args: list[Any]
 
 
 @dataclass
@@ -99,7 +93,7 @@ class Programs:
                 self._identity, self._known, self._new = identity, {}, []
         return True
 
-    def recall(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+    def recall(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Bindable | None:
         """Returns a pass for inputs of a model's forward; None if none is stored."""
         assert self._identity is not None, "begin() found an identity"
         with self._lock:
@@ -109,7 +103,7 @@ class Programs:
                 log.info("known passes are left out: %s", why)
                 return None
 
-    def _find(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+    def _find(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Bindable | None:
         entry, signature = self._entry(), _signature(inputs, cache)
         if signature not in self._known:
             read = [] if entry is None else _read(entry, signature)
@@ -124,10 +118,10 @@ class Programs:
                 known.executor = _always(executor)
                 if entry is not None:
                     entry.used()
-            return Recalled(executor, args)
+            return executor, args
         return None
 
-    def _follow(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Recalled | None:
+    def _follow(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Bindable | None:
         """Returns a pass of one token that follows from one of several, None if none does."""
         if not _is_of_one_token(inputs) or not is_of_transformers(model):
             return None
@@ -142,7 +136,7 @@ class Programs:
             executor = self._build(one.found, [given.name for given in one.inputs], args, "derived")
             executor.locate(one.locate(executor.program))
             self._add(signature, _Known(executor.program, _always(executor)))
-            return Recalled(executor, args)
+            return executor, args
         return None
 
     def _add(self, signature: str, known: _Known) -> None:

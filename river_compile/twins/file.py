@@ -41,7 +41,7 @@ from river_compile.kernels.quant import bf12, bits8
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
-from river_compile.store.folder import Entry, cannot_write, keep_bound
+from river_compile.store.folder import Entry, cannot_write, is_trusted, keep_bound
 from river_compile.twins import tensor_file
 from river_compile.twins.weights import LOSSLESS, TwinWeight
 
@@ -308,7 +308,7 @@ def stored(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: 
 def open_stored(entry: Entry) -> TwinFile | None:
     """Returns the file of an entry, None where there is none; one that is damaged is told and removed."""
     folder = entry.folder / _PACKED
-    if not (folder / FILE).exists():
+    if not (folder / FILE).exists() or not all(map(is_trusted, (entry.folder, folder, folder / FILE))):
         return None
     try:
         found = TwinFile(folder)
@@ -330,9 +330,12 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
         return
     folder = entry.folder / _PACKED
     try:
+        entry.make()
         with making(folder):
             if not (folder / FILE).exists():
                 write(folder, weights)
+                folder.chmod(0o700)
+                (folder / FILE).chmod(0o600)
                 entry.describe()
     except (ArtifactError, OSError) as error:
         cannot_write(error)

@@ -140,16 +140,21 @@ class TwinWeights:
                 job.file = self._file_of(job, savable)
                 job.file.check_names(every)
             keys = {matmul: job.key(matmul) for matmul in matmuls}
-            found = {matmul: made for matmul, key in keys.items() if (made := self._alive.get(key)) is not None}
-            for matmul, made in found.items():
+            there = {matmul: made for matmul, key in keys.items() if (made := self._alive.get(key)) is not None}
+            for matmul, made in there.items():
                 made.made_from = held(parameters[matmul].tensors)
+            found, ranks = dict(there), statistics.ranks
+            # (Ranks take statistics together, if one of them misses a weight that the others have.)
+            if ranks.several and job.observes and not ranks.every(all(x in there or x.lossless for x in matmuls)):
+                job.statistics = replace(statistics, observed=statistics.take(anew=anew)[0])
             for lossless in (True, False):
                 some = [x for x in matmuls if x not in found and x.lossless == lossless]
                 if some:
                     found |= self._loaded_or_made(job, some, lossless)
             for matmul in matmuls:
                 self._alive[keys[matmul]] = found[matmul]
-            program = ProgramWeights({matmul: found[matmul] for matmul in matmuls}, inputs)
+            program = ProgramWeights({matmul: found[matmul] for matmul in matmuls}, inputs, self._digests_of)
+            program.made = [found[matmul] for matmul in matmuls if matmul not in there]
             self._programs.add(program)
             self.seconds += time.perf_counter() - start
             return program
@@ -232,7 +237,7 @@ class TwinWeights:
             self._not_judged = job.observes and self.loss is None
         there = [matmul for matmul in matmuls if not lossless or matmul.name in file.names]
         others = [matmul for matmul in matmuls if matmul not in there]  # (which a backbone's file leaves out)
-        return self._loaded(job, there, file, "") | (self._made(job, others, lossless) if others else {})
+        return self._loaded(job, there, file, str(file.folder)) | (self._made(job, others, lossless) if others else {})
 
     def _loaded(self, job: _Job, matmuls: Sequence[Matmul], file: TwinFile, artifact: str) -> dict[Matmul, TwinWeight]:
         """Takes weights from a file; all are looked up before the first is packed: a file fits as a whole or not."""

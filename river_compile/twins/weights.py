@@ -10,7 +10,7 @@ shows; ``river_compile.refresh`` has the digests compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -182,10 +182,17 @@ class ProgramWeights:
     Args:
         packed: of its matmuls.
         inputs: of its graph, real tensors, in order.
+        digests: returns those of matmuls' parameters.
     """
 
-    def __init__(self, packed: Mapping[Matmul, TwinWeight], inputs: Sequence[Any]) -> None:
-        self.packed = packed
+    def __init__(
+        self,
+        packed: Mapping[Matmul, TwinWeight],
+        inputs: Sequence[Any],
+        digests: Callable[[dict[Matmul, Parameters]], dict[Matmul, str]],
+    ) -> None:
+        self.packed, self._digests = packed, digests
+        self.made: Sequence[TwinWeight] = ()  # those of them that were not there before
         self._order = [number for matmul in packed for number in matmul.parameters]
         self._stamp: ParameterStamp | None = ParameterStamp(self.parameters(inputs))
 
@@ -198,11 +205,12 @@ class ProgramWeights:
         stamp = ParameterStamp(self.parameters(inputs))
         if stamp == self._stamp:
             return True
+        parameters = {matmul: Parameters.of(matmul, inputs) for matmul in self.packed}
+        digests = self._digests(parameters)
+        if any(digests[matmul] != made.digest for matmul, made in self.packed.items()):
+            return False
         for matmul, made in self.packed.items():
-            tensors = Parameters.of(matmul, inputs).tensors
-            if digest_of(tensors) != made.digest:
-                return False
-            made.made_from = held(tensors)
+            made.made_from = held(parameters[matmul].tensors)
         self._stamp = stamp
         return True
 

@@ -256,8 +256,8 @@ def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
 
 def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny, capsys, monkeypatch):
     made = []
-    quantized = quantize._quantized
-    monkeypatch.setattr(quantize, "_quantized", lambda *given: (made.append(given), quantized(*given))[1])
+    quantized = quantize._grid
+    monkeypatch.setattr(quantize, "_grid", lambda *given: (made.append(given), quantized(*given))[1])
     rows = [part for row in ("plain", "river", "exact") for part in ("--row", row)]
     found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", *rows)
     tests = [(row["backend"], row["test"]) for row in found["results"]]

@@ -236,7 +236,7 @@ def changed(folder: Path) -> dict[str, Any]:
         decode(model, (0,))
         weight.div_(1 + dist.get_rank())
         decode(model, (0,))
-    return {"renewals": find_record(model).twins.renewals}
+    return {"changes": find_record(model).twins.changes}
 
 
 def artifact(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import river_compile
 from river_compile import OptionError, RiverWarning, report
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bf12
-from river_compile.twins import parameter_stamp
+from river_compile.twins import pack
 from tests.support.families import each, make, prompt
 
 pytestmark = pytest.mark.skipif(chosen().name == "portable", reason="needs vectors")
@@ -167,8 +167,8 @@ class TestTheStore:
 @torch.no_grad()
 def test_a_start_hashes_each_weight_once(start, monkeypatch):
     """For its twin and for its packed form, which are made of the same."""
-    hashed, digest = [], parameter_stamp.digest_of
-    monkeypatch.setattr(parameter_stamp, "digest_of", lambda some: hashed.extend(map(id, some)) or digest(some))
+    hashed, digest = [], pack.digest_of
+    monkeypatch.setattr(pack, "digest_of", lambda some: hashed.extend(map(id, some)) or digest(some))
     model = accelerated(model_of(), "12bit")
     generate(model)
     if start == "that finds changed weights":

@@ -276,6 +276,42 @@ class TestWithoutIt:
         assert not store.exists()
 
 
+class TestAStoreThatOthersMayWriteTo:
+    """What lies there is not read, and nothing is written: one warning names the fix."""
+
+    @pytest.mark.parametrize("what", ["the store", "an entry", "a file"])
+    def test_is_left_alone(self, used, first, what):
+        entries = {file.parent for file in used.rglob("*.pass")}
+        paths = {"the store": [used], "an entry": entries, "a file": [*used.rglob("*.pass")]}[what]
+        for path in paths:
+            path.chmod(0o777)
+        with pytest.warns(
+            RiverWarning, match=r"is left alone: others may write to it \(mode 0777\); run chmod -R go-w"
+        ):
+            text, traced, _ = start()
+        assert torch.equal(text, first[1])
+        assert traced > 0
+
+    def test_of_another_user_is_left_alone(self, used, first, monkeypatch):
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        with pytest.warns(RiverWarning, match=r"is left alone: it is of another user .*; set RIVER_COMPILE_CACHE"):
+            text, traced, _ = start()
+        assert torch.equal(text, first[1])
+        assert traced > 0
+
+
+def test_nobody_else_may_write_to_what_is_stored(store):
+    """Whatever the process's mask says."""
+    before = os.umask(0)
+    try:
+        start()
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (store, *store.rglob("*")) if path.name[0] != "."}
+    assert modes <= {0o700, 0o600}
+    assert {path.stat().st_mode & 0o777 for path in store.rglob("*.pass")} == {0o600}
+
+
 def test_the_oldest_entries_give_way(store, monkeypatch):
     for number in range(4):
         folder.Entry(f"entry{number}").write("x", bytes(1000))

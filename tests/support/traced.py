@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from river_compile import river
 from river_compile.exits import forced_depth
 from river_compile.lowering.choose import Lowering
-from river_compile.twins.packed import PackedMatmul
+from river_compile.twins.weights import TwinWeight
 from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.families import VOCABULARY, make, prompt
 
 
-def dequantized(model: nn.Module, sites: Iterable[PackedMatmul]) -> dict[str, Tensor]:
+def dequantized(model: nn.Module, sites: Iterable[TwinWeight]) -> dict[str, Tensor]:
     """Returns what twins multiply by in place of the weights, by parameter name, in the model's dtype."""
     named = dict(model.named_parameters())
     weights = {}
     for site in sites:
-        names = [site.name] if site.linear.experts else [f"{name}.weight" for name in site.name.split("|")]
-        for part, name in zip(site.dequantize().split(site.linear.out_features), names, strict=True):
-            part = part.view(site.linear.experts, -1, site.linear.in_features) if site.linear.experts else part
-            weights[name] = (part.mT if site.linear.transposed else part).to(named[name].dtype)
+        names = [site.name] if site.matmul.experts else [f"{name}.weight" for name in site.name.split("|")]
+        for part, name in zip(site.dequantize().split(site.matmul.out_features), names, strict=True):
+            part = part.view(site.matmul.experts, -1, site.matmul.in_features) if site.matmul.experts else part
+            weights[name] = (part.mT if site.matmul.transposed else part).to(named[name].dtype)
     return weights
 
 

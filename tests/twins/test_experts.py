@@ -55,8 +55,8 @@ def test_a_token_reads_the_experts_that_it_chose(name):
     step = traced(name)
     step.run(quantizer="rtn")
     graph = report(step.model).graphs[-1]
-    stacks = sum(site.nbytes for site in _graph(step) if site.linear.experts)
-    others = sum(site.nbytes for site in _graph(step) if not site.linear.experts)
+    stacks = sum(site.nbytes for site in _graph(step) if site.matmul.experts)
+    others = sum(site.nbytes for site in _graph(step) if not site.matmul.experts)
     assert graph.packed_bytes == stacks + others
     assert graph.token_bytes == stacks * MODELS[name][3] // 4 + others
     assert "experts      a token reads" in str(report(step.model))
@@ -96,12 +96,12 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
     assert sum(tokens) == 240 * step.model.config.num_experts_per_tok
     assert min(tokens) > 0
     step.run(quantizer="rtn")
-    plain = {site.name: site for site in _graph(step) if site.linear.experts}
+    plain = {site.name: site for site in _graph(step) if site.matmul.experts}
     step.run(quantizer=quantizer)
-    for site in (site for site in _graph(step) if site.linear.experts):
+    for site in (site for site in _graph(step) if site.matmul.experts):
         moments = observed.moments_of(step.model.get_parameter(site.name))
         weight = step.model.get_parameter(site.name)
-        weight = (weight.mT if site.linear.transposed else weight).detach()
+        weight = (weight.mT if site.matmul.transposed else weight).detach()
         signal = noise = 0.0
         for expert, near in enumerate(plain[site.name].dequantize().view(weight.shape)):
             inputs, count = moments.of(expert)
@@ -127,7 +127,7 @@ def test_experts_are_saved_and_read(tmp_path):
     second = TracedStep("gpt_oss")
     assert torch.equal(second.run(quantizer="rtn", artifact=tmp_path / "twins"), logits)
     sites = {site.name: site for site in report(second.model).graphs[-1].twins}
-    assert sum(site.linear.experts == 4 and str(tmp_path) in site.artifact for site in sites.values()) == 4
+    assert sum(site.matmul.experts == 4 and str(tmp_path) in site.artifact for site in sites.values()) == 4
 
 
 def _sites(step):

@@ -1,37 +1,34 @@
 """How many matrices are packed at once: as many as torch has threads on a CPU, one on a device."""
 
 import threading
-import types
 
 import pytest
 import torch
 
+from river_compile.config import RiverConfig
 from river_compile.kernels.quant.grid import threads_for
-from river_compile.twins.registry import Statistics, TwinRegistry
+from river_compile.passes.program import Matmul
+from river_compile.twins import pack
+from river_compile.twins.pack import Statistics, TwinWeights
 
 
-class Sources(types.SimpleNamespace):
-    """What a product is made from, on some device; hashing is noted."""
+class Made:
+    """What is packed."""
 
-    @property
-    def digest(self):
-        self.log.append("hash")
-        return ""
+    output_sqnr, parameters = None, ()
+
+    def __init__(self, matmul):
+        self.matmul = matmul
 
 
 class Maker:
     """Packs nothing, and notes how many do so at once."""
 
-    def __init__(self, log):
-        self.log, self.most, self._now, self._lock = log, 0, 0, threading.Lock()
+    def __init__(self):
+        self.most, self._now, self._lock = 0, 0, threading.Lock()
         self._together = threading.Event()
 
-    needs_statistics, observation = False, None
-
-    def look_up(self, site, sources):
-        return None
-
-    def make(self, site, sources, known):
+    def __call__(self, matmul, parameters, digest, asked, known):
         with self._lock:
             self._now += 1
             self.most = max(self.most, self._now)
@@ -40,18 +37,20 @@ class Maker:
         self._together.wait(0.2)
         with self._lock:
             self._now -= 1
-            self.log.append("make")
-        return types.SimpleNamespace(site=site, output_sqnr=None)
+        return Made(matmul)
 
 
 @pytest.mark.parametrize(("device", "threads"), [("cpu", 3), ("meta", 1)])
 def test_a_device_packs_one_matrix_after_the_other(device, threads, monkeypatch):
-    """Each takes float32 copies of its weights there. What the host does alone, hashing, comes before."""
+    """Each takes float32 copies of its weights there."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    log: list[str] = []
-    maker, weight, sites = Maker(log), torch.empty(4, 4, device=device), list("abcdef")
-    made = TwinRegistry()._make(maker, sites, dict.fromkeys(sites, Sources(weights=(weight,), log=log)), Statistics())
-    assert list(made) == [twin.site for twin in made.values()] == sites
-    assert threads_for(weight) == threads
+    monkeypatch.setattr(pack, "make", maker := Maker())
+    monkeypatch.setattr(pack, "digest_of", lambda tensors: str(id(tensors[0])))
+    monkeypatch.setattr(pack.ParameterStamp, "__init__", lambda self, tensors: None)
+    inputs = [torch.empty(4, 4, device=device) for _ in range(6)]
+    options = {"in_features": 4, "out_features": (4,), "transposed": False, "group_size": 4, "layout": "plain"}
+    matmuls = [Matmul(name=str(i), weights=(i,), biases=(None,), **options) for i in range(6)]
+    made = TwinWeights().get(matmuls, inputs, RiverConfig(quantizer="rtn"), Statistics())
+    assert list(made.packed) == [twin.matmul for twin in made.packed.values()] == matmuls
+    assert threads_for(inputs[0]) == threads
     assert (maker.most > 1) == (threads > 1)
-    assert log == ["hash"] * 6 * (threads == 1) + ["make"] * 6

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-import river_compile.twins.packed
+import river_compile.twins.quantize
 from river_compile import ArtifactError, OptionError, observe, report, save
 from river_compile.kernels.quant import calibrated
 from tests.support.families import prompt
@@ -97,7 +97,9 @@ class TestArtifacts:
         first = observed("gpt2")
         logits = first.run(quantizer=quantizer)
         save(first.model, tmp_path / "twins")
-        monkeypatch.setattr(river_compile.twins.packed, "quantize_observed", lambda *_, **__: pytest.fail("quantized"))
+        monkeypatch.setattr(
+            river_compile.twins.quantize, "quantize_observed", lambda *_, **__: pytest.fail("quantized")
+        )
         second = TracedStep("gpt2")
         assert torch.equal(second.run(quantizer=quantizer, artifact=tmp_path / "twins"), logits)
         after = twins_of(second)

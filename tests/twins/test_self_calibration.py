@@ -14,7 +14,7 @@ from river_compile import RiverWarning, observe, report, river, save
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import find_record, record_of
 from river_compile.twins import self_calibration
-from river_compile.twins.artifact import FILE
+from river_compile.twins.file import FILE
 from river_compile.twins.sampling import sample
 from river_compile.twins.twin_kl import SEED, TwinLoss, estimate_loss
 from tests.support.decoding import decode, new_cache

@@ -240,9 +240,9 @@ _TWELVE_BITS = (
     ),
     Mutation(
         "bf12-stale",
-        "river_compile/building.py",
-        "    if packed:",
-        "    if graph.twins:",
+        "river_compile/twins/weights.py",
+        "!= made.digest for matmul, made in self.packed.items())",
+        "!= made.digest for matmul, made in self.packed.items() if not matmul.lossless)",
         "a prompt meets the packed weights of before a change",
         ("tests/lowering/test_packed_backbone.py",),
     ),
@@ -435,7 +435,7 @@ _PROMISES = (
     ),
     Mutation(
         "artifact-weights",
-        "river_compile/twins/artifact.py",
+        "river_compile/twins/file.py",
         "if matrix.weights_hash != digest or matrix.shape",
         "if matrix.shape",
         "twins of other weights are used",
@@ -459,7 +459,7 @@ _PROMISES = (
     ),
     Mutation(
         "weights-count",
-        "river_compile/twins/parameter_stamp.py",
+        "river_compile/twins/weights.py",
         "(self._ids, self._stamps) != (other._ids, other._stamps)",
         "self._ids != other._ids",
         "a change of weights that PyTorch counts is not noticed if no sampled element changed",

@@ -27,7 +27,7 @@ from river_compile.kernels.triton.tiles import form_key, read_table, tuned_for, 
 from river_compile.passes.program import Program
 from river_compile.store import codec
 from river_compile.store.folder import Entry
-from river_compile.twins.artifact import FILE, Artifact
+from river_compile.twins.file import FILE, TwinFile
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 from tools.kernels import tune
@@ -72,13 +72,13 @@ def _built() -> tuple[torch.nn.Module, Program]:
 @functools.cache
 def _artifact_contents() -> tuple[list, dict[str, torch.Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
-        artifact = Artifact(river_compile.save(packed_model(), Path(folder) / "twins"))
+        artifact = TwinFile(river_compile.save(packed_model(), Path(folder) / "twins"))
     return artifact._matrices, artifact._tensors
 
 
 def _read_artifact(folder: Path) -> None:
     """Opens it; nothing that opens may hold other matrices than those that were saved."""
-    artifact = Artifact(folder / "twins")
+    artifact = TwinFile(folder / "twins")
     matrices, tensors = _artifact_contents()
     same = artifact._matrices == matrices and artifact._tensors.keys() == tensors.keys()
     if not same or not all(torch.equal(artifact._tensors[name], tensors[name]) for name in tensors):
