@@ -9,7 +9,7 @@ identity; rotary embeddings whose frequencies depend on how long the text is, so
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,11 +49,12 @@ def model_state(model: PreTrainedModel, config: RiverConfig) -> ModelState | Non
     if identity is None:
         return None
     tensors = [*model.parameters(), *model.buffers()]
-    return ModelState(identity, ParameterStamp(tensors), not any(map(_follows_length, model.modules())))
+    rotary = [module for module in model.modules() if hasattr(module, "rope_type")]
+    return ModelState(identity, ParameterStamp(tensors), not any(map(_follows_length, rotary)))
 
 
 def _follows_length(module: nn.Module) -> bool:
-    """Whether a module is a rotary embedding that changes while a text grows (transformers' `dynamic_rope_update`)."""
-    kinds = getattr(module, "rope_type", "")
+    """Whether a rotary embedding changes while a text grows (transformers' `dynamic_rope_update`)."""
+    kinds: Any = module.rope_type
     kinds = map(str, kinds.values() if type(kinds) is dict else [kinds])
     return any("dynamic" in kind or kind == "longrope" for kind in kinds)

@@ -15,6 +15,7 @@ from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError
 from river_compile.kernels.checks import PATH
 from river_compile.model_record import find_record, record_of, unwrap
+from river_compile.runtime.executor import RiverExecutor
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.file import write
 from river_compile.twins.observe import Tokenizer, record, windows_of
@@ -121,4 +122,7 @@ def refresh(model: nn.Module) -> int:
     if record is None:
         return 0
     record.prefixes.forget_texts()
+    for graph in record.graphs:
+        if isinstance(executor := graph.executor(), RiverExecutor):
+            executor.model_state = None
     return record.twins.look_again()

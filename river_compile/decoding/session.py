@@ -430,7 +430,7 @@ class Session:
         """Has an executor look at the model's weights, once in a session."""
         if executor not in self._begun:
             self._begun.add(executor)
-            executor.begin(args)
+            executor.begin(args, self._state)
 
     def _through_model(self, width: int, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
         """Runs a pass through the model; binds the first one of its kind."""

@@ -54,6 +54,8 @@ class RiverExecutor:
     ) -> None:
         self.compiled, self.captures, self.code, self._again = compiled, captures, code, again
         self.decodes = compiled.program.is_decode
+        self.model_state: object | None = None  # that the latest look at the parameters found
+        self._looking = threading.Lock()
         # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
         self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
@@ -77,18 +79,25 @@ class RiverExecutor:
         """Takes the same program with the sources of its inputs in the place of its own."""
         self.compiled.program = program
 
-    def begin(self, args: Sequence[Any]) -> None:
+    def begin(self, args: Sequence[Any], state: object | None = None) -> None:
         """Looks at the parameters among a sequence's inputs; builds the program anew where they are not those it has.
 
         States that were bound before have the old ones.
+
+        Args:
+            args: the inputs.
+            state: of the model; where it is the one of the latest look, nothing is looked at. None: it is not known.
         """
-        weights, ranks = self.compiled.weights, self.compiled.ranks
-        if weights is None or self._again is None or ranks.every(weights.stand_for(args)):
-            return
-        policy = self.policy
-        self.compiled, self.captures = self._again(self.program, args)
-        self.policy = policy
-        self._states = WeakTensorKeyDictionary()
+        with self._looking:
+            if state is not None and state == self.model_state:
+                return
+            weights, ranks = self.compiled.weights, self.compiled.ranks
+            if weights is not None and self._again is not None and not ranks.every(weights.stand_for(args)):
+                policy = self.policy
+                self.compiled, self.captures = self._again(self.program, args)
+                self.policy = policy
+                self._states = WeakTensorKeyDictionary()
+            self.model_state = state
 
     def bind(self, args: Sequence[Any], captured: bool = True, last_token: bool = False) -> StepState:
         """Returns a state of the program on the cache among its inputs.

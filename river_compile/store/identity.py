@@ -55,7 +55,7 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
     ]
     for name, module in model.named_modules():
         held = vars(module)
-        if module.training or any(held[kind] for kind in _HOOKS):
+        if module.training or any(map(held.get, _HOOKS)):
             return None
         parts += (name, type(module).__qualname__, _plain(held))
         for tensors in (held["_parameters"], held["_buffers"]):
