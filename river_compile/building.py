@@ -254,7 +254,10 @@ def _packed(
             )
         savable = [linear for linear in every if not linear.lossless]
         names = program.matrices
-        weights = twins.get(reached, inputs, graph.config, model.statistics, names, savable, anew) if reached else None
+        weights = None
+        if reached:
+            config, device = graph.config, program.device
+            weights = twins.get(reached, inputs, config, model.statistics, device, names, savable, anew)
     packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}

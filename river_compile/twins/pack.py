@@ -1,7 +1,7 @@
 """The packed weights of a model: found by what they are made from, in memory or on disk, or made.
 
-A weight is found by the digest of its parameters and how it is asked for. Programs hold their weights; where parameters
-change, a program is built anew, and what stayed as it was is found again.
+A weight is found by the digest of its parameters and how it is asked for. Where parameters change, a program is built
+anew: what stayed as it was is found again, and the others take the place of those before.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class TwinWeights:
     """
 
     def __init__(self) -> None:
-        self._alive: weakref.WeakValueDictionary[tuple[object, ...], TwinWeight] = weakref.WeakValueDictionary()
+        self._made_before: dict[tuple[object, ...], TwinWeight] = {}  # the latest by matmul, and how it is asked for
         self._digests: dict[tuple[int, ...], tuple[ParameterStamp, str]] = {}  # by the parameters' addresses as objects
         self._programs: weakref.WeakSet[ProgramWeights] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -113,6 +113,7 @@ class TwinWeights:
         inputs: Sequence[Any],
         config: RiverConfig,
         statistics: Statistics,
+        device: torch.device,
         every: Iterable[str] = (),
         savable: Sequence[Matmul] = (),
         anew: bool = False,
@@ -124,6 +125,7 @@ class TwinWeights:
             inputs: of the graph, real tensors.
             config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
             statistics: for "awq" and "gptq".
+            device: where the packed weights are to lie.
             every: names of all matmuls that the model can have; an artifact may hold no other.
             savable: what an artifact that is missing is to hold.
             anew: parameters have changed: no file has their weights, and text of the model's own is another.
@@ -135,12 +137,16 @@ class TwinWeights:
         with self._lock:
             start = time.perf_counter()
             parameters = {matmul: Parameters.of(matmul, inputs) for matmul in (*matmuls, *savable)}
-            job = _Job(config, statistics, parameters, self._digests_of(parameters), anew)
+            job = _Job(config, statistics, device, parameters, self._digests_of(parameters), anew)
             if config.artifact is not None and not anew:
                 job.file = self._file_of(job, savable)
                 job.file.check_names(every)
             keys = {matmul: job.key(matmul) for matmul in matmuls}
-            there = {matmul: made for matmul, key in keys.items() if (made := self._alive.get(key)) is not None}
+            there = {
+                matmul: made
+                for matmul, key in keys.items()
+                if (made := self._made_before.get(key)) is not None and made.digest == job.digests[matmul]
+            }
             for matmul, made in there.items():
                 made.made_from = held(parameters[matmul].tensors)
             found, ranks = dict(there), statistics.ranks
@@ -152,7 +158,7 @@ class TwinWeights:
                 if some:
                     found |= self._loaded_or_made(job, some, lossless)
             for matmul in matmuls:
-                self._alive[keys[matmul]] = found[matmul]
+                self._made_before[keys[matmul]] = found[matmul]
             program = ProgramWeights({matmul: found[matmul] for matmul in matmuls}, inputs, self._digests_of)
             program.made = [found[matmul] for matmul in matmuls if matmul not in there]
             self._programs.add(program)
@@ -169,8 +175,14 @@ class TwinWeights:
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """Inside, parameters may move to other addresses, with the values that they have."""
+        weights = {made for program in self._programs for made in program.packed.values()}
+        there = [tensors for made in weights if len(tensors := made.parameters) == len(made.made_from)]
+        known = [(tensors, self._known(tensors)) for tensors in there]
         before = [(program, program.look_the_same) for program in self._programs]
         yield
+        for tensors, digest in known:
+            if digest is not None:
+                self._digests[tuple(map(id, tensors))] = ParameterStamp(tensors), digest
         for program, same in before:
             program.moved(same)
 
@@ -189,12 +201,11 @@ class TwinWeights:
         """Returns the digests of matmuls' parameters; those that look as they did are not read again."""
 
         def digest(given: Parameters) -> str:
-            tensors = given.tensors
-            stamp, ids = ParameterStamp(tensors), tuple(map(id, tensors))
-            known = self._digests.get(ids)
-            if known is None or known[0] != stamp:
-                known = self._digests[ids] = stamp, digest_of(tensors)
-            return known[1]
+            known = self._known(given.tensors)
+            if known is None:
+                known = digest_of(given.tensors)
+                self._digests[tuple(map(id, given.tensors))] = ParameterStamp(given.tensors), known
+            return known
 
         if len(self._digests) > _REMEMBERED * len(parameters):  # (of parameters that are gone)
             self._digests.clear()
@@ -202,6 +213,11 @@ class TwinWeights:
         distinct = {tuple(map(id, given.tensors)): given for given in parameters.values()}
         found = dict(zip(distinct, _in_threads(digest, distinct.values()), strict=True))
         return {matmul: found[tuple(map(id, given.tensors))] for matmul, given in parameters.items()}
+
+    def _known(self, tensors: Sequence[Tensor]) -> str | None:
+        """Returns the digest of tensors, None where they do not look as they did when it was taken."""
+        stamp, digest = self._digests.get(tuple(map(id, tensors)), (None, ""))
+        return digest if stamp is not None and stamp == ParameterStamp(tensors) else None
 
     def _file_of(self, job: _Job, savable: Sequence[Matmul]) -> TwinFile:
         """Returns the file that the options name, made where it is missing and the options say so."""
@@ -246,7 +262,7 @@ class TwinWeights:
 
         def load(matmul: Matmul) -> TwinWeight:
             grid, facts = saved[matmul]
-            made = packed(matmul, job.parameters[matmul], job.digests[matmul], asked[matmul], grid, facts)
+            made = packed(matmul, job.parameters[matmul], job.digests[matmul], asked[matmul], grid, facts, job.device)
             return replace(made, artifact=artifact)
 
         return dict(zip(matmuls, _in_threads(load, matmuls), strict=True))
@@ -266,7 +282,7 @@ class TwinWeights:
             def one(given: tuple[Matmul, Moments | None]) -> TwinWeight:
                 matmul, moments = given
                 asked = job.quantizer(lossless)
-                return make(matmul, job.parameters[matmul], job.digests[matmul], asked, moments)
+                return make(matmul, job.parameters[matmul], job.digests[matmul], asked, moments, job.device)
 
             def work(jobs: Sequence[tuple[Matmul, Moments | None]]) -> None:
                 for (matmul, _), twin in zip(jobs, pool.map(one, jobs), strict=True):
@@ -289,6 +305,7 @@ class _Job:
 
     config: RiverConfig
     statistics: Statistics
+    device: torch.device
     parameters: dict[Matmul, Parameters]
     digests: dict[Matmul, str]
     anew: bool
@@ -303,11 +320,11 @@ class _Job:
         return LOSSLESS if lossless else self.config.quantizer
 
     def key(self, matmul: Matmul) -> tuple[object, ...]:
-        """Returns what a weight is found by."""
+        """Returns what a weight is found by, beside its digest."""
         number = self.statistics.number if self.observes and not matmul.lossless else 0
         origin = "" if self.file is None or matmul.lossless else str(self.file.folder)
         how = self.quantizer(matmul.lossless), matmul.layout, matmul.group_size, matmul.scales_inputs
-        return self.digests[matmul], self.parameters[matmul].weights[0].device, matmul.name, *how, origin, number
+        return matmul.name, *how, origin, number
 
 
 def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameters) -> Moments | None:

@@ -32,7 +32,14 @@ Grid = tuple[QuantizedWeight | PackedLinear, dict[str, Any]]
 
 
 @torch.no_grad()
-def make(matmul: Matmul, parameters: Parameters, digest: str, asked: str, known: Moments | None) -> TwinWeight:
+def make(
+    matmul: Matmul,
+    parameters: Parameters,
+    digest: str,
+    asked: str,
+    known: Moments | None,
+    device: torch.device,
+) -> TwinWeight:
     """Quantizes and packs the weight of a matmul.
 
     Args:
@@ -41,6 +48,7 @@ def make(matmul: Matmul, parameters: Parameters, digest: str, asked: str, known:
         digest: of those.
         asked: the quantizer, or `LOSSLESS`.
         known: of its inputs.
+        device: where the packed weight is to lie.
 
     Raises:
         UnsupportedGraphError: the weights, or their inputs, are not finite.
@@ -51,7 +59,7 @@ def make(matmul: Matmul, parameters: Parameters, digest: str, asked: str, known:
         names = zip(matmul.name.split("|"), parameters.weights, strict=not matmul.experts)
         name = next((name for name, weight in names if not weight.isfinite().all()), matmul.name)
         raise UnsupportedGraphError(f"no 4-bit twin can be made of {name}: {error}") from None
-    return packed(matmul, parameters, digest, asked, grid, facts)
+    return packed(matmul, parameters, digest, asked, grid, facts, device)
 
 
 def packed(
@@ -61,15 +69,15 @@ def packed(
     asked: str,
     grid: QuantizedWeight | PackedLinear,
     facts: Mapping[str, Any],
+    device: torch.device,
 ) -> TwinWeight:
     """Returns a known grid as a matmul's kernel reads it: a file's own tensors where they are that on a CPU.
 
     Args:
-        matmul, parameters, digest, asked: as :func:`make` has them.
+        matmul, parameters, digest, asked, device: as :func:`make` has them.
         grid: the matrix.
         facts: of it, fields of :class:`TwinWeight`.
     """
-    device = parameters.weights[0].device
     scale = facts.get("input_scale")
     scale = None if scale is None else scale.to(device)
     if isinstance(grid, PackedLinear):
@@ -81,7 +89,7 @@ def packed(
     return TwinWeight(
         matmul=matmul,
         weight=weight,
-        extras=_extras(matmul, parameters, scale),
+        extras=tuple(extra.to(device) for extra in _extras(matmul, parameters, scale)),
         asked=asked,
         digest=digest,
         made_from=held(parameters.tensors),
@@ -142,6 +150,7 @@ def _of_stack(matmul: Matmul, stack: Tensor, quantizer: str, known: ExpertMoment
 def _extras(matmul: Matmul, parameters: Parameters, scale: Tensor | None) -> tuple[Tensor, ...]:
     """Returns what a twin's graph takes beside the packed matrix (see `TwinWeight`)."""
     like = parameters.weights[0]
+    scale = None if scale is None else scale.to(like.device)
     extras: list[Tensor] = []
     if any(bias is not None for bias in parameters.biases):
         biases = zip(parameters.biases, matmul.out_features, strict=True)

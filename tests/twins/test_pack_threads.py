@@ -28,7 +28,7 @@ class Maker:
         self.most, self._now, self._lock = 0, 0, threading.Lock()
         self._together = threading.Event()
 
-    def __call__(self, matmul, parameters, digest, asked, known):
+    def __call__(self, matmul, parameters, digest, asked, known, device):
         with self._lock:
             self._now += 1
             self.most = max(self.most, self._now)
@@ -50,7 +50,7 @@ def test_a_device_packs_one_matrix_after_the_other(device, threads, monkeypatch)
     inputs = [torch.empty(4, 4, device=device) for _ in range(6)]
     options = {"in_features": 4, "out_features": (4,), "transposed": False, "group_size": 4, "layout": "plain"}
     matmuls = [Matmul(name=str(i), weights=(i,), biases=(None,), **options) for i in range(6)]
-    made = TwinWeights().get(matmuls, inputs, RiverConfig(quantizer="rtn"), Statistics())
+    made = TwinWeights().get(matmuls, inputs, RiverConfig(quantizer="rtn"), Statistics(), torch.device(device))
     assert list(made.packed) == [twin.matmul for twin in made.packed.values()] == matmuls
     assert threads_for(inputs[0]) == threads
     assert (maker.most > 1) == (threads > 1)
