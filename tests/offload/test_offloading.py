@@ -251,7 +251,7 @@ def test_a_prompt_that_may_exit_does_so_in_time(elsewhere):
 
 @pytest.mark.slow
 @recording()
-def test_blocks_that_move_are_not_captured(elsewhere):
+def test_blocks_that_move_are_not_captured(elsewhere, fresh_dynamo):
     """Pieces end before the first offloaded block; what comes after it runs uncaptured, and the report says why."""
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "output_logits": True}
     options |= {"return_dict_in_generate": True}
