@@ -284,7 +284,10 @@ class Loop:
         """Returns those of given tokens after the prompt, ``[tokens, V]``; `plain`: by the model as it is."""
         start = self._prompt.shape[1]
         steps = [self._call(ids, start + i, plain)[0, -1:] for i, ids in enumerate(self._fed.split(1, 1))]
-        KVCache(self.cache).rewind(_COMPARED)
+        if self._static:
+            KVCache(self.cache).rewind(_COMPARED)
+        else:
+            self.cache.crop(-_COMPARED)
         return torch.cat(steps)
 
     def profiled(self) -> dict:

@@ -237,7 +237,7 @@ def block_errors(model: PreTrainedModel, graph: GraphRecord, texts: Sequence[Ten
     """
     found = []
     references = [model(input_ids=ids, use_cache=False).logits.flatten(0, 1) for ids in texts]
-    for number, path in enumerate(graph.block_paths, start=1):
+    for number, path in enumerate(graph.program.block_paths, start=1):
         packed = [site for site in graph.twins if site.name.startswith(f"{path}.")]
         weights, kls, same = _twin_weights(model, packed), [], []
         for ids, reference in zip(texts, references, strict=True):
