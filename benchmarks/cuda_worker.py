@@ -284,11 +284,14 @@ class Loop:
         """Returns those of given tokens after the prompt, ``[tokens, V]``; `plain`: by the model as it is."""
         start = self._prompt.shape[1]
         steps = [self._call(ids, start + i, plain)[0, -1:] for i, ids in enumerate(self._fed.split(1, 1))]
-        if self._static:
-            KVCache(self.cache).rewind(_COMPARED)
-        else:
-            self.cache.crop(-_COMPARED)
+        self._take_back(_COMPARED)
         return torch.cat(steps)
+
+    def _take_back(self, tokens: int) -> None:
+        if self._static:
+            KVCache(self.cache).rewind(tokens)
+        else:
+            self.cache.crop(-tokens)
 
     def profiled(self) -> dict:
         """Returns kernels, graph launches, waits and the device's seconds per token; None for each without a GPU."""
@@ -322,7 +325,7 @@ class Loop:
         return text, [cycle for cycle, _ in seen], (seen[-1][1] - seen[0][1]) / tokens
 
     def profiled_cycles(self, **how: Any) -> dict:
-        """Returns what :meth:`profiled` does per cycle of exact mode, without waits for events that have passed."""
+        """Returns what :meth:`profiled` does per cycle of exact mode."""
         nothing = dict.fromkeys(("kernels", "graphs", "waits", "device_seconds"))
         if not self.on_gpu:
             return nothing
@@ -341,7 +344,7 @@ class Loop:
         if found is None or seen == _UNPROFILED:
             return nothing
         count = min(seen - _UNPROFILED, _PROFILED)
-        return counted(found.events(), count, own=2 * count)  # (two a cycle are for its times)
+        return counted(found.events(), count, own=0)
 
     def generate_rates(self, kept: bool) -> tuple[float, float | None]:
         """Returns the decode tokens/s of `model.generate` after the same prompt, the second time.
@@ -360,7 +363,7 @@ class Loop:
             ids = self._call(ids, position)[:, -1:].argmax(-1)
         self._synchronize()
         seconds = time.perf_counter() - start
-        KVCache(self.cache).rewind(tokens)
+        self._take_back(tokens)
         return seconds
 
     def _generate_rate(self, cache: StaticCache | None = None) -> float:
