@@ -172,9 +172,11 @@ def check_verified_text(model, rows: int) -> None:
     for ours, theirs in zip(drafted.logits, plain.logits, strict=True):
         assert torch.equal(ours, theirs)
     found = report(model).to_dict()
-    assert 0 < found["exact"]["accepted"] < found["exact"]["drafted"]
     captured = {record["unit"] for graph in found["graphs"] for record in graph["captures"]["captures"]}
-    assert captured >= {"tail 0", f"last 0-{LAYERS}"}
+    assert f"last 0-{LAYERS}" in captured
+    if rows == 1:  # (several decode plainly)
+        assert "tail 0" in captured
+        assert 0 < found["exact"]["accepted"] < found["exact"]["drafted"]
 
 
 @pytest.mark.parametrize(

@@ -215,10 +215,16 @@ class TestCaches:
             for _ in range(3):
                 decoder.step(cache, 4, depth=1)
             assert [c.unit for c in decoder.log.captures][before - decoder.log.made :] == ["span 0-1", "tail 1"]
-        gone = [weakref.ref(layer.keys) for cache in caches for layer in cache.layers]
+        seen = [weakref.ref(cache.layers[0].keys) for cache in caches]
         del caches, cache
+        for seed in range(2, 16):
+            cache = decoder.start(seed)
+            decoder.step(cache, 4, depth=1)
+            seen.append(weakref.ref(cache.layers[0].keys))
+        del cache
         gc.collect()
-        assert [ref() for ref in gone] == [None] * 2 * LAYERS
+        # (Each graph has states of its latest four caches: nothing tells whether one is used again.)
+        assert sum(keys() is not None for keys in seen) <= 4 * len(report(decoder.model).graphs) < len(seen)
 
     @pytest.mark.gpu
     def test_device_memory_returns(self):
