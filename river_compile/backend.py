@@ -34,6 +34,7 @@ from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.upstream.dynamo import (
+    OwnCall,
     break_before,
     build_whole_files,
     compiled_module,
@@ -104,7 +105,7 @@ def river(
             program = unbuildable = Refusal(
                 f"the C++ kernels cannot be compiled ({why}); set CXX to another g++ or clang++"
             )
-    graph.refusal = str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner)}"
+    graph.refusal = str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner, model.call)}"
     plainly = no_compiler(config, example_inputs, rewritten=False)
     if config.on_unsupported == "raise":
         raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {graph.refusal}")
@@ -117,11 +118,11 @@ def river(
     return compiled
 
 
-def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None) -> str:
+def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: OwnCall | None) -> str:
     """Returns where Dynamo broke the model's code, for a graph that is a piece of it for that reason."""
     why = getattr(graph_module, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
-        why = None if model is None else break_before(model)
+        why = None if model is None else break_before(model, own)
     if why is None:
         return ""
     line = f" ({Path(why.user_stack[-1].filename).name}:{why.user_stack[-1].lineno})" if why.user_stack else ""

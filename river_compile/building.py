@@ -83,7 +83,7 @@ def build(
     graph.traced = found
     examples = {slot: value_of(node) for node, slot in rewritten.slots.items()}
     warn = functools.partial(warn_of_slow_lowering, how, plan.device)
-    return _executor(program, examples, [*values.values()], model, graph, warn)
+    return _executor(_assembled(program, examples, [*values.values()], model, graph, warn), model, graph)
 
 
 def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
@@ -96,36 +96,27 @@ def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: 
     """
     if program.native:
         native.load()
-    return _executor(program, StoredExamples(program), inputs, model, graph, lambda: None)
+    return _executor(_assembled(program, StoredExamples(program), inputs, model, graph), model, graph)
 
 
-def _executor(
-    program: Program,
-    examples: Mapping[int, Any],
-    inputs: Sequence[Any],
-    model: ModelRecord,
-    graph: GraphRecord,
-    warn: Callable[[], object],
-) -> RiverExecutor:
+Built = tuple[CompiledProgram, Capturing | None]
+
+
+def _executor(built: Built, model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
     """Returns what runs a program, and builds it anew where its parameters change."""
-    compiled, captures = _assembled(program, examples, inputs, model, graph, warn)
-    again = functools.partial(_again, weakref.ref(model), weakref.ref(graph))
-    executor = RiverExecutor(compiled, captures, graph.code, again)
+    executor = RiverExecutor(*built, graph.code, functools.partial(_again, weakref.ref(model), graph))
     graph.executor = weakref.ref(executor)
     return executor
 
 
-def _again(
-    model_ref: weakref.ref[ModelRecord], graph_ref: weakref.ref[GraphRecord], program: Program, inputs: Sequence[Any]
-) -> tuple[CompiledProgram, Capturing | None]:
+def _again(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
     """Builds a program anew, whose parameters have changed."""
-    model, graph = model_ref(), graph_ref()
+    model = model_ref()
     assert model is not None, "the model whose parameters these are is there"
-    assert graph is not None, "its record has the graph that is run"
     start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
     graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
-    built = _assembled(program, StoredExamples(program), inputs, model, graph, lambda: None, anew=True)
+    built = _assembled(program, StoredExamples(program), inputs, model, graph, anew=True)
     weights = built[0].weights
     made = weights.made if isinstance(weights, ProgramWeights) else ()
     changed = [twin for twin in made if not twin.matmul.lossless]
@@ -160,9 +151,9 @@ def _assembled(
     inputs: Sequence[Any],
     model: ModelRecord,
     graph: GraphRecord,
-    warn: Callable[[], object],
+    warn: Callable[[], object] = lambda: None,
     anew: bool = False,
-) -> tuple[CompiledProgram, Capturing | None]:
+) -> Built:
     """Packs the twins of a program, compiles its segments, and puts them together; `anew`: its parameters changed."""
     config, ranks = graph.config, model.ranks
     graph.program = program

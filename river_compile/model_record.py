@@ -37,7 +37,7 @@ from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.pack import Statistics, TwinWeights
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.weights import TwinWeight
-from river_compile.upstream.dynamo import drop_graphs
+from river_compile.upstream.dynamo import OwnCall, drop_graphs
 
 BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
 
@@ -150,7 +150,7 @@ class ModelRecord:
     drafts: dict[bool, DraftLength] = field(default_factory=dict)  # by whether tokens are sampled
     prefixes: PrefixPool = field(default_factory=PrefixPool)
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls of generate that ran plainly, by reason
-    call: Callable[..., Any] | None = None  # of an accelerated model: its own compiled call
+    call: OwnCall | None = None  # of an accelerated model: its own compiled call
     programs: Programs | None = None  # that are stored, of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
     batch_sizes: set[int] = field(default_factory=set)  # of prompts that ran

@@ -45,7 +45,7 @@ from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.programs import Origin, Programs
 from river_compile.twins.file import FILE, TwinFile
-from river_compile.upstream.dynamo import compiled_with, own_call, untraceable
+from river_compile.upstream.dynamo import OwnCall, compiled_with, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -114,7 +114,7 @@ def accelerate(
         artifact = ranks_of(model.parameters()).folder(Path(config.artifact))
         if not os.path.exists(artifact / FILE):
             TwinFile(artifact)  # (says what is wrong)
-    record, call = record_of(model.parameters()), own_call(river, backend_options)
+    record, call = record_of(model.parameters()), OwnCall(river, backend_options)
     programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), store)
     begin_kernels(config, model.device)
     # (The model changes last, so that whatever fails leaves it as it was.)

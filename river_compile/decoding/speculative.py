@@ -85,9 +85,8 @@ class SpeculativeDecoder:
         best = text.sampler.best(logits[0]).tolist() if text.sampler.is_greedy else []
         times.append(time.perf_counter())
         kept = self._accept(text, draft, logits, best)
-        session.rewind(
-            session.width_for(drafted) - len(kept)
-        )  # (the last kept token has no slot yet, as without drafts)
+        # (The last kept token has no slot yet, as without drafts.)
+        session.rewind(session.width_for(drafted) - len(kept))
         times.append(time.perf_counter())
         self._learn(length, draft, kept, [end - start for start, end in pairwise(times)])
 
@@ -136,7 +135,8 @@ class SpeculativeDecoder:
             session.begin_drafts(text.ids)
             self._index = SuffixAutomaton(text.ids[0].tolist() if self._lookup else ())
         index = self._index
-        draft, ahead, copied = Draft(max(min(session.longest_draft, text.tokens_left - 1), 0)), list[int](), list[int]()
+        draft = Draft(max(min(session.longest_draft, text.tokens_left - 1), 0))
+        ahead: list[int] = []  # its tokens
         text.reserve(draft.room)
         while True:
             if self._lookup:
@@ -151,10 +151,10 @@ class SpeculativeDecoder:
                 if token in text.end_tokens:
                     draft.room = len(draft.tokens)
                     break
-        copied = copied[: max(count - len(ahead), 0)]
-        if copied:
-            text.note_draft(text.length + len(ahead), torch.tensor(copied))
-            for copy in draft.copy[: len(copied)]:
+        copies = draft.copy[: max(count - len(ahead), 0)]
+        if copies:
+            text.note_draft(text.length + len(ahead), torch.tensor([copy.token for copy in copies]))
+            for copy in copies:
                 draft.add(copy)
         return draft
 

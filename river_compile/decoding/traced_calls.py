@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from river_compile.model_record import GraphRecord
 from river_compile.runtime.executor import RiverExecutor, on_call
 from river_compile.store.codec import NotStorable
 from river_compile.store.inputs import located
-from river_compile.upstream.dynamo import runs_one_graph
+from river_compile.upstream.dynamo import OwnCall, runs_one_graph
 
 log = logging.getLogger("river_compile.decoding")
 
@@ -49,7 +49,7 @@ def locate(
     cache: Cache,
     calls: Sequence[Call],
     logits: Tensor,
-    own: Callable[..., Any] | None,
+    own: OwnCall | None,
 ) -> GraphRecord | None:
     """Finds out where the inputs of a graph come from that Dynamo ran for a call of the model.
 

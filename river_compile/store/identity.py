@@ -75,8 +75,8 @@ def _plain(held: Mapping[str, object]) -> list[tuple[str, object]]:
         kind = type(value)
         if kind in _PLAIN or (kind in _NESTED and _is_plain(value)):
             found.append((name, value))
-        elif kind is FunctionType:
-            found.append((name, value.__code__.co_code))  # type: ignore[attr-defined]
+        elif isinstance(value, FunctionType):
+            found.append((name, value.__code__.co_code))
     return found
 
 

@@ -159,8 +159,8 @@ class TwinWeights:
                     found |= self._loaded_or_made(job, some, lossless)
             for matmul in matmuls:
                 self._made_before[keys[matmul]] = found[matmul]
-            program = ProgramWeights({matmul: found[matmul] for matmul in matmuls}, inputs, self._digests_of)
-            program.made = [found[matmul] for matmul in matmuls if matmul not in there]
+            made_now = [found[matmul] for matmul in matmuls if matmul not in there]
+            program = ProgramWeights({x: found[x] for x in matmuls}, inputs, self._digests_of, made_now)
             self._programs.add(program)
             self.seconds += time.perf_counter() - start
             return program
@@ -324,7 +324,7 @@ class _Job:
         number = self.statistics.number if self.observes and not matmul.lossless else 0
         origin = "" if self.file is None or matmul.lossless else str(self.file.folder)
         how = self.quantizer(matmul.lossless), matmul.layout, matmul.group_size, matmul.scales_inputs
-        return matmul.name, *how, origin, number
+        return matmul.name, self.device, *how, origin, number
 
 
 def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameters) -> Moments | None:

@@ -183,6 +183,7 @@ class ProgramWeights:
         packed: of its matmuls.
         inputs: of its graph, real tensors, in order.
         digests: returns those of matmuls' parameters.
+        made: those of the packed that were not there before.
     """
 
     def __init__(
@@ -190,19 +191,15 @@ class ProgramWeights:
         packed: Mapping[Matmul, TwinWeight],
         inputs: Sequence[Any],
         digests: Callable[[dict[Matmul, Parameters]], dict[Matmul, str]],
+        made: Sequence[TwinWeight],
     ) -> None:
-        self.packed, self._digests = packed, digests
-        self.made: Sequence[TwinWeight] = ()  # those of them that were not there before
+        self.packed, self.made, self._digests = packed, made, digests
         self._order = [number for matmul in packed for number in matmul.parameters]
-        self._stamp: ParameterStamp | None = ParameterStamp(self.parameters(inputs))
-
-    def parameters(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """Returns the parameters among a graph's inputs."""
-        return [inputs[i] for i in self._order]
+        self._stamp: ParameterStamp | None = ParameterStamp([inputs[i] for i in self._order])
 
     def stand_for(self, inputs: Sequence[Any]) -> bool:
         """Whether they are made from the parameters among these inputs, by their digests where they look otherwise."""
-        stamp = ParameterStamp(self.parameters(inputs))
+        stamp = ParameterStamp([inputs[i] for i in self._order])
         if stamp == self._stamp:
             return True
         parameters = {matmul: Parameters.of(matmul, inputs) for matmul in self.packed}
@@ -220,12 +217,14 @@ class ProgramWeights:
 
     def moved(self, unchanged: bool) -> None:
         """Takes parameters that were put elsewhere for what they were, if they had not changed before."""
-        tensors = [tensor for made in self.packed.values() for tensor in made.parameters]
-        if unchanged and len(tensors) == len(self._order):
-            self._stamp = ParameterStamp(tensors)
+        if unchanged:
+            self._stamp = ParameterStamp(self._made_from)
 
     @property
     def look_the_same(self) -> bool:
         """Whether the parameters that they were made from look as they did."""
-        tensors = [tensor for made in self.packed.values() for tensor in made.parameters]
-        return self._stamp is not None and self._stamp == ParameterStamp(tensors)
+        return self._stamp is not None and self._stamp == ParameterStamp(self._made_from)
+
+    @property
+    def _made_from(self) -> list[Tensor]:
+        return [tensor for made in self.packed.values() for tensor in made.parameters]

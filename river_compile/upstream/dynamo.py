@@ -86,18 +86,18 @@ def _comes_with_arguments(source: Any) -> bool:
     return type(source).__name__ == "LocalSource"
 
 
-def break_before(model: nn.Module) -> GraphCompileReason | None:
+def break_before(model: nn.Module, own: OwnCall | None) -> GraphCompileReason | None:
     """Returns why Dynamo last broke a graph, if it compiles a piece of a model's code; None otherwise."""
     tx = getattr(symbolic_convert.tls, "current_tx", None)
-    piece = tx is not None and tx.f_code not in _code_of_calls(model)
+    piece = tx is not None and tx.f_code not in (*_code_of_calls(model), None if own is None else own.code)
     return graph_break_reasons[-1] if piece and graph_break_reasons else None
 
 
-def runs_one_graph(model: nn.Module, code: CodeType | None, own: Callable[..., Any] | None) -> bool:
+def runs_one_graph(model: nn.Module, code: CodeType | None, own: OwnCall | None) -> bool:
     """Returns whether a call of a model, or its own compiled call, is one of the function with this `traced_code`."""
     if code is None or model._forward_hooks or model._forward_pre_hooks:
         return False
-    return code in (_code_of_calls(model) if own is None else [getattr(own, "code", None)])
+    return code in (_code_of_calls(model) if own is None else [own.code])
 
 
 def _code_of_calls(model: nn.Module) -> list[CodeType | None]:
@@ -109,24 +109,30 @@ def _code_of_calls(model: nn.Module) -> list[CodeType | None]:
 _LOOKED_AFTER = (Cache, CacheLayerMixin)
 
 
-def own_call(backend: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Returns the compiled call of one model, ``(model, **inputs)``.
+class OwnCall:
+    """The compiled call of one model, ``(model, **inputs)``.
 
     Dynamo keeps graphs with the code of the function that it compiled. This one's code and globals are its own, so no
     other model's graphs count towards its limits, and they go with it. Hooks of modules are guarded.
-    """
-    code = _call.__code__.replace(co_name="call_of_one_model")
-    call = torch.compile(FunctionType(code, {"__builtins__": builtins}), backend=backend, options=dict(options))
 
-    def compiled(model: nn.Module, /, **inputs: Any) -> Any:
+    Args:
+        backend, options: as ``torch.compile`` takes them.
+
+    Attributes:
+        code: of the function.
+    """
+
+    def __init__(self, backend: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self.code = _call.__code__.replace(co_name="call_of_one_model")
+        own = FunctionType(self.code, {"__builtins__": builtins})
+        self._compiled = torch.compile(own, backend=backend, options=dict(options))
+
+    def __call__(self, model: nn.Module, /, **inputs: Any) -> Any:
         try:
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-                return call(model, inputs)
+                return self._compiled(model, inputs)
         except TorchRuntimeError as error:
             raise error_of_code(error) from None
-
-    compiled.code = code  # type: ignore[attr-defined]
-    return compiled
 
 
 def _call(model: Any, inputs: dict[str, Any]) -> Any:

@@ -381,7 +381,7 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
         "torch.compile",
         "river_compile.config.RiverConfig.from_options",
         "river_compile.api.accelerate.check_paths",
-        "river_compile.api.accelerate.own_call",
+        "river_compile.api.accelerate.OwnCall",
         "river_compile.api.accelerate.Programs",
         "river_compile.api.accelerate.has_generate_of_its_own",
         "river_compile.api.accelerate.generate_by",
@@ -411,6 +411,25 @@ def test_an_accelerate_that_fails_leaves_the_model_as_it_was(model, expected, st
 def test_the_backends_mode_is_no_option_of_accelerate():
     with pytest.raises(river_compile.OptionError, match="unknown option 'mode'"):
         river_compile.accelerate(plain(), mode="max-autotune")
+
+
+def test_a_call_that_was_compiled_before_follows_weights_after_accelerate():
+    """`accelerate` forgets the graphs of earlier calls in its report; who runs them builds them anew all the same."""
+    model = plain()
+    model.compile(backend=river_compile.river, options={**OPTIONS, "exit_depth": 0})
+
+    @torch.no_grad()
+    def step():
+        held = {cache_argument(model): new_cache(model, "static"), "use_cache": True}
+        model.forward(prompt(), **held)
+        return model(prompt(1, seed=3), **held).logits
+
+    before = step()
+    river_compile.accelerate(model, **EXACT)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+    with pytest.warns(river_compile.RiverWarning, match="weights changed after their 4-bit twins were packed"):
+        assert not torch.equal(step(), before)
 
 
 @pytest.mark.slow

@@ -62,6 +62,13 @@ def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(h
     assert [graph.refusal for graph in river_compile.report(whole).graphs if graph.refusal] == []
 
 
+def test_a_model_that_is_refused_for_another_reason_names_no_break_of_an_earlier_one():
+    generated(with_forward_hooks(river_compile.accelerate(make("llama", layers=2), **OPTIONS)))
+    _, _, said = generated(river_compile.accelerate(make("llama", layers=1), **OPTIONS))
+    assert any("the graph holds no list of two or more modules" in line for line in said)
+    assert not any("Dynamo broke the graph" in line for line in said)
+
+
 @pytest.mark.slow  # (transformers compiles its masks with the compiler of the machine: half a minute)
 def test_flex_attention_on_a_cpu_is_rewritten_and_runs_operator_by_operator():
     """Inductor may raise for it there. A warning names it and the way out; none names an option that nobody gave."""

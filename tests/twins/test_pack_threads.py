@@ -54,3 +54,15 @@ def test_a_device_packs_one_matrix_after_the_other(device, threads, monkeypatch)
     assert list(made.packed) == [twin.matmul for twin in made.packed.values()] == matmuls
     assert threads_for(inputs[0]) == threads
     assert (maker.most > 1) == (threads > 1)
+
+
+def test_weights_on_another_device_are_packed_for_it():
+    """The same values have the same digest wherever they lie; what is packed lies where its program runs."""
+    options = {"in_features": 64, "out_features": (64,), "transposed": False, "group_size": 64, "layout": "plain"}
+    matmul = Matmul(name="a", weights=(0,), biases=(None,), **options)
+    weights, found, inputs = TwinWeights(), [], [torch.randn(64, 64)]
+    for device in ("cpu", "meta", "cpu"):
+        made = weights.get([matmul], inputs, RiverConfig(quantizer="rtn"), Statistics(), torch.device(device))
+        found.append(made.packed[matmul])
+    assert [twin.weight.qweight.device.type for twin in found] == ["cpu", "meta", "cpu"]
+    assert found[0] is found[2]
