@@ -34,8 +34,8 @@ from transformers import PreTrainedModel
 
 from benchmarks import common
 from benchmarks.texts import MEASURED, answers
-from river_compile.cli import models
-from river_compile.cli.texts import topics
+from river_compile.cli import shared
+from river_compile.cli.shared import topics
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import quantize_observed
 from river_compile.twins.calibration_stats import InputMoments
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     model, tokenizer = demo_models.load_or_exit(options.model)
     own = [text.ids for text in answers(model, tokenizer, MEASURED[: options.texts], options.tokens)]
     passages = (tokenizer(text)["input_ids"][: 2 * options.tokens] for text in topics()[::-1])

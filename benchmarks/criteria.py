@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 
 from benchmarks import common
 from benchmarks.texts import collect
-from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
-from river_compile.cli import models
-from river_compile.cli.texts import topics
+from river_compile.cli import shared
+from river_compile.cli.shared import topics
+from river_compile.evaluation.meter import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA, Criterion
 from tools import demo_models
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     results = {}
     for name in options.model:
         model, tokenizer = demo_models.load_or_exit(name)

@@ -22,10 +22,11 @@ from benchmarks.int4_baseline import use_int4
 from benchmarks.random_llama import random_llama
 from benchmarks.roofline import Roofline
 from benchmarks.schedule import leaving_at
-from river_compile import decode, exact, report
+from river_compile import report
 from river_compile.backend import executors_of
-from river_compile.cli.timing import generate
+from river_compile.decoding.mode import decode, exact
 from river_compile.exits import WHOLE, forced_depth
+from river_compile.reporting.timing import generate
 from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.state import on_step
@@ -45,7 +46,7 @@ INDUCTOR = {
     "int4": {"triton.cudagraphs": True, "coordinate_descent_tuning": True},
 }
 #: River's options. "river" checks after every block and never lets a token leave: what is measured without checks
-#: forces its depth. "exact" is what `accelerate(quality="strict")` needs.
+#: forces its depth. "exact" is what `accelerate(strict=True)` needs.
 RIVER: dict[str, dict[str, object]] = {
     "river": {"threshold": 2.0, "first_exit": 1},
     "exact": {"first_exit": WHOLE, "backbone": "river", "backbone_weights": "model"},
@@ -140,8 +141,8 @@ class Bench:
         with forced_depth(self._roofline.shape.layers):
             self.loop.text(custom_generate=decode)
             plain, plain_seconds = self.loop.text_in_steps(custom_generate=decode)
-        how = {"custom_generate": exact, "max_draft": drafted, "strict": True}
-        how |= {"prompt_lookup": False, "adaptive": False}
+        how = {"custom_generate": exact, "num_assistant_tokens": drafted, "strict": True}
+        how |= {"prompt_lookup_num_tokens": 0, "num_assistant_tokens_schedule": "constant"}
         for _ in range(2):  # (the first one compiles each width's pass, the second one captures it)
             self.loop.text(**how)
         ran, times, texts = [], [], []

@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks import common, cuda_decode, llama_cpp_runner
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
@@ -293,7 +293,7 @@ class TorchRunner:
         return self._generate(stop_after=1, prompt=self.text[:, :length]).first_token_s
 
     def _generate(self, stop_after: int | None = None, prompt=None):
-        from river_compile.cli.timing import generate
+        from river_compile.reporting.timing import generate
 
         # (Exact mode has a static cache of its own.)
         static, prompt = self.job["backend"] not in ("eager", "exact"), self.prompt if prompt is None else prompt
@@ -305,10 +305,10 @@ def _torch_runner(job: dict) -> TorchRunner:
 
     from river_compile.cli.bench import beginning
 
-    models.quiet()
+    shared.quiet()
     torch.set_num_threads(job["threads"])
     model, tokenizer = demo_models.load(job["folder"], dtype=job["dtype"])
-    prompt = models.encode(tokenizer, job["prompt"]).repeat(job["batch"], 1)
+    prompt = shared.encode(tokenizer, job["prompt"]).repeat(job["batch"], 1)
     text = beginning(tokenizer, max(job["prompts"], default=1)).repeat(job["batch"], 1)
     return TorchRunner(model, prompt, text, job)
 
@@ -347,7 +347,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", nargs="+", type=common.number(1), default=[], metavar="N", help="lengths of prompts to read, too"
     )
-    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them, for River's rows")
+    parser.add_argument(
+        "--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
+    )
     parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")
     parser.add_argument(

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from benchmarks import common, schedule
 from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TARGETS, Roofline, depth_name
-from river_compile import river
+from river_compile.backend import river
 from river_compile.exits import forced_depth
 from tools.kernels.shapes import MODELS
 from tools.recorder import recording

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import common
 from benchmarks.prompts import GROUPS, mixed, prompts
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 if TYPE_CHECKING:
@@ -97,19 +97,19 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        import river_compile
+        from river_compile.backend import river
 
-        models.quiet()
+        shared.quiet()
         torch.set_num_threads(options.threads)
         self.model, tokenizer = demo_models.load(options.model, dtype=options.dtype)
         self.ends = set(tokenizer.convert_tokens_to_ids([tokenizer.eos_token])) if options.own_ends else set()
         self.model.generation_config.eos_token_id = list(self.ends) or None
         options_of = {"artifact": options.artifact, "backbone_weights": "model"}
-        self.model.compile(backend=river_compile.river, options=options_of)
+        self.model.compile(backend=river, options=options_of)
         self.packed = None
         if options.twelve:
             self.packed = copy.deepcopy(self.model)
-            self.packed.compile(backend=river_compile.river, options={**options_of, "backbone_weights": "12bit"})
+            self.packed.compile(backend=river, options={**options_of, "backbone_weights": "12bit"})
         if options.batch:
             self.rows = BATCH_ROWS
             texts = {f"batches of {n} mixed": [list(itertools.islice(mixed(), n))] for n in options.batch}
@@ -147,15 +147,14 @@ class Bench:
         return text[: next((i + 1 for i, token in enumerate(text) if token in self.ends), None)]
 
     def _generate(self, row: str, batch: Batch, clock: Clock) -> list[list[int]]:
-        import river_compile
+        from river_compile.decoding.mode import exact
         from river_compile.exits import forced_depth
 
         model = self.packed if row in IN_12_BITS else self.model
         row = IN_12_BITS.get(row, row)
-        exact = river_compile.exact  # as users get it: where drafts do not pay it does without
         special = {
             "exact": {"custom_generate": exact},
-            "exact_no_lookup": {"custom_generate": exact, "prompt_lookup": False},
+            "exact_no_lookup": {"custom_generate": exact, "prompt_lookup_num_tokens": 0},
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
         }.get(row, {})
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}
@@ -180,7 +179,7 @@ def _batch(tokenizer, texts: list[str]) -> Batch:
     """Returns prompts of one call, as a user's messages."""
     import torch
 
-    rows = [models.encode(tokenizer, text)[0] for text in texts]
+    rows = [shared.encode(tokenizer, text)[0] for text in texts]
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -316,7 +315,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")
-    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
+    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them")
     return parser.parse_args(arguments)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.prompts import prompts
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 Generate = Callable[[Tensor, int], list[int]]  # (ids [1, S], new tokens) -> the new ones
@@ -127,7 +127,7 @@ PEERS: dict[str, tuple[str, Callable[..., Generate]]] = {
 def run(options: argparse.Namespace) -> int:
     """Measures every peer that is installed and returns the exit status."""
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     generators: dict[str, Generate] = {}
     missing = sorted({package for package, _ in PEERS.values() if importlib.util.find_spec(package) is None})
     if missing:
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
         name: demo_models.load(options.model, dtype=options.dtype) for name in PEERS if PEERS[name][0] not in missing
     }
     _, tokenizer = next(iter(loaded.values()))
-    kinds = {group: [models.encode(tokenizer, p) for p in prompts(group, options.prompts)] for group in options.groups}
+    kinds = {group: [shared.encode(tokenizer, p) for p in prompts(group, options.prompts)] for group in options.groups}
     longest = max(ids.shape[1] for of_group in kinds.values() for ids in of_group)
     for name, (model, _) in loaded.items():
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from benchmarks import common
 from benchmarks.quality import humaneval
-from river_compile.calibration.evaluate import Meter, compiled
-from river_compile.cli import models
-from river_compile.cli.texts import topics
+from river_compile.cli import shared
+from river_compile.cli.shared import topics
+from river_compile.evaluation.meter import Meter, compiled
 from river_compile.exits import CRITERIA
 from river_compile.kernels.portable import token_kl
 from river_compile.twins.sampling import sample
@@ -125,7 +125,7 @@ def _text(meter: Meter, index: int, ids: Sequence[int]) -> dict[str, Tensor]:
 @torch.inference_mode()
 def _measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     model, tokenizer = demo_models.load(options.model, dtype=options.dtype)
     return measure(model, texts(model, tokenizer, options.texts), options.progress, {})
 

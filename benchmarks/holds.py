@@ -30,7 +30,7 @@ from benchmarks import common
 from benchmarks.passes import passes
 from benchmarks.prompts import GROUPS, prompts
 from benchmarks.random_llama import random_llama
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 from tools.kernels.shapes import MODELS
 
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     found: dict[str, dict] = {}
     names, options.model = options.model, ", ".join(options.model)
     for name in names:
@@ -127,14 +127,14 @@ def held(
     import river_compile
     from river_compile.runtime.stats import cycles
 
-    drafts = {"adaptive": False, "max_draft": options.drafts}
+    drafts = {"num_assistant_tokens_schedule": "constant", "num_assistant_tokens": options.drafts}
     river_compile.accelerate(model, "exact", group_size=options.group_size, **drafts)
     results: dict[str, dict[str, dict[str, list]]] = {}
     for group in options.groups:
         seen: list[CycleRecord] = []
         for number, prompt in enumerate(prompts(group, options.prompts)):
             print(f"\r{group}: {number} of {options.prompts} prompts", end="", file=sys.stderr, flush=True)
-            ids = models.encode(tokenizer, prompt)
+            ids = shared.encode(tokenizer, prompt)
             with cycles.added(seen.append):
                 model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.new_tokens, do_sample=False
@@ -148,11 +148,10 @@ def held(
 
 def timed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, float]:
     """Returns the seconds of the model's passes for one row."""
-    import river_compile
 
     torch._dynamo.reset()
     twins = {"quantizer": "rtn", "group_size": options.group_size}  # (the bytes are those of any quantizer)
-    model.compile(backend=river_compile.river, options=twins)
+    model.compile(backend="river", options=twins)
     return passes(model, 1, options.repeats)
 
 

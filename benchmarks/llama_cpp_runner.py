@@ -10,7 +10,7 @@ import importlib.util
 import time
 from pathlib import Path
 
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 
@@ -21,9 +21,9 @@ def build(job: dict) -> LlamaCppRunner:
 
     from river_compile.cli.bench import beginning
 
-    models.quiet()
+    shared.quiet()
     tokenizer, longest = AutoTokenizer.from_pretrained(job["folder"]), max(job["prompts"], default=1)
-    prompt, text = models.encode(tokenizer, job["prompt"])[0].tolist(), beginning(tokenizer, longest)[0].tolist()
+    prompt, text = shared.encode(tokenizer, job["prompt"])[0].tolist(), beginning(tokenizer, longest)[0].tolist()
     llama = Llama(
         model_path=job["gguf"],
         n_ctx=max(len(prompt), longest) + job["new_tokens"] + 1,
@@ -51,7 +51,7 @@ class LlamaCppRunner:
 
     def rate(self) -> float:
         """Returns the decode tokens/s of one generation."""
-        from river_compile.cli.timing import decode_rate
+        from river_compile.reporting.timing import decode_rate
 
         return decode_rate(self._generate(self.job["new_tokens"]))
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
 from benchmarks.prompts import mixed
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ ROWS = ("eager", "inductor", "river")
 
 def forced_logits(model: Any, texts: Sequence[Tensor], prompts: Sequence[int]) -> list[Tensor]:
     """Returns each text's logits ``[T - prompt, V]`` for the tokens of ids ``[1, T]`` behind its prompt."""
-    from river_compile.decoding.given_text import TextDecoder
+    from river_compile.evaluation.meter import TextDecoder
 
     decoder = TextDecoder(model, max(ids.shape[1] for ids in texts))  # (another capacity would be another graph)
     return [decoder.logits(ids[:, :-1], prompt - 1).float() for ids, prompt in zip(texts, prompts, strict=True)]
@@ -57,7 +57,7 @@ def measure(name: str, count: int, tokens: int, dtype: str) -> dict[str, dict[st
     from benchmarks.texts import greedy
 
     exact, tokenizer = demo_models.load(name, "float32")
-    prompts = [models.encode(tokenizer, prompt) for prompt in itertools.islice(mixed(), count)]
+    prompts = [shared.encode(tokenizer, prompt) for prompt in itertools.islice(mixed(), count)]
     with torch.no_grad():
         texts = [greedy(exact, prompt, prompt.shape[1] + tokens) for prompt in prompts]
     lengths = [prompt.shape[1] for prompt in prompts]
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     rows = measure(str(options.model), options.texts, options.new_tokens, options.dtype)
     outcome = {**common.setting("nearness", options), "rows": rows}
     common.print_setting(outcome)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 _NEVER = 2.0  # above every cosine
@@ -70,14 +70,14 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     import torch
 
     import river_compile
-    from river_compile.cli.timing import generate
+    from river_compile.reporting.timing import generate
 
-    models.quiet()
+    shared.quiet()
     torch.set_num_threads(threads)
     model, tokenizer = demo_models.load(folder)
-    ids = models.encode(tokenizer, PROMPT)
+    ids = shared.encode(tokenizer, PROMPT)
     model.compile(backend="river", options=options)
-    how = {"custom_generate": river_compile.exact} if exact else {}
+    how = {"custom_generate": exact} if exact else {}
     for _ in range(2):
         generate(model, ids, new_tokens, **how)
     before = _brought_in(river_compile.report(model))
@@ -154,7 +154,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "new-tokens", "threads", "json", "worker", new_tokens=64)
     parser.add_argument("--offload", nargs="+", type=common.number(0), default=[4], help="blocks that stay (4)")
     parser.add_argument("--threshold", type=float, default=0.7, help="of the similarity criterion (%(default)s)")
-    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
+    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them")
     return parser.parse_args(arguments)
 
 

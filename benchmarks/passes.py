@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 PROMPT = 64
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json", repeats=12)
     rows = {"type": common.number(1), "default": [1, 2, 4, 8]}
     parser.add_argument("--rows", nargs="+", metavar="N", help="of a batch (1 2 4 8)", **rows)
-    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river pack` writes them")
+    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them")
     options = parser.parse_args(arguments)
     seconds = common.attempted(_measure, options)
     if seconds is None:
@@ -101,12 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
-    import river_compile
 
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     model, _ = demo_models.load(options.model, dtype=options.dtype)
-    model.compile(backend=river_compile.river, options={"artifact": options.artifact})
+    model.compile(backend="river", options={"artifact": options.artifact})
     return {rows: passes(model, rows, options.repeats) for rows in options.rows}
 
 

@@ -23,7 +23,7 @@ import time
 from contextlib import ExitStack, closing
 
 from benchmarks import common, llama_cpp_runner
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 ROWS = ("exact", "strict", "fast", "plain", "llama_cpp")
@@ -39,7 +39,7 @@ class Conversation:
         import river_compile
         from river_compile.cli.bench import beginning
 
-        models.quiet()
+        shared.quiet()
         self._job = job
         self._model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=job["dtype"]).eval()
         if job["row"] != "plain":
@@ -52,7 +52,7 @@ class Conversation:
         import torch
 
         import river_compile
-        from river_compile.cli.timing import generate
+        from river_compile.reporting.timing import generate
 
         answer = generate(self._model, self._first, self._job["new_tokens"], static_cache=False)
         second = torch.cat([self._first, torch.tensor([answer.tokens]), self._message], dim=1)

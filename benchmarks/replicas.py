@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from benchmarks import common, memory
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
@@ -33,12 +33,12 @@ def start(folder: str, artifact: str, dtype: str, new_tokens: int) -> dict:
     from transformers import AutoTokenizer
 
     import river_compile
-    from river_compile.cli.timing import generate
+    from river_compile.reporting.timing import generate
 
-    models.quiet()
-    shared = {"artifact": artifact, "on_missing_artifact": "save"} if artifact else {}
-    model = river_compile.load(folder, loading={"dtype": dtype}, **shared)
-    prompt = models.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
+    shared.quiet()
+    twins = {"artifact": artifact, "on_missing_artifact": "save"} if artifact else {}
+    model = river_compile.from_pretrained(folder, dtype=dtype, **twins)
+    prompt = shared.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
     made = generate(model, prompt, new_tokens, static_cache=False)
     _alive.append(model)
     return {"tokens": made.tokens, "ready_s": time.perf_counter() - began}

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
-from river_compile import river
+from river_compile.backend import river
 from river_compile.exits import CRITERIA
 from river_compile.model_record import find_record
 from river_compile.reporting.report import bytes_of_token

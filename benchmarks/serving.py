@@ -7,7 +7,7 @@ The k-th client comes after a Poisson process of `--rate` a second, from a seed,
 another; each server meets the same clients with the same questions at the same times, and the servers take turns. Rows:
 
     river         river serve
-    river_1       river serve --rows 1: the same engine, requests one after another
+    river_1       river serve --max-num-seqs 1: the same engine, requests one after another
     llama_cpp     llama.cpp's own server with as many slots (pip install xllamacpp), from the GGUF file that the model
                   was made of; llama_cpp_bf16: with its weights in bfloat16 (pip install llama-cpp-python too)
 
@@ -196,7 +196,7 @@ def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]
     """Returns the command of each server that can run here."""
     river = [sys.executable, "-m", "river_compile", "serve", demo_models.resolve(options.model), "--host", "127.0.0.1"]
     river += ["--port", "PORT", "--dtype", options.dtype, "--threads", str(options.threads), "--queue", "64"]
-    found = {"river": [*river, "--rows", str(options.rows)], "river_1": [*river, "--rows", "1"]}
+    found = {"river": [*river, "--max-num-seqs", str(options.rows)], "river_1": [*river, "--max-num-seqs", "1"]}
     no_file = options.gguf is None and options.model not in demo_models.MODELS
     if importlib.util.find_spec("xllamacpp") is None or no_file:
         return found

@@ -25,7 +25,7 @@ import tempfile
 from contextlib import closing
 
 from benchmarks import common, llama_cpp_runner, memory
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
@@ -39,14 +39,14 @@ def start(folder: str, row: str, dtype: str, tokens: int) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import river_compile
-    from river_compile.cli.timing import decode_rate, generate
+    from river_compile.reporting.timing import decode_rate, generate
 
-    models.quiet()
+    shared.quiet()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     loaded = common.peak_rss_bytes()
     if row != "plain":
         river_compile.accelerate(model, row)
-    prompt = models.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
+    prompt = shared.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
     calls = [generate(model, prompt, tokens, static_cache=False).times for _ in range(_CALLS)]
     return {
         **_seconds(calls),
@@ -59,7 +59,7 @@ def start(folder: str, row: str, dtype: str, tokens: int) -> dict:
 
 def start_llama_cpp(job: dict) -> dict:
     """The same for llama.cpp."""
-    from river_compile.cli.timing import decode_rate
+    from river_compile.reporting.timing import decode_rate
 
     runner = llama_cpp_runner.build(job)
     calls = [tuple(runner._generate(job["new_tokens"])) for _ in range(_CALLS)]

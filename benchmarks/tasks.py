@@ -11,7 +11,7 @@ Rows:
     4-bit          every token through all twins
     similarity     tokens leave by the paper's rule, above each of `--similarity`
     confidence     by the model's certainty of the token before, above its default
-    calibrated     by each file of `--calibration`, as `river calibrate` writes them
+    calibrated     by each file of `--calibration`, as `river tune` writes them
 
 Every answer goes into `--answers` when it is known, so a run may be stopped at any time and goes on where it was.
 Where rows of a batch do not wait for each other, `--batch` problems are answered at once; with an exit rule they would,
@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import common
 from benchmarks.quality.answers import Answer, AnswerFile, Problems, ask, run_of, summary
 from benchmarks.quality.perplexity import perplexity, samples_of
-from river_compile.cli import models
-from river_compile.cli.bench import CALIBRATED, EXACT, FAST, PLAIN, RIVER, running
+from river_compile.cli import shared
+from river_compile.cli.bench import ALL_4BIT, CALIBRATED, EXACT, FAST, PLAIN, running
 from tools import demo_models
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
         if "exact" in options.rules:
             yield Rule(f"exact, {quantizer}", EXACT, twins)
         if "4-bit" in options.rules:
-            yield Rule(f"4-bit, {quantizer}", RIVER, twins)
+            yield Rule(f"4-bit, {quantizer}", ALL_4BIT, twins)
         leaving = [("similarity", threshold) for threshold in options.similarity] + [("confidence", None)]
         for criterion, threshold in leaving:
             if criterion in options.rules:
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     options = _parse(arguments)
     try:
-        model, tokenizer = models.start(demo_models.resolve(options.model), options.dtype, options.threads)
+        model, tokenizer = shared.start(demo_models.resolve(options.model), options.dtype, options.threads)
         wanted = list(rules(options, model.config.get_text_config().num_hidden_layers))
         measure = _perplexities if options.task == "perplexity" else _answered
         rows = measure(model, tokenizer, wanted, options)
@@ -187,7 +187,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantizers", nargs="*", default=["gptq"], help="of the twins (gptq)")
     parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
-    parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river calibrate`")
+    parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river tune`")
     parser.add_argument("--batch", type=common.number(1), default=8, help="problems at once (%(default)s)")
     parser.add_argument("--timed", type=common.number(0), default=6, help="problems for the speed (%(default)s)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import common
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 from tools.ranks import run_ranks
 
@@ -102,9 +102,11 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
 
 
 def check_tools(folder: Path) -> None:
-    """States what holds of what looks at a tiny model: observe, calibrate, trace, exact mode."""
+    """States what holds of what looks at a tiny model: collect_statistics, tune_exit, trace, exact mode."""
     import river_compile
     from river_compile.backend import river
+    from river_compile.decoding.mode import exact
+    from river_compile.errors import RankError
     from tests.distributed.worker import EAGER, load
     from tests.support.families import prompt
 
@@ -112,12 +114,12 @@ def check_tools(folder: Path) -> None:
     ids, how = prompt(9), {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
     plain = model.generate(ids, **how)
     try:
-        river_compile.observe(model, inputs=[prompt(40, seed=dist.get_rank())])
+        river_compile.collect_statistics(model, [prompt(40, seed=dist.get_rank())])
         told = ""
-    except river_compile.RankError as error:
+    except RankError as error:
         told = str(error)
-    claim("tools: observe refuses other texts on each rank", "the texts to observe" in told)
-    observation = river_compile.observe(model, inputs=[prompt(40, batch=4)])
+    claim("tools: collect_statistics refuses other texts on each rank", "the calibration data" in told)
+    observation = river_compile.collect_statistics(model, [prompt(40, batch=4)])
     model.compile(backend=river, options=EAGER)
     with river_compile.trace() as trace:
         model.generate(ids, **how)
@@ -125,7 +127,7 @@ def check_tools(folder: Path) -> None:
     claim("tools: twins know what was observed", "160 observed tokens" in str(river_compile.report(model)))
     observation.clear()
     texts = [str(seed) for seed in range(40)]
-    found = river_compile.calibrate(
+    found = river_compile.tune_exit(
         model,
         lambda text: {"input_ids": prompt(12, seed=int(text))[0].tolist()},
         texts,
@@ -137,7 +139,7 @@ def check_tools(folder: Path) -> None:
         progress=False,
     )
     claim("tools: calibrate", alike(found.options), f"chose {found.options}")
-    text = model.generate(ids, custom_generate=river_compile.exact, **how)
+    text = model.generate(ids, custom_generate=exact, **how)
     claim("tools: exact text is plain TP's", torch.equal(text, plain))
     torch._dynamo.reset()
 
@@ -148,11 +150,12 @@ def check_smollm2(new_tokens: int) -> None:
 
     import river_compile
     from examples.tensor_parallel import load
-    from river_compile.cli.timing import generate
+    from river_compile.decoding.mode import exact
     from river_compile.exits import WHOLE, forced_depth
+    from river_compile.reporting.timing import generate
 
     folder = demo_models.resolve("smollm2")
-    ids = models.encode(AutoTokenizer.from_pretrained(folder), "Explain in a few sentences why the sky is blue.")
+    ids = shared.encode(AutoTokenizer.from_pretrained(folder), "Explain in a few sentences why the sky is blue.")
 
     def rate(model: Any, depth: int | None) -> tuple[float, list[int]]:
         with forced_depth(depth):
@@ -176,14 +179,14 @@ def check_smollm2(new_tokens: int) -> None:
     _, plain = rate(model, None)
     model.compile(backend="river", options={"lowering": "eager", "quantizer": "rtn"})
     text = model.generate(
-        ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, custom_generate=river_compile.exact
+        ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, custom_generate=exact
     )
     claim("SmolLM2, float32: exact text is plain TP's", text[0, ids.shape[1] :].tolist() == plain)
 
 
 def run_rank(options: Any) -> int:
     """Runs on each rank; returns its exit status."""
-    models.quiet()
+    shared.quiet()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     for name in options.families:

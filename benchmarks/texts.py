@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from river_compile.cli import models
-from river_compile.cli.texts import topics
+from river_compile.cli import shared
+from river_compile.cli.shared import topics
 from river_compile.upstream.transformers import cache_argument
 
 PROMPTS = (
@@ -119,7 +119,7 @@ def collect(model: PreTrainedModel, tokenizer: Callable, count: int, tokens: int
         tokens: tokens measured in each.
         calibration: passages set aside for calibration.
     """
-    prompts = [models.encode(tokenizer, prompt) for prompt in PROMPTS[:count]]
+    prompts = [shared.encode(tokenizer, prompt) for prompt in PROMPTS[:count]]
     context = max(prompt.shape[1] for prompt in prompts)
     own = tuple(greedy(model, prompt, context + tokens) for prompt in prompts)
     passages = topics()
@@ -154,7 +154,7 @@ def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], new_tokens: int
 ) -> list[Answer]:
     """Answers questions greedily, as one batch and without compiled code; an answer may end early."""
-    prompts = [models.encode(tokenizer, question)[0] for question in questions]
+    prompts = [shared.encode(tokenizer, question)[0] for question in questions]
     length = max(map(len, prompts))
     padding = [length - len(prompt) for prompt in prompts]
     pad = tokenizer.pad_token_id or 0

@@ -3,7 +3,7 @@
     python -m benchmarks.token_split
     python -m benchmarks.token_split --model DIR --depth 2
     python -m benchmarks.token_split --skip-guards     # set_stance(skip_guard_eval_unsafe=True)
-    python -m benchmarks.token_split --own-loop        # with river_compile.decode
+    python -m benchmarks.token_split --own-loop        # with decode
     python -m benchmarks.token_split --segments        # each kind of segment by itself
 
 Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
@@ -26,9 +26,11 @@ import torch
 from torch import nn
 
 from benchmarks.common import command_line, print_table
-from river_compile import decode, forced_depth, river
-from river_compile.backend import executors_of
-from river_compile.cli import models, timing
+from river_compile.backend import executors_of, river
+from river_compile.cli import shared
+from river_compile.decoding.mode import decode
+from river_compile.exits import forced_depth
+from river_compile.reporting import timing
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import StepRecord
@@ -118,13 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--skip-guards", action="store_true", help="Dynamo skips its guards in steps that compile nothing"
     )
-    parser.add_argument("--own-loop", action="store_true", help="the loop is river_compile.decode")
+    parser.add_argument("--own-loop", action="store_true", help="the loop is decode")
     parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
     parser.add_argument("--lowering", default="auto", help="of the compiled model (default auto)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = demo_models.load(options.model)
-    ids = models.encode(tokenizer, PROMPT)
+    ids = shared.encode(tokenizer, PROMPT)
     model.compile(backend=river, options={"lowering": options.lowering})
     marks = Marks()
     loop = {"custom_generate": decode} if options.own_loop else {}

@@ -40,9 +40,9 @@ from benchmarks import common
 from benchmarks.quality import humaneval
 from benchmarks.quality.entries import of_cache
 from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
-from river_compile.calibration.evaluate import compiled
-from river_compile.cli import models
-from river_compile.cli.texts import topics
+from river_compile.cli import shared
+from river_compile.cli.shared import topics
+from river_compile.evaluation.meter import compiled
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     model, tokenizer = demo_models.load_or_exit(options.model)
     measured = {"own": answers(model, tokenizer, MEASURED[: options.texts], options.tokens)}
     measured |= other_texts(tokenizer, options)
@@ -148,7 +148,7 @@ def measure(
     options: argparse.Namespace,
 ) -> list[dict]:
     """Returns a row for each quantizer."""
-    judged = river_compile.observe(model, inputs=[text.ids for text in texts["own"]], progress=False)
+    judged = river_compile.collect_statistics(model, [text.ids for text in texts["own"]], progress=False)
     rows, reference = [], None
     for name, lm_head in itertools.product(options.quantizer, options.lm_head or [None]):
         quantizer, _, source = name.partition(", ")
@@ -175,10 +175,10 @@ def _observe(
 ) -> None:
     """Has a model's matrices observed on a row's text; on that of its own it is the backend that does it."""
     if source == PACKAGE:
-        river_compile.observe(model, tokenizer, progress=False)
+        river_compile.collect_statistics(model, tokenizer=tokenizer, progress=False)
     elif source == ANSWERS:
         found = answers(model, tokenizer, CALIBRATION, options.calibration_tokens)
-        river_compile.observe(model, inputs=[text.ids for text in found], progress=False)
+        river_compile.collect_statistics(model, [text.ids for text in found], progress=False)
     else:
         find_record(model).observation = Observation()
 

@@ -4,7 +4,7 @@
     python -m examples.compare_thresholds --criterion confidence --thresholds 0.5 1 2 --prompt "Explain rainbows."
 
 The model is compiled once and every threshold is set for a block of code. One prompt says little about quality:
-`examples.calibrate` finds a threshold for a promise, `benchmarks.quality` measures.
+`examples.tune_exit` finds a threshold for a promise, `benchmarks.quality` measures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import sys
 from itertools import takewhile
 
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 PROMPT = "Explain in a few sentences why the sky is blue."
@@ -32,22 +32,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--thresholds", type=float, nargs="+", help="from careful to bold (default: four)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     options = parser.parse_args(arguments)
-    models.quiet()
+    shared.quiet()
     import river_compile
-    from river_compile.cli.timing import generate
+    from river_compile.exits import forced_depth, forced_threshold
+    from river_compile.reporting.timing import generate
 
     model, tokenizer = demo_models.load_or_exit(options.model)
-    ids = models.encode(tokenizer, options.prompt)
+    ids = shared.encode(tokenizer, options.prompt)
     model.compile(backend="river", options={"criterion": options.criterion})
-    with river_compile.forced_threshold(THRESHOLDS[options.criterion][-1], first_exit=2):
+    with forced_threshold(THRESHOLDS[options.criterion][-1], first_exit=2):
         generate(model, ids, options.new_tokens, stop_after=3)  # packs and compiles
-    with river_compile.forced_depth(model.config.num_hidden_layers):
+    with forced_depth(model.config.num_hidden_layers):
         plain = generate(model, ids, options.new_tokens)
 
     print(f"{'threshold':>10} {'tokens/s':>9} {'speedup':>8} {'mean depth':>11}  same as plain until")
     print(f"{'never exit':>10} {plain.decode_tokens_per_s:9.1f} {1:8.2f} {model.config.num_hidden_layers:11.1f}")
     for threshold in options.thresholds or THRESHOLDS[options.criterion]:
-        with river_compile.forced_threshold(threshold, first_exit=2), river_compile.trace() as trace:
+        with forced_threshold(threshold, first_exit=2), river_compile.trace() as trace:
             run = generate(model, ids, options.new_tokens)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(run.tokens, plain.tokens, strict=True)))
         until = (

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from river_compile.cli import models
+from river_compile.cli import shared
 from river_compile.kernels.files import cache_folder
 from tools import demo_models
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from river_compile.cli.timing import Generation
+    from river_compile.reporting.timing import Generation
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 WIDTH, COLUMN = 80, 25
@@ -54,18 +54,18 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
-    models.quiet()
+    shared.quiet()
     import torch
 
     import river_compile
     from examples.plots import plot_trace
-    from river_compile.cli.timing import generate
+    from river_compile.reporting.timing import generate
 
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer = demo_models.load_or_exit(options.model, dtype=options.dtype)
     print(f"Loaded {model.name_or_path}", flush=True)
-    prompt = models.encode(tokenizer, options.prompt)
+    prompt = shared.encode(tokenizer, options.prompt)
     runs: dict[str, Run] = {}
     for way in WAYS:
         print(f"Generating: {way} ({options.dtype}, {torch.get_num_threads()} threads) ...", flush=True)
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
-    from river_compile.cli.timing import generate
+    from river_compile.reporting.timing import generate
 
     first_call = generate(model, prompt, new_tokens, stop_after=2)
     generate(model, prompt, new_tokens, end_early=True)  # exact mode compiles a pass for each width as it needs it

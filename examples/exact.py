@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 if TYPE_CHECKING:
@@ -36,17 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the cycles as a PNG")
     options = parser.parse_args(arguments)
-    models.quiet()
+    shared.quiet()
     import river_compile
+    from river_compile.decoding.mode import exact
+    from river_compile.exits import forced_depth
 
     model, tokenizer = demo_models.load_or_exit(options.model, dtype=options.dtype)
-    ids = models.encode(tokenizer, options.prompt)
+    ids = shared.encode(tokenizer, options.prompt)
     model.compile(backend="river")
-    exact = {"custom_generate": river_compile.exact}
-    _generate(model, ids, options.new_tokens, **exact)  # packs and compiles, so that the cycles below do not
+    drafted = {"custom_generate": exact}
+    _generate(model, ids, options.new_tokens, **drafted)  # packs and compiles, so that the cycles below do not
     with river_compile.trace() as trace:
-        ours = _generate(model, ids, options.new_tokens, **exact)
-    with river_compile.forced_depth(model.config.num_hidden_layers):
+        ours = _generate(model, ids, options.new_tokens, **drafted)
+    with forced_depth(model.config.num_hidden_layers):
         plain = _generate(model, ids, options.new_tokens)
 
     print(f"{tokenizer.decode(ours[0, ids.shape[1] :], skip_special_tokens=True)}\n")

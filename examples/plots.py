@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+try:
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+except ImportError as error:
+    raise SystemExit(
+        f'error: pictures need matplotlib ({error}); in the clone, run: pip install ".[pictures]"'
+    ) from None
 
-from river_compile import Calibration, Trace
+from river_compile import ExitRule, Trace
 from river_compile.exits import threshold_text
 from river_compile.runtime.stats import CycleRecord, StepRecord
 
@@ -43,7 +48,7 @@ def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = Non
     return _plot_depths(path, texts, trace.tokens, trace.num_blocks)
 
 
-def plot_calibration(found: Calibration, path: str | Path) -> Path:
+def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     """Draws loss against cost of all candidates, with the budget, as a PNG; returns the path."""
     is_kl = found.metric == "kl"
     figure = _new_figure(8, 5)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # (torchrun starts the file, not the module)
 
-from river_compile.cli import models
+from river_compile.cli import shared
 from tools import demo_models
 
 if TYPE_CHECKING:
@@ -39,12 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if "WORLD_SIZE" not in os.environ:
         parser.error("start it as: torchrun --nproc-per-node 2 examples/tensor_parallel.py")
-    models.quiet()
+    shared.quiet()
     import torch
     import torch.distributed as dist
     from transformers import AutoTokenizer
 
     import river_compile
+    from river_compile.decoding.mode import exact
 
     cards = torch.cuda.is_available()
     if cards:
@@ -56,13 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     dist.barrier()
     model = load(demo_models.resolve(options.model), options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(demo_models.resolve(options.model))
-    ids = models.encode(tokenizer, options.prompt).to(model.device)
+    ids = shared.encode(tokenizer, options.prompt).to(model.device)
     how = {"max_new_tokens": options.new_tokens, "do_sample": False, "cache_implementation": "static"}
     how |= {"attention_mask": torch.ones_like(ids), "disable_compile": True}
     for way in ("plain", "exact", "fast"):
         if way == "exact":
             model.compile(backend="river", options={"lowering": options.lowering})
-        extra = {"custom_generate": river_compile.exact} if way == "exact" else {}
+        extra = {"custom_generate": exact} if way == "exact" else {}
         model.generate(ids, **how, **extra)  # packs and compiles, so that what is timed does not
         start = time.perf_counter()
         text = model.generate(ids, **how, **extra)

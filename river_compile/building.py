@@ -1,6 +1,6 @@
-"""Builds what runs a rewritten decoder, in one direction: choose, rewrite, pack what the twins pass made, compile.
+"""Builds an executor of a decoder: choose, run the passes, quantize, compile.
 
-Not handled: whether a graph is a decoder (:mod:`river_compile.backend` refuses others before).
+Not handled: graphs that are no decoder (:mod:`river_compile.backend` sorts them out).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import time
 import warnings
 import weakref
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from river_compile.choices import Choices, choose, passes_for
+from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import CRITERIA
 from river_compile.kernels.native import load as native
@@ -27,12 +29,13 @@ from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.offload.streaming import Streamer
 from river_compile.passes.freeze import freeze
 from river_compile.passes.linears import matrix_names
+from river_compile.passes.moe_router import ROUTER
 from river_compile.passes.nodes import calls_flex_attention, value_of
 from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.progress import stage_reached
-from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
+from river_compile.reporting.report import graph_lines
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.draft_vocab import all_logits
@@ -53,17 +56,7 @@ def build(
     model: ModelRecord,
     graph: GraphRecord,
 ) -> RiverExecutor:
-    """Rewrites a decoder, packs its twins' weights, and compiles what tokens can reach.
-
-    Args:
-        found: the decoder's segments, as they were recognised.
-        values: the graph's inputs, real tensors, in order.
-        lowering: how segments are lowered; None: as options and device say.
-        model, graph: the records to fill in.
-
-    Raises:
-        OptionError: (a ``ValueError``) options that do not go together, or with this model.
-    """
+    """Builds a recognised decoder on its real inputs, in order, and fills in the records."""
     config, plan = graph.config, found.plan
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     choices = choose(found, config, how)
@@ -87,13 +80,7 @@ def build(
 
 
 def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
-    """Builds a program that was rewritten before, in another process perhaps.
-
-    Args:
-        program: what the passes made of a decoder with the same options on a machine alike.
-        inputs: of its graph, real tensors, in order.
-        model, graph: the records to fill in.
-    """
+    """Builds a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
         native.load()
     return _executor(_assembled(program, StoredExamples(program), inputs, model, graph), model, graph)
@@ -103,14 +90,14 @@ Built = tuple[CompiledProgram, Capturing | None]
 
 
 def _executor(built: Built, model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
-    """Returns what runs a program, and builds it anew where its parameters change."""
+    """Returns a program's executor, which rebuilds it when its parameters change."""
     executor = RiverExecutor(*built, graph.code, functools.partial(_again, weakref.ref(model), graph))
     graph.executor = weakref.ref(executor)
     return executor
 
 
 def _again(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
-    """Builds a program anew, whose parameters have changed."""
+    """Rebuilds a program whose parameters changed."""
     model = model_ref()
     assert model is not None, "the model whose parameters these are is there"
     start = time.perf_counter()
@@ -126,7 +113,7 @@ def _again(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Pro
 
 
 def _tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: float) -> None:
-    """Reports weights that were packed again: the first time as a warning, then in the log, for those who train."""
+    """Reports requantized weights: the first time as a warning, later in the log, for training loops."""
     twins = model.twins
     twins.loss, twins.changes, twins.changed = None, twins.changes + 1, len(changed)
     others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -136,7 +123,7 @@ def _tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: 
     )
     observed = sum(twin.statistics.endswith("observed tokens") for twin in changed)
     if observed:
-        message += f", {observed} with what was observed before; river_compile.observe takes new statistics"
+        message += f", {observed} with what was observed before; river_compile.collect_statistics collects new ones"
     if any(twin.quantizer == UNOBSERVED != twin.asked for twin in changed):
         message += f". Matrices that were not observed took quantizer={UNOBSERVED!r}"
     if twins.changes == 1:
@@ -154,7 +141,7 @@ def _assembled(
     warn: Callable[[], object] = lambda: None,
     anew: bool = False,
 ) -> Built:
-    """Packs the twins of a program, compiles its segments, and puts them together; `anew`: its parameters changed."""
+    """Quantizes a program's twins, compiles its segments and puts them together; `anew`: its parameters changed."""
     config, ranks = graph.config, model.ranks
     graph.program = program
     policy = config.exit_policy(program)
@@ -168,7 +155,7 @@ def _assembled(
     streamer = Streamer(model.offloaded, program, inputs, config.offload)
     wanted = all_logits(program)
     steps = _compiled(program, examples, segments, packed, wanted, streamer, graph)
-    note_ranks(program, graph, ranks)
+    _note_ranks(program, graph, ranks)
     trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph_lines(graph)))
     model.exit_stats.num_blocks = program.num_blocks
     captures = choose_captures(program, config, graph.captures, ranks)
@@ -195,7 +182,7 @@ def _nothing(_: object) -> None:
 
 
 def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
-    """Returns why a token's bits may depend on how many run with it through the backbone, empty where they do not."""
+    """Returns why a token's bits may depend on the tokens in its pass at full depth; empty if they do not."""
     config, how = choices.config, choices.backbone_weights
     if not choices.own_backbone:
         return "its backbone's matmuls are not River's own, which sum alike in all passes; use backbone='river'"
@@ -216,7 +203,7 @@ def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
 
 
 def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
-    """Runs the passes and traces what they did; blocks that are alike share a graph then."""
+    """Runs the passes and traces their changes; equal blocks share a graph afterwards."""
     kind, numbers = found.plan.kind, itertools.count(1)
     result = run_passes(found, passes_for(choices, found.plan), lambda record: trace_pass(kind, next(numbers), record))
     trace_program(kind, result)
@@ -232,7 +219,7 @@ def _packed(
     warn: Callable[[], object],
     anew: bool,
 ) -> ProgramWeights | None:
-    """Returns the packed weights of the matmuls that passes made and tokens can reach."""
+    """Returns the packed weights of the matmuls that the passes made and tokens can reach."""
     twins, how = model.twins, graph.config.backbone_weights
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
@@ -252,7 +239,7 @@ def _packed(
     packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}
-    for other in model.graphs:  # (that one is built anew when it runs again)
+    for other in model.graphs:  # rebuilt at its next run
         other.twins = tuple(t for t in other.twins if digests.get((t.name, t.asked), t.digest) == t.digest)
     lossless = [linear for linear in packed if linear.lossless]
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
@@ -262,11 +249,11 @@ def _packed(
             "those of a file in Q8_0 or of compressed-tensors are in the dtype of its scales, and none of this model's "
             "are; load that with dtype='auto', or use backbone_weights='model'"
         )
-    # (Every time: what was packed just now read the parameters again.)
+    # Every time, since quantizing has just read the parameters again.
     graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values())
     if graph.twins:
         warn()
-        if model.ranks.several:  # (which judge together or not at all; else the first report does)
+        if model.ranks.several:  # they estimate the loss together or not at all
             twins.judge(graph.twins, model.statistics)
     return weights
 
@@ -280,7 +267,7 @@ def _compiled(
     streamer: Streamer,
     graph: GraphRecord,
 ) -> dict[SegmentSpec, Step]:
-    """Returns the steps of the segments, each with the operands that follow its inputs."""
+    """Compiles the segments, each with the operands that follow its inputs."""
     settings = inductor_settings(graph.mode, whole=False)
     compiler = SegmentCompiler(examples, program.device, program.native, settings)
     steps: dict[SegmentSpec, Step] = {}
@@ -292,9 +279,42 @@ def _compiled(
                 graph.lossless_bytes += sum(packed[linear].weight.qweight.nbytes for linear in segment.packed)
             else:
                 graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
-                graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
+                graph.token_bytes += _bytes_of_token(segment, operands, len(segment.inputs))
             more = [wanted] if segment.chooses_logits and wanted is not None else []
             callee = compiler.compile(segment, [*operands, *more])
             steps[segment] = streamer.step(segment, callee, operands)
     graph.compiled = tuple(compiler.compiled)
     return steps
+
+
+def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
+    """Records each rank's weights of a graph; warns of weights in 16 bits, routers aside."""
+    if not ranks.several or not program.twins:
+        return
+    packed = record.twins
+    mine = {
+        "rank": ranks.name,
+        "matrices": len(packed),
+        "bytes": sum(site.nbytes for site in packed),
+        "in_16_bits": len(program.kept),
+        "least_sqnr": min((site.quality for site in packed), default=math.inf),
+    }
+    record.ranks = ranks.gather(mine)
+    kept = [linear for linear in program.kept if linear.reason != ROUTER]
+    if kept:
+        warnings.warn(
+            f"{len(kept)} matrices of the twins of a {program.kind} graph stay in 16 bits on {ranks.name}, so tokens "
+            f"that exit read more bytes; the first is {kept[0].name}: {kept[0].reason}",
+            RiverWarning,
+            stacklevel=2,
+        )
+
+
+def _bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:
+    """Returns the bytes that a token reads of a segment's placeholders, from number `first` on."""
+    chosen = dict(segment.experts)
+    return sum(
+        (value[: chosen[place]] if place in chosen else value).nbytes
+        for place, value in enumerate(values, start=first)
+        if isinstance(value, Tensor)
+    )

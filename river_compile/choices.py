@@ -1,7 +1,6 @@
-"""What one graph is built with, decided once: kernels, exits, passes, and what captures its steps.
+"""Decides once how a graph is built: kernels, exits, passes.
 
-Not handled: how segments are compiled (:mod:`river_compile.lowering`), and where their weights come from
-(:mod:`river_compile.twins`).
+Not handled: compiling segments (:mod:`river_compile.lowering`), quantizing weights (:mod:`river_compile.twins`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
 
-_LEAST_GAIN = 1.1  # of products with weights in 12 bits, to be worth that they are packed
+_LEAST_GAIN = 1.1  # speed-up of matmuls with 12-bit weights from which packing them pays
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,15 @@ class Choices:
 
     config: RiverConfig
     lowering: Lowering
-    policy: ExitPolicy  # when tokens leave
-    twinning: Twinning | None  # of the blocks; None: twins keep the backbone's weights
-    head_twinning: Twinning | None  # None: tokens that left use the head's own weights
-    own_backbone: bool  # whether the backbone's blocks multiply by the package's kernels
-    backbone_weights: str  # how these read weights: as the "model" has them, or packed in "12bit" or "8bit"
+    policy: ExitPolicy  # when tokens exit
+    twinning: Twinning | None  # of the blocks; None: twins keep the 16-bit weights
+    head_twinning: Twinning | None  # None: tokens that exited use the 16-bit head
+    own_backbone: bool  # whether the 16-bit blocks use River's kernels
+    backbone_weights: str  # that these read: the "model"'s, or packed as "12bit" or "8bit"
 
 
 def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Choices:
-    """Decides what a program is built with. No pass needs to have run.
-
-    Raises:
-        OptionError: (a ``ValueError``) options that do not go together, or with this model.
-    """
+    """Decides how to build a program; raises an OptionError for options that contradict each other or the model."""
     plan = program.plan
     config.check_depths(plan.num_blocks)
     twinning = None
@@ -67,7 +62,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
 
 
 def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
-    """Returns the passes, in order, that turn a decoder into what was chosen."""
+    """Returns the passes in order."""
     lowering, policy = choices.lowering, choices.policy
     leaves, candidates = policy.may_leave(plan.num_blocks), policy.candidates(plan.num_blocks)
     passes: list[Pass] = []
@@ -85,7 +80,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
     if policy.criterion.reads == "previous":
         passes.append(logits_entropy)
     if lowering.fuse and leaves and not lowering.native:
-        # (takes a block's last addition with it, so before the backbone's rules)
+        # Before the backbone's rules, since it takes a block's last addition.
         passes.append(fuse_checks)
     if choices.own_backbone:
         passes.append(fuse_backbone(lowering.dense_layout))
@@ -101,11 +96,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
 
 
 def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
-    """Returns when a graph's tokens leave.
-
-    Raises:
-        OptionError: the criterion reads logits and the model returns none.
-    """
+    """Returns when tokens exit; raises an OptionError if the criterion reads logits and the model has none."""
     policy = config.exit_policy(program.plan)
     if policy.criterion.reads == "previous" and logits_of(program) is None:
         raise OptionError(
@@ -116,12 +107,7 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
 
 
 def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowering, own_backbone: bool) -> str:
-    """Says how the backbone's weights are read: "model", "12bit" or "8bit".
-
-    Raises:
-        OptionError: that is asked for, and the backbone multiplies by neither C++ kernels that have vectors nor the
-            generated ones.
-    """
+    """Returns "model", "12bit" or "8bit"; raises an OptionError if the kernels cannot read what was asked for."""
     asked = config.backbone_weights
     if asked == "auto":
         pays = lowering.native and own_backbone and _is_bfloat16(program) and bf12.gain() >= _LEAST_GAIN
@@ -144,14 +130,8 @@ def _is_bfloat16(program: RiverProgram) -> bool:
 
 
 def _uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
-    """Says whether the backbone's blocks multiply by the package's own kernels.
-
-    Those of a CPU do by default; the generated ones, whose sums are in another order than the model's, if it is asked
-    for.
-
-    Raises:
-        OptionError: they are asked for, and there are none.
-    """
+    """Whether the 16-bit blocks use River's kernels; raises an OptionError if they are asked for and missing."""
+    # By default on a CPU only: the generated kernels sum in another order than the model.
     if config.backbone == "river" and not lowering.fuse:
         raise OptionError(
             f"backbone='river' needs the kernels in C++ or the generated ones, and the lowering is {lowering.compiler} "

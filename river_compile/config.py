@@ -82,9 +82,9 @@ class RiverConfig:
     quantizer: str = _option(
         "gptq",
         one_of(*OBSERVING, *QUANTIZERS),
-        "how 4-bit weights are found: with what they meet in a little text that the model samples, or in that of "
-        '`river_compile.observe`, `"gptq"` or `"awq"`; from the weights alone `"hqq"` or `"rtn"`, or `"symmetric"` for '
-        "`river_compile.export` ([docs/twins.md](docs/twins.md))",
+        '4-bit quantization method: `"gptq"` and `"awq"` calibrate on text that the model samples, or on '
+        '`calibration_data=`; `"hqq"` and `"rtn"` need no data; `"symmetric"` is for `river_compile.export` '
+        "([docs/twins.md](docs/twins.md))",
         for_tests=("none", "twins keep the backbone's 16-bit weights"),
     )
     prefill: str = _option(
@@ -99,7 +99,9 @@ class RiverConfig:
         "`None`: w4 with the C++ kernels, else keep ([docs/quality.md](docs/quality.md))",
     )
     artifact: str | Path | None = _option(
-        None, optional(PATH), "a folder written by `river_compile.save`: its packed twins are read instead of made"
+        None,
+        optional(PATH),
+        "a folder written by `river_compile.save_twins`: its packed twins are read instead of made",
     )
     on_missing_artifact: str = _option(
         "raise",

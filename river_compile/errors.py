@@ -1,8 +1,6 @@
-"""Errors that reach a user.
+"""Errors and the warning that reach a user; all errors are a `RiverError`.
 
-TorchDynamo wraps what a backend raises into its own exception and prints a page of frames. Errors derived from its
-``ShortenTraceback`` pass through as they are, so a bad option is the ``ValueError`` that a user expects. What Dynamo
-adds to their message and the frames of its own are left out: nothing is wrong with the compiler.
+Dynamo wraps an error of a backend and prints a page of frames, but passes those derived from ``ShortenTraceback``.
 """
 
 from pathlib import Path
@@ -13,7 +11,13 @@ from typing_extensions import Self
 _FOLDER = str(Path(__file__).parent)
 
 
-class _UserError(ValueError, ShortenTraceback):
+class RiverError(Exception):
+    """Base of River's errors."""
+
+
+class _GraphError(RiverError, ValueError, ShortenTraceback):
+    """Raised while Dynamo compiles: its own frames and additions to the message are left out."""
+
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
         self._message = message
@@ -28,37 +32,37 @@ class _UserError(ValueError, ShortenTraceback):
         return self if frame is None else self.with_traceback(frame)
 
 
-class OptionError(_UserError):
+class OptionError(_GraphError):
     """An option is unknown or has a bad value; the message names it, what is allowed and the closest match."""
 
 
-class UnsupportedGraphError(_UserError):
-    """A graph cannot be rewritten and ``on_unsupported="raise"`` asks for an error, or a weight is not finite."""
+class UnsupportedGraphError(_GraphError):
+    """A graph is unsupported and ``on_unsupported="raise"``, or a weight is not finite."""
 
 
-class ArtifactError(_UserError):
+class ArtifactError(_GraphError):
     """Saved twins cannot be read, written or used for this model; the message names the file and the reason."""
 
 
-class BudgetError(ValueError):
-    """Calibration cannot promise a budget; the message says which one it can, or how many texts it takes."""
+class BudgetError(RiverError, ValueError):
+    """`tune_exit` cannot guarantee the budget; the message says how many texts it takes."""
 
 
-class CacheFullError(ValueError):
+class CacheFullError(RiverError, ValueError):
     """The tokens of this step do not fit into the static KV cache; nothing was written."""
 
 
-class ExactModeError(ValueError):
-    """Exact mode cannot run this call or this model; the message gives the reason."""
+class ExactModeError(RiverError, ValueError):
+    """Exact mode does not support this call or model; the message says why."""
 
 
-class DecodeError(ValueError):
-    """``river_compile.decode`` does not handle this call; the message gives the reason. Nothing was computed."""
+class DecodeError(RiverError, ValueError):
+    """River's decoding loop does not support this call; the message says why. Nothing was computed."""
 
 
-class RankError(RuntimeError):
-    """The processes that share a model cannot go on together: one is gone, or they disagree; the message says which."""
+class RankError(RiverError, RuntimeError):
+    """Processes that share a model cannot go on: one has ended, or they disagree; the message says which."""
 
 
 class RiverWarning(UserWarning):
-    """Something runs otherwise than asked for; the message says what and why."""
+    """Something runs in another way than asked for; the message says what and why."""

@@ -1,10 +1,7 @@
-"""A model as a call of generate finds it: what its programs depend on, and what the entries of its texts depend on.
+"""A model's state at the start of a call: its identity (code, config, shapes) and a stamp of its weights.
 
-    identity   code, configuration, attributes, hooks, shapes, dtypes, devices: `store/identity.py`
-    weights    which tensors its parameters and buffers are, and how they look: `twins/weights.py`
-
-Not handled (a model without a state): ranks that share a model, tensors made of others, and other models without
-identity; rotary embeddings whose frequencies depend on how long the text is, so that a token's entries do too.
+Not handled: ranks that share a model and other models without identity, which have no state; KV entries that depend on
+the length of the text (dynamic rotary embeddings).
 """
 
 from __future__ import annotations
@@ -20,31 +17,20 @@ from river_compile.twins.weights import ParameterStamp
 
 
 class ModelState(NamedTuple):
-    """What passes of a model depend on beside their inputs; holds no tensor of it.
+    """All that a pass depends on but its inputs; holds no tensor."""
 
-    Attributes:
-        identity: a hash of the code and all that it reads but weights.
-        weights: the parameters and buffers.
-        keeps_entries: whether a token's entries depend on this and the tokens before it alone.
-    """
-
-    identity: str
-    weights: ParameterStamp
-    keeps_entries: bool
+    identity: str  # hash of the code and of all that it reads but weights
+    weights: ParameterStamp  # of parameters and buffers
+    keeps_entries: bool  # whether a token's KV entries depend on this and the earlier tokens only
 
     @property
     def of_entries(self) -> ModelState | None:
-        """The same, None where a token's entries depend on more."""
+        """The state, or None if a token's KV entries depend on more."""
         return self if self.keeps_entries else None
 
 
 def model_state(model: PreTrainedModel, config: RiverConfig) -> ModelState | None:
-    """Looks at a model at the beginning of a call; returns None for one without identity.
-
-    Args:
-        model: the model.
-        config: what it is compiled with.
-    """
+    """Returns a model's state, or None if it has no identity."""
     identity = identity_of(model, config)
     if identity is None:
         return None
@@ -54,7 +40,7 @@ def model_state(model: PreTrainedModel, config: RiverConfig) -> ModelState | Non
 
 
 def _follows_length(module: nn.Module) -> bool:
-    """Whether a rotary embedding changes while a text grows (transformers' `dynamic_rope_update`)."""
+    """Whether a rotary embedding depends on the length of the text (transformers' `dynamic_rope_update`)."""
     kinds: Any = module.rope_type
     kinds = map(str, kinds.values() if type(kinds) is dict else [kinds])
     return any("dynamic" in kind or kind == "longrope" for kind in kinds)

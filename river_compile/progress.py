@@ -1,4 +1,4 @@
-"""One bar on a terminal for what a start waits for: tracing, packing, compiling. Two starts at once share it."""
+"""One progress bar for the stages of a start: tracing, quantizing, compiling. Concurrent starts share it."""
 
 import contextlib
 import threading
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 _lock = threading.Lock()
-_stages: list[str] = []  # that go on, each within the one before it
+_stages: list[str] = []  # running, outermost first
 _bars: list[tqdm] = []  # the bar, while a stage goes on
 
 
 @contextlib.contextmanager
 def stage_shown(name: str) -> Iterator[None]:
-    """Inside, a stage of a start goes on; the bar shows the innermost."""
+    """Inside, a stage runs; the bar shows the innermost stage."""
     with _lock:
         _stages.append(name)
         if not _bars:
@@ -34,6 +34,6 @@ def _show() -> None:
 
 
 def stage_reached(share: float) -> None:
-    """Says how much of the innermost stage is done."""
+    """Sets the progress of the innermost stage, from 0 to 1."""
     for bar in _bars[:]:
         bar.update(share - bar.n)

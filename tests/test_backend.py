@@ -19,8 +19,9 @@ import torch
 from torch._inductor import config as inductor
 from transformers import pipeline
 
-from river_compile import CacheFullError, RiverWarning, UnsupportedGraphError, observe, report, river, trace
-from river_compile.backend import executors_of
+from river_compile import RiverWarning, collect_statistics, report, trace
+from river_compile.backend import executors_of, river
+from river_compile.errors import CacheFullError, UnsupportedGraphError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import ops
 from river_compile.reporting.report import histogram
@@ -125,7 +126,7 @@ def test_a_model_made_in_inference_mode_is_observed_packed_and_decoded():
     """PyTorch counts no changes of its weights."""
     model, texts = make("llama", layers=2), [prompt(8, seed=seed) for seed in range(2)]
     assert next(model.parameters()).is_inference()
-    assert observe(model, inputs=texts, progress=False).tokens == 16
+    assert collect_statistics(model, texts, progress=False).tokens == 16
     model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "gptq"})
     logits = decode(model, new_cache(model, "static"), [2, 0], plain_prompt=True)
     expected = decode(model, new_cache(model, "static"), [None, None], compiled=False)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
-from river_compile import OptionError, RiverConfig, river
+from river_compile import RiverConfig
+from river_compile.api.accelerate import accelerate
+from river_compile.backend import river
 from river_compile.config import check_mode
-from river_compile.decoding.mode import ExactMode
+from river_compile.decoding.mode import ExactMode, exact
+from river_compile.errors import OptionError
 from river_compile.exits import threshold_after
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from tests.support.families import make, prompt
@@ -134,8 +139,10 @@ class TestNumbersOfOtherLibraries:
 
 
 def test_exact_modes_settings_and_kernel_specs_are_refused_in_the_same_words():
-    with pytest.raises(OptionError, match="max_draft=0 is not allowed; it must be None or an integer of 1 or more"):
-        ExactMode(max_draft=0)
+    with pytest.raises(
+        OptionError, match="num_assistant_tokens=0 is not allowed; it must be None or an integer of 1 or more"
+    ):
+        ExactMode(num_assistant_tokens=0)
     with pytest.raises(
         ValueError, match="dtype='float64' is not allowed; choose one of 'bfloat16', 'float16', 'float32'"
     ):
@@ -151,7 +158,7 @@ class TestTable:
     def test_the_documentation_has_every_argument_of_accelerate_and_the_readme_stays_short(self):
         text = options.DOCS.read_text(encoding="utf-8")
         of_accelerate, of_backend = text.split("## Of the backend")
-        named = {"quality", "calibration", *ExactMode.per_call} - {"strict"}  # (that is a quality)
+        named = {*inspect.signature(accelerate).parameters, *vars(exact)} - {"model", "options"}
         assert all(f"| `{name}` |" in of_accelerate for name in named)
         assert all(f"| `{name}` |" in of_backend for name in RiverConfig.options())
         assert options.tables(options.README).count("\n| `") <= 16

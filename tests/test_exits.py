@@ -12,7 +12,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile import OptionError, RiverConfig, exact, report, river, trace
+from river_compile import RiverConfig, report, trace
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
+from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA, Memories, forced_threshold
 from river_compile.kernels.portable import largest_entropy
 from tests.support.decoding import cache_argument, new_cache, run_plainly
@@ -203,7 +206,9 @@ def test_exact_mode_works_with_every_criterion(name):
     model.generation_config.eos_token_id = None
     ids = prompt(6)
     arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    ours = model.generate(ids, custom_generate=exact, adaptive=False, cache_implementation="static", **arguments)
+    ours = model.generate(
+        ids, custom_generate=exact, num_assistant_tokens_schedule="constant", cache_implementation="static", **arguments
+    )
     assert torch.equal(ours, make("llama", layers=LAYERS).generate(ids, **arguments))
 
 

@@ -172,7 +172,7 @@ def test_a_wheel_registers_the_backend(wheel):
         text = archive.read(entry_points).decode()
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
     scripts = ["[console_scripts]", "river", "=", "river_compile.cli.app:main"]
-    harness = ["[lm_eval.models]", "river", "=", "river_compile.evaluation.harness:RiverLM"]
+    harness = ["[lm_eval.models]", "river", "=", "river_compile.evaluation.lm_eval_model:RiverLM"]
     backend = ["[torch_dynamo_backends]", "river", "=", "river_compile.backend:river"]
     assert text.split() == [*scripts, *harness, *backend]
 

@@ -108,7 +108,8 @@ def pinned_memory_is_addressable() -> str:
 def a_model_generates() -> str:
     """Generates with a tiny Llama in float32, captured; never leaving, its text is the plain model's."""
     from benchmarks.random_llama import random_llama
-    from river_compile import forced_depth, report
+    from river_compile import report
+    from river_compile.exits import forced_depth
     from tools.kernels.shapes import ModelShape
 
     model = random_llama(ModelShape("smoke", 4, 256, 4, 2, 64, 512, 1024), _DEVICE).float()

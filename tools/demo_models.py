@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from river_compile.cli import models
+from river_compile.cli import shared
 from river_compile.kernels.files import appearing, cache_folder
 
 if TYPE_CHECKING:
@@ -89,12 +89,12 @@ def resolve(name: str | Path) -> str:
     Raises:
         ValueError: there is no such model.
     """
-    return str(fetch(str(name))) if name in MODELS else models.resolve(name)
+    return str(fetch(str(name))) if name in MODELS else shared.resolve(name)
 
 
 def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a demo model, or one that a command would load."""
-    return models.load(resolve(name), dtype)
+    return shared.load(resolve(name), dtype)
 
 
 def load_or_exit(
@@ -185,7 +185,7 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
     """
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            raise ModelUnavailable(f"converting {title} needs {module}; run `pip install gguf accelerate`")
+            raise ModelUnavailable(f"converting {title} needs {module}; in the clone, run `pip install ".[gguf]"`")
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=list(MODELS), help="the model")
     parser.add_argument("--to", type=Path, metavar="DIR", help="also copy the folder to DIR (must be new or empty)")
     options = parser.parse_args(arguments)
-    models.quiet()
+    shared.quiet()
     start = time.perf_counter()
     try:
         folder = fetch(options.name)

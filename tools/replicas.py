@@ -36,7 +36,7 @@ import torch
 import torch._inductor.codecache as codecache
 import torch._inductor.config as inductor
 
-from river_compile import river
+from river_compile.backend import river
 from river_compile.twins import file
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make

@@ -25,11 +25,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from benchmarks.quality import humaneval, reasoning
-from river_compile.cli.models import encode
-from river_compile.cli.output import error_line
-from river_compile.cli.timing import Clock, StopAfter
+from river_compile.cli.shared import encode, error_line
 from river_compile.decoding.continuous import ContinuousBatch
 from river_compile.model_record import find_record
+from river_compile.reporting.timing import Clock, StopAfter
 from river_compile.reporting.trace import trace
 
 _SURE = 1.96  # standard errors on each side of a 95 % interval

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from river_compile.calibration.evaluate import Meter
+from river_compile.evaluation.meter import Meter
 
 
 def depths_of(num_blocks: int) -> list[int]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from river_compile.cli.texts import topics
-from river_compile.decoding.given_text import TextDecoder
+from river_compile.cli.shared import topics
+from river_compile.evaluation.meter import TextDecoder
 from river_compile.reporting.trace import trace
 
 _CONTEXT = 16  # tokens of a text that run as its prompt

@@ -31,7 +31,7 @@ from benchmarks import common
 from benchmarks.quality import entries
 from benchmarks.quality.session import Row, Session, session
 from benchmarks.texts import Texts, collect
-from river_compile.cli import models
+from river_compile.cli import shared
 from river_compile.config import RiverConfig
 from tools import demo_models
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    models.quiet()
+    shared.quiet()
     outcomes = {}
     for name in options.model:
         start = time.perf_counter()
@@ -92,7 +92,7 @@ def measure(
             "texts": options.texts,
             "blocks": first.num_blocks,
             "quantizer": main_quantizer,
-            "ms_never": 1e3 * first.own.seconds_never,
+            "ms_never": 1e3 * first.own.seconds_full_depth,
         }
         if "table" in options.parts:
             rows = [first.depth("backbone", first.num_blocks), first.depth(f"everything 4-bit, {main_quantizer}", 0)]
@@ -144,7 +144,7 @@ class _Run:
         """Calibrates on texts of their own and measures the rule on those of the other rows."""
         torch._dynamo.reset()
         options, more = self.options, {"quantizer": self.options.quantizers[0]}
-        found = river_compile.calibrate(
+        found = river_compile.tune_exit(
             self.model,
             self.tokenizer,
             self.texts.calibration,

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.texts import Texts, exact_match
-from river_compile.calibration.evaluate import Measured, Meter, Rule, compiled
+from river_compile.evaluation.meter import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA
 
 

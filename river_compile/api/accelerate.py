@@ -1,17 +1,7 @@
-"""One line before a pipeline: ``accelerate(model)`` replaces a model's ``generate``; `restore` undoes it.
+"""One line before a pipeline: `accelerate` replaces a model's ``generate``, `restore` undoes it.
 
-    quality       generate                                     the text
-    "exact"       the river drafts, the backbone verifies      the plain model's, in 16 bits up to rounding
-    "strict"      the same; an error where a row of a pass     the text of the same kernels without drafts, to the bit
-                  of several tokens may have other bits
-    "calibrated"  tokens leave by a calibrated rule            another one, within the promise of the calibration
-    "fast"        tokens leave by the backend's default rule   another one
-
-A call of the model itself, ``model(...)``, is the plain model's. `load` maps weights and artifact from a folder, if the
-model keeps its folder's dtype and the C++ kernels of a CPU multiply.
-
-Not handled: wrappers (``torch.compile(model)``, PEFT's) instead of the transformers model in them; `load` of models
-that are no causal language models, and of quantized folders that need arguments of their own.
+``model(...)`` itself stays the plain model. Not handled: wrappers (``torch.compile(model)``, PEFT's) instead of the
+transformers model in them; `from_pretrained` of models that are not causal language models.
 """
 
 from __future__ import annotations
@@ -20,23 +10,23 @@ import functools
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
 from river_compile.backend import river
 from river_compile.building import build, rebuild
-from river_compile.calibration.result import Calibration
 from river_compile.config import RiverConfig
-from river_compile.decoding.mode import ExactMode, decode, exact
+from river_compile.decoding.mode import Decode, ExactMode, decode, exact
 from river_compile.decoding.session import check_paths
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
+from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, shown
 from river_compile.lowering.choose import begin_kernels
@@ -44,91 +34,101 @@ from river_compile.model_record import GraphRecord, ModelRecord, find_record, fo
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.programs import Origin, Programs
+from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.file import FILE, TwinFile
+from river_compile.twins.observe import Tokenizer, windows_of
+from river_compile.twins.observe import record as record_inputs
+from river_compile.twins.weights import digest_of
 from river_compile.upstream.dynamo import OwnCall, compiled_with, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-QUALITIES = ("exact", "strict", "calibrated", "fast")
-_QUALITY = one_of(*QUALITIES)
-_RULE = ("criterion", "threshold", "first_exit", "exit_depth")  # options that say which tokens leave
-# No token leaves by itself, and no block has a check.
-_NEVER_LEAVES = {"first_exit": WHOLE}
+QUALITIES = EXACT, FAST = "exact", "fast"
+_QUALITY = one_of(None, *QUALITIES)
+_RULE = ("criterion", "threshold", "first_exit", "exit_depth")  # options that say which tokens exit
+_FULL_DEPTH = {"first_exit": WHOLE}  # no token exits, and no block has a check
+Rule: TypeAlias = "ExitRule | str | os.PathLike[str]"
 
 
 def accelerate(
     model: Model,
-    quality: str = "exact",
-    calibration: Calibration | str | os.PathLike[str] | None = None,
+    quality: str | None = None,
     *,
-    store: bool = True,
+    strict: bool = False,
+    calibration: Rule | None = None,
+    calibration_data: Sequence[str] | Sequence[Tensor] | None = None,
+    tokenizer: Tokenizer | None = None,
+    compile_cache: bool = True,
     **options: Any,
 ) -> Model:
     """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
 
-    Nothing of the model but ``generate`` changes, which traces and builds what it needs at its first calls. A call that
-    it does not handle (beams, assisted modes, attention weights as outputs, ...) runs plainly; a warning names the
-    reason, once for each. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and
-    :func:`river_compile.restore` takes everything back. Another call with other arguments replaces the first one's.
+    Only ``generate`` is replaced; its first calls trace the model and quantize its twins. A call that River does not
+    support (beams, assisted modes, attention weights as outputs, ...) runs transformers' own code, with one warning for
+    each reason. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and :func:`river_compile.restore`
+    undoes all of it. A second call with other arguments replaces the first.
 
     Args:
         model: a causal language model of transformers.
-        quality: "exact", "strict", "calibrated" or "fast", as the module's table says.
-        calibration: for "calibrated": what :func:`river_compile.calibrate` returned, or the file it was saved to.
-        store: whether what is built is left for other processes, and what they left is used (docs/usage.md).
-        options: of the backend (such as ``artifact=``), and with "exact" and "strict" those of exact mode (such as
-            ``max_draft=``).
+        quality: "exact" (default): the twins draft, the model's own weights verify, and the output is the model's.
+            "fast": tokens exit early to the 4-bit twins, and the output changes.
+        strict: with "exact": raise an error if a verifying pass might not be bit-identical to one without drafts.
+        calibration: an exit rule of :func:`river_compile.tune_exit` or the file it was saved to; implies "fast".
+        calibration_data: texts like yours, or tensors of token ids ``[T]`` or ``[B, T]``, to quantize the twins with
+            ("gptq" and "awq"). None: text that the model samples.
+        tokenizer: for texts in `calibration_data`.
+        compile_cache: whether to reuse and keep what is built in the compile cache (docs/usage.md).
+        options: of the backend (such as ``artifact=``), and with "exact" transformers' ``num_assistant_tokens``,
+            ``num_assistant_tokens_schedule`` and ``prompt_lookup_num_tokens`` (docs/options.md).
 
     Returns:
         The same model.
 
     Raises:
         OptionError: (a ``ValueError``) an unknown or bad argument, one that does not go with the quality, or a model
-            whose layers unpack their weights by code of compressed-tensors.
-        ArtifactError: (a ``ValueError``) there is no such artifact. (One of another model shows at the first token.)
-        ValueError: the calibration's file cannot be read.
-        After an error the model is what it was before the call.
+            that Dynamo cannot trace.
+        ArtifactError: (a ``ValueError``) there are no saved twins. (Those of another model raise at the first token.)
+        ValueError: the exit rule's file cannot be read.
+        After an error the model is as it was before the call.
     """
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise OptionError(
-            f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_in(model)}"
+            f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_unwrap_hint(model)}"
         )
     why_not = untraceable(model)
     if why_not:
         raise OptionError(f"this {type(model).__name__} cannot be accelerated: {why_not}")
-    quality, store = _QUALITY("quality", quality, OptionError), FLAG("store", store, OptionError)
-    if quality in ("exact", "strict"):
-        _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
-        exact_mode, backend_options = _exact_mode(quality, options)
-        _check_exact(backend_options)
-        backend_options |= _NEVER_LEAVES
+    chosen = _quality(quality, strict, calibration)
+    compile_cache = FLAG("compile_cache", compile_cache, OptionError)
+    mode: Decode = decode
+    if chosen == EXACT:
+        mode, backend_options = _exact_mode(strict, options)
     else:
-        for name in filter(vars(exact).__contains__, options):
-            raise OptionError(
-                f"{name}={shown(options[name])} is about drafts, and with quality={quality!r} there are none; leave it "
-                "out, or use quality='exact' or quality='strict'"
-            )
-        exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
+        backend_options = _fast_options(calibration, options)
     config = RiverConfig.from_options(backend_options)
     if config.artifact is not None and config.on_missing_artifact == "raise":
         artifact = ranks_of(model.parameters()).folder(Path(config.artifact))
         if not os.path.exists(artifact / FILE):
-            TwinFile(artifact)  # (says what is wrong)
+            TwinFile(artifact)  # raises the error that says what is wrong
+    if tokenizer is not None and calibration_data is None:
+        raise OptionError("tokenizer= is for the texts of calibration_data=; give both or none")
+    if calibration_data is not None:
+        collect_statistics(model, calibration_data, tokenizer)
     record, call = record_of(model.parameters()), OwnCall(river, backend_options)
-    programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), store)
+    programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), compile_cache)
     begin_kernels(config, model.device)
-    # (The model changes last, so that whatever fails leaves it as it was.)
+    # The model changes last, so any error above leaves it as it was.
     if has_generate_of_its_own(model):
         warnings.warn(
-            f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which "
-            "stays in use: accelerate changes nothing",
+            f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which stays "
+            "in use: accelerate changes nothing. Delete model.generate to accelerate it",
             RiverWarning,
             stacklevel=2,
         )
     else:
-        generate_by(model, exact_mode or decode)
+        generate_by(model, mode)
     record.graphs.clear()
-    record.call, record.programs, record.twins.stores = call, programs, store
+    record.call, record.programs, record.twins.stores = call, programs, compile_cache
     return model
 
 
@@ -154,7 +154,7 @@ def _built(
     return executor
 
 
-def _in(model: object) -> str:
+def _unwrap_hint(model: object) -> str:
     """Returns how to get at the model in a wrapper, for a message."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return "; give it the model before torch.compile(model) wraps it"
@@ -163,83 +163,123 @@ def _in(model: object) -> str:
     return "; give it pipeline.model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
 
 
-def _exact_mode(quality: str, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
-    """Returns exact mode with its options of these, and the backend's."""
-    own = {name: value for name, value in options.items() if name in vars(exact)}
-    if own.setdefault("strict", quality == "strict") is not (quality == "strict"):
+def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str:
+    """Returns the quality that three arguments ask for."""
+    if quality in ("strict", "calibrated"):
+        fix = "strict=True" if quality == "strict" else "calibration=, without quality"
+        raise OptionError(f"quality={quality!r} is not allowed; use {fix}")
+    chosen: str = _QUALITY("quality", quality, OptionError) or (EXACT if calibration is None else FAST)
+    if chosen == EXACT and calibration is not None:
         raise OptionError(
-            f"strict={shown(own['strict'])} does not go with quality={quality!r}; choose it by quality alone"
+            "calibration= says which tokens exit, and with quality='exact' none does; leave one of them out"
         )
-    return exact.with_options(**own), {name: value for name, value in options.items() if name not in own}
+    if FLAG("strict", strict, OptionError) and chosen == FAST:
+        raise OptionError("strict=True requires quality='exact', got 'fast'; leave one of them out")
+    return chosen
 
 
-def _check_exact(options: Mapping[str, Any]) -> None:
-    """Raises an OptionError for options of the backend that leave a model without its river or its backbone.
-
-    They are looked at before those that are set here, which no error is to name.
-    """
-    given: Any = SimpleNamespace(**{**vars(RiverConfig()), **options})
-    try:
-        check_paths(given)
+def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
+    """Returns exact mode with its options of these, and the backend's."""
+    for name in _RULE:
+        if options.get(name) is not None:
+            raise OptionError(
+                f"{name}={shown(options[name])} says which tokens exit, and with quality='exact' none does; leave it "
+                "out, or use quality='fast'"
+            )
+    drafting = {name: value for name, value in options.items() if name in vars(exact)}
+    backend = {name: value for name, value in options.items() if name not in drafting}
+    try:  # before the options below are added, which no error is to name
+        check_paths(cast(RiverConfig, SimpleNamespace(**{**vars(RiverConfig()), **backend})))
     except ExactModeError as error:
         raise OptionError(str(error)) from None
+    return exact.with_options(strict=strict, **drafting), backend | _FULL_DEPTH
 
 
-def _nothing_of(quality: str, **arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise OptionError(
-                f"{name}={shown(value)} says which tokens leave, and with quality={quality!r} none does; leave it out, "
-                "or use quality='calibrated' or quality='fast'"
-            )
-
-
-def _rule(
-    quality: str, calibration: Calibration | str | os.PathLike[str] | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the options of a calibration, none for "fast"."""
-    if quality == "fast":
-        if calibration is not None:
-            raise OptionError("a calibration goes with quality='calibrated', not with quality='fast'")
-        return {}
-    if calibration is None:
+def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the backend's options, with those of an exit rule."""
+    for name in filter(vars(exact).__contains__, options):
         raise OptionError(
-            "quality='calibrated' needs calibration=: what river_compile.calibrate(model, tokenizer, texts, kl=0.1) "
-            "returns, or the file it was saved to"
+            f"{name}={shown(options[name])} is about drafts, and with quality='fast' there are none; leave it out, or "
+            "use quality='exact'"
         )
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration.load(PATH("calibration", calibration, OptionError))
+    if calibration is None:
+        return {**options}
+    if not isinstance(calibration, ExitRule):
+        calibration = ExitRule.load(PATH("calibration", calibration, OptionError))
     given = next((name for name in options if name in calibration.options), None)
     if given is not None:
         raise OptionError(f"{given}={shown(options[given])} is what the calibration says; leave it out")
-    return calibration.options
+    return {**calibration.options, **options}
 
 
-def load(
-    folder: str | os.PathLike[str],
+def from_pretrained(
+    name: str | os.PathLike[str],
+    quality: str | None = None,
+    *,
+    strict: bool = False,
+    calibration: Rule | None = None,
     artifact: str | os.PathLike[str] | None = None,
-    quality: str = "exact",
-    calibration: Calibration | str | os.PathLike[str] | None = None,
-    loading: Mapping[str, Any] | None = None,
-    **options: Any,
+    **kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads a model in eval mode and accelerates it.
+    """Loads a causal language model in eval mode and accelerates it.
 
     Args:
-        folder: a model folder or the name of a hub repository.
-        artifact: a folder written by :func:`river_compile.save` or ``river pack``; None: the twins are packed at
-            the first token. With ``on_missing_artifact="save"`` a folder that is missing is written then.
-        quality, calibration, options: as for :func:`river_compile.accelerate`.
-        loading: arguments of ``from_pretrained``, such as ``{"dtype": "bfloat16"}``; by default the folder's dtype.
+        name: a model folder, or the name of a hub repository.
+        quality, strict, calibration: as for :func:`river_compile.accelerate`.
+        artifact: a folder of :func:`river_compile.save_twins` or ``river quantize``; None: the first token quantizes.
+        kwargs: River's other arguments and options, and arguments of ``from_pretrained`` of transformers; ``dtype`` is
+            the checkpoint's by default.
 
     Raises:
         OptionError: (a ``ValueError``) a bad argument.
-        OSError: there is no such model (of transformers).
+        OSError: (of transformers) there is no such model.
     """
-    arguments = {"dtype": "auto", **({} if loading is None else loading)}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
-    given: dict[str, Any] = {} if artifact is None else {"artifact": os.fspath(artifact)}
-    return accelerate(model, quality, calibration, **given, **options)
+    ours = {"calibration_data", "tokenizer", "compile_cache", *RiverConfig.options(), *vars(exact)}
+    options = {key: kwargs.pop(key) for key in ours & kwargs.keys()}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
+    except ImportError as error:
+        raise OptionError(
+            f'{name} needs a package that is not installed ({error}). pip install ".[gguf]" in the clone brings those '
+            'for GGUF files, ".[accelerate]" that for device_map='
+        ) from error
+    return accelerate(model, quality, strict=strict, calibration=calibration, artifact=artifact, **options)
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    data: Sequence[str] | Iterable[Tensor] | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    progress: bool = True,
+) -> Observation:
+    """Runs calibration data through a model, for the quantizers "gptq" and "awq".
+
+    ``accelerate(model, calibration_data=...)`` calls it. Call it before the first token; twins that exist stay as they
+    are. A second call replaces what the first one collected.
+
+    Args:
+        model: a causal language model in eval mode.
+        data: texts like those that the model will see and write, chat template included, some thousand tokens in all;
+            or token ids ``[T]`` or ``[B, T]`` without padding. None: a few short texts that come with the package.
+        tokenizer: maps a text to ``{"input_ids": [...]}``; for texts.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The statistics. The model keeps them too, until their ``clear()``.
+
+    Raises:
+        OptionError: (a ``ValueError``) texts without a tokenizer, a tokenizer without texts, or no token in the data.
+        RankError: ranks that share the model were given different data.
+    """
+    model = unwrap(model)
+    windows = windows_of(data, tokenizer)
+    ranks = ranks_of(model.parameters())
+    if ranks.several:
+        ranks.check_alike("the calibration data", digest_of(windows))
+    observation = record_inputs(model, windows, progress=progress)
+    record_of(model.parameters()).observation = observation
+    return observation
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -248,8 +288,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def restore(model: Module) -> Module:
     """Undoes ``accelerate`` and ``model.compile(backend="river")``, and frees the twins.
 
-    Offloaded weights come back, bit for bit. What ``torch.compile(model, backend="river")`` returned cannot be taken
-    back: such a wrapper compiles again at its next call.
+    Offloaded weights return to device memory, bit for bit. A wrapper that ``torch.compile(model, backend="river")``
+    returned stays compiled: it traces the model again at its next call.
 
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
@@ -269,14 +309,14 @@ def restore(model: Module) -> Module:
     return model
 
 
-def free_cache(model: nn.Module) -> int:
-    """Frees the KV cache and the texts that a model keeps for its next call of generate; that one makes its own.
+def empty_cache(model: nn.Module) -> int:
+    """Frees the KV cache and the prefix cache that a model keeps for its next ``generate``.
 
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
 
     Returns:
-        The bytes of their keys and values, 0 where none were kept.
+        The bytes of keys and values that were freed.
     """
     record = find_record(model)
     return 0 if record is None else record.prefixes.free()

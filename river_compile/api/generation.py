@@ -1,8 +1,7 @@
-"""The ``generate`` of an accelerated model: the package's own loop if it can run, else transformers'.
+"""The ``generate`` of an accelerated model: River's loop if it supports the call, else transformers'.
 
-It stands on the model itself, in front of the class's method. Everything that generates with the model asks the model:
-``pipeline``, chat programs, servers, PEFT. Calls with a ``custom_generate`` of their own are left alone, and so are
-``type(model).generate(model)`` and methods of ``generate``'s that a program calls by name.
+It is an attribute of the model, in front of the class's method, so ``pipeline``, servers and PEFT find it.
+Not handled: calls with their own ``custom_generate``, and ``type(model).generate(model)``, which stay transformers'.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from river_compile.model_record import record_of
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
 _GENERATE = "generate"
-_OURS = "river_compile_mode"  # an attribute of our function
+_OURS = "river_compile_mode"  # an attribute of River's function
 
 
 @dataclass(frozen=True)
 class _ExactOrPlain(ExactMode):
-    """Exact mode that goes on without drafts if the prompt showed that they cannot be verified."""
+    """Exact mode that continues without drafts if the model's graphs cannot verify them."""
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
         try:
@@ -38,12 +37,12 @@ class _ExactOrPlain(ExactMode):
         except ExactModeError as refusal:
             if self.strict:
                 raise
-            _tell(call.model, refusal, by_backend=True)
+            _count_fallback(call.model, refusal, by_backend=True)
             return SpeculativeDecoder(session)
 
 
 class _LateStreamer(BaseStreamer):
-    """Keeps the prompt until the first token is there: a call that starts again shows it once."""
+    """Delays the prompt until the first token, so a call that starts again in transformers shows it once."""
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self._streamer = streamer
@@ -68,11 +67,7 @@ class _LateStreamer(BaseStreamer):
 
 
 def generate_by(model: PreTrainedModel, mode: Decode) -> None:
-    """Gives a model a ``generate`` that goes through a loop; copies and pickles have the class's again.
-
-    What the loop refuses before the prompt ran (beams, assisted modes, attention weights as outputs, ...) starts again
-    in the class's method. A graph that could not be rewritten shows after it: the loop goes on without drafts.
-    """
+    """Replaces a model's ``generate``; copies and pickles have the class's. Refused calls run transformers' loop."""
     plain = type(model).generate
     loop = _ExactOrPlain(**vars(mode)) if isinstance(mode, ExactMode) else mode
     options = set(loop.per_call)
@@ -88,7 +83,7 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
         except mode.refusal as refusal:
             if isinstance(mode, ExactMode) and mode.strict:
                 raise
-            _tell(self, refusal)
+            _count_fallback(self, refusal)
         return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
 
     setattr(generate, _OURS, loop)
@@ -98,29 +93,26 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
 
 
 def restore_generate(model: nn.Module) -> None:
-    """Gives a model the ``generate`` of its class back."""
+    """Gives a model its class's ``generate`` back."""
     if is_patched(model):
         del vars(model)[_GENERATE]
         restore_copying(model)
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Returns whether one of the functions above changed a model's."""
+    """Whether River replaced a model's ``generate``."""
     return hasattr(vars(model).get(_GENERATE), _OURS)
 
 
 def has_generate_of_its_own(model: nn.Module) -> bool:
-    """Returns whether something else put a ``generate`` on a model, such as transformers a folder's."""
+    """Whether a model has another ``generate``, such as one from its folder."""
     return _GENERATE in vars(model) and not is_patched(model)
 
 
-def _tell(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> None:
-    """Counts a call that runs plainly; the first one for a reason is warned of.
-
-    What came `by_backend`, which warns of the graphs that it refuses, is not warned of again.
-    """
+def _count_fallback(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> None:
+    """Counts a call that runs transformers' loop; warns once for each reason, unless the backend has already."""
     record = record_of(model.parameters())
-    reason = str(refusal).partition("; ")[0]  # (what follows is for those who asked for exact mode by name)
+    reason = str(refusal).partition("; ")[0]  # the fix is for callers of exact mode by name
     record.fallbacks[reason] += 1
     told = by_backend and any(graph.refusal for graph in record.graphs)
     if record.fallbacks[reason] == 1 and not told:

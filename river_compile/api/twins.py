@@ -1,122 +1,98 @@
-"""What a user does with a model's twins: `observe` text for them, `save` them, `refresh` them.
+"""What a user does with a model's twins: collect statistics for them, save, export and requantize them.
 
-Not handled: other formats than the package's own (:mod:`river_compile.api.export`).
+Not handled: formats other than River's own and compressed-tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from river_compile.api.accelerate import accelerate, restore
 from river_compile.distributed.ranks import ranks_of
-from river_compile.errors import ArtifactError
+from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.checks import PATH
+from river_compile.kernels.files import appearing
+from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.model_record import find_record, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.file import write
-from river_compile.twins.observe import Tokenizer, record, windows_of
-from river_compile.twins.weights import TwinWeight, digest_of, is_in
+from river_compile.twins.weights import TwinWeight, is_in
+
+FORMATS = ("compressed-tensors",)
 
 
-def observe(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer | None = None,
-    texts: Sequence[str] | None = None,
-    *,
-    inputs: Iterable[Tensor] | None = None,
-    progress: bool = True,
-) -> Observation:
-    """Records every matrix's inputs in a model, for ``options={"quantizer": "gptq"}`` and ``"awq"``.
+def save_twins(model: nn.Module, folder: str | Path) -> Path:
+    """Saves the 4-bit twins of a model; ``accelerate(model, artifact=folder)`` reads them.
 
-    Call it before the first generation with such a quantizer, before or after ``model.compile``; twins that are packed
-    already stay as they are. A later call replaces what an earlier one recorded.
+    An accelerated model that has no twins yet is quantized first. With tensor parallelism each rank calls this and
+    writes its own part, ``rank-0-of-2`` and so on.
 
     Args:
-        model: a causal language model in eval mode.
-        tokenizer: maps a text to ``{"input_ids": [...]}``.
-        texts: like those that the model will see and write, chat template included; some thousand tokens in all. None
-            takes a few short ones that come with the package: :func:`default_texts`.
-        inputs: token ids ``[T]`` or ``[B, T]`` without padding, in place of tokenizer and texts.
-        progress: whether to show a progress bar.
-
-    Returns:
-        What was recorded; the model keeps it too, until ``observation.clear()``.
-
-    Raises:
-        OptionError: (a ``ValueError``) neither or both of tokenizer and inputs, or no token in them.
-        RankError: ranks that share the model were given different texts.
-    """
-    model = unwrap(model)
-    windows = windows_of(tokenizer, texts, inputs)
-    ranks = ranks_of(model.parameters())
-    if ranks.several:
-        ranks.check_alike("the texts to observe", digest_of(windows))
-    observation = record(model, windows, progress=progress)
-    record_of(model.parameters()).observation = observation
-    return observation
-
-
-def save(model: nn.Module, folder: str | Path) -> Path:
-    """Writes the packed twins of a model; ``options={"artifact": folder}`` reads them at the next start.
-
-    Of a model on several ranks each one calls this and writes its own part, "rank-0-of-2" and so on.
-
-    Args:
-        model: a model that has generated with the backend, so that its twins are packed.
-        folder: where to; must not exist or be empty. It appears complete or not at all.
+        model: an accelerated model, or one compiled with ``backend="river"`` that has generated.
+        folder: new or empty. It appears complete or not at all.
 
     Returns:
         The folder.
 
     Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, weights changed since, or it cannot be written.
+        ArtifactError: (a ``ValueError``) the model has no twins, its weights changed since, or the folder cannot be
+            written.
     """
     folder = Path(PATH("folder", folder, ArtifactError))
-    mine = ranks_of(unwrap(model).parameters()).folder(folder)
-    write(mine, packed_twins(model, mine))
+    plain, record = unwrap(model), find_record(model)
+    if record is not None and record.call is not None and not record.packed:
+        _generate_a_token(plain)
+    mine = ranks_of(plain.parameters()).folder(folder)
+    write(mine, _current_twins(plain, mine))
     return folder
 
 
-def packed_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
-    """Returns the packed twins of a model as its weights are now, for a folder that they are to be written to.
+def _generate_a_token(model: Any) -> None:
+    """Has a model trace its passes and quantize its twins."""
+    token = model.generation_config.bos_token_id or 0
+    ids = torch.full((1, 2), token if isinstance(token, int) else token[0], device=model.device)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
-    Raises:
-        ArtifactError: (a ``ValueError``) nothing is packed, or weights changed since.
-    """
+
+def _current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
+    """Returns a model's twins; raises an ArtifactError if there are none, or if their weights changed."""
     record = find_record(model)
     made = record.packed if record else []
     if not made:
         raise ArtifactError(
-            f"cannot save to {folder}: no twin of this model is packed; generate a token with "
-            'model.compile(backend="river") first'
+            f"cannot save to {folder}: this model has no twins. Call river_compile.accelerate(model) first, or "
+            'generate a token with model.compile(backend="river")'
         )
-    made = [twin for twin in made if is_in(unwrap(model), twin)] or made  # (not those of adapters that are gone)
+    made = [twin for twin in made if is_in(model, twin)] or made  # without those of removed adapters
     stale = next((twin.name for twin in made if not twin.is_current), None)
     if stale is not None:
         raise ArtifactError(
-            f"cannot save to {folder}: the weights of {stale} changed after they were packed; call "
-            "river_compile.refresh(model) and generate a token first"
+            f"cannot save to {folder}: the weights of {stale} changed after they were quantized; call "
+            "river_compile.requantize(model) and generate a token first"
         )
     return made
 
 
-def refresh(model: nn.Module) -> int:
-    """Has the next text packed with the twins of the weights as they are now, whatever changed them.
+def requantize(model: nn.Module) -> int:
+    """Has the next call quantize the twins of all weights that changed, however they were changed.
 
-    That happens by itself at the next prompt after ``load_state_dict``, an optimizer's step, ``parameter.data = ...``
-    or a merged adapter. Call it after changing single elements under ``torch.inference_mode()`` or through
-    ``parameter.data``, which PyTorch does not count. It reads all weights. Texts that were kept for the next call of
-    generate are forgotten.
+    The next prompt notices ``load_state_dict``, an optimizer's step, ``parameter.data = ...`` and a merged adapter by
+    itself. Single elements that were changed under ``torch.inference_mode()`` or through ``parameter.data`` are not
+    counted by PyTorch: call this then. It reads all weights, and empties the prefix cache.
 
     Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+        model: an accelerated or compiled model, or the wrapper that ``torch.compile`` returned.
 
     Returns:
-        The number of weights that the next text packs again, those of several layers in one matmul counting once.
+        The number of matmuls that will be quantized again.
     """
     record = find_record(model)
     if record is None:
@@ -126,3 +102,129 @@ def refresh(model: nn.Module) -> int:
         if isinstance(executor := graph.executor(), RiverExecutor):
             executor.model_state = None
     return record.twins.look_again()
+
+
+def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed-tensors") -> Path:
+    """Writes the twins as a 4-bit checkpoint that transformers and vLLM load like any other model.
+
+    Each linear of a twin becomes ``weight_packed`` (int32 ``[N, K / 8]``, eight 4-bit values in a word) and
+    ``weight_scale`` ``[N, K / group]``; all other weights stay as they are. The format has no zero-points, so the model
+    is quantized with ``quantizer="symmetric"``, unless its twins are that already. It is left as it was.
+
+    Args:
+        model: a transformers model, accelerated or not.
+        folder: new or empty. It appears complete or not at all.
+        format: "compressed-tensors", the only one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: (a ``ValueError``) an unknown format.
+        ArtifactError: (a ``ValueError``) the format cannot hold the twins (stacked experts, GPT-2's transposed weights,
+            several group sizes), or the folder cannot be written.
+    """
+    folder = Path(PATH("folder", folder, ArtifactError))
+    if format not in FORMATS:
+        raise OptionError(f"format={format!r} is unknown; use {FORMATS[0]!r}")
+    if ranks_of(unwrap(model).parameters()).several:
+        raise ArtifactError(
+            f"cannot export to {folder}: each rank holds a part of the twins. Load the model without "
+            "distributed_config= to export it"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"cannot export to {folder}: it exists and is not an empty folder; name another")
+    plain: Any = unwrap(model)
+    with _symmetric_twins(plain, folder) as twins:
+        _check(twins, folder)
+        state: dict[str, Tensor] = dict(plain.state_dict())
+        for twin in twins:
+            for name, grid in _linears(twin):
+                state |= _tensors(name, grid, state.pop(f"{name}.weight").dtype, folder)
+        names = {name for twin in twins for name in twin.name.split("|")}
+        group_size = twins[0].group_size
+    left = [path for path, module in plain.named_modules() if isinstance(module, nn.Linear) and path not in names]
+    try:
+        with appearing(folder) as scratch:
+            plain.save_pretrained(scratch, state_dict=state)
+            config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
+            config["quantization_config"] = _quantization(group_size, left)
+            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot export to {folder}: {error}") from error
+    return folder
+
+
+@contextlib.contextmanager
+def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
+    """Gives a model's symmetric twins: its own, or ones that are made for the time of the block."""
+    record = find_record(model)
+    if record is not None and record.packed and all(twin.quantizer == "symmetric" for twin in record.packed):
+        yield _current_twins(model, folder)
+        return
+    mine = record_of(model.parameters())
+    before, graphs = (mine.call, mine.programs, mine.twins.stores), mine.graphs[:]
+    generate = vars(model).get("generate")
+    accelerate(model, quantizer="symmetric", compile_cache=False)
+    try:
+        _generate_a_token(model)
+        yield _current_twins(model, folder)
+    finally:
+        if record is None:
+            restore(model)
+        else:
+            mine.call, mine.programs, mine.twins.stores = before
+            mine.graphs[:] = graphs
+            if generate is None:
+                vars(model).pop("generate", None)
+            else:
+                vars(model)["generate"] = generate
+
+
+def _check(twins: Sequence[TwinWeight], folder: Path) -> None:
+    """Raises an ArtifactError for twins that the format cannot hold."""
+    why = ""
+    for twin in twins:
+        if twin.matmul.experts or twin.matmul.transposed:
+            kind = "a stack of experts" if twin.matmul.experts else "transposed"
+            why = f"{twin.name} is {kind}, and the format holds linears only"
+        elif twin.group_size != twins[0].group_size:
+            sizes = sorted({twin.group_size for twin in twins})
+            why = f"groups of {sizes[0]} and {sizes[-1]} weights in one model; use group_size={sizes[0]}"
+        if why:
+            raise ArtifactError(f"cannot export to {folder}: {why}")
+
+
+def _linears(twin: TwinWeight) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Yields the module path and the quantized weight of each linear of a matmul."""
+    assert twin.weight is not None
+    grid = twin.weight.unpack()
+    parts = (tensor.split(list(twin.matmul.out_features)) for tensor in (grid.q, grid.scale, grid.zero))
+    for name, q, scale, zero in zip(twin.name.split("|"), *parts, strict=True):
+        yield name, QuantizedWeight(q, scale, zero, grid.group_size)
+
+
+def _tensors(name: str, grid: QuantizedWeight, dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
+    """Returns the tensors of one linear; `dtype` is that of its weight in the model."""
+    scale = grid.scale.to(dtype)
+    if not torch.equal(scale.float(), grid.scale):
+        raise ArtifactError(
+            f"cannot export to {folder}: {dtype} does not hold the scales of {name}; load the model in bfloat16"
+        )
+    return {
+        f"{name}.weight_packed": (grid.q[:, 0::2] | grid.q[:, 1::2] << 4).contiguous().view(torch.int32),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor(grid.shape),
+    }
+
+
+def _quantization(group_size: int, left: Sequence[str]) -> dict[str, Any]:
+    """Returns the quantization config for transformers and vLLM: which layers have 4 bits, and how."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": list(left),
+    }

@@ -1,7 +1,6 @@
-"""The `river` command: the list of its commands, and the handling of their errors.
+"""The `river` command: the list of its commands, and how errors end them.
 
-Nothing here or at the top of a command's module imports torch, so that ``river --help`` is there at once; a command
-imports what it needs when it runs.
+Neither this module nor the top of a command's module imports torch, so ``river --help`` answers immediately.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from typing import Annotated
 
 import typer
 
-from river_compile import __version__
-from river_compile.cli import bench, cache, calibrate, chat, check, doctor, explain, pack, serve
-from river_compile.cli.output import FAILED, error_line
+from river_compile.cli import bench, chat, commands, explain, serve
+from river_compile.cli.shared import FAILED, error_line
+from river_compile.version import __version__
 
 EPILOG = """Exit codes: **0** done; **1** it failed, with one line that says why; **2** wrong usage; **3** the answer is
-no (`check`: nothing would be rewritten; `doctor`: something is wrong); **130** interrupted."""
+no (`check`: unsupported; `doctor`: something is broken); **130** interrupted."""
 
 app = typer.Typer(
     name="river",
-    help="Faster generation with Hugging Face decoders: the plain model's text, drafted by 4-bit twins.",
+    help="Faster generation with Hugging Face decoders: 4-bit twins draft, your weights verify.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -31,7 +30,7 @@ app = typer.Typer(
 )
 
 
-def _tell_version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         print(f"river {__version__}")
         raise typer.Exit
@@ -40,21 +39,24 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def _river(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_tell_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
 
 
-app.command("check")(check.check)
-app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
-app.command("chat")(chat.chat)
-app.command("pack")(pack.pack)
-app.command("calibrate")(calibrate.calibrate)
-app.command("explain")(explain.explain)
-app.command("cache")(cache.cache)
-app.command("serve")(serve.serve)
+for command in (
+    commands.check,
+    commands.doctor,
+    bench.bench,
+    chat.chat,
+    commands.quantize,
+    commands.tune,
+    explain.explain,
+    commands.cache,
+    serve.serve,
+):
+    app.command(command.__name__)(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile import __version__
-from river_compile.cli.output import Dtype, Threads, show
+from river_compile.cli.shared import Dtype, Threads, show
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-PLAIN, INDUCTOR, RIVER, FAST, CALIBRATED, EXACT, STRICT = ROWS = (
-    "plain",  # the model as it is
+PLAIN, INDUCTOR, ALL_4BIT, FAST, CALIBRATED, EXACT, STRICT = ROWS = (
+    "eager",  # transformers, uncompiled
     "inductor",  # torch.compile with Inductor
-    "river",  # every token through all twins (depth 0): the fastest, and another text
-    "fast",  # tokens leave by the default rule: another text
-    "calibrated",  # tokens leave by a calibrated rule
-    "exact",  # the plain text, drafted by the river
-    "strict",  # exact, or an error if the bits may differ
+    "all-4bit",  # every token through all twins (depth 0): the fastest; other output
+    "fast",  # tokens exit by the default rule: other output
+    "calibrated",  # tokens exit by a tuned rule
+    "exact",  # the twins draft, the model verifies: the same output
+    "strict",  # exact, or an error if it may not be bit-identical
 )
 FORMATS = ("md", "json", "jsonl", "csv")
 COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
@@ -36,25 +36,25 @@ COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
 
 def bench(
     model: Annotated[str, typer.Option("--model", "-m", help="A model folder, or a name on the hub.")],
-    n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of the prompt; 0: no such test.")] = 512,
-    n_gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to generate; 0: no such test.")] = 128,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Of each test.")] = 5,
-    output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
-    rows: Annotated[list[str] | None, typer.Option("--row", help="Only this way of running; may be repeated.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A file of `river calibrate`, for its row.")] = None,
+    n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Prompt tokens (0: skip).")] = 512,
+    n_gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to generate (0: skip).")] = 128,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions of each test.")] = 5,
+    output: Annotated[str, typer.Option("--output", "-o", help="Format: md, json, jsonl or csv.")] = "md",
+    rows: Annotated[list[str] | None, typer.Option("--row", help="Measure only this row; may be repeated.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Exit rule of `river tune`, for the row calibrated.")] = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
 ) -> None:
     """Measures tokens per second: `pp512` reads a prompt, `tg128` generates after a text's beginning.
 
-    The rows follow one another, in one process, and are printed as they come; their twins are packed once, into a
-    temporary folder (TMPDIR), those of a calibration apart. Decode speed leaves the first token out. Exact and strict
-    depend on the text: theirs here is prose and code that comes with the package.
+    Rows run one after another in one process. Twins are quantized once, into a temporary folder (TMPDIR); a tuned exit
+    rule has its own. Decode speed excludes the first token. Exact and strict depend on the text: prose and code that
+    come with the package.
     """
     import torch
 
-    from river_compile.cli.models import start
+    from river_compile.cli.shared import start
 
     output = "json" if as_json else output
     if output not in FORMATS:
@@ -79,7 +79,7 @@ def bench(
         for row in wanted:
             options = {} if row == CALIBRATED else packed_once.copy()  # (a calibration says what its twins are)
             if row in (EXACT, STRICT):
-                options["adaptive"] = False  # what is asked for is what is measured
+                options["num_assistant_tokens_schedule"] = "constant"  # the same work in every run
             with running(network, row, calibration, **options):
                 for test, count in tests:
                     speed = _measured(network, ids, test, count, repetitions)
@@ -99,7 +99,7 @@ def chosen(rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
         if row not in ROWS:
             raise ValueError(f"--row {row} is not known here; use one of {', '.join(ROWS)}")
     if CALIBRATED in (rows or ()) and calibration is None:
-        raise ValueError("--row calibrated needs --calibration FILE, which `river calibrate` writes")
+        raise ValueError("--row calibrated needs --calibration FILE, which `river tune` writes")
     return [row for row in ROWS if (row in rows if rows else row != CALIBRATED or calibration)]
 
 
@@ -112,10 +112,13 @@ def running(model: PreTrainedModel, row: str, calibration: Path | None, **option
     if row == INDUCTOR:
         model.compile()
     elif row != PLAIN:
-        quality = FAST if row == RIVER else row
-        accelerate(model, quality, calibration if row == CALIBRATED else None, **options)
+        if row == CALIBRATED:
+            options["calibration"] = calibration
+        elif row == STRICT:
+            options["strict"] = True
+        accelerate(model, EXACT if row in (EXACT, STRICT) else FAST, **options)
     try:
-        with forced_depth(0) if row == RIVER else contextlib.nullcontext():
+        with forced_depth(0) if row == ALL_4BIT else contextlib.nullcontext():
             yield
     finally:
         restore(model)
@@ -143,7 +146,7 @@ def _measured(model: PreTrainedModel, ids: Tensor, test: str, count: int, repeti
 
 def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> float:
     """Returns the seconds that a prompt takes, or that generation takes after its first token."""
-    from river_compile.cli.timing import generate
+    from river_compile.reporting.timing import generate
 
     if test == "pp":
         return generate(model, ids[:, :count], 2, stop_after=1).first_token_s

@@ -1,4 +1,4 @@
-"""``river chat MODEL``: a conversation in which every token shows its source."""
+"""``river chat MODEL``: a conversation that shows the source of every token."""
 
 from __future__ import annotations
 
@@ -7,42 +7,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.output import AsJson, Calibration, Model, Quality, Threads, Twins, show
+from river_compile.cli.shared import AsJson, Calibration, Dtype, Model, Quality, Strict, Threads, Twins, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from river_compile.cli.timing import Painter
+    from river_compile.reporting.timing import Painter
 
-HELP = "/stats  speed and sources    /report  what became of the model    /reset  begin anew    /exit  (or Ctrl-D)"
+HELP = "/stats  speed and sources    /report  the model's report    /reset  new conversation    /exit  (or Ctrl-D)"
 
 
 def chat(
     model: Model,
-    quality: Quality = "exact",
+    quality: Quality = None,
+    strict: Strict = False,
     calibration: Calibration = None,
-    artifact: Twins = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Ask this and end; may be repeated.")] = None,
-    system: Annotated[str, typer.Option(help="The system's message.")] = "",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Above 0: sample.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
+    twins: Twins = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Ask this, then exit; may be repeated.")] = None,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum new tokens per answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature (0: greedy).")] = 0.0,
+    dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Talks with a model. Green tokens were drafted by the river, cyan ones copied from the text before.
+    """Chats with a model. Green tokens were drafted by the twins, cyan ones copied from the context.
 
-    With `--quality fast` the colour tells how many blocks a token ran through.
+    With `--quality fast` the colour shows how many layers a token ran through.
     """
     from river_compile.api.accelerate import accelerate
-    from river_compile.cli.models import start
+    from river_compile.cli.shared import start
 
     network, tokenizer = start(model, dtype, threads)
-    more: dict[str, Any] = {} if artifact is None else {"artifact": artifact}
-    accelerate(network, quality, calibration, **more)
+    accelerate(network, quality, strict=strict, calibration=calibration, artifact=twins)
+    quality = quality or ("exact" if calibration is None else "fast")
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature or None}
     person = prompt is None and not as_json and sys.stdin.isatty()
-    talk = Conversation(network, tokenizer, quality in ("exact", "strict"), system, person, **options)
+    talk = Conversation(network, tokenizer, quality == "exact", system, person, **options)
     turns = []
     for text in prompt if prompt is not None else _lines(person):
         if text.startswith("/"):
@@ -58,7 +59,7 @@ def chat(
 
 
 def _lines(person: bool) -> Any:
-    """Yields a person's messages, or the lines of standard input."""
+    """Yields messages from the terminal, or the lines of standard input."""
     if not person:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
@@ -83,23 +84,16 @@ def _compiled_so_far(model: PreTrainedModel) -> int:
 
 
 class Conversation:
-    """Asks an accelerated model turn by turn. Without a chat template every turn stands for itself.
-
-    Args:
-        by_cycle: whether exact mode generates.
-        system: the system's message, empty for none.
-        goes_on: whether an interrupt ends an answer alone, which then stands as far as it came.
-        options: of `generate`.
-    """
+    """Asks an accelerated model turn by turn. Without a chat template a turn does not see the earlier ones."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        by_cycle: bool,
-        system: str,
-        goes_on: bool = False,
-        **options: Any,
+        by_cycle: bool,  # exact mode generates
+        system: str,  # message, empty for none
+        goes_on: bool = False,  # an interrupt ends the answer, not the conversation
+        **options: Any,  # of generate
     ) -> None:
         from rich.console import Console
 
@@ -112,11 +106,11 @@ class Conversation:
         self._compiled = False  # something was, for the latest answer
 
     def answer(self, text: str, quiet: bool = False) -> Painter:
-        """Answers a message, streaming it to the terminal."""
+        """Answers a message and streams the answer to the terminal."""
         import torch
 
-        from river_compile.cli.models import encode_chat
-        from river_compile.cli.timing import Painter
+        from river_compile.cli.shared import encode_chat
+        from river_compile.reporting.timing import Painter
 
         self._messages.append({"role": "user", "content": text})
         ids = encode_chat(self._tokenizer, self._messages)
@@ -142,7 +136,7 @@ class Conversation:
         return painter
 
     def command(self, text: str) -> bool:
-        """Runs a command; returns False for the end."""
+        """Runs a command; returns False to end the conversation."""
         from river_compile.reporting.report import report
 
         if text in ("/exit", "/quit"):
@@ -158,9 +152,9 @@ class Conversation:
         return True
 
     def stats(self) -> str:
-        """Returns the latest answer's speed, and the sources of its tokens."""
+        """Returns the last answer's speed and the sources of its tokens."""
         if self._latest is None:
-            return "nothing was answered yet"
+            return "no answer yet"
         speed = self._latest.tokens_per_s
         with_it = ", compiling included" if self._compiled else ""
         rate = "" if speed is None else f", {speed:.1f} tokens/s{with_it}"

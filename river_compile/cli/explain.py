@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile import __version__
-from river_compile.cli.output import AsJson, Dtype, Model, Threads, show
+from river_compile.cli.shared import AsJson, Dtype, Model, Threads, show
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def explain(
     """
     import jinja2
 
-    from river_compile.cli.models import start
+    from river_compile.cli.shared import start
 
     if new_tokens < 2:
         raise ValueError(f"--new-tokens {new_tokens} is too few; give 2 or more")
@@ -58,9 +58,9 @@ def _run(
     import torch
 
     from river_compile.api.accelerate import accelerate
-    from river_compile.cli.models import encode
-    from river_compile.cli.timing import Painter
+    from river_compile.cli.shared import encode
     from river_compile.reporting.report import report as report_of
+    from river_compile.reporting.timing import Painter
 
     accelerate(model, "fast", threshold=threshold, store=False)  # (a stored program has been through its passes)
     ids = encode(tokenizer, prompt)

@@ -1,8 +1,6 @@
 """``river serve MODEL``: an OpenAI-compatible server that answers several clients at once.
 
-Everything that speaks HTTP is transformers' (`transformers serve`); `serving.py` has what stands under it here.
-
-Not handled: several models; a model that the server's clients choose.
+The server itself is :mod:`river_compile.cli.serving`. Not handled: several models, or one that clients choose.
 """
 
 from __future__ import annotations
@@ -11,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from river_compile.cli.output import (
+from river_compile.cli.shared import (
     AsJson,
     Calibration,
     Dtype,
     Model,
     Quality,
+    Strict,
     Threads,
     Twins,
     show,
@@ -26,32 +25,34 @@ from river_compile.cli.output import (
 
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
-    rows: Annotated[int, typer.Option(help="Requests that generate at once.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests more that may wait; those after them get 429.")] = 32,
-    quality: Quality = "exact",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that generate at the same time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; later ones get 429.")] = 32,
+    quality: Quality = None,
+    strict: Strict = False,
     calibration: Calibration = None,
-    artifact: Twins = None,
+    twins: Twins = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Serves a model to OpenAI clients, until it is interrupted. `--json` prints where, once it listens."""
-    from river_compile.cli.models import config_of, quiet, resolve
+    """Serves a model to OpenAI clients until interrupted. `--json` prints the address once it listens."""
+    from river_compile.cli.shared import config_of, quiet, resolve
 
-    if rows < 1:
-        raise ValueError(f"--rows {rows} is not allowed; give 1 or more")
+    if max_num_seqs < 1:
+        raise ValueError(f"--max-num-seqs {max_num_seqs} is not allowed; give 1 or more")
     if queue < 0:
-        raise ValueError(f"--queue {queue} is not allowed; give 0 (nobody waits) or more")
+        raise ValueError(f"--queue {queue} is not allowed; give 0 (no request waits) or more")
     use_threads(threads)
     quiet()
     folder = resolve(model)
     config_of(folder)
-    more = {} if artifact is None else {"artifact": artifact}
+    acceleration = {"quality": quality, "strict": strict, "calibration": calibration, "artifact": twins}
+    quality = quality or ("exact" if calibration is None else "fast")
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
-    server = make_server(folder, host, port, dtype, rows, queue, quality=quality, calibration=calibration, **more)
+    server = make_server(folder, host, port, dtype, max_num_seqs, queue, **acceleration)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
     try:
         server._thread.join()
@@ -60,26 +61,14 @@ def serve(
 
 
 def make_server(
-    folder: str, host: str, port: int, dtype: str, rows: int = 8, queue: int = 32, **acceleration: Any
+    folder: str, host: str, port: int, dtype: str, max_num_seqs: int = 8, queue: int = 32, **acceleration: Any
 ) -> Any:
-    """Starts a server in a thread; returns it.
-
-    Args:
-        folder: the model's.
-        host, port: where to listen.
-        dtype: of the weights.
-        rows: requests that generate at once.
-        queue: requests more that may wait.
-        acceleration: arguments of `accelerate`.
-
-    Raises:
-        ValueError: what it needs is not installed, or the model cannot be loaded.
-    """
+    """Starts a server in a thread, with these arguments of `accelerate`; returns it."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         from river_compile.cli import serving
     except ImportError as error:
-        raise ValueError(f'this needs more packages: pip install "river-compile[serve]" ({error})') from None
-    return serving.start(folder, host, port, dtype, device, rows, queue, acceleration)
+        raise ValueError(f'serving needs more packages ({error}). In the clone, run: pip install ".[serve]"') from None
+    return serving.start(folder, host, port, dtype, device, max_num_seqs, queue, acceleration)

@@ -1,13 +1,8 @@
-"""Many clients of one model: transformers' server, with the batch of `decoding.continuous` where its threads were.
+"""An OpenAI-compatible server: transformers' routes, schemas and streaming, over River's continuous batch.
 
-Routes, schemas, the parsing of answers and streaming are transformers'. Three of its names are replaced while it
-starts: the class that loads models, which accelerates them here, the one that keeps a manager of calls for each, and
-the function that builds the app. What a call needs to know of its client comes with the call: settings by its
-generation config, and a seed by the request's task, where handlers put it. (By themselves they would seed torch's
-generator, which is the whole process's.)
-
-Not handled: `--continuous-batching`, transformers' own, whose scheduler does not call `generate`; audio, whose calls
-take turns.
+While it starts, three names of transformers' server are replaced: the class that loads models, the one that keeps a
+manager of calls for each model, and the function that builds the app. Not handled: transformers' own
+``--continuous-batching``, which does not call `generate`; audio, whose calls run exclusively; websockets.
 """
 
 from __future__ import annotations
@@ -18,31 +13,34 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cli.serving import model_manager, server, utils
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.api.accelerate import accelerate
-from river_compile.cli.models import loading
-from river_compile.cli.output import error_line
-from river_compile.cli.serving_http import CLIENT_GONE, Metrics, Refused, ends_with_request, extend
-from river_compile.decoding.continuous import ContinuousBatch
+from river_compile.cli.shared import error_line, loading
+from river_compile.decoding.continuous import BatchCounters, ContinuousBatch
 
 logger = logging.getLogger(__name__)
 
-_seed: ContextVar[int | None] = ContextVar("_seed", default=None)  # of the request that this task answers
-ENDED = "the thread that generates has ended; its log says why. Start the server anew"
+_seed: ContextVar[int | None] = ContextVar(
+    "_seed", default=None
+)  # of the request that this task answers; set by its handler
+ENDED = "the generating thread has ended; its log says why. Restart the server"
 
 
 class Models(model_manager.ModelManager):
-    """Loads models and accelerates them with the arguments that it was given."""
+    """Loads models and accelerates them."""
 
     def __init__(self, acceleration: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.acceleration = acceleration
@@ -59,34 +57,23 @@ class Models(model_manager.ModelManager):
 
 
 class Manager(utils.GenerateManager):
-    """Hands the calls of one model's clients to a batch, as many at once as rows and places in the queue.
+    """Hands the calls of a model's clients to a batch; `queue` more than `max_num_seqs` may wait."""
 
-    Args:
-        model: an accelerated model.
-        rows: calls that generate at once.
-        queue: calls more that may wait.
-        metrics: are told of tokens.
-    """
-
-    def __init__(self, model: Any, rows: int, queue: int, metrics: Metrics) -> None:
-        self.model, self.rows, self.queue, self.metrics = model, rows, queue, metrics
-        self.batch = ContinuousBatch(model, rows)
+    def __init__(self, model: Any, max_num_seqs: int, queue: int, metrics: Metrics) -> None:
+        self.model, self.limit, self.queue, self.metrics = model, max_num_seqs, queue, metrics
+        self.batch = ContinuousBatch(model, max_num_seqs)
         self._calls: list[Future[Any]] = []
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """Has a function called in the batch's thread, where a model's generate joins the batch.
-
-        Raises:
-            Refused: the thread has ended, or there is no place in the queue.
-        """
+        """Runs a function in the batch's thread; raises Refused if the thread has ended or the queue is full."""
         if not self.alive:
             raise Refused(503, "thread_ended", ENDED)
         self._calls = [call for call in self._calls if not call.done()]
-        if len(self._calls) >= self.rows + self.queue:
-            busy = f"{self.rows} requests are being answered and {self.queue} wait, which is all; try again later"
+        if len(self._calls) >= self.limit + self.queue:
+            busy = f"{self.limit} requests are running and {self.queue} wait, which is the limit; try again later"
             raise Refused(429, "queue_full", busy, {"Retry-After": "1"})
         seed = _seed.get()
-        # (Never PyTorch's generator: a call that cannot join draws from it meanwhile, in the batch's thread.)
+        # Never PyTorch's generator: a call that cannot join draws from it, in the batch's thread.
         seed = random.SystemRandom().getrandbits(63) if seed is None else seed
         call = self.batch.submit(functools.partial(fn, *args, **kwargs), seed)
         self._calls.append(call)
@@ -94,12 +81,12 @@ class Manager(utils.GenerateManager):
         return call
 
     async def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Does the same and waits for the result."""
+        """Runs a function in the batch's thread and awaits its result."""
         call = self.submit(fn, *args, **kwargs)
         try:
             return await asyncio.shield(asyncio.wrap_future(call))
         except (asyncio.CancelledError, utils._GenerationCancelled):
-            if call.done():  # it was cancelled, and not the task that waits for it
+            if call.done():  # the call was cancelled, not this task
                 raise Refused(CLIENT_GONE, "client_gone", "the client has gone") from None
             raise
         except Exception as error:
@@ -110,10 +97,10 @@ class Manager(utils.GenerateManager):
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, Any]:
-        """Generates a whole text (transformers' interface)."""
+        """Generates an answer in one piece (transformers' interface)."""
         length = inputs["input_ids"].shape[-1]
         prepare(gen_config, model, length)
-        streamer = None if (gen_config.num_beams or 1) > 1 else Whole(self.metrics)  # (beams cannot be streamed)
+        streamer = None if (gen_config.num_beams or 1) > 1 else Whole(self.metrics)  # beams cannot be streamed
         if streamer is not None:
             ends_with_request(streamer.cancel)
         ids = await self.async_submit(
@@ -130,7 +117,7 @@ class Manager(utils.GenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], utils.DirectStreamer]:
-        """Starts a text that is streamed (transformers' interface)."""
+        """Starts an answer that is streamed (transformers' interface)."""
         prepare(gen_config, model, inputs["input_ids"].shape[-1])
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
@@ -150,18 +137,18 @@ class Manager(utils.GenerateManager):
         return self.batch.alive
 
     def stop(self) -> None:
-        """Ends the batch, and with it the calls that are left."""
+        """Ends the batch and its calls."""
         self.batch.close()
 
 
 class Tokens:
-    """Tells a server's metrics of one call's tokens."""
+    """Counts one call's tokens in the metrics."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics, self._began, self._puts = metrics, time.monotonic(), 0
 
     def put(self, value: Tensor) -> None:
-        """Called whenever `generate` gives its streamer something: the prompt comes first, then tokens."""
+        """Called with each value of a streamer: first the prompt, then tokens."""
         self._puts += 1
         if self._puts == 2:
             self._metrics.first_token.observe(time.monotonic() - self._began)
@@ -170,7 +157,7 @@ class Tokens:
 
 
 class Streamer(utils.DirectStreamer):
-    """Streams a text; a call whose client has gone ends at the next token (transformers' part)."""
+    """Streams an answer; the call ends at the token after a hang-up (transformers' part)."""
 
     def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -182,7 +169,7 @@ class Streamer(utils.DirectStreamer):
 
 
 class Whole(BaseStreamer):
-    """Goes with a text that is not streamed, for the same two purposes."""
+    """Counts tokens of an answer in one piece, and ends its call after a hang-up."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._tokens, self._cancelled = Tokens(metrics), False
@@ -200,36 +187,31 @@ class Whole(BaseStreamer):
 
 
 class State(utils.GenerationState):
-    """Keeps a manager for each model.
+    """Keeps a manager for each model."""
 
-    Args:
-        rows, queue: of each manager.
-        theirs: arguments of transformers'.
-    """
-
-    def __init__(self, rows: int, queue: int, **theirs: Any) -> None:
+    def __init__(self, max_num_seqs: int, queue: int, **theirs: Any) -> None:
         super().__init__(**theirs)
-        self.rows, self.queue = rows, queue
+        self.limit, self.queue = max_num_seqs, queue
         self.models: Any = None  # the server's manager of models
-        self.metrics = Metrics(rows, lambda: [manager.batch.counters for manager in self.managers])
+        self.metrics = Metrics(max_num_seqs, lambda: [manager.batch.counters for manager in self.managers])
 
     @property
     def managers(self) -> list[Manager]:
         return [*self._generate_managers.values()]
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Manager:
-        """Returns the manager of a model that is loaded; a model that was loaded anew gets a new one."""
+        """Returns the manager of a loaded model; a model that was reloaded gets a new one."""
         model = self.models.loaded_models[model_id].model
         manager = self._generate_managers.get(model_id)
         if manager is None or manager.model is not model:
             if manager is not None:
                 manager.stop()
-            manager = Manager(model, self.rows, self.queue, self.metrics)
+            manager = Manager(model, self.limit, self.queue, self.metrics)
             self._generate_managers[model_id] = manager
         return manager
 
     def is_cb_alive(self) -> bool:
-        """Whether every batch's thread runs; the server's /health says 503 where one does not."""
+        """Whether every batch's thread runs; if not, /health answers 503."""
         dead = [name for name, manager in self._generate_managers.items() if not manager.alive]
         if dead:
             logger.error("%s (%s)", ENDED, ", ".join(dead))
@@ -243,14 +225,8 @@ class State(utils.GenerationState):
 
 
 def prepare(config: GenerationConfig, model: Any, length: int) -> None:
-    """Makes a client's settings a call's that the model can run after a prompt of so many tokens.
-
-    A client that names a temperature or top_p wants to sample, as in OpenAI's API (transformers asks for `do_sample`).
-    The longest text is cut to what the model's context has left.
-
-    Raises:
-        Refused: the context has no room for a token more, or a setting is out of its range.
-    """
+    """Adapts a client's settings after a prompt of `length` tokens; raises Refused for one that is out of range."""
+    # As in OpenAI's API, a temperature or top_p asks for sampling; transformers wants `do_sample` too.
     for name, fits, range_ in _RANGES:
         value = getattr(config, name)
         if value is not None and not fits(value):
@@ -280,13 +256,16 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 
 def start(
-    folder: str, host: str, port: int, dtype: str, device: str, rows: int, queue: int, acceleration: dict[str, Any]
+    folder: str,
+    host: str,
+    port: int,
+    dtype: str,
+    device: str,
+    max_num_seqs: int,
+    queue: int,
+    acceleration: dict[str, Any],
 ) -> Any:
-    """Starts transformers' server in a thread; returns it.
-
-    Raises:
-        ValueError: the model cannot be loaded.
-    """
+    """Starts transformers' server in a thread and returns it; raises a ValueError if the model cannot be loaded."""
     from transformers.cli.serve import Serve
 
     build_server = server.build_server
@@ -301,14 +280,14 @@ def start(
 
     with (
         _replaced(model_manager, "ModelManager", functools.partial(Models, acceleration)),
-        _replaced(utils, "GenerationState", functools.partial(State, rows, queue)),
+        _replaced(utils, "GenerationState", functools.partial(State, max_num_seqs, queue)),
         _replaced(server, "build_server", build),
     ):
         return Serve(force_model=folder, host=host, port=port, dtype=dtype, device=device, non_blocking=True)
 
 
 def _configured(build: Callable[..., GenerationConfig], body: dict[str, Any], *given: Any, **more: Any) -> Any:
-    """Returns what transformers makes of a request's settings, and keeps its seed for the call."""
+    """Builds transformers' settings of a request; the seed is kept for the call, not given to the whole process."""
     _seed.set(body.get("seed"))
     return build({**body, "seed": None}, *given, **more)
 
@@ -324,12 +303,159 @@ def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _tell_end(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], call: Future[Any]) -> None:
-    """Ends the stream of a call that its streamer has not ended: it failed, or was cancelled."""
+    """Ends the stream of a call that failed or was cancelled."""
     error = CancelledError() if call.cancelled() else call.exception()
     if error is None:
         return
     cancelled = isinstance(error, (CancelledError, utils._GenerationCancelled))
-    # (transformers pastes the message into JSON as it is)
+    # transformers pastes the message into JSON unescaped
     end = None if cancelled else utils._StreamError(error_line(error).replace("\\", "/").replace('"', "'"))
     with contextlib.suppress(RuntimeError):  # the server has ended
         loop.call_soon_threadsafe(queue.put_nowait, end)
+
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+CLIENT_GONE = 499  # nginx's status for a client that hung up, for logs and metrics
+
+_ends: ContextVar[list[Callable[[], object]]] = ContextVar("_ends")  # called when the request ends
+
+# Fields of a batch's counters: name of the metric after "river:" (vLLM's names where it has one), and meaning.
+_COUNTERS = {
+    "calls": ("finished_requests", "Generate calls that have ended, successfully or not."),
+    "drafted": ("spec_decode_num_draft_tokens", "Drafted tokens."),
+    "held": ("spec_decode_num_accepted_tokens", "Accepted draft tokens."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens."),
+    "prompt_tokens_kept": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "busy_seconds": ("busy_seconds", "Time with at least one running request."),
+}
+_GAUGES = {
+    "rows_in_use": ("num_requests_running", "Requests that generate now."),
+    "queued": ("num_requests_waiting", "Requests that wait."),
+}
+_FIRST_TOKEN = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60)
+
+
+class Refused(Exception):
+    """An error for the client, in OpenAI's form."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
+async def answer_error(_: object, error: Exception) -> JSONResponse:
+    """Turns an error of River, transformers or the model into an answer."""
+    refused = error if isinstance(error, Refused) else Refused(400, "invalid_value", error_line(error))
+    kind = "invalid_request_error" if refused.status < 500 else "server_error"
+    body = {"message": str(refused), "type": kind, "param": None, "code": refused.code}
+    return JSONResponse({"error": body}, refused.status, refused.headers)
+
+
+def ends_with_request(end: Callable[[], object]) -> None:
+    """Registers a call for the end of the current request: its answer, or its client's hang-up."""
+    ends = _ends.get(None)
+    if ends is not None:
+        ends.append(end)
+
+
+class EndsWithClient:
+    """ASGI middleware: ends all calls of a request with it, and counts requests by path and status.
+
+    Starlette cancels a stream whose client hung up, but lets a handler that answers in one piece run to its end.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], requests: Counter) -> None:
+        self.app, self.requests = app, requests
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        ends: list[Callable[[], object]] = []
+        status, answered = 500, False  # an uncaught error becomes 500 further outside
+        gone: asyncio.Task[None] | None = None
+
+        async def hang_up() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            _end_all(ends)
+
+        async def received() -> Message:
+            nonlocal gone
+            if gone is not None:  # the body was read, so only the hang-up can follow
+                await asyncio.shield(gone)
+                return {"type": "http.disconnect"}
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                gone = asyncio.create_task(hang_up())
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal status, answered
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.body" and not (gone and gone.done()):
+                answered = not message.get("more_body", False)
+            await send(message)
+
+        inside = _ends.set(ends)
+        try:
+            await self.app(scope, received, sent)
+        finally:
+            _ends.reset(inside)
+            if gone is not None:
+                status = CLIENT_GONE if gone.done() and not answered else status
+                gone.cancel()
+            _end_all(ends)
+            path = getattr(scope.get("route"), "path", "other")  # the client's own paths are unbounded
+            self.requests.labels(path, str(status)).inc()
+
+
+def _end_all(ends: list[Callable[[], object]]) -> None:
+    while ends:
+        ends.pop()()
+
+
+class Metrics:
+    """A server's metrics in Prometheus' format; those of the batches are read when they are scraped."""
+
+    def __init__(self, max_num_seqs: int, counters: Callable[[], Iterable[BatchCounters]]) -> None:
+        self.limit, self.counters = max_num_seqs, counters
+        self.registry = CollectorRegistry()  # the package's global one would mix the servers of a process
+        labels = ("path", "status")
+        self.requests = Counter(
+            "river:http_requests", "HTTP requests by path and status.", labels, registry=self.registry
+        )
+        meaning = "Generated tokens; their rate is the throughput."
+        self.tokens = Counter("river:generation_tokens", meaning, registry=self.registry)
+        self.first_token = Histogram(
+            "river:time_to_first_token_seconds",
+            "Time from a request to its first token, waiting included.",
+            buckets=_FIRST_TOKEN,
+            registry=self.registry,
+        )
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the metrics of the batches (the registry's interface)."""
+        found = [*self.counters()]
+        yield GaugeMetricFamily("river:max_num_seqs", "Requests that may generate at the same time.", value=self.limit)
+        for names, family in ((_GAUGES, GaugeMetricFamily), (_COUNTERS, CounterMetricFamily)):
+            for field, (name, meaning) in names.items():
+                yield family(f"river:{name}", meaning, value=sum(getattr(counters, field) for counters in found))
+
+    def page(self) -> Response:
+        """Answers GET /metrics."""
+        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def extend(app: FastAPI, metrics: Metrics) -> FastAPI:
+    """Adds errors, metrics and hang-ups to transformers' app; returns it."""
+    for kind in (Refused, ValueError):
+        app.add_exception_handler(kind, answer_error)
+    app.add_api_route("/metrics", metrics.page, methods=["GET"])
+    app.add_middleware(EndsWithClient, requests=metrics.requests)
+    return app

@@ -50,7 +50,7 @@ log = logging.getLogger("river_compile.continuous")
 
 _PIECE = 128  # tokens of a prompt between two cycles
 _RECENT = 1000  # calls whose time to the first token is remembered
-_rows = integer(1)
+_limit = integer(1)
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class ContinuousBatch:
 
     _batch: Session  # of the decoder
 
-    def __init__(self, model: PreTrainedModel, rows: int = 8) -> None:
-        self._model, self._limit = model, _rows("rows", rows, OptionError)
+    def __init__(self, model: PreTrainedModel, max_num_seqs: int = 8) -> None:
+        self._model, self._limit = model, _limit("max_num_seqs", max_num_seqs, OptionError)
         self._record = record_of(model.parameters())
         if self._record.batch is not None:
             raise OptionError("this model has a ContinuousBatch already; close it first")

@@ -34,7 +34,7 @@ from river_compile.decoding.texts import Ends, Texts
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, integer, optional
+from river_compile.kernels.checks import FLAG, integer, one_of, optional
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
 from river_compile.runtime.draft_length import DraftLength
@@ -45,16 +45,18 @@ from river_compile.upstream.transformers import (
     cache_argument,
     cache_of,
     callers_cache,
+    given_settings,
     is_of_transformers,
 )
 
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
+CONSTANT = "constant"
 _CHECKS = {
-    "max_draft": optional(integer(1)),
-    "prompt_lookup": FLAG,
+    "num_assistant_tokens": optional(integer(1)),
+    "num_assistant_tokens_schedule": one_of(None, CONSTANT),
+    "prompt_lookup_num_tokens": optional(integer(0)),
     "strict": FLAG,
-    "adaptive": FLAG,
 }
 
 # (The last one is what stands for the result of a call that joined a batch.)
@@ -203,7 +205,7 @@ class Decode:
         """
         config = generation_config
         given = {name: model_kwargs.pop(name, None) for name in self.per_call}
-        mode = replace(self, **{name: value for name, value in given.items() if value is not None})
+        mode = self.for_call(**{name: value for name, value in given.items() if value is not None})
         assistant = argument_of_generate("assistant_model")
         obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
         if obstacle:
@@ -263,7 +265,7 @@ class Decode:
         mode = config.get_generation_mode()
         if assistant_model is not None:
             return f"assistant_model={type(assistant_model).__name__} is not available here; leave it out"
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not self.copies(config):
             return f"these options ask for {mode.value}; leave out num_beams and prompt_lookup_num_tokens"
         if model.config.is_encoder_decoder:
             return f"{type(model).__name__} is an encoder-decoder model; leave out custom_generate"
@@ -294,34 +296,44 @@ class Decode:
         """
         return SpeculativeDecoder(session)
 
+    def for_call(self, **options: Any) -> Decode:
+        """Returns the mode with the options of one call."""
+        return replace(self, **options)
+
+    def copies(self, config: GenerationConfig) -> bool:
+        """Whether the mode does what makes a greedy or sampling config an assisted one."""
+        return False
+
 
 decode = Decode()
 
 
 @dataclass(frozen=True)
 class ExactMode(Decode):
-    """Generates exactly the plain model's text; a callable for ``generate(custom_generate=...)``.
+    """Speculative decoding with the model's own output; a callable for ``generate(custom_generate=...)``.
 
-    Every option can also be given to ``generate`` itself, for one call.
+    The options have transformers' names. Each can be given to ``generate`` too, for one call.
 
     Attributes:
-        max_draft: longest draft, in tokens, at least 1. Passes are verified at widths 2, 4, 8 ... max_draft + 1. None
-            for 15, and 63 where blocks of the backbone are offloaded, so that a pass brings their weights in for many
-            tokens.
-        prompt_lookup: copy drafts from the context where it repeats itself.
-        strict: an error where a row of a verifying pass might have other bits than it has without drafts.
-        adaptive: let measured times decide how long to draft, and let the river draft none where that does not pay.
-            Otherwise drafts have `max_draft` tokens, and nothing depends on time.
+        num_assistant_tokens: longest draft in tokens, at least 1. Drafts are verified in passes of 2, 4, 8 ...
+            ``num_assistant_tokens + 1`` tokens. None: 15, or 63 if target layers are offloaded.
+        num_assistant_tokens_schedule: None: measured times decide the length of each draft. "constant": every draft has
+            `num_assistant_tokens` tokens, and nothing depends on time.
+        prompt_lookup_num_tokens: most tokens that a draft copies from the context. 0: none. None: as many as it has.
+        strict: an error if a row of a verifying pass might have other bits than it has without drafts.
+
+    Raises:
+        OptionError: (a ``ValueError``) a bad value.
     """
 
-    max_draft: int | None = None
-    prompt_lookup: bool = True
+    num_assistant_tokens: int | None = None
+    num_assistant_tokens_schedule: str | None = None
+    prompt_lookup_num_tokens: int | None = None
     strict: bool = False
-    adaptive: bool = True
     __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[Exception]] = ExactModeError
     depth: ClassVar[int | None] = WHOLE
-    per_call: ClassVar[tuple[str, ...]] = ("max_draft", "prompt_lookup", "strict", "adaptive")
+    per_call: ClassVar[tuple[str, ...]] = ("strict",)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -330,6 +342,16 @@ class ExactMode(Decode):
     def with_options(self, **options: Any) -> ExactMode:
         """Returns the same mode with other options."""
         return replace(self, **options)
+
+    def for_call(self, **options: Any) -> Decode:
+        given = given_settings(("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens"))
+        if str(given.get("num_assistant_tokens_schedule")).startswith("heuristic"):
+            del given["num_assistant_tokens_schedule"]  # as a length by measured times is
+        return replace(self, **given, **options)
+
+    def copies(self, config: GenerationConfig) -> bool:
+        early_exit, multi_token = config.assistant_early_exit, getattr(config, "use_mtp", None)
+        return config.prompt_lookup_num_tokens is not None and early_exit is None and not multi_token
 
     def obstacle(
         self,
@@ -348,12 +370,12 @@ class ExactMode(Decode):
         return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
-        session.allow_drafts(call.ids_BS, logits, self.max_draft, self.strict)
-        if self.adaptive:
-            length = session.record.drafts.setdefault(call.config.do_sample, DraftLength())
-        else:  # (drafts are the same in every run)
+        session.allow_drafts(call.ids_BS, logits, self.num_assistant_tokens, self.strict)
+        if self.num_assistant_tokens_schedule == CONSTANT:
             length = DraftLength(adaptive=False)
-        return SpeculativeDecoder(session, length.carry_over(session.widths), self.prompt_lookup)
+        else:
+            length = session.record.drafts.setdefault(call.config.do_sample, DraftLength())
+        return SpeculativeDecoder(session, length.carry_over(session.widths), self.prompt_lookup_num_tokens != 0)
 
 
 exact = ExactMode()

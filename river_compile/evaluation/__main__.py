@@ -5,7 +5,7 @@ python -m river_compile.evaluation run --model river --model_args pretrained=FOL
 
 from lm_eval.__main__ import cli_evaluate
 
-from river_compile.evaluation import harness  # noqa: F401 (it registers the model)
+from river_compile.evaluation import lm_eval_model  # noqa: F401 (it registers the model)
 
 if __name__ == "__main__":
     cli_evaluate()

@@ -1,32 +1,19 @@
-"""Reports the backend's work on a model, for people (``print``) and programs (``to_dict``).
-
-What each of several ranks packed is exchanged when a graph is made, so that any rank can report it later.
-
-Not handled: several tokens at once in the bytes that a token reads, which may choose different experts.
-"""
+"""The report of a model: its graphs, twins, exits and drafts, for people (``print``) and programs (``to_dict``)."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from river_compile.distributed.ranks import Ranks
-from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, threshold_text
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
-from river_compile.offload.weights import OffloadLog
-from river_compile.passes.moe_router import ROUTER
-from river_compile.passes.program import Fusion, Program, SegmentSpec
-from river_compile.runtime.kv_cache import KeptTexts
+from river_compile.passes.program import Fusion
 from river_compile.runtime.stats import ExactStats
 from river_compile.twins.quantize import UNOBSERVED
-from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import TwinLoss
 from river_compile.twins.weights import TwinWeight
 
 _NEVER_RAN = (
@@ -40,134 +27,122 @@ _BAR = 32
 
 @dataclass(frozen=True)
 class Report:
-    """Snapshot of a model's graphs, packed weights and exits; see :func:`report`.
-
-    `packed_again` says how often weights were found changed, and how many matrices were packed again the last time.
-    """
+    """What River did with a model: ``print`` it, or take `to_dict`; see :func:`report`."""
 
     model: str
-    graphs: tuple[GraphRecord, ...]
-    packed: tuple[TwinWeight, ...]
-    packing_seconds: float
-    packed_again: tuple[int, int]
-    decode_depths: dict[int, int]
-    prefill_depths: dict[int, int]
+    record: ModelRecord
+    decode_depths: dict[int, int]  # decode steps by exit depth, when the report was made
+    prefill_depths: dict[int, int]  # prompts by exit depth
     exact: ExactStats
-    own_text: SelfCalibration = field(default_factory=SelfCalibration)
-    loss: TwinLoss | None = None
-    offloaded: OffloadLog | None = None
-    kept_cache: int = 0  # bytes of keys and values
-    kept_texts: KeptTexts = field(default_factory=KeptTexts)
-    plain_calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> tuple[GraphRecord, ...]:
+        return tuple(self.record.graphs)
+
+    @property
+    def packed(self) -> list[TwinWeight]:
+        """The twins' weights in the order of their layers."""
+        return sorted(self.record.packed, key=lambda twin: _natural(twin.name))
 
     @property
     def ran(self) -> bool:
-        return bool(self.graphs)
+        return bool(self.record.graphs)
 
     @property
     def recompiles(self) -> int:
-        """Graphs traced again for options, a kind and a cache that had one already, such as a new batch size."""
+        """Graphs traced again for the same options, kind and KV cache, such as a new batch size."""
         kinds = Counter((g.config, g.mode, g.kind, g.cache) for g in self.graphs if not g.refusal)
         return sum(n - 1 for n in kinds.values())
 
     @property
     def mean_depth(self) -> float:
-        """Mean blocks executed per decode step, NaN before the first."""
+        """Mean layers executed per decode step, NaN before the first."""
         steps = sum(self.decode_depths.values())
         return sum(d * n for d, n in self.decode_depths.items()) / steps if steps else math.nan
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the report as values that ``json.dumps`` takes; numbers that do not exist are None."""
+        """Returns the report as JSON's types; a number that does not exist is None."""
+        record, twins, offloaded = self.record, self.record.twins, self.record.offloaded.snapshot()
         return {
             "model": self.model,
             "ran": self.ran,
             "graphs": [_graph_dict(g) for g in self.graphs],
             "recompiles": self.recompiles,
-            "kept_cache_bytes": self.kept_cache,
-            "kept_texts": self.kept_texts._asdict(),
-            "plain_calls": dict(self.plain_calls),
-            "packed_bytes": sum(p.nbytes for p in self.packed),
-            "packing_seconds": self.packing_seconds,
-            "packed_again": self.packed_again[0],
-            "offloaded": self.offloaded and self.offloaded.to_dict(),
-            "matrices": [
-                {
-                    "name": p.name,
-                    "shape": list(p.shape),
-                    "group_size": p.group_size,
-                    "quantizer": p.quantizer,
-                    "statistics": p.statistics or None,
-                    "sqnr_db": _finite(p.sqnr),
-                    "output_sqnr_db": _finite(p.output_sqnr),
-                    "bytes": p.nbytes,
-                    "artifact": p.artifact or None,
-                }
-                for p in self.packed
-            ],
-            "own_text_refused": self.own_text.refusal or None,
-            "twin_loss": self.loss and {**asdict(self.loss), "large": self.loss.large},
-            "exit_depths": dict(self.decode_depths),
-            "prefill_exit_depths": dict(self.prefill_depths),
+            "kept_cache_bytes": record.prefixes.bytes,
+            "kept_texts": record.prefixes.texts._asdict(),
+            "plain_calls": dict(record.fallbacks),
+            "packed_bytes": sum(twin.nbytes for twin in self.packed),
+            "packing_seconds": twins.seconds,
+            "packed_again": twins.changes,
+            "offloaded": offloaded and offloaded.to_dict(),
+            "matrices": [_weight_dict(twin) for twin in self.packed],
+            "own_text_refused": record.self_calibration.refusal or None,
+            "twin_loss": twins.loss and {**asdict(twins.loss), "large": twins.loss.large},
+            "exit_depths": self.decode_depths,
+            "prefill_exit_depths": self.prefill_depths,
             "mean_exit_depth": _finite(self.mean_depth),
             "exact": {**self.exact._asdict(), "by_source": dict(self.exact.by_source)},
         }
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join([f"River Compile report for {self.model}", *self._lines()])
 
     def _lines(self) -> Iterator[str]:
-        yield f"River Compile report for {self.model}"
-        if not (self.ran or self.plain_calls):
+        record = self.record
+        if not (self.ran or record.fallbacks):
             yield f"  {_NEVER_RAN}"
-            yield from _plain_call_lines(self)
             return
-        for graph in self.graphs:
-            yield from graph_lines(graph)
-        if self.packed:
-            yield from _packed_lines(self)
-        if self.offloaded:
-            yield from self.offloaded.lines()
-        yield f"  recompiles     {self.recompiles}"
-        if self.kept_cache:
-            yield f"  kept cache     {self.kept_cache / 1e6:.1f} MB of keys and values, for the next call of generate"
-        kept = self.kept_texts
-        if kept.texts or kept.reused:
-            yield (
-                f"  kept texts     {kept.texts} of {kept.tokens} tokens, {kept.saved_bytes / 1e6:.1f} MB beside the "
-                f"cache; {kept.reused} tokens of prompts were there already"
-            )
-        yield from _plain_call_lines(self)
-        yield from token_lines(self)
+        if self.ran:
+            for graph in self.graphs:
+                yield from graph_lines(graph)
+            if self.packed:
+                yield from _twin_lines(record, self.packed)
+            if offloaded := record.offloaded.snapshot():
+                yield from offloaded.lines()
+            yield f"  recompiles     {self.recompiles}"
+            yield from _cache_lines(record)
+        for reason, count in record.fallbacks.items():
+            yield f"  without drafts {count} calls of generate: {reason}"
+        if self.ran:
+            yield from _token_lines(self)
 
 
-def report(model: nn.Module) -> Report:
-    """Reports what the backend found, rewrote and refused in a model, and where its tokens left.
-
-    The first report of twins that were packed with statistics estimates what they lose, which takes some seconds.
+def report(model: nn.Module, estimate_loss: bool = False) -> Report:
+    """Reports which graphs of a model River rewrote, which it did not and why, and at which depths tokens exited.
 
     Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
+        model: an accelerated or compiled model, or the wrapper that ``torch.compile`` returned.
+        estimate_loss: whether to measure the KL divergence that the twins cause together, if it is not known yet. It
+            runs the model on text of its own: seconds for 100 million parameters, minutes for 8 billion.
+
+    Raises:
+        OptionError: (a ``ValueError``) the argument is not a module.
     """
     record = find_record(model) or ModelRecord()
-    stats, packed = record.exit_stats, record.twins
-    if not record.ranks.several:
-        packed.judge(record.packed, record.statistics)
+    if estimate_loss and not record.ranks.several:
+        record.twins.judge(record.packed, record.statistics)
+    depths = record.exit_stats
     return Report(
-        model=type(unwrap(model)).__name__,
-        graphs=tuple(record.graphs),
-        packed=tuple(sorted(record.packed, key=lambda p: _natural(p.name))),
-        packing_seconds=packed.seconds,
-        packed_again=(packed.changes, packed.changed),
-        decode_depths=dict(sorted(stats.decode.items())),
-        prefill_depths=dict(sorted(stats.prefill.items())),
-        exact=stats.exact,
-        own_text=record.self_calibration,
-        loss=packed.loss,
-        offloaded=record.offloaded.snapshot(),
-        kept_cache=record.prefixes.bytes,
-        kept_texts=record.prefixes.texts,
-        plain_calls=dict(record.fallbacks),
+        type(unwrap(model)).__name__,
+        record,
+        dict(sorted(depths.decode.items())),
+        dict(sorted(depths.prefill.items())),
+        depths.exact,
     )
+
+
+def _weight_dict(twin: TwinWeight) -> dict[str, object]:
+    return {
+        "name": twin.name,
+        "shape": list(twin.shape),
+        "group_size": twin.group_size,
+        "quantizer": twin.quantizer,
+        "statistics": twin.statistics or None,
+        "sqnr_db": _finite(twin.sqnr),
+        "output_sqnr_db": _finite(twin.output_sqnr),
+        "bytes": twin.nbytes,
+        "artifact": twin.artifact or None,
+    }
 
 
 def _graph_dict(graph: GraphRecord) -> dict[str, object]:
@@ -201,12 +176,12 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
 
 
 def _other_groups(graph: GraphRecord) -> dict[str, int]:
-    """Returns the matrices, by name, that did not take the group size that was asked for."""
+    """Returns the weights, by name, with a group size other than the option's."""
     return {p.name: p.group_size for p in graph.twins if p.group_size != graph.config.group_size}
 
 
 def graph_lines(graph: GraphRecord) -> Iterator[str]:
-    """Yields the outcome of one traced graph, for people."""
+    """Yields lines about one traced graph."""
     if graph.refusal:
         yield f"  graph          not rewritten: {graph.refusal}"
         return
@@ -241,7 +216,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
 
 
 def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
-    """Yields which rules put how many kernels in, and each reason for which some did not, with its first node."""
+    """Yields how often each fusion rule matched, and each reason for a mismatch with its first node."""
     applied = Counter(f.rule for f in fusions if not f.missed)
     if applied:
         yield f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"
@@ -255,70 +230,69 @@ def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
         yield f"    not fused    {rule} in {segments}: {reason}{where}"
 
 
-def _packed_lines(report: Report) -> Iterator[str]:
-    packed = report.packed
+def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[str]:
+    twins, refusal = record.twins, record.self_calibration.refusal
     size = sum(p.nbytes for p in packed) / 1e6
     quantizers = ", ".join(sorted({p.quantizer for p in packed}))
-    yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {report.packing_seconds:.1f} s"
-    times, matrices = report.packed_again
-    if times:
-        yield f"    packed again   {times} times after weights changed, {matrices} matrices the last time"
+    yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {twins.seconds:.1f} s"
+    if twins.changes:
+        yield f"    packed again {twins.changes} times after weights changed, {twins.changed} matrices the last time"
     for folder, count in Counter(p.artifact for p in packed if p.artifact).items():
         yield f"    artifact     {count} matrices read from {folder}"
     for source, count in Counter(p.statistics for p in packed if p.statistics).items():
-        yield f"    statistics   {count} matrices know what they read, from {source}"
+        yield f"    statistics   {count} matrices were calibrated on {source}"
     without = sum(p.asked != p.quantizer for p in packed)
     if without:
-        why = f": the model wrote no text of its own ({report.own_text.refusal})" if report.own_text.refusal else ""
+        why = f": the model wrote no text of its own ({refusal})" if refusal else ""
         yield f"    statistics   none for {without} matrices, which took quantizer={UNOBSERVED!r}{why}"
-    yield from _loss_lines(report.loss)
-    yield _sqnr_line("SQNR of weights", {p.name: p.sqnr for p in report.packed})
-    observed = {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}
+    if twins.loss is not None:
+        yield f"    loss         {twins.loss}, all blocks in 4 bits"
+        if twins.loss.large:
+            yield "                 WARNING: high quantization loss. Early exit will change the output. Use"
+            yield "                 quality='exact', tune_exit, or pass representative text as calibration_data="
+    yield _sqnr_line("SQNR of weights", {p.name: p.sqnr for p in packed})
+    observed = {p.name: p.output_sqnr for p in packed if p.output_sqnr is not None}
     if observed:
         yield _sqnr_line("SQNR of outputs", observed)
 
 
-def _plain_call_lines(report: Report) -> Iterator[str]:
-    for reason, count in report.plain_calls.items():
-        yield f"  without drafts {count} calls of generate: {reason}"
-
-
-def _loss_lines(loss: TwinLoss | None) -> Iterator[str]:
-    if loss is not None:
-        yield f"    loss         {loss}, all blocks in 4 bits"
-    if loss is not None and loss.large:
-        yield "                 WARNING: that is much. Tokens that leave early may well be others than the model's:"
-        yield "                 keep to exact mode, calibrate, or observe() text like that which it is for"
+def _cache_lines(record: ModelRecord) -> Iterator[str]:
+    size, texts = record.prefixes.bytes, record.prefixes.texts
+    if size:
+        yield f"  kept cache     {size / 1e6:.1f} MB of keys and values, for the next call of generate"
+    if texts.texts or texts.reused:
+        yield (
+            f"  kept texts     {texts.texts} of {texts.tokens} tokens, {texts.saved_bytes / 1e6:.1f} MB outside of the "
+            f"cache; {texts.reused} tokens of prompts were reused"
+        )
 
 
 def _sqnr_line(title: str, decibels: Mapping[str, float]) -> str:
     finite = [db for db in decibels.values() if math.isfinite(db)]
     mean = sum(finite) / len(finite) if finite else math.inf
     name, least = min(decibels.items(), key=lambda item: item[1])
-    first, *others = name.split("|")  # products that read one input: what their paths share is said once
+    first, *others = name.split("|")  # linears of one matmul share their path
     name = "|".join([first, *(path.rpartition(".")[2] for path in others)])
     return f"    {title}  mean {mean:.1f} dB, least {least:.1f} dB ({name})"
 
 
-def token_lines(report: Report) -> Iterator[str]:
+def _token_lines(report: Report) -> Iterator[str]:
     total, exact = sum(report.decode_depths.values()), report.exact
-    if not total:
-        yield "  exits          no token was decoded yet"
-    else:
-        yield f"  exits          {total} decode steps, mean depth {report.mean_depth:.2f} blocks"
+    steps = f"{total} decode steps, mean depth {report.mean_depth:.2f} blocks" if total else "no decode step yet"
+    yield f"  exits          {steps}"
     yield from histogram(report.decode_depths)
     if exact.cycles:
         yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.cycles:.2f} tokens per pass"
     for source, (drafted, accepted) in exact.by_source.items():
-        yield f"    {source:<12} {100 * accepted / drafted:.0f} % of {drafted} drafted tokens held"
+        yield f"    {source:<12} {100 * accepted / drafted:.0f} % of {drafted} drafted tokens were accepted"
 
 
 def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[str]:
-    """Returns a bar for each exit depth, as lines of text; `num_blocks` is that of tokens which never left."""
+    """Returns lines with a bar for each exit depth; `num_blocks` marks full depth."""
     total, most = sum(depths.values()), max(depths.values(), default=1)
     return [
         f"    depth {depth:>3}    {'#' * max(1, round(_BAR * n / most)):<{_BAR}} {n:>6} ({100 * n / total:.0f} %)"
-        + ("  never left" if depth == num_blocks else "")
+        + ("  full depth" if depth == num_blocks else "")
         for depth, n in sorted(depths.items())
     ]
 
@@ -336,42 +310,3 @@ def _finite(value: float | None) -> float | None:
 
 def _natural(name: str) -> list[object]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
-    """Notes each rank's packed matrices of a graph; warns of matrices that stay in 16 bits, routers aside."""
-    if not ranks.several or not program.twins:
-        return
-    packed = record.twins
-    mine = {
-        "rank": ranks.name,
-        "matrices": len(packed),
-        "bytes": sum(site.nbytes for site in packed),
-        "in_16_bits": len(program.kept),
-        "least_sqnr": min((site.quality for site in packed), default=math.inf),
-    }
-    record.ranks = ranks.gather(mine)
-    kept = [linear for linear in program.kept if linear.reason != ROUTER]
-    if kept:
-        warnings.warn(
-            f"{len(kept)} matrices of the twins of a {program.kind} graph stay in 16 bits on {ranks.name}, so "
-            f"that tokens that leave read more than they need to; the first is {kept[0].name}: {kept[0].reason}",
-            RiverWarning,
-            stacklevel=2,
-        )
-
-
-def bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:
-    """Returns the bytes that one token reads of the values of a segment's placeholders.
-
-    Args:
-        segment: what reads them.
-        values: tensors, and others that do not count, in the order of the placeholders.
-        first: the placeholder of the first of them.
-    """
-    chosen = dict(segment.experts)
-    return sum(
-        (value[: chosen[place]] if place in chosen else value).nbytes
-        for place, value in enumerate(values, start=first)
-        if isinstance(value, Tensor)
-    )

@@ -183,7 +183,9 @@ class TwinFile:
             self._matrices = self._read_matrices()
             self._tensors = tensor_file.mapped(self._file)
         except FileNotFoundError as error:
-            raise self._refusal("No such file", "artifact= takes a folder that river_compile.save wrote") from error
+            raise self._refusal(
+                "No such file", "artifact= takes a folder that river_compile.save_twins wrote"
+            ) from error
         except (OSError, SafetensorError) as error:
             raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
@@ -253,7 +255,7 @@ class TwinFile:
             raise self._refusal(_other_version("2"))
         metadata = tensor_file.read_metadata(self._file)
         if metadata.get("format") != FORMAT:
-            raise self._refusal("it holds no saved twins", "artifact= takes what river_compile.save wrote")
+            raise self._refusal("it holds no saved twins", "artifact= takes a folder of river_compile.save_twins")
         if metadata.get("version") != str(VERSION):
             raise self._refusal(_other_version(metadata.get("version")))
         if not tensor_file.is_whole(self._file, metadata):

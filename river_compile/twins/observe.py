@@ -73,19 +73,22 @@ def one_expert_at_a_time(model: Any) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def windows_of(
-    tokenizer: Tokenizer | None, texts: Sequence[str] | None, inputs: Iterable[Tensor] | None
-) -> list[Tensor]:
-    """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once; raises as `observe`."""
-    if (tokenizer is None) == (inputs is None):
-        raise OptionError("observe takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
-    if tokenizer is not None:
-        chosen = default_texts() if texts is None else checked_texts(texts)
-        inputs = [torch.tensor(tokenizer(text)["input_ids"]) for text in chosen]
-    batches = [torch.atleast_2d(ids) for ids in inputs or ()]
-    windows = [window for ids in batches if ids.numel() for window in ids.split(_WINDOW, dim=1)]
+def windows_of(data: Iterable[str] | Iterable[Tensor] | None, tokenizer: Tokenizer | None) -> list[Tensor]:
+    """Returns calibration data as token ids ``[B, T]``, cut into windows; raises as `collect_statistics`."""
+    if isinstance(data, (str, bytes, Tensor)) or not (data is None or isinstance(data, Iterable)):
+        raise OptionError(f"calibration_data={reprlib.repr(data)} is not allowed; give a list of texts or of token ids")
+    listed: list[Any] = default_texts() if data is None else list(data)
+    if any(not isinstance(entry, Tensor) for entry in listed):
+        if not callable(tokenizer):
+            raise OptionError(
+                "calibration_data= of texts needs tokenizer=, which maps a text to its input_ids; give both"
+            )
+        listed = [torch.tensor(tokenizer(text)["input_ids"]) for text in checked_texts(listed)]
+    elif tokenizer is not None:
+        raise OptionError("tokenizer= is for texts, and calibration_data= holds token ids; leave it out")
+    windows = [window for ids in map(torch.atleast_2d, listed) if ids.numel() for window in ids.split(_WINDOW, dim=1)]
     if not windows:
-        raise OptionError("observe was given no token; pass texts= of some thousand tokens in all")
+        raise OptionError("calibration_data= has no token; give texts of some thousand tokens in all")
     return windows
 
 

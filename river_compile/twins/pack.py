@@ -333,8 +333,8 @@ def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameter
     if recorded is not None and moments is None and not recorded.own:
         raise OptionError(
             f"a calibrated quantizer needs to know what the model's matrices read, and no observed text reached "
-            f"{matmul.name}; call river_compile.observe(model, tokenizer, texts) with other texts before the first "
-            "generation, name an artifact=, or use quantizer='hqq'"
+            f"{matmul.name}; give other texts as calibration_data= before the first generation, "
+            "name an artifact=, or use quantizer='hqq'"
         )
     return moments
 

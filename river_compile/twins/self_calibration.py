@@ -121,7 +121,7 @@ def _tell_ranks(model: nn.Module, error: Exception) -> None:
     ranks.explain(error)
     raise OptionError(
         f"{type(model).__name__} on {ranks.size} ranks cannot write the text that its twins' statistics are taken from "
-        f"({_why(error)}); use river_compile.observe, or quantizer='hqq'"
+        f"({_why(error)}); use river_compile.collect_statistics, or quantizer='hqq'"
     ) from error
 
 

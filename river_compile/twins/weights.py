@@ -5,7 +5,7 @@
     digest   XXH3 (128 bits) of all their bytes, at the speed of memory: what packed weights are found by
 
 Not handled: a change of single elements through ``parameter.data`` or under ``torch.inference_mode()``, which no stamp
-shows; ``river_compile.refresh`` has the digests compared.
+shows; ``river_compile.requantize`` has the digests compared.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -170,6 +170,21 @@ def argument_of_generate(name: str) -> Any:
     """Returns an argument of the generate call that is running, None if it has none."""
     frame = _running("generate")
     return None if frame is None else frame.f_locals.get(name)
+
+
+# What transformers puts into the configuration of a call that names no other value.
+_FILLED_IN = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant"}
+
+
+def given_settings(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the generation settings of these names that the running generate call was given, by keyword or config."""
+    kwargs, config = argument_of_generate("kwargs") or {}, argument_of_generate("generation_config")
+    found = {name: kwargs.get(name) for name in names}
+    for name in names:
+        value = getattr(config, name, None)
+        if found[name] is None and value != _FILLED_IN.get(name):
+            found[name] = value
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def callers_cache() -> Cache | None:

@@ -13,7 +13,8 @@ from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
-from river_compile.api.accelerate import QUALITIES
+from river_compile.backend import river
+from river_compile.errors import ExactModeError, OptionError, UnsupportedGraphError
 from river_compile.model_record import find_record
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
@@ -22,7 +23,7 @@ from tests.support.tokenizers import byte_tokenizer
 from tools.families.tiny import tiny_model
 
 OPTIONS = {"lowering": "eager", "group_size": 32}
-EXACT = {**OPTIONS, "max_draft": 1, "adaptive": False}
+EXACT = {**OPTIONS, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"}
 
 
 def plain():
@@ -95,7 +96,6 @@ def test_a_pipeline_of_an_accelerated_model_drafts(model):
     ("options", "reason"),
     [
         ({"num_beams": 2}, "beam_search"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
         ({"assistant_model": plain()}, "assistant_model=LlamaForCausalLM"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache=False"),
@@ -107,7 +107,7 @@ def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, option
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always")
         text = texts(generate(model, **options))
-        assert torch.equal(texts(generate(model, max_draft=1, **options)), text)
+        assert torch.equal(texts(generate(model, num_assistant_tokens=1, **options)), text)
     notices = [str(w.message) for w in notices if issubclass(w.category, river_compile.RiverWarning)]
     assert len(notices) == 1
     assert notices[0].startswith("LlamaForCausalLM.generate runs plainly here: ")
@@ -236,7 +236,7 @@ def test_a_mask_of_the_wrong_shape_is_an_error_in_one_line(shape, error):
 def test_a_weight_that_is_no_number_is_named():
     ours = river_compile.accelerate(plain(), quantizer="rtn", **EXACT)
     torch.nn.init.constant_(ours.model.layers[1].mlp.up_proj.weight[3:4], float("nan"))
-    with pytest.raises(river_compile.UnsupportedGraphError, match=r"twin can be made of \S*layers\.1\.mlp\.up_proj: "):
+    with pytest.raises(UnsupportedGraphError, match=r"twin can be made of \S*layers\.1\.mlp\.up_proj: "):
         generate(ours)
 
 
@@ -250,10 +250,10 @@ def test_a_model_that_the_backend_cannot_reach_generates_plainly():
 
 
 def test_without_a_compiler_strict_is_an_error():
-    ours = river_compile.accelerate(plain(), "strict")
+    ours = river_compile.accelerate(plain(), strict=True)
     with inductor.patch({"cpp.cxx": (None, "false")}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(river_compile.ExactModeError, match="install g"):
+        with pytest.raises(ExactModeError, match="install g"):
             generate(ours)
 
 
@@ -275,7 +275,7 @@ def test_without_a_compiler_a_model_is_refused_where_that_was_asked_for():
     ours.compile(backend="river", options={"on_unsupported": "raise"})
     with (
         inductor.patch({"cpp.cxx": (None, "false")}),
-        pytest.raises(river_compile.UnsupportedGraphError, match="install g"),
+        pytest.raises(UnsupportedGraphError, match="install g"),
     ):
         generate(ours)
 
@@ -342,28 +342,32 @@ def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeyp
 
 
 def test_strict_is_an_error_where_it_cannot_be_kept():
-    with pytest.raises(river_compile.ExactModeError, match="strict=True cannot be kept"):
-        generate(river_compile.accelerate(plain(), "strict", **EXACT))
+    with pytest.raises(ExactModeError, match="strict=True cannot be kept"):
+        generate(river_compile.accelerate(plain(), strict=True, **EXACT))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"quality": "exakt"}, "'exakt'.*exact"),
-        ({"quality": "calibrated"}, "needs calibration="),
-        ({"quality": "calibrated", "calibration": "nowhere.json"}, "nowhere.json is no calibration"),
-        ({"quality": "fast", "calibration": "c.json"}, "goes with quality='calibrated'"),
-        ({"calibration": "c.json"}, "calibration='c.json' says which tokens leave"),
-        ({"threshold": 0.9}, "threshold=0.9 says which tokens leave"),
-        ({"strict": True}, "strict=True does not go with quality='exact'"),
+        ({"quality": "calibrated"}, "'calibrated' is not allowed; use calibration=, without quality"),
+        ({"quality": "strict"}, "'strict' is not allowed; use strict=True"),
+        ({"quality": "fast", "calibration": "nowhere.json"}, "nowhere.json holds no exit rule"),
+        ({"calibration": "nowhere.json"}, "nowhere.json holds no exit rule"),
+        ({"quality": "exact", "calibration": "c.json"}, "calibration= says which tokens exit"),
+        ({"threshold": 0.9}, "threshold=0.9 says which tokens exit"),
+        ({"quality": "fast", "strict": True}, "strict=True requires quality='exact', got 'fast'"),
+        ({"tokenizer": byte_tokenizer()}, "tokenizer= is for the texts of calibration_data="),
+        ({"calibration_data": ["text"]}, "calibration_data= of texts needs tokenizer="),
+        ({"calibration_data": "text"}, "calibration_data='text' is not allowed; give a list"),
         ({"prefill": "exit"}, "prefill='exit'"),
         ({"group_sise": 32}, "group_sise.*group_size"),
-        ({"max_draft": 0}, "max_draft=0"),
+        ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
         (
-            {"quality": "fast", "max_draft": 3},
-            "max_draft=3 is about drafts, .* use quality='exact' or quality='strict'",
+            {"quality": "fast", "num_assistant_tokens": 3},
+            "num_assistant_tokens=3 is about drafts, .* use quality='exact'",
         ),
-        ({"quality": "calibrated", "calibration": 3}, "calibration=3 is not allowed; it must be a path"),
+        ({"calibration": 3}, "calibration=3 is not allowed; it must be a path"),
         ({"artifact": "/nope"}, "/nope/twins.safetensors: No such file"),
     ],
 )
@@ -409,14 +413,14 @@ def test_an_accelerate_that_fails_leaves_the_model_as_it_was(model, expected, st
 
 
 def test_the_backends_mode_is_no_option_of_accelerate():
-    with pytest.raises(river_compile.OptionError, match="unknown option 'mode'"):
+    with pytest.raises(OptionError, match="unknown option 'mode'"):
         river_compile.accelerate(plain(), mode="max-autotune")
 
 
 def test_a_call_that_was_compiled_before_follows_weights_after_accelerate():
     """`accelerate` forgets the graphs of earlier calls in its report; who runs them builds them anew all the same."""
     model = plain()
-    model.compile(backend=river_compile.river, options={**OPTIONS, "exit_depth": 0})
+    model.compile(backend=river, options={**OPTIONS, "exit_depth": 0})
 
     @torch.no_grad()
     def step():
@@ -451,18 +455,18 @@ def test_training_between_texts_is_as_without(recwarn):
     assert not any("leaves a graph to Inductor" in str(w.message) for w in recwarn)
 
 
-def test_load_is_from_pretrained_and_accelerate(tmp_path):
-    """With an artifact nothing is packed, and the dtype is the folder's."""
+def test_from_pretrained_loads_and_accelerates(tmp_path):
+    """With saved twins nothing is quantized, and the dtype is the folder's."""
     folder = tmp_path / "model"
     plain().save_pretrained(folder)
-    first = river_compile.load(folder, **EXACT)
+    first = river_compile.from_pretrained(folder, **EXACT)
     expected = generate(first)
-    artifact = river_compile.save(first, tmp_path / "twins")
-    model = river_compile.load(folder, artifact=artifact, **EXACT)
+    artifact = river_compile.save_twins(first, tmp_path / "twins")
+    model = river_compile.from_pretrained(folder, artifact=artifact, **EXACT)
     assert torch.equal(generate(model), expected)
     assert model.dtype == torch.float32
     assert all(matrix["artifact"] for matrix in river_compile.report(model).to_dict()["matrices"])
-    half = river_compile.load(folder, quality="fast", loading={"dtype": "bfloat16"}, **OPTIONS)
+    half = river_compile.from_pretrained(folder, quality="fast", dtype="bfloat16", **OPTIONS)
     assert half.dtype == torch.bfloat16
 
 
@@ -476,32 +480,26 @@ class Huge:
 @pytest.mark.parametrize("wrong", [3, "smollm2", {i: i for i in range(5000)}, Huge(), torch.nn.Linear])
 def test_whatever_is_no_model_is_named_by_its_type(wrong):
     """By every function that takes a model, in one short line."""
-    for take in (river_compile.accelerate, river_compile.restore, river_compile.report, river_compile.free_cache):
-        with pytest.raises(river_compile.OptionError, match=f"model.*not a {type(wrong).__name__}$") as refused:
+    for take in (river_compile.accelerate, river_compile.restore, river_compile.report, river_compile.empty_cache):
+        with pytest.raises(OptionError, match=f"model.*not a {type(wrong).__name__}$") as refused:
             take(wrong)
         assert len(str(refused.value)) < 100
 
 
 @pytest.mark.parametrize(
-    "name", ["quality", "calibration", "artifact", "group_size", "threshold", "max_draft", "strict"]
+    "name", ["quality", "calibration", "artifact", "group_size", "threshold", "num_assistant_tokens", "strict"]
 )
 def test_a_wrong_value_is_shown_in_short(name):
     for wrong in (Huge(), plain(), {i: i for i in range(5000)}):
-        with pytest.raises(river_compile.OptionError, match=f"{name}=") as refused:
+        with pytest.raises(OptionError, match=f"{name}=") as refused:
             river_compile.accelerate(plain(), **{name: wrong})
         assert len(str(refused.value)) < 300
 
 
 def test_wrappers_are_refused_with_the_way_in():
-    with pytest.raises(river_compile.OptionError, match=r"before torch\.compile"):
+    with pytest.raises(OptionError, match=r"before torch\.compile"):
         river_compile.accelerate(torch.compile(plain(), backend="eager"))
-    with pytest.raises(river_compile.OptionError, match="a transformers model that generates, not a Linear"):
+    with pytest.raises(OptionError, match="a transformers model that generates, not a Linear"):
         river_compile.accelerate(torch.nn.Linear(2, 2))
-    with pytest.raises(river_compile.OptionError, match=r"not a TextGenerationPipeline; give it pipeline\.model"):
+    with pytest.raises(OptionError, match=r"not a TextGenerationPipeline; give it pipeline\.model"):
         river_compile.accelerate(transformers.TextGenerationPipeline(plain(), byte_tokenizer()))
-
-
-def test_every_quality_is_in_the_modules_table():
-    import river_compile.api.accelerate as module
-
-    assert all(f'    "{quality}"' in module.__doc__ for quality in QUALITIES)

@@ -10,7 +10,12 @@ import river_compile
 from river_compile.lowering.choose import warn_once
 from tests.support.families import make, prompt
 
-OPTIONS = {"lowering": "eager", "group_size": 32, "max_draft": 1, "adaptive": False}
+OPTIONS = {
+    "lowering": "eager",
+    "group_size": 32,
+    "num_assistant_tokens": 1,
+    "num_assistant_tokens_schedule": "constant",
+}
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -73,7 +78,11 @@ def test_a_model_that_is_refused_for_another_reason_names_no_break_of_an_earlier
 def test_flex_attention_on_a_cpu_is_rewritten_and_runs_operator_by_operator():
     """Inductor may raise for it there. A warning names it and the way out; none names an option that nobody gave."""
     expected = make("llama", layers=2, attention="flex_attention")
-    ours = river_compile.accelerate(make("llama", layers=2, attention="flex_attention"), max_draft=1, adaptive=False)
+    ours = river_compile.accelerate(
+        make("llama", layers=2, attention="flex_attention"),
+        num_assistant_tokens=1,
+        num_assistant_tokens_schedule="constant",
+    )
     warn_once.cache_clear()  # (it comes once a process)
     text, trace, said = generated(ours)
     assert torch.equal(text, generate(expected))

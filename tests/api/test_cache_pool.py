@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import river_compile
-from river_compile.api.accelerate import free_cache
+from river_compile.api.accelerate import empty_cache
 from river_compile.model_record import find_record
 from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
@@ -18,7 +18,10 @@ from tools.recorder import recording
 
 # (The recorder stands for a device that captures, so that a static cache is what pays.)
 OPTIONS = {"lowering": "eager", "group_size": 32, "cudagraphs": True}
-QUALITIES = {"exact": {"max_draft": 1, "adaptive": False}, "fast": {"quantizer": "none", "threshold": 2.0}}
+QUALITIES = {
+    "exact": {"num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"},
+    "fast": {"quantizer": "none", "threshold": 2.0},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +109,7 @@ def test_callers_who_name_or_bring_a_cache_generate_with_it(quality, options, mo
         text = generate(model, ids, **options)
     assert torch.equal(text, generate(make("llama", layers=2), ids))
     assert {type(cache) for cache in seen} == {DynamicCache}
-    assert free_cache(model) == 0
+    assert empty_cache(model) == 0
 
 
 def test_a_static_cache_that_was_asked_for_is_the_models(fast, monkeypatch):
@@ -159,11 +162,11 @@ def test_calls_at_the_same_time_have_caches_of_their_own(fast):
 
 def test_the_cache_can_be_freed():
     model = accelerated(quality="fast")
-    assert free_cache(model) == 0
+    assert empty_cache(model) == 0
     generate(model, prompt())
     assert "kept cache     0.0 MB" in str(river_compile.report(model))
-    assert free_cache(model) == sum(2 * 2 * 16 * 4 * slots for slots in (32, 32))  # K and V, heads, features, bytes
-    assert free_cache(model) == 0
+    assert empty_cache(model) == sum(2 * 2 * 16 * 4 * slots for slots in (32, 32))  # K and V, heads, features, bytes
+    assert empty_cache(model) == 0
     generate(model, prompt())
     river_compile.restore(model)
     assert find_record(model) is None

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import river_compile
-from river_compile import ArtifactError, OptionError, export, report
+from river_compile import export, report
 from river_compile.api.export import FORMATS
+from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.grid import quantize
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt

@@ -16,16 +16,16 @@ from tests.support.families import CONFIGS, make, prompt
 from tools.recorder import recording
 
 QUALITIES = {
-    "exact": {"max_draft": 3, "adaptive": False},
-    "strict": {"max_draft": 3, "adaptive": False},
-    "fast": {"quantizer": "rtn"},
+    "exact": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},
+    "strict": {"strict": True, "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},
+    "fast": {"quality": "fast", "quantizer": "rtn"},
 }
 MANY = 17  # tokens that run of a prompt, at least, and that a text shares, at least
 
 
 def accelerated(quality="exact", dtype=torch.float32, family="llama", config=None, **options):
     model = make(family, dtype, layers=2, config=config)
-    return river_compile.accelerate(model, quality, store=False, group_size=32, **QUALITIES[quality], **options)
+    return river_compile.accelerate(model, **QUALITIES[quality], compile_cache=False, group_size=32, **options)
 
 
 @pytest.fixture
@@ -88,11 +88,11 @@ def test_the_text_is_a_fresh_prompts(quality, dtype):
     }
     for name, (ids, expected) in prompts.items():
         scores = Scores(), Scores()
-        river_compile.free_cache(model)
+        river_compile.empty_cache(model)
         generate(model, first)
         text, found = ran(model, ids, logits_processor=[scores[0]])
         assert found == (0 if quality == "strict" and not to_the_bit else expected), name
-        river_compile.free_cache(model)
+        river_compile.empty_cache(model)
         assert torch.equal(text, generate(model, ids, logits_processor=[scores[1]])), name
         ours, fresh = (torch.cat(noted.steps) for noted in scores)
         assert torch.equal(ours, fresh) if to_the_bit else torch.allclose(ours, fresh, rtol=0, atol=1e-4), name
@@ -137,7 +137,7 @@ def test_saved_texts_are_bounded_and_the_oldest_goes(eager, monkeypatch):
     kept = river_compile.report(model).kept_texts
     assert (kept.texts, kept.saved_bytes) == (3, 2 * size)
     assert [ran(model, texts[seed])[1] for seed in (2, 3, 1, 0)] == [60 - MANY, 60 - MANY, 0, 0]
-    assert river_compile.free_cache(model) > kept.saved_bytes
+    assert river_compile.empty_cache(model) > kept.saved_bytes
     assert river_compile.report(model).kept_texts.texts == 0
     assert ran(model, texts[0])[1] == 0
 
@@ -185,7 +185,7 @@ def test_a_call_that_fails_leaves_no_text_behind(one):
         raise KeyboardInterrupt
 
     ids = prompt(60, 1)
-    river_compile.free_cache(one)
+    river_compile.empty_cache(one)
     text = generate(one, ids)
     with pytest.raises(KeyboardInterrupt):
         generate(one, then(text, 1), stopping_criteria=[fail])
@@ -198,7 +198,7 @@ def test_a_call_that_fails_leaves_no_text_behind(one):
 def test_calls_at_the_same_time_share_no_entry(one):
     """One has the kept text, the other one a fresh prompt; both texts are kept."""
     ids, inner = prompt(60, 1), []
-    river_compile.free_cache(one)
+    river_compile.empty_cache(one)
     text = generate(one, ids)
 
     def another(_, scores):
@@ -253,7 +253,7 @@ def _configure(model):
 
 def _write_unseen_and_refresh(model):
     model.model.layers[0].mlp.down_proj.weight.data[3, 5] += 8.0
-    river_compile.refresh(model)
+    river_compile.requantize(model)
 
 
 CHANGES = [
@@ -282,7 +282,7 @@ def test_a_model_that_moves_takes_a_fresh_prompt(eager):
     model.bfloat16()
     text, found = ran(model, ids)
     assert found == 0
-    river_compile.free_cache(model)
+    river_compile.empty_cache(model)
     assert torch.equal(text, generate(model, ids))
 
 
@@ -300,7 +300,7 @@ def test_texts_beyond_a_window_are_kept_too(family, eager):
 def test_callers_who_get_the_cache_back_have_one_of_their_own(one):
     """Its entries are those of a plain call's, and the next prompt begins with the text all the same."""
     plain, ids = make("llama", layers=2), prompt(60, 1)
-    river_compile.free_cache(one)
+    river_compile.empty_cache(one)
     ours, theirs = (generate(model, ids, return_dict_in_generate=True) for model in (one, plain))
     assert torch.equal(ours.sequences, theirs.sequences)
     for layer, expected in zip(cache_of(ours).layers, cache_of(theirs).layers, strict=True):

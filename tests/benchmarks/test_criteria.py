@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import criteria
-from river_compile.calibration.evaluate import Measured
+from river_compile.evaluation.meter import Measured
 from river_compile.exits import CRITERIA
 from tests.support.families import make, prompt
 

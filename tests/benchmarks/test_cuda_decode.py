@@ -16,7 +16,7 @@ from benchmarks.cuda_worker import Bench, NotGraphed, counted, covered
 from benchmarks.estimate import exact_cycle
 from benchmarks.int4_baseline import Int4Linear, fits, packed_for_cuda, scales_and_zeros, use_int4
 from benchmarks.random_llama import random_llama
-from river_compile import exact
+from river_compile.decoding.mode import exact
 from river_compile.kernels.quant.grid import quantize
 from river_compile.runtime.stats import CycleRecord
 from tests.kernels.harness import dots_in_order

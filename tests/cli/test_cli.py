@@ -20,16 +20,17 @@ import transformers
 
 import river_compile
 from examples import demo
-from river_compile.cli import app, dry_run
-from river_compile.cli.output import error_line
-from river_compile.cli.timing import Painter
+from river_compile.cli import app
+from river_compile.cli.shared import error_line
+from river_compile.reporting import dry_run
+from river_compile.reporting.timing import Painter
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
-COMMANDS = ("check", "doctor", "bench", "chat", "pack", "calibrate", "explain", "serve")
+COMMANDS = ("check", "doctor", "bench", "chat", "quantize", "tune", "explain", "serve")
 
 
 def river(capsys, *arguments, code=0):
@@ -71,7 +72,7 @@ def test_every_command_has_help_and_json(command, capsys):
         (("bench", "-m", "any", "-o", "xml"), "-o xml is not known; use one of md, json"),
         (
             ("bench", "-m", "any", "--row", "quick"),
-            "--row quick is not known here; use one of plain, inductor,",
+            "--row quick is not known here; use one of eager, inductor,",
         ),
         (("bench", "-m", "any", "--row", "calibrated"), "--row calibrated needs --calibration FILE"),
         (("chat", "smollm2", "--threads", "-1"), "--threads -1 is not allowed"),
@@ -108,7 +109,7 @@ def cut(folder):
 
 @pytest.mark.parametrize(
     "command",
-    [("pack", "-o", "never"), ("chat",), ("calibrate", "--kl", "1"), ("explain", "-o", "never"), ("serve",)],
+    [("quantize", "-o", "never"), ("chat",), ("tune", "--kl", "1"), ("explain", "-o", "never"), ("serve",)],
 )
 def test_weights_that_were_cut_are_one_line_in_every_command(damaged, command, capsys):
     if command == ("serve",):
@@ -121,8 +122,8 @@ def test_weights_that_were_cut_are_one_line_in_every_command(damaged, command, c
     ("command", "file", "content", "says"),
     [
         (("bench", "-m"), "model.safetensors", b"\xff" * 999, "SafetensorError: Error while deserializing header"),
-        (("pack", "-o", "never"), "model.safetensors", b"", "SafetensorError"),
-        (("pack", "-o", "never"), "tokenizer.json", b"{garbage", "JSONDecodeError"),
+        (("quantize", "-o", "never"), "model.safetensors", b"", "SafetensorError"),
+        (("quantize", "-o", "never"), "tokenizer.json", b"{garbage", "JSONDecodeError"),
         (("check",), "config.json", b'{"model_type": "llama", "vocab_size": -5}', "RuntimeError"),
         (("check",), "config.json", b'{"model_type": "llama", "hidden_size": "abc"}', "expected int"),
     ],
@@ -134,7 +135,7 @@ def test_files_that_no_loader_reads_are_one_line(damaged, command, file, content
     assert says in said
 
 
-@pytest.mark.parametrize("command", [("check",), ("pack", "-o", "never"), ("serve",)])
+@pytest.mark.parametrize("command", [("check",), ("quantize", "-o", "never"), ("serve",)])
 @pytest.mark.parametrize("config", [transformers.BertConfig(), transformers.BartConfig()])
 def test_models_without_a_causal_head_are_refused(command, config, tmp_path, capsys):
     """An encoder, and an encoder-decoder; AutoModelForCausalLM would make a decoder of either."""
@@ -154,7 +155,7 @@ def test_weights_that_a_checkpoint_lacks_are_named(damaged, capsys, caplog, monk
     weights = safetensors.torch.load_file(damaged / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     safetensors.torch.save_file(weights, damaged / "model.safetensors", {"format": "pt"})
-    river(capsys, "bench", "-m", damaged, "-p", "0", "-n", "2", "-r", "1", "--row", "plain")
+    river(capsys, "bench", "-m", damaged, "-p", "0", "-n", "2", "-r", "1", "--row", "eager")
     assert "model.layers.1.mlp.up_proj.weight" in caplog.text
 
 
@@ -198,12 +199,12 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
     assert found["bytes"]["blocks"] == 2 * blocks
     assert found["bytes"]["head"] == 2 * head
     assert found["bytes"]["twins"] < 0.4 * found["bytes"]["blocks"]
-    assert found["twin_products"] == 3 * 4
+    assert found["twin_matmuls"] == 3 * 4
     speeds = found["predicted_tokens_per_s"]
-    assert speeds["plain"] == pytest.approx(10e9 / (2 * (blocks + head)))
-    assert speeds["river"] > speeds["plain"]
+    assert speeds["full_depth"] == pytest.approx(10e9 / (2 * (blocks + head)))
+    assert speeds["all_4bit"] > speeds["full_depth"]
     page = river(capsys, "check", tiny, "--bandwidth", "10").out
-    assert "rewritten, 3 blocks" in page
+    assert "supported, 3 blocks" in page
     assert "an estimate" in page
 
 
@@ -215,7 +216,7 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
     found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", code=3)
     assert "decoder blocks" in found["refusal"] or "does not run without weights" in found["refusal"]
     assert found["bytes"] is None
-    assert "left to Inductor" in river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out
+    assert "unsupported" in river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out
 
 
 def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys, monkeypatch):
@@ -258,10 +259,10 @@ def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny
     made = []
     quantized = quantize._grid
     monkeypatch.setattr(quantize, "_grid", lambda *given: (made.append(given), quantized(*given))[1])
-    rows = [part for row in ("plain", "river", "exact") for part in ("--row", row)]
+    rows = [part for row in ("eager", "all-4bit", "exact") for part in ("--row", row)]
     found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", *rows)
     tests = [(row["backend"], row["test"]) for row in found["results"]]
-    assert tests == [(row, test) for row in ("plain", "river", "exact") for test in ("pp8", "tg4")]
+    assert tests == [(row, test) for row in ("eager", "all-4bit", "exact") for test in ("pp8", "tg4")]
     assert all(len(row["samples_ts"]) == 2 for row in found["results"])
     assert len(made) == 3 * 4  # blocks, and a block's products
 
@@ -269,13 +270,13 @@ def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny
 @pytest.mark.parametrize("form", ["md", "csv", "jsonl"])
 def test_bench_prints_other_forms(tiny, form, capsys):
     lines = river(
-        capsys, "bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "--row", "plain", "-o", form
+        capsys, "bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "--row", "eager", "-o", form
     ).out.splitlines()
     assert len(lines) == {"md": 3, "csv": 2, "jsonl": 1}[form]
     if form == "md":  # (llama-bench's columns)
         heads, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[::2])
         assert heads == ["model", "size", "params", "backend", "threads", "test", "t/s"]
-        assert (row[heads.index("backend")], row[heads.index("test")]) == ("plain", "tg2")
+        assert (row[heads.index("backend")], row[heads.index("test")]) == ("eager", "tg2")
         mean, deviation = row[heads.index("t/s")].split(" ± ")
         assert float(mean) > 0 <= float(deviation)
     if form == "jsonl":
@@ -284,11 +285,11 @@ def test_bench_prints_other_forms(tiny, form, capsys):
         )
 
 
-def test_pack_and_chat_with_the_twins(tiny, tmp_path, capsys):
+def test_quantize_and_chat_with_the_twins(tiny, tmp_path, capsys):
     """The answer is the plain model's, and every token has a source."""
-    packed = printed_json(capsys, "pack", tiny, "-o", tmp_path / "twins", "--dtype", "float32")
-    assert packed["matrices"] == 3 * 4
-    options = ("--artifact", tmp_path / "twins", "--dtype", "float32", "-n", "12")
+    made = printed_json(capsys, "quantize", tiny, "-o", tmp_path / "twins", "--dtype", "float32")
+    assert made["bytes"] == sum(file.stat().st_size for file in (tmp_path / "twins").iterdir())
+    options = ("--twins", tmp_path / "twins", "--dtype", "float32", "-n", "12")
     turn = printed_json(capsys, "chat", tiny, *options, "--prompt", "hello")["turns"][0]
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
@@ -348,19 +349,17 @@ def test_ctrl_c_ends_an_answer_and_at_a_terminal_not_the_conversation(quality, t
 
 
 @pytest.mark.slow
-def test_calibrate_writes_what_calibrated_needs(tiny, tmp_path, capsys):
+def test_tune_writes_what_calibration_takes(tiny, tmp_path, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"{i} is a number, and {i + 1} comes after it." for i in range(40)))
     file = tmp_path / "c.json"
     found = printed_json(
-        capsys, "calibrate", tiny, "--kl", "5", "--texts", texts, "--tokens", "2", "--context", "4", "-o", file
+        capsys, "tune", tiny, "--kl", "5", "--texts", texts, "--tokens", "2", "--context", "4", "-o", file
     )
     assert found["budget"] == {"kl": 5.0}
-    turn = printed_json(
-        capsys, "chat", tiny, "--quality", "calibrated", "--calibration", file, "-n", "4", "--prompt", "hello"
-    )
+    turn = printed_json(capsys, "chat", tiny, "--calibration", file, "-n", "4", "--prompt", "hello")
     assert turn["turns"][0]["tokens"]
-    river(capsys, "calibrate", tiny, "--kl", "5", "--texts", tmp_path / "none.txt", code=1)
+    river(capsys, "tune", tiny, "--kl", "5", "--texts", tmp_path / "none.txt", code=1)
 
 
 def test_a_painter_gives_each_token_its_source():

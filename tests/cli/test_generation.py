@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from river_compile.cli import models
-from river_compile.cli.texts import topics
-from river_compile.cli.timing import Generation, decode_rate, generate
+from river_compile.cli import shared
+from river_compile.cli.shared import topics
+from river_compile.reporting.timing import Generation, decode_rate, generate
 from tests.support.families import make, prompt
 
 
@@ -45,9 +45,9 @@ def test_prompts_use_the_chat_template_where_there_is_one():
             return {"input_ids": torch.tensor([[7, 1, 2, 8]])}
 
     tokenizer = Tokenizer()
-    assert models.encode(tokenizer, "Hi").tolist() == [[1, 2]]
+    assert shared.encode(tokenizer, "Hi").tolist() == [[1, 2]]
     tokenizer.chat_template = "template"
-    assert models.encode(tokenizer, "Hi").tolist() == [[7, 1, 2, 8]]
+    assert shared.encode(tokenizer, "Hi").tolist() == [[7, 1, 2, 8]]
 
 
 def test_calibration_has_texts_enough():

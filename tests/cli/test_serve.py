@@ -40,7 +40,12 @@ class Served:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        options = {"max_draft": 1, "adaptive": False, "lowering": "auto", "group_size": 32}
+        options = {
+            "num_assistant_tokens": 1,
+            "num_assistant_tokens_schedule": "constant",
+            "lowering": "auto",
+            "group_size": 32,
+        }
         self.server = serve.make_server(folder, "127.0.0.1", self.port, "float32", **more, **options)
         self.url, self.name = f"http://127.0.0.1:{self.port}", folder
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=WAIT, max_retries=0)
@@ -68,7 +73,7 @@ class Served:
 
     def until_free(self):
         """Waits until no row generates."""
-        self.until(lambda found: found["river_rows_in_use",] == found["river_queued",] == 0)
+        self.until(lambda found: found["river:num_requests_running",] == found["river:num_requests_waiting",] == 0)
 
     def close(self):
         self.server.kill_server()
@@ -89,7 +94,7 @@ ROWS = 3
 @pytest.fixture(scope="module")
 def served(tiny):
     """A server with three rows and one place to wait."""
-    made = Served(tiny, rows=ROWS, queue=1)
+    made = Served(tiny, max_num_seqs=ROWS, queue=1)
     yield made
     made.close()
 
@@ -145,7 +150,7 @@ def test_four_clients_at_once_get_the_texts_that_each_gets_alone(served, plain, 
     with rows_of_steps() as seen, held() as (release, _), ThreadPoolExecutor(2) as pool:
         streams = [served.ask(*questions[i], stream=True, **settings[i]) for i in (0, 1)]
         texts = [pool.submit(served.text, *questions[i], **settings[i]) for i in (2, 3)]
-        served.until(lambda found: found["river_rows_in_use",] + found["river_queued",] == 4)
+        served.until(lambda found: found["river:num_requests_running",] + found["river:num_requests_waiting",] == 4)
         release.set()
         found = [whole("".join(pieces(stream))) for stream in streams] + [text.result() for text in texts]
     assert found == expected
@@ -187,7 +192,7 @@ def test_a_client_that_leaves_its_stream_frees_its_row(served):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_hangs_up_frees_its_row(served, streamed):
     """A socket is closed while the answer is still being made; it counts as 499."""
-    gone = ("river_requests_total", CHAT, "499")
+    gone = ("river:http_requests_total", CHAT, "499")
     before = served.metrics().get(gone, 0)
     with river_compile.trace() as trace:
         with held() as (_, begun):
@@ -213,18 +218,20 @@ def test_a_full_queue_is_429_and_places_come_back(served, plain):
     with held() as (release, _):
         streams = [served.ask(f"row {i}", 4, stream=True) for i in range(ROWS)]
         left = post(served, "left", max_tokens=4)
-        served.until(lambda found: found["river_rows_in_use",] + found["river_queued",] == ROWS + 1)
+        served.until(
+            lambda found: found["river:num_requests_running",] + found["river:num_requests_waiting",] == ROWS + 1
+        )
         with pytest.raises(openai.RateLimitError, match=f"{ROWS} requests are being answered and 1 ") as refused:
             served.ask("too many")
         assert refused.value.code == "queue_full"
         assert refused.value.response.headers["retry-after"] == "1"
-        gone = served.metrics().get(("river_requests_total", CHAT, "499"), 0)
+        gone = served.metrics().get(("river:http_requests_total", CHAT, "499"), 0)
         left.close()
-        served.until(lambda found: found.get(("river_requests_total", CHAT, "499"), 0) == gone + 1)
+        served.until(lambda found: found.get(("river:http_requests_total", CHAT, "499"), 0) == gone + 1)
         streams.append(served.ask("row 3", 4, stream=True))
         release.set()
         assert [whole("".join(pieces(s))) for s in streams] == [plain(f"row {i}", 4) for i in range(ROWS + 1)]
-    assert served.metrics()["river_requests_total", CHAT, "429"] == 1
+    assert served.metrics()["river:http_requests_total", CHAT, "429"] == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -268,17 +275,17 @@ def test_metrics_count_what_was_asked_of_one_server(served, tiny):
     def more(*name):
         return after[name] - before.get(name, 0)
 
-    assert more("river_tokens_total") == 11
-    assert more("river_calls_total") == 2
-    assert more("river_requests_total", CHAT, "200") == 2
-    assert more("river_first_token_seconds_count") == 2
-    assert more("river_first_token_seconds_sum") > 0
-    assert 0 <= more("river_held_total") <= more("river_drafted_total")
-    assert more("river_busy_seconds_total") > 0
-    assert after["river_rows",] == ROWS
+    assert more("river:generation_tokens_total") == 11
+    assert more("river:finished_requests_total") == 2
+    assert more("river:http_requests_total", CHAT, "200") == 2
+    assert more("river:time_to_first_token_seconds_count") == 2
+    assert more("river:time_to_first_token_seconds_sum") > 0
+    assert 0 <= more("river:spec_decode_num_accepted_tokens_total") <= more("river:spec_decode_num_draft_tokens_total")
+    assert more("river:busy_seconds_total") > 0
+    assert after["river:max_num_seqs",] == ROWS
     other = Served(tiny)
     try:
-        assert other.metrics()["river_tokens_total",] == 0
+        assert other.metrics()["river:generation_tokens_total",] == 0
     finally:
         other.close()
 

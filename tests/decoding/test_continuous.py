@@ -17,7 +17,7 @@ from river_compile.errors import OptionError
 from tests.support.decoding import rows_of_steps
 from tests.support.families import make
 
-OPTIONS = {"max_draft": 3, "adaptive": False}
+OPTIONS = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
 TWINS = {"group_size": 32, "quantizer": "rtn"}
 CALLS = ((5, 30), (140, 8), (3, 4), (12, 50), (20, 1), (7, 17), (260, 6))  # tokens of the prompt, new ones
 ROWS = 3
@@ -60,7 +60,7 @@ def test_texts_are_those_of_calls_alone(kind, request):
     calls = [call_of(model, *sizes) for sizes in CALLS]
     expected = [call().tolist() for call in calls]
     with (
-        river_compile.ContinuousBatch(model, rows=ROWS) as batch,
+        river_compile.ContinuousBatch(model, max_num_seqs=ROWS) as batch,
         river_compile.trace() as trace,
         rows_of_steps() as seen,
     ):
@@ -86,10 +86,10 @@ def test_prompts_that_begin_with_a_kept_text_run_only_what_is_new(exact):
     ]
     expected = []
     for call in calls:
-        river_compile.free_cache(exact)
+        river_compile.empty_cache(exact)
         expected.append(call().tolist())
-    river_compile.free_cache(exact)
-    with river_compile.ContinuousBatch(exact, rows=ROWS) as batch:
+    river_compile.empty_cache(exact)
+    with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
         futures = [batch.submit(call) for call in calls]
         assert [future.result(WAIT).tolist() for future in futures] == expected
         assert batch.counters.prompt_tokens_kept == 2 * 200
@@ -97,7 +97,7 @@ def test_prompts_that_begin_with_a_kept_text_run_only_what_is_new(exact):
 
 def test_calls_from_threads_share_the_batch(exact):
     expected = [call_of(exact, tokens, 20)().tolist() for tokens in (4, 5, 6, 7)]
-    with river_compile.ContinuousBatch(exact, rows=4) as batch:
+    with river_compile.ContinuousBatch(exact, max_num_seqs=4) as batch:
         texts = {}
 
         def ask(tokens):
@@ -122,7 +122,7 @@ def test_sampled_texts_follow_from_the_seed_of_their_call(kind, request):
     for seed, call in enumerate(calls):
         torch.manual_seed(seed)
         expected.append(call().tolist())
-    with river_compile.ContinuousBatch(model, rows=ROWS) as batch:
+    with river_compile.ContinuousBatch(model, max_num_seqs=ROWS) as batch:
         futures = [batch.submit(call, seed) for seed, call in enumerate(calls)]
         assert [future.result(WAIT).tolist() for future in futures] == expected
         torch.manual_seed(1)
@@ -134,7 +134,7 @@ def test_sampled_texts_follow_from_the_seed_of_their_call(kind, request):
 
 def test_a_seeded_call_disturbs_none_that_runs_by_itself(exact):
     """One that cannot join draws from PyTorch's generator; another is submitted in the midst of it."""
-    batch, other, futures = river_compile.ContinuousBatch(exact, rows=ROWS), call_of(exact, 5, 3), []
+    batch, other, futures = river_compile.ContinuousBatch(exact, max_num_seqs=ROWS), call_of(exact, 5, 3), []
 
     def submits(ids, scores):
         if ids.shape[1] == 9:
@@ -180,7 +180,7 @@ def test_an_error_ends_its_call_alone(kind, request):
     model = request.getfixturevalue(kind)
     fine = call_of(model, 6, 40)
     expected = fine().tolist()
-    with river_compile.ContinuousBatch(model, rows=ROWS) as batch:
+    with river_compile.ContinuousBatch(model, max_num_seqs=ROWS) as batch:
         left = batch.submit(call_of(model, 5, 40, streamer=Raises(4)))
         goes_on = batch.submit(fine)
         wrong = batch.submit(call_of(model, 4, 40, logits_processor=LogitsProcessorList([RaisesToo()])))
@@ -213,7 +213,7 @@ class Tells(BaseStreamer):
 
 def test_calls_are_cancelled_where_they_wait_and_where_they_run(exact):
     streamer = Tells()
-    with river_compile.ContinuousBatch(exact, rows=1) as batch:
+    with river_compile.ContinuousBatch(exact, max_num_seqs=1) as batch:
         running = batch.submit(call_of(exact, 5, 400, streamer=streamer))
         waiting = batch.submit(call_of(exact, 6, 10))
         assert streamer.came.wait(WAIT)
@@ -229,7 +229,7 @@ def test_calls_are_cancelled_where_they_wait_and_where_they_run(exact):
 
 def test_a_call_is_cancelled_on_its_way_into_the_batch(exact):
     submitted = threading.Event()
-    with river_compile.ContinuousBatch(exact, rows=1) as batch:
+    with river_compile.ContinuousBatch(exact, max_num_seqs=1) as batch:
 
         def cancelled_before_it_joins():
             assert submitted.wait(WAIT)
@@ -246,7 +246,7 @@ def test_a_call_is_cancelled_on_its_way_into_the_batch(exact):
 def test_a_change_of_the_model_takes_effect_when_the_batch_is_empty(exact):
     """One that PyTorch does not count, of an attribute that passes have as a constant."""
     call, norm = call_of(exact, 5, 12), exact.model.layers[1].input_layernorm
-    with river_compile.ContinuousBatch(exact, rows=ROWS) as batch:
+    with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
         texts = [batch.submit(call).result(WAIT).tolist()]
         before, norm.variance_epsilon = norm.variance_epsilon, 50.0
         try:
@@ -268,7 +268,7 @@ def test_calls_that_cannot_join_run_by_themselves(exact):
         call_of(exact, 5, 9),
     ]
     expected = [call().tolist() for call in calls]
-    with river_compile.ContinuousBatch(exact, rows=ROWS) as batch:
+    with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
         futures = [batch.submit(call) for call in (calls[-1], *calls)]
         assert [future.result(WAIT).tolist() for future in futures] == [expected[-1], *expected]
         assert batch.counters.calls == 5
@@ -276,7 +276,7 @@ def test_calls_that_cannot_join_run_by_themselves(exact):
 
 def test_closing_ends_what_runs_and_what_waits(exact):
     streamer = Tells()
-    batch = river_compile.ContinuousBatch(exact, rows=1)
+    batch = river_compile.ContinuousBatch(exact, max_num_seqs=1)
     futures = [batch.submit(call_of(exact, 5, 400, streamer=streamer)), batch.submit(call_of(exact, 6, 10))]
     assert streamer.came.wait(WAIT)
     closing = threading.Thread(target=batch.close)
@@ -293,6 +293,6 @@ def test_closing_ends_what_runs_and_what_waits(exact):
 
 def test_bad_arguments_are_named(exact):
     with pytest.raises(OptionError, match="rows=0"):
-        river_compile.ContinuousBatch(exact, rows=0)
+        river_compile.ContinuousBatch(exact, max_num_seqs=0)
     with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="close it first"):
         river_compile.ContinuousBatch(exact)

@@ -8,6 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
 from river_compile.kernels.ops import UNWANTED, WANTED_BLOCK
 from river_compile.runtime.draft_vocab import DraftVocab
 from tests.support.decoding import session_on
@@ -27,7 +29,7 @@ def model_of(seed: int = 0) -> LlamaForCausalLM:
 
 def compiled(**options) -> LlamaForCausalLM:
     model = model_of()
-    model.compile(backend=river_compile.river, options={**OPTIONS, **options})
+    model.compile(backend=river, options={**OPTIONS, **options})
     return model
 
 
@@ -127,7 +129,7 @@ def test_the_text_is_plains_whatever_drafts_lack(sample):
     expected = plain.generate(ids, cache_implementation="static", disable_compile=True, **arguments)
     torch.manual_seed(1)
     with river_compile.trace() as seen:
-        text = model.generate(ids, custom_generate=river_compile.exact, cache_implementation="static", **arguments)
+        text = model.generate(ids, custom_generate=exact, cache_implementation="static", **arguments)
     assert torch.equal(text, expected)
     assert (expected[:, 6:] >= VOCABULARY // 4).any()
     assert seen.cycles

@@ -16,6 +16,8 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import decode, exact
 from river_compile.decoding.session import Session
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
@@ -41,7 +43,7 @@ def make(name, dtype=torch.float32):
 
 def compiled(name="llama", dtype=torch.float32, **options):
     model = make(name, dtype)
-    model.compile(backend=river_compile.river, options={**OPTIONS, **options})
+    model.compile(backend=river, options={**OPTIONS, **options})
     return model
 
 
@@ -81,7 +83,11 @@ def generate(model, ids, mask=None, static=True, **options):
 
 def exactly(model, ids, mask=None, **options):
     return generate(
-        model, ids, mask, custom_generate=river_compile.exact, **{"max_draft": MAX_DRAFT, "adaptive": False, **options}
+        model,
+        ids,
+        mask,
+        custom_generate=exact,
+        **{"num_assistant_tokens": MAX_DRAFT, "num_assistant_tokens_schedule": "constant", **options},
     )
 
 
@@ -180,7 +186,7 @@ def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype)
     with river_compile.trace() as trace:
         ours = exactly(model, ids, mask, strict=True, **options)
     with forced_depth(model.config.num_hidden_layers):
-        plain = generate(model, ids, mask, custom_generate=river_compile.decode, **options)
+        plain = generate(model, ids, mask, custom_generate=decode, **options)
     assert torch.equal(ours.sequences, plain.sequences)
     assert all(map(torch.equal, ours.logits, plain.logits))
     for layer, expected in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
@@ -238,7 +244,7 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(monkey
     monkeypatch.setattr(Session, "verify", verify)
     monkeypatch.setattr(Session, "rewind", rewind)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
-        exactly(compiled(), ids, mask, max_draft=5)
+        exactly(compiled(), ids, mask, num_assistant_tokens=5)
     assert len({width for _, _, width, _ in cycles}) > 1
 
 
@@ -260,10 +266,10 @@ def test_nothing_is_compiled_after_a_warm_up(fresh_dynamo):
     model = compiled()
     for length in (9, 14):
         exactly(model, prompt(length))
-        exactly(model, prompt(length), prompt_lookup=False)
+        exactly(model, prompt(length), prompt_lookup_num_tokens=0)
     with torch.compiler.set_stance("fail_on_recompile"):
         for length, drafted in itertools.product((8, 11, 23), (1, 3)):
-            exactly(model, prompt(length), max_draft=drafted)
+            exactly(model, prompt(length), num_assistant_tokens=drafted)
 
 
 def test_the_report_counts_cycles():
@@ -315,7 +321,7 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed(batch, shared):
         ({"past_key_values": DynamicCache(), "static": False}, "brings a DynamicCache"),
         ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
-        ({"max_draft": 0}, "max_draft=0"),
+        ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
         ({"prompt_lookup": "yes"}, "prompt_lookup='yes'"),
     ],
 )
@@ -334,7 +340,7 @@ def test_an_assistant_model_is_refused_by_name(shared):
 def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
     """CPM-Ant's positions attend to those that follow, so a pass of several tokens gives others than several passes."""
     model = tiny_model("cpmant")
-    model.compile(backend=river_compile.river, options={"lowering": "eager", "group_size": 32})
+    model.compile(backend=river, options={"lowering": "eager", "group_size": 32})
     with pytest.raises(ValueError, match="CpmAntForCausalLM takes the whole text in every pass"):
         exactly(model, prompt(), static=False)
 
@@ -366,7 +372,9 @@ def test_a_late_draft_is_queued_as_a_whole_and_read_once(order, shared, sample, 
     torch.manual_seed(5)
     order.clear()
     with river_compile.trace() as trace:
-        assert torch.equal(exactly(model, ids, mask, prompt_lookup=lookup, **options), expected)
+        assert torch.equal(
+            exactly(model, ids, mask, prompt_lookup_num_tokens=None if lookup else 0, **options), expected
+        )
     assert sum(cycle.accepted for cycle in trace.cycles) > 0
     cycles = "".join(what[0] for what in order[order.index("draft") :])
     reads = "" if sample else "r"  # (samples are read one by one, each as an item)
@@ -402,8 +410,8 @@ def counting(*args):
 
 ids = prompt(12)
 model = make("llama").to("cuda")
-model.compile(backend=river_compile.river, options={**OPTIONS, "cudagraphs": True})
-options = {"prompt_lookup": False, "max_new_tokens": 30}
+model.compile(backend=river, options={**OPTIONS, "cudagraphs": True})
+options = {"prompt_lookup_num_tokens": 0, "max_new_tokens": 30}
 exactly(model, ids.cuda(), **options)
 with mock.patch.multiple(card, _refuse=refusing), mock.patch.object(card.Clock, "run", running):
     with mock.patch.object(SpeculativeDecoder, "_cycle", counting):
@@ -439,9 +447,9 @@ def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     learned = record_of(model.parameters()).drafts
     exactly(model, ids, max_new_tokens=8)
     assert not learned
-    exactly(model, ids, max_new_tokens=8, adaptive=True)
+    exactly(model, ids, max_new_tokens=8, num_assistant_tokens_schedule=None)
     length = learned[False]
-    exactly(model, ids, max_new_tokens=8, adaptive=True)
+    exactly(model, ids, max_new_tokens=8, num_assistant_tokens_schedule=None)
     assert learned[False] is length
-    exactly(model, ids, max_new_tokens=8, adaptive=True, do_sample=True)
+    exactly(model, ids, max_new_tokens=8, num_assistant_tokens_schedule=None, do_sample=True)
     assert set(learned) == {False, True}

@@ -16,7 +16,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import river_compile
 from benchmarks.prompts import mixed
-from river_compile.cli import models
+from river_compile.backend import river
+from river_compile.cli import shared
+from river_compile.decoding.mode import decode, exact
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.isa import chosen
 from tools import demo_models
@@ -28,8 +30,8 @@ CHATS = tuple(itertools.islice(mixed(), PROMPTS))
 def load(dtype):
     """Returns SmolLM2 compiled, and its tokenizer; the static cache has one size for all texts, so one decode graph."""
     model, tokenizer = demo_models.load("smollm2", dtype=dtype)
-    model.compile(backend=river_compile.river, options={"quantizer": "rtn"})
-    longest = max(models.encode(tokenizer, chat).shape[1] for chat in CHATS)
+    model.compile(backend=river, options={"quantizer": "rtn"})
+    longest = max(shared.encode(tokenizer, chat).shape[1] for chat in CHATS)
     model._previous_max_cache_length = max(longest, 64) + NEW_TOKENS
     return model, tokenizer
 
@@ -46,7 +48,7 @@ def generate(model, ids, new_tokens=NEW_TOKENS, **options):
 
 
 def exactly(model, ids, **options):
-    return generate(model, ids, custom_generate=river_compile.exact, adaptive=False, **options)
+    return generate(model, ids, custom_generate=exact, num_assistant_tokens_schedule="constant", **options)
 
 
 def plainly(model, ids, **options):
@@ -62,7 +64,7 @@ def test_float32_texts_are_the_plain_ones(smollm2):
     eager, _ = demo_models.load("smollm2", dtype="float32")
     with river_compile.trace() as trace:
         for chat in CHATS:
-            ids = models.encode(tokenizer, chat)
+            ids = shared.encode(tokenizer, chat)
             ours = exactly(model, ids)
             assert torch.equal(ours, generate(eager, ids)), chat
             assert torch.equal(ours, plainly(model, ids)), chat
@@ -74,7 +76,7 @@ def test_float32_texts_are_the_plain_ones(smollm2):
 def test_stop_strings_stop_where_plain_generation_stops(smollm2):
     """The tokenizer is given to generate, as ever; some of the strings end inside a draft."""
     model, tokenizer = smollm2
-    ids, inside = models.encode(tokenizer, "Write a short story about a lost key."), 0
+    ids, inside = shared.encode(tokenizer, "Write a short story about a lost key."), 0
     for stop in (".", ",", " a", "he"):
         options = {"stop_strings": [stop], "tokenizer": tokenizer}
         with river_compile.trace() as trace:
@@ -115,7 +117,7 @@ def test_a_grammar_sees_what_plain_generation_shows_it(smollm2):
         "required": ["name", "age"],
         "additionalProperties": False,
     }
-    ids = models.encode(tokenizer, "Describe Ada Lovelace as JSON with name and age.")
+    ids = shared.encode(tokenizer, "Describe Ada Lovelace as JSON with name and age.")
     grammars = [Grammar(tokenizer, schema, ids.shape[1]) for _ in range(2)]
     end = {"eos_token_id": tokenizer.eos_token_id, "new_tokens": 60}
     expected = plainly(model, ids, logits_processor=LogitsProcessorList(grammars[:1]), **end)
@@ -134,14 +136,14 @@ def test_strict_bfloat16_texts_have_the_bits_of_decoding_without_drafts():  # (l
     """On River's own kernels, whose sums do not depend on the width of a pass."""
     torch._dynamo.reset()
     model, tokenizer = demo_models.load("smollm2", dtype="bfloat16")
-    river_compile.accelerate(model, "strict", quantizer="rtn", adaptive=False)
+    river_compile.accelerate(model, strict=True, quantizer="rtn", num_assistant_tokens_schedule="constant")
     for chat in CHATS:
-        ids = models.encode(tokenizer, chat)
+        ids = shared.encode(tokenizer, chat)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         with river_compile.trace() as trace:
             ours = model.generate(ids, **options)
         with forced_depth(model.config.num_hidden_layers):
-            assert torch.equal(ours, model.generate(ids, custom_generate=river_compile.decode, **options)), chat
+            assert torch.equal(ours, model.generate(ids, custom_generate=decode, **options)), chat
         assert sum(trace.kept_sources.values()) > len(trace.cycles), "no draft was verified"
 
 
@@ -153,8 +155,8 @@ def test_bfloat16_texts_of_weights_in_12_bits_are_those_of_16():
     accelerated = []
     for weights in ("model", "12bit"):
         model, tokenizer = demo_models.load("smollm2", dtype="bfloat16")
-        accelerated.append(river_compile.accelerate(model, "strict", quantizer="rtn", backbone_weights=weights))
+        accelerated.append(river_compile.accelerate(model, strict=True, quantizer="rtn", backbone_weights=weights))
     for chat in CHATS:
-        ids = models.encode(tokenizer, chat)
+        ids = shared.encode(tokenizer, chat)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         assert torch.equal(*(model.generate(ids, **options) for model in accelerated)), chat

@@ -14,6 +14,7 @@ import river_compile
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.distributed.support import check
+from river_compile.errors import OptionError
 from river_compile.passes.moe_router import ROUTER
 from tests.distributed.worker import CASES, DEPTHS, LAYERS, SLOW
 from tests.support.examples import slow
@@ -179,7 +180,7 @@ class TestRefusals:
         ],
     )
     def test_what_is_not_done(self, options, mode, name):
-        with pytest.raises(river_compile.OptionError, match=f"^{name}.*2 ranks"):
+        with pytest.raises(OptionError, match=f"^{name}.*2 ranks"):
             check(TWO, RiverConfig.from_options(options), mode, torch.fx.Graph())
 
     def test_the_default_options_are_done(self):

@@ -22,8 +22,10 @@ from transformers.distributed import DistributedConfig
 
 import river_compile
 from river_compile.backend import river
+from river_compile.decoding import mode
 from river_compile.decoding.session import Session
 from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.errors import ArtifactError, OptionError, RankError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
 from river_compile.model_record import find_record
@@ -168,7 +170,7 @@ def scores(folder: Path) -> dict[str, Any]:
             logits, depths, _ = decode(model, (None,) * 3, plain_prompt=True)
             try:
                 decode(checked, (None,), plain_prompt=True)
-            except river_compile.RankError as error:
+            except RankError as error:
                 told = str(error)
     with forced_threshold(-2.0):
         _, leaving, _ = decode(model, (None,) * 2, plain_prompt=True)
@@ -184,18 +186,18 @@ def exact(folder: Path) -> dict[str, Any]:
     """Exact mode: greedy text, and sampled text of ranks with seeds of their own."""
     model = held["model"]
     texts = {}
-    mode = river_compile.exact.with_options(max_draft=1)
+    exactly = mode.exact.with_options(num_assistant_tokens=1)
     for name, loop, sample in (
-        ("greedy", mode, False),
-        ("sampled", mode, True),
-        ("own loop", river_compile.decode, True),
+        ("greedy", exactly, False),
+        ("sampled", exactly, True),
+        ("own loop", mode.decode, True),
     ):
         torch.manual_seed(dist.get_rank())
         how = {"max_new_tokens": 12, "do_sample": sample, "cache_implementation": "static"}
         texts[name] = model.generate(prompt(PROMPT), custom_generate=loop, **how)
     with mock.patch.object(Session, "runs_late", True):
         late = model.generate(
-            prompt(PROMPT), custom_generate=mode, max_new_tokens=12, do_sample=False, cache_implementation="static"
+            prompt(PROMPT), custom_generate=exactly, max_new_tokens=12, do_sample=False, cache_implementation="static"
         )
     return {**texts, "late": late, "exact": river_compile.report(model).exact}
 
@@ -243,7 +245,7 @@ def artifact(folder: Path) -> dict[str, Any]:
     """Twins saved by both ranks and read again by a model of the same weights; and by another number of ranks."""
     model = held["model"]
     logits, _, _ = decode(model, DEPTHS)
-    river_compile.save(model, folder / "twins")
+    river_compile.save_twins(model, folder / "twins")
     dist.barrier()
     again = on_ranks(folder / "llama", river_compile.tensor_parallel_plan(model.config, dist.get_world_size()))
     again.compile(backend=river, options={**EAGER, "artifact": folder / "twins"})
@@ -252,7 +254,7 @@ def artifact(folder: Path) -> dict[str, Any]:
     for size in (1, 4):
         try:
             type(ALONE)(size=size).folder(folder / "twins")
-        except river_compile.ArtifactError as error:
+        except ArtifactError as error:
             refusals.append(str(error))
     names = sorted(path.name for path in (folder / "twins").glob("rank*"))
     return {"same": torch.equal(logits, read), "names": names, "refusals": refusals}
@@ -264,7 +266,7 @@ def whole_plan(folder: Path) -> dict[str, Any]:
     spread.compile(backend=river, options=EAGER)
     try:
         decode(spread, (0,))
-    except river_compile.OptionError as error:
+    except OptionError as error:
         return {"told": str(error)}
     return {"told": ""}
 
@@ -277,7 +279,7 @@ def gone(folder: Path) -> dict[str, Any]:
         os._exit(0)
     try:
         decode(model, (0,))
-    except river_compile.RankError as error:
+    except RankError as error:
         return {"told": str(error)}
     return {"told": ""}
 

@@ -44,7 +44,10 @@ def text(model: nn.Module) -> list[int]:
 
 @torch.no_grad()
 def test_exact_mode_follows_adapters():
-    plain, model = adapted(), river_compile.accelerate(adapted(), group_size=32, quantizer="rtn", max_draft=3)
+    plain, model = (
+        adapted(),
+        river_compile.accelerate(adapted(), group_size=32, quantizer="rtn", num_assistant_tokens=3),
+    )
     expected, found = [], []
     for change in (None, "off", "merge"):
         for m, texts in ((plain, expected), (model, found)):

@@ -1,4 +1,4 @@
-"""``custom_generate=river_compile.decode`` generates what transformers' own loop does, to the bit, in fewer calls."""
+"""``custom_generate=decode`` generates what transformers' own loop does, to the bit, in fewer calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import decode
 from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import cache_state, left_padded
@@ -84,7 +85,7 @@ def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name):
     model = make(name, layers=2)
     theirs = generate(model)
     prepared = notes_preparations(model)
-    ours = generate(model, custom_generate=river_compile.decode)
+    ours = generate(model, custom_generate=decode)
     assert prepared == [PROMPT, PROMPT + 1, PROMPT + 2]
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -105,7 +106,7 @@ def test_text_scores_logits_and_entries_are_those_of_transformers_loop(name):
 )
 def test_options_mean_the_same(options):
     model = make("llama", layers=2, attention="eager" if options.pop("eager", False) else None)
-    ours = generate(model, custom_generate=river_compile.decode, **options)
+    ours = generate(model, custom_generate=decode, **options)
     theirs = generate(model, **options)
     assert len(ours) == len(theirs)
     assert all(map(torch.equal, ours, theirs))
@@ -115,14 +116,14 @@ def test_options_mean_the_same(options):
 def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     """The prompt and one step of each kind go through it and Dynamo; later ones run its graph alone."""
     model = make(name, layers=2)
-    model.compile(backend=river_compile.river, options={"lowering": "eager", "quantizer": "none"})
+    model.compile(backend=river, options={"lowering": "eager", "quantizer": "none"})
     theirs = generate(model)
     calls = counts_calls(model)
-    ours = generate(model, custom_generate=river_compile.decode)
+    ours = generate(model, custom_generate=decode)
     assert all(map(torch.equal, ours, theirs))
     assert len(calls) == 2
     calls.clear()
-    assert all(map(torch.equal, generate(model, custom_generate=river_compile.decode), theirs))
+    assert all(map(torch.equal, generate(model, custom_generate=decode), theirs))
     assert len(calls) == 2
 
 
@@ -138,7 +139,7 @@ def test_what_it_is_not_for_is_refused(options, message):
     ids = prompt()
     settings = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     with pytest.raises(ValueError, match=message):
-        make("llama", layers=1).generate(ids, custom_generate=river_compile.decode, **settings)
+        make("llama", layers=1).generate(ids, custom_generate=decode, **settings)
 
 
 class Order(list, StoppingCriteria):

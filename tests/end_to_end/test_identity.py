@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import river_compile
-from river_compile import river
+from river_compile.backend import river
 from river_compile.exits import forced_depth
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import FAMILIES, each, make, prompt
@@ -153,7 +153,7 @@ def test_generating_under_autocast(family):
     for accelerated in (False, True):
         model = make(family, layers=2)
         if accelerated:
-            river_compile.accelerate(model, group_size=32, quantizer="rtn", max_draft=3)
+            river_compile.accelerate(model, group_size=32, quantizer="rtn", num_assistant_tokens=3)
         with autocast():
             found.append(
                 model.generate(

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
 from river_compile.model_record import find_record
 
 IMAGE, BEGIN, END = 100, 101, 102
@@ -40,8 +42,8 @@ def test_exact_mode_reads_a_picture():
     plain = model.generate(ids, **picture, **options)
     other = model.generate(ids, **{**picture, "pixel_values": -picture["pixel_values"]}, **options)
     assert not torch.equal(other, plain), "the text must depend on the picture"
-    model.compile(backend=river_compile.river, options=EAGER)
-    exactly = {"custom_generate": river_compile.exact, "max_draft": 1, "adaptive": False}
+    model.compile(backend=river, options=EAGER)
+    exactly = {"custom_generate": exact, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"}
     with river_compile.trace() as trace, pytest.warns(river_compile.RiverWarning, match="left to|leaves a graph"):
         ours = model.generate(ids, **picture, **options, **exactly)
     assert torch.equal(ours, plain)

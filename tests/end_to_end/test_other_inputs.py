@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Lfm2Config, PreTrainedModel, Qwen3NextConfig
 
 import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import decode, exact
 from river_compile.exits import forced_depth
 from tests.support.decoding import new_cache
 from tests.support.families import COMMON, make, prompt
@@ -59,7 +61,7 @@ def test_hybrids_give_the_plain_text_and_states_at_every_depth(build: Callable[[
     model = build()
     inputs = {"input_ids": prompt(7), "return_dict_in_generate": True, "output_logits": True, "static": static}
     plain = generate(model, **inputs)
-    model.compile(backend=river_compile.river, options=EAGER)
+    model.compile(backend=river, options=EAGER)
     for depth in range(3):
         with forced_depth(depth), river_compile.trace() as trace:
             ours = generate(model, **inputs)
@@ -73,7 +75,7 @@ def test_hybrids_give_the_plain_text_and_states_at_every_depth(build: Callable[[
     }
     if build is qwen3_next:
         with pytest.raises(ValueError, match="recurrent state of Qwen3NextForCausalLM"):
-            generate(model, custom_generate=river_compile.exact, adaptive=False, **inputs)
+            generate(model, custom_generate=exact, num_assistant_tokens_schedule="constant", **inputs)
 
 
 def test_exact_mode_reads_a_prompt_of_embeddings():
@@ -81,9 +83,9 @@ def test_exact_mode_reads_a_prompt_of_embeddings():
     model, ids = make("llama", layers=2), prompt(7)
     embeds = model.get_input_embeddings()(ids).detach()
     plain = generate(model, input_ids=ids, max_new_tokens=12)[:, 7:]
-    model.compile(backend=river_compile.river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
+    model.compile(backend=river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
     with river_compile.trace() as trace:
-        exactly = {"custom_generate": river_compile.exact, "max_draft": 1, "adaptive": False}
+        exactly = {"custom_generate": exact, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"}
         ours = generate(model, inputs_embeds=embeds, max_new_tokens=12, **exactly)
     assert torch.equal(ours, plain)
     assert trace.kept_sources["river"] > 0
@@ -94,10 +96,10 @@ def test_exact_mode_refuses_a_convolution_by_name():
     torch.manual_seed(0)
     model, inputs = lfm2(), {"input_ids": prompt(7), "max_new_tokens": 12}
     plain = generate(model, **inputs)
-    assert torch.equal(generate(model, custom_generate=river_compile.decode, **inputs), plain)
-    model.compile(backend=river_compile.river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
+    assert torch.equal(generate(model, custom_generate=decode, **inputs), plain)
+    model.compile(backend=river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
     with pytest.raises(ValueError, match=r"LinearAttentionLayer.*; it works with attention layers"):
-        generate(model, custom_generate=river_compile.exact, **inputs)
+        generate(model, custom_generate=exact, **inputs)
 
 
 def test_prompts_and_steps_of_embeddings_give_the_plain_text():
@@ -108,7 +110,7 @@ def test_prompts_and_steps_of_embeddings_give_the_plain_text():
     plain = generate(model, cache=new_cache(model, "static"), **inputs)
     with torch.no_grad():
         step = model(inputs_embeds=embeds[:, :1], cache=plain.cache).logits
-    model.compile(backend=river_compile.river, options=EAGER)
+    model.compile(backend=river, options=EAGER)
     for depth in (0, 1):
         with forced_depth(depth), torch.no_grad(), river_compile.trace() as trace:
             ours = generate(model, cache=new_cache(model, "static"), **inputs)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from river_compile import accelerate, report, river
+from river_compile import accelerate, report
+from river_compile.backend import river
 from river_compile.upstream.transformers import mark_growing
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt

@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
 
-from river_compile import exact, report, river, trace
+from river_compile import report, trace
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
 from tools import demo_models
 
@@ -69,7 +71,7 @@ def test_drafts_of_the_default_river_keep_the_plain_text_in_a_pipeline(smollm2):
     model, tokenizer, plain_text = smollm2
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static")
-    options = {"custom_generate": exact.with_options(max_draft=1), "return_full_text": False}
+    options = {"custom_generate": exact.with_options(num_assistant_tokens=1), "return_full_text": False}
     with trace() as t:
         (text,) = generator(QUESTION, generation_config=config, **options)
     assert plain_text.startswith(text["generated_text"])

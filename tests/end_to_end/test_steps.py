@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
-import river_compile
+from river_compile.backend import river
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, HIDDEN, make, prompt
@@ -26,12 +26,12 @@ NEW_TOKENS = 10
 
 
 def compiled(model: nn.Module, **options) -> nn.Module:
-    model.compile(backend=river_compile.river, options={**OPTIONS, **options})
+    model.compile(backend=river, options={**OPTIONS, **options})
     return model
 
 
 def through_dynamo(model: nn.Module, **options) -> nn.Module:
-    model.forward = torch.compile(model.forward, backend=river_compile.river, options={**OPTIONS, **options})
+    model.forward = torch.compile(model.forward, backend=river, options={**OPTIONS, **options})
     return model
 
 

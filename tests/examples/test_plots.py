@@ -3,8 +3,8 @@
 import pytest
 
 from examples.plots import plot_calibration, plot_trace
-from river_compile import Calibration, Trace
-from river_compile.calibration.result import Candidate
+from river_compile import ExitRule, Trace
+from river_compile.exit_rule import Candidate
 from river_compile.runtime.stats import CycleRecord, StepRecord
 
 
@@ -33,5 +33,5 @@ def test_cycles_are_drawn(tmp_path):
 @pytest.mark.parametrize("threshold", [0.5, (0.5, 0.6)])
 def test_candidates_of_a_calibration_are_drawn(threshold, tmp_path):
     candidates = [Candidate(threshold, 2, 0.1, 0.9, 0.1, 2.0, 0.5, 16, passed) for passed in (True, False, None)]
-    found = Calibration("kl", 0.3, 0.9, 1.5, 3, 0.01, candidates[0], tuple(candidates), {"criterion": "similarity"})
+    found = ExitRule("kl", 0.3, 0.9, 1.5, 3, 0.01, candidates[0], tuple(candidates), {"criterion": "similarity"})
     assert drawn(plot_calibration(found, tmp_path / "calibration.png"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from river_compile import OptionError, UnsupportedGraphError, accelerate, report
+from river_compile import accelerate, report
+from river_compile.errors import OptionError, UnsupportedGraphError
 from river_compile.kernels.native.isa import chosen
 from tests.lowering.test_eight_bit_backbone import accelerated
 from tests.lowering.test_packed_backbone import generate

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import river_compile
-from river_compile import OptionError, report
+from river_compile import report
+from river_compile.errors import OptionError
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bits8
 from tests.lowering.test_packed_backbone import DOWN, generate

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import river_compile
-from river_compile import OptionError, RiverWarning, exact, report, river, trace
+from river_compile import RiverWarning, report, trace
+from river_compile.backend import river
 from river_compile.config import RiverConfig
+from river_compile.decoding.mode import exact
+from river_compile.errors import OptionError
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering import choose
@@ -135,7 +138,7 @@ def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_foll
     model = make("llama", layers=2, dtype=torch.bfloat16)
     model.model.rotary_emb.to(dtype)  # (float32 where a model is loaded, the model's where it was cast)
     options = {"quantizer": "rtn", "group_size": 32, "lowering": "native", "exit_depth": 0}
-    river_compile.accelerate(model, "fast", store=False, **options)
+    river_compile.accelerate(model, "fast", compile_cache=False, **options)
     model.generate(prompt(), max_new_tokens=4, do_sample=False, pad_token_id=0)
     graphs = [graph for graph in report(model).to_dict()["graphs"] if graph["captures"]["captures"]]
     assert all(graph["captures"]["uncaptured_units"] == {} for graph in graphs)
@@ -224,7 +227,12 @@ def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch
     ids, mask = left_padded(batch)
     with forced_depth(WHOLE):
         plain = model.generate(ids, attention_mask=mask, **options, **outputs)
-    drafts = {"custom_generate": exact, "strict": True, "max_draft": 3, "adaptive": False}
+    drafts = {
+        "custom_generate": exact,
+        "strict": True,
+        "num_assistant_tokens": 3,
+        "num_assistant_tokens_schedule": "constant",
+    }
     with warnings.catch_warnings(), trace() as seen:
         warnings.simplefilter("error", RiverWarning)
         strict = model.generate(ids, attention_mask=mask, **drafts, **options, **outputs)

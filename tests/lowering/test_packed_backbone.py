@@ -10,7 +10,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import river_compile
-from river_compile import OptionError, RiverWarning, report
+from river_compile import RiverWarning, report
+from river_compile.errors import OptionError
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bf12
 from river_compile.twins import pack

@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from river_compile import building, river
+from river_compile import building
+from river_compile.backend import river
 from river_compile.lowering import compile as compile_module
 from river_compile.lowering.compile import inductor_settings
 from tests.support.families import make, prompt

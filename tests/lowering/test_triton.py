@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch._inductor import metrics
 
-from river_compile import OptionError, RiverWarning, report, river, save, trace
-from river_compile.backend import executors_of
+from river_compile import RiverWarning, report, save_twins, trace
+from river_compile.backend import executors_of, river
 from river_compile.config import RiverConfig
+from river_compile.errors import OptionError
 from river_compile.exits import forced_depth
 from river_compile.lowering import choose as lowering_choice
 from river_compile.lowering.choose import Lowering, choose_lowering
@@ -327,7 +328,7 @@ def test_saved_twins_serve_both_layouts(tmp_path):
         steps(model, new_cache(model, "full"), [1])
         grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
         if source != "plain":
-            save(model, tmp_path / lowering.layout)
+            save_twins(model, tmp_path / lowering.layout)
     first, *others = grids.values()
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)

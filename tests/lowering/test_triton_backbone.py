@@ -9,8 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from river_compile import ExactModeError, OptionError, exact, report, river
+from river_compile import report
+from river_compile.backend import river
 from river_compile.decoding.mode import decode as decode_loop
+from river_compile.decoding.mode import exact
+from river_compile.errors import ExactModeError, OptionError
 from river_compile.kernels.triton.calls import linear as products
 from river_compile.lowering.choose import Lowering
 from river_compile.upstream.transformers import cache_argument
@@ -133,7 +136,7 @@ def test_wide_passes_are_a_library_s(tokens, launches, monkeypatch):
 
 
 # Drafts of a fixed length, most of which do not hold.
-DRAFTS = {"custom_generate": exact, "max_draft": 3, "adaptive": False}
+DRAFTS = {"custom_generate": exact, "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
 VERIFIES = {"criterion": "confidence", "threshold": 0.0}
 
 

@@ -18,8 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from river_compile import OptionError, RiverConfig, RiverWarning, exact, report, river
+from river_compile import RiverConfig, RiverWarning, report
 from river_compile.api.accelerate import bring_back
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
+from river_compile.errors import OptionError
 from river_compile.exits import forced_depth
 from river_compile.offload import disk as offload_file
 from river_compile.offload.disk import MappedFiles
@@ -309,7 +312,9 @@ def test_exact_mode_streams_the_backbone_once_for_many_tokens(elsewhere):
     with torch.no_grad():
         model.model.norm.weight.zero_()  # every token is the first of the vocabulary, so every draft holds
     model.compile(backend=river, options={**OPTIONS, **FETCH})
-    model.generate(prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, adaptive=False)
+    model.generate(
+        prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, num_assistant_tokens_schedule="constant"
+    )
     log, cycles = report(model).offloaded, report(model).exact.cycles
     assert cycles == 2, "63 drafted tokens and the backbone's own"
     assert log.brought_in == sum(elsewhere.started)
@@ -323,12 +328,17 @@ def test_exact_mode_streams_or_is_refused():
     plain = model.generate(ids, max_new_tokens=12, do_sample=False)
     model.compile(backend=river, options={**OPTIONS, **FETCH})
     assert torch.equal(
-        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact, adaptive=False), plain
+        model.generate(
+            ids, max_new_tokens=12, do_sample=False, custom_generate=exact, num_assistant_tokens_schedule="constant"
+        ),
+        plain,
     )
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, "offload": 1})
     with pytest.raises(ValueError, match=r"offload=1.*compile the model with offload_policy='fetch'"):
-        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=exact, adaptive=False)
+        model.generate(
+            ids, max_new_tokens=12, do_sample=False, custom_generate=exact, num_assistant_tokens_schedule="constant"
+        )
 
 
 @pytest.mark.parametrize(
@@ -428,7 +438,8 @@ def test_nothing_of_a_freed_model_stays():
 RESIDENT = """
 import ctypes, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from river_compile import report, river
+from river_compile import report
+from river_compile.backend import river
 
 def resident():
     libraries = everything = 0

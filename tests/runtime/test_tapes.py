@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import river_compile
-from river_compile import forced_threshold, report
+from river_compile import report
+from river_compile.exits import forced_threshold
 from river_compile.lowering.choose import Lowering
 from river_compile.runtime.captures import CaptureLog
 from tests.support.decoding import cache_state, decode, new_cache

@@ -21,7 +21,7 @@ from tests.support.families import FAMILIES, each, make, prompt
 def programs_of(name: str, **options) -> list[Program]:
     """Returns the programs of a prompt and of a step."""
     torch._dynamo.reset()  # (or cache sizes of earlier tests make some of this one's dynamic)
-    model = accelerate(make(name, layers=3), store=False, quantizer="rtn", group_size=32, **options)
+    model = accelerate(make(name, layers=3), compile_cache=False, quantizer="rtn", group_size=32, **options)
     model.generate(prompt(), attention_mask=torch.ones_like(prompt()), max_new_tokens=6, do_sample=False)
     found = [executor.program for executor in executors_of(model)]
     assert {program.kind for program in found} == {"decode", "prefill"}

@@ -272,7 +272,7 @@ class TestWithoutIt:
         assert not (tmp_path / "store").exists()
 
     def test_nothing_is_written_if_the_call_says_so(self, store):
-        start(store=False)
+        start(compile_cache=False)
         assert not store.exists()
 
 

@@ -15,8 +15,9 @@ import torch
 from hypothesis import strategies as st
 from transformers import StaticCache
 
-from river_compile import forced_depth, forced_threshold, report, river
-from river_compile.backend import executors_of
+from river_compile import report
+from river_compile.backend import executors_of, river
+from river_compile.exits import forced_depth, forced_threshold
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import StepState, on_step
 from tests.support.decoding import cache_argument, cache_state, run_plainly

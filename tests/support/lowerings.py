@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from river_compile import river
+from river_compile.backend import river
 from river_compile.lowering.choose import Lowering
 
 FUSED = Lowering("eager", "triton", fuse=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from river_compile import river
+from river_compile.backend import river
 from river_compile.exits import forced_depth
 from river_compile.lowering.choose import Lowering
 from river_compile.twins.weights import TwinWeight

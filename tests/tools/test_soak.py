@@ -84,7 +84,10 @@ def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path
 )
 def test_calls_that_few_make_are_the_plain_models(odd, tmp_path):
     """In exact mode, in a batch; scores that leave no token to sample raise what they raise there."""
-    exact = {"do": "exact", "arguments": {"max_new_tokens": 6, "max_draft": 1, "adaptive": False}}
+    exact = {
+        "do": "exact",
+        "arguments": {"max_new_tokens": 6, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"},
+    }
     case = {**CASE, "steps": [CASE["steps"][0], {**CASE["steps"][1], **exact, **odd}]}
     assert text.run(case, tmp_path) == ("plain's error" if odd.get("dead_end") == "sampled" else "passed")
 

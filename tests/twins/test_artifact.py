@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import river_compile.twins.quantize
-from river_compile import ArtifactError, OptionError, RiverWarning, report, river, save
+from river_compile import RiverWarning, report, save_twins
+from river_compile.backend import river
+from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.lowering.choose import Lowering
@@ -56,7 +58,7 @@ def packed():
 
 @pytest.fixture(scope="module")
 def whole(packed, tmp_path_factory):
-    return save(packed, tmp_path_factory.mktemp("saved") / "twins")
+    return save_twins(packed, tmp_path_factory.mktemp("saved") / "twins")
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
     """Packed bytes, SQNR and logits are equal, with merged, transposed and biased matrices; no quantizer is called."""
     first = start(family)
     logits = start_anew(first, quantizer=quantizer)
-    save(first, tmp_path / "twins")
+    save_twins(first, tmp_path / "twins")
     monkeypatch.setattr(river_compile.twins.quantize, "quantize", lambda *_: pytest.fail("a matrix was quantized"))
     second = start(family)
     assert torch.equal(start_anew(second, quantizer=quantizer, artifact=tmp_path / "twins"), logits)
@@ -111,7 +113,7 @@ def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
         logits.append(torch.stack(decode(model, new_cache(model, "static"), [1, 0])[1:]))
         models.append(model)
         if not options:
-            save(model, tmp_path / "twins")
+            save_twins(model, tmp_path / "twins")
     assert torch.equal(*logits)
     file = tmp_path / "twins" / FILE
     packed = [site.weight for site in report(models[1]).packed]
@@ -275,7 +277,9 @@ def test_nothing_of_a_damaged_artifact_is_used(saved):
 
 def test_a_missing_file_is_named(saved):
     (saved / FILE).unlink()
-    with pytest.raises(ArtifactError, match=rf"{FILE}: No such file; artifact= takes a folder that river_compile.save"):
+    with pytest.raises(
+        ArtifactError, match=rf"{FILE}: No such file; artifact= takes a folder of river_compile.save_twins"
+    ):
         TwinFile(saved)
 
 
@@ -387,7 +391,7 @@ class TestEdited:
 
 def test_a_model_without_twins_cannot_be_saved(tmp_path):
     with pytest.raises(ArtifactError, match="no twin of this model is packed; generate a token"):
-        save(start(), tmp_path / "twins")
+        save_twins(start(), tmp_path / "twins")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -399,15 +403,15 @@ def test_weights_that_changed_since_are_not_saved(tmp_path):
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         layer.weight.mul_(2)
-    stale = r"the weights of .*up_proj changed after they were packed; call river_compile.refresh\(model\) and generate"
+    stale = r"the weights of .*up_proj changed after they were quantized; call river_compile.requantize\(model\)"
     with pytest.raises(ArtifactError, match=stale):
-        save(model, tmp_path / "twins")
+        save_twins(model, tmp_path / "twins")
     logits = run(model)
-    folder = save(model, tmp_path / "twins")
+    folder = save_twins(model, tmp_path / "twins")
     assert torch.equal(run(model, artifact=folder), logits)
     layer.weight = torch.nn.Parameter(layer.weight.detach() / 2)
     with pytest.raises(ArtifactError, match=stale):
-        save(model, tmp_path / "later")
+        save_twins(model, tmp_path / "later")
 
 
 def test_layers_that_are_gone_are_not_saved(tmp_path):
@@ -418,7 +422,7 @@ def test_layers_that_are_gone_are_not_saved(tmp_path):
     start_anew(model)
     model.model.layers[1].mlp.down_proj = down
     start_anew(model)
-    folder = save(model, tmp_path / "twins")
+    folder = save_twins(model, tmp_path / "twins")
     assert not any("down_proj.0" in matrix["name"] for matrix in contents(folder)[2])
 
 
@@ -428,19 +432,19 @@ class TestFolder:
     def test_an_existing_folder_stays_as_it_is(self, packed, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
         with pytest.raises(ArtifactError, match="it exists and is not an empty folder"):
-            save(packed, tmp_path)
+            save_twins(packed, tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
     def test_an_empty_folder_and_missing_parents_are_fine(self, packed, tmp_path):
         empty = tmp_path / "empty"
         empty.mkdir()
-        assert TwinFile(save(packed, empty)).folder == empty
-        assert TwinFile(save(packed, tmp_path / "a" / "b")).folder.is_dir()
+        assert TwinFile(save_twins(packed, empty)).folder == empty
+        assert TwinFile(save_twins(packed, tmp_path / "a" / "b")).folder.is_dir()
 
     def test_a_place_that_cannot_be_written(self, packed, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(ArtifactError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
-            save(packed, tmp_path / "file" / "twins")
+            save_twins(packed, tmp_path / "file" / "twins")
 
     @pytest.mark.parametrize(
         ("name", "words"),
@@ -456,7 +460,7 @@ class TestFolder:
     def test_names_that_no_folder_can_have(self, packed, tmp_path, monkeypatch, name, words):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ArtifactError, match=words):
-            save(packed, name)
+            save_twins(packed, name)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_place_that_may_only_be_read(self, packed, tmp_path, monkeypatch):
@@ -465,7 +469,7 @@ class TestFolder:
 
         monkeypatch.setattr("pathlib.Path.iterdir", refuse)
         with pytest.raises(ArtifactError, match=r"cannot save to .*Permission denied"):
-            save(packed, tmp_path)
+            save_twins(packed, tmp_path)
 
     def test_a_disk_that_fills_up_leaves_nothing(self, packed, tmp_path, monkeypatch):
         def full(file, tensors, metadata):
@@ -474,7 +478,7 @@ class TestFolder:
 
         monkeypatch.setattr("river_compile.twins.tensor_file.write", full)
         with pytest.raises(ArtifactError, match="No space left on device"):
-            save(packed, tmp_path / "twins")
+            save_twins(packed, tmp_path / "twins")
         assert list(tmp_path.iterdir()) == []
 
 

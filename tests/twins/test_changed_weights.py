@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from river_compile import RiverWarning, exact, observe, refresh, report, river, save
-from river_compile.backend import executors_of
+from river_compile import RiverWarning, collect_statistics, report, requantize, save_twins
+from river_compile.backend import executors_of, river
+from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
 from river_compile.kernels.quant.grid import quantize
 from river_compile.model_record import find_record
@@ -151,19 +152,19 @@ def test_one_changed_element_that_is_counted_shows(step, executor):
 
 
 def test_one_changed_element_without_a_count_takes_refresh(step, executor):
-    """No look shows it; `refresh` reads everything."""
+    """No look shows it; `requantize` reads everything."""
     step.call(executor)
     element = step.model.get_submodule(DOWN).weight.data
     element[0, 0] += 8
     step.call(executor)
     assert site_of(step.model, DOWN).dequantize()[0, 0] < element[0, 0] - 4
-    assert refresh(step.model) == 1
+    assert requantize(step.model) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RiverWarning)
         step.call(executor)
     torch.testing.assert_close(site_of(step.model, DOWN).dequantize()[0, 0], element[0, 0], rtol=0.1, atol=0)
-    assert refresh(step.model) == 0
-    assert refresh(nn.Linear(2, 2)) == 0
+    assert requantize(step.model) == 0
+    assert requantize(nn.Linear(2, 2)) == 0
 
 
 @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
@@ -196,13 +197,13 @@ class TestWhatElseTheyAreMadeFrom:
     def test_awq_follows_a_norm_and_gptq_without_statistics_becomes_hqq(self, tmp_path):
         """The norm that takes a scale up is a source. What was observed before is used, and the warning says so."""
         step = TracedStep()
-        observed = observe(step.model, inputs=[prompt(40)], progress=False)
+        observed = collect_statistics(step.model, [prompt(40)], progress=False)
         awq, gptq = step.compiled(quantizer="awq"), step.compiled(quantizer="gptq")
         step.call(awq)
         step.call(gptq)
         with torch.no_grad():
             step.model.model.layers[1].input_layernorm.weight.mul_(2)
-        with pytest.warns(RiverWarning, match=r"again in .* s, 1 with what was observed before; river_compile.observe"):
+        with pytest.warns(RiverWarning, match=r"again in .* s, 1 with what was observed before; river_compile.collect"):
             logits = step.call(awq)
         torch.testing.assert_close(logits, step.call(step.compiled(quantizer="awq")))
         observed.clear()
@@ -217,7 +218,7 @@ class TestWhatElseTheyAreMadeFrom:
         step = TracedStep()
         hqq = step.compiled(quantizer="hqq")
         step.call(hqq)
-        folder = save(step.model, tmp_path / "old")
+        folder = save_twins(step.model, tmp_path / "old")
         executor = step.compiled(quantizer="hqq", artifact=folder)
         step.call(executor)
         in_place(step.model.get_submodule(DOWN))
@@ -225,7 +226,7 @@ class TestWhatElseTheyAreMadeFrom:
         assert torch.equal(logits, step.call(hqq))
         kept = {site.artifact for site in report(step.model).packed if site.name == DOWN}
         assert kept == {""}
-        save(step.model, tmp_path / "new")
+        save_twins(step.model, tmp_path / "new")
 
     @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
     def test_a_stack_of_experts(self):
@@ -280,7 +281,7 @@ class TestGenerate:
     def test_reinforcement_learning(self, model):
         """Steps and generations in turn: no graph is traced again, and exact mode has the text of the new weights."""
         self.text(model)
-        self.text(model, custom_generate=exact, adaptive=False)
+        self.text(model, custom_generate=exact, num_assistant_tokens_schedule="constant")
         graphs = len(report(model).graphs)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         for round_number in range(2):
@@ -290,7 +291,7 @@ class TestGenerate:
             optimizer.zero_grad()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore" if round_number == 0 else "error", RiverWarning)
-                drafted = self.text(model, custom_generate=exact, adaptive=False)
+                drafted = self.text(model, custom_generate=exact, num_assistant_tokens_schedule="constant")
                 self.text(model)
             assert all(site.is_current for site in report(model).packed)
             compiled, model._compiled_call_impl = model._compiled_call_impl, None

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from river_compile import observe, report, save
+from river_compile import collect_statistics, report, save_twins
 from river_compile.kernels.quant.grid import decibels
 from river_compile.passes.moe_router import ROUTER
 from river_compile.twins.calibration_stats import ExpertMoments
@@ -89,7 +89,7 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
     """Each expert's moments are its own tokens'; outputs on the text err less than those of the nearest integers."""
     step = traced(name)
     text = [prompt(60, 2, seed=i) for i in range(2)]
-    observed = observe(step.model, inputs=text, progress=False)
+    observed = collect_statistics(step.model, text, progress=False)
     stack = step.model.get_parameter(next(n for n, p in step.model.named_parameters() if p.dim() == 3))
     moments = observed.moments_of(stack)
     tokens = [moments.of(expert)[1] for expert in range(4)]
@@ -123,7 +123,7 @@ def test_experts_are_saved_and_read(tmp_path):
     """An artifact holds the matrices of stacks, transposed ones too, and gives the same bytes and logits."""
     first = traced("gpt_oss")
     logits = first.run(quantizer="rtn")
-    save(first.model, tmp_path / "twins")
+    save_twins(first.model, tmp_path / "twins")
     second = TracedStep("gpt_oss")
     assert torch.equal(second.run(quantizer="rtn", artifact=tmp_path / "twins"), logits)
     sites = {site.name: site for site in report(second.model).graphs[-1].twins}

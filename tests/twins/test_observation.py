@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from river_compile import OptionError, observe, river
+from river_compile import collect_statistics
+from river_compile.backend import river
+from river_compile.errors import OptionError
 from river_compile.kernels.quant.moments import RowMoments, WholeMoments
 from river_compile.model_record import find_record
 from river_compile.twins.calibration_stats import InputMoments
@@ -39,7 +41,7 @@ def test_moments_are_those_of_the_inputs(family):
     """F.linear, Conv1D's addmm and Falcon's ``x @ weight.T``, alone and side by side on one input."""
     model = make(family, layers=2)
     ids = [prompt(20, 2, seed=i) for i in range(3)]
-    observed = observe(model, inputs=ids, progress=False)
+    observed = collect_statistics(model, ids, progress=False)
     assert observed.tokens == 120
     expected = inputs_by_hook(model, ids)
     assert len(expected) >= 7
@@ -51,7 +53,7 @@ def test_moments_are_those_of_the_inputs(family):
 
 def test_matrices_that_read_one_value_share_its_moments():
     model = make("llama", layers=2)
-    observed = observe(model, inputs=[prompt(20), prompt(20, seed=1)], progress=False)
+    observed = collect_statistics(model, [prompt(20), prompt(20, seed=1)], progress=False)
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     q, k, v, o, gate, up = (
         observed.moments_of(m.weight)
@@ -102,13 +104,13 @@ def test_a_visit_ends_with_the_last_matrix_that_is_wanted():
 def test_a_compiled_model_is_observed_as_it_is():
     """No graph reaches the backend meanwhile, and the numbers are those of the model before it was compiled."""
     model = make("llama", layers=2)
-    before = observe(model, inputs=[prompt(20)], progress=False)
+    before = collect_statistics(model, [prompt(20)], progress=False)
     for compile_it in (
         lambda: model.compile(backend=river),
         lambda: setattr(model, "forward", torch.compile(model.forward, backend=river)),
     ):
         compile_it()
-        after = observe(model, inputs=[prompt(20)], progress=False)
+        after = collect_statistics(model, [prompt(20)], progress=False)
         weight = model.model.layers[0].mlp.down_proj.weight
         assert torch.equal(before.moments_of(weight).matrix(), after.moments_of(weight).matrix())
     state = find_record(model)
@@ -151,8 +153,8 @@ def test_texts_run_through_a_tokenizer():
     def tokenizer(text):
         return {"input_ids": [ord(c) % 127 + 1 for c in text]}
 
-    assert observe(model, tokenizer, ["first", "second text"], progress=False).tokens == 16
-    long = observe(model, tokenizer, ["x" * 1100], progress=False)
+    assert collect_statistics(model, ["first", "second text"], tokenizer, progress=False).tokens == 16
+    long = collect_statistics(model, ["x" * 1100], tokenizer, progress=False)
     assert long.tokens == 1100  # in several windows
     assert "observed 15 matrices on 1100 tokens" in str(long)
 
@@ -165,7 +167,7 @@ def test_texts_that_come_with_the_package():
 
 def test_a_later_call_replaces_the_earlier_one_and_clear_frees():
     model = make("llama", layers=2)
-    first, second = (observe(model, inputs=[prompt(20, seed=i)], progress=False) for i in range(2))
+    first, second = (collect_statistics(model, [prompt(20, seed=i)], progress=False) for i in range(2))
     assert find_record(model).observation is second
     assert first.number != second.number
     assert second.nbytes > 0
@@ -175,7 +177,7 @@ def test_a_later_call_replaces_the_earlier_one_and_clear_frees():
 
 def test_nothing_of_a_freed_model_stays():
     model = make("llama", layers=2)
-    observed = observe(model, inputs=[prompt(20)], progress=False)
+    observed = collect_statistics(model, [prompt(20)], progress=False)
     moments = weakref.ref(observed.moments_of(model.model.layers[0].mlp.down_proj.weight))
     assert moments() is not None
     del model
@@ -186,12 +188,15 @@ def test_nothing_of_a_freed_model_stays():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "observe takes a tokenizer"),
-        ({"tokenizer": dict, "inputs": [prompt()]}, "one of the two"),
-        ({"inputs": []}, "observe was given no token"),
-        ({"inputs": [torch.empty(1, 0, dtype=torch.long)]}, "observe was given no token"),
+        ({}, "of texts needs tokenizer="),
+        ({"data": ["text"]}, "of texts needs tokenizer="),
+        ({"data": "text", "tokenizer": dict}, "calibration_data='text' is not allowed"),
+        ({"data": [3], "tokenizer": dict}, r"texts\[0\]=3 is not allowed"),
+        ({"tokenizer": dict, "data": [prompt()]}, "tokenizer= is for texts"),
+        ({"data": []}, "has no token"),
+        ({"data": [torch.empty(1, 0, dtype=torch.long)]}, "has no token"),
     ],
 )
 def test_what_is_refused(arguments, message):
     with pytest.raises(OptionError, match=message):
-        observe(make("llama", layers=2), **arguments)
+        collect_statistics(make("llama", layers=2), **arguments)

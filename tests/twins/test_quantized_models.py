@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from river_compile import OptionError, UnsupportedGraphError, report, river
+from river_compile import report
+from river_compile.backend import river
+from river_compile.errors import OptionError, UnsupportedGraphError
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 

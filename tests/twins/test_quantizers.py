@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import river_compile.twins.quantize
-from river_compile import ArtifactError, OptionError, observe, report, save
+from river_compile import collect_statistics, report, save_twins
+from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant import calibrated
 from tests.support.families import prompt
 from tests.support.traced import TracedStep, dequantized
@@ -19,7 +20,7 @@ TEXTS = [prompt(40, 2, seed=i) for i in range(3)]
 def observed(family="llama"):
     """Returns a traced step of a model whose inputs were observed."""
     step = TracedStep(family)
-    observe(step.model, inputs=TEXTS, progress=False)
+    collect_statistics(step.model, TEXTS, progress=False)
     return step
 
 
@@ -50,7 +51,7 @@ def test_folding_a_scale_changes_nothing(family, folded, multiplied, monkeypatch
 
     monkeypatch.setattr(calibrated, "ALPHAS", (1.0,))
     monkeypatch.setattr(calibrated, "_input_scale", two_and_half)
-    observe(step.model, inputs=TEXTS, progress=False)
+    collect_statistics(step.model, TEXTS, progress=False)
     assert torch.equal(step.run(quantizer="awq"), unscaled)
 
     scaled = [site for site in twins_of(step).values() if ".0." in site.name and site.input_scale is not None]
@@ -75,7 +76,7 @@ def test_twins_multiply_by_what_they_say(family, monkeypatch):
 
 def test_a_matrix_that_no_text_reached_is_named():
     step = TracedStep()
-    observed = observe(step.model, inputs=TEXTS, progress=False)
+    observed = collect_statistics(step.model, TEXTS, progress=False)
     del observed.moments[step.model.model.layers[0].self_attn.q_proj.weight]
     with pytest.raises(OptionError, match=r"no observed text reached model.layers.0.self_attn.q_proj"):
         step.run(quantizer="gptq")
@@ -85,7 +86,7 @@ def test_other_texts_make_other_twins():
     step = observed()
     first = step.run(quantizer="gptq")
     assert torch.equal(step.run(quantizer="gptq"), first)
-    observe(step.model, inputs=[prompt(60, seed=9)], progress=False)
+    collect_statistics(step.model, [prompt(60, seed=9)], progress=False)
     assert not torch.equal(step.run(quantizer="gptq"), first)
 
 
@@ -96,7 +97,7 @@ class TestArtifacts:
         monkeypatch.setattr(calibrated, "ALPHAS", (0.3,))
         first = observed("gpt2")
         logits = first.run(quantizer=quantizer)
-        save(first.model, tmp_path / "twins")
+        save_twins(first.model, tmp_path / "twins")
         monkeypatch.setattr(
             river_compile.twins.quantize, "quantize_observed", lambda *_, **__: pytest.fail("quantized")
         )
@@ -114,7 +115,7 @@ class TestArtifacts:
         """Scales were folded into it, so it belongs to what the twins were made from."""
         first = observed()
         first.run(quantizer="awq")
-        save(first.model, tmp_path / "twins")
+        save_twins(first.model, tmp_path / "twins")
         second = TracedStep()
         with torch.no_grad():
             second.model.model.layers[1].input_layernorm.weight[3] += 1

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import DynamicCache
 
-from river_compile import RiverWarning, observe, report, river, save
+from river_compile import RiverWarning, collect_statistics, report, save_twins
+from river_compile.backend import river
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import find_record, record_of
 from river_compile.twins import self_calibration
@@ -74,7 +75,7 @@ def test_what_the_report_says(family):
 
 def test_what_was_observed_goes_first():
     step = TracedStep()
-    observe(step.model, inputs=[prompt(40, 2)], progress=False)
+    collect_statistics(step.model, [prompt(40, 2)], progress=False)
     model = packed_by_default(step=step)
     assert {p.statistics for p in report(model).packed} == {"80 observed tokens"}
     assert find_record(model).self_calibration.seconds == 0
@@ -121,7 +122,7 @@ def test_weights_that_changed_write_anew():
 
 def test_an_artifact_says_what_its_twins_knew(tmp_path):
     first = packed_by_default()
-    save(first, tmp_path / "twins")
+    save_twins(first, tmp_path / "twins")
     with safe_open(tmp_path / "twins" / FILE, "pt") as file:
         matrices = json.loads(file.metadata()["matrices"])
     assert {(m["asked"], m["quantizer"], m["statistics"]) for m in matrices} == {
@@ -136,7 +137,7 @@ def test_an_artifact_says_what_its_twins_knew(tmp_path):
 def test_an_artifact_keeps_what_took_the_place_of_statistics(tmp_path, monkeypatch):
     monkeypatch.setattr(self_calibration, "sample", lambda *_: 1 / 0)
     first = packed_by_default()
-    save(first, tmp_path / "twins")
+    save_twins(first, tmp_path / "twins")
     second = packed_by_default(artifact=tmp_path / "twins")
     assert same(bytes_of(first), bytes_of(second))
     assert {(p.asked, p.quantizer, p.statistics) for p in report(second).packed} == {("gptq", "hqq", "")}

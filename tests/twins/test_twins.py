@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 
-from river_compile import report, river
+from river_compile import report
+from river_compile.backend import river
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import REFUSED, REWRITTEN, each, make
 

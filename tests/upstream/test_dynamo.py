@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 import river_compile
-from river_compile import OptionError, UnsupportedGraphError, report, river
+from river_compile import report
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
+from river_compile.errors import OptionError, UnsupportedGraphError
 from river_compile.exits import forced_depth
 from tests.support.families import HIDDEN, make, prompt
 
@@ -106,7 +109,7 @@ def test_exact_mode_takes_the_graph_that_the_prompt_runs_in():
         settings = {"max_new_tokens": 3, "do_sample": False, "disable_compile": True, "cache_implementation": "static"}
         return model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **options)
 
-    exact = {"custom_generate": river_compile.exact, "max_draft": 1, "adaptive": False}
+    drafted = {"custom_generate": exact, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"}
     with forced_depth(2):
         plain = text()
     model.compile(backend=river, options={**OPTIONS, "exit_depth": 1, "on_unsupported": "raise"})
@@ -114,5 +117,5 @@ def test_exact_mode_takes_the_graph_that_the_prompt_runs_in():
     with torch.no_grad(), pytest.raises(UnsupportedGraphError, match="write no KV cache"):
         model(ids, use_cache=False)
     model.compile(backend=river, options=OPTIONS)
-    assert torch.equal(text(**exact), plain)
+    assert torch.equal(text(**drafted), plain)
     assert report(model).exact.cycles > 0

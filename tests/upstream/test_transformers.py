@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from river_compile import river
+from river_compile.backend import river
 from river_compile.upstream.transformers import full_static_cache
 from tests.support.families import make
 

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import river_compile
 from river_compile.backend import river
+from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import on_step
@@ -289,7 +290,7 @@ def exact_text(model: PreTrainedModel, expected: Generated | str) -> str:
                 attention_mask=mask,
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
-                custom_generate=river_compile.exact,
+                custom_generate=exact,
             )
     except (ValueError, NotImplementedError) as error:
         return f"refused: {message(error)}"

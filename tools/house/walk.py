@@ -180,7 +180,7 @@ def walk() -> Walks:
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     ids = torch.randint(0, 512, (1, PROMPT))
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": TOKENS, "do_sample": False}
-    river_compile.accelerate(model, adaptive=False, prompt_lookup=False)
+    river_compile.accelerate(model, num_assistant_tokens_schedule="constant", prompt_lookup_num_tokens=0)
     follow = Follow({name: model.get_parameter(name) for name in (FOLLOWED, *OTHERS)})
     with walking(follow=follow) as build:
         model.generate(ids, **given)

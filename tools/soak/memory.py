@@ -21,6 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
 from river_compile.offload.disk import trim_heap
 from tools.soak import text
 from tools.soak.cases import Case, Failure
@@ -42,14 +44,14 @@ def run(case: Case, folder: Path) -> str:
     """Generates the tokens, fits the lines and prints their slopes."""
     torch._dynamo.reset()
     model = tiny_model()
-    model.compile(backend=river_compile.river, options={**text.ALWAYS, **case["options"]})
+    model.compile(backend=river, options={**text.ALWAYS, **case["options"]})
     number = iter(range(10**9))
 
     def some_tokens() -> int:
         seed = case["seed"] + next(number)
         step = {"lengths": [5 + seed % 7] * _ROWS, "seed": seed, "cache": case["cache"]}
-        step["arguments"] = {"max_new_tokens": _STEPS, "max_draft": 3}
-        more = {"custom_generate": river_compile.exact} if case["do"] == "exact" else {}
+        step["arguments"] = {"max_new_tokens": _STEPS, "num_assistant_tokens": 3}
+        more = {"custom_generate": exact} if case["do"] == "exact" else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", river_compile.RiverWarning)
             text.generate(model, step, more)

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import river_compile
-from river_compile.backend import executors_of
-from river_compile.calibration.result import Calibration, Candidate
+from river_compile.backend import executors_of, river
+from river_compile.exit_rule import Calibration, Candidate
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.exit_score import ExitScoreSpec
 from river_compile.kernels.triton.linear import LinearTile
@@ -64,7 +64,7 @@ def _built() -> tuple[torch.nn.Module, Program]:
     torch._dynamo.reset()
     model = make("llama", layers=2)
     options = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
-    model.compile(backend=river_compile.river, options=options)
+    model.compile(backend=river, options=options)
     decode(model, new_cache(model, "static"), [1])
     return model, executors_of(model)[-1].program
 
@@ -72,7 +72,7 @@ def _built() -> tuple[torch.nn.Module, Program]:
 @functools.cache
 def _artifact_contents() -> tuple[list, dict[str, torch.Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
-        artifact = TwinFile(river_compile.save(packed_model(), Path(folder) / "twins"))
+        artifact = TwinFile(river_compile.save_twins(packed_model(), Path(folder) / "twins"))
     return artifact._matrices, artifact._tensors
 
 
@@ -183,7 +183,7 @@ def _read_program(folder: Path) -> None:
 STORED = {
     "program": Stored(_write_program, _read_program, ("entry/a.pass",)),
     "artifact": Stored(
-        lambda folder: river_compile.save(packed_model(), folder / "twins"), _read_artifact, (f"twins/{FILE}",)
+        lambda folder: river_compile.save_twins(packed_model(), folder / "twins"), _read_artifact, (f"twins/{FILE}",)
     ),
     "kernel": Stored(_use_kernel, _use_kernel, ("kernels/**/*.py*",)),
     "tiles": Stored(_write_tiles, _read_tiles, ("tuning.json",)),

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import new_cache
@@ -90,7 +92,7 @@ def _step(rng: random.Random, layers: int) -> Case:
     if do in ("generate", "exact"):
         step |= _oddities(rng)
     if do == "exact":
-        step["arguments"] |= {"max_draft": rng.choice((1, 3, 5))}
+        step["arguments"] |= {"num_assistant_tokens": rng.choice((1, 3, 5))}
         step["arguments"]["prompt_lookup"] = rng.random() < 0.5
     return step
 
@@ -155,7 +157,7 @@ class Walk:
         """Takes one step and returns its outcome; raises a Failure, or what the product raised and must not."""
         do = step["do"]
         if do == "compile":
-            self.ours.compile(backend=river_compile.river, options={**ALWAYS, **step["options"]})
+            self.ours.compile(backend=river, options={**ALWAYS, **step["options"]})
         elif do == "reset":
             torch._dynamo.reset()
         elif do == "weights":
@@ -196,7 +198,7 @@ class Walk:
 
     def _generate(self, step: Case) -> str:
         expected = outcome_of(self.plain, step, {})
-        more = {"custom_generate": river_compile.exact} if step["do"] == "exact" else {}
+        more = {"custom_generate": exact} if step["do"] == "exact" else {}
         with (
             warnings.catch_warnings(record=True) as said,
             river_compile.trace() as trace,
@@ -232,7 +234,7 @@ def outcome_of(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
 def generate(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
     """Generates as a step says; drafts' options go to exact mode alone."""
     ids, mask = padded(step["lengths"], step["seed"])
-    drafting = ("max_draft", "prompt_lookup", "adaptive")
+    drafting = ("num_assistant_tokens", "prompt_lookup", "adaptive")
     arguments = {name: value for name, value in step["arguments"].items() if more or name not in drafting}
     arguments = {"do_sample": False, **arguments, **more}
     if step.get("ids") == "int32":

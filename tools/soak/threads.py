@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 import river_compile
+from river_compile.backend import river
+from river_compile.decoding.mode import exact
 from tests.support.families import make
 from tools.soak import text
 from tools.soak.cases import Case, refused_by_us
@@ -31,7 +33,7 @@ def draw(rng: random.Random) -> Case:
             "seed": rng.randrange(1000),
             "lengths": [rng.choice((1, 3, 9)) for _ in range(rng.choice((1, 2)))],
             "cache": rng.choice(text.HELD),
-            "arguments": {"max_new_tokens": rng.choice((4, 12)), "max_draft": 3},
+            "arguments": {"max_new_tokens": rng.choice((4, 12)), "num_assistant_tokens": 3},
         }
         for _ in range(rng.choice((2, 4, 6)))
     ]
@@ -53,11 +55,11 @@ def run(case: Case, folder: Path) -> str:
     jobs = [(i % case["models"], step) for i, step in enumerate(case["texts"])]
     expected = [text.generate(plain[i], step, {}) for i, step in jobs]
     for model in ours:
-        model.compile(backend=river_compile.river, options={**text.ALWAYS, **case["options"]})
+        model.compile(backend=river, options={**text.ALWAYS, **case["options"]})
 
     def ours_of(job: tuple[int, Case]) -> object:
         model, step = job
-        more = {"custom_generate": river_compile.exact} if step["do"] == "exact" else {}
+        more = {"custom_generate": exact} if step["do"] == "exact" else {}
         try:
             return text.generate(ours[model], step, more)
         except ValueError as error:

@@ -1,14 +1,7 @@
-"""Statistics of a promise: from losses measured on some texts to a bound on the mean loss of texts not seen.
+"""Bounds the mean loss on unseen texts by losses measured on some texts.
 
-The method is "Learn then Test" (Angelopoulos, Bates, Candès, Jordan, Lei 2021, arXiv 2110.01052): each candidate gets
-a p-value for "its mean loss is above the budget"; candidates are tested in an order fixed beforehand, and testing stops
-at the first one that fails. With probability of at least the confidence, no candidate that passed has a mean loss above
-the budget (a risk-controlling prediction set in the words of Bates et al. 2021, arXiv 2101.02703). Nothing is assumed
-of the losses' distribution but that texts are drawn independently from one source and that losses lie in [0, 1].
-
-The p-value is a betting one (Waudby-Smith and Ramdas 2024, arXiv 2010.09686): it is far sharper than
-Hoeffding-Bentkus where losses vary little, as averages over a text do.
-
+"Learn then Test" (Angelopoulos et al. 2021, arXiv 2110.01052): with probability of at least the confidence, no
+candidate that passes has a mean loss above the budget. Losses lie in [0, 1], and texts are independent draws.
 Not handled: texts from another source than the measured ones, and losses that depend on each other.
 """
 
@@ -25,9 +18,10 @@ _BETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 def p_value(losses: Sequence[float], budget: float) -> float:
     """Returns a p-value for "the mean loss is at least `budget`": small if the losses speak against it.
 
-    A gambler who bets a share c of the most he may on every loss being below the budget multiplies his wealth by
-    ``1 + c (budget - loss) / (1 - budget)`` each time. If the mean loss is at least `budget`, his expected wealth is
-    at most 1, so by Markov's inequality a wealth of W has a probability of at most 1 / W.
+    A betting p-value (Waudby-Smith and Ramdas 2024, arXiv 2010.09686), sharper than Hoeffding-Bentkus for losses that
+    vary little. A gambler who bets a share c of the most he may on every loss being below the budget multiplies his
+    wealth by ``1 + c (budget - loss) / (1 - budget)`` each time. If the mean loss is at least `budget`, his expected
+    wealth is at most 1, so by Markov's inequality a wealth of W has a probability of at most 1 / W.
 
     Args:
         losses: independent draws from [0, 1].

@@ -1,4 +1,4 @@
-"""Calibration measures what its options then do, takes the cheapest rule that passed, and says what it cannot keep."""
+"""ExitRule measures what its options then do, takes the cheapest rule that passed, and says what it cannot keep."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from river_compile import BudgetError, Calibration, OptionError, calibrate, river, trace
-from river_compile.calibration.evaluate import Meter
+from river_compile import ExitRule, trace, tune_exit
+from river_compile.backend import river
+from river_compile.errors import BudgetError, OptionError
+from river_compile.evaluation.meter import Meter
 from river_compile.exits import CRITERIA
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
@@ -28,7 +30,7 @@ def tokenizer(text):
 def run(model, budget, texts=TEXTS, **arguments):
     torch._dynamo.reset()
     arguments = {"options": OPTIONS, "context": CONTEXT, "tokens": TOKENS, "progress": False, **arguments}
-    return calibrate(model, tokenizer, texts, budget, **arguments)
+    return tune_exit(model, tokenizer, texts, budget, **arguments)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,15 +120,15 @@ def test_the_model_is_left_as_it_was(model, found):
 
 def test_it_can_be_read(found):
     text = str(found)
-    assert "promised   mean kl at most 0.3 on unseen text of the same kind, confidence 90%" in text
+    assert "guarantee  mean kl at most 0.3 on unseen text of the same kind, confidence 90%" in text
     assert "texts above 1.5 counted as 1.5" in text
     assert "of 3 blocks" in text
     assert f"criterion='{found.base_options['criterion']}'" in text
-    assert re.search(r"of never exit's time per token: \d+ tokens/s instead of \d+", text)
+    assert re.search(r"of full depth's time per token: \d+ tokens/s instead of \d+", text)
 
 
 def test_save_and_load(found, tmp_path):
-    assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
+    assert ExitRule.load(found.save(tmp_path / "calibration.json")) == found
 
 
 @pytest.mark.slow
@@ -148,7 +150,7 @@ def test_a_threshold_for_each_depth_is_chosen_where_it_is_cheapest(model, tmp_pa
     assert found.chosen.texts == 32
     assert_mean_of_held_out(found.chosen.mean_depth, by_text(step.depth for step in seen.tokens))
     assert str(found.chosen.threshold[1])[:4] in str(found)
-    assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
+    assert ExitRule.load(found.save(tmp_path / "calibration.json")) == found
 
 
 @pytest.mark.parametrize(
@@ -158,23 +160,23 @@ def test_a_damaged_calibration_is_refused(tmp_path, content):
     file = tmp_path / "calibration.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"calibration\.json is no calibration that can be read"):
-        Calibration.load(file)
+        ExitRule.load(file)
 
 
 def test_a_folder_or_nothing_in_its_place_is_refused(tmp_path):
     for place in (tmp_path, tmp_path / "missing.json"):
         with pytest.raises(ValueError, match="is no calibration that can be read"):
-            Calibration.load(place)
+            ExitRule.load(place)
 
 
 @pytest.mark.parametrize(
-    "changed", [{"speed": 2}, {"seconds_never": 0.0}, {"base_options": {"criterion": "confidence"}}]
+    "changed", [{"speed": 2}, {"seconds_full_depth": 0.0}, {"base_options": {"criterion": "confidence"}}]
 )
 def test_a_changed_calibration_is_refused(found, tmp_path, changed):
     file = found.save(tmp_path / "calibration.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
     with pytest.raises(ValueError, match="its hash differs from the one it states"):
-        Calibration.load(file)
+        ExitRule.load(file)
 
 
 def test_a_budget_of_agreement(model):
@@ -206,7 +208,7 @@ def test_a_budget_that_no_exit_keeps_is_never_exits(model, criterion, tmp_path):
     assert (found.chosen.kl, found.chosen.agreement, found.chosen.cost) == (0, 1, 1)
     assert (found.chosen.passed, found.chosen.mean_depth) == (True, 3)
     assert "more texts, better twins or another budget let tokens leave" in str(found)
-    assert Calibration.load(found.save(tmp_path / "calibration.json")) == found
+    assert ExitRule.load(found.save(tmp_path / "calibration.json")) == found
     torch._dynamo.reset()
     model.compile(backend=river, options=found.options)
     with trace() as seen:

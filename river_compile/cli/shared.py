@@ -1,27 +1,111 @@
-"""Loads the model that a command names: a folder, or a name on the hub.
+"""Shared by the commands: options, output as a page or one JSON document, models and texts.
 
-Not handled: models that are no causal language models, which are refused.
+Not handled: models that are not causal language models; they are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import os
 import re
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from river_compile.cli.output import use_threads
+import typer
+
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+FAILED, NO = 1, 3  # exit codes
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document (docs/river.schema.json).")]
+Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: bfloat16, float16 or float32.")]
+Threads = Annotated[int, typer.Option("--threads", "-t", help="PyTorch threads (0: PyTorch's default).")]
+Quality = Annotated[
+    str | None,
+    typer.Option(help="exact (same output) or fast (early exit). Default: exact, or fast with a calibration."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if exact mode cannot be bit-identical.")]
+Calibration = Annotated[Path | None, typer.Option(help="Exit rule written by `river tune`.")]
+Twins = Annotated[Path | None, typer.Option(help="Twins written by `river quantize`.")]
+Texts = Annotated[Path | None, typer.Option(help="Texts separated by empty lines. Default: Python's documentation.")]
 
 _CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration", "Decoder")  # in the names of classes with a causal head
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def error_line(error: BaseException) -> str:
+    """Returns an error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def show(command: str, result: dict[str, Any], as_json: bool, page: Callable[[Console], object]) -> None:
+    """Prints a command's result: as JSON, with the command and this release's version, or as a page."""
+    if as_json:
+        whole = {"command": command, "version": __version__, **result}
+        json.dump(_sayable(whole), sys.stdout, indent=2, allow_nan=False)
+        print()
+        return
+    from rich.console import Console
+
+    page(Console(highlight=False))
+
+
+def _sayable(value: Any) -> Any:
+    """Returns a value as JSON can hold it: infinite numbers as "inf" or "-inf", NaN as None."""
+    if isinstance(value, dict):
+        return {key: _sayable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_sayable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+    """Returns a table without lines: text to the left, numbers to the right with two decimals, None as a dash."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for i, header in enumerate(headers):
+        numeric = any(isinstance(row[i], (int, float)) for row in rows)
+        made.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(cell, row))
+    return made
+
+
+def cell(value: object) -> str:
+    """Returns a table's entry."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def megabytes(size: float) -> str:
+    """Returns bytes for people, in units of 10^6."""
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+def use_threads(threads: int) -> None:
+    """Sets torch's threads if a number is given."""
+    import torch
+
+    if threads < 0:
+        raise ValueError(f"--threads {threads} is not allowed; give 1 or more, or 0 for torch's own choice")
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def start(
@@ -124,3 +208,27 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     # (That a checkpoint lacks weights, which are random then, is for everybody to know.)
     logging.getLogger("transformers.modeling_utils").setLevel(logging.WARNING)
+
+
+def topics() -> list[str]:
+    """Returns a passage of each topic that Python's `help()` knows, without its heading; two topics may share one."""
+    from pydoc_data.topics import topics
+
+    return list(dict.fromkeys(text.partition("\n\n")[2] for text in topics.values()))
+
+
+def passages(file: Path | None) -> list[str]:
+    """Returns a file's texts, which empty lines separate; without a file those of :func:`topics`.
+
+    Raises:
+        ValueError: the file cannot be read or has no text.
+    """
+    if file is None:
+        return topics()
+    try:
+        found = [text.strip() for text in file.read_text(encoding="utf-8").split("\n\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--texts {file} cannot be read: {error}") from None
+    if not any(found):
+        raise ValueError(f"--texts {file} has no text; give one text after another, separated by empty lines")
+    return [text for text in found if text]

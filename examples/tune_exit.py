@@ -1,8 +1,8 @@
 """Chooses threshold and first exit for a promised quality, and shows what they do to speed.
 
-    python -m examples.calibrate
-    python -m examples.calibrate --kl 0.1 --model smollm2 --save calibration.json --plot calibration.png
-    python -m examples.calibrate --check 64     # ... and measure unseen texts, and the speed of 64 new tokens
+    python -m examples.tune_exit
+    python -m examples.tune_exit --kl 0.1 --model smollm2 --save exit_rule.json --plot calibration.png
+    python -m examples.tune_exit --check 64     # ... and measure unseen texts, and the speed of 64 new tokens
 
 The texts are passages of Python's own documentation of the language, one from each topic, so that nothing is
 downloaded. For a promise about your use, put your own texts in their place.
@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 
 import river_compile
-from river_compile.cli import models, timing
-from river_compile.cli.texts import topics
+from river_compile.cli import shared
+from river_compile.cli.shared import topics
+from river_compile.exits import forced_depth
+from river_compile.reporting import timing
 from tools import demo_models
 
 PROMPT = "Explain how a refrigerator works."
@@ -28,7 +30,7 @@ PROMPT = "Explain how a refrigerator works."
 
 def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:
     """Measures a calibration anew: its quality on other texts, and its speed beside never exit."""
-    from river_compile.calibration.evaluate import Meter, compiled
+    from river_compile.evaluation.meter import Meter, compiled
     from river_compile.exits import CRITERIA
 
     rows = [tokenizer(text)["input_ids"][: 16 + tokens] for text in texts]
@@ -41,11 +43,11 @@ def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: in
     agreement = 1 - statistics.fmean(unseen.text_losses("agreement"))
     torch._dynamo.reset()
     model.compile(backend="river", options=found.options)
-    ids = models.encode(tokenizer, PROMPT)
+    ids = shared.encode(tokenizer, PROMPT)
     speeds: dict[str, list[float]] = {"calibrated": [], "never exit": []}
     for turn in range(4):  # in turns, and the first compiles
         for name, depth in (("calibrated", None), ("never exit", found.num_blocks)):
-            with river_compile.forced_depth(depth):
+            with forced_depth(depth):
                 run = timing.generate(model, ids, new_tokens)
             if turn:
                 speeds[name].append(run.decode_tokens_per_s)
@@ -70,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the calibration as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the candidates as a PNG")
     options = parser.parse_args(arguments)
-    models.quiet()
+    shared.quiet()
 
     try:
         model, tokenizer = demo_models.load(options.model)
         start = time.perf_counter()
-        found = river_compile.calibrate(
+        found = river_compile.tune_exit(
             model,
             tokenizer,
             topics()[: options.texts],

@@ -13,9 +13,10 @@ from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 
-from river_compile import OptionError, restore, trace
-from river_compile.decoding.given_text import TextDecoder
-from river_compile.evaluation.harness import RiverLM
+from river_compile import restore, trace
+from river_compile.errors import OptionError
+from river_compile.evaluation.lm_eval_model import RiverLM
+from river_compile.evaluation.meter import TextDecoder
 from tests.support.families import make
 from tests.support.tokenizers import byte_tokenizer
 
@@ -111,7 +112,7 @@ def test_texts_share_nothing_but_their_cache():
     [
         ({"scoring": "guess"}, "scoring='guess' is not allowed"),
         ({"quality": "best"}, "quality='best' is not allowed"),
-        ({"quality": "plain", "threshold": 0.5}, "threshold= says how river runs"),
+        ({"quality": "plain", "threshold": 0.5}, "threshold= is an option of River"),
     ],
 )
 def test_bad_arguments_are_refused(model, arguments, message):

@@ -1,14 +1,8 @@
-"""The model ``river`` of EleutherAI's lm-evaluation-harness (``pip install "river-compile[eval]"``).
+"""The model ``river`` of EleutherAI's lm-evaluation-harness (``pip install ".[eval]"``).
 
-    lm-eval run --model river --model_args pretrained=FOLDER,quality=fast --tasks arc_easy
-
-Releases up to 0.4.13 look for no entry points; with them ``python -m river_compile.evaluation run ...`` does it.
-
-Multiple choice and perplexity are scored by one forward pass as a rule, which the backbone computes: any exit rule
-would look lossless. So ``scoring="decode"`` feeds each answer token by token, through the exits, after a prompt of all
-but the context's last token. ``scoring="forward"`` is lm-eval's own. Results say which one ran.
-
-Not handled: encoder-decoder models, and decode scoring in batches (its texts run one by one; generation has batches).
+lm-eval scores answers by one forward pass, which runs at full depth: any exit rule would look lossless.
+``scoring="decode"`` feeds each answer token by token, through the exits. Not handled: encoder-decoder models, and
+decode scoring in batches.
 """
 
 from __future__ import annotations
@@ -23,9 +17,9 @@ from tqdm import tqdm
 
 from river_compile.api.accelerate import accelerate
 from river_compile.config import RiverConfig
-from river_compile.decoding.given_text import TextDecoder
 from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
+from river_compile.evaluation.meter import TextDecoder
 from river_compile.kernels.checks import one_of
 from river_compile.model_record import find_record
 
@@ -33,19 +27,18 @@ PLAIN = "plain"
 _SCORING = one_of("decode", "forward")
 _SMALLEST_CACHE = 64
 
-Scored = tuple[Any, list[int], list[int]]  # what it is called in lm-eval's cache, context, continuation
+Scored = tuple[Any, list[int], list[int]]  # name in lm-eval's cache, context, continuation
 
 
 @register_model("river")
 class RiverLM(HFLM):
-    """A model of transformers that :func:`river_compile.accelerate` makes faster, in one of its qualities.
+    """An accelerated transformers model.
 
     Args:
         pretrained: a folder or a model, as for ``hf``.
-        quality: of `accelerate`, or "plain" for the model as it is.
-        calibration: a file or result of `calibrate`, for quality="calibrated".
+        quality, calibration: of `accelerate`; quality="plain" leaves the model as it is.
         scoring: "decode", or "forward" for one pass over context and answer.
-        arguments: options of the backend and of exact mode, and whatever ``hf`` takes.
+        arguments: options of `accelerate`, and of ``hf``.
 
     Raises:
         OptionError: (a ``ValueError``) a bad argument, or a model that is no decoder.
@@ -54,7 +47,7 @@ class RiverLM(HFLM):
     def __init__(
         self,
         pretrained: Any,
-        quality: str = "exact",
+        quality: str | None = None,
         calibration: Any = None,
         scoring: str = "decode",
         **arguments: Any,
@@ -65,17 +58,19 @@ class RiverLM(HFLM):
         super().__init__(pretrained, **arguments)
         if self.backend != "causal":
             raise OptionError(f"backend={self.backend!r} is not available with lm-eval's model river; use hf")
-        self._quality = quality
+        self._quality = quality or ("exact" if calibration is None else "fast")
         if quality != PLAIN:
-            accelerate(self.model, quality, calibration, **self._river)
+            accelerate(self.model, quality, calibration=calibration, **self._river)
         elif self._river:
-            raise OptionError(f"{next(iter(self._river))}= says how river runs, and with quality='plain' it does not")
+            raise OptionError(
+                f"{next(iter(self._river))}= is an option of River, and quality='plain' runs without it; leave one out"
+            )
         self._decoder: tuple[int, TextDecoder] | None = None
 
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Returns each continuation's log-probability, and whether every token of it is the most likely one."""
+        """Returns each continuation's log-probability, and whether each of its tokens is the most likely."""
         if self.scoring == "forward":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         found = []
@@ -86,12 +81,12 @@ class RiverLM(HFLM):
             log_probs = logits.log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
             chosen = log_probs.gather(-1, tokens[:, None]).sum()
             found.append((float(chosen), bool((logits.argmax(-1) == tokens).all())))
-            if name is not None:  # (parts of a rolling text have none)
+            if name is not None:  # parts of a rolling text have none
                 self.cache_hook.add_partial("loglikelihood", name, found[-1])
         return found
 
     def _decoder_for(self, ids_1S: Tensor) -> TextDecoder:
-        """Returns a decoder with capacity for a text: the last one, or a new one of a power of two."""
+        """Returns the last decoder, or a larger one if a text does not fit."""
         needed = ids_1S.shape[1]
         if self._decoder is None or self._decoder[0] < needed:
             capacity = max(_SMALLEST_CACHE, 1 << (needed - 1).bit_length())
@@ -99,7 +94,7 @@ class RiverLM(HFLM):
         return self._decoder[1]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns the model's entry in lm-eval's results, with its quality, scoring and mean depth."""
+        """Adds quality, scoring and mean depth to lm-eval's results."""
         record = find_record(self.model)
         depths = record.exit_stats.decode if record is not None else {}
         steps = sum(depths.values())

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from river_compile.calibration.risk import fixed_sequence, p_value, texts_needed
+from river_compile.evaluation.risk import fixed_sequence, p_value, texts_needed
 
 BUDGET = 0.2
 CONFIDENCE = 0.9

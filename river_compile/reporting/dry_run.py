@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
 
 from river_compile.choices import choose
-from river_compile.cli.models import config_of, loading
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
 from river_compile.lowering.choose import Lowering
@@ -33,26 +32,26 @@ _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # a scale and a zero in 16 bits
 
 
-def dry_run(folder: str, dtype: str, config: RiverConfig) -> dict[str, Any]:
-    """Traces a model's prompt and decode step without weights; returns a part of the result of ``river check``.
+def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """Builds a model without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
-    "graphs" has for "prefill" and "decode" the number of blocks, or why nothing would be rewritten; "bytes" the weights
-    that each token reads in all blocks, in all twins and in the head, None if decode steps would not be rewritten.
 
-    Raises:
-        ValueError: the folder has no config of a causal language model.
+def dry_run(model: PreTrainedModel) -> dict[str, Any]:
+    """Traces prompt and decode step of a model on the meta device; part of the result of ``river check``.
+
+    "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported; "bytes" the
+    weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
     """
-    model_config = config_of(folder)
-    with loading(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype)).eval()
-    prefill, decode = _trace(model, model_config)
+    prefill, decode = _trace(model, model.config)
     found: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "graphs": {"prefill": _outcome(prefill), "decode": _outcome(decode)},
     }
     if isinstance(decode, Refusal):
-        return found | {"refusal": str(decode), "blocks": 0, "twin_products": 0, "bytes": None}
-    how = choose(decode, config, Lowering("inductor", PLAIN_LAYOUT, fuse=False)).twinning
+        return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0, "bytes": None}
+    how = choose(decode, RiverConfig(), Lowering("inductor", PLAIN_LAYOUT, fuse=False)).twinning
     twinned = river_twins(how)(decode)
     assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
     sites = [linear for twin in twinned.twins for linear in twin.packed]
@@ -60,7 +59,7 @@ def dry_run(folder: str, dtype: str, config: RiverConfig) -> dict[str, Any]:
     return found | {
         "refusal": None,
         "blocks": decode.plan.num_blocks,
-        "twin_products": len(sites),
+        "twin_matmuls": len(sites),
         "bytes": {
             "blocks": _bytes(decode.blocks),
             "twins": _bytes(decode.blocks, without=packed) + sum(map(_packed_bytes, sites)),

@@ -1,0 +1,336 @@
+"""The short commands: ``river doctor``, ``check``, ``quantize``, ``tune`` and ``cache``.
+
+No import at the top loads torch, so `river --help` is there at once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from river_compile.cli.shared import (
+    NO,
+    AsJson,
+    Dtype,
+    Model,
+    Texts,
+    Threads,
+    config_of,
+    loading,
+    megabytes,
+    passages,
+    resolve,
+    show,
+    start,
+    table,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, WARN, BAD = "ok", "warning", "bad"
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_MARKS = {OK: "[green]ok     [/]", WARN: "[yellow]warning[/]", BAD: "[red]bad    [/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check: "ok", "warning" or "bad", with a text."""
+
+    what: str
+    state: str
+    text: str
+
+
+def doctor(
+    self_test: Annotated[bool, typer.Option(help="Accelerate a tiny model and compare its output.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Checks versions, compiler, processor, GPU and caches, and runs a self-test.
+
+    Exit code 3 if something is broken.
+    """
+    findings = [*versions(), compiler(), processor(), gpu(), _cache_folder()]
+    if self_test:
+        findings.append(try_out())
+    result = {"healthy": all(f.state != BAD for f in findings), "findings": [asdict(f) for f in findings]}
+    show("doctor", result, as_json, lambda console: _doctor_page(console, findings))
+    if not result["healthy"]:
+        raise typer.Exit(NO)
+
+
+def _doctor_page(console: Console, findings: list[Finding]) -> None:
+    for finding in findings:
+        console.print(f"{_MARKS[finding.state]} {finding.what:<13} {finding.text}")
+
+
+def versions() -> list[Finding]:
+    """Compares installed versions with the tested ones."""
+    from importlib import metadata
+
+    from river_compile.upstream.versions import TESTED, installed, untested
+
+    outside = {text.split()[0] for text in untested()}
+    found = []
+    for name, (oldest, newest) in TESTED.items():
+        try:
+            version = installed(name)
+        except metadata.PackageNotFoundError:
+            found.append(Finding(name, WARN, f"not installed (tested: {oldest} to {newest})"))
+            continue
+        tested = f"tested: {oldest} to {newest}"
+        found.append(Finding(name, WARN if name in outside else OK, f"{version} ({tested})"))
+    return found
+
+
+def compiler() -> Finding:
+    """Compiles a few lines with the C++ compiler that Inductor calls."""
+    from river_compile.kernels.native.build import CannotBuild, working_compiler
+    from river_compile.kernels.native.libraries import all_ready_made
+
+    try:
+        command = working_compiler().command
+    except CannotBuild as error:
+        if all_ready_made():
+            return Finding("compiler", WARN, f"the kernels came compiled, and models need no more than these: {error}")
+        return Finding("compiler", BAD, str(error))
+    return Finding("compiler", OK, shutil.which(command) or command)
+
+
+def processor() -> Finding:
+    """Names the processor, and its instructions that matter."""
+    import torch
+
+    from river_compile.kernels.native.isa import chosen
+
+    info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    flags = set(next((line.split() for line in info.splitlines() if line.startswith("flags")), []))
+    has = ", ".join(flag for flag in _FLAGS if flag in flags) or torch.backends.cpu.get_cpu_capability()
+    text = f"{name or platform.machine()}, {os.cpu_count()} cores: {has}"
+    if chosen().name == "portable":
+        return Finding("processor", WARN, f"{text}; the C++ kernels have no vectors for it, so the river is slow")
+    return Finding("processor", OK, text)
+
+
+def gpu() -> Finding:
+    """Names the GPU, if there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", OK, "none that torch sees; models run on the CPU")
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Finding("GPU", OK, f"{torch.cuda.get_device_name(0)}, {megabytes(memory)}")
+
+
+def _cache_folder() -> Finding:
+    """Names the folder of converted models and generated kernels."""
+    from river_compile.kernels.files import cache_folder
+
+    folder = cache_folder()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        return Finding("cache", BAD, f"{folder} cannot be written; set RIVER_COMPILE_CACHE to a folder that can")
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
+    free = shutil.disk_usage(parent).free
+    return Finding("cache", OK, f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_CACHE)")
+
+
+def try_out() -> Finding:
+    """Accelerates a tiny random model and compares its text with the plain one's."""
+    import warnings
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from river_compile.api.accelerate import accelerate, restore
+    from river_compile.errors import RiverWarning
+    from river_compile.reporting.trace import trace
+
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(1, 9)[None]
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, **arguments)
+    try:
+        with warnings.catch_warnings(record=True) as said, trace() as seen:
+            warnings.simplefilter("always", RiverWarning)
+            ours = accelerate(model, num_assistant_tokens=1, num_assistant_tokens_schedule="constant").generate(
+                ids, **arguments
+            )
+    except Exception as error:  # whatever it is, this is what a self-test is for
+        return Finding("self-test", BAD, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    finally:
+        restore(model)
+    for warning in said:
+        if issubclass(warning.category, RiverWarning):
+            return Finding("self-test", BAD, str(warning.message))
+    if not torch.equal(plain, ours) or not seen.cycles:
+        return Finding("self-test", BAD, "a tiny model's text in exact mode is not its plain text")
+    return Finding("self-test", OK, f"exact mode gives a tiny model's plain text ({time.perf_counter() - start:.0f} s)")
+
+
+BASIS = "an estimate: the bytes of weights that a token reads, at the memory's bandwidth"
+
+
+def check(
+    model: Model,
+    dtype: Dtype = "bfloat16",
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in GB/s (0: measure it here).")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Predicts support and speed from a model's **config**; no weight is read, nothing is compiled.
+
+    Exit code 3 if decode steps are unsupported.
+    """
+    from river_compile.reporting.dry_run import bandwidth as measure
+    from river_compile.reporting.dry_run import dry_run, empty_model
+
+    folder = resolve(model)
+    config = config_of(folder)
+    with loading(folder):
+        network = empty_model(config, dtype)
+    found = dry_run(network)
+    rate, size = bandwidth * 1e9 or measure(), found["bytes"]
+    reads = size and {"full_depth": size["blocks"] + size["head"], "all_4bit": size["twins"] + size["head"]}
+    result: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        **found,
+        "bandwidth_bytes_per_s": rate,
+        "predicted_tokens_per_s": reads and {name: rate / count for name, count in reads.items()},
+    }
+    show("check", result, as_json, lambda console: _check_page(console, result))
+    if found["refusal"]:
+        raise typer.Exit(NO)
+
+
+def _check_page(console: Console, result: dict[str, Any]) -> None:
+    console.print(f"[bold]{result['model']}[/], {result['parameters'] / 1e6:.1f} million parameters, {result['dtype']}")
+    for kind, found in result["graphs"].items():
+        fine = isinstance(found, int)
+        verdict = f"[green]supported[/], {found} blocks" if fine else f"[red]unsupported[/]: {found}"
+        console.print(f"  {kind:<9} {verdict}")
+    if result["refusal"]:
+        return
+    size, speed = result["bytes"], result["predicted_tokens_per_s"]
+    console.print(f"  twins     {result['twin_matmuls']} matmuls in 4 bits")
+    rows = [
+        ["full depth", megabytes(size["blocks"] + size["head"]), speed["full_depth"]],
+        ["all-4bit (drafts)", megabytes(size["twins"] + size["head"]), speed["all_4bit"]],
+    ]
+    console.print()
+    console.print(table(["a token", "reads", "tokens/s, about"], rows))
+    console.print(f"[dim]{BASIS} ({result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)[/]")
+
+
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder, or one that this wrote.")],
+    quantizer: Annotated[str, typer.Option(help="gptq, awq, hqq or rtn. Ignored with compressed-tensors.")] = "gptq",
+    format: Annotated[
+        str, typer.Option(help="river, or compressed-tensors: a 4-bit model for transformers and vLLM.")
+    ] = "river",
+    dtype: Dtype = "bfloat16",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Quantizes a model to 4 bits and saves the twins, for `accelerate(model, twins=DIR)` and `--twins DIR`."""
+    from river_compile.api.accelerate import accelerate
+    from river_compile.api.twins import FORMATS, export, save_twins
+
+    if format not in ("river", *FORMATS):
+        raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")
+    network, tokenizer = start(model, dtype, threads)
+    began = time.perf_counter()
+    if format == "river":
+        save_twins(accelerate(network, quantizer=quantizer), output)
+    else:
+        quantizer = "symmetric"
+        export(network, output, format)
+        tokenizer.save_pretrained(output)
+    result: dict[str, Any] = {
+        "model": model,
+        "folder": str(output),
+        "format": format,
+        "quantizer": quantizer,
+        "bytes": sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
+        "seconds": time.perf_counter() - began,
+    }
+    show("quantize", result, as_json, lambda console: _quantize_page(console, result))
+
+
+def _quantize_page(console: Console, result: dict[str, Any]) -> None:
+    console.print(
+        f"{result['quantizer']}, {megabytes(result['bytes'])}, {result['seconds']:.1f} s: [bold]{result['folder']}[/]"
+    )
+
+
+def tune(
+    model: Model,
+    kl: Annotated[float | None, typer.Option(help="Budget: mean KL from full depth, nats per token.")] = None,
+    agreement: Annotated[float | None, typer.Option(help="Or: least share of tokens equal to full depth's.")] = None,
+    texts: Texts = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the exit rule as JSON.")] = None,
+    criterion: Annotated[str, typer.Option(help="similarity or confidence.")] = "confidence",
+    tokens: Annotated[int, typer.Option(help="Tokens measured in each text.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of each text that run as its prompt.")] = 16,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Finds the fastest exit rule within a quality budget on texts like yours, for `calibration=FILE`."""
+    from river_compile.evaluation.tune import tune_exit
+
+    network, tokenizer = start(model, dtype, threads)
+    how: dict[str, Any] = {"criterion": criterion, "tokens": tokens, "context": context, "progress": not as_json}
+    found = tune_exit(network, tokenizer, passages(texts), kl=kl, agreement=agreement, **how)
+    if output is not None:
+        found.save(output)
+    result = {
+        "model": model,
+        "options": found.options,
+        "budget": {found.metric: found.budget},
+        "confidence": found.confidence,
+        "measured": asdict(found.chosen),
+        "file": None if output is None else str(output),
+    }
+    show("tune", result, as_json, lambda console: console.print(str(found), markup=False))
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all entries.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lists the compile cache: twins and compiled programs of earlier runs, by model.
+
+    A running process keeps the files that it has mapped.
+    """
+    from river_compile.store import folder
+
+    found = [{"about": e.about, "folder": str(e.folder), "bytes": e.bytes, "used": e.used} for e in folder.entries()]
+    freed = folder.clear() if clear else 0
+    result = {"folder": str(folder.store_folder()), "entries": found, "freed_bytes": freed}
+    show("cache", result, as_json, lambda console: _cache_page(console, result))
+
+
+def _cache_page(console: Console, result: dict[str, Any]) -> None:
+    if result["freed_bytes"]:
+        console.print(f"{megabytes(result['freed_bytes'])} freed in {result['folder']}")
+        return
+    total, now = sum(entry["bytes"] for entry in result["entries"]), time.time()
+    rows = [[e["about"], megabytes(e["bytes"]), f"{(now - e['used']) / 86400:.0f}"] for e in result["entries"]]
+    console.print(table(["", "size", "days unused"], rows))
+    console.print(f"{megabytes(total)} in {result['folder']}")
