@@ -70,6 +70,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     import torch
 
     import river_compile
+    from river_compile.decoding import mode
     from river_compile.reporting.timing import generate
 
     shared.quiet()
@@ -77,13 +78,13 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     model, tokenizer = demo_models.load(folder)
     ids = shared.encode(tokenizer, PROMPT)
     model.compile(backend="river", options=options)
-    how = {"custom_generate": exact} if exact else {}
+    how = {"custom_generate": mode.exact} if exact else {}
     for _ in range(2):
         generate(model, ids, new_tokens, **how)
     before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
-    moved = report.offloaded.moved if report.offloaded else 0
+    moved = report.record.offloaded.snapshot().moved if report.record.offloaded.snapshot() else 0
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
     return {
         "weights_bytes": weights,
@@ -99,7 +100,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
 def _brought_in(report: Any) -> int:
     """Returns the bytes of weights that had come in by a report."""
-    return report.offloaded.brought_in if report.offloaded else 0
+    return report.record.offloaded.snapshot().brought_in if report.record.offloaded.snapshot() else 0
 
 
 def resident_bytes() -> int:

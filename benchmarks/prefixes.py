@@ -58,9 +58,9 @@ class Conversation:
         second = torch.cat([self._first, torch.tensor([answer.tokens]), self._message], dim=1)
         if self._job["row"] == "plain":
             return {"kept_s": None, "fresh_s": generate(self._model, second, 2, static_cache=False).first_token_s}
-        before = river_compile.report(self._model).kept_texts.reused
+        before = river_compile.report(self._model).record.prefixes.texts.reused
         kept = generate(self._model, second, 2, static_cache=False, fresh=False)
-        found = river_compile.report(self._model).kept_texts.reused - before
+        found = river_compile.report(self._model).record.prefixes.texts.reused - before
         fresh = generate(self._model, second, 2, static_cache=False)
         same = kept.tokens == fresh.tokens
         return {"kept_s": kept.first_token_s, "fresh_s": fresh.first_token_s, "kept_tokens": found, "same": same}

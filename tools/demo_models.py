@@ -185,7 +185,7 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
     """
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            raise ModelUnavailable(f"converting {title} needs {module}; in the clone, run `pip install ".[gguf]"`")
+            raise ModelUnavailable(f"converting {title} needs {module}; in the clone, run: pip install '.[gguf]'")
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -113,7 +113,7 @@ def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, option
     assert notices[0].startswith("LlamaForCausalLM.generate runs plainly here: ")
     assert reason in notices[0]
     assert torch.equal(text, texts(generate(plain(), **options)))
-    assert any(reason in why and n == 2 for why, n in river_compile.report(model).plain_calls.items())
+    assert any(reason in why and n == 2 for why, n in river_compile.report(model).record.fallbacks.items())
     assert reason in str(river_compile.report(model))
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import river_compile
 from river_compile import export, report
-from river_compile.api.export import FORMATS
+from river_compile.api.twins import FORMATS
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.grid import quantize
 from tests.support.decoding import decode, new_cache
