@@ -4,7 +4,7 @@ Linear layers become ``river::linear`` in layout "dense", the C++ kernels', whic
 the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one product,
 whose weights stay where they are: its matrix is a ``torch.cat`` that the lowering takes apart again. The rules of
 fusion then see a block as they see a twin. Torchao's weight-only tensors of 8 bits are for the C++ kernels too, which
-read them packed (:mod:`river_compile.passes.packed_backbone`).
+read them packed (:mod:`river_compile.passes.backbone`).
 
 Not handled: weights of another dtype than their input, products of another one (autocast's), transposed weights
 (GPT-2's Conv1D), experts; they stay so.
@@ -18,13 +18,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from river_compile.kernels.quant import bits8
-from river_compile.passes.attention import simplify_attention
-from river_compile.passes.edits import call
-from river_compile.passes.linears import input_of, replace_linears, sharing_input
-from river_compile.passes.nodes import Linear, called, is_ordinary, is_parameter, same_dtype, value_of
-from river_compile.passes.pipeline import Pass
-from river_compile.passes.program import RiverProgram, Segment
+from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
+from river_compile.kernels.quant import bf12, bits8
+from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
+from river_compile.passes.nodes import Linear, called, input_name, is_ordinary, is_parameter, same_dtype, value_of
+from river_compile.passes.program import Matmul, RiverProgram, Segment
+from river_compile.passes.twins import input_of, replace_linears, sharing_input, simplify_attention
 
 MOST_MERGED = 4  # matrices of one product
 _MERGED_ROWS = 16  # of which a generated kernel's matrices have a multiple
@@ -90,3 +89,67 @@ def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
     value, like_of = value_of(parameters[0]), value_of(like)
     rows = sum(value_of(p).shape[0] for p in parameters)
     return call(torch.cat, (parameters, 0), like_of.new_empty((rows, *value.shape[1:])), like)
+
+
+def packed_backbone(weights: str) -> Pass:
+    """Makes the pass below; `weights` are read in "12bit", "8bit" or as the "model" has them, torchao's in 8."""
+
+    def packed_backbone(program: RiverProgram) -> RiverProgram:
+        """Blocks and the head read their weights packed without loss."""
+        blocks = tuple(_packed(block, program, weights) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_packed(program.head, program, weights))
+
+    return packed_backbone
+
+
+def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
+    made = segment.copy()
+    origins = made.origins
+    number_of = {placeholder: program.slots[value] for placeholder, value in origins.items()}
+    packed: list[Matmul] = []
+    read: dict[fx.Node, None] = {}  # parameters, in order
+    for node in list(made.graph.find_nodes(op="call_function", target=torch.ops.river.linear.default)):
+        x, weight, scale_zero, bias, out_features, _, layout = node.args
+        weights, biases = parts_of(weight), parts_of(bias)
+        if scale_zero is not None or not all(map(is_parameter, [*weights, *biases])):
+            continue
+        layout = _layout(layout, [value_of(part) for part in weights], how)
+        if layout is None:
+            continue
+        if layout == bf12.GENERATED and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
+            continue  # (the up projection would begin within a unit)
+        linear = Matmul(
+            name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
+            weights=tuple(number_of[part] for part in weights),
+            biases=tuple(number_of[part] for part in biases) or (None,) * len(weights),
+            in_features=value_of(weights[0]).shape[1],
+            out_features=tuple(value_of(part).shape[0] for part in weights),
+            transposed=False,
+            group_size=0,
+            layout=layout,
+        )
+        names = ["weight", "scale_zero", *(["bias"] if biases else [])]
+        new = add_placeholders(made.graph, [f"packed_{len(packed)}_{name}" for name in names])
+        if biases:
+            new[2].meta["example_value"] = value_of(biases[0]).new_empty(out_features)
+        node.args = (x, new[0], new[1], new[2] if biases else None, out_features, 0, layout)
+        for joined in (weight, bias):
+            if joined is not None and joined.op != "placeholder":
+                drop_unused(joined)
+        packed.append(linear)
+        read |= dict.fromkeys([*weights, *biases])
+    for node in read:  # (others that nobody reads may be sizes, which Inductor looks for)
+        if not node.users:
+            made.graph.erase_node(node)
+    inputs = tuple(origins[node] for node in made.graph.find_nodes(op="placeholder") if node in origins)
+    return replace(made, inputs=inputs, packed=(*made.packed, *packed))
+
+
+def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
+    """Returns the layout in which matrices of a matmul are packed, None if they are not; `kernels` is its layout."""
+    if all(bits8.held_by(weight) is not None for weight in weights):
+        return bits8.LAYOUT
+    dtypes = {weight.dtype for weight in weights}
+    if how == "12bit" and dtypes == {torch.bfloat16}:
+        return bf12.LAYOUT if kernels == "dense" else bf12.GENERATED
+    return bits8.LAYOUT if how == "8bit" and len(dtypes) == 1 else None

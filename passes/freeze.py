@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.capture_safety import fixed_inputs, obstacle
-from river_compile.passes.moe_router import chosen_experts
+from river_compile.passes.experts import chosen_experts
 from river_compile.passes.nodes import (
     hints_of,
     is_ordinary,

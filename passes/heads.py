@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::rescore)
-from river_compile.passes.edits import Missed, add_placeholders, call, require
-from river_compile.passes.exit_checks import logits_of
-from river_compile.passes.nodes import called, is_ordinary, same_dtype, shape, source_of, value_of
+from river_compile.kernels.portable import largest_entropy
+from river_compile.passes.edits import Missed, Pass, add_placeholders, call, require
+from river_compile.passes.nodes import called, is_hidden, is_ordinary, same_dtype, shape, source_of, value_of
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 
@@ -98,3 +98,54 @@ def _with_input(head: Segment, source: fx.Node) -> tuple[Segment, fx.Node]:
         weight = head.graph.placeholder("head_weight")
     weight.meta["example_value"] = value_of(source)
     return replace(head, inputs=(*head.inputs, source)), weight
+
+
+def exit_checks(candidates: tuple[int, ...]) -> Pass:
+    """Makes the pass after which the blocks of these depths return a float32 exit score."""
+
+    def exit_checks(program: RiverProgram) -> RiverProgram:
+        """Blocks return their similarity after each candidate depth."""
+        exit_score = torch.ops.river.exit_score.default
+        blocks = tuple(
+            _with_score(segment, exit_score, block.hidden_out, block.hidden_in)
+            if segment.depth in candidates
+            else segment
+            for segment, block in zip(program.blocks, program.plan.blocks, strict=True)
+        )
+        return replace(program, blocks=blocks, candidates=candidates)
+
+    return exit_checks
+
+
+def logits_entropy(program: RiverProgram) -> RiverProgram:
+    """Heads return the entropy of their logits; those of a model that returns no logits stay as they are."""
+    logits = logits_of(program)
+    if logits is None:
+        return program
+    river_head = program.river_head and _with_score(program.river_head, largest_entropy, logits)
+    return replace(program, head=_with_score(program.head, largest_entropy, logits), river_head=river_head)
+
+
+def logits_of(program: RiverProgram) -> fx.Node | None:
+    """Returns the logits ``[B, T, V]`` among the values that the graph returns, None for a model without a head.
+
+    They are the last three-dimensional output after the blocks that is not as wide as the hidden state.
+    """
+    plan = program.plan
+    width = value_of(plan.blocks[-1].hidden_out).shape[-1]
+    found = [
+        node
+        for node in program.returned
+        if plan.part_of.get(node) == plan.num_blocks + 1 and is_hidden(node) and value_of(node).shape[-1] != width
+    ]
+    return found[-1] if found else None
+
+
+def _with_score(segment: Segment, function: Callable, *values: fx.Node) -> Segment:
+    """Returns the segment with one output more: the function of some of its inputs and outputs."""
+    scored = replace(segment.copy(), has_score=True)
+    output = scored.graph.output_node()
+    with scored.graph.inserting_before(output):
+        score = scored.graph.call_function(function, tuple(map(scored.node_of, values)))
+    output.args = ((*output.args[0], score),)
+    return scored

@@ -19,8 +19,8 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.decoder import find_decoder
-from river_compile.passes.linears import without_matmuls
-from river_compile.passes.nodes import read_by, value_of
+from river_compile.passes.experts import as_expert_product
+from river_compile.passes.nodes import as_linear, input_name, is_parameter, read_by, value_of
 from river_compile.passes.program import DecoderPlan, Fingerprint, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -31,8 +31,25 @@ def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refu
     plan = find_decoder(normal)
     program = plan if isinstance(plan, Refusal) else segmented(plan)
     if twins and isinstance(program, RiverProgram):
-        return without_matmuls(program) or program
+        return _without_matmuls(program) or program
     return program
+
+
+def _without_matmuls(program: RiverProgram) -> Refusal | None:
+    """Returns why no block could have a 4-bit twin: none of them multiplies by weights that can be read."""
+    nodes = [node for block in program.blocks for node in block.graph.nodes]
+    if any(as_linear(node) or as_expert_product(node) for node in nodes):
+        return None
+    weights = [node for node in program.blocks[0].inputs if is_parameter(node)]
+    largest = max(weights, key=lambda node: value_of(node).nbytes, default=None)
+    holds = (
+        "" if largest is None else f" ({input_name(largest)} is {value_of(largest).dtype} {[*value_of(largest).shape]})"
+    )
+    return Refusal(
+        f"the blocks have no linear layer with plain weights{holds}, so that no twin could be made of them; a model "
+        "that was quantized by bitsandbytes, GPTQ or AWQ must be loaded in 16 bits",
+        program.plan.blocks[0].path,
+    )
 
 
 def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:

@@ -10,30 +10,34 @@ Not handled: parameters that are read in another way; they stay in 16 bits and a
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
+from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
+from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.kernels.quant.grid import GROUP_SIZES, fitting_group_size
-from river_compile.passes.attention import simplify_attention, simplify_linears
-from river_compile.passes.edits import add_placeholders, in_dtype_of
-from river_compile.passes.experts import ExpertProduct, as_expert_product, replace_expert_product
-from river_compile.passes.input_scales import InputScale, find_input_scale, scale_inputs
-from river_compile.passes.linears import input_of, replace_linears, sharing_input
-from river_compile.passes.moe_router import ROUTER, is_router
+from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused, in_dtype_of
+from river_compile.passes.experts import ROUTER, ExpertProduct, as_expert_product, is_router, replace_expert_product
+from river_compile.passes.fusion.recognise import before_repeat
 from river_compile.passes.nodes import (
     Linear,
+    as_linear,
     called,
+    inference_sdpa,
     input_name,
+    is_ordinary,
     is_parameter,
+    is_reshape,
     is_tensor,
     mutated_inputs,
     rank,
+    shape,
     value_of,
 )
-from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import KeptLinear, Matmul, RiverProgram, Segment
 
 MIN_GROUP_SIZE = min(GROUP_SIZES)
@@ -209,3 +213,122 @@ def _too_narrow(linear: Matmul) -> str:
     if linear.group_size >= MIN_GROUP_SIZE:
         return ""
     return f"{linear.in_features} input features have no group of {MIN_GROUP_SIZE} or more"
+
+
+def sharing_input(graph: fx.Graph, alike: Callable[[Linear], Hashable | None]) -> list[list[Linear]]:
+    """Groups the linear layers that read one value and for which `alike` is the same; None leaves one out."""
+    groups: dict[tuple[fx.Node, Hashable], list[Linear]] = {}
+    for linear in filter(None, map(as_linear, graph.nodes)):
+        key = alike(linear)
+        if key is not None:
+            groups.setdefault((linear.x, key), []).append(linear)
+    return [*groups.values()]
+
+
+def input_of(linears: Sequence[Linear]) -> fx.Node:
+    """Returns what linear layers that share an input read by now: one that was replaced is another node since."""
+    current = as_linear(linears[0].node)
+    assert current is not None, "it was one when it was listed"
+    return current.x
+
+
+def replace_linears(linears: Sequence[Linear], x: fx.Node, *operands: object) -> None:
+    """Puts one matmul in the place of linear layers that share an input, and splits its result.
+
+    Args:
+        linears: in the order of the merged rows.
+        x: what it reads: what :func:`input_of` returns, or that in another form.
+        operands: of ``river::linear`` after x: weight, scale_zero, bias, group_size, layout.
+    """
+    first, sizes = linears[0].node, [linear.out_features for linear in linears]
+    weight, scale_zero, bias, group_size, layout = operands
+    with first.graph.inserting_before(first):
+        value = value_of(first).new_empty((*value_of(first).shape[:-1], sum(sizes)))
+        arguments = (x, weight, scale_zero, bias, sum(sizes), group_size, layout)
+        merged = call(torch.ops.river.linear.default, arguments, value, first)
+        results = [merged]
+        if len(linears) > 1:
+            values = tuple(value_of(linear.node) for linear in linears)
+            parts = call(torch.split, (merged, sizes, -1), values, first)
+            results = [call(operator.getitem, (parts, i), value, first) for i, value in enumerate(values)]
+    for linear, result in zip(linears, results, strict=True):
+        linear.node.replace_all_uses_with(result)
+        first.graph.erase_node(linear.node)
+
+
+def matrix_names(program: RiverProgram) -> set[str]:
+    """Returns the names of all linear layers and stacks of experts in blocks and head."""
+    nodes = [node for segment in (*program.blocks, program.head) for node in segment.graph.nodes]
+    stacks = (input_name(stack.weight) for stack in filter(None, map(as_expert_product, nodes)))
+    return {*(linear.name for linear in filter(None, map(as_linear, nodes))), *stacks}
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """What makes the inputs, and the norm's parameters that take the scale up; none if the inputs are multiplied."""
+
+    node: fx.Node
+    parameters: tuple[fx.Node, ...]
+
+
+def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) -> InputScale | None:
+    """Returns how the inputs `x` ``[..., features]`` of some linears can be scaled, None if they cannot."""
+    if set(x.users) != set(readers):
+        return None
+    node = x
+    while is_reshape(node) or called(node, Tensor.to, Tensor.contiguous):
+        node = node.args[0]
+        if len(node.users) != 1 or shape(node)[-1] != features:
+            return None
+    if called(node, F.layer_norm, F.rms_norm):
+        parameters = tuple(n for n in node.args[2:4] if isinstance(n, fx.Node))
+        foldable = parameters and all(_is_norm_parameter(n, features) for n in parameters)
+        return InputScale(node, parameters) if foldable else None
+    if called(node, operator.mul) and is_tensor(node):
+        return InputScale(node, tuple(n for n in node.args if _is_norm_parameter(n, features))[:1])
+    return None
+
+
+def scale_inputs(x: fx.Node, scale: InputScale, placeholders: Sequence[fx.Node]) -> fx.Node:
+    """Puts new placeholders in place of a norm's parameters, or multiplies the inputs by one; returns the inputs."""
+    if not scale.parameters:
+        with x.graph.inserting_after(x):
+            return call(operator.mul, (x, placeholders[0]), value_of(x), x)
+    for placeholder, parameter in zip(placeholders, scale.parameters, strict=True):
+        placeholder.meta = parameter.meta.copy()
+    replacement = dict(zip(scale.parameters, placeholders, strict=True))
+    scale.node.args = fx.map_arg(scale.node.args, lambda n: replacement.get(n, n))
+    return x
+
+
+def _is_norm_parameter(node: object, features: int) -> bool:
+    return is_parameter(node) and shape(node) == (features,)
+
+
+def simplify_attention(graph: fx.Graph) -> None:
+    """Puts attention without repeated KV heads in place of attention for one query position."""
+    for node in list(graph.nodes):
+        found = inference_sdpa(node)
+        if found is not None and not found.causal and shape(found.q)[2] == 1:
+            node.target = grouped_attention
+            with graph.inserting_before(node):
+                q = in_dtype_of(node, found.q)
+            node.args = (q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
+            node.kwargs = {}
+            for repeated in (found.k, found.v):
+                drop_unused(repeated)
+
+
+def simplify_linears(graph: fx.Graph) -> int:
+    """Makes linear layers whose inputs are one row ones for one row; returns the number replaced.
+
+    Weights of 4 bits stay with their own products.
+    """
+    linears = graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
+    known = [n for n in linears if value_of(n.args[0]) is not None and is_ordinary(value_of(n.args[1]))]
+    one_row = [n for n in known if set(shape(n.args[0])[:-1]) == {1}]
+    for node in one_row:
+        with graph.inserting_before(node):
+            node.args = (in_dtype_of(node, node.args[0]), *node.args[1:])
+        node.target = one_row_linear
+    return len(one_row)

@@ -25,12 +25,12 @@ from river_compile.lowering.compile import SegmentCompiler, StoredExamples, indu
 from river_compile.lowering.compile import lower as lower_segment
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.offload.streaming import Streamer
+from river_compile.passes.edits import run_passes
 from river_compile.passes.freeze import freeze
-from river_compile.passes.linears import matrix_names
 from river_compile.passes.nodes import calls_flex_attention, value_of
-from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
+from river_compile.passes.twins import matrix_names
 from river_compile.progress import stage_reached
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program

@@ -16,13 +16,11 @@ from river_compile.exits import ExitPolicy
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bf12
 from river_compile.lowering.choose import Lowering
-from river_compile.passes.backbone import river_backbone
-from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
-from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
-from river_compile.passes.heads import draft_vocab, rescored_head
+from river_compile.passes.backbone import packed_backbone, river_backbone
+from river_compile.passes.edits import Pass
+from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
+from river_compile.passes.heads import draft_vocab, exit_checks, logits_entropy, logits_of, rescored_head
 from river_compile.passes.nodes import is_parameter, value_of
-from river_compile.passes.packed_backbone import packed_backbone
-from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
 

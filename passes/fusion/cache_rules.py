@@ -16,9 +16,8 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from river_compile.passes.edits import Missed, call, drop_unused, put, require, reshaped
-from river_compile.passes.fusion.block import BlockView, CacheEntry
-from river_compile.passes.fusion.match import Columns, columns
-from river_compile.passes.fusion.recognise import Attention, Normed, Rotation, norm, rotation
+from river_compile.passes.fusion.match import BlockView, CacheEntry, Columns, columns
+from river_compile.passes.fusion.recognise import Attention, Normed, Rotation, attention, norm, rotation
 from river_compile.passes.nodes import (
     before_cast,
     before_views,
@@ -89,7 +88,7 @@ def _keeps_positions(node: fx.Node, exchanges: list[fx.Node], product: fx.Node) 
 
 def fuse_kv_fill(view: BlockView) -> fx.Node:
     """rope + kv write."""
-    _, attended = view.attention()
+    _, attended = _cached_attention(view)
     entries = k_entry, v_entry = view.entries[attended.k], view.entries[attended.v]
     require(k_entry.slot == v_entry.slot, "keys and values go to different slots", v_entry.writer)
     slots = shape(k_entry.slot)
@@ -109,6 +108,17 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     for entry in entries:
         view.entries[entry.cache] = replace(entry, value=k.columns.product, writer=fused)
     return fused
+
+
+def _cached_attention(view: BlockView) -> tuple[fx.Node, Attention]:
+    """Returns the attention over the static cache, and its node; raises `Missed` where there is none."""
+    if view.grown:
+        raise Missed("the cache grows with every token", view.grown[0])
+    for node in view.graph.nodes:
+        found = attention(node)
+        if found is not None and found.k in view.entries and found.v in view.entries:
+            return node, found
+    raise Missed("no attention over a static cache was recognised")
 
 
 def _fixed_sizes(cache: fx.Node) -> tuple[int, int]:
@@ -207,7 +217,7 @@ def _exchanged(node: fx.Node) -> fx.Node:
 
 def fuse_attention(view: BlockView) -> fx.Node:
     """attention."""
-    node, found = view.attention()
+    node, found = _cached_attention(view)
     late = any(entry.writer > node for entry in view.entries.values())
     require(not late, "the cache is read before it is written", node)
     q, keys, values = (value_of(n) for n in (found.q, found.k, found.v))

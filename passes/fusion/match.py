@@ -1,12 +1,13 @@
-"""Which part of a matmul a value consists of: ranges of one dimension, and columns.
+"""A fusion rule's view of a segment: matmuls by role, cache entries, attention.
 
-Nothing here changes a graph or adds a guard. Not handled: ranges of several dimensions at once.
+Roles follow from the flow of values alone. Not handled: cache entries at other places than a slot or the end.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -14,7 +15,96 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from river_compile.passes.nodes import before_views, called, is_tensor, shape, value_of
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
+from river_compile.passes.nodes import before_views, called, closure, is_tensor, rank, shape, value_of
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """How keys or values ``[B, J, T, D]`` enter a static cache ``[B, J, S, D]``.
+
+    `slot` is a tensor of one element for each position.
+    """
+
+    cache: fx.Node
+    value: fx.Node
+    slot: fx.Node
+    writer: fx.Node
+
+
+class BlockView:
+    """One segment under the rules: what enters each static cache, and the concatenations that grow a dynamic one.
+
+    `any_width` says whether passes of all widths are to run the same generated kernels, which makes a token's bits the
+    same in each.
+    """
+
+    def __init__(self, graph: fx.Graph, any_width: bool = False) -> None:
+        self.graph, self._any_width = graph, any_width
+        self.entries = {entry.cache: entry for entry in map(_entry, graph.nodes) if entry is not None}
+        self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
+
+    def products(self, role: str) -> list[fx.Node]:
+        """Returns the matmuls of a role.
+
+        "cache" feeds the KV cache, "attention" reads what attention gives, "up" reads the residual stream for an MLP,
+        and "down" reads another product's activations.
+        """
+        values = [entry.value for entry in self.entries.values()] or [node.args[0][1] for node in self.grown]
+        caches = {*self.entries, *(node.args[0][0] for node in self.grown)}
+        into_cache = sources(values)
+        roles: dict[fx.Node, str] = {}
+        for product in filter(is_product, self.graph.nodes):
+            reads = sources([product.args[0]])
+            if product in into_cache:
+                roles[product] = "cache"
+            elif reads & caches:
+                roles[product] = "attention"
+            else:
+                direct = all(roles[n] == "attention" for n in filter(is_product, reads))
+                roles[product] = "up" if direct else "down"
+        return [product for product, found in roles.items() if found == role]
+
+    @property
+    def native(self) -> bool:
+        """Whether the segment's products are those of the C++ kernels."""
+        return any(is_product(n) and n.args[6] in ("dense", NATIVE_LAYOUT) for n in self.graph.nodes)
+
+    @property
+    def several(self) -> bool:
+        """Whether the kernels around the cache take several positions."""
+        return self._any_width or self.native
+
+
+def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Returns the nearest products, the placeholders and the new tensors that values are computed from."""
+    reached = closure(nodes, lambda n: () if is_product(n) or _is_start(n) else n.all_input_nodes)
+    return {n for n in reached if is_product(n) or _is_start(n)}
+
+
+def _entry(node: fx.Node) -> CacheEntry | None:
+    if called(node, torch.Tensor.index_copy_) and _is_cache(node.args[0]) and node.args[1] in (2, -2):
+        cache, _, slot, value = node.args
+        return CacheEntry(cache, value, slot, node)
+    return None
+
+
+def _is_start(node: fx.Node) -> bool:
+    """True for what is computed from no tensor: inputs, and new tensors such as a cache before its first token."""
+    sizes = all(isinstance(value_of(n), (int, torch.SymInt)) for n in node.all_input_nodes)
+    return node.op == "placeholder" or (is_tensor(node) and sizes)
+
+
+def _is_cache(node: Argument) -> bool:
+    return rank(node) == 4 and _is_start(node)
+
+
+def _grows_a_cache(node: fx.Node) -> bool:
+    if not called(node, torch.cat) or node.args[1] not in (2, -2) or len(node.args[0]) != 2:
+        return False
+    before, _ = node.args[0]
+    return _is_cache(before) or (_is_start(before) and rank(node) == 4 and shape(before) == (0,))
+
 
 WHOLE = slice(None, None, None)
 

@@ -20,7 +20,7 @@ from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, threshold_text
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
 from river_compile.offload.weights import OffloadLog
-from river_compile.passes.moe_router import ROUTER
+from river_compile.passes.experts import ROUTER
 from river_compile.passes.program import Fusion, Program, SegmentSpec
 from river_compile.runtime.kv_cache import KeptTexts
 from river_compile.runtime.stats import ExactStats

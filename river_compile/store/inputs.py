@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from river_compile.passes.decoder import with_size
 from river_compile.passes.freeze import assumed_of
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Example, Input, Program, Refusal, RiverProgram, Size, Source, TensorSpec
 from river_compile.passes.segments import recognise
-from river_compile.passes.sizes import with_size
 from river_compile.store.codec import NotStorable
 
 log = logging.getLogger("river_compile.store")

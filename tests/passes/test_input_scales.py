@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from river_compile.passes.input_scales import find_input_scale, scale_inputs
 from river_compile.passes.normalize import normalized
+from river_compile.passes.twins import find_input_scale, scale_inputs
 from tests.passes.graphs import GraphBuilder
 
 FEATURES = 8

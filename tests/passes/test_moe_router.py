@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from river_compile.passes.moe_router import is_router
+from river_compile.passes.experts import is_router
 from river_compile.passes.nodes import as_linear
 from river_compile.passes.normalize import normalized
 

@@ -7,9 +7,9 @@ import sympy
 import torch
 from torch import Tensor
 
+from river_compile.passes.decoder import with_size
 from river_compile.passes.normalize import normalized
 from river_compile.passes.segments import recognise
-from river_compile.passes.sizes import with_size
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.upstream.transformers import mark_growing
 from tests.support.decoding import cache_argument, cache_state, new_cache, run_plainly
