@@ -1,12 +1,12 @@
 """Gives passes a backbone that multiplies by the package's own kernels, in 16 bits.
 
 Linear layers become ``river::linear`` in layout "dense", the C++ kernels', which sum an output in one order whatever
-the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one product,
+the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one matmul,
 whose weights stay where they are: its matrix is a ``torch.cat`` that the lowering takes apart again. The rules of
 fusion then see a block as they see a twin. Torchao's weight-only tensors of 8 bits are for the C++ kernels too, which
 read them packed (:mod:`river_compile.passes.backbone`).
 
-Not handled: weights of another dtype than their input, products of another one (autocast's), transposed weights
+Not handled: weights of another dtype than their input, matmuls of another one (autocast's), transposed weights
 (GPT-2's Conv1D), experts; they stay so.
 """
 
@@ -23,9 +23,9 @@ from river_compile.kernels.quant import bf12, bits8
 from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
 from river_compile.passes.nodes import Linear, called, input_name, is_ordinary, is_parameter, same_dtype, value_of
 from river_compile.passes.program import Matmul, RiverProgram, Segment
-from river_compile.passes.twins import input_of, replace_linears, sharing_input, simplify_attention
+from river_compile.passes.twins import current_input, group_by_input, replace_linears, simplify_attention
 
-MOST_MERGED = 4  # matrices of one product
+MOST_MERGED = 4  # matrices of one matmul
 _MERGED_ROWS = 16  # of which a generated kernel's matrices have a multiple
 
 
@@ -34,16 +34,16 @@ def river_backbone(layout: str) -> Pass:
 
     def river_backbone(program: RiverProgram) -> RiverProgram:
         """Blocks and the head use the kernels' own matmuls of a few rows."""
-        blocks = tuple(_with_products(block, layout) for block in program.blocks)
-        return replace(program, blocks=blocks, head=_with_products(program.head, layout))
+        blocks = tuple(_with_river_linears(block, layout) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_with_river_linears(program.head, layout))
 
     return river_backbone
 
 
-def _with_products(segment: Segment, layout: str) -> Segment:
+def _with_river_linears(segment: Segment, layout: str) -> Segment:
     made = segment.copy()
     simplify_attention(made.graph)
-    groups = sharing_input(made.graph, lambda linear: _kind(linear, layout))
+    groups = group_by_input(made.graph, lambda linear: _kind(linear, layout))
     for linears in groups:
         aligned = layout == "dense" or all(linear.out_features % _MERGED_ROWS == 0 for linear in linears)
         together = MOST_MERGED if aligned else 1
@@ -73,11 +73,11 @@ def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)
         bias = first.bias and _joined([linear.bias for linear in linears if linear.bias], first.node)
-    replace_linears(linears, input_of(linears), weight, None, bias, 0, layout)
+    replace_linears(linears, current_input(linears), weight, None, bias, 0, layout)
 
 
 def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
-    """Returns the parameters that a product's matrix or bias was put together from; of None, none."""
+    """Returns the parameters that a matmul's matrix or bias was put together from; of None, none."""
     if parameter is None:
         return []
     return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]

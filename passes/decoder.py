@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 from river_compile.passes.nodes import (
     ancestors,
     clean_path,
+    external_inputs,
     hints_of,
     is_hidden,
     is_parameter,
@@ -36,7 +37,6 @@ from river_compile.passes.nodes import (
     mutated_inputs,
     nesting,
     rank,
-    read_by,
     shape,
     value_of,
 )
@@ -112,7 +112,7 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
     part_of: dict[fx.Node, int] = {}
     reached = 0
     for nodes in _inseparable(graph):
-        read = read_by(nodes)
+        read = external_inputs(nodes)
         before = max((part_of.get(a, 0) for a in read), default=0)
         children = {index for node in nodes for index, *_ in itertools.islice(_children(node, list_path), 1)}
         if len(children) > 1:

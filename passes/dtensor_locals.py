@@ -32,7 +32,7 @@ def is_shard(value: object) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
-def collective(node: Argument, name: str) -> bool:
+def is_collective(node: Argument, name: str) -> bool:
     """True for a functional collective: "all_reduce", "wait_tensor" ..."""
     packet = getattr(_COLLECTIVES, name)
     return called(node, packet, packet.default)
@@ -52,7 +52,7 @@ def on_local_shards(traced: fx.GraphModule, ranks: int, group: str) -> frozenset
     graph = traced.graph
     local = frozenset(node for node in graph.find_nodes(op="placeholder") if _read_as_local(node))
     for node in list(graph.nodes):
-        if collective(node, "wait_tensor"):
+        if is_collective(node, "wait_tensor"):
             _without_copy(node)
         elif _calls(node, "from_local"):
             _as_gather(node, ranks, group)
@@ -87,7 +87,7 @@ def _aliases(node: fx.Node) -> Iterator[fx.Node]:
 def _without_copy(wait: fx.Node) -> None:
     """Uses a sum over ranks itself where it was copied back into the rank's own part, which is read only afterwards."""
     reduced = wait.args[0]
-    if not collective(reduced, "all_reduce") or len(wait.users) != 1:
+    if not is_collective(reduced, "all_reduce") or len(wait.users) != 1:
         return
     part, (copy,) = reduced.args[0], wait.users
     if not called(copy, Tensor.copy_) or copy.args[:2] != (part, wait):

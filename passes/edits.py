@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import is_reshape, mutated_inputs, plain, shape, sizes_of, value_of
+from river_compile.passes.nodes import is_reshape, mutated_inputs, shape, sizes_of, skip_noops, value_of
 from river_compile.passes.program import RiverProgram
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 
 
-class Missed(Exception):
+class NoMatch(Exception):
     """A fusion rule does not apply: a reason for the user, and the node that it is about (the whole segment: None)."""
 
     def __init__(self, reason: str, node: fx.Node | None = None) -> None:
@@ -29,9 +29,9 @@ class Missed(Exception):
 
 
 def require(fits: bool, reason: str, node: fx.Node | None = None) -> None:
-    """Raises `Missed` if a condition of a rule does not hold."""
+    """Raises `NoMatch` if a condition of a rule does not hold."""
     if not fits:
-        raise Missed(reason, node)
+        raise NoMatch(reason, node)
 
 
 def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
@@ -43,17 +43,17 @@ def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
     return added
 
 
-def put(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object) -> fx.Node:
+def replace_node(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object) -> fx.Node:
     """Replaces a node by an operator that does not read it, in its shape; erases nodes that only served the old one.
 
-    `value` is a fake tensor like the result, which holds as many elements as the old node's. Raises `Missed` where the
+    `value` is a fake tensor like the result, which holds as many elements as the old node's. Raises `NoMatch` where the
     old shape cannot be restored, because several of its sizes are dynamic.
     """
     known = sizes_of(value) == shape(old) or sum(isinstance(n, str) for n in shape(old)) < 2
     require(known, f"its shape {shape(old)} has several dynamic sizes", old)
     with old.graph.inserting_before(old):
         new = call(target, arguments, value, old, **kwargs)
-        result = reshaped(new, old)
+        result = reshape_like(new, old)
     old.replace_all_uses_with(result)
     drop_unused(old)
     return new
@@ -66,19 +66,19 @@ def call(target: Callable, arguments: tuple, value: object, like: fx.Node, **kwa
     return node
 
 
-def in_dtype_of(product: fx.Node, operand: fx.Node) -> fx.Node:
-    """Returns a floating operand in the dtype of a product's result, any other as it is.
+def cast_like(matmul: fx.Node, operand: fx.Node) -> fx.Node:
+    """Returns a floating operand in the dtype of a matmul's result, any other as it is.
 
-    Autocast casts operands without a node of the graph; what takes the product's place needs one. `operand` is a traced
+    Autocast casts operands without a node of the graph; what takes the matmul's place needs one. `operand` is a traced
     node, or a new placeholder that stands for a parameter.
     """
-    dtype, value = value_of(product).dtype, value_of(operand)
+    dtype, value = value_of(matmul).dtype, value_of(operand)
     if not value.is_floating_point() or value.dtype == dtype:
         return operand
-    return call(torch.Tensor.to, (operand, dtype), value.to(dtype), product)
+    return call(torch.Tensor.to, (operand, dtype), value.to(dtype), matmul)
 
 
-def reshaped(node: fx.Node, like: fx.Node) -> fx.Node:
+def reshape_like(node: fx.Node, like: fx.Node) -> fx.Node:
     """Returns a node in the shape of another one."""
     if shape(node) == shape(like):
         return node
@@ -100,15 +100,15 @@ def drop_unused(last: fx.Node) -> None:
             node.graph.erase_node(node)
 
 
-def way_down(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Follows a value through views and the operations of `plain`; returns the last of them and its users.
+def follow_uses(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Follows a value through views and the operations of `skip_noops`; returns the last of them and its users.
 
-    Raises `Missed` where there are several uses.
+    Raises `NoMatch` where there are several uses.
     """
     while True:
         require(len(node.users) == 1, "its result is used more than once", node)
         (user,) = node.users
-        if user.op == "output" or (plain(user) is user and not is_reshape(user)):
+        if user.op == "output" or (skip_noops(user) is user and not is_reshape(user)):
             return node, user
         node = user
 

@@ -24,13 +24,13 @@ from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.quant.grid import fitting_group_size
-from river_compile.passes.edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
+from river_compile.passes.edits import add_placeholders, call, cast_like, drop_unused, reshape_like
 from river_compile.passes.nodes import called, closure, input_name, is_parameter, is_tensor, rank, shape, value_of
 from river_compile.passes.program import Matmul, Segment
 
 
 @dataclass(frozen=True)
-class ExpertProduct:
+class ExpertMatmul:
     """Rows and the expert of each: ``y[m] = x[m] W[expert[m]]^T``.
 
     Attributes:
@@ -70,7 +70,7 @@ class ExpertProduct:
         )
 
 
-def as_expert_product(node: fx.Node) -> ExpertProduct | None:
+def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
     """Recognises a product with stacked experts of a parameter in any of the three spellings."""
     if not is_tensor(node) or node.op != "call_function" or len(node.args) != 2:
         return None
@@ -79,20 +79,20 @@ def as_expert_product(node: fx.Node) -> ExpertProduct | None:
     if _is_grouped(node):
         if stack is None or stack.chosen is not None or rank(left) != 2:
             return None
-        return ExpertProduct(node, left, stack.weight, not stack.swapped, node.kwargs["offs"], by_group)
+        return ExpertMatmul(node, left, stack.weight, not stack.swapped, node.kwargs["offs"], by_group)
     if not called(node, torch.bmm, operator.matmul) or rank(left) != 3 or rank(right) != 3:
         return None
     if stack is not None and stack.chosen is None:
-        return ExpertProduct(node, left, stack.weight, not stack.swapped, None, by_place)
+        return ExpertMatmul(node, left, stack.weight, not stack.swapped, None, by_place)
     if stack is not None and shape(left)[1] == 1:
-        return ExpertProduct(node, left, stack.weight, not stack.swapped, stack.chosen, as_chosen)
+        return ExpertMatmul(node, left, stack.weight, not stack.swapped, stack.chosen, as_chosen)
     stack = _stack_of(left)
     if stack is not None and stack.chosen is not None and shape(right)[2] == 1:
-        return ExpertProduct(node, right, stack.weight, stack.swapped, stack.chosen, as_chosen)
+        return ExpertMatmul(node, right, stack.weight, stack.swapped, stack.chosen, as_chosen)
     return None
 
 
-def replace_expert_product(graph: fx.Graph, product: ExpertProduct, linear: Matmul, index: int) -> None:
+def replace_expert_matmul(graph: fx.Graph, product: ExpertMatmul, linear: Matmul, index: int) -> None:
     """Puts one ``river::experts`` in place of a product, the `index`-th one of its twin."""
     node, x = product.node, product.x
     experts, out_features, in_features = product.shape
@@ -103,12 +103,12 @@ def replace_expert_product(graph: fx.Graph, product: ExpertProduct, linear: Matm
     with graph.inserting_before(node):
         if rank(x) != 2:
             x = call(torch.reshape, (x, (-1, in_features)), value_of(x).new_empty((many, in_features)), node)
-        x = in_dtype_of(node, x)
+        x = cast_like(node, x)
         chosen = value_of(x).new_empty((many,), dtype=torch.int64)
         expert = call(product.expert, (x, product.route, experts), chosen, node)
         arguments = (x, qweight, scale_zero, expert, out_features, linear.group_size, linear.layout)
         value = value_of(x).new_empty((many, out_features))
-        result = reshaped(call(torch.ops.river.experts.default, arguments, value, node), node)
+        result = reshape_like(call(torch.ops.river.experts.default, arguments, value, node), node)
     node.replace_all_uses_with(result)
     drop_unused(node)
 
@@ -175,7 +175,7 @@ def is_router(product: fx.Node) -> bool:
     return any(map(_chooses, closure(product.users, lambda node: () if _multiplies(node) else node.users)))
 
 
-def chosen_experts(segment: Segment) -> dict[fx.Node, int]:
+def experts_per_token(segment: Segment) -> dict[fx.Node, int]:
     """Returns how many matrices one token reads of each placeholder of a segment that holds experts, packed or not.
 
     The top-k that comes closest before their product says it; stacks without one are not among them.
@@ -188,7 +188,7 @@ def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
     """Returns the placeholders that hold the experts of a product, in 16 bits or packed."""
     if called(node, torch.ops.river.experts.default):
         return node.args[1:3]
-    product = as_expert_product(node)
+    product = as_expert_matmul(node)
     return () if product is None else (product.weight,)
 
 
@@ -214,4 +214,4 @@ def _gives_places(node: fx.Node) -> bool:
 
 
 def _multiplies(node: fx.Node) -> bool:
-    return called(node, *_PRODUCTS) or as_expert_product(node) is not None
+    return called(node, *_PRODUCTS) or as_expert_matmul(node) is not None

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.capture_safety import fixed_inputs, obstacle
-from river_compile.passes.experts import chosen_experts
+from river_compile.passes.experts import experts_per_token
 from river_compile.passes.nodes import (
     hints_of,
     is_ordinary,
@@ -65,7 +65,9 @@ def freeze(
     def spec(segment: Segment) -> SegmentSpec:
         if segment.graph not in shared:
             places = {node: place for place, node in enumerate(segment.graph.find_nodes(op="placeholder"))}
-            experts = tuple((places[node], count) for node, count in chosen_experts(segment).items() if node in places)
+            experts = tuple(
+                (places[node], count) for node, count in experts_per_token(segment).items() if node in places
+            )
             shared[segment.graph] = lower(segment), obstacle(segment, plan.device), experts
         code, why_not, experts = shared[segment.graph]
         return SegmentSpec(
@@ -82,7 +84,7 @@ def freeze(
         )
 
     inputs = tuple(
-        Input(name, example_of(value_of(node)), is_parameter(node), node in fixed)
+        Input(name, to_example(value_of(node)), is_parameter(node), node in fixed)
         for node, name in zip(program.inputs, names, strict=True)
     )
     values = [value_of(node) for node in slots]
@@ -92,7 +94,7 @@ def freeze(
         device=plan.device,
         dtype=value_of(plan.blocks[0].hidden_in).dtype,
         inputs=inputs,
-        values=tuple(map(example_of, values[len(inputs) :])),
+        values=tuple(map(to_example, values[len(inputs) :])),
         hints=tuple(sorted(_hints(values).items(), key=str)),
         prologue=spec(program.prologue),
         blocks=tuple(map(spec, program.blocks)),
@@ -104,8 +106,8 @@ def freeze(
         fusions=program.fusions,
         returned=tuple(slots[node] for node in program.returned),
         keys=_keys(program),
-        batch=size_of(plan.batch),
-        tokens=size_of(plan.query_length),
+        batch=to_size(plan.batch),
+        tokens=to_size(plan.query_length),
         capacity=_capacity(program),
         last_token=_last_token(program),
         not_captured=_not_captured(program),
@@ -116,7 +118,7 @@ def freeze(
     )
 
 
-def size_of(size: int | torch.SymInt) -> Size:
+def to_size(size: int | torch.SymInt) -> Size:
     """Returns a size as a number or an expression of symbols."""
     if isinstance(size, int):
         return size
@@ -124,17 +126,17 @@ def size_of(size: int | torch.SymInt) -> Size:
     return expr if expr.free_symbols else int(expr)
 
 
-def example_of(value: Any) -> Example:
+def to_example(value: Any) -> Example:
     """Returns what a fake tensor or number is like, None for anything else."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return size_of(value)
+        return to_size(value)
     if not isinstance(value, Tensor) or not is_ordinary(value):
         return None
-    shape, stride = (tuple(map(size_of, sizes)) for sizes in (value.shape, value.stride()))
+    shape, stride = (tuple(map(to_size, sizes)) for sizes in (value.shape, value.stride()))
     return TensorSpec(shape, stride, value.dtype, value.device, value.requires_grad)
 
 
-def assumed_of(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
+def size_conditions(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
     """Returns what was assumed so far about the dynamic sizes of a graph, given the example values of its inputs.
 
     The range of a number that no input has (a capacity that only Python reads) is no matter of the graph's.

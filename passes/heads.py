@@ -19,15 +19,17 @@ from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::rescore)
 from river_compile.kernels.portable import largest_entropy
-from river_compile.passes.edits import Missed, Pass, add_placeholders, call, require
+from river_compile.passes.edits import NoMatch, Pass, add_placeholders, call, require
 from river_compile.passes.nodes import called, is_hidden, is_ordinary, same_dtype, shape, source_of, value_of
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 
-def change_head(program: RiverProgram, rule: str, change: Callable[[Segment], Segment], otherwise: str) -> RiverProgram:
+def _change_head(
+    program: RiverProgram, rule: str, change: Callable[[Segment], Segment], otherwise: str
+) -> RiverProgram:
     """Returns the program with a river head that `change` made of a copy; notes what `otherwise` is where it misses.
 
-    Programs whose river head has no packed product stay as they are.
+    Programs whose river head has no packed matmul stay as they are.
     """
     head = program.river_head
     if head is None or not head.packed:
@@ -35,34 +37,34 @@ def change_head(program: RiverProgram, rule: str, change: Callable[[Segment], Se
     missed = where = ""
     try:
         head = change(head.copy())
-    except Missed as miss:
-        missed = f"{miss.reason}; {otherwise}"
+    except NoMatch as miss:
+        missed = f"{miss.reason}; {fallback}"
         where = "" if miss.node is None else source_of(miss.node)
     fusion = Fusion(rule, head.name, missed, where)
     return replace(program, river_head=head, fusions=(*program.fusions, fusion))
 
 
-def product_of(head: Segment) -> fx.Node:
-    """Returns the one product of a head; raises `Missed` where it has none or several."""
-    products = [node for node in head.graph.nodes if called(node, torch.ops.river.linear.default)]
-    require(len(products) == len(head.packed) == 1, f"it has {len(products)} products in 4 bits")
-    return products[0]
+def _head_linear(head: Segment) -> fx.Node:
+    """Returns the one matmul of a head; raises `NoMatch` where it has none or several."""
+    matmuls = [node for node in head.graph.nodes if called(node, torch.ops.river.linear.default)]
+    require(len(matmuls) == len(head.packed) == 1, f"it has {len(matmuls)} matmuls in 4 bits")
+    return matmuls[0]
 
 
 def draft_vocab(program: RiverProgram) -> RiverProgram:
-    """The product of the river's head takes a list of the blocks of logits that are wanted."""
-    logits = logits_of(program)
-    rule, otherwise = "head + list of wanted logits", "drafts compute all logits"
-    return change_head(program, rule, lambda head: _with_list(head, logits), otherwise)
+    """The matmul of the river's head takes a list of the blocks of logits that are wanted."""
+    logits = find_logits(program)
+    rule, fallback = "head + list of wanted logits", "drafts compute all logits"
+    return _change_head(program, rule, lambda head: _with_list(head, logits), fallback)
 
 
 def _with_list(head: Segment, logits: fx.Node | None) -> Segment:
-    product = product_of(head)
-    plain = product.kwargs.get("residual") is None and not product.kwargs.get("gated", False)
-    all_of_them = logits is not None and shape(logits)[-1] == product.args[4]
-    require(plain and all_of_them, "the product's outputs are not the logits", product)
+    matmul = _head_linear(head)
+    plain = matmul.kwargs.get("residual") is None and not matmul.kwargs.get("gated", False)
+    all_of_them = logits is not None and shape(logits)[-1] == matmul.args[4]
+    require(plain and all_of_them, "the matmul's outputs are not the logits", matmul)
     (wanted,) = add_placeholders(head.graph, ["wanted"])
-    product.kwargs = {**product.kwargs, "wanted": wanted}
+    matmul.kwargs = {**matmul.kwargs, "wanted": wanted}
     return replace(head, chooses_logits=True)
 
 
@@ -71,21 +73,21 @@ _NORM = {"norm": "none", "norm_weight": None, "norm_bias": None, "eps": 1e-6}
 
 def rescored_head(program: RiverProgram) -> RiverProgram:
     """The largest logits of tokens that left are computed anew from the head's 16-bit matrix."""
-    rule, otherwise = "head + largest logits anew", "the head stays in 16 bits"
-    return change_head(program, rule, lambda head: _rescored(head, program.inputs), otherwise)
+    rule, fallback = "head + largest logits anew", "the head stays in 16 bits"
+    return _change_head(program, rule, lambda head: _rescored(head, program.inputs), fallback)
 
 
 def _rescored(head: Segment, inputs: Sequence[fx.Node]) -> Segment:
-    product, site = product_of(head), head.packed[0]
+    matmul, site = _head_linear(head), head.packed[0]
     head, weight = _with_input(head, inputs[site.weights[0]])
     fits = is_ordinary(value_of(weight)) and value_of(weight).is_contiguous() and not site.transposed
-    fits = fits and not site.scales_inputs and same_dtype(product.args[0], weight) and same_dtype(product, weight)
-    require(fits, "its matrix is not an ordinary parameter of the activations' dtype", product)
-    norm = [product.kwargs.get(name, default) for name, default in _NORM.items()]
-    with head.graph.inserting_after(product):
-        arguments = (product, product.args[0], weight, product.args[3], *norm)
-        anew = call(torch.ops.river.rescore.default, arguments, value_of(product), product)
-    product.replace_all_uses_with(anew, delete_user_cb=lambda user: user is not anew)
+    fits = fits and not site.scales_inputs and same_dtype(matmul.args[0], weight) and same_dtype(matmul, weight)
+    require(fits, "its matrix is not an ordinary parameter of the activations' dtype", matmul)
+    norm = [matmul.kwargs.get(name, default) for name, default in _NORM.items()]
+    with head.graph.inserting_after(matmul):
+        arguments = (matmul, matmul.args[0], weight, matmul.args[3], *norm)
+        anew = call(torch.ops.river.rescore.default, arguments, value_of(matmul), matmul)
+    matmul.replace_all_uses_with(anew, delete_user_cb=lambda user: user is not anew)
     return head
 
 
@@ -119,14 +121,14 @@ def exit_checks(candidates: tuple[int, ...]) -> Pass:
 
 def logits_entropy(program: RiverProgram) -> RiverProgram:
     """Heads return the entropy of their logits; those of a model that returns no logits stay as they are."""
-    logits = logits_of(program)
+    logits = find_logits(program)
     if logits is None:
         return program
     river_head = program.river_head and _with_score(program.river_head, largest_entropy, logits)
     return replace(program, head=_with_score(program.head, largest_entropy, logits), river_head=river_head)
 
 
-def logits_of(program: RiverProgram) -> fx.Node | None:
+def find_logits(program: RiverProgram) -> fx.Node | None:
     """Returns the logits ``[B, T, V]`` among the values that the graph returns, None for a model without a head.
 
     They are the last three-dimensional output after the blocks that is not as wide as the hidden state.

@@ -183,7 +183,7 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return closure(nodes, lambda node: node.all_input_nodes)
 
 
-def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """Returns the inputs of nodes from other nodes, in order of appearance."""
     inside = set(nodes)
     return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
@@ -227,12 +227,12 @@ def either_way(node: Argument, function: Callable) -> Iterator[tuple[Argument, A
         yield found[::-1]
 
 
-def beside(node: Argument, function: Callable, number: float) -> Argument | None:
+def other_operand(node: Argument, function: Callable, number: float) -> Argument | None:
     """Returns the other operand of a commutative operation with a number, None for other nodes."""
     return next((other for value, other in either_way(node, function) if value == number), None)
 
 
-def before_cast(node: Argument) -> Argument:
+def skip_casts(node: Argument) -> Argument:
     """Looks through changes of the floating dtype."""
     while _is_cast(node):
         node = node.args[0]
@@ -246,7 +246,7 @@ def _is_cast(node: Argument) -> TypeGuard[fx.Node]:
     return new.is_floating_point() and old.is_floating_point() and new.device == old.device
 
 
-def plain(node: Argument) -> Argument:
+def skip_noops(node: Argument) -> Argument:
     """Looks through operations that change no value: dropout at inference, casts to the same dtype, ``x[:]``."""
     while (
         called(node, Tensor.contiguous)
@@ -282,9 +282,9 @@ def _takes_all(node: fx.Node) -> bool:
     return slices and is_tensor(source) and is_tensor(node) and shape(node) == shape(source)
 
 
-def before_views(node: Argument) -> Argument:
-    """Looks through `plain` and through views that keep the order of the elements."""
-    while _keeps_order(node := plain(node)):
+def skip_views(node: Argument) -> Argument:
+    """Looks through `skip_noops` and through views that keep the order of the elements."""
+    while _keeps_order(node := skip_noops(node)):
         node = node.args[0]
     return node
 

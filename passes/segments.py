@@ -19,8 +19,8 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.decoder import find_decoder
-from river_compile.passes.experts import as_expert_product
-from river_compile.passes.nodes import as_linear, input_name, is_parameter, read_by, value_of
+from river_compile.passes.experts import as_expert_matmul
+from river_compile.passes.nodes import as_linear, external_inputs, input_name, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, Fingerprint, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -29,7 +29,7 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refusal:
     """Returns the decoder in a normalized graph, cut into segments; with `twins` one that can have them."""
     plan = find_decoder(normal)
-    program = plan if isinstance(plan, Refusal) else segmented(plan)
+    program = plan if isinstance(plan, Refusal) else split_segments(plan)
     if twins and isinstance(program, RiverProgram):
         return _without_matmuls(program) or program
     return program
@@ -38,7 +38,7 @@ def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refu
 def _without_matmuls(program: RiverProgram) -> Refusal | None:
     """Returns why no block could have a 4-bit twin: none of them multiplies by weights that can be read."""
     nodes = [node for block in program.blocks for node in block.graph.nodes]
-    if any(as_linear(node) or as_expert_product(node) for node in nodes):
+    if any(as_linear(node) or as_expert_matmul(node) for node in nodes):
         return None
     weights = [node for node in program.blocks[0].inputs if is_parameter(node)]
     largest = max(weights, key=lambda node: value_of(node).nbytes, default=None)
@@ -52,7 +52,7 @@ def _without_matmuls(program: RiverProgram) -> Refusal | None:
     )
 
 
-def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
+def split_segments(plan: DecoderPlan) -> RiverProgram | Refusal:
     """Returns the decoder cut into prologue, blocks and head, for the passes to start from."""
     returned = plan.graph.output_node().args[0]
     if not isinstance(returned, (tuple, list)) or not all(isinstance(value, fx.Node) for value in returned):
@@ -64,7 +64,7 @@ def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
 
 def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
     nodes = [n for n in plan.graph.nodes if plan.part_of.get(n) == part]
-    inputs = read_by(nodes)
+    inputs = external_inputs(nodes)
     sizes = _sizes_of(plan, inputs, nodes)
     inputs = [n for n in inputs if n not in sizes] + sizes
     inside = set(nodes)

@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.kernels.quant.grid import GROUP_SIZES, fitting_group_size
-from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused, in_dtype_of
-from river_compile.passes.experts import ROUTER, ExpertProduct, as_expert_product, is_router, replace_expert_product
-from river_compile.passes.fusion.recognise import before_repeat
+from river_compile.passes.edits import Pass, add_placeholders, call, cast_like, drop_unused
+from river_compile.passes.experts import ROUTER, ExpertMatmul, as_expert_matmul, is_router, replace_expert_matmul
+from river_compile.passes.fusion.recognise import skip_repeat
 from river_compile.passes.nodes import (
     Linear,
     as_linear,
@@ -44,7 +44,7 @@ MIN_GROUP_SIZE = min(GROUP_SIZES)
 
 
 @dataclass(frozen=True)
-class Twinning:
+class TwinSpec:
     """How twins are made: the packing's name, and whether inputs are scaled where that costs nothing.
 
     Each matrix takes the largest power of two up to `group_size` that divides its input features.
@@ -73,14 +73,14 @@ class _Linears:
         names = ["qweight", "scale_zero", *(["bias"] if linear.has_bias else [])]
         scaled = [f"scaled_{i}" for i in range(max(1, len(linear.folds)))] if scale else []
         new = add_placeholders(graph, [f"river_{index}_{name}" for name in (*names, *scaled)])
-        x = input_of(self.linears)
+        x = current_input(self.linears)
         x = scale_inputs(x, scale, new[len(names) :]) if scale else x
         bias = next((each.bias for each in self.linears if each.bias), None)
         with graph.inserting_before(first):
-            x = in_dtype_of(first, x)
+            x = cast_like(first, x)
             if bias is not None:
                 new[2].meta["example_value"] = value_of(bias).new_empty(linear.shape[:1])
-                bias = in_dtype_of(first, new[2])
+                bias = cast_like(first, new[2])
         replace_linears(self.linears, x, new[0], new[1], bias, linear.group_size, linear.layout)
 
 
@@ -88,15 +88,15 @@ class _Linears:
 class _Experts:
     """A matmul with stacked experts, and the 4-bit one it becomes."""
 
-    product: ExpertProduct
+    product: ExpertMatmul
     linear: Matmul
     reason: str
 
     def replace(self, graph: fx.Graph, index: int) -> None:
-        replace_expert_product(graph, self.product, self.linear, index)
+        replace_expert_matmul(graph, self.product, self.linear, index)
 
 
-def river_twins(how: Twinning | None) -> Pass:
+def river_twins(how: TwinSpec | None) -> Pass:
     """Makes the pass that gives every block its river twin; without `how`, every matrix stays in 16 bits."""
 
     def river_twins(program: RiverProgram) -> RiverProgram:
@@ -110,7 +110,7 @@ def river_twins(how: Twinning | None) -> Pass:
     return river_twins
 
 
-def river_head(how: Twinning) -> Pass:
+def river_head(how: TwinSpec) -> Pass:
     """Makes the pass that gives the head a twin of 4 bits."""
 
     def river_head(program: RiverProgram) -> RiverProgram:
@@ -135,7 +135,7 @@ def one_row_head(fuse: bool) -> Pass:
     return one_row_head
 
 
-def _twin(block: Segment, kind: str, how: Twinning, slots: Mapping[fx.Node, int]) -> tuple[Segment, list[KeptLinear]]:
+def _twin(block: Segment, kind: str, how: TwinSpec, slots: Mapping[fx.Node, int]) -> tuple[Segment, list[KeptLinear]]:
     """Returns a segment's twin, and the matrices of it that stay in 16 bits, each with the reason."""
     twin = block.copy(kind)
     graph, source_of = twin.graph, twin.origins
@@ -174,22 +174,22 @@ def _is_table(node: fx.Node) -> bool:
     return rank(node) == 2 and all(called(user, operator.getitem) and is_tensor(user.args[1]) for user in node.users)
 
 
-def _matmuls(graph: fx.Graph, number_of: Mapping[fx.Node, int], how: Twinning) -> list[_Linears | _Experts]:
+def _matmuls(graph: fx.Graph, number_of: Mapping[fx.Node, int], how: TwinSpec) -> list[_Linears | _Experts]:
     """Returns a graph's linears, those together that read the same value in the same way, and then its experts.
 
     Routers are matmuls of their own.
     """
     found: list[_Linears | _Experts] = []
-    for linears in sharing_input(graph, lambda linear: (linear.transposed, is_router(linear.node))):
+    for linears in group_by_input(graph, lambda linear: (linear.transposed, is_router(linear.node))):
         reason = ROUTER if is_router(linears[0].node) else ""
         found.append(_merged(tuple(linears), number_of, how, reason))
-    for stack in filter(None, map(as_expert_product, graph.nodes)):
+    for stack in filter(None, map(as_expert_matmul, graph.nodes)):
         linear = stack.matmul(number_of, how.group_size, how.layout)
         found.append(_Experts(stack, linear, _too_narrow(linear)))
     return found
 
 
-def _merged(linears: tuple[Linear, ...], number_of: Mapping[fx.Node, int], how: Twinning, reason: str) -> _Linears:
+def _merged(linears: tuple[Linear, ...], number_of: Mapping[fx.Node, int], how: TwinSpec, reason: str) -> _Linears:
     first = linears[0]
     nodes = [linear.node for linear in linears]
     scale = find_input_scale(first.x, nodes, first.in_features) if how.scale_inputs and not reason else None
@@ -215,7 +215,7 @@ def _too_narrow(linear: Matmul) -> str:
     return f"{linear.in_features} input features have no group of {MIN_GROUP_SIZE} or more"
 
 
-def sharing_input(graph: fx.Graph, alike: Callable[[Linear], Hashable | None]) -> list[list[Linear]]:
+def group_by_input(graph: fx.Graph, alike: Callable[[Linear], Hashable | None]) -> list[list[Linear]]:
     """Groups the linear layers that read one value and for which `alike` is the same; None leaves one out."""
     groups: dict[tuple[fx.Node, Hashable], list[Linear]] = {}
     for linear in filter(None, map(as_linear, graph.nodes)):
@@ -225,7 +225,7 @@ def sharing_input(graph: fx.Graph, alike: Callable[[Linear], Hashable | None]) -
     return [*groups.values()]
 
 
-def input_of(linears: Sequence[Linear]) -> fx.Node:
+def current_input(linears: Sequence[Linear]) -> fx.Node:
     """Returns what linear layers that share an input read by now: one that was replaced is another node since."""
     current = as_linear(linears[0].node)
     assert current is not None, "it was one when it was listed"
@@ -237,7 +237,7 @@ def replace_linears(linears: Sequence[Linear], x: fx.Node, *operands: object) ->
 
     Args:
         linears: in the order of the merged rows.
-        x: what it reads: what :func:`input_of` returns, or that in another form.
+        x: what it reads: what :func:`current_input` returns, or that in another form.
         operands: of ``river::linear`` after x: weight, scale_zero, bias, group_size, layout.
     """
     first, sizes = linears[0].node, [linear.out_features for linear in linears]
@@ -256,10 +256,10 @@ def replace_linears(linears: Sequence[Linear], x: fx.Node, *operands: object) ->
         first.graph.erase_node(linear.node)
 
 
-def matrix_names(program: RiverProgram) -> set[str]:
+def linear_names(program: RiverProgram) -> set[str]:
     """Returns the names of all linear layers and stacks of experts in blocks and head."""
     nodes = [node for segment in (*program.blocks, program.head) for node in segment.graph.nodes]
-    stacks = (input_name(stack.weight) for stack in filter(None, map(as_expert_product, nodes)))
+    stacks = (input_name(stack.weight) for stack in filter(None, map(as_expert_matmul, nodes)))
     return {*(linear.name for linear in filter(None, map(as_linear, nodes))), *stacks}
 
 
@@ -312,8 +312,8 @@ def simplify_attention(graph: fx.Graph) -> None:
         if found is not None and not found.causal and shape(found.q)[2] == 1:
             node.target = grouped_attention
             with graph.inserting_before(node):
-                q = in_dtype_of(node, found.q)
-            node.args = (q, before_repeat(found.k), before_repeat(found.v), found.mask, found.scale)
+                q = cast_like(node, found.q)
+            node.args = (q, skip_repeat(found.k), skip_repeat(found.v), found.mask, found.scale)
             node.kwargs = {}
             for repeated in (found.k, found.v):
                 drop_unused(repeated)
@@ -329,6 +329,6 @@ def simplify_linears(graph: fx.Graph) -> int:
     one_row = [n for n in known if set(shape(n.args[0])[:-1]) == {1}]
     for node in one_row:
         with graph.inserting_before(node):
-            node.args = (in_dtype_of(node, node.args[0]), *node.args[1:])
+            node.args = (cast_like(node, node.args[0]), *node.args[1:])
         node.target = one_row_linear
     return len(one_row)

@@ -30,7 +30,7 @@ from river_compile.passes.freeze import freeze
 from river_compile.passes.nodes import calls_flex_attention, value_of
 from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
-from river_compile.passes.twins import matrix_names
+from river_compile.passes.twins import linear_names
 from river_compile.progress import stage_reached
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
@@ -74,7 +74,7 @@ def build(
         )
     check_captures(plan.device, config, how.native)
     model.offloaded.check(plan, config)
-    matrices = tuple(sorted(matrix_names(found)))
+    matrices = tuple(sorted(linear_names(found)))
     with graph.stage("rewriting"):
         rewritten = _rewritten(found, choices)
         lower = functools.partial(lower_segment, lowering=how)

@@ -19,10 +19,10 @@ from river_compile.lowering.choose import Lowering
 from river_compile.passes.backbone import packed_backbone, river_backbone
 from river_compile.passes.edits import Pass
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
-from river_compile.passes.heads import draft_vocab, exit_checks, logits_entropy, logits_of, rescored_head
+from river_compile.passes.heads import draft_vocab, exit_checks, find_logits, logits_entropy, rescored_head
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
-from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
+from river_compile.passes.twins import TwinSpec, one_row_head, river_head, river_twins
 
 _LEAST_GAIN = 1.1  # of products with weights in 12 bits, to be worth that they are packed
 
@@ -34,8 +34,8 @@ class Choices:
     config: RiverConfig
     lowering: Lowering
     policy: ExitPolicy  # when tokens leave
-    twinning: Twinning | None  # of the blocks; None: twins keep the backbone's weights
-    head_twinning: Twinning | None  # None: tokens that left use the head's own weights
+    twinning: TwinSpec | None  # of the blocks; None: twins keep the backbone's weights
+    head_twinning: TwinSpec | None  # None: tokens that left use the head's own weights
     own_backbone: bool  # whether the backbone's blocks multiply by the package's kernels
     backbone_weights: str  # how these read weights: as the "model" has them, or packed in "12bit" or "8bit"
 
@@ -50,7 +50,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
     config.check_depths(plan.num_blocks)
     twinning = None
     if config.quantizer != "none":
-        twinning = Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+        twinning = TwinSpec(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
     head = config.lm_head or ("w4" if lowering.native else "keep")
     own_backbone = _uses_own_backbone(config, lowering)
     return Choices(
@@ -105,7 +105,7 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
         OptionError: the criterion reads logits and the model returns none.
     """
     policy = config.exit_policy(program.plan)
-    if policy.criterion.reads == "previous" and logits_of(program) is None:
+    if policy.criterion.reads == "previous" and find_logits(program) is None:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
             "its hidden state); compile the model with its head, or use criterion='similarity'"

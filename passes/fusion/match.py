@@ -16,7 +16,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
-from river_compile.passes.nodes import before_views, called, closure, is_tensor, rank, shape, value_of
+from river_compile.passes.nodes import called, closure, is_tensor, rank, shape, skip_views, value_of
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,42 @@ class BlockView:
         self.entries = {entry.cache: entry for entry in map(_entry, graph.nodes) if entry is not None}
         self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
-    def products(self, role: str) -> list[fx.Node]:
+    def matmuls(self, role: str) -> list[fx.Node]:
         """Returns the matmuls of a role.
 
         "cache" feeds the KV cache, "attention" reads what attention gives, "up" reads the residual stream for an MLP,
-        and "down" reads another product's activations.
+        and "down" reads another matmul's activations.
         """
         values = [entry.value for entry in self.entries.values()] or [node.args[0][1] for node in self.grown]
         caches = {*self.entries, *(node.args[0][0] for node in self.grown)}
         into_cache = sources(values)
         roles: dict[fx.Node, str] = {}
-        for product in filter(is_product, self.graph.nodes):
-            reads = sources([product.args[0]])
-            if product in into_cache:
-                roles[product] = "cache"
+        for matmul in filter(is_river_linear, self.graph.nodes):
+            reads = sources([matmul.args[0]])
+            if matmul in into_cache:
+                roles[matmul] = "cache"
             elif reads & caches:
-                roles[product] = "attention"
+                roles[matmul] = "attention"
             else:
-                direct = all(roles[n] == "attention" for n in filter(is_product, reads))
-                roles[product] = "up" if direct else "down"
-        return [product for product, found in roles.items() if found == role]
+                direct = all(roles[n] == "attention" for n in filter(is_river_linear, reads))
+                roles[matmul] = "up" if direct else "down"
+        return [matmul for matmul, found in roles.items() if found == role]
 
     @property
     def native(self) -> bool:
-        """Whether the segment's products are those of the C++ kernels."""
-        return any(is_product(n) and n.args[6] in ("dense", NATIVE_LAYOUT) for n in self.graph.nodes)
+        """Whether the segment's matmuls are those of the C++ kernels."""
+        return any(is_river_linear(n) and n.args[6] in ("dense", NATIVE_LAYOUT) for n in self.graph.nodes)
 
     @property
-    def several(self) -> bool:
+    def multi_position(self) -> bool:
         """Whether the kernels around the cache take several positions."""
         return self._any_width or self.native
 
 
 def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Returns the nearest products, the placeholders and the new tensors that values are computed from."""
-    reached = closure(nodes, lambda n: () if is_product(n) or _is_start(n) else n.all_input_nodes)
-    return {n for n in reached if is_product(n) or _is_start(n)}
+    """Returns the nearest matmuls, the placeholders and the new tensors that values are computed from."""
+    reached = closure(nodes, lambda n: () if is_river_linear(n) or _is_start(n) else n.all_input_nodes)
+    return {n for n in reached if is_river_linear(n) or _is_start(n)}
 
 
 def _entry(node: fx.Node) -> CacheEntry | None:
@@ -155,22 +155,22 @@ def part(node: Argument) -> Part | None:
 class Columns:
     """Columns start..stop - 1 of every row of a matmul, in their order."""
 
-    product: fx.Node
+    matmul: fx.Node
     start: int
     stop: int
 
 
-def is_product(node: Argument) -> TypeGuard[fx.Node]:
+def is_river_linear(node: Argument) -> TypeGuard[fx.Node]:
     """True for a ``river::linear``, whatever its norm and epilogue."""
     return called(node, torch.ops.river.linear.default)
 
 
 def columns(node: Argument) -> Columns | None:
     """Returns the columns of a matmul that a value consists of, in any view with the rows in front."""
-    inner = before_views(node)
+    inner = skip_views(node)
     if not is_tensor(node) or not is_tensor(inner) or shape(inner)[0] != shape(node)[0]:
         return None
-    if is_product(inner):
+    if is_river_linear(inner):
         return Columns(inner, 0, value_of(inner).shape[-1])
     taken = part(inner)
     if taken is None or taken.step != 1 or taken.dim == 0:
@@ -179,9 +179,9 @@ def columns(node: Argument) -> Columns | None:
     after = [n for n in sizes[taken.dim + 1 :] if isinstance(n, int)]
     if whole is None or len(after) < len(sizes) - taken.dim - 1:
         return None
-    as_product = not after and sizes[:-1] == shape(whole.product)[:-1]
-    if not as_product and any(n != 1 for n in sizes[1 : taken.dim]):
+    as_matmul = not after and sizes[:-1] == shape(whole.matmul)[:-1]
+    if not as_matmul and any(n != 1 for n in sizes[1 : taken.dim]):
         return None
     each = math.prod(after)
     start = whole.start + taken.start * each
-    return Columns(whole.product, start, start + taken.length * each)
+    return Columns(whole.matmul, start, start + taken.length * each)

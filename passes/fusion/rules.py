@@ -1,6 +1,6 @@
 """The rules that replace nodes of a twin's graph by operators of the generated kernels.
 
-A rule looks first and changes the graph when everything fits; otherwise it raises :class:`Missed` and has changed
+A rule looks first and changes the graph when everything fits; otherwise it raises :class:`NoMatch` and has changed
 nothing. docs/lowering.md lists what each one matches. Not handled: names of model families, which no rule knows.
 """
 
@@ -16,22 +16,31 @@ from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
-from river_compile.passes.edits import Missed, Pass, call, drop_unused, put, require, reshaped, way_down
+from river_compile.passes.edits import (
+    NoMatch,
+    Pass,
+    call,
+    drop_unused,
+    follow_uses,
+    replace_node,
+    require,
+    reshape_like,
+)
 from river_compile.passes.fusion.cache_rules import fuse_attention, fuse_kv_fill
-from river_compile.passes.fusion.match import WHOLE, BlockView, Columns, columns, is_product, sources
+from river_compile.passes.fusion.match import WHOLE, BlockView, Columns, columns, is_river_linear, sources
 from river_compile.passes.fusion.recognise import Normed, activation, norm
 from river_compile.passes.nodes import (
-    before_views,
     called,
     either_way,
     is_ordinary,
     is_parameter,
     only_used_for,
     operands,
-    plain,
     same_dtype,
     same_size,
     shape,
+    skip_noops,
+    skip_views,
     source_of,
     value_of,
 )
@@ -41,35 +50,35 @@ from river_compile.passes.segments import fingerprint
 
 def fuse_norm_qkv(view: BlockView) -> fx.Node:
     """norm + q|k|v."""
-    product = _only(view.products("cache"), "feeds the KV cache")
-    found, last = _norm_before(product)
+    matmul = _only(view.matmuls("cache"), "feeds the KV cache")
+    found, last = _norm_before(matmul)
     if found is None:
-        raise Missed("no norm that the kernel knows, for this product alone, stands in front", last)
-    return _put_linear(product.args, found, product)
+        raise NoMatch("no norm that the kernel knows, for this matmul alone, stands in front", last)
+    return _put_linear(matmul.args, found, matmul)
 
 
 def fuse_gated_mlp(view: BlockView) -> fx.Node:
     """norm + gate|up."""
-    feeding = view.products("cache")
-    shared = next((n for p in view.products("down") for n in sources([p.args[0]]) if n in feeding), None)
-    require(shared is None, "its product is one with q|k|v", shared)
-    product = _only(view.products("up"), "leads into an MLP")
-    out, act, gated = _activated(product)
-    require(only_used_for(product, out), "its result is used elsewhere too", product)
-    aligned = not gated or product.args[6] not in ("dense", NATIVE_LAYOUT) or product.args[4] % 32 == 0
-    require(aligned, f"the C++ kernels gate multiples of 16 features, not {product.args[4] // 2}", product)
-    found, _ = _norm_before(product)
-    return _put_linear(product.args, found, out, activation=act, gated=gated)
+    feeding = view.matmuls("cache")
+    shared = next((n for p in view.matmuls("down") for n in sources([p.args[0]]) if n in feeding), None)
+    require(shared is None, "its matmul is one with q|k|v", shared)
+    matmul = _only(view.matmuls("up"), "leads into an MLP")
+    out, act, gated = _activated(matmul)
+    require(only_used_for(matmul, out), "its result is used elsewhere too", matmul)
+    aligned = not gated or matmul.args[6] not in ("dense", NATIVE_LAYOUT) or matmul.args[4] % 32 == 0
+    require(aligned, f"the C++ kernels gate multiples of 16 features, not {matmul.args[4] // 2}", matmul)
+    found, _ = _norm_before(matmul)
+    return _put_linear(matmul.args, found, out, activation=act, gated=gated)
 
 
 def fuse_o_residual(view: BlockView) -> fx.Node:
     """o + residual."""
-    return _fuse_residual(_only(view.products("attention"), "reads attention's result"))
+    return _fuse_residual(_only(view.matmuls("attention"), "reads attention's result"))
 
 
 def fuse_down_residual(view: BlockView) -> fx.Node:
     """down + residual."""
-    return _fuse_residual(_only(view.products("down"), "reads an MLP's activations"))
+    return _fuse_residual(_only(view.matmuls("down"), "reads an MLP's activations"))
 
 
 def fuse_head(dense_layout: str) -> Rule:
@@ -77,9 +86,9 @@ def fuse_head(dense_layout: str) -> Rule:
 
     def fuse_head(view: BlockView) -> fx.Node:
         """norm + head."""
-        head = _only([n for n in view.graph.nodes if is_product(n) or called(n, F.linear)], "gives logits")
+        head = _only([n for n in view.graph.nodes if is_river_linear(n) or called(n, F.linear)], "gives logits")
         arguments = head.args
-        if not is_product(head):
+        if not is_river_linear(head):
             x, weight, bias = head.args
             fits = is_parameter(weight) and is_ordinary(value_of(weight))
             fits = fits and same_dtype(weight, x) and same_dtype(head, x)
@@ -98,13 +107,13 @@ def fuse_exit_score(view: BlockView) -> fx.Node:
     graph = view.graph
     score = next(n for n in graph.nodes if n.target is torch.ops.river.exit_score.default)
     hidden, previous = score.args
-    total = before_views(hidden)
+    total = skip_views(hidden)
     found = operands(total, operator.add)
     if found is None or not all(same_size(n, total) for n in found):
-        raise Missed("the block does not end with the addition of two values of one shape and dtype", hidden)
+        raise NoMatch("the block does not end with the addition of two values of one shape and dtype", hidden)
     value = (value_of(total), value_of(hidden).new_empty((), dtype=torch.float32))
     with graph.inserting_before(total):
-        inputs = tuple(reshaped(n, total) for n in (*found, previous))
+        inputs = tuple(reshape_like(n, total) for n in (*found, previous))
         fused = call(torch.ops.river.residual_score.default, inputs, value, total)
         parts = [call(operator.getitem, (fused, i), value[i], total) for i in range(2)]
     score.replace_all_uses_with(parts[1])
@@ -114,36 +123,36 @@ def fuse_exit_score(view: BlockView) -> fx.Node:
     return fused
 
 
-def _only(products: list[fx.Node], what: str) -> fx.Node:
-    count = "no 4-bit product" if not products else f"more than one product ({len(products)})"
-    require(len(products) == 1, f"{count} {what}", products[0] if products else None)
-    return products[0]
+def _only(matmuls: list[fx.Node], what: str) -> fx.Node:
+    count = "no 4-bit matmul" if not matmuls else f"more than one matmul ({len(matmuls)})"
+    require(len(matmuls) == 1, f"{count} {what}", matmuls[0] if matmuls else None)
+    return matmuls[0]
 
 
-def _norm_before(product: fx.Node) -> tuple[Normed | None, fx.Node]:
-    """Returns the norm in front of a product, and where it was sought.
+def _norm_before(matmul: fx.Node) -> tuple[Normed | None, fx.Node]:
+    """Returns the norm in front of a matmul, and where it was sought.
 
-    None where there is none, where others read it too, or where autocast made the product in another dtype.
+    None where there is none, where others read it too, or where autocast made the matmul in another dtype.
     """
-    last = before_views(product.args[0])
+    last = skip_views(matmul.args[0])
     found = norm(last)
-    fits = found is not None and same_dtype(found.x, product)
-    fits = fits and shape(last)[-1] == shape(product.args[0])[-1] and only_used_for(last, product)
+    fits = found is not None and same_dtype(found.x, matmul)
+    fits = fits and shape(last)[-1] == shape(matmul.args[0])[-1] and only_used_for(last, matmul)
     return (found if fits else None), last
 
 
-def _norm_before_positions(product: fx.Node, last: fx.Node) -> Normed | None:
-    """Returns the norm of the positions that are taken from a norm's result for a product; they are taken before it."""
-    if not called(last, operator.getitem) or not isinstance(last.args[1], tuple) or not only_used_for(last, product):
+def _norm_before_positions(matmul: fx.Node, last: fx.Node) -> Normed | None:
+    """Returns the norm of the positions that are taken from a norm's result for a matmul; they are taken before it."""
+    if not called(last, operator.getitem) or not isinstance(last.args[1], tuple) or not only_used_for(last, matmul):
         return None
     source, index = last.args
     whole = len(index) < len(shape(source)) or index[-1] == WHOLE
     found = norm(source)
-    if found is None or not whole or shape(found.x) != shape(source) or not same_dtype(found.x, product):
+    if found is None or not whole or shape(found.x) != shape(source) or not same_dtype(found.x, matmul):
         return None
-    if not only_used_for(before_views(source), last):
+    if not only_used_for(skip_views(source), last):
         return None
-    with product.graph.inserting_before(last):
+    with matmul.graph.inserting_before(last):
         x = call(operator.getitem, (found.x, index), value_of(found.x).new_empty(value_of(last).shape), last)
     return replace(found, x=x)
 
@@ -159,53 +168,53 @@ def _put_linear(
         norm = {"norm": found.kind, "norm_weight": found.weight, "norm_bias": found.bias, "eps": found.eps}
     value = value_of(x).new_empty((*value_of(x).shape[:-1], weights[3] // 2 if gated else weights[3]))
     linear = torch.ops.river.linear.default
-    return put(linear, (x, *weights), value, old, **norm, activation=activation, gated=gated)
+    return replace_node(linear, (x, *weights), value, old, **norm, activation=activation, gated=gated)
 
 
-def _activated(product: fx.Node) -> tuple[fx.Node, str, bool]:
-    """Returns the value after the activation of a product, the activation's name, and whether it is gated."""
-    width = value_of(product).shape[-1]
+def _activated(matmul: fx.Node) -> tuple[fx.Node, str, bool]:
+    """Returns the value after the activation of a matmul, the activation's name, and whether it is gated."""
+    width = value_of(matmul).shape[-1]
     single = None
-    for node in product.graph.nodes:
-        if node < product:
+    for node in matmul.graph.nodes:
+        if node < matmul:
             continue
         for turned, other in either_way(node, operator.mul):
             found = activation(turned)
-            gate, up = Columns(product, 0, width // 2), Columns(product, width // 2, width)
+            gate, up = Columns(matmul, 0, width // 2), Columns(matmul, width // 2, width)
             if found and columns(found[0]) == gate and columns(other) == up:
                 return node, found[1], True
         found = activation(node)
-        if single is None and found and columns(found[0]) == Columns(product, 0, width):
+        if single is None and found and columns(found[0]) == Columns(matmul, 0, width):
             single = node, found[1], False
     if single is None:
-        raise Missed("no activation that the kernel knows follows, with the gate in front", product)
+        raise NoMatch("no activation that the kernel knows follows, with the gate in front", matmul)
     return single
 
 
-def _fuse_residual(product: fx.Node) -> fx.Node:
-    for node in product.graph.nodes:
-        between = norm(node) if node > product else None
-        if between is not None and before_views(between.x) is product:
-            return _fuse_norm_residual(product, node, between)
-    last, total = way_down(product)
-    parts = {**product.kwargs, "residual": _residual(last, total)}
-    return put(torch.ops.river.linear.default, product.args, value_of(product), total, **parts)
+def _fuse_residual(matmul: fx.Node) -> fx.Node:
+    for node in matmul.graph.nodes:
+        between = norm(node) if node > matmul else None
+        if between is not None and skip_views(between.x) is matmul:
+            return _fuse_norm_residual(matmul, node, between)
+    last, total = follow_uses(matmul)
+    parts = {**matmul.kwargs, "residual": _residual(last, total)}
+    return replace_node(torch.ops.river.linear.default, matmul.args, value_of(matmul), total, **parts)
 
 
-def _fuse_norm_residual(product: fx.Node, normed: fx.Node, found: Normed) -> fx.Node:
-    """Makes one operator of a norm after a product and the addition after it (Gemma's and OLMo's sandwich norms)."""
-    native = product.args[6] in ("dense", NATIVE_LAYOUT)
+def _fuse_norm_residual(matmul: fx.Node, normed: fx.Node, found: Normed) -> fx.Node:
+    """Makes one operator of a norm after a matmul and the addition after it (Gemma's and OLMo's sandwich norms)."""
+    native = matmul.args[6] in ("dense", NATIVE_LAYOUT)
     require(native, "a norm stands between it and the addition", normed)
-    last, total = way_down(normed)
+    last, total = follow_uses(normed)
     arguments = (found.x, found.kind, found.weight, found.bias, found.eps, _residual(last, total))
-    return put(torch.ops.river.norm.default, arguments, value_of(found.x), total)
+    return replace_node(torch.ops.river.norm.default, arguments, value_of(found.x), total)
 
 
 def _residual(last: fx.Node, total: fx.Node) -> fx.Node:
     """Returns the other operand of an addition."""
     found = operands(total, operator.add, Tensor.add_)
     if found is None or found[0] is found[1]:
-        raise Missed(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)
+        raise NoMatch(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)
     residual = found[1] if found[0] is last else found[0]
     fits = same_size(residual, total) and same_size(last, total)
     require(fits, "what is added has another shape or dtype", total)
@@ -277,7 +286,7 @@ def _fused_blocks(
 ) -> tuple[tuple[Segment, ...], list[Fusion]]:
     """Fuses blocks; those that are the same function are fused once, and share the graph.
 
-    With `twins`, those without 4-bit products stay as they are; `any_width` as of `BlockView`.
+    With `twins`, those without 4-bit matmuls stay as they are; `any_width` as of `BlockView`.
     """
     known: dict[object, tuple[Segment, list[Fusion]]] = {}
     made, fusions = [], []
@@ -308,7 +317,7 @@ def _apply(segment: Segment, rules: Sequence[Rule], any_width: bool = False) -> 
     for rule in rules:
         try:
             node, missed = rule(view), ""
-        except Missed as miss:
+        except NoMatch as miss:
             node, missed = miss.node, miss.reason
         where = "" if node is None else source_of(origin.get(node, node))
         fusions.append(Fusion((rule.__doc__ or "").rstrip("."), segment.name, missed, where))
@@ -316,33 +325,33 @@ def _apply(segment: Segment, rules: Sequence[Rule], any_width: bool = False) -> 
 
 
 def _absorb_bias(node: fx.Node) -> None:
-    """Moves ``product + bias`` into the product."""
-    for product, bias in either_way(node, operator.add):
-        alone = is_product(product) and product.args[3] is None and len(product.users) == 1
-        if alone and is_parameter(bias) and shape(bias) == shape(product)[-1:] and same_dtype(bias, product):
-            product.args = (*product.args[:3], bias, *product.args[4:])
-            node.replace_all_uses_with(product)
+    """Moves ``matmul + bias`` into the matmul."""
+    for matmul, bias in either_way(node, operator.add):
+        alone = is_river_linear(matmul) and matmul.args[3] is None and len(matmul.users) == 1
+        if alone and is_parameter(bias) and shape(bias) == shape(matmul)[-1:] and same_dtype(bias, matmul):
+            matmul.args = (*matmul.args[:3], bias, *matmul.args[4:])
+            node.replace_all_uses_with(matmul)
             drop_unused(node)
             return
 
 
 def _regroup(node: fx.Node) -> None:
-    """Turns ``residual + (attention's product + the MLP's)`` into ``(residual + one) + the other``.
+    """Turns ``residual + (attention's matmul + the MLP's)`` into ``(residual + one) + the other``.
 
-    So each product has an addition of its own where attention and MLP run side by side.
+    So each matmul has an addition of its own where attention and MLP run side by side.
     """
     for side, residual in either_way(node, operator.add):
-        inner = plain(side)
+        inner = skip_noops(side)
         found = operands(inner, operator.add, Tensor.add_)
         if found is None or len(inner.users) != 1 or not same_size(residual, node):
             continue
         in_place = inner.target is Tensor.add_
         if in_place and len(found[0].users) != 1:
             continue
-        if all(is_product(before_views(n)) and same_size(n, node) for n in found) and found[0] is not found[1]:
+        if all(is_river_linear(skip_views(n)) and same_size(n, node) for n in found) and found[0] is not found[1]:
             with node.graph.inserting_before(node):
                 first = call(operator.add, (residual, found[0]), value_of(node), node)
-            put(operator.add, (first, found[1]), value_of(node), node)
+            replace_node(operator.add, (first, found[1]), value_of(node), node)
             if in_place:
                 drop_unused(inner)
             return

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import RiverProgram
-from river_compile.passes.segments import graph_lines, segmented
+from river_compile.passes.segments import graph_lines, split_segments
 
 WIDTH, HEADS, SLOTS = 32, 2, 6
 
@@ -242,7 +242,7 @@ SHAPE = Shape(3, 1, "rms", False, "separate", False, True, False, False)
 def planned(shape: Shape = SHAPE, seed: int = 0) -> RiverProgram:
     """A random decoder as passes are given it."""
     graph_module, _ = random_decoder(shape, seed)
-    return segmented(find_decoder(normalized(graph_module)))
+    return split_segments(find_decoder(normalized(graph_module)))
 
 
 def texts(program: RiverProgram) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.passes.fusion.cache_rules import with_write
+from river_compile.passes.fusion.cache_rules import fuse_write
 
 river = torch.ops.river
 B, H, J, S, D = 2, 2, 1, 6, 16
@@ -61,7 +61,7 @@ def joined(built: Built, attention: fx.Node, *others: fx.Node) -> set[str]:
     """Joins, checks that the graph computes the same, and returns the names of the operators that it has then."""
     built.graph.output((attention, *others))
     before = ran(built.graph, built.values)
-    found = with_write(attention)
+    found = fuse_write(attention)
     built.graph.lint()
     assert built.graph.output_node().args[0][0] is found
     for one, other in zip(ran(built.graph, built.values), before, strict=True):

@@ -12,7 +12,7 @@ from torch import fx
 
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import pack_stack
-from river_compile.passes.experts import as_expert_product, replace_expert_product
+from river_compile.passes.experts import as_expert_matmul, replace_expert_matmul
 from river_compile.passes.normalize import normalized
 from tests.support.examples import examples
 
@@ -68,11 +68,11 @@ def test_every_spelling_becomes_one_operator_of_the_same_result(spelling, chosen
         x = (mine[..., None] * x).view(-1, K)
     graph_module = traced(spelling, x, weight.to(dtype), route)
     graph = graph_module.graph
-    (found,) = filter(None, map(as_expert_product, graph.nodes))
+    (found,) = filter(None, map(as_expert_matmul, graph.nodes))
     assert (found.shape, found.transposed) == ((EXPERTS, N, K), weight is not exact)
     site = found.matmul({n: number for number, n in enumerate(graph.nodes)}, 32, "plain")
     assert (site.in_features, site.out_features, site.group_size, site.experts) == (K, (EXPERTS * N,), 32, EXPERTS)
-    replace_expert_product(graph, found, site, 0)
+    replace_expert_matmul(graph, found, site, 0)
     graph.lint()
     graph_module.recompile()
     targets = [node.target for node in graph.nodes if node.op == "call_function"]
@@ -108,4 +108,4 @@ def test_what_is_no_choice_of_a_stack(function):
     list(graph_module.graph.nodes)[1].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     for node in graph_module.graph.nodes:
         node.meta.setdefault("example_value", torch.empty(2, K, K))
-    assert not list(filter(None, map(as_expert_product, normalized(graph_module).graph.nodes)))
+    assert not list(filter(None, map(as_expert_matmul, normalized(graph_module).graph.nodes)))

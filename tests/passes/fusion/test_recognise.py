@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from river_compile.passes.fusion.match import Part, part
-from river_compile.passes.fusion.recognise import activation, attention, before_repeat, norm, rotation
+from river_compile.passes.fusion.recognise import activation, attention, norm, rotation, skip_repeat
 from river_compile.passes.normalize import normalized
 from tests.passes.graphs import GraphBuilder
 
@@ -181,7 +181,7 @@ def test_a_repetition_along_another_dimension_stays():
     scene = Scene()
     x = scene.b.call(operator.getitem, scene.keys, (EVERY, None, EVERY, EVERY, EVERY))
     node = scene.normal(scene.b.call("reshape", scene.b.call("expand", x, 2, 2, 2, 5, WIDTH), 2, 4, 5, WIDTH))
-    assert before_repeat(node) is node
+    assert skip_repeat(node) is node
 
 
 @pytest.mark.parametrize(
