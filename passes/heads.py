@@ -24,9 +24,7 @@ from river_compile.passes.nodes import called, is_hidden, is_ordinary, same_dtyp
 from river_compile.passes.program import Fusion, RiverProgram, Segment
 
 
-def _change_head(
-    program: RiverProgram, rule: str, change: Callable[[Segment], Segment], otherwise: str
-) -> RiverProgram:
+def _change_head(program: RiverProgram, rule: str, change: Callable[[Segment], Segment], fallback: str) -> RiverProgram:
     """Returns the program with a river head that `change` made of a copy; notes what `otherwise` is where it misses.
 
     Programs whose river head has no packed matmul stay as they are.
