@@ -1,6 +1,7 @@
-"""Edits of a segment's graph that passes share: one operator for many nodes, and dead code removal.
+"""Graph edits that passes share, and the loop that runs passes.
 
-Every operation that is put in records its value, as the traced ones do, so that the next pass can look at it.
+A pass is a function from `RiverProgram` to `RiverProgram`; it changes no graph of the program it is given. The first
+line of its docstring describes the result. Every new node records an example value for the next pass.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _KEPT_META = ("nn_module_stack", "stack_trace")
 
 
 class NoMatch(Exception):
-    """A fusion rule does not apply: a reason for the user, and the node that it is about (the whole segment: None)."""
+    """A rewrite does not apply: the reason, for the user, and the node (None: the whole segment)."""
 
     def __init__(self, reason: str, node: fx.Node | None = None) -> None:
         super().__init__(reason)
@@ -28,14 +29,14 @@ class NoMatch(Exception):
         self.node = node
 
 
-def require(fits: bool, reason: str, node: fx.Node | None = None) -> None:
-    """Raises `NoMatch` if a condition of a rule does not hold."""
-    if not fits:
+def require(condition: bool, reason: str, node: fx.Node | None = None) -> None:
+    """Raises `NoMatch` unless the condition holds."""
+    if not condition:
         raise NoMatch(reason, node)
 
 
 def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
-    """Adds placeholders after those that are there."""
+    """Adds placeholders after the present ones."""
     added = []
     for name in names:
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
@@ -44,10 +45,9 @@ def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
 
 
 def replace_node(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object) -> fx.Node:
-    """Replaces a node by an operator that does not read it, in its shape; erases nodes that only served the old one.
+    """Replaces a node by a call in its shape, and erases nodes that only it read.
 
-    `value` is a fake tensor like the result, which holds as many elements as the old node's. Raises `NoMatch` where the
-    old shape cannot be restored, because several of its sizes are dynamic.
+    `value` is the call's example, of as many elements. Raises `NoMatch` if several sizes of `old` are dynamic.
     """
     known = sizes_of(value) == shape(old) or sum(isinstance(n, str) for n in shape(old)) < 2
     require(known, f"its shape {shape(old)} has several dynamic sizes", old)
@@ -60,18 +60,14 @@ def replace_node(target: Callable, arguments: tuple, value: torch.Tensor, old: f
 
 
 def call(target: Callable, arguments: tuple, value: object, like: fx.Node, **kwargs: object) -> fx.Node:
-    """Adds a call that records its value, with the source location of `like`."""
+    """Adds a call with an example value and the source location of `like`."""
     node = like.graph.call_function(target, arguments, kwargs)
     node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta} | {"example_value": value}
     return node
 
 
 def cast_like(matmul: fx.Node, operand: fx.Node) -> fx.Node:
-    """Returns a floating operand in the dtype of a matmul's result, any other as it is.
-
-    Autocast casts operands without a node of the graph; what takes the matmul's place needs one. `operand` is a traced
-    node, or a new placeholder that stands for a parameter.
-    """
+    """Casts a floating operand to the dtype of a matmul's result, since autocast casts without a node."""
     dtype, value = value_of(matmul).dtype, value_of(operand)
     if not value.is_floating_point() or value.dtype == dtype:
         return operand
@@ -79,7 +75,6 @@ def cast_like(matmul: fx.Node, operand: fx.Node) -> fx.Node:
 
 
 def reshape_like(node: fx.Node, like: fx.Node) -> fx.Node:
-    """Returns a node in the shape of another one."""
     if shape(node) == shape(like):
         return node
     size = tuple(-1 if isinstance(n, str) else n for n in shape(like))
@@ -87,7 +82,7 @@ def reshape_like(node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def drop_unused(last: fx.Node) -> None:
-    """Erases an unused operation, and the nodes without effects that only served it."""
+    """Erases an unused operation, and nodes without side effects that only it read."""
     stack = [last]
     erased: set[fx.Node] = set()
     while stack:
@@ -101,10 +96,7 @@ def drop_unused(last: fx.Node) -> None:
 
 
 def follow_uses(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Follows a value through views and the operations of `skip_noops`; returns the last of them and its users.
-
-    Raises `NoMatch` where there are several uses.
-    """
+    """Follows a value through views and no-ops; returns the last and its only user, else raises `NoMatch`."""
     while True:
         require(len(node.users) == 1, "its result is used more than once", node)
         (user,) = node.users
@@ -120,10 +112,8 @@ Pass = Callable[[RiverProgram], RiverProgram]
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass that ran: its name, description, time, and the programs before and after it."""
-
     name: str
-    text: str
+    text: str  # first line of the docstring
     seconds: float
     before: RiverProgram
     after: RiverProgram
@@ -132,7 +122,7 @@ class PassRecord:
 def run_passes(
     program: RiverProgram, passes: Sequence[Pass], observe: Callable[[PassRecord], None] | None = None
 ) -> RiverProgram:
-    """Runs the passes in order and returns the last one's program. `observe` is called after each."""
+    """Runs the passes in order; calls `observe` after each."""
     records = []
     for step in passes:
         start = time.perf_counter()
@@ -148,7 +138,7 @@ def run_passes(
 
 
 def table(records: Sequence[PassRecord]) -> str:
-    """Returns a table of the passes: milliseconds, operations afterwards, their change, and descriptions."""
+    """Returns a table of milliseconds, number of operations after the pass, its change, description."""
     lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
     for record in records:
         ops = _num_ops(record.after)

@@ -1,7 +1,7 @@
-"""Freezes a rewritten decoder: values become numbered slots, and what a run asks of graphs is answered once.
+"""Turns an optimized `RiverProgram` into a `Program`: nodes become numbered slots, graph facts become fields.
 
-Not handled (None in the place of an example): inputs that are neither ordinary tensors nor integers. Writes through a
-view of a cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
+Not handled: inputs that are neither ordinary tensors nor integers (their example is None); writes through a view of a
+KV cache.
 """
 
 from __future__ import annotations
@@ -46,19 +46,12 @@ from river_compile.passes.segments import number_inputs
 def freeze(
     program: RiverProgram,
     lower: Callable[[Segment], Code],
-    names: Sequence[str],
+    names: Sequence[str],  # of the inputs, in the user's code
     matrices: Sequence[str],
     native: bool,
     width_matters: str,
 ) -> Program:
-    """Returns a rewritten decoder without its traced graph.
-
-    Args:
-        program: the decoder, in which segments that are the same function share a graph.
-        lower: returns the code of a segment; called once for each graph.
-        names: how the user's code calls the inputs.
-        matrices, native, width_matters: as in :class:`Program`.
-    """
+    """Returns the program without its traced graph; calls `lower` once for each graph that segments share."""
     plan, slots, fixed = program.plan, program.slots, fixed_inputs(program.plan)
     shared: dict[fx.Graph, tuple[Code, Refusal | None, tuple[tuple[int, int], ...]]] = {}
 
@@ -119,7 +112,7 @@ def freeze(
 
 
 def to_size(size: int | torch.SymInt) -> Size:
-    """Returns a size as a number or an expression of symbols."""
+    """Returns the number, or the expression of a dynamic size."""
     if isinstance(size, int):
         return size
     expr: sympy.Expr = size.node.expr
@@ -127,7 +120,7 @@ def to_size(size: int | torch.SymInt) -> Size:
 
 
 def to_example(value: Any) -> Example:
-    """Returns what a fake tensor or number is like, None for anything else."""
+    """Returns metadata of a fake tensor or integer, None for other values."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return to_size(value)
     if not isinstance(value, Tensor) or not is_ordinary(value):
@@ -137,10 +130,7 @@ def to_example(value: Any) -> Example:
 
 
 def size_conditions(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
-    """Returns what was assumed so far about the dynamic sizes of a graph, given the example values of its inputs.
-
-    The range of a number that no input has (a capacity that only Python reads) is no matter of the graph's.
-    """
+    """Returns the guards and ranges of a graph's dynamic sizes; `values` are the examples of its inputs."""
     sizes = [size.node for size in _sizes(values) if isinstance(size, torch.SymInt)]
     if not sizes:
         return ()
@@ -148,7 +138,7 @@ def size_conditions(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
     assumed = [shapes.replace(guard.expr) for guard in shapes.guards]
     for symbol, bounds in shapes.var_to_range.items():
         here = shapes.replace(symbol)
-        if not known.issuperset(here.free_symbols):
+        if not known.issuperset(here.free_symbols):  # of no input, such as a capacity that only Python reads
             continue
         assumed += [sympy.Ge(here, bounds.lower)] if bounds.lower.is_Integer else []
         assumed += [sympy.Le(here, bounds.upper)] if bounds.upper.is_Integer else []
@@ -173,17 +163,14 @@ def _hints(values: Iterable[object]) -> dict[sympy.Symbol, int]:
 
 
 def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
-    """Returns the slots of a tensor that the first block with a cache keeps its tokens in, before and after a pass.
-
-    That is the tensor that is written in place, or the one that a pass gets and the longer one that it returns.
-    """
+    """Returns the slots of the first KV cache tensor before and after a forward; they are one if written in place."""
     plan, slots = program.plan, program.slots
     block = next(b for b in plan.blocks if b.kv.writes)
     kv, part = block.kv, block.index + 1
     targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
     if targets:
         return (slots[targets[0]] if targets[0].op == "placeholder" else None), slots[targets[0]]
-    if kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
+    if kv.kind == "static":  # a full sliding window is assembled in a copy first
         return None, None
     write = kv.writes[0]
     stack, before = [write], None
@@ -196,7 +183,7 @@ def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
 
 
 def _capacity(program: RiverProgram) -> CacheRoom | None:
-    """Returns the room of the first static cache that is filled from the front; None where it cannot be read."""
+    """Returns the room of the first static cache filled from the front, None if it cannot be read."""
     slots = program.slots
     found = (block.kv for block in program.plan.blocks if block.kv.capacity is not None and block.kv.lengths)
     kv = next(found, None)
@@ -211,7 +198,7 @@ def _capacity(program: RiverProgram) -> CacheRoom | None:
 
 
 def _last_token(program: RiverProgram) -> LastToken | None:
-    """Returns None where the heads read more of each token than its hidden state, or others read that."""
+    """Returns None if a head reads more of a token than its hidden state, or the caller reads that too."""
     plan, hidden = program.plan, program.plan.blocks[-1].hidden_out
     length = plan.query_length
     symbol = None if isinstance(length, int) else length.node.expr
@@ -225,7 +212,7 @@ def _last_token(program: RiverProgram) -> LastToken | None:
 
 
 def _not_captured(program: RiverProgram) -> str | None:
-    """Returns why no unit of a graph can be captured, with the node if there is one; None if some can."""
+    """Returns why no segment can be captured, None if some can."""
     plan = program.plan
     for block in plan.blocks:
         if block.kv.kind != "static":
@@ -234,12 +221,12 @@ def _not_captured(program: RiverProgram) -> str | None:
     for block in plan.blocks:
         made = next((c for w in block.kv.writes for c in mutated_inputs(w) if c.op != "placeholder"), None)
         if made is not None:
-            return f"the cache is made in this pass (at {source_of(made)})"
+            return f"the cache is allocated in this forward (at {source_of(made)})"
     for node in (n for segment in program.segments for n in segment.outputs):
         if not isinstance(value_of(node), (Tensor, int, torch.SymInt)):
-            return f"a value that is neither tensor nor number goes from block to block (at {source_of(node)})"
+            return f"segments exchange a value that is neither tensor nor number (at {source_of(node)})"
     written = {node for block in plan.blocks for node in block.kv.writes}
     for node in program.returned:
         if node in written or (node.op == "placeholder" and is_tensor(node)):
-            return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
+            return f"the graph returns a tensor of the caller, which must not become a copy (at {source_of(node)})"
     return None

@@ -138,15 +138,15 @@ class Matmul:
     # Parameters are numbers of the graph's inputs, so that no graph is kept alive.
     name: str  # module paths of the linears, joined by "|"; the path of a stack's parameter
     weights: tuple[int, ...]  # one for each linear; a stack's one [E, N, K] ([E, K, N])
-    biases: tuple[int | None, ...]  # each [N_i], None for a linear without one
+    biases: tuple[int | None, ...]  # each [N_i]; None for a linear without one
     in_features: int  # K
-    out_features: tuple[int, ...]  # N_i of each matrix
+    out_features: tuple[int, ...]  # N_i of each linear; E * N of a stack
     transposed: bool  # weights are [K, N_i], as GPT-2's Conv1D stores them, instead of [N_i, K]
-    group_size: int  # consecutive input features that share a scale and a zero; 0: lossless
+    group_size: int  # consecutive input features that share a scale and zero-point; 0: lossless
     layout: str  # of the packed weights, as the kernel reads them
     scales_inputs: bool = False  # the inputs are divided by a scale [K] that the packing chooses
     folds: tuple[int, ...] = ()  # norm parameters divided by that scale; none: the inputs are multiplied by its inverse
-    experts: int = 0  # E, the matrices of a stack; 0 for linears
+    experts: int = 0  # E of a stack; 0 for linears
 
     @property
     def lossless(self) -> bool:
