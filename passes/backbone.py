@@ -1,13 +1,7 @@
-"""Gives passes a backbone that multiplies by the package's own kernels, in 16 bits.
+"""Makes the 16-bit layers multiply by the package's kernels, and packs their weights without loss.
 
-Linear layers become ``river::linear`` in layout "dense", the C++ kernels', which sum an output in one order whatever
-the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one matmul,
-whose weights stay where they are: its matrix is a ``torch.cat`` that the lowering takes apart again. The rules of
-fusion then see a block as they see a twin. Torchao's weight-only tensors of 8 bits are for the C++ kernels too, which
-read them packed (:mod:`river_compile.passes.backbone`).
-
-Not handled: weights of another dtype than their input, matmuls of another one (autocast's), transposed weights
-(GPT-2's Conv1D), experts; they stay so.
+Not handled: weights or results of another dtype than the input (autocast), transposed weights (GPT-2's Conv1D),
+experts; they stay as they are.
 """
 
 from __future__ import annotations
@@ -25,19 +19,39 @@ from river_compile.passes.nodes import Linear, called, input_name, is_ordinary, 
 from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.twins import current_input, group_by_input, replace_linears, simplify_attention
 
-MOST_MERGED = 4  # matrices of one matmul
-_MERGED_ROWS = 16  # of which a generated kernel's matrices have a multiple
+MOST_MERGED = 4  # weights of one matmul
+
+
+_MERGED_ROWS = 16  # a generated kernel merges weights whose rows are a multiple of this
 
 
 def river_backbone(layout: str) -> Pass:
-    """Makes the pass below; `layout` is that of ``river::linear`` with weights in 16 bits."""
+    """Makes the pass below; `layout` is that of 16-bit weights: "dense" (C++) or "triton" (decode steps)."""
 
     def river_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head use the kernels' own matmuls of a few rows."""
+        """Linear layers of blocks and head are operators of the package."""
         blocks = tuple(_with_river_linears(block, layout) for block in program.blocks)
         return replace(program, blocks=blocks, head=_with_river_linears(program.head, layout))
 
     return river_backbone
+
+
+def packed_backbone(weights: str) -> Pass:
+    """Makes the pass below; `weights`: "12bit", "8bit", or "model" (only torchao's 8-bit weights are packed)."""
+
+    def packed_backbone(program: RiverProgram) -> RiverProgram:
+        """Blocks and head read weights packed without loss."""
+        blocks = tuple(_packed(block, program, weights) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_packed(program.head, program, weights))
+
+    return packed_backbone
+
+
+def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
+    """Returns the parameters that a matmul's weight or bias is concatenated from; of None, none."""
+    if parameter is None:
+        return []
+    return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
 
 
 def _with_river_linears(segment: Segment, layout: str) -> Segment:
@@ -53,7 +67,7 @@ def _with_river_linears(segment: Segment, layout: str) -> Segment:
 
 
 def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
-    """Returns what linear layers have in common that may be one matmul, None for one that stays as it is."""
+    """Returns a key, equal for linear layers that can be merged; None for one that stays as it is."""
     parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
     if linear.transposed or not all(is_parameter(p) and same_dtype(p, linear.x) for p in parameters):
         return None
@@ -68,19 +82,12 @@ def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
 
 
 def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
-    """Puts one matmul in the place of linear layers, with a matrix that is put together from theirs."""
+    """Replaces linear layers by one matmul; its weight is a ``torch.cat``, which the lowering splits again."""
     first = linears[0]
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)
         bias = first.bias and _joined([linear.bias for linear in linears if linear.bias], first.node)
     replace_linears(linears, current_input(linears), weight, None, bias, 0, layout)
-
-
-def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
-    """Returns the parameters that a matmul's matrix or bias was put together from; of None, none."""
-    if parameter is None:
-        return []
-    return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
 
 
 def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
@@ -89,17 +96,6 @@ def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
     value, like_of = value_of(parameters[0]), value_of(like)
     rows = sum(value_of(p).shape[0] for p in parameters)
     return call(torch.cat, (parameters, 0), like_of.new_empty((rows, *value.shape[1:])), like)
-
-
-def packed_backbone(weights: str) -> Pass:
-    """Makes the pass below; `weights` are read in "12bit", "8bit" or as the "model" has them, torchao's in 8."""
-
-    def packed_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head read their weights packed without loss."""
-        blocks = tuple(_packed(block, program, weights) for block in program.blocks)
-        return replace(program, blocks=blocks, head=_packed(program.head, program, weights))
-
-    return packed_backbone
 
 
 def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
@@ -117,7 +113,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
         if layout is None:
             continue
         if layout == bf12.GENERATED and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
-            continue  # (the up projection would begin within a unit)
+            continue  # the up projection would start within a packed unit
         linear = Matmul(
             name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
             weights=tuple(number_of[part] for part in weights),
@@ -138,7 +134,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
                 drop_unused(joined)
         packed.append(linear)
         read |= dict.fromkeys([*weights, *biases])
-    for node in read:  # (others that nobody reads may be sizes, which Inductor looks for)
+    for node in read:  # keep other unused placeholders: Inductor looks for sizes among them
         if not node.users:
             made.graph.erase_node(node)
     inputs = tuple(origins[node] for node in made.graph.find_nodes(op="placeholder") if node in origins)
@@ -146,7 +142,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
 
 
 def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
-    """Returns the layout in which matrices of a matmul are packed, None if they are not; `kernels` is its layout."""
+    """Returns the packed layout of a matmul's weights, None if they stay; `kernels` is the 16-bit layout."""
     if all(bits8.held_by(weight) is not None for weight in weights):
         return bits8.LAYOUT
     dtypes = {weight.dtype for weight in weights}

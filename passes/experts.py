@@ -1,15 +1,9 @@
-"""Finds matmuls of rows with the experts that a router chose, and makes them ``river::experts``.
+"""Finds matmuls with stacked experts and replaces them by ``river::experts``; finds routers.
 
-The experts' matrices are stacked in one parameter, ``[E, N, K]`` or ``[E, K, N]``. Three spellings say which of them a
-row meets:
+The weights of all experts are one parameter, ``[E, N, K]`` or ``[E, K, N]``.
 
-    gathered    the matrices are looked up for each row and multiplied in one batch: ``bmm(weight[chosen], x)``
-    grouped     rows are sorted by expert, and the ends of the groups are given: ``grouped_mm(x, weight, offs)``
-    batched     every expert has rows of its own, of which those that it was not chosen for are zero: ``bmm(x, weight)``
-
-What surrounds the products (the router, biases, activations, the weighted sum) stays as it is.
-
-Not handled: experts in a module list, and loops over experts that were hit: both depend on values and break the graph.
+Not handled: experts in a module list or in a loop, which depend on values and break the graph; routers that cast their
+weight.
 """
 
 from __future__ import annotations
@@ -28,34 +22,34 @@ from river_compile.passes.edits import add_placeholders, call, cast_like, drop_u
 from river_compile.passes.nodes import called, closure, input_name, is_parameter, is_tensor, rank, shape, value_of
 from river_compile.passes.program import Matmul, Segment
 
+ROUTER = "a router: its result chooses what else is computed"
+
+
+_MATMULS = (
+    *(F.linear, operator.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.mm, torch.einsum),
+    *(F.scaled_dot_product_attention, torch.conv1d, F.conv1d),
+)
+
 
 @dataclass(frozen=True)
 class ExpertMatmul:
-    """Rows and the expert of each: ``y[m] = x[m] W[expert[m]]^T``.
+    """Rows and the expert of each: ``y[m] = x[m] W[expert[m]]^T``."""
 
-    Attributes:
-        node: what gives the product, in any shape of M rows.
-        x: the rows, in any shape of M rows of K features.
-        weight: the parameter, ``[E, N, K]``, or ``[E, K, N]`` where it is `transposed`.
-        route: what says where rows go, None where their places do.
-        expert: traceable, (rows ``[M, K]``, route or None, E) -> the expert of each row, integer ``[M]``.
-    """
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
+    node: fx.Node  # the result, in any shape of M rows
+    x: fx.Node  # in any shape of M rows of K features
+    weight: fx.Node  # [E, N, K], or [E, K, N] if `transposed`
     transposed: bool
-    route: fx.Node | None
-    expert: Callable[..., Tensor]
+    route: fx.Node | None  # second argument of `expert`
+    expert: Callable[..., Tensor]  # traceable: (rows [M, K], route, E) -> the expert of each row, integer [M]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(E, N, K)."""
+        """Returns (E, N, K)."""
         e, n, k = value_of(self.weight).shape
         return (e, k, n) if self.transposed else (e, n, k)
 
     def matmul(self, number_of: Mapping[fx.Node, int], group_size: int, layout: str) -> Matmul:
-        """Returns the 4-bit matmul that this becomes."""
+        """Returns the 4-bit matmul that replaces it."""
         experts, out_features, in_features = self.shape
         return Matmul(
             name=input_name(self.weight),
@@ -71,7 +65,7 @@ class ExpertMatmul:
 
 
 def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
-    """Recognises a product with stacked experts of a parameter in any of the three spellings."""
+    """Recognizes ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
     if not is_tensor(node) or node.op != "call_function" or len(node.args) != 2:
         return None
     left, right = node.args
@@ -92,10 +86,10 @@ def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
     return None
 
 
-def replace_expert_matmul(graph: fx.Graph, product: ExpertMatmul, linear: Matmul, index: int) -> None:
-    """Puts one ``river::experts`` in place of a product, the `index`-th one of its twin."""
-    node, x = product.node, product.x
-    experts, out_features, in_features = product.shape
+def replace_expert_matmul(graph: fx.Graph, found: ExpertMatmul, linear: Matmul, index: int) -> None:
+    """Replaces a matmul by one ``river::experts``, the `index`-th matmul of its twin."""
+    node, x = found.node, found.x
+    experts, out_features, in_features = found.shape
     qweight, scale_zero = add_placeholders(graph, [f"river_{index}_{name}" for name in ("qweight", "scale_zero")])
     if called(x, torch.unsqueeze) and rank(x.args[0]) == 2:
         x = x.args[0]
@@ -105,7 +99,7 @@ def replace_expert_matmul(graph: fx.Graph, product: ExpertMatmul, linear: Matmul
             x = call(torch.reshape, (x, (-1, in_features)), value_of(x).new_empty((many, in_features)), node)
         x = cast_like(node, x)
         chosen = value_of(x).new_empty((many,), dtype=torch.int64)
-        expert = call(product.expert, (x, product.route, experts), chosen, node)
+        expert = call(found.expert, (x, found.route, experts), chosen, node)
         arguments = (x, qweight, scale_zero, expert, out_features, linear.group_size, linear.layout)
         value = value_of(x).new_empty((many, out_features))
         result = reshape_like(call(torch.ops.river.experts.default, arguments, value, node), node)
@@ -113,29 +107,40 @@ def replace_expert_matmul(graph: fx.Graph, product: ExpertMatmul, linear: Matmul
     drop_unused(node)
 
 
+def is_router(matmul: fx.Node) -> bool:
+    """Whether a matmul's result reaches a top-k or a maximum with no other matmul in between."""
+    # Twins keep it in 16 bits: it has one row for each expert, and a rounding that flips a choice swaps weights.
+    return any(map(_chooses, closure(matmul.users, lambda node: () if _multiplies(node) else node.users)))
+
+
+def experts_per_token(segment: Segment) -> dict[fx.Node, int]:
+    """Returns k of the nearest top-k before each placeholder of experts, packed or not, that has one."""
+    counts = {stack: _top_k(node) for node in segment.graph.nodes for stack in _stacks(node)}
+    return {stack: count for stack, count in counts.items() if count is not None}
+
+
 def as_chosen(_rows: Tensor, chosen: Tensor, _experts: int) -> Tensor:
-    """Returns the numbers that the matrices were looked up by."""
     return chosen
 
 
 def by_group(rows: Tensor, ends: Tensor, _experts: int) -> Tensor:
-    """Returns the group that each row lies in, E after the last one; `ends` are those of the groups ``[E]``."""
+    """Returns the group of each row, E after the last one; `ends` of the groups are ``[E]``."""
     return torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype), right=True)
 
 
 def by_place(rows: Tensor, _route: None, experts: int) -> Tensor:
-    """Returns the expert whose share of the rows a row lies in, E for a row of zeros: its product is zero too."""
+    """Returns the expert of each row, by its position; E for a row of zeros, whose result is zero anyway."""
     places = torch.arange(experts, device=rows.device)[:, None].expand(experts, rows.shape[0] // experts)
     return torch.where((rows != 0).any(-1), places.reshape(-1), experts)
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """A parameter ``[E, ., .]``, whether its last two dimensions are swapped, and the matrices chosen (None: all)."""
+    """A parameter ``[E, ., .]``."""
 
     weight: fx.Node
-    swapped: bool
-    chosen: fx.Node | None
+    swapped: bool  # whether its last two dimensions are transposed
+    chosen: fx.Node | None  # experts that are gathered; None: all
 
 
 def _stack_of(node: object) -> _Stack | None:
@@ -156,40 +161,19 @@ def _is_choice(index: object) -> bool:
 
 
 def _is_grouped(node: fx.Node) -> bool:
-    """True for a grouped product of rows without bias and cast."""
-    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # (transformers registers it)
+    """Whether a node is a grouped matmul without bias and cast."""
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # registered by transformers
     functions = (torch._grouped_mm, getattr(F, "grouped_mm", None), fallback, getattr(fallback, "default", None))
     given = {name for name, value in node.kwargs.items() if value is not None}
     return node.target in functions and given == {"offs"}
 
 
-ROUTER = "a router: its result chooses what else is computed"
-_PRODUCTS = (
-    *(F.linear, operator.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.mm, torch.einsum),
-    *(F.scaled_dot_product_attention, torch.conv1d, F.conv1d),
-)
-
-
-def is_router(product: fx.Node) -> bool:
-    """Returns whether the result of a matmul chooses experts, and nothing else multiplies it on the way."""
-    return any(map(_chooses, closure(product.users, lambda node: () if _multiplies(node) else node.users)))
-
-
-def experts_per_token(segment: Segment) -> dict[fx.Node, int]:
-    """Returns how many matrices one token reads of each placeholder of a segment that holds experts, packed or not.
-
-    The top-k that comes closest before their product says it; stacks without one are not among them.
-    """
-    counts = {stack: _top_k(node) for node in segment.graph.nodes for stack in _stacks(node)}
-    return {stack: count for stack, count in counts.items() if count is not None}
-
-
 def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Returns the placeholders that hold the experts of a product, in 16 bits or packed."""
+    """Returns the placeholders of a matmul's experts, in 16 bits or packed."""
     if called(node, torch.ops.river.experts.default):
         return node.args[1:3]
-    product = as_expert_matmul(node)
-    return () if product is None else (product.weight,)
+    found = as_expert_matmul(node)
+    return () if found is None else (found.weight,)
 
 
 def _top_k(node: fx.Node) -> int | None:
@@ -205,13 +189,13 @@ def _top_k(node: fx.Node) -> int | None:
 
 
 def _chooses(node: fx.Node) -> bool:
-    return called(node, torch.topk, torch.argmax) or (called(node, torch.max, Tensor.max) and _gives_places(node))
+    return called(node, torch.topk, torch.argmax) or (called(node, torch.max, Tensor.max) and _returns_indices(node))
 
 
-def _gives_places(node: fx.Node) -> bool:
-    """True for a maximum along a dimension, which comes with where it is."""
+def _returns_indices(node: fx.Node) -> bool:
+    """Whether a maximum is along a dimension, and so returns indices too."""
     return isinstance(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None), int)
 
 
 def _multiplies(node: fx.Node) -> bool:
-    return called(node, *_PRODUCTS) or as_expert_matmul(node) is not None
+    return called(node, *_MATMULS) or as_expert_matmul(node) is not None

@@ -72,8 +72,8 @@ _PASSES = (
     Mutation(
         "twins-narrow",
         "passes/twins.py",
-        "if linear.group_size >= MIN_GROUP_SIZE:",
-        "if linear.group_size > MIN_GROUP_SIZE:",
+        "if matmul.group_size >= MIN_GROUP_SIZE:",
+        "if matmul.group_size > MIN_GROUP_SIZE:",
         "matrices with groups of 32 stay in 16 bits",
         ("tests/twins/test_quantizers.py", "tests/twins/test_twins.py"),
     ),
