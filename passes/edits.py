@@ -17,6 +17,53 @@ from torch import fx
 from river_compile.passes.nodes import is_reshape, mutated_inputs, shape, sizes_of, skip_noops, value_of
 from river_compile.passes.program import RiverProgram
 
+log = logging.getLogger("river_compile.passes")
+
+
+Pass = Callable[[RiverProgram], RiverProgram]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    name: str
+    text: str  # first line of the docstring
+    seconds: float
+    before: RiverProgram
+    after: RiverProgram
+
+
+def run_passes(
+    program: RiverProgram, passes: Sequence[Pass], observe: Callable[[PassRecord], None] | None = None
+) -> RiverProgram:
+    """Runs the passes in order; calls `observe` after each."""
+    records = []
+    for step in passes:
+        start = time.perf_counter()
+        result = step(program)
+        text = (step.__doc__ or "").partition("\n")[0]
+        records.append(PassRecord(step.__name__, text, time.perf_counter() - start, program, result))
+        if observe is not None:
+            observe(records[-1])
+        program = result
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("passes\n%s", table(records))
+    return program
+
+
+def table(records: Sequence[PassRecord]) -> str:
+    """Returns a table of milliseconds, number of operations after the pass, its change, description."""
+    lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
+    for record in records:
+        ops = _num_ops(record.after)
+        change = ops - _num_ops(record.before)
+        lines.append(f"{record.name:<18} {record.seconds * 1e3:>8.1f} {ops:>7} {change:>+7}  {record.text}")
+    return "\n".join(lines)
+
+
+def _num_ops(program: RiverProgram) -> int:
+    return sum(n.op not in ("placeholder", "output") for s in program.segments for n in s.graph.nodes)
+
+
 _KEPT_META = ("nn_module_stack", "stack_trace")
 
 
@@ -103,49 +150,3 @@ def follow_uses(node: fx.Node) -> tuple[fx.Node, fx.Node]:
         if user.op == "output" or (skip_noops(user) is user and not is_reshape(user)):
             return node, user
         node = user
-
-
-log = logging.getLogger("river_compile.passes")
-
-Pass = Callable[[RiverProgram], RiverProgram]
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    name: str
-    text: str  # first line of the docstring
-    seconds: float
-    before: RiverProgram
-    after: RiverProgram
-
-
-def run_passes(
-    program: RiverProgram, passes: Sequence[Pass], observe: Callable[[PassRecord], None] | None = None
-) -> RiverProgram:
-    """Runs the passes in order; calls `observe` after each."""
-    records = []
-    for step in passes:
-        start = time.perf_counter()
-        result = step(program)
-        text = (step.__doc__ or "").partition("\n")[0]
-        records.append(PassRecord(step.__name__, text, time.perf_counter() - start, program, result))
-        if observe is not None:
-            observe(records[-1])
-        program = result
-    if log.isEnabledFor(logging.DEBUG):
-        log.debug("passes\n%s", table(records))
-    return program
-
-
-def table(records: Sequence[PassRecord]) -> str:
-    """Returns a table of milliseconds, number of operations after the pass, its change, description."""
-    lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
-    for record in records:
-        ops = _num_ops(record.after)
-        change = ops - _num_ops(record.before)
-        lines.append(f"{record.name:<18} {record.seconds * 1e3:>8.1f} {ops:>7} {change:>+7}  {record.text}")
-    return "\n".join(lines)
-
-
-def _num_ops(program: RiverProgram) -> int:
-    return sum(n.op not in ("placeholder", "output") for s in program.segments for n in s.graph.nodes)

@@ -65,7 +65,7 @@ class ExpertMatmul:
 
 
 def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
-    """Recognizes ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
+    """Recognises ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
     if not is_tensor(node) or node.op != "call_function" or len(node.args) != 2:
         return None
     left, right = node.args

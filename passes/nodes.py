@@ -323,7 +323,7 @@ class Linear:
 
 
 def as_linear(node: fx.Node) -> Linear | None:
-    """Recognizes a linear layer of parameters: ``F.linear``, ``addmm``, ``x @ weight.T`` (Falcon)."""
+    """Recognises a linear layer of parameters: ``F.linear``, ``addmm``, ``x @ weight.T`` (Falcon)."""
     bias = None
     if called(node, F.linear) and len(node.args) == 3:
         x, weight, bias = node.args
@@ -359,6 +359,6 @@ def as_sdpa(node: fx.Node) -> Sdpa | None:
 
 
 def inference_sdpa(node: Argument) -> Sdpa | None:
-    """Recognizes attention over heads ``[B, H, T, D]`` without dropout."""
+    """Recognises attention over heads ``[B, H, T, D]`` without dropout."""
     found = as_sdpa(node) if isinstance(node, fx.Node) else None
     return found if found and not found.dropout and rank(found.q) == 4 else None

@@ -1,6 +1,4 @@
-"""Recognises computations of a few nodes: norms, activations, rotary embeddings, attention.
-
-Each function looks at one node of a segment's graph, walks towards its inputs and returns what it found, or None.
+"""Recognises norms, activations, rotary embeddings and attention by the nodes that compute them.
 
 Not handled: norms without a weight, rotations whose tables hold each angle once, complex rotations.
 """
@@ -38,17 +36,17 @@ from river_compile.passes.nodes import (
 
 @dataclass(frozen=True)
 class Normed:
-    """A norm over the last dimension of `x`; `kind` as in the operators: "rms", "rms_plus_one" or "layer"."""
+    """A norm over the last dimension."""
 
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    kind: str
+    kind: str  # "rms", "rms_plus_one" or "layer"
     eps: float
 
 
 def norm(node: Argument) -> Normed | None:
-    """Recognises RMSNorm (Gemma's with 1 + weight too) and LayerNorm, called or written out, all of one dtype."""
+    """Recognises RMSNorm (with 1 + weight too) and LayerNorm, called or written out, of one dtype."""
     node = skip_noops(node)
     found = _called_norm(skip_casts(node)) or _written_rms(skip_casts(node))
     if found is None or not same_dtype(found.x, node):
@@ -81,7 +79,7 @@ def _written_rms(node: Argument) -> Normed | None:
 
 
 def _reciprocal_root(node: Argument, x: Argument) -> float | None:
-    """Returns eps where a node is ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
+    """Returns eps of ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
     if not called(node, torch.rsqrt):
         return None
     for mean, eps in either_way(node.args[0], operator.add):
@@ -94,7 +92,7 @@ def _reciprocal_root(node: Argument, x: Argument) -> float | None:
 
 
 def activation(node: Argument) -> tuple[fx.Node, str] | None:
-    """Returns the input and the operators' name of SiLU, GELU (exact or tanh, called or written out) or ReLU."""
+    """Returns input and kernel name of SiLU, ReLU or GELU (exact or tanh, called or written out)."""
     node = skip_noops(node)
     if called(node, F.silu, F.relu):
         return skip_noops(node.args[0]), node.target.__name__
@@ -108,7 +106,7 @@ def activation(node: Argument) -> tuple[fx.Node, str] | None:
 
 
 def _is_gelu_argument(node: Argument, x: Argument) -> bool:
-    """True for ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
+    """Whether a node is ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
     for factor, total in either_way(node, operator.mul):
         if isinstance(factor, float) and math.isclose(factor, math.sqrt(2 / math.pi), rel_tol=1e-6):
             cubes = [other_operand(b, operator.mul, 0.044715) for a, b in either_way(total, operator.add) if a is x]
@@ -118,7 +116,7 @@ def _is_gelu_argument(node: Argument, x: Argument) -> bool:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotary embedding (Su et al. 2021) of the first `features` of each head of `x`; tables ``[B or 1, 1, T, R]``."""
+    """A rotary embedding (Su et al. 2021) of the first `features` of each head; tables ``[B or 1, 1, T, R]``."""
 
     x: fx.Node
     cos: fx.Node
@@ -128,7 +126,7 @@ class Rotation:
 
 
 def rotation(node: Argument) -> Rotation | None:
-    """Recognises ``x * cos + rotated(x) * sin``, of whole heads or of their first features."""
+    """Recognises ``x * cos + rotate_half(x) * sin`` of whole heads or their first features."""
     node = skip_casts(skip_noops(node))
     joined = _pair(node, torch.cat)
     if joined is None:
@@ -144,7 +142,7 @@ def rotation(node: Argument) -> Rotation | None:
 
 
 def _pair(node: Argument, function: Callable) -> tuple[fx.Node, fx.Node] | None:
-    """Returns the two tensors that ``cat`` or ``stack`` joins in the last dimension."""
+    """Returns the two operands of a ``cat`` or ``stack`` along the last dimension."""
     return tuple(node.args[0]) if called(node, function) and node.args[1] == -1 and len(node.args[0]) == 2 else None
 
 
@@ -167,7 +165,7 @@ def _is_table(node: Argument, x: fx.Node) -> bool:
 
 
 def _rotates_half(node: Argument, x: Argument) -> bool | None:
-    """Whether pairs lie interleaved, where a node holds those of x rotated by 90 degrees; None if it does not."""
+    """Returns whether pairs are interleaved if a node is x with each pair rotated by 90 degrees, else None."""
     if not is_tensor(x):
         return None
     *others, features = shape(x)
@@ -190,26 +188,23 @@ def _rotates_half(node: Argument, x: Argument) -> bool | None:
 
 @dataclass(frozen=True)
 class Attention:
-    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries; `softcap` 0 for none.
-
-    Causal, position t reads slots 0 to t.
-    """
+    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries."""
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     mask: fx.Node | None
     scale: float
-    softcap: float
-    causal: bool = False
+    softcap: float  # 0: none
+    causal: bool = False  # position t reads slots 0 to t
 
 
 def attention(node: Argument) -> Attention | None:
-    """Recognises `portable.grouped_attention`, torch's own, and attention written out as products around a softmax."""
+    """Recognises `portable.grouped_attention`, torch's, and attention written out as matmuls and softmax."""
     found = inference_sdpa(node)
     if found is not None:
         k, v = skip_repeat(found.k), skip_repeat(found.v)
-        if found.causal:  # (which reads no slots but these)
+        if found.causal:  # reads no other slots
             k, v = (_before_first_slots(cache, shape(found.q)[2]) for cache in (k, v))
         return _scaled(found.q, k, v, found.mask, found.scale, found.causal)
     if called(node, grouped_attention):
@@ -236,7 +231,7 @@ def _scaled(
 
 
 def _capped(node: Argument) -> tuple[Argument, float]:
-    """Returns x and c of ``c tanh(x / c)``, the node itself and 0 where it is none."""
+    """Returns x and c of ``c tanh(x / c)``, else the node and 0."""
     for tanh, cap in either_way(node, operator.mul):
         if called(tanh, torch.tanh) and isinstance(cap, float):
             x, divisor = operands(tanh.args[0], operator.truediv) or (None, None)
@@ -246,7 +241,7 @@ def _capped(node: Argument) -> tuple[Argument, float]:
 
 
 def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
-    """Returns the cache whose first slots ``cache[:, :, :slots]`` are, the node itself where it is something else."""
+    """Returns the cache of ``cache[:, :, :slots]``, else the node."""
     cache, index = operands(node, operator.getitem) or (node, None)
     if not isinstance(index, tuple) or len(index) != 4 or not isinstance(index[2], slice) or shape(node)[2] != slots:
         return node
@@ -255,7 +250,7 @@ def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
 
 
 def skip_repeat(node: fx.Node) -> fx.Node:
-    """Returns ``[B, H_kv, S, D]`` before its repetition ``[B, H, S, D]``, the node itself where it is not repeated."""
+    """Returns ``[B, H_kv, S, D]`` before its repetition to ``[B, H, S, D]``, else the node."""
     if not called(node, torch.reshape) or not called(node.args[0], Tensor.expand):
         return node
     cache, index = operands(node.args[0].args[0], operator.getitem) or (node, None)

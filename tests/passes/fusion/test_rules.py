@@ -41,8 +41,8 @@ CASES = {
     "called rms norm": (Spelling(norm="rms_called"), {}),
     "scaled query": (Spelling(query_scale=True), {}),
     "one mask for all": (Spelling(mask="row"), {}),
-    "no norm": (Spelling(norm="none"), {"norm + q|k|v": "no norm that the kernel knows"}),
-    "parallel": (Spelling(norm="layer", parallel=True, gated=False), {"norm + gate|up": "one with q|k|v"}),
+    "no norm": (Spelling(norm="none"), {"norm + q|k|v": "no norm that the kernel supports"}),
+    "parallel": (Spelling(norm="layer", parallel=True, gated=False), {"norm + gate|up": "merged with q|k|v"}),
     "sandwich norms": (
         Spelling(sandwich=True),
         {"o + residual": "a norm stands between", "down + residual": "a norm stands between"},
@@ -55,8 +55,8 @@ CASES = {
     "no mask": (Spelling(mask="none"), {}),
     "bias on the scores": (Spelling(mask="bias", attention="written"), {}),
     "a mask for every head": (Spelling(mask="heads"), {"attention": "not one row of slots"}),
-    "gate last": (Spelling(fused=True, up_first=True), {"norm + gate|up": "with the gate in front"}),
-    "unknown activation": (Spelling(activation="tanh"), {"norm + gate|up": "no activation that the kernel knows"}),
+    "gate last": (Spelling(fused=True, up_first=True), {"norm + gate|up": "with the gate first"}),
+    "unknown activation": (Spelling(activation="tanh"), {"norm + gate|up": "no activation that the kernel supports"}),
 }
 
 
