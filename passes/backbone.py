@@ -1,7 +1,6 @@
 """Makes the 16-bit layers multiply by the package's kernels, and packs their weights without loss.
 
-Not handled: weights or results of another dtype than the input (autocast), transposed weights (GPT-2's Conv1D),
-experts; they stay as they are.
+Not handled: weights or results of another dtype than the input, transposed weights (GPT-2's Conv1D), experts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Finds the decoder in a traced graph: prologue, blocks, their KV caches, head.
-
-Blocks are the children of one ModuleList, numbered from 0, that write a cache; no model family is named.
+"""Finds the decoder in a traced graph: prologue, blocks (children of one ModuleList), their KV caches, head.
 
 Not handled (a Refusal): blocks that pass on more than one hidden state, blocks that write no cache.
 """
@@ -45,7 +43,6 @@ _MIN_CACHE_RANK = 3  # of the state of a recurrence or convolution; keys and val
 
 
 def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
-    """Returns the decoder in a normalized graph, or why there is none."""
     refusals = []
     for list_path, num_blocks in _module_lists(graph_module.graph):
         plan = _decoder_of(graph_module, list_path, num_blocks)
@@ -56,7 +53,6 @@ def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
 
 
 def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -> DecoderPlan | Refusal:
-    """Returns the decoder whose blocks are the children of one module list, or why they are none."""
     graph = graph_module.graph
     part_of = _assign_parts(graph, list_path, num_blocks)
     if isinstance(part_of, Refusal):
@@ -158,7 +154,6 @@ def _hidden_flows(graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int)
 def _flows(
     graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int, is_state: Callable[[fx.Node], bool]
 ) -> tuple[fx.Node, ...] | Refusal:
-    """Returns the L + 1 hidden states among values that `is_state` accepts."""
 
     def crossing(boundary: int, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         hidden = [n for n in nodes if part_of.get(n, 0) == boundary and is_state(n)]

@@ -109,7 +109,6 @@ def _as_gather(shards: fx.Node, ranks: int, group: str) -> None:
 
 
 def _only_user(node: fx.Node, name: str) -> fx.Node | None:
-    """Returns the only user of a node if it calls `name`."""
     users = list(node.users)
     return users[0] if len(users) == 1 and _calls(users[0], name) else None
 

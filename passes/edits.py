@@ -83,7 +83,6 @@ def require(condition: bool, reason: str, node: fx.Node | None = None) -> None:
 
 
 def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
-    """Adds placeholders after the present ones."""
     added = []
     for name in names:
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):

@@ -1,9 +1,6 @@
 """Finds matmuls with stacked experts and replaces them by ``river::experts``; finds routers.
 
-The weights of all experts are one parameter, ``[E, N, K]`` or ``[E, K, N]``.
-
-Not handled: experts in a module list or in a loop, which depend on values and break the graph; routers that cast their
-weight.
+Not handled: experts in a module list or a loop, which break the graph; routers that cast their weight.
 """
 
 from __future__ import annotations
@@ -49,7 +46,6 @@ class ExpertMatmul:
         return (e, k, n) if self.transposed else (e, n, k)
 
     def matmul(self, number_of: Mapping[fx.Node, int], group_size: int, layout: str) -> Matmul:
-        """Returns the 4-bit matmul that replaces it."""
         experts, out_features, in_features = self.shape
         return Matmul(
             name=input_name(self.weight),
@@ -136,8 +132,6 @@ def by_place(rows: Tensor, _route: None, experts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Stack:
-    """A parameter ``[E, ., .]``."""
-
     weight: fx.Node
     swapped: bool  # whether its last two dimensions are transposed
     chosen: fx.Node | None  # experts that are gathered; None: all
@@ -161,7 +155,6 @@ def _is_choice(index: object) -> bool:
 
 
 def _is_grouped(node: fx.Node) -> bool:
-    """Whether a node is a grouped matmul without bias and cast."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # registered by transformers
     functions = (torch._grouped_mm, getattr(F, "grouped_mm", None), fallback, getattr(fallback, "default", None))
     given = {name for name, value in node.kwargs.items() if value is not None}
@@ -169,7 +162,6 @@ def _is_grouped(node: fx.Node) -> bool:
 
 
 def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Returns the placeholders of a matmul's experts, in 16 bits or packed."""
     if called(node, torch.ops.river.experts.default):
         return node.args[1:3]
     found = as_expert_matmul(node)

@@ -1,7 +1,6 @@
 """Turns an optimized `RiverProgram` into a `Program`: nodes become numbered slots, graph facts become fields.
 
-Not handled: inputs that are neither ordinary tensors nor integers (their example is None); writes through a view of a
-KV cache.
+Not handled: inputs but ordinary tensors and integers (no example); writes through a view of a KV cache.
 """
 
 from __future__ import annotations
@@ -112,7 +111,6 @@ def freeze(
 
 
 def to_size(size: int | torch.SymInt) -> Size:
-    """Returns the number, or the expression of a dynamic size."""
     if isinstance(size, int):
         return size
     expr: sympy.Expr = size.node.expr

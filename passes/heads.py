@@ -1,7 +1,6 @@
 """Adds exit scores to blocks and heads, and a draft vocabulary and 16-bit reranking to the 4-bit head.
 
-Not handled: thresholds; a head that is not one linear layer, or whose weight has another dtype than its input; a draft
-vocabulary over several ranks.
+Not handled: a head that is not one linear layer or whose weight has another dtype than its input.
 """
 
 from __future__ import annotations
@@ -125,7 +124,6 @@ def _rescored(head: Segment, inputs: Sequence[fx.Node]) -> Segment:
 
 
 def _head_linear(head: Segment) -> fx.Node:
-    """Returns the only matmul of a head, else raises `NoMatch`."""
     matmuls = [node for node in head.graph.nodes if called(node, torch.ops.river.linear.default)]
     require(len(matmuls) == len(head.packed) == 1, f"it has {len(matmuls)} 4-bit matmuls")
     return matmuls[0]

@@ -144,7 +144,6 @@ def nesting(node: fx.Node) -> int:
 
 
 def rank(node: object) -> int | None:
-    """Returns a tensor's number of dimensions, None for other values."""
     return value_of(node).dim() if is_tensor(node) else None
 
 
@@ -159,7 +158,6 @@ def sizes_of(value: Tensor) -> tuple[int | str, ...]:
 
 
 def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Returns all nodes reachable from `nodes`, these included."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
@@ -171,7 +169,6 @@ def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[f
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Returns the nodes and all nodes that they are computed from."""
     return closure(nodes, lambda node: node.all_input_nodes)
 
 
@@ -207,7 +204,6 @@ def called(node: Argument, *functions: Callable) -> TypeGuard[fx.Node]:
 
 
 def operands(node: Argument, *functions: Callable) -> tuple[Argument, Argument] | None:
-    """Returns both operands of a binary operation, None for other nodes."""
     return node.args if called(node, *functions) and len(node.args) == 2 and not node.kwargs else None
 
 
@@ -255,7 +251,6 @@ def same_dtype(a: Argument, b: Argument) -> bool:
 
 
 def same_size(a: Argument, b: Argument) -> bool:
-    """Whether both are tensors of one shape and dtype."""
     return same_dtype(a, b) and shape(a) == shape(b)
 
 
@@ -340,8 +335,6 @@ def as_linear(node: fx.Node) -> Linear | None:
 
 @dataclass(frozen=True)
 class Sdpa:
-    """Arguments of a ``scaled_dot_product_attention``."""
-
     q: fx.Node
     k: fx.Node
     v: fx.Node

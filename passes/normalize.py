@@ -1,6 +1,4 @@
-"""Brings a traced graph into a normal form with one spelling for each operation (`_TABLE`); the bits stay the same.
-
-``x.add(y)`` and ``torch.add(x, y)`` become ``operator.add(x, y)``; arguments become positional, with defaults.
+"""Brings a traced graph into a normal form: one spelling of each operation (`_TABLE`), positional arguments, same bits.
 
 Not handled: calls that the table does not cover (``alpha=``, ``out=``, ``memory_format=``), methods of other objects.
 """
@@ -91,7 +89,6 @@ def _to(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
 
 
 def _with(value: object) -> Form:
-    """Appends `value` to a call with one argument."""
     return lambda args, kwargs: ((*args, value), {}) if len(args) == 1 and not kwargs else None
 
 

@@ -40,8 +40,6 @@ class KVSlot:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block."""
-
     index: int  # from 0
     path: str  # of its module
     # [B, T, D], or several streams: [S, B, T, D] or [B, T, S, D] (`DecoderPlan.token_axis`)
@@ -52,8 +50,6 @@ class Block:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """A decoder found in a traced graph."""
-
     graph: fx.Graph = field(repr=False)
     blocks: tuple[Block, ...]
     # of every node but placeholders and the output: 0 prologue, 1..L block, L + 1 head
@@ -77,7 +73,6 @@ class DecoderPlan:
 
     @property
     def is_decode(self) -> bool:
-        """Whether the graph advances every row by exactly one token."""
         return isinstance(self.query_length, int) and self.query_length == 1
 
     @property
@@ -168,9 +163,7 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class KeptLinear:
-    """A linear of a twin that stays in 16 bits."""
-
+class KeptLinear:  # a linear of a twin that stays in 16 bits
     name: str
     reason: str
 
@@ -220,9 +213,7 @@ class RiverProgram:
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """Metadata of a tensor."""
-
+class TensorSpec:  # a fake tensor's metadata
     shape: tuple[Size, ...]
     stride: tuple[Size, ...]
     dtype: torch.dtype
@@ -235,8 +226,6 @@ Example: TypeAlias = TensorSpec | Size | None  # metadata of a value; None: neit
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of a program's input."""
-
     # a parameter or buffer; a field of a cache layer; an argument of the model's forward; a size of one of these
     kind: Literal["model", "cache", "call", "size"]
     name: Any = ""  # its path in the model; the field; the argument, or (argument, key) of a dict
@@ -245,8 +234,6 @@ class Source:
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a program."""
-
     name: str  # in the user's code
     example: Example
     is_parameter: bool  # a parameter or buffer of a module
@@ -351,7 +338,6 @@ class Program:
 
     @functools.cached_property
     def examples(self) -> tuple[Example, ...]:
-        """Returns metadata of every slot but the score's."""
         return (*(value.example for value in self.inputs), *self.values)
 
     def is_parameter(self, slot: int) -> bool:

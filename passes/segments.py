@@ -1,7 +1,6 @@
-"""Splits a decoder into segments, and finds segments that compute the same function.
+"""Splits a decoder into segments: graphs whose placeholders and outputs are values of other parts.
 
-A segment has a graph of its own: values of other parts are placeholders, values that others read are outputs. Blocks
-that differ in weights only have equal fingerprints, so one of them is compiled for all.
+Blocks that differ in weights only have equal fingerprints, so one of them is compiled for all.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ def _without_matmuls(program: RiverProgram) -> Refusal | None:
 
 
 def split_segments(plan: DecoderPlan) -> RiverProgram | Refusal:
-    """Returns the decoder split into prologue, blocks and head, the input of the passes."""
     returned = plan.graph.output_node().args[0]
     if not isinstance(returned, (tuple, list)) or not all(isinstance(value, fx.Node) for value in returned):
         return Refusal("the graph returns something other than a flat tuple of values", "output")
@@ -76,7 +74,6 @@ def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
 def subgraph(
     root: nn.Module | None, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.Graph:
-    """Returns a graph of copies of `nodes`, with a placeholder for each input."""
     graph = fx.Graph(owning_module=root)
     new: dict[fx.Node, fx.Node] = {}
     for node in inputs:

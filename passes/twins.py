@@ -1,8 +1,6 @@
 """Makes twins: copies of a decoder block's graph with 4-bit matmuls in place of its linears and stacked experts.
 
-All other nodes stay, so that a twin reads and writes the values of its block. Linears that share an input (q|k|v,
-gate|up) become one matmul whose result is split.
-
+Linears that share an input (q|k|v, gate|up) become one matmul whose result is split; all other nodes stay.
 Not handled: parameters that other operations read; they stay in 16 bits and are reported.
 """
 
@@ -44,8 +42,6 @@ MIN_GROUP_SIZE = min(GROUP_SIZES)
 
 @dataclass(frozen=True)
 class TwinSpec:
-    """How twins are quantized."""
-
     group_size: int  # at most; each matmul uses the largest power of two that divides its input features
     layout: str  # of packed weights
     scale_inputs: bool = False  # AWQ's scales, if they cost no operation
@@ -88,7 +84,6 @@ def one_row_head(fuse: bool) -> Pass:
 
 
 def linear_names(program: RiverProgram) -> set[str]:
-    """Returns the names of all linear layers and stacks of experts in blocks and head."""
     nodes = [node for segment in (*program.blocks, program.head) for node in segment.graph.nodes]
     stacks = (input_name(stack.weight) for stack in filter(None, map(as_expert_matmul, nodes)))
     return {*(linear.name for linear in filter(None, map(as_linear, nodes))), *stacks}
@@ -134,7 +129,6 @@ def _is_table(node: fx.Node) -> bool:
 
 
 def _matmuls(graph: fx.Graph, number_of: Mapping[fx.Node, int], how: TwinSpec) -> list[_Linears | _Experts]:
-    """Returns a graph's linears, grouped by input, then its experts."""
     found: list[_Linears | _Experts] = []
     for linears in group_by_input(graph, lambda linear: (linear.transposed, is_router(linear.node))):
         reason = ROUTER if is_router(linears[0].node) else ""  # routers are a group of their own
@@ -173,8 +167,6 @@ class _Linears:
 
 @dataclass(frozen=True)
 class _Experts:
-    """A matmul with stacked experts, and the 4-bit matmul that replaces it."""
-
     found: ExpertMatmul
     matmul: Matmul
     reason: str

@@ -1,8 +1,6 @@
 """Fusion rules around a static KV cache: the write of its slots, and attention over it.
 
-On a GPU, where each operator is a launch, both become one operator that counts the tokens too. On a CPU they are
-phases of one tape and stay apart.
-
+A GPU runs both as one operator that also counts tokens; on a CPU they stay apart, as phases of one tape.
 Not handled: dynamic caches; caches of full sliding windows, whose entries move.
 """
 

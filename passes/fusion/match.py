@@ -49,7 +49,6 @@ class BlockView:
 
     @property
     def native(self) -> bool:
-        """Whether the matmuls use the C++ kernels."""
         return any(is_river_linear(n) and n.args[6] in ("dense", NATIVE_LAYOUT) for n in self.graph.nodes)
 
     @property
@@ -60,8 +59,6 @@ class BlockView:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A write of keys or values to a static KV cache."""
-
     cache: fx.Node  # [B, J, S, D]
     value: fx.Node  # [B, J, T, D]
     slot: fx.Node  # [T]
@@ -81,8 +78,6 @@ def is_river_linear(node: Argument) -> TypeGuard[fx.Node]:
 
 @dataclass(frozen=True)
 class Columns:
-    """Consecutive columns of a matmul's result."""
-
     matmul: fx.Node
     start: int
     stop: int  # exclusive

@@ -36,8 +36,6 @@ from river_compile.passes.nodes import (
 
 @dataclass(frozen=True)
 class Normed:
-    """A norm over the last dimension."""
-
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
@@ -142,7 +140,6 @@ def rotation(node: Argument) -> Rotation | None:
 
 
 def _pair(node: Argument, function: Callable) -> tuple[fx.Node, fx.Node] | None:
-    """Returns the two operands of a ``cat`` or ``stack`` along the last dimension."""
     return tuple(node.args[0]) if called(node, function) and node.args[1] == -1 and len(node.args[0]) == 2 else None
 
 

@@ -1,7 +1,6 @@
 """Fuses nodes of blocks, twins and heads into operators of the kernels, and records which rule did not match.
 
-A rule changes the graph if all its conditions hold, else raises `NoMatch` and changes nothing (docs/lowering.md). Nodes
-that no rule fuses reach Inductor, 4-bit matmuls as ``river::linear``.
+A rule changes the graph if all its conditions hold, else raises `NoMatch` and changes nothing (docs/lowering.md).
 """
 
 from __future__ import annotations
@@ -335,7 +334,6 @@ def _fuse_norm_residual(matmul: fx.Node, normed: fx.Node, found: Normed) -> fx.N
 
 
 def _residual(last: fx.Node, total: fx.Node) -> fx.Node:
-    """Returns the operand of an addition that is not `last`."""
     found = operands(total, operator.add, Tensor.add_)
     if found is None or found[0] is found[1]:
         raise NoMatch(f"{getattr(total.target, '__name__', total.op)} stands between it and the addition", total)

@@ -1,4 +1,4 @@
-"""Products with stacked experts are found in every spelling and become one operator that computes the same."""
+"""Matmuls with stacked experts of every spelling become one operator that computes the same."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SWAPPED = "gathered right swapped", "gathered left", "grouped swapped", "batched
 SPELLINGS = (*SWAPPED, "gathered right", "gathered left swapped", "grouped", "batched", "gathered before a swap")
 
 
-def product(spelling, x, weight, route):
-    """Spells a product of rows ``[M, K]`` as models do; returns ``[M, N]``."""
+def matmul(spelling, x, weight, route):
+    """Multiplies rows ``[M, K]`` in a model's spelling; returns ``[M, N]``."""
     swapped = weight.transpose(-2, -1) if "swap" in spelling else weight
     if spelling == "gathered before a swap":
         return torch.bmm(x.unsqueeze(1), weight[route].transpose(1, 2)).squeeze(1)
@@ -36,8 +36,8 @@ def product(spelling, x, weight, route):
 
 
 def traced(spelling, x, weight, route):
-    """Returns the product's graph in the normal form, as Dynamo leaves it, with values on every node."""
-    graph_module = fx.symbolic_trace(lambda x, weight, route: product(spelling, x, weight, route))
+    """Returns the matmul's graph in the normal form, with examples on every node."""
+    graph_module = fx.symbolic_trace(lambda x, weight, route: matmul(spelling, x, weight, route))
     values = iter((x, weight, route))
 
     class Recorder(fx.Interpreter):
@@ -54,7 +54,7 @@ def traced(spelling, x, weight, route):
 @given(st.sampled_from(SPELLINGS), st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=17), st.integers(0, 999))
 @examples(60)
 def test_every_spelling_becomes_one_operator_of_the_same_result(spelling, chosen, seed):
-    """Some experts get no row, some several; batched experts get rows of zeros where they were not chosen."""
+    """Some experts get no row, some several; batched experts get rows of zeros if not chosen."""
     g = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if "grouped" in spelling else torch.float32
     grid = quantize(torch.randn(EXPERTS * N, K, generator=g), 32, "rtn").rounded(torch.bfloat16)

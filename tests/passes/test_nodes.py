@@ -1,4 +1,4 @@
-"""Questions about single nodes: which memory they show and change, what they look through, which layer they are."""
+"""Queries on single nodes: aliasing, mutation, skipped operations, linear layers."""
 
 from __future__ import annotations
 
@@ -197,19 +197,19 @@ class TestLinear:
         assert (found.in_features, found.out_features, found.transposed) == (4, 5, True)
 
     @pytest.mark.parametrize("transpose", [("t",), (getattr, "T")])
-    def test_a_product_with_the_transposed_weight(self, transpose):
+    def test_a_matmul_with_the_transposed_weight(self, transpose):
         nodes = Nodes()
         target, *rest = transpose
         found = as_linear(nodes.one(torch.matmul, nodes.x, nodes.b.call(target, nodes.weight, *rest)))
         assert (found.weight.name, found.bias, found.transposed) == ("weight", None, False)
 
-    def test_products_of_values_and_scaled_ones_are_no_layers(self):
+    def test_matmuls_of_values_and_scaled_ones_are_no_layers(self):
         nodes = Nodes()
         flat = nodes.b.call("view", nodes.x, -1, 4)
         scaled = nodes.b.call(torch.addmm, nodes.bias, flat, nodes.b.parameter("conv1d", 4, 5), alpha=2)
-        product = nodes.b.call(operator.matmul, nodes.x, nodes.b.call("transpose", nodes.y, 1, 2))
+        matmul = nodes.b.call(operator.matmul, nodes.x, nodes.b.call("transpose", nodes.y, 1, 2))
         value = nodes.b.call(F.linear, nodes.x, nodes.b.call("mul", nodes.weight, 2))
-        assert [as_linear(n) for n in nodes.normal(scaled, product, value)] == [None, None, None]
+        assert [as_linear(n) for n in nodes.normal(scaled, matmul, value)] == [None, None, None]
 
 
 def test_attention_gives_its_arguments_whatever_their_spelling():

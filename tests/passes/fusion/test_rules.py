@@ -1,7 +1,7 @@
-"""Each fusion rule on graphs of every spelling: what it matches computes the same, what it misses says why.
+"""Each fusion rule on graphs of every spelling: fused graphs compute the same, and a rule that does not match says why.
 
-The decoders run at depth 0 (all twins) with the generated kernels in Triton's interpreter and, as the yardstick, with
-the same 4-bit grids and no fusion: returned values, caches and counters agree.
+Decoders run at depth 0 (all twins) with generated kernels in Triton's interpreter, and with the same 4-bit weights
+without fusion as the reference.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CASES = {
 
 
 def run(graph_module, inputs, lowering, depth: int = 0):
-    """Runs one decode step; returns what it returns, the inputs afterwards, and the fusions."""
+    """Runs one decode step; returns its outputs, the inputs afterwards, and the fusions."""
     clones = [t.clone() for t in inputs]
     executor = lowered(lowering)(graph_module, inputs, options=OPTIONS)
     with torch.no_grad(), forced_depth(depth):
@@ -90,7 +90,7 @@ def test_rules_match_or_say_why_not(case):
 
 
 def test_a_full_ring_buffer_is_left_to_inductor():
-    """Its entries move with each token; accelerated models have caches of full layers instead."""
+    """Its entries move with each token; accelerated models use full static caches instead."""
     graph_module, inputs = block_decoder(Spelling(cache="rolled"))
     fused = run(graph_module, inputs, FUSED)
     assert_same(fused, run(graph_module, inputs, UNFUSED))
