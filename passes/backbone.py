@@ -19,8 +19,6 @@ from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.twins import current_input, group_by_input, replace_linears, simplify_attention
 
 MOST_MERGED = 4  # weights of one matmul
-
-
 _MERGED_ROWS = 16  # a generated kernel merges weights whose rows are a multiple of this
 
 

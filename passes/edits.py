@@ -19,7 +19,7 @@ from river_compile.passes.program import RiverProgram
 
 log = logging.getLogger("river_compile.passes")
 
-
+_KEPT_META = ("nn_module_stack", "stack_trace")
 Pass = Callable[[RiverProgram], RiverProgram]
 
 
@@ -62,9 +62,6 @@ def table(records: Sequence[PassRecord]) -> str:
 
 def _num_ops(program: RiverProgram) -> int:
     return sum(n.op not in ("placeholder", "output") for s in program.segments for n in s.graph.nodes)
-
-
-_KEPT_META = ("nn_module_stack", "stack_trace")
 
 
 class NoMatch(Exception):

@@ -20,8 +20,6 @@ from river_compile.passes.nodes import called, closure, input_name, is_parameter
 from river_compile.passes.program import Matmul, Segment
 
 ROUTER = "a router: its result chooses what else is computed"
-
-
 _MATMULS = (
     *(F.linear, operator.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.mm, torch.einsum),
     *(F.scaled_dot_product_attention, torch.conv1d, F.conv1d),

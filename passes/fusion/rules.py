@@ -159,11 +159,7 @@ def fuse_exit_score(view: BlockView) -> fx.Node:
 
 # A rule's docstring is its name in the report. Generated kernels around the KV cache take one position per row.
 Rule = Callable[[BlockView], fx.Node]
-
-
 ONE_QUERY_RULES: tuple[Rule, ...] = (fuse_kv_fill, fuse_attention)
-
-
 RULES: tuple[Rule, ...] = (fuse_norm_qkv, *ONE_QUERY_RULES, fuse_o_residual, fuse_gated_mlp, fuse_down_residual)
 
 
