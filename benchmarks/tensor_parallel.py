@@ -56,7 +56,7 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
     from river_compile.backend import river
     from river_compile.exits import CRITERIA, forced_threshold
     from river_compile.model_record import find_record
-    from river_compile.passes.moe_router import ROUTER
+    from river_compile.passes.experts import ROUTER
     from tests.distributed.worker import DEPTHS, EAGER, LAYERS, decode, kept, load
 
     depths = (*DEPTHS, *range(LAYERS + 1))

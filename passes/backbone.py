@@ -1,13 +1,6 @@
-"""Gives passes a backbone that multiplies by the package's own kernels, in 16 bits.
+"""Makes the 16-bit layers multiply by the package's kernels, and packs their weights without loss.
 
-Linear layers become ``river::linear`` in layout "dense", the C++ kernels', which sum an output in one order whatever
-the number of rows, or "triton", the generated ones', for decode steps. Those that share an input become one product,
-whose weights stay where they are: its matrix is a ``torch.cat`` that the lowering takes apart again. The rules of
-fusion then see a block as they see a twin. Torchao's weight-only tensors of 8 bits are for the C++ kernels too, which
-read them packed (:mod:`river_compile.passes.packed_backbone`).
-
-Not handled: weights of another dtype than their input, products of another one (autocast's), transposed weights
-(GPT-2's Conv1D), experts; they stay so.
+Not handled: weights or results of another dtype than the input, transposed weights (GPT-2's Conv1D), experts.
 """
 
 from __future__ import annotations
@@ -18,33 +11,50 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from river_compile.kernels.quant import bits8
-from river_compile.passes.attention import simplify_attention
-from river_compile.passes.edits import call
-from river_compile.passes.linears import input_of, replace_linears, sharing_input
-from river_compile.passes.nodes import Linear, called, is_ordinary, is_parameter, same_dtype, value_of
-from river_compile.passes.pipeline import Pass
-from river_compile.passes.program import RiverProgram, Segment
+from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
+from river_compile.kernels.quant import bf12, bits8
+from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
+from river_compile.passes.nodes import Linear, called, input_name, is_ordinary, is_parameter, same_dtype, value_of
+from river_compile.passes.program import Matmul, RiverProgram, Segment
+from river_compile.passes.twins import current_input, group_by_input, replace_linears, simplify_attention
 
-MOST_MERGED = 4  # matrices of one product
-_MERGED_ROWS = 16  # of which a generated kernel's matrices have a multiple
+MOST_MERGED = 4  # weights of one matmul
+_MERGED_ROWS = 16  # a generated kernel merges weights whose rows are a multiple of this
 
 
 def river_backbone(layout: str) -> Pass:
-    """Makes the pass below; `layout` is that of ``river::linear`` with weights in 16 bits."""
+    """Makes the pass below; `layout` is that of 16-bit weights: "dense" (C++) or "triton" (decode steps)."""
 
     def river_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and the head use the kernels' own matmuls of a few rows."""
-        blocks = tuple(_with_products(block, layout) for block in program.blocks)
-        return replace(program, blocks=blocks, head=_with_products(program.head, layout))
+        """Linear layers of blocks and head are operators of the package."""
+        blocks = tuple(_with_river_linears(block, layout) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_with_river_linears(program.head, layout))
 
     return river_backbone
 
 
-def _with_products(segment: Segment, layout: str) -> Segment:
+def packed_backbone(weights: str) -> Pass:
+    """Makes the pass below; `weights`: "12bit", "8bit", or "model" (only torchao's 8-bit weights are packed)."""
+
+    def packed_backbone(program: RiverProgram) -> RiverProgram:
+        """Blocks and head read weights packed without loss."""
+        blocks = tuple(_packed(block, program, weights) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_packed(program.head, program, weights))
+
+    return packed_backbone
+
+
+def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
+    """Returns the parameters that a matmul's weight or bias is concatenated from; of None, none."""
+    if parameter is None:
+        return []
+    return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
+
+
+def _with_river_linears(segment: Segment, layout: str) -> Segment:
     made = segment.copy()
     simplify_attention(made.graph)
-    groups = sharing_input(made.graph, lambda linear: _kind(linear, layout))
+    groups = group_by_input(made.graph, lambda linear: _kind(linear, layout))
     for linears in groups:
         aligned = layout == "dense" or all(linear.out_features % _MERGED_ROWS == 0 for linear in linears)
         together = MOST_MERGED if aligned else 1
@@ -54,7 +64,7 @@ def _with_products(segment: Segment, layout: str) -> Segment:
 
 
 def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
-    """Returns what linear layers have in common that may be one matmul, None for one that stays as it is."""
+    """Returns a key, equal for linear layers that can be merged; None for one that stays as it is."""
     parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
     if linear.transposed or not all(is_parameter(p) and same_dtype(p, linear.x) for p in parameters):
         return None
@@ -69,19 +79,12 @@ def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
 
 
 def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
-    """Puts one matmul in the place of linear layers, with a matrix that is put together from theirs."""
+    """Replaces linear layers by one matmul; its weight is a ``torch.cat``, which the lowering splits again."""
     first = linears[0]
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)
         bias = first.bias and _joined([linear.bias for linear in linears if linear.bias], first.node)
-    replace_linears(linears, input_of(linears), weight, None, bias, 0, layout)
-
-
-def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
-    """Returns the parameters that a product's matrix or bias was put together from; of None, none."""
-    if parameter is None:
-        return []
-    return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
+    replace_linears(linears, current_input(linears), weight, None, bias, 0, layout)
 
 
 def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
@@ -90,3 +93,56 @@ def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
     value, like_of = value_of(parameters[0]), value_of(like)
     rows = sum(value_of(p).shape[0] for p in parameters)
     return call(torch.cat, (parameters, 0), like_of.new_empty((rows, *value.shape[1:])), like)
+
+
+def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
+    made = segment.copy()
+    origins = made.origins
+    number_of = {placeholder: program.slots[value] for placeholder, value in origins.items()}
+    packed: list[Matmul] = []
+    read: dict[fx.Node, None] = {}  # parameters, in order
+    for node in list(made.graph.find_nodes(op="call_function", target=torch.ops.river.linear.default)):
+        x, weight, scale_zero, bias, out_features, _, layout = node.args
+        weights, biases = parts_of(weight), parts_of(bias)
+        if scale_zero is not None or not all(map(is_parameter, [*weights, *biases])):
+            continue
+        layout = _layout(layout, [value_of(part) for part in weights], how)
+        if layout is None:
+            continue
+        if layout == bf12.GENERATED and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
+            continue  # the up projection would start within a packed unit
+        linear = Matmul(
+            name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
+            weights=tuple(number_of[part] for part in weights),
+            biases=tuple(number_of[part] for part in biases) or (None,) * len(weights),
+            in_features=value_of(weights[0]).shape[1],
+            out_features=tuple(value_of(part).shape[0] for part in weights),
+            transposed=False,
+            group_size=0,
+            layout=layout,
+        )
+        names = ["weight", "scale_zero", *(["bias"] if biases else [])]
+        new = add_placeholders(made.graph, [f"packed_{len(packed)}_{name}" for name in names])
+        if biases:
+            new[2].meta["example_value"] = value_of(biases[0]).new_empty(out_features)
+        node.args = (x, new[0], new[1], new[2] if biases else None, out_features, 0, layout)
+        for joined in (weight, bias):
+            if joined is not None and joined.op != "placeholder":
+                drop_unused(joined)
+        packed.append(linear)
+        read |= dict.fromkeys([*weights, *biases])
+    for node in read:  # keep other unused placeholders: Inductor looks for sizes among them
+        if not node.users:
+            made.graph.erase_node(node)
+    inputs = tuple(origins[node] for node in made.graph.find_nodes(op="placeholder") if node in origins)
+    return replace(made, inputs=inputs, packed=(*made.packed, *packed))
+
+
+def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
+    """Returns the packed layout of a matmul's weights, None if they stay; `kernels` is the 16-bit layout."""
+    if all(bits8.held_by(weight) is not None for weight in weights):
+        return bits8.LAYOUT
+    dtypes = {weight.dtype for weight in weights}
+    if how == "12bit" and dtypes == {torch.bfloat16}:
+        return bf12.LAYOUT if kernels == "dense" else bf12.GENERATED
+    return bits8.LAYOUT if how == "8bit" and len(dtypes) == 1 else None

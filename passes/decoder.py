@@ -1,26 +1,29 @@
-"""Finds the decoder in a traced graph: prologue, repeated blocks, their caches, head.
+"""Finds the decoder in a traced graph: prologue, blocks (children of one ModuleList), their KV caches, head.
 
-The blocks are the children of one ModuleList with consecutive indices, which write a cache; no name of a model family
-anywhere. Each node belongs to the block whose module it was traced in; nodes outside of every block go to the
-prologue (a vision tower too, whose blocks write no cache), to the head or, where they stand between two blocks and
-depend on one, to that block. The first hidden state may be an input of the graph (``inputs_embeds``).
-
-Not handled (refused with a reason): a graph that needs gradients, blocks that pass more than one hidden state on,
-blocks that write no cache.
+Not handled (a Refusal): blocks that pass on more than one hidden state, blocks that write no cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_arg
 
 from river_compile.passes.nodes import (
     ancestors,
     clean_path,
+    external_inputs,
+    hints_of,
     is_hidden,
     is_parameter,
     is_streams,
@@ -28,7 +31,6 @@ from river_compile.passes.nodes import (
     mutated_inputs,
     nesting,
     rank,
-    read_by,
     shape,
     value_of,
 )
@@ -37,11 +39,10 @@ from river_compile.passes.program import Block, DecoderPlan, KVSlot, Refusal
 # `...layers.5`, `...layers[5]` and `getattr(...layers, '5')` all name child 5 of a module list.
 _CHILD = re.compile(r"^(?P<list>.*?)(?:\.|\[|, ')(?P<index>\d+)(?:'\)|\])?$")
 _MIN_BLOCKS = 2
-_LEAST_RANK = 3
+_MIN_CACHE_RANK = 3  # of the state of a recurrence or convolution; keys and values have four dimensions
 
 
 def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
-    """Returns the decoder in a graph traced by Dynamo, or the reason why there is none."""
     refusals = []
     for list_path, num_blocks in _module_lists(graph_module.graph):
         plan = _decoder_of(graph_module, list_path, num_blocks)
@@ -52,7 +53,6 @@ def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
 
 
 def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -> DecoderPlan | Refusal:
-    """Returns the decoder whose blocks are the children of one module list, or the reason why they are none."""
     graph = graph_module.graph
     part_of = _assign_parts(graph, list_path, num_blocks)
     if isinstance(part_of, Refusal):
@@ -69,16 +69,14 @@ def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -
         return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", blocks[0].path)
     axis = _token_axis(flows[0])
     if axis is None:
-        return Refusal("which axis of the hidden state counts the tokens cannot be told", flows[0].name)
+        return Refusal("it is ambiguous which axis of the hidden state counts tokens", flows[0].name)
     batch, query_length = value_of(flows[0]).shape[axis - 1 : axis + 1]
     return DecoderPlan(graph, tuple(blocks), part_of, query_length, batch, axis)
 
 
 def _module_lists(graph: fx.Graph) -> list[tuple[str, int]]:
-    """Returns path and length of the outermost module lists whose children are numbered 0..n-1, the last to run first.
-
-    A mixture of experts keeps a list of experts inside each block, and a vision tower runs before the decoder.
-    """
+    """Returns path and length of the outermost module lists, the last to run first."""
+    # A mixture of experts has a list inside each block; a vision tower runs before the decoder.
     seen: dict[str, set[int]] = {}
     last: dict[str, int] = {}
     for place, node in enumerate(graph.nodes):
@@ -91,7 +89,7 @@ def _module_lists(graph: fx.Graph) -> list[tuple[str, int]]:
 
 
 def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, str]]:
-    """Yields index and list path for each module on a node's stack that is a numbered child."""
+    """Yields index and list path of each module on a node's stack that is a numbered child."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         match = _CHILD.match(path)
         if match and (list_path is None or match["list"] == list_path):
@@ -99,12 +97,12 @@ def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int
 
 
 def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
-    """Assigns each node to prologue (0), block (1..L) or head (L + 1); the parts run in that order."""
+    """Assigns each node to prologue (0), block (1..L) or head (L + 1): by its module, else by its inputs."""
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     part_of: dict[fx.Node, int] = {}
     reached = 0
     for nodes in _inseparable(graph):
-        read = read_by(nodes)
+        read = external_inputs(nodes)
         before = max((part_of.get(a, 0) for a in read), default=0)
         children = {index for node in nodes for index, *_ in itertools.islice(_children(node, list_path), 1)}
         if len(children) > 1:
@@ -121,20 +119,20 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
                 )
             reached = part
         elif before == 0 and written.isdisjoint(map(memory_of, read)):
-            part = 0  # depends on the inputs alone: it may as well run first
+            part = 0  # depends on inputs only, so it can run first
         elif before == num_blocks or (reached == num_blocks and before):
             part = num_blocks + 1
         else:
             part = max(before, reached)
         part_of |= dict.fromkeys(nodes, part)
-    for node in reversed(part_of):  # what of the prologue the head alone reads, such as a norm's 1 + weight
+    for node in reversed(part_of):  # prologue values that only the head reads, such as a norm's 1 + weight
         if part_of[node] == 0 and node.users and all(part_of.get(user) == num_blocks + 1 for user in node.users):
             part_of[node] = num_blocks + 1
     return part_of
 
 
 def _inseparable(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Yields the operations in order: each alone, those of an autocast or a ``vmap`` together."""
+    """Yields the operations in order: one by one, but those of an autocast or a ``vmap`` together."""
     together: list[fx.Node] = []
     depth = 0
     for node in graph.nodes:
@@ -147,22 +145,18 @@ def _inseparable(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _hidden_flows(graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:
-    """Returns the L + 1 hidden states: into block 1, between the blocks, and out of the last one.
-
-    They are ``[B, T, D]`` or, where that finds none, several such streams in one tensor of four dimensions.
-    """
+    """Returns the L + 1 hidden states ``[B, T, D]``, or else several streams in one tensor each."""
     one = _flows(graph, part_of, num_blocks, is_hidden)
     several = _flows(graph, part_of, num_blocks, is_streams) if isinstance(one, Refusal) else one
     return one if isinstance(several, Refusal) else several
 
 
 def _flows(
-    graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int, fits: Callable[[fx.Node], bool]
+    graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int, is_state: Callable[[fx.Node], bool]
 ) -> tuple[fx.Node, ...] | Refusal:
-    """Returns the L + 1 hidden states among the values that fit."""
 
     def crossing(boundary: int, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        hidden = [n for n in nodes if part_of.get(n, 0) == boundary and fits(n)]
+        hidden = [n for n in nodes if part_of.get(n, 0) == boundary and is_state(n)]
         found = [n for n in hidden if any(part_of.get(user) == boundary + 1 for user in n.users)]
         if not found and boundary == num_blocks:  # a model without a head
             found = [n for n in hidden if any(user.op == "output" for user in n.users)]
@@ -170,9 +164,9 @@ def _flows(
 
     between = [crossing(boundary, part_of) for boundary in range(1, num_blocks + 1)]
     everywhere = set.intersection(*({shape(n) for n in nodes} for nodes in between))
-    if everywhere:  # (keys that another block reads may look like a hidden state, but do not pass all borders)
+    if everywhere:  # keys that another block reads may look like a hidden state, but cross one boundary only
         between = [[n for n in nodes if shape(n) in everywhere] for nodes in between]
-    # The prologue also hands out cosines and sines [B, T, head_dim]; the hidden state has the shape of the later ones.
+    # The prologue also returns cosines and sines [B, T, head_dim], of another shape than the later hidden states.
     first = crossing(0, [n for n in graph.nodes if not is_parameter(n)])
     if between[0]:
         first = [n for n in first if shape(n) == shape(between[0][0])]
@@ -190,13 +184,10 @@ def _flows(
 
 
 def _token_axis(hidden: fx.Node) -> int | None:
-    """Returns which axis of the first hidden state counts tokens; the one before it counts rows.
-
-    Streams may stand before both or after them, ``[S, B, T, D]`` or ``[B, T, S, D]``: the embedding ``[B, T, D]`` that
-    they are made of tells.
-    """
+    """Returns the axis of tokens in the first hidden state, right after that of rows; None if it is ambiguous."""
     if is_hidden(hidden):
         return 1
+    # [S, B, T, D] or [B, T, S, D]: compare with the embedding [B, T, D] that the streams are made of.
     *rows, width = shape(hidden)
     made_of = [shape(n) for n in ancestors([hidden]) if is_hidden(n) and shape(n)[-1] == width]
     axes = {axis for axis in (1, 2) for *found, _ in made_of if rows[axis - 1 : axis + 1] == found}
@@ -204,34 +195,105 @@ def _token_axis(hidden: fx.Node) -> int | None:
 
 
 def _kv_slot(nodes: list[fx.Node], hidden_in: fx.Node, hidden_out: fx.Node) -> KVSlot:
-    """Finds a block's caches: tensors of the caller's that it writes, or longer ones that it returns.
-
-    Those have four dimensions, or three where the state of a recurrence or of a convolution stands in for the tokens.
-    A block that is an MLP alone, or reads another one's keys, keeps nothing.
-    """
+    """Returns a block's cache: tensors of the caller that it writes, or longer ones that it returns."""
     static = [
         (node, memory)
         for node in nodes
         for written in mutated_inputs(node)
-        if (rank(written) or 0) >= _LEAST_RANK and _outlives(memory := memory_of(written), hidden_in)
+        if (rank(written) or 0) >= _MIN_CACHE_RANK and _outlives(memory := memory_of(written), hidden_in)
     ]
     in_place = [node for node, _ in static]
     kept = {memory for _, memory in static}
     returned = [
         node
         for node in nodes
-        if (rank(node) or 0) >= _LEAST_RANK and node is not hidden_out and memory_of(node) not in kept
+        if (rank(node) or 0) >= _MIN_CACHE_RANK and node is not hidden_out and memory_of(node) not in kept
         if any(user.op == "output" for user in node.users)
     ]
     if returned:
         return KVSlot("dynamic", (*returned, *in_place))
     lengths = [m for n in nodes for m in mutated_inputs(n) if m.op == "placeholder" and rank(m) == 0]
-    # (Other caches than those written by `index_copy_(dim, position, new)` roll and never overflow.)
+    # Caches that are not written by `index_copy_(dim, position, new)` roll and never overflow.
     sizes = (value_of(n.args[0]).shape[n.args[1]] for n in in_place if n.target is torch.Tensor.index_copy_)
     return KVSlot("static", tuple(in_place), tuple(dict.fromkeys(lengths)), next(sizes, None))
 
 
 def _outlives(memory: fx.Node, hidden_in: fx.Node) -> bool:
-    """True for memory of the caller: an input, or a tensor that the graph makes and returns (a prompt's new cache)."""
+    """Whether memory outlives the call: an input, or a tensor that the graph returns (a prompt's new cache)."""
     lasts = memory.op == "placeholder" or any(user.op == "output" for user in memory.users)
     return lasts and memory is not memory_of(hidden_in)
+
+
+_EXAMPLE = "example_value"
+
+
+def with_size(graph: fx.Graph, symbol: sympy.Symbol, size: int) -> fx.GraphModule:
+    """Returns a copy of a traced graph in which a dynamic size is a constant; raises what its operators raise.
+
+    Inputs and nodes that are constants then are dropped. The model's Python code must not have branched on the size.
+    """
+    new = fx.Graph(owning_module=graph.owning_module)
+    made: dict[fx.Node, Any] = {}  # the new node or a number
+    changed: set[fx.Node] = set()
+    with _propagating(graph):
+        for node in graph.nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
+            value = before = node.meta.get(_EXAMPLE)
+            if node.op == "placeholder":
+                value = _fixed(before, symbol, size)
+            elif node.op != "output" and not changed.isdisjoint(node.all_input_nodes):
+                value = _run(node, *map_arg((args, kwargs), value_of))
+            if value is not before:
+                changed.add(node)
+            if isinstance(value, int) and value is not before:
+                made[node] = value
+                continue
+            copy = made[node] = new.create_node(node.op, node.target, args, kwargs, node.name)
+            copy.meta = {**node.meta, _EXAMPLE: value} if _EXAMPLE in node.meta else node.meta.copy()
+    return fx.GraphModule(graph.owning_module or torch.nn.Module(), new)
+
+
+@contextlib.contextmanager
+def _propagating(graph: fx.Graph) -> Iterator[None]:
+    """Runs operators on the graph's fake tensors and records what they assume of sizes."""
+    examples = (value_of(node) for node in graph.nodes if _EXAMPLE in node.meta)
+    mode: FakeTensorMode = next(value.fake_mode for value in examples if isinstance(value, FakeTensor))
+    shapes: ShapeEnv | None = mode.shape_env
+    assert shapes is not None, "Dynamo traces with symbols"
+    frozen, shapes.frozen = shapes.frozen, False
+    try:
+        with mode, torch.no_grad():
+            yield
+    finally:
+        shapes.frozen = frozen
+
+
+def _fixed(value: Any, symbol: sympy.Symbol, size: int) -> Any:
+    """Returns an input's example with the size substituted; the same object if nothing changes."""
+    if isinstance(value, torch.SymInt):
+        return _number(value, symbol, size)
+    if not isinstance(value, FakeTensor):
+        return value
+    before = [*value.shape, *value.stride()]
+    sizes = [_number(n, symbol, size) for n in before]
+    if all(map(operator.is_, sizes, before)):
+        return value
+    dims = value.dim()
+    return torch.empty_strided(sizes[:dims], sizes[dims:], dtype=value.dtype, device=value.device)
+
+
+def _number(value: int | torch.SymInt, symbol: sympy.Symbol, size: int) -> int | torch.SymInt:
+    if isinstance(value, int) or symbol not in value.node.expr.free_symbols:
+        return value
+    expr = value.node.expr.xreplace({symbol: sympy.Integer(size)})
+    if expr.is_Integer:
+        return int(expr)
+    shapes = value.node.shape_env
+    return shapes.create_symintnode(expr, hint=int(expr.xreplace(hints_of(shapes))))
+
+
+def _run(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target), f"{node.op} is no operator of a normalized graph"
+    return node.target(*args, **kwargs)

@@ -1,15 +1,6 @@
-"""Turns one rank's traced graph under tensor parallelism into one of plain tensors and collectives.
+"""Replaces DTensors in one rank's traced graph by local shards and functional collectives; the bits stay the same.
 
-transformers reads each parameter that is spread over ranks as ``parameter.to_local()``. Here the parameter's input
-becomes that local shard, so that every pass meets plain matrices; what gathers logits becomes the collective that it
-is, and sums over ranks stand where they were, without the copy back into the partial sum:
-
-    to_local(p)                                                  p
-    x.copy_(wait(all_reduce(x))), x                              wait(all_reduce(x))
-    from_local(x, Shard(-1)).redistribute(Replicate).to_local()  cat of wait(all_gather(x))
-
-The bits stay the same. Not handled: shards of unequal width in the last of these, and parameters that are read in
-other ways (a table that is looked up in parts); they stay as they are.
+Not handled: shards of unequal width that are gathered; parameters that are not read by ``to_local()`` only.
 """
 
 from __future__ import annotations
@@ -28,31 +19,22 @@ _ALIASES = (Tensor.detach, Tensor.view_as, torch.ops.aten.alias.default, torch.o
 
 
 def is_shard(value: object) -> bool:
-    """True for a DTensor, real or fake."""
+    """Whether a value is a DTensor, real or fake."""
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
-def collective(node: Argument, name: str) -> bool:
-    """True for a functional collective: "all_reduce", "wait_tensor" ..."""
+def is_collective(node: Argument, name: str) -> bool:
+    """Whether a node calls the functional collective `name`, such as "all_reduce"."""
     packet = getattr(_COLLECTIVES, name)
     return called(node, packet, packet.default)
 
 
 def on_local_shards(traced: fx.GraphModule, ranks: int, group: str) -> frozenset[fx.Node]:
-    """Changes a normalized graph as the module's text says.
-
-    Args:
-        traced: the graph, whose placeholders keep their places.
-        ranks: how many share the model.
-        group: the name of their process group.
-
-    Returns:
-        The placeholders that stand for the local shards of what the caller brings.
-    """
+    """Rewrites a normalized graph in place; returns the placeholders that are local shards of the inputs now."""
     graph = traced.graph
     local = frozenset(node for node in graph.find_nodes(op="placeholder") if _read_as_local(node))
     for node in list(graph.nodes):
-        if collective(node, "wait_tensor"):
+        if is_collective(node, "wait_tensor"):
             _without_copy(node)
         elif _calls(node, "from_local"):
             _as_gather(node, ranks, group)
@@ -61,7 +43,7 @@ def on_local_shards(traced: fx.GraphModule, ranks: int, group: str) -> frozenset
 
 
 def _read_as_local(parameter: fx.Node) -> bool:
-    """Makes a parameter's input its shard, if all users read that; returns whether it is one now."""
+    """Replaces ``to_local(p)`` by p, if p has no other users; returns whether it did."""
     if not is_parameter(parameter) or not is_shard(value_of(parameter)) or not parameter.users:
         return False
     reads = list(parameter.users)
@@ -76,7 +58,7 @@ def _read_as_local(parameter: fx.Node) -> bool:
 
 
 def _aliases(node: fx.Node) -> Iterator[fx.Node]:
-    """Yields aliases of the same memory in the same shape, the last ones first."""
+    """Yields aliases of the same memory and shape, the last ones first."""
     for user in list(node.users):
         alias = called(user, *_ALIASES) or is_reshape(user)
         if alias and user.args[0] is node and shape(user) == shape(node):
@@ -85,9 +67,9 @@ def _aliases(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _without_copy(wait: fx.Node) -> None:
-    """Uses a sum over ranks itself where it was copied back into the rank's own part, which is read only afterwards."""
+    """Replaces x after ``x.copy_(wait(all_reduce(x)))`` by the sum, and erases the copy."""
     reduced = wait.args[0]
-    if not collective(reduced, "all_reduce") or len(wait.users) != 1:
+    if not is_collective(reduced, "all_reduce") or len(wait.users) != 1:
         return
     part, (copy,) = reduced.args[0], wait.users
     if not called(copy, Tensor.copy_) or copy.args[:2] != (part, wait):
@@ -101,7 +83,7 @@ def _without_copy(wait: fx.Node) -> None:
 
 
 def _as_gather(shards: fx.Node, ranks: int, group: str) -> None:
-    """Gathers equal shards of the last dimension as a collective of plain tensors."""
+    """Replaces ``from_local(x, Shard(-1)).redistribute(Replicate).to_local()`` by an all-gather of equal shards."""
     whole = _only_user(shards, "redistribute")
     result = None if whole is None else _only_user(whole, "to_local")
     if whole is None or result is None:
@@ -127,7 +109,6 @@ def _as_gather(shards: fx.Node, ranks: int, group: str) -> None:
 
 
 def _only_user(node: fx.Node, name: str) -> fx.Node | None:
-    """Returns the call of this name that alone uses a node."""
     users = list(node.users)
     return users[0] if len(users) == 1 and _calls(users[0], name) else None
 

@@ -1,22 +1,71 @@
-"""Edits of a segment's graph that passes share: one operator for many nodes, and dead code removal.
+"""Graph edits that passes share, and the loop that runs passes.
 
-Every operation that is put in records its value, as the traced ones do, so that the next pass can look at it.
+A pass is a function from `RiverProgram` to `RiverProgram`; it changes no graph of the program it is given. The first
+line of its docstring describes the result. Every new node records an example value for the next pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from river_compile.passes.nodes import is_reshape, mutated_inputs, plain, shape, sizes_of, value_of
+from river_compile.passes.nodes import is_reshape, mutated_inputs, shape, sizes_of, skip_noops, value_of
+from river_compile.passes.program import RiverProgram
+
+log = logging.getLogger("river_compile.passes")
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
+Pass = Callable[[RiverProgram], RiverProgram]
 
 
-class Missed(Exception):
-    """A fusion rule does not apply: a reason for the user, and the node that it is about (the whole segment: None)."""
+@dataclass(frozen=True)
+class PassRecord:
+    name: str
+    text: str  # first line of the docstring
+    seconds: float
+    before: RiverProgram
+    after: RiverProgram
+
+
+def run_passes(
+    program: RiverProgram, passes: Sequence[Pass], observe: Callable[[PassRecord], None] | None = None
+) -> RiverProgram:
+    """Runs the passes in order; calls `observe` after each."""
+    records = []
+    for step in passes:
+        start = time.perf_counter()
+        result = step(program)
+        text = (step.__doc__ or "").partition("\n")[0]
+        records.append(PassRecord(step.__name__, text, time.perf_counter() - start, program, result))
+        if observe is not None:
+            observe(records[-1])
+        program = result
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("passes\n%s", table(records))
+    return program
+
+
+def table(records: Sequence[PassRecord]) -> str:
+    """Returns a table of milliseconds, number of operations after the pass, its change, description."""
+    lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
+    for record in records:
+        ops = _num_ops(record.after)
+        change = ops - _num_ops(record.before)
+        lines.append(f"{record.name:<18} {record.seconds * 1e3:>8.1f} {ops:>7} {change:>+7}  {record.text}")
+    return "\n".join(lines)
+
+
+def _num_ops(program: RiverProgram) -> int:
+    return sum(n.op not in ("placeholder", "output") for s in program.segments for n in s.graph.nodes)
+
+
+class NoMatch(Exception):
+    """A rewrite does not apply: the reason, for the user, and the node (None: the whole segment)."""
 
     def __init__(self, reason: str, node: fx.Node | None = None) -> None:
         super().__init__(reason)
@@ -24,14 +73,13 @@ class Missed(Exception):
         self.node = node
 
 
-def require(fits: bool, reason: str, node: fx.Node | None = None) -> None:
-    """Raises `Missed` if a condition of a rule does not hold."""
-    if not fits:
-        raise Missed(reason, node)
+def require(condition: bool, reason: str, node: fx.Node | None = None) -> None:
+    """Raises `NoMatch` unless the condition holds."""
+    if not condition:
+        raise NoMatch(reason, node)
 
 
 def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
-    """Adds placeholders after those that are there."""
     added = []
     for name in names:
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
@@ -39,43 +87,37 @@ def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
     return added
 
 
-def put(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object) -> fx.Node:
-    """Replaces a node by an operator that does not read it, in its shape; erases nodes that only served the old one.
+def replace_node(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object) -> fx.Node:
+    """Replaces a node by a call in its shape, and erases nodes that only it read.
 
-    `value` is a fake tensor like the result, which holds as many elements as the old node's. Raises `Missed` where the
-    old shape cannot be restored, because several of its sizes are dynamic.
+    `value` is the call's example, of as many elements. Raises `NoMatch` if several sizes of `old` are dynamic.
     """
     known = sizes_of(value) == shape(old) or sum(isinstance(n, str) for n in shape(old)) < 2
     require(known, f"its shape {shape(old)} has several dynamic sizes", old)
     with old.graph.inserting_before(old):
         new = call(target, arguments, value, old, **kwargs)
-        result = reshaped(new, old)
+        result = reshape_like(new, old)
     old.replace_all_uses_with(result)
     drop_unused(old)
     return new
 
 
 def call(target: Callable, arguments: tuple, value: object, like: fx.Node, **kwargs: object) -> fx.Node:
-    """Adds a call that records its value, with the source location of `like`."""
+    """Adds a call with an example value and the source location of `like`."""
     node = like.graph.call_function(target, arguments, kwargs)
     node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta} | {"example_value": value}
     return node
 
 
-def in_dtype_of(product: fx.Node, operand: fx.Node) -> fx.Node:
-    """Returns a floating operand in the dtype of a product's result, any other as it is.
-
-    Autocast casts operands without a node of the graph; what takes the product's place needs one. `operand` is a traced
-    node, or a new placeholder that stands for a parameter.
-    """
-    dtype, value = value_of(product).dtype, value_of(operand)
+def cast_like(matmul: fx.Node, operand: fx.Node) -> fx.Node:
+    """Casts a floating operand to the dtype of a matmul's result, since autocast casts without a node."""
+    dtype, value = value_of(matmul).dtype, value_of(operand)
     if not value.is_floating_point() or value.dtype == dtype:
         return operand
-    return call(torch.Tensor.to, (operand, dtype), value.to(dtype), product)
+    return call(torch.Tensor.to, (operand, dtype), value.to(dtype), matmul)
 
 
-def reshaped(node: fx.Node, like: fx.Node) -> fx.Node:
-    """Returns a node in the shape of another one."""
+def reshape_like(node: fx.Node, like: fx.Node) -> fx.Node:
     if shape(node) == shape(like):
         return node
     size = tuple(-1 if isinstance(n, str) else n for n in shape(like))
@@ -83,7 +125,7 @@ def reshaped(node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def drop_unused(last: fx.Node) -> None:
-    """Erases an unused operation, and the nodes without effects that only served it."""
+    """Erases an unused operation, and nodes without side effects that only it read."""
     stack = [last]
     erased: set[fx.Node] = set()
     while stack:
@@ -96,14 +138,11 @@ def drop_unused(last: fx.Node) -> None:
             node.graph.erase_node(node)
 
 
-def way_down(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Follows a value through views and the operations of `plain`; returns the last of them and its users.
-
-    Raises `Missed` where there are several uses.
-    """
+def follow_uses(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Follows a value through views and no-ops; returns the last and its only user, else raises `NoMatch`."""
     while True:
         require(len(node.users) == 1, "its result is used more than once", node)
         (user,) = node.users
-        if user.op == "output" or (plain(user) is user and not is_reshape(user)):
+        if user.op == "output" or (skip_noops(user) is user and not is_reshape(user)):
             return node, user
         node = user

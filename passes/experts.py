@@ -1,15 +1,6 @@
-"""Finds matmuls of rows with the experts that a router chose, and makes them ``river::experts``.
+"""Finds matmuls with stacked experts and replaces them by ``river::experts``; finds routers.
 
-The experts' matrices are stacked in one parameter, ``[E, N, K]`` or ``[E, K, N]``. Three spellings say which of them a
-row meets:
-
-    gathered    the matrices are looked up for each row and multiplied in one batch: ``bmm(weight[chosen], x)``
-    grouped     rows are sorted by expert, and the ends of the groups are given: ``grouped_mm(x, weight, offs)``
-    batched     every expert has rows of its own, of which those that it was not chosen for are zero: ``bmm(x, weight)``
-
-What surrounds the products (the router, biases, activations, the weighted sum) stays as it is.
-
-Not handled: experts in a module list, and loops over experts that were hit: both depend on values and break the graph.
+Not handled: experts in a module list or a loop, which break the graph; routers that cast their weight.
 """
 
 from __future__ import annotations
@@ -24,38 +15,35 @@ from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
 from river_compile.kernels.quant.grid import fitting_group_size
-from river_compile.passes.edits import add_placeholders, call, drop_unused, in_dtype_of, reshaped
-from river_compile.passes.nodes import called, input_name, is_parameter, is_tensor, rank, shape, value_of
-from river_compile.passes.program import Matmul
+from river_compile.passes.edits import add_placeholders, call, cast_like, drop_unused, reshape_like
+from river_compile.passes.nodes import called, closure, input_name, is_parameter, is_tensor, rank, shape, value_of
+from river_compile.passes.program import Matmul, Segment
+
+ROUTER = "a router: its result chooses what else is computed"
+_MATMULS = (
+    *(F.linear, operator.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.mm, torch.einsum),
+    *(F.scaled_dot_product_attention, torch.conv1d, F.conv1d),
+)
 
 
 @dataclass(frozen=True)
-class ExpertProduct:
-    """Rows and the expert of each: ``y[m] = x[m] W[expert[m]]^T``.
+class ExpertMatmul:
+    """Rows and the expert of each: ``y[m] = x[m] W[expert[m]]^T``."""
 
-    Attributes:
-        node: what gives the product, in any shape of M rows.
-        x: the rows, in any shape of M rows of K features.
-        weight: the parameter, ``[E, N, K]``, or ``[E, K, N]`` where it is `transposed`.
-        route: what says where rows go, None where their places do.
-        expert: traceable, (rows ``[M, K]``, route or None, E) -> the expert of each row, integer ``[M]``.
-    """
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
+    node: fx.Node  # the result, in any shape of M rows
+    x: fx.Node  # in any shape of M rows of K features
+    weight: fx.Node  # [E, N, K], or [E, K, N] if `transposed`
     transposed: bool
-    route: fx.Node | None
-    expert: Callable[..., Tensor]
+    route: fx.Node | None  # second argument of `expert`
+    expert: Callable[..., Tensor]  # traceable: (rows [M, K], route, E) -> the expert of each row, integer [M]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(E, N, K)."""
+        """Returns (E, N, K)."""
         e, n, k = value_of(self.weight).shape
         return (e, k, n) if self.transposed else (e, n, k)
 
     def matmul(self, number_of: Mapping[fx.Node, int], group_size: int, layout: str) -> Matmul:
-        """Returns the 4-bit matmul that this becomes."""
         experts, out_features, in_features = self.shape
         return Matmul(
             name=input_name(self.weight),
@@ -70,8 +58,8 @@ class ExpertProduct:
         )
 
 
-def as_expert_product(node: fx.Node) -> ExpertProduct | None:
-    """Recognises a product with stacked experts of a parameter in any of the three spellings."""
+def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
+    """Recognises ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
     if not is_tensor(node) or node.op != "call_function" or len(node.args) != 2:
         return None
     left, right = node.args
@@ -79,23 +67,23 @@ def as_expert_product(node: fx.Node) -> ExpertProduct | None:
     if _is_grouped(node):
         if stack is None or stack.chosen is not None or rank(left) != 2:
             return None
-        return ExpertProduct(node, left, stack.weight, not stack.swapped, node.kwargs["offs"], by_group)
+        return ExpertMatmul(node, left, stack.weight, not stack.swapped, node.kwargs["offs"], by_group)
     if not called(node, torch.bmm, operator.matmul) or rank(left) != 3 or rank(right) != 3:
         return None
     if stack is not None and stack.chosen is None:
-        return ExpertProduct(node, left, stack.weight, not stack.swapped, None, by_place)
+        return ExpertMatmul(node, left, stack.weight, not stack.swapped, None, by_place)
     if stack is not None and shape(left)[1] == 1:
-        return ExpertProduct(node, left, stack.weight, not stack.swapped, stack.chosen, as_chosen)
+        return ExpertMatmul(node, left, stack.weight, not stack.swapped, stack.chosen, as_chosen)
     stack = _stack_of(left)
     if stack is not None and stack.chosen is not None and shape(right)[2] == 1:
-        return ExpertProduct(node, right, stack.weight, stack.swapped, stack.chosen, as_chosen)
+        return ExpertMatmul(node, right, stack.weight, stack.swapped, stack.chosen, as_chosen)
     return None
 
 
-def replace_expert_product(graph: fx.Graph, product: ExpertProduct, linear: Matmul, index: int) -> None:
-    """Puts one ``river::experts`` in place of a product, the `index`-th one of its twin."""
-    node, x = product.node, product.x
-    experts, out_features, in_features = product.shape
+def replace_expert_matmul(graph: fx.Graph, found: ExpertMatmul, linear: Matmul, index: int) -> None:
+    """Replaces a matmul by one ``river::experts``, the `index`-th matmul of its twin."""
+    node, x = found.node, found.x
+    experts, out_features, in_features = found.shape
     qweight, scale_zero = add_placeholders(graph, [f"river_{index}_{name}" for name in ("qweight", "scale_zero")])
     if called(x, torch.unsqueeze) and rank(x.args[0]) == 2:
         x = x.args[0]
@@ -103,39 +91,48 @@ def replace_expert_product(graph: fx.Graph, product: ExpertProduct, linear: Matm
     with graph.inserting_before(node):
         if rank(x) != 2:
             x = call(torch.reshape, (x, (-1, in_features)), value_of(x).new_empty((many, in_features)), node)
-        x = in_dtype_of(node, x)
+        x = cast_like(node, x)
         chosen = value_of(x).new_empty((many,), dtype=torch.int64)
-        expert = call(product.expert, (x, product.route, experts), chosen, node)
+        expert = call(found.expert, (x, found.route, experts), chosen, node)
         arguments = (x, qweight, scale_zero, expert, out_features, linear.group_size, linear.layout)
         value = value_of(x).new_empty((many, out_features))
-        result = reshaped(call(torch.ops.river.experts.default, arguments, value, node), node)
+        result = reshape_like(call(torch.ops.river.experts.default, arguments, value, node), node)
     node.replace_all_uses_with(result)
     drop_unused(node)
 
 
+def is_router(matmul: fx.Node) -> bool:
+    """Whether a matmul's result reaches a top-k or a maximum with no other matmul in between."""
+    # Twins keep it in 16 bits: it has one row for each expert, and a rounding that flips a choice swaps weights.
+    return any(map(_chooses, closure(matmul.users, lambda node: () if _multiplies(node) else node.users)))
+
+
+def experts_per_token(segment: Segment) -> dict[fx.Node, int]:
+    """Returns k of the nearest top-k before each placeholder of experts, packed or not, that has one."""
+    counts = {stack: _top_k(node) for node in segment.graph.nodes for stack in _stacks(node)}
+    return {stack: count for stack, count in counts.items() if count is not None}
+
+
 def as_chosen(_rows: Tensor, chosen: Tensor, _experts: int) -> Tensor:
-    """Returns the numbers that the matrices were looked up by."""
     return chosen
 
 
 def by_group(rows: Tensor, ends: Tensor, _experts: int) -> Tensor:
-    """Returns the group that each row lies in, E after the last one; `ends` are those of the groups ``[E]``."""
+    """Returns the group of each row, E after the last one; `ends` of the groups are ``[E]``."""
     return torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype), right=True)
 
 
 def by_place(rows: Tensor, _route: None, experts: int) -> Tensor:
-    """Returns the expert whose share of the rows a row lies in, E for a row of zeros: its product is zero too."""
+    """Returns the expert of each row, by its position; E for a row of zeros, whose result is zero anyway."""
     places = torch.arange(experts, device=rows.device)[:, None].expand(experts, rows.shape[0] // experts)
     return torch.where((rows != 0).any(-1), places.reshape(-1), experts)
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """A parameter ``[E, ., .]``, whether its last two dimensions are swapped, and the matrices chosen (None: all)."""
-
     weight: fx.Node
-    swapped: bool
-    chosen: fx.Node | None
+    swapped: bool  # whether its last two dimensions are transposed
+    chosen: fx.Node | None  # experts that are gathered; None: all
 
 
 def _stack_of(node: object) -> _Stack | None:
@@ -156,8 +153,39 @@ def _is_choice(index: object) -> bool:
 
 
 def _is_grouped(node: fx.Node) -> bool:
-    """True for a grouped product of rows without bias and cast."""
-    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # (transformers registers it)
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # registered by transformers
     functions = (torch._grouped_mm, getattr(F, "grouped_mm", None), fallback, getattr(fallback, "default", None))
     given = {name for name, value in node.kwargs.items() if value is not None}
     return node.target in functions and given == {"offs"}
+
+
+def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
+    if called(node, torch.ops.river.experts.default):
+        return node.args[1:3]
+    found = as_expert_matmul(node)
+    return () if found is None else (found.weight,)
+
+
+def _top_k(node: fx.Node) -> int | None:
+    """Returns k of the nearest top-k before a node, None if there is none."""
+    seen, latest = {node}, [node]
+    while latest:
+        for found in latest:
+            if called(found, torch.topk) and isinstance(found.args[1], int):
+                return found.args[1]
+        latest = list(dict.fromkeys(a for n in latest for a in n.all_input_nodes if a not in seen))
+        seen.update(latest)
+    return None
+
+
+def _chooses(node: fx.Node) -> bool:
+    return called(node, torch.topk, torch.argmax) or (called(node, torch.max, Tensor.max) and _returns_indices(node))
+
+
+def _returns_indices(node: fx.Node) -> bool:
+    """Whether a maximum is along a dimension, and so returns indices too."""
+    return isinstance(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None), int)
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return called(node, *_MATMULS) or as_expert_matmul(node) is not None

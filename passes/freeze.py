@@ -1,7 +1,6 @@
-"""Freezes a rewritten decoder: values become numbered slots, and what a run asks of graphs is answered once.
+"""Turns an optimized `RiverProgram` into a `Program`: nodes become numbered slots, graph facts become fields.
 
-Not handled (None in the place of an example): inputs that are neither ordinary tensors nor integers. Writes through a
-view of a cache, which :mod:`river_compile.passes.decoder` does not take for a KV cache.
+Not handled: inputs but ordinary tensors and integers (no example); writes through a view of a KV cache.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.capture_safety import fixed_inputs, obstacle
-from river_compile.passes.moe_router import chosen_experts
+from river_compile.passes.experts import experts_per_token
 from river_compile.passes.nodes import (
     hints_of,
     is_ordinary,
@@ -46,26 +45,21 @@ from river_compile.passes.segments import number_inputs
 def freeze(
     program: RiverProgram,
     lower: Callable[[Segment], Code],
-    names: Sequence[str],
+    names: Sequence[str],  # of the inputs, in the user's code
     matrices: Sequence[str],
     native: bool,
     width_matters: str,
 ) -> Program:
-    """Returns a rewritten decoder without its traced graph.
-
-    Args:
-        program: the decoder, in which segments that are the same function share a graph.
-        lower: returns the code of a segment; called once for each graph.
-        names: how the user's code calls the inputs.
-        matrices, native, width_matters: as in :class:`Program`.
-    """
+    """Returns the program without its traced graph; calls `lower` once for each graph that segments share."""
     plan, slots, fixed = program.plan, program.slots, fixed_inputs(program.plan)
     shared: dict[fx.Graph, tuple[Code, Refusal | None, tuple[tuple[int, int], ...]]] = {}
 
     def spec(segment: Segment) -> SegmentSpec:
         if segment.graph not in shared:
             places = {node: place for place, node in enumerate(segment.graph.find_nodes(op="placeholder"))}
-            experts = tuple((places[node], count) for node, count in chosen_experts(segment).items() if node in places)
+            experts = tuple(
+                (places[node], count) for node, count in experts_per_token(segment).items() if node in places
+            )
             shared[segment.graph] = lower(segment), obstacle(segment, plan.device), experts
         code, why_not, experts = shared[segment.graph]
         return SegmentSpec(
@@ -82,7 +76,7 @@ def freeze(
         )
 
     inputs = tuple(
-        Input(name, example_of(value_of(node)), is_parameter(node), node in fixed)
+        Input(name, to_example(value_of(node)), is_parameter(node), node in fixed)
         for node, name in zip(program.inputs, names, strict=True)
     )
     values = [value_of(node) for node in slots]
@@ -92,7 +86,7 @@ def freeze(
         device=plan.device,
         dtype=value_of(plan.blocks[0].hidden_in).dtype,
         inputs=inputs,
-        values=tuple(map(example_of, values[len(inputs) :])),
+        values=tuple(map(to_example, values[len(inputs) :])),
         hints=tuple(sorted(_hints(values).items(), key=str)),
         prologue=spec(program.prologue),
         blocks=tuple(map(spec, program.blocks)),
@@ -104,8 +98,8 @@ def freeze(
         fusions=program.fusions,
         returned=tuple(slots[node] for node in program.returned),
         keys=_keys(program),
-        batch=size_of(plan.batch),
-        tokens=size_of(plan.query_length),
+        batch=to_size(plan.batch),
+        tokens=to_size(plan.query_length),
         capacity=_capacity(program),
         last_token=_last_token(program),
         not_captured=_not_captured(program),
@@ -116,29 +110,25 @@ def freeze(
     )
 
 
-def size_of(size: int | torch.SymInt) -> Size:
-    """Returns a size as a number or an expression of symbols."""
+def to_size(size: int | torch.SymInt) -> Size:
     if isinstance(size, int):
         return size
     expr: sympy.Expr = size.node.expr
     return expr if expr.free_symbols else int(expr)
 
 
-def example_of(value: Any) -> Example:
-    """Returns what a fake tensor or number is like, None for anything else."""
+def to_example(value: Any) -> Example:
+    """Returns metadata of a fake tensor or integer, None for other values."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return size_of(value)
+        return to_size(value)
     if not isinstance(value, Tensor) or not is_ordinary(value):
         return None
-    shape, stride = (tuple(map(size_of, sizes)) for sizes in (value.shape, value.stride()))
+    shape, stride = (tuple(map(to_size, sizes)) for sizes in (value.shape, value.stride()))
     return TensorSpec(shape, stride, value.dtype, value.device, value.requires_grad)
 
 
-def assumed_of(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
-    """Returns what was assumed so far about the dynamic sizes of a graph, given the example values of its inputs.
-
-    The range of a number that no input has (a capacity that only Python reads) is no matter of the graph's.
-    """
+def size_conditions(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
+    """Returns the guards and ranges of a graph's dynamic sizes; `values` are the examples of its inputs."""
     sizes = [size.node for size in _sizes(values) if isinstance(size, torch.SymInt)]
     if not sizes:
         return ()
@@ -146,7 +136,7 @@ def assumed_of(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
     assumed = [shapes.replace(guard.expr) for guard in shapes.guards]
     for symbol, bounds in shapes.var_to_range.items():
         here = shapes.replace(symbol)
-        if not known.issuperset(here.free_symbols):
+        if not known.issuperset(here.free_symbols):  # of no input, such as a capacity that only Python reads
             continue
         assumed += [sympy.Ge(here, bounds.lower)] if bounds.lower.is_Integer else []
         assumed += [sympy.Le(here, bounds.upper)] if bounds.upper.is_Integer else []
@@ -171,17 +161,14 @@ def _hints(values: Iterable[object]) -> dict[sympy.Symbol, int]:
 
 
 def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
-    """Returns the slots of a tensor that the first block with a cache keeps its tokens in, before and after a pass.
-
-    That is the tensor that is written in place, or the one that a pass gets and the longer one that it returns.
-    """
+    """Returns the slots of the first KV cache tensor before and after a forward; they are one if written in place."""
     plan, slots = program.plan, program.slots
     block = next(b for b in plan.blocks if b.kv.writes)
     kv, part = block.kv, block.index + 1
     targets = [target for write in kv.writes for target in mutated_inputs(write) if target in slots]
     if targets:
         return (slots[targets[0]] if targets[0].op == "placeholder" else None), slots[targets[0]]
-    if kv.kind == "static":  # (a sliding window that is full is put together in a copy first)
+    if kv.kind == "static":  # a full sliding window is assembled in a copy first
         return None, None
     write = kv.writes[0]
     stack, before = [write], None
@@ -194,7 +181,7 @@ def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
 
 
 def _capacity(program: RiverProgram) -> CacheRoom | None:
-    """Returns the room of the first static cache that is filled from the front; None where it cannot be read."""
+    """Returns the room of the first static cache filled from the front, None if it cannot be read."""
     slots = program.slots
     found = (block.kv for block in program.plan.blocks if block.kv.capacity is not None and block.kv.lengths)
     kv = next(found, None)
@@ -209,7 +196,7 @@ def _capacity(program: RiverProgram) -> CacheRoom | None:
 
 
 def _last_token(program: RiverProgram) -> LastToken | None:
-    """Returns None where the heads read more of each token than its hidden state, or others read that."""
+    """Returns None if a head reads more of a token than its hidden state, or the caller reads that too."""
     plan, hidden = program.plan, program.plan.blocks[-1].hidden_out
     length = plan.query_length
     symbol = None if isinstance(length, int) else length.node.expr
@@ -223,7 +210,7 @@ def _last_token(program: RiverProgram) -> LastToken | None:
 
 
 def _not_captured(program: RiverProgram) -> str | None:
-    """Returns why no unit of a graph can be captured, with the node if there is one; None if some can."""
+    """Returns why no segment can be captured, None if some can."""
     plan = program.plan
     for block in plan.blocks:
         if block.kv.kind != "static":
@@ -232,12 +219,12 @@ def _not_captured(program: RiverProgram) -> str | None:
     for block in plan.blocks:
         made = next((c for w in block.kv.writes for c in mutated_inputs(w) if c.op != "placeholder"), None)
         if made is not None:
-            return f"the cache is made in this pass (at {source_of(made)})"
+            return f"the cache is allocated in this forward (at {source_of(made)})"
     for node in (n for segment in program.segments for n in segment.outputs):
         if not isinstance(value_of(node), (Tensor, int, torch.SymInt)):
-            return f"a value that is neither tensor nor number goes from block to block (at {source_of(node)})"
+            return f"segments exchange a value that is neither tensor nor number (at {source_of(node)})"
     written = {node for block in plan.blocks for node in block.kv.writes}
     for node in program.returned:
         if node in written or (node.op == "placeholder" and is_tensor(node)):
-            return f"the graph returns a tensor of the caller's, which must not become a copy (at {source_of(node)})"
+            return f"the graph returns a tensor of the caller, which must not become a copy (at {source_of(node)})"
     return None

@@ -1,7 +1,6 @@
-"""Questions about the nodes of a graph that is in the normal form of :mod:`river_compile.passes.normalize`.
+"""Queries on nodes of a graph in the normal form (`normalize.py`). They change no graph and add no guard.
 
-Nothing here changes a graph or adds a guard. Not handled: graphs as Dynamo hands them over, in which one operation has
-many spellings.
+Not handled: graphs as Dynamo traces them, where one operation has many spellings.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _NESTING = {"_enter_autocast": 1, "_vmap_increment_nesting": 1, "_exit_autocast": -1, "_vmap_decrement_nesting": -1}
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _RESHAPES = (torch.reshape, Tensor.view, torch.flatten, torch.unsqueeze, torch.squeeze)
-# Functions that can work in place. In the normal form the last argument says whether they do.
+# Functions with an `inplace` flag, which is the last argument in the normal form.
 WITH_INPLACE = tuple(
     f for f in vars(F).values() if inspect.isfunction(f) and "inplace" in inspect.signature(f).parameters
 )
@@ -37,14 +36,15 @@ _IN_PLACE_OPERATORS = (
 
 
 def value_of(node: fx.Node) -> Any:
-    """Returns the fake tensor or number that Dynamo recorded for a node, None if it recorded none."""
+    """Returns the fake tensor or number that Dynamo recorded, None if it recorded none."""
     return node.meta.get("example_value")
 
 
 def hints_of(shapes: ShapeEnv) -> Mapping[sympy.Symbol, int]:
-    """Returns what dynamic sizes were when they were traced."""
+    """Returns the values of dynamic sizes at trace time."""
+    # `var_to_val` is the name up to torch 2.12.
     known: Mapping[sympy.Symbol, int] = getattr(shapes, "backed_var_to_val", None) or shapes.var_to_val
-    return known  # (the second is its name up to torch 2.12)
+    return known
 
 
 def is_tensor(node: object) -> TypeGuard[fx.Node]:
@@ -52,46 +52,40 @@ def is_tensor(node: object) -> TypeGuard[fx.Node]:
 
 
 def is_hidden(node: fx.Node) -> bool:
-    """True for floating values ``[B, T, D]``: what a hidden state looks like."""
+    """Whether a node has the form of a hidden state: floating, ``[B, T, D]``."""
     return rank(node) == 3 and value_of(node).is_floating_point()
 
 
 def is_streams(node: fx.Node) -> bool:
-    """True for floating values of four dimensions: what several hidden states in one tensor look like."""
+    """Whether a node has the form of several hidden states in one tensor: floating, four dimensions."""
     return rank(node) == 4 and value_of(node).is_floating_point()
 
 
 def is_parameter(node: object, dims: int | None = None) -> TypeGuard[fx.Node]:
-    """True for a placeholder that holds a module's parameter or buffer (of `dims` dimensions).
-
-    Dynamo marks those as static inputs; transformers marks a static cache's tensors too, which a pass writes in place.
-    """
+    """Whether a node is a placeholder of a module's parameter or buffer (of `dims` dimensions)."""
     if not isinstance(node, fx.Node) or node.op != "placeholder":
         return False
+    # transformers marks a static KV cache like a parameter, but a graph writes that in place.
     marked = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
     return marked and dims in (None, rank(node)) and not any(node in mutated_inputs(user) for user in node.users)
 
 
 def is_ordinary(tensor: object) -> bool:
-    """False for a tensor that is made of others, such as a quantized one of torchao, real or fake."""
+    """Whether a tensor, real or fake, wraps no others (torchao's quantized tensors do)."""
     return type(tensor) in (Tensor, torch.nn.Parameter) or not is_traceable_wrapper_subclass(tensor)
 
 
 def input_name(node: fx.Node) -> str:
-    """Returns how the user's code names a graph input: ``model.layers.0.mlp.experts.gate_up_proj``."""
+    """Returns a graph input's name in the user's code: ``model.layers.0.mlp.experts.gate_up_proj``."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None:  # (Dynamo keeps it until its graph is compiled)
+    if source is None:  # Dynamo drops it when the graph is compiled
         return re.sub(r"_(?:modules|parameters|buffers)_", ".", node.name.strip("_")).removeprefix("l_self.")
     name = source.name() if callable(source.name) else source.name  # a method up to torch 2.12
     return clean_path(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name))
 
 
 def mutated_inputs(node: fx.Node) -> list[fx.Node]:
-    """Returns the arguments that a node writes in place.
-
-    That are those which an operator's schema says, the first one of a function with a trailing underscore, of
-    ``x[...] = y``, of ``x += y`` for tensors and of a function of `WITH_INPLACE`, and what ``out=`` names.
-    """
+    """Returns the arguments that a node writes in place: by its operator's schema, its name, or ``out=``."""
     if node.op not in ("call_function", "call_method"):
         return []
     if isinstance(node.target, torch._ops.OpOverload):
@@ -106,14 +100,14 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _writes_first(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.target in _IN_PLACE_OPERATORS:  # (numbers are replaced, not written)
+    if node.target in _IN_PLACE_OPERATORS:  # `n += 1` of a number makes another number
         return isinstance(node.args[0], fx.Node) and not isinstance(value_of(node.args[0]), (int, float, torch.SymInt))
     trailing = name.endswith("_") and not name.endswith("__")
     return trailing or node.target is operator.setitem or (node.target in WITH_INPLACE and node.args[-1] is True)
 
 
 def memory_of(node: fx.Node) -> fx.Node:
-    """Follows views and in-place writes back to the value whose memory a node shows, or may show."""
+    """Follows views and in-place writes back to the value whose memory a node shares, or may share."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _shows_first(node.target):
         node = node.args[0]
     return node
@@ -121,7 +115,7 @@ def memory_of(node: fx.Node) -> fx.Node:
 
 @functools.cache
 def _shows_first(function: Callable) -> bool:
-    """True for a function whose result may share memory with its first argument: so say the schemas of its name."""
+    """Whether a result may share memory with the first argument, by all schemas of the function's name."""
     if function in (operator.getitem, getattr, F.dropout, *_IN_PLACE_OPERATORS):
         return True
     if isinstance(function, torch._ops.OpOverload):
@@ -134,40 +128,36 @@ def _shows(schema: torch.FunctionSchema) -> bool:
     if not schema.arguments or schema.arguments[0].alias_info is None:
         return False
     memory = schema.arguments[0].alias_info
-    pieces = "*" in memory.after_set  # (what split and its like return shows the memory in pieces)
+    pieces = "*" in memory.after_set  # split and chunk return views of parts
     return pieces or any(
         r.alias_info is not None and r.alias_info.after_set & memory.before_set for r in schema.returns
     )
 
 
 def calls_flex_attention(nodes: Iterable[fx.Node]) -> bool:
-    """Whether one of the nodes is a flex attention."""
     return any(called(node, torch.ops.higher_order.flex_attention) for node in nodes)
 
 
 def nesting(node: fx.Node) -> int:
-    """Returns 1 where a node begins an autocast or a ``vmap``, -1 where it ends one, 0 for others."""
+    """Returns 1 if a node enters an autocast or a ``vmap``, -1 if it leaves one, else 0."""
     return _NESTING.get(getattr(node.target, "__name__", ""), 0)
 
 
 def rank(node: object) -> int | None:
-    """Returns how many dimensions a tensor has, None for other values."""
     return value_of(node).dim() if is_tensor(node) else None
 
 
 def shape(node: fx.Node) -> tuple[int | str, ...]:
-    """Returns a tensor's sizes, dynamic ones as text: comparing those adds no guard."""
+    """Returns a tensor's sizes, dynamic ones as text, since comparing text adds no guard."""
     return sizes_of(value_of(node))
 
 
 def sizes_of(value: Tensor) -> tuple[int | str, ...]:
-    """Returns `shape` of a fake tensor."""
     known = [n if isinstance(n, int) else n.node.maybe_as_int() for n in value.shape]
     return tuple(str(n) if fixed is None else fixed for n, fixed in zip(value.shape, known, strict=True))
 
 
 def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Returns the nodes and all that can be reached from them."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
@@ -179,29 +169,28 @@ def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[f
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Returns the nodes and everything that they are computed from."""
     return closure(nodes, lambda node: node.all_input_nodes)
 
 
-def read_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Returns the inputs of nodes from other nodes, in order of appearance."""
+def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns the other nodes that `nodes` read, in order of appearance."""
     inside = set(nodes)
     return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
 
 def module_path(node: fx.Node) -> str:
-    """Returns the path of the innermost module that a node was traced in, without Dynamo's name of the root."""
+    """Returns the path of the innermost module that a node was traced in, "" if there is none."""
     stack = node.meta.get("nn_module_stack")
     return clean_path(list(stack.values())[-1][0]) if stack else ""
 
 
 def clean_path(path: str) -> str:
-    """Strips Dynamo's name of the root module: ``L['self'].model.layers.5`` becomes ``model.layers.5``."""
+    """Strips the root from a path of Dynamo's: ``L['self'].model.layers.5`` becomes ``model.layers.5``."""
     return re.sub(r"^L\[[^\]]*\](\[\d+\])?(\._modules\[[^\]]*\])*\.?", "", path)
 
 
 def source_of(node: fx.Node) -> str:
-    """Returns a node's name and the line of the user's code it was traced from: ``add_ (cache_utils.py:483)``."""
+    """Returns a node's name and source line: ``add_, cache_utils.py:483``."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return node.name
@@ -210,12 +199,11 @@ def source_of(node: fx.Node) -> str:
 
 
 def called(node: Argument, *functions: Callable) -> TypeGuard[fx.Node]:
-    """True for a call of one of these functions."""
+    """Whether a node calls one of these functions."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
 
 
 def operands(node: Argument, *functions: Callable) -> tuple[Argument, Argument] | None:
-    """Returns both operands of a binary operation."""
     return node.args if called(node, *functions) and len(node.args) == 2 and not node.kwargs else None
 
 
@@ -227,13 +215,13 @@ def either_way(node: Argument, function: Callable) -> Iterator[tuple[Argument, A
         yield found[::-1]
 
 
-def beside(node: Argument, function: Callable, number: float) -> Argument | None:
-    """Returns the other operand of a commutative operation with a number, None for other nodes."""
+def other_operand(node: Argument, function: Callable, number: float) -> Argument | None:
+    """Returns x of ``function(x, number)`` or ``function(number, x)``, None for other nodes."""
     return next((other for value, other in either_way(node, function) if value == number), None)
 
 
-def before_cast(node: Argument) -> Argument:
-    """Looks through changes of the floating dtype."""
+def skip_casts(node: Argument) -> Argument:
+    """Skips casts between floating dtypes."""
     while _is_cast(node):
         node = node.args[0]
     return node
@@ -246,8 +234,8 @@ def _is_cast(node: Argument) -> TypeGuard[fx.Node]:
     return new.is_floating_point() and old.is_floating_point() and new.device == old.device
 
 
-def plain(node: Argument) -> Argument:
-    """Looks through operations that change no value: dropout at inference, casts to the same dtype, ``x[:]``."""
+def skip_noops(node: Argument) -> Argument:
+    """Skips operations that change no value: dropout at inference, casts to the same dtype, ``x[:]``."""
     while (
         called(node, Tensor.contiguous)
         or (called(node, F.dropout) and node.args[2] is False)
@@ -263,12 +251,11 @@ def same_dtype(a: Argument, b: Argument) -> bool:
 
 
 def same_size(a: Argument, b: Argument) -> bool:
-    """True for two tensors of one shape and dtype."""
     return same_dtype(a, b) and shape(a) == shape(b)
 
 
 def only_used_for(node: fx.Node, end: fx.Node) -> bool:
-    """True if every use of a value leads to `end`, through operations without effects."""
+    """Whether every use of a value leads to `end`, through operations without side effects."""
     return bool(node.users) and all(
         user is end or (user.op != "output" and not mutated_inputs(user) and only_used_for(user, end))
         for user in node.users
@@ -282,15 +269,15 @@ def _takes_all(node: fx.Node) -> bool:
     return slices and is_tensor(source) and is_tensor(node) and shape(node) == shape(source)
 
 
-def before_views(node: Argument) -> Argument:
-    """Looks through `plain` and through views that keep the order of the elements."""
-    while _keeps_order(node := plain(node)):
+def skip_views(node: Argument) -> Argument:
+    """Skips no-ops and views that keep the order of the elements."""
+    while _keeps_order(node := skip_noops(node)):
         node = node.args[0]
     return node
 
 
 def is_reshape(node: Argument) -> TypeGuard[fx.Node]:
-    """True for a change of shape that keeps every element in its place (and is no view as another dtype)."""
+    """Whether a node changes the shape only: neither the order of elements nor the dtype."""
     return called(node, *_RESHAPES) and same_dtype(node, node.args[0])
 
 
@@ -309,13 +296,13 @@ def _keeps_order(node: Argument) -> TypeGuard[fx.Node]:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: ``x W^T + bias``; a transposed weight is stored as ``[K, N]`` (GPT-2's Conv1D)."""
+    """A linear layer, ``x W^T + bias``."""
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    transposed: bool
+    transposed: bool  # the weight is stored as [K, N] (GPT-2's Conv1D)
 
     @property
     def name(self) -> str:
@@ -331,7 +318,7 @@ class Linear:
 
 
 def as_linear(node: fx.Node) -> Linear | None:
-    """Recognises a linear layer of parameters: ``F.linear``, ``addmm``, and ``x @ weight.T`` (Falcon's)."""
+    """Recognises a linear layer of parameters: ``F.linear``, ``addmm``, ``x @ weight.T`` (Falcon)."""
     bias = None
     if called(node, F.linear) and len(node.args) == 3:
         x, weight, bias = node.args
@@ -341,14 +328,13 @@ def as_linear(node: fx.Node) -> Linear | None:
         x, weight = node.args[0], node.args[1].args[0]
     else:
         return None
-    fits = is_parameter(weight, dims=2) and (bias is None or is_parameter(bias, dims=1))
-    return Linear(node, x, weight, bias, transposed=node.target is torch.addmm) if fits else None
+    if not is_parameter(weight, dims=2) or not (bias is None or is_parameter(bias, dims=1)):
+        return None
+    return Linear(node, x, weight, bias, transposed=node.target is torch.addmm)
 
 
 @dataclass(frozen=True)
 class Sdpa:
-    """The arguments of a ``scaled_dot_product_attention``."""
-
     q: fx.Node
     k: fx.Node
     v: fx.Node
@@ -360,13 +346,12 @@ class Sdpa:
 
 
 def as_sdpa(node: fx.Node) -> Sdpa | None:
-    """Returns the arguments of ``scaled_dot_product_attention``, None for other nodes."""
     if node.target is not F.scaled_dot_product_attention or len(node.args) != 6:
         return None
     return Sdpa(*node.args, **node.kwargs)
 
 
 def inference_sdpa(node: Argument) -> Sdpa | None:
-    """Returns attention over heads ``[B, H, T, D]`` that drops nothing, None for other nodes."""
+    """Recognises attention over heads ``[B, H, T, D]`` without dropout."""
     found = as_sdpa(node) if isinstance(node, fx.Node) else None
     return found if found and not found.dropout and rank(found.q) == 4 else None

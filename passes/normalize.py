@@ -1,11 +1,6 @@
-"""Brings a traced graph into one dialect, so that every pass can ask about an operation in one way.
+"""Brings a traced graph into a normal form: one spelling of each operation (`_TABLE`), positional arguments, same bits.
 
-``x.add(y)`` and ``torch.add(x, y)`` become ``operator.add(x, y)``, any other method of a tensor the function
-``torch.Tensor.method``; arguments become positional with defaults filled in, sizes one tuple. `_TABLE` has all of it.
-Each pair of spellings reaches the same operator with the same values, so the graph computes the same bits.
-
-Not handled: calls that the table does not describe (``alpha=``, ``out=``, ``memory_format=``) keep their arguments, and
-methods of other objects than tensors stay as they are.
+Not handled: calls that the table does not cover (``alpha=``, ``out=``, ``memory_format=``), methods of other objects.
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ Form = Callable[[tuple, Mapping[str, object]], Arguments | None]
 
 
 def normalized(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Returns a copy of a traced graph in the normal form: same nodes, names and metas. The original is untouched."""
+    """Returns a copy of a traced graph in the normal form, with the same nodes, names and metadata."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in graph_module.graph.nodes:
@@ -38,19 +33,19 @@ def _normalize(node: fx.Node) -> None:
     function = _function(node)
     if function is None:
         return
-    args = node.args[:1] if function is Tensor.t else node.args  # (without the name of an attribute)
+    args = node.args[:1] if function is Tensor.t else node.args  # getattr(x, "T") has a second argument
     node.op, node.target, node.args = "call_function", function, args
     if function in _NORMAL:
         normal, form = _NORMAL[function]
         found = form(args, node.kwargs)
-        # Numbers have operators, but not these functions.
+        # The same operators on numbers stay.
         if found is not None and (isinstance(found[0][0], (tuple, list)) or is_tensor(found[0][0])):
             node.target = normal
             node.args, node.kwargs = found
 
 
 def _function(node: fx.Node) -> Callable | None:
-    """Returns a node's function, or the function of a tensor's method; None for other nodes."""
+    """Returns the function that a node calls, as a function or as a tensor's method; None for other nodes."""
     if node.op == "call_method" and is_tensor(node.args[0]):
         return getattr(Tensor, node.target, None)
     if node.op != "call_function":
@@ -61,7 +56,7 @@ def _function(node: fx.Node) -> Callable | None:
 
 
 def _like(example: Callable) -> Form:
-    """Returns the form of calls that have the parameters and defaults of `example`."""
+    """Binds arguments to the parameters and defaults of `example`."""
     signature = inspect.signature(example)
 
     def form(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
@@ -76,7 +71,7 @@ def _like(example: Callable) -> Form:
 
 
 def _sizes(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
-    """Joins sizes or dimensions that are given one by one. (A view as another dtype has none.)"""
+    """Joins sizes or dimensions that are given one by one; a view as another dtype has none."""
     given: list[object] = [*args, *kwargs.values()]
     x, *sizes = given
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
@@ -86,20 +81,19 @@ def _sizes(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
 
 
 def _to(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
-    """Makes device and dtype positional, where nothing else is given."""
+    """Makes device and dtype positional if there are no other arguments."""
     named = [value for name in ("device", "dtype") if (value := kwargs.get(name)) is not None]
     together = len(args) == 1 if "device" in kwargs else len(args) <= 2
-    fits = set(kwargs) <= {"device", "dtype"} and (together or not kwargs) and len(args) + len(named) > 1
-    return ((*args, *named), {}) if fits else None
+    known = set(kwargs) <= {"device", "dtype"} and (together or not kwargs) and len(args) + len(named) > 1
+    return ((*args, *named), {}) if known else None
 
 
 def _with(value: object) -> Form:
-    """Adds an argument to a call that has one."""
     return lambda args, kwargs: ((*args, value), {}) if len(args) == 1 and not kwargs else None
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    """Stands for the signature of ``scaled_dot_product_attention``, which torch does not declare."""
+    """Has the signature of ``scaled_dot_product_attention``, a builtin that `inspect` cannot read."""
 
 
 _unary = _like(lambda input: input)

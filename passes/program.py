@@ -1,7 +1,7 @@
-"""The values that pass between stages: DecoderPlan -> RiverProgram -> Program, and a Refusal where there is none.
+"""Values that pass between stages: DecoderPlan -> RiverProgram -> Program, or a Refusal.
 
-All are frozen. Up to `RiverProgram` values are named by the nodes of the traced graph, which no pass changes. In a
-`Program` they are numbered slots: it can be stored, bound to a KV cache and captured without a look at a graph.
+All are frozen. A `RiverProgram` names values by nodes of the traced graph, which no pass changes; a `Program` by
+numbered slots, so that it can be cached, bound to a KV cache and captured without a graph.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Size: TypeAlias = int | sympy.Expr  # of symbols that stand for dynamic sizes
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a graph is not rewritten, for the user, and the node or module that this is about (the whole graph: "")."""
+    """Why a graph is unsupported, for the user."""
 
     reason: str
-    where: str = ""
+    where: str = ""  # a node or module; "" for the whole graph
 
     def __str__(self) -> str:
         return f"{self.reason} (at {self.where})" if self.where else self.reason
@@ -30,31 +30,19 @@ class Refusal:
 
 @dataclass(frozen=True)
 class KVSlot:
-    """One block's cache: written in place ("static"), or returned longer ("dynamic").
+    """One block's KV cache or recurrent state."""
 
-    Attributes:
-        writes: the nodes that write or return keys and values, or the state of a recurrence or a convolution; none
-            for a block that keeps nothing. Those that return something come first.
-        lengths: integer placeholders that the block advances in place, the number of filled slots.
-        capacity: slots of a static cache that is filled from the front, None where no limit applies. It is dynamic
-            where Dynamo has seen caches of several sizes.
-    """
-
-    kind: str
-    writes: tuple[fx.Node, ...]
-    lengths: tuple[fx.Node, ...] = ()
-    capacity: int | torch.SymInt | None = None
+    kind: str  # "static": written in place; "dynamic": returned longer
+    writes: tuple[fx.Node, ...]  # nodes that return it, then those that write it; none for a block without a cache
+    lengths: tuple[fx.Node, ...] = ()  # integer placeholders, advanced in place: the number of filled slots
+    capacity: int | torch.SymInt | None = None  # slots of a static cache filled from the front; None: no limit
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its 0-based index, its module path, and the hidden states in and out of it.
-
-    Those are ``[B, T, D]``, or several streams: ``[S, B, T, D]`` or ``[B, T, S, D]`` (`DecoderPlan.token_axis`).
-    """
-
-    index: int
-    path: str
+    index: int  # from 0
+    path: str  # of its module
+    # [B, T, D], or several streams: [S, B, T, D] or [B, T, S, D] (`DecoderPlan.token_axis`)
     hidden_in: fx.Node
     hidden_out: fx.Node
     kv: KVSlot
@@ -62,17 +50,13 @@ class Block:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """A decoder found in a traced graph, for `batch` rows of `query_length` tokens, the `token_axis` of hidden states.
-
-    `part_of` has, for each node but placeholders and the output: 0 prologue, 1..L block, L + 1 head.
-    """
-
     graph: fx.Graph = field(repr=False)
     blocks: tuple[Block, ...]
+    # of every node but placeholders and the output: 0 prologue, 1..L block, L + 1 head
     part_of: dict[fx.Node, int] = field(repr=False)
-    query_length: int | torch.SymInt
+    query_length: int | torch.SymInt  # tokens of each row
     batch: int | torch.SymInt
-    token_axis: int = 1
+    token_axis: int = 1  # of the hidden states
 
     @property
     def num_blocks(self) -> int:
@@ -80,7 +64,7 @@ class DecoderPlan:
 
     @property
     def cache(self) -> str:
-        """The kind of the blocks' caches: "dynamic" if any block returns its cache, else "static"."""
+        """Returns "dynamic" if any block returns its cache, else "static"."""
         return "dynamic" if any(block.kv.kind == "dynamic" for block in self.blocks) else "static"
 
     @property
@@ -89,7 +73,6 @@ class DecoderPlan:
 
     @property
     def is_decode(self) -> bool:
-        """True for a graph that advances every row by exactly one token."""
         return isinstance(self.query_length, int) and self.query_length == 1
 
     @property
@@ -99,58 +82,45 @@ class DecoderPlan:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A digest that is equal for segments which compute the same function of their inputs.
-
-    `symbols` are the names of the dynamic sizes in order of appearance; equal digests use them alike.
-    """
+    """A digest, equal for segments that compute the same function of their inputs."""
 
     digest: str
-    symbols: tuple[str, ...]
+    symbols: tuple[str, ...]  # names of dynamic sizes in order of appearance; equal digests use them alike
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A part of the graph that is compiled and called as one function. Two segments are equal only if they are one.
+    """A part of the graph that is compiled and called as one function; compared by identity."""
 
-    Attributes:
-        kind: "prologue", "block", "twin", "head" or "river_head".
-        depth: the block that it is, or stands for, from 1; 0 for the prologue, L + 1 for the heads.
-        inputs, outputs: nodes of the traced graph, in the order of the placeholders and outputs of the segment's own.
-        packed: the twin's linears whose 4-bit weights follow the inputs: qweight, scale_zero, with a bias the bias, and
-            where the inputs are scaled the norm's parameters or the inverse scale.
-        chooses_logits: after the packed weights comes the list of wanted logits, `wanted` of `river::linear`.
-        has_score: a float32 number follows the outputs: a block's exit score, or a head's entropy.
-        fingerprint: of a rewritten program, in which segments of equal ones have one graph.
-    """
-
-    kind: str
-    depth: int
+    kind: str  # "prologue", "block", "twin", "head" or "river_head"
+    depth: int  # its block's number from 1; 0 for the prologue, L + 1 for the heads
     graph: fx.Graph = field(repr=False)
-    inputs: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]  # of the traced graph, in the order of `graph`'s placeholders
+    outputs: tuple[fx.Node, ...]  # of the traced graph, in the order of `graph`'s outputs
+    # Their placeholders follow the inputs: qweight, scale_zero, the bias if any, and if the inputs are scaled, the
+    # norm's parameters or the inverse scale.
     packed: tuple[Matmul, ...] = ()
-    chooses_logits: bool = False
-    has_score: bool = False
-    fingerprint: Fingerprint | None = None
+    chooses_logits: bool = False  # `wanted` of `river::linear` follows the packed weights
+    has_score: bool = False  # a float32 number follows the outputs: a block's exit score or a head's entropy
+    fingerprint: Fingerprint | None = None  # of an optimized program, in which equal segments share a graph
 
     @property
     def name(self) -> str:
-        """The kind, with the number of the block where there are several: "block_3"."""
         return segment_name(self.kind, self.depth)
 
     @property
     def origins(self) -> dict[fx.Node, fx.Node]:
-        """The value of the traced graph that each placeholder stands for (those of packed weights stand for none)."""
+        """Maps placeholders, those of packed weights excepted, to values of the traced graph."""
         return dict(zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=False))
 
     def node_of(self, value: fx.Node) -> fx.Node:
-        """Returns the node of the segment's own graph that holds one of its inputs or outputs."""
+        """Returns the node of the segment's graph for one of its inputs or outputs."""
         if value in self.outputs:
             return self.graph.output_node().args[0][self.outputs.index(value)]
         return self.graph.find_nodes(op="placeholder")[self.inputs.index(value)]
 
     def copy(self, kind: str | None = None) -> Segment:
-        """Returns the segment with a graph of its own, which a pass may change."""
+        """Returns the segment with a copy of its graph, which a pass may change."""
         graph = fx.Graph(owning_module=self.graph.owning_module)
         graph.output(graph.graph_copy(self.graph, {}))
         return replace(self, graph=graph, kind=kind or self.kind, fingerprint=None)
@@ -158,29 +128,24 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Matmul:
-    """One matmul with packed weights: a linear layer, several that share their input, or a stack of experts.
+    """One matmul with packed weights: a linear, several that share their input, or a stack of experts."""
 
-    Those of twins have 4 bits, those of the backbone (`lossless`) the values of their parameters.
-
-    Linears are merged along the rows, and so are, to quantize them, the matrices of a stack. Parameters are numbers of
-    the graph's inputs, so that it keeps no graph alive.
-    """
-
+    # Parameters are numbers of the graph's inputs, so that no graph is kept alive.
     name: str  # module paths of the linears, joined by "|"; the path of a stack's parameter
     weights: tuple[int, ...]  # one for each linear; a stack's one [E, N, K] ([E, K, N])
-    biases: tuple[int | None, ...]  # each [N_i], None for a linear without one
+    biases: tuple[int | None, ...]  # each [N_i]; None for a linear without one
     in_features: int  # K
-    out_features: tuple[int, ...]  # N_i of each matrix
+    out_features: tuple[int, ...]  # N_i of each linear; E * N of a stack
     transposed: bool  # weights are [K, N_i], as GPT-2's Conv1D stores them, instead of [N_i, K]
-    group_size: int  # consecutive input features that share a scale and a zero; 0: lossless
-    layout: str  # how its kernel wants it packed
+    group_size: int  # consecutive input features that share a scale and zero-point; 0: lossless
+    layout: str  # of the packed weights, as the kernel reads them
     scales_inputs: bool = False  # the inputs are divided by a scale [K] that the packing chooses
-    folds: tuple[int, ...] = ()  # the norm's parameters that take that scale up; without, inputs times its inverse
-    experts: int = 0  # E, the matrices of a stack; 0 for linears
+    folds: tuple[int, ...] = ()  # norm parameters divided by that scale; none: the inputs are multiplied by its inverse
+    experts: int = 0  # E of a stack; 0 for linears
 
     @property
     def lossless(self) -> bool:
-        """Whether the packed weights are those of the parameters, to the bit."""
+        """Whether unpacking gives the parameters, to the bit; else they have 4 bits."""
         return self.group_size == 0
 
     @property
@@ -189,43 +154,35 @@ class Matmul:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the merged matrix; the experts of a stack lie one below the other."""
+        """Returns (out_features, in_features) merged along the rows, those of all experts too."""
         return sum(self.out_features), self.in_features
 
     @property
     def parameters(self) -> tuple[int, ...]:
-        """The numbers of all its parameters."""
         return tuple(number for number in (*self.weights, *self.biases, *self.folds) if number is not None)
 
 
 @dataclass(frozen=True)
-class KeptLinear:
-    """A matmul of a twin that stays in 16 bits, and why."""
-
+class KeptLinear:  # a linear of a twin that stays in 16 bits
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """The outcome of a fusion rule in a segment: why it missed ("" if it applied), at which node and source line."""
+    """The outcome of a fusion rule in a segment."""
 
     rule: str
     segment: str
-    missed: str = ""
-    node: str = ""
+    missed: str = ""  # why it did not match; "" if it applied
+    node: str = ""  # where it did not, with the source line
 
 
 @dataclass(frozen=True)
 class RiverProgram:
-    """The rewritten decoder: run blocks until an exit, then the twins of the rest, then the head.
+    """The decoder that passes transform: blocks up to an exit, then twins of the rest, then the head.
 
-    A value: a pass returns another program and leaves this one, with all its graphs, as it is.
-
-    Attributes:
-        twins: what a token that left runs for each block, with the block's outputs; none where no token can leave.
-        river_head: the head of tokens that left early, None where they use `head`.
-        candidates: exit depths (blocks executed) after which a check stands, ascending.
+    A pass returns another program; it changes no graph of the one it is given.
     """
 
     plan: DecoderPlan
@@ -233,34 +190,30 @@ class RiverProgram:
     prologue: Segment
     blocks: tuple[Segment, ...]
     head: Segment
-    twins: tuple[Segment, ...] = ()
-    river_head: Segment | None = None
-    candidates: tuple[int, ...] = ()
+    twins: tuple[Segment, ...] = ()  # one for each block, with its outputs; none if no token can exit early
+    river_head: Segment | None = None  # for tokens that exited early; None: they use `head`
+    candidates: tuple[int, ...] = ()  # exit depths (blocks executed) with a check, ascending
     kept: tuple[KeptLinear, ...] = ()
     fusions: tuple[Fusion, ...] = ()
 
     @functools.cached_property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """The graph's inputs, in order."""
         return tuple(self.plan.graph.find_nodes(op="placeholder"))
 
     @functools.cached_property
     def slots(self) -> dict[fx.Node, int]:
-        """Numbers a run's slots: the graph's inputs in order, then values that cross segments' borders."""
+        """Numbers the values of a run: the graph's inputs in order, then outputs of segments."""
         crossing = [n for s in (self.prologue, *self.blocks, self.head) for n in s.outputs]
         return {node: i for i, node in enumerate([*self.inputs, *crossing])}
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """All segments: prologue, blocks, twins, heads."""
         heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
         return (self.prologue, *self.blocks, *self.twins, *heads)
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """A tensor that is not there yet."""
-
+class TensorSpec:  # a fake tensor's metadata
     shape: tuple[Size, ...]
     stride: tuple[Size, ...]
     dtype: torch.dtype
@@ -268,143 +221,87 @@ class TensorSpec:
     requires_grad: bool = False
 
 
-Example: TypeAlias = TensorSpec | Size | None  # what a value is like; None: like nothing that can be written down
+Example: TypeAlias = TensorSpec | Size | None  # metadata of a value; None: neither ordinary tensor nor integer
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input of a program comes from.
-
-    Attributes:
-        kind: "model" (a parameter or buffer), "cache" (a field of a layer), "call" (an argument of the model's
-            forward), or "size" (of one of these).
-        name: its path in the model; the field; the argument, with its key where that is a dict (a pair then).
-        layer: of the cache.
-    """
-
+    # a parameter or buffer; a field of a cache layer; an argument of the model's forward; a size of one of these
     kind: Literal["model", "cache", "call", "size"]
-    name: Any = ""
-    layer: int = 0
+    name: Any = ""  # its path in the model; the field; the argument, or (argument, key) of a dict
+    layer: int = 0  # of the cache
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a program.
-
-    Attributes:
-        name: how the user's code calls it.
-        example: what it is like.
-        is_parameter: it is a parameter or buffer of a module.
-        is_fixed: its memory is the caller's: a parameter, or what the program writes in place. All others may be copied
-            into buffers.
-        source: where it comes from; None where that is not known.
-    """
-
-    name: str
+    name: str  # in the user's code
     example: Example
-    is_parameter: bool
-    is_fixed: bool
-    source: Source | None = None
+    is_parameter: bool  # a parameter or buffer of a module
+    is_fixed: bool  # a parameter, or written in place; only other inputs may be copied into buffers
+    source: Source | None = None  # None: unknown
 
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """What segments compute that are the same function.
+    """A lowered function, shared by equal segments."""
 
-    Attributes:
-        module: a graph of operators of one lowering, whose nodes know no examples.
-        runs_by: "native" where all its operators are the C++ kernels' or views, "operators" where it runs operator by
-            operator, "inductor" where that compiles it.
-        fingerprint: of the segment before it was lowered.
-    """
-
-    module: fx.GraphModule = field(repr=False)
+    module: fx.GraphModule = field(repr=False)  # operators of one lowering, without example values
+    # "native": C++ kernels and views only; "operators": called one by one; "inductor": compiled
     runs_by: Literal["native", "operators", "inductor"]
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint  # of the segment before lowering
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentSpec:
-    """A segment of a program; two are equal only if they are one.
-
-    Attributes:
-        kind, depth, packed, chooses_logits, has_score: as in :class:`Segment`.
-        inputs, outputs: slots, in the order of its code's placeholders and outputs.
-        obstacle: why it cannot be captured, None where it can.
-        experts: how many matrices a token reads of the stacks of experts among the placeholders, by their places.
-    """
+    """A `Segment` over numbered slots; compared by identity."""
 
     kind: str
     depth: int
     code: Code
-    inputs: tuple[int, ...]
+    inputs: tuple[int, ...]  # slots, in the order of the code's placeholders
     outputs: tuple[int, ...]
     packed: tuple[Matmul, ...] = ()
     chooses_logits: bool = False
     has_score: bool = False
-    obstacle: Refusal | None = None
-    experts: tuple[tuple[int, int], ...] = ()
+    obstacle: Refusal | None = None  # why it cannot be captured; None if it can
+    experts: tuple[tuple[int, int], ...] = ()  # stacks of experts: number of the placeholder, experts a token reads
 
     @property
     def name(self) -> str:
-        """The kind, with the number of the block where there are several: "block_3"."""
         return segment_name(self.kind, self.depth)
 
 
 @dataclass(frozen=True)
 class CacheRoom:
-    """Where the room of a static cache is read: the slot of its filled length, and its size or that of a dimension."""
+    """Slots that tell the free room of a static KV cache."""
 
-    length: int
-    size: int | None
-    keys: int = 0  # the slot of a tensor of keys, and the dimension that counts its slots
+    length: int  # slot of its filled length
+    size: int | None  # its capacity; None: that of dimension `dim` of the keys
+    keys: int = 0  # slot of a tensor of keys
     dim: int = 0
 
 
 @dataclass(frozen=True)
 class LastToken:
-    """Slots that restrict the head to the last token: of hidden states, whose `axis` counts tokens, of their number."""
+    """Slots that restrict the head to the last token."""
 
-    hidden: int
-    size: int
-    axis: int
+    hidden: int  # slot of the last hidden states
+    size: int  # slot of the number of tokens
+    axis: int  # of the hidden states, which counts tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
-    """A rewritten decoder whose values are numbered slots: its inputs, what crosses segments' borders, one score.
+    """A `RiverProgram` over numbered slots: its inputs, outputs of segments, one score."""
 
-    Attributes:
-        kind: "decode" (one token of each row) or "prefill" (several).
-        cache: "static" or "dynamic".
-        device: of the hidden states.
-        dtype: of the hidden states.
-        inputs: in the order of the traced graph.
-        values: what the other slots hold, the last one (the score) excepted.
-        hints: what dynamic sizes were when they were traced.
-        conditions: what is assumed about dynamic sizes.
-        prologue, blocks, head, twins, river_head, candidates, kept, fusions: as in :class:`RiverProgram`.
-        returned: slots of what a pass returns.
-        logits: which of those are the logits, None where that is not known.
-        keys: slots of a tensor of the KV cache before a pass, an input, and after it; they tell sequences apart.
-        batch, tokens: rows, and tokens of each row.
-        capacity: of a static cache that is filled from the front; None where no limit applies.
-        last_token: None where the heads cannot be restricted.
-        not_captured: why no segment can be captured, None where some can.
-        block_paths: module paths of the blocks.
-        matrices: names of all matmuls of which the model can have twins.
-        native: whether its kernels are those in C++.
-        width_matters: why a token's bits may depend on how many run with it through the backbone; empty if they do not.
-    """
-
-    kind: Literal["decode", "prefill"]
+    kind: Literal["decode", "prefill"]  # one token of each row, or several
     cache: Literal["static", "dynamic"]
-    device: torch.device
-    dtype: torch.dtype
-    inputs: tuple[Input, ...]
-    values: tuple[Example, ...]
-    hints: tuple[tuple[sympy.Symbol, int], ...]
-    conditions: tuple[sympy.Basic, ...] = ()
+    device: torch.device  # of the hidden states
+    dtype: torch.dtype  # of the hidden states
+    inputs: tuple[Input, ...]  # in the order of the traced graph
+    values: tuple[Example, ...]  # of the slots after the inputs, the last one (the score) excepted
+    hints: tuple[tuple[sympy.Symbol, int], ...]  # dynamic sizes at trace time
+    conditions: tuple[sympy.Basic, ...] = ()  # assumed of dynamic sizes
     prologue: SegmentSpec
     blocks: tuple[SegmentSpec, ...]
     head: SegmentSpec
@@ -413,18 +310,18 @@ class Program:
     candidates: tuple[int, ...]
     kept: tuple[KeptLinear, ...]
     fusions: tuple[Fusion, ...]
-    returned: tuple[int, ...]
-    logits: int | None = None
-    keys: tuple[int | None, int | None]
+    returned: tuple[int, ...]  # slots
+    logits: int | None = None  # index into `returned`; None: unknown
+    keys: tuple[int | None, int | None]  # slots of one KV cache tensor before and after a forward; identify a sequence
     batch: Size
-    tokens: Size
-    capacity: CacheRoom | None
-    last_token: LastToken | None
-    not_captured: str | None
-    block_paths: tuple[str, ...]
-    matrices: tuple[str, ...]
-    native: bool
-    width_matters: str
+    tokens: Size  # of each row
+    capacity: CacheRoom | None  # of a static cache filled from the front; None: no limit
+    last_token: LastToken | None  # None: the heads cannot be restricted
+    not_captured: str | None  # why no segment can be captured; None if some can
+    block_paths: tuple[str, ...]  # of modules
+    matrices: tuple[str, ...]  # names of all linears and stacks of experts
+    native: bool  # uses the C++ kernels
+    width_matters: str  # why a token's bits may depend on the number of tokens in a forward; "" if they do not
 
     @functools.cached_property
     def num_blocks(self) -> int:
@@ -436,21 +333,18 @@ class Program:
 
     @property
     def segments(self) -> tuple[SegmentSpec, ...]:
-        """All segments: prologue, blocks, twins, heads."""
         heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
         return (self.prologue, *self.blocks, *self.twins, *heads)
 
     @functools.cached_property
     def examples(self) -> tuple[Example, ...]:
-        """What each slot holds but the score's."""
         return (*(value.example for value in self.inputs), *self.values)
 
     def is_parameter(self, slot: int) -> bool:
-        """Whether a slot holds a parameter or buffer of a module."""
         return slot < len(self.inputs) and self.inputs[slot].is_parameter
 
     def size_of(self, size: Size, args: Any) -> int | None:
-        """Returns a size of the pass with these inputs, None where they do not tell it."""
+        """Evaluates a size for the inputs `args`; None if they do not determine it."""
         if isinstance(size, int):
             return size
         numbers = {example: i for i, example in enumerate(self.examples[: len(self.inputs)]) if _is_symbol(example)}
@@ -464,5 +358,5 @@ def _is_symbol(example: Example) -> bool:
 
 
 def segment_name(kind: str, depth: int) -> str:
-    """Returns a segment's kind, with the number of the block where there are several: "block_3"."""
+    """Returns the kind, with the depth if there are several: "head", "block_3"."""
     return kind if kind in ("prologue", "head", "river_head") else f"{kind}_{depth}"

@@ -1,8 +1,6 @@
-"""Cuts a planned decoder into segments, and recognises segments that are the same function.
+"""Splits a decoder into segments: graphs whose placeholders and outputs are values of other parts.
 
-A segment copies its part's nodes into a graph of its own: values of other parts become placeholders, values that other
-parts or the caller need become outputs. Blocks that differ only in their weights give segments with equal
-:func:`fingerprint`, so one of them can be compiled and called with the weights of all.
+Blocks that differ in weights only have equal fingerprints, so one of them is compiled for all.
 """
 
 from __future__ import annotations
@@ -19,24 +17,40 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from river_compile.passes.decoder import find_decoder
-from river_compile.passes.linears import without_matmuls
-from river_compile.passes.nodes import read_by, value_of
+from river_compile.passes.experts import as_expert_matmul
+from river_compile.passes.nodes import as_linear, external_inputs, input_name, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, Fingerprint, Refusal, RiverProgram, Segment
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refusal:
-    """Returns the decoder in a normalized graph, cut into segments; with `twins` one that can have them."""
+    """Returns the decoder in a normalized graph, split into segments; with `twins`, a Refusal if it can have none."""
     plan = find_decoder(normal)
-    program = plan if isinstance(plan, Refusal) else segmented(plan)
+    program = plan if isinstance(plan, Refusal) else split_segments(plan)
     if twins and isinstance(program, RiverProgram):
-        return without_matmuls(program) or program
+        return _without_matmuls(program) or program
     return program
 
 
-def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
-    """Returns the decoder cut into prologue, blocks and head, for the passes to start from."""
+def _without_matmuls(program: RiverProgram) -> Refusal | None:
+    """Returns why no block can have a 4-bit twin: no matmul reads ordinary weights."""
+    nodes = [node for block in program.blocks for node in block.graph.nodes]
+    if any(as_linear(node) or as_expert_matmul(node) for node in nodes):
+        return None
+    weights = [node for node in program.blocks[0].inputs if is_parameter(node)]
+    largest = max(weights, key=lambda node: value_of(node).nbytes, default=None)
+    holds = (
+        "" if largest is None else f" ({input_name(largest)} is {value_of(largest).dtype} {[*value_of(largest).shape]})"
+    )
+    return Refusal(
+        f"the blocks have no linear layer with plain weights{holds}, so they cannot have twins; a model quantized by "
+        "bitsandbytes, GPTQ or AWQ must be loaded in 16 bits",
+        program.plan.blocks[0].path,
+    )
+
+
+def split_segments(plan: DecoderPlan) -> RiverProgram | Refusal:
     returned = plan.graph.output_node().args[0]
     if not isinstance(returned, (tuple, list)) or not all(isinstance(value, fx.Node) for value in returned):
         return Refusal("the graph returns something other than a flat tuple of values", "output")
@@ -47,7 +61,7 @@ def segmented(plan: DecoderPlan) -> RiverProgram | Refusal:
 
 def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
     nodes = [n for n in plan.graph.nodes if plan.part_of.get(n) == part]
-    inputs = read_by(nodes)
+    inputs = external_inputs(nodes)
     sizes = _sizes_of(plan, inputs, nodes)
     inputs = [n for n in inputs if n not in sizes] + sizes
     inside = set(nodes)
@@ -60,7 +74,6 @@ def _cut(plan: DecoderPlan, part: int, kind: str) -> Segment:
 def subgraph(
     root: nn.Module | None, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.Graph:
-    """Returns a graph of copies of nodes, with a placeholder for each input."""
     graph = fx.Graph(owning_module=root)
     new: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -73,7 +86,7 @@ def subgraph(
 
 
 def with_shared_graphs(program: RiverProgram) -> RiverProgram:
-    """Returns a rewritten program in which segments that are the same function have one graph, that of the first."""
+    """Returns the program with one graph for segments of equal fingerprints."""
     graphs: dict[Fingerprint, fx.Graph] = {}
 
     def shared(segment: Segment) -> Segment:
@@ -91,10 +104,7 @@ def with_shared_graphs(program: RiverProgram) -> RiverProgram:
 
 
 def fingerprint(segment: Segment) -> Fingerprint:
-    """Describes a segment by targets, arguments and the shape, stride, dtype and device of every input.
-
-    Nodes and dynamic sizes are numbered in order of appearance, so that blocks which differ in names alone are equal.
-    """
+    """Digests targets, arguments and metadata of inputs; nodes and dynamic sizes are numbered, not named."""
     symbols: dict[str, str] = {}
 
     def rename(match: re.Match) -> str:
@@ -102,16 +112,14 @@ def fingerprint(segment: Segment) -> Fingerprint:
 
     lines = graph_lines(segment.graph)
     lines += [_SYMBOL.sub(rename, _describe(value_of(n))) for n in segment.graph.find_nodes(op="placeholder")]
-    # The packed weights' placeholders carry no value: their shapes follow from the products they belong to.
-    lines.append(
-        repr([(site.in_features, site.out_features, site.experts, site.group_size) for site in segment.packed])
-    )
+    # Placeholders of packed weights have no example: their shapes follow from the matmuls.
+    lines.append(repr([(m.in_features, m.out_features, m.experts, m.group_size) for m in segment.packed]))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     return Fingerprint(digest, tuple(symbols))
 
 
 def graph_lines(graph: fx.Graph) -> list[str]:
-    """Describes what a graph computes, a line for each node; nodes are numbered in order."""
+    """Returns a line for each node; nodes are numbered in order."""
     number: dict[fx.Node, str] = {}
     lines = []
     for i, node in enumerate(graph.nodes):
@@ -146,12 +154,12 @@ def _describe(value: object) -> str:
 
 
 def number_inputs(nodes: Iterable[fx.Node]) -> dict[sympy.Expr, fx.Node]:
-    """Returns, of some inputs, those that are dynamic numbers, by their symbols."""
+    """Maps symbols to the inputs that are dynamic numbers."""
     return {value_of(n).node.expr: n for n in nodes if isinstance(value_of(n), torch.SymInt)}
 
 
 def _sizes_of(plan: DecoderPlan, inputs: list[fx.Node], nodes: list[fx.Node]) -> list[fx.Node]:
-    """Returns the graph's placeholders for the dynamic sizes that occur in a segment, in order of appearance."""
+    """Returns the placeholders of the dynamic sizes in a segment, in order of appearance."""
     values = [v for n in [*inputs, *nodes] if isinstance(v := value_of(n), (torch.Tensor, torch.SymInt))]
     symbols = dict.fromkeys(s for v in values for s in sorted(free_symbols(v), key=str))
     holders = number_inputs(plan.graph.find_nodes(op="placeholder"))

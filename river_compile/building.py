@@ -27,13 +27,13 @@ from river_compile.lowering.compile import SegmentCompiler, StoredExamples, indu
 from river_compile.lowering.compile import lower as lower_segment
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.offload.streaming import Streamer
+from river_compile.passes.edits import run_passes
+from river_compile.passes.experts import ROUTER
 from river_compile.passes.freeze import freeze
-from river_compile.passes.linears import matrix_names
-from river_compile.passes.moe_router import ROUTER
 from river_compile.passes.nodes import calls_flex_attention, value_of
-from river_compile.passes.pipeline import run_passes
 from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
+from river_compile.passes.twins import linear_names
 from river_compile.progress import stage_reached
 from river_compile.reporting.report import graph_lines
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
@@ -67,7 +67,7 @@ def build(
         )
     check_captures(plan.device, config, how.native)
     model.offloaded.check(plan, config)
-    matrices = tuple(sorted(matrix_names(found)))
+    matrices = tuple(sorted(linear_names(found)))
     with graph.stage("rewriting"):
         rewritten = _rewritten(found, choices)
         lower = functools.partial(lower_segment, lowering=how)

@@ -15,15 +15,13 @@ from river_compile.exits import ExitPolicy
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bf12
 from river_compile.lowering.choose import Lowering
-from river_compile.passes.backbone import river_backbone
-from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
-from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins
-from river_compile.passes.heads import draft_vocab, rescored_head
+from river_compile.passes.backbone import packed_backbone, river_backbone
+from river_compile.passes.edits import Pass
+from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
+from river_compile.passes.heads import draft_vocab, exit_checks, find_logits, logits_entropy, rescored_head
 from river_compile.passes.nodes import is_parameter, value_of
-from river_compile.passes.packed_backbone import packed_backbone
-from river_compile.passes.pipeline import Pass
 from river_compile.passes.program import DecoderPlan, RiverProgram
-from river_compile.passes.twins import Twinning, one_row_head, river_head, river_twins
+from river_compile.passes.twins import TwinSpec, one_row_head, river_head, river_twins
 
 _LEAST_GAIN = 1.1  # speed-up of matmuls with 12-bit weights from which packing them pays
 
@@ -35,8 +33,8 @@ class Choices:
     config: RiverConfig
     lowering: Lowering
     policy: ExitPolicy  # when tokens exit
-    twinning: Twinning | None  # of the blocks; None: twins keep the 16-bit weights
-    head_twinning: Twinning | None  # None: tokens that exited use the 16-bit head
+    twinning: TwinSpec | None  # of the blocks; None: twins keep the 16-bit weights
+    head_twinning: TwinSpec | None  # None: tokens that exited use the 16-bit head
     own_backbone: bool  # whether the 16-bit blocks use River's kernels
     backbone_weights: str  # that these read: the "model"'s, or packed as "12bit" or "8bit"
 
@@ -47,7 +45,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
     config.check_depths(plan.num_blocks)
     twinning = None
     if config.quantizer != "none":
-        twinning = Twinning(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+        twinning = TwinSpec(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
     head = config.lm_head or ("w4" if lowering.native else "keep")
     own_backbone = _uses_own_backbone(config, lowering)
     return Choices(
@@ -98,7 +96,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
 def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
     """Returns when tokens exit; raises an OptionError if the criterion reads logits and the model has none."""
     policy = config.exit_policy(program.plan)
-    if policy.criterion.reads == "previous" and logits_of(program) is None:
+    if policy.criterion.reads == "previous" and find_logits(program) is None:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
             "its hidden state); compile the model with its head, or use criterion='similarity'"

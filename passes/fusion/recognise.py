@@ -1,6 +1,4 @@
-"""Recognises computations of a few nodes: norms, activations, rotary embeddings, attention.
-
-Each function looks at one node of a segment's graph, walks towards its inputs and returns what it found, or None.
+"""Recognises norms, activations, rotary embeddings and attention by the nodes that compute them.
 
 Not handled: norms without a weight, rotations whose tables hold each angle once, complex rotations.
 """
@@ -20,8 +18,6 @@ from torch.fx.node import Argument
 from river_compile.kernels.portable import grouped_attention
 from river_compile.passes.fusion.match import WHOLE, Part, part
 from river_compile.passes.nodes import (
-    before_cast,
-    beside,
     called,
     either_way,
     inference_sdpa,
@@ -29,28 +25,28 @@ from river_compile.passes.nodes import (
     is_reshape,
     is_tensor,
     operands,
-    plain,
+    other_operand,
     same_dtype,
     shape,
+    skip_casts,
+    skip_noops,
     value_of,
 )
 
 
 @dataclass(frozen=True)
 class Normed:
-    """A norm over the last dimension of `x`; `kind` as in the operators: "rms", "rms_plus_one" or "layer"."""
-
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    kind: str
+    kind: str  # "rms", "rms_plus_one" or "layer"
     eps: float
 
 
 def norm(node: Argument) -> Normed | None:
-    """Recognises RMSNorm (Gemma's with 1 + weight too) and LayerNorm, called or written out, all of one dtype."""
-    node = plain(node)
-    found = _called_norm(before_cast(node)) or _written_rms(before_cast(node))
+    """Recognises RMSNorm (with 1 + weight too) and LayerNorm, called or written out, of one dtype."""
+    node = skip_noops(node)
+    found = _called_norm(skip_casts(node)) or _written_rms(skip_casts(node))
     if found is None or not same_dtype(found.x, node):
         return None
     parameters = [found.weight] if found.bias is None else [found.weight, found.bias]
@@ -65,60 +61,60 @@ def _called_norm(node: Argument) -> Normed | None:
     if weight is None or eps is None or len(features) != 1:
         return None
     bias, kind = (biases[0], "layer") if biases else (None, "rms")
-    return Normed(before_cast(x), weight, bias, kind, eps)
+    return Normed(skip_casts(x), weight, bias, kind, eps)
 
 
 def _written_rms(node: Argument) -> Normed | None:
     for scaled, weight in either_way(node, operator.mul):
-        for x, rstd in either_way(before_cast(scaled), operator.mul):
-            x, weight = before_cast(x), before_cast(weight)
+        for x, rstd in either_way(skip_casts(scaled), operator.mul):
+            x, weight = skip_casts(x), skip_casts(weight)
             eps = _reciprocal_root(rstd, x)
             if eps is not None:
-                plus_one = beside(weight, operator.add, 1)
+                plus_one = other_operand(weight, operator.add, 1)
                 kind = "rms" if plus_one is None else "rms_plus_one"
-                return Normed(x, weight if plus_one is None else before_cast(plus_one), None, kind, eps)
+                return Normed(x, weight if plus_one is None else skip_casts(plus_one), None, kind, eps)
     return None
 
 
 def _reciprocal_root(node: Argument, x: Argument) -> float | None:
-    """Returns eps where a node is ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
+    """Returns eps of ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
     if not called(node, torch.rsqrt):
         return None
     for mean, eps in either_way(node.args[0], operator.add):
         if called(mean, torch.mean) and isinstance(eps, float):
             square, dim, keepdim = mean.args
             squared, power = operands(square, operator.pow) or (None, None)
-            if power == 2 and dim in (-1, (-1,), [-1]) and keepdim and before_cast(squared) is x:
+            if power == 2 and dim in (-1, (-1,), [-1]) and keepdim and skip_casts(squared) is x:
                 return eps
     return None
 
 
 def activation(node: Argument) -> tuple[fx.Node, str] | None:
-    """Returns the input and the operators' name of SiLU, GELU (exact or tanh, called or written out) or ReLU."""
-    node = plain(node)
+    """Returns input and kernel name of SiLU, ReLU or GELU (exact or tanh, called or written out)."""
+    node = skip_noops(node)
     if called(node, F.silu, F.relu):
-        return plain(node.args[0]), node.target.__name__
+        return skip_noops(node.args[0]), node.target.__name__
     if called(node, F.gelu):
-        return plain(node.args[0]), {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs["approximate"]]
+        return skip_noops(node.args[0]), {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs["approximate"]]
     for half, one_plus in either_way(node, operator.mul):
-        x, turned = beside(half, operator.mul, 0.5), beside(one_plus, operator.add, 1.0)
-        if x is not None and called(turned, torch.tanh) and _is_gelu_argument(turned.args[0], x):
-            return plain(x), "gelu_tanh"
+        x, tanh = other_operand(half, operator.mul, 0.5), other_operand(one_plus, operator.add, 1.0)
+        if x is not None and called(tanh, torch.tanh) and _is_gelu_argument(tanh.args[0], x):
+            return skip_noops(x), "gelu_tanh"
     return None
 
 
 def _is_gelu_argument(node: Argument, x: Argument) -> bool:
-    """True for ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
+    """Whether a node is ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
     for factor, total in either_way(node, operator.mul):
         if isinstance(factor, float) and math.isclose(factor, math.sqrt(2 / math.pi), rel_tol=1e-6):
-            cubes = [beside(b, operator.mul, 0.044715) for a, b in either_way(total, operator.add) if a is x]
+            cubes = [other_operand(b, operator.mul, 0.044715) for a, b in either_way(total, operator.add) if a is x]
             return any(operands(cube, operator.pow) == (x, 3.0) for cube in cubes)
     return False
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotary embedding (Su et al. 2021) of the first `features` of each head of `x`; tables ``[B or 1, 1, T, R]``."""
+    """A rotary embedding (Su et al. 2021) of the first `features` of each head; tables ``[B or 1, 1, T, R]``."""
 
     x: fx.Node
     cos: fx.Node
@@ -128,33 +124,32 @@ class Rotation:
 
 
 def rotation(node: Argument) -> Rotation | None:
-    """Recognises ``x * cos + turned(x) * sin``, of whole heads or of their first features."""
-    node = before_cast(plain(node))
+    """Recognises ``x * cos + rotate_half(x) * sin`` of whole heads or their first features."""
+    node = skip_casts(skip_noops(node))
     joined = _pair(node, torch.cat)
     if joined is None:
         return _whole_rotation(node)
-    turned, rest = _whole_rotation(before_cast(plain(joined[0]))), part(joined[1])
-    if turned is None or rest is None or rest.start != turned.features:
+    rotated, rest = _whole_rotation(skip_casts(skip_noops(joined[0]))), part(joined[1])
+    if rotated is None or rest is None or rest.start != rotated.features:
         return None
-    first = part(before_cast(turned.x))
+    first = part(skip_casts(rotated.x))
     if first is not None and (first.start, first.step) != (0, 1):
         return None
-    source = turned.x if first is None else first.source
-    return replace(turned, x=source) if plain(rest.source) is plain(source) else None
+    source = rotated.x if first is None else first.source
+    return replace(rotated, x=source) if skip_noops(rest.source) is skip_noops(source) else None
 
 
 def _pair(node: Argument, function: Callable) -> tuple[fx.Node, fx.Node] | None:
-    """Returns the two tensors that ``cat`` or ``stack`` joins in the last dimension."""
     return tuple(node.args[0]) if called(node, function) and node.args[1] == -1 and len(node.args[0]) == 2 else None
 
 
 def _whole_rotation(node: Argument) -> Rotation | None:
     for straight, crossed in either_way(node, operator.add):
         for x, cos in either_way(straight, operator.mul):
-            for turned, sin in either_way(crossed, operator.mul):
-                interleaved = _is_turned(before_cast(plain(turned)), before_cast(plain(x)))
+            for rotated, sin in either_way(crossed, operator.mul):
+                interleaved = _rotates_half(skip_casts(skip_noops(rotated)), skip_casts(skip_noops(x)))
                 if interleaved is not None and _is_table(cos, x) and _is_table(sin, x):
-                    return Rotation(plain(x), cos, sin, value_of(x).shape[-1], interleaved)
+                    return Rotation(skip_noops(x), cos, sin, value_of(x).shape[-1], interleaved)
     return None
 
 
@@ -166,8 +161,8 @@ def _is_table(node: Argument, x: fx.Node) -> bool:
     return shape(node) in [(rows, *place, features) for rows in (1, batch) for place in positions]
 
 
-def _is_turned(node: Argument, x: Argument) -> bool | None:
-    """Whether pairs lie interleaved, where a node holds those of x turned by 90 degrees; None if it does not."""
+def _rotates_half(node: Argument, x: Argument) -> bool | None:
+    """Returns whether pairs are interleaved if a node is x with each pair rotated by 90 degrees, else None."""
     if not is_tensor(x):
         return None
     *others, features = shape(x)
@@ -183,37 +178,36 @@ def _is_turned(node: Argument, x: Argument) -> bool | None:
     if not interleaved:
         expected = [Part(x, dim, half, half), Part(x, dim, 0, half)]
     found = [part(joined[0].args[0]), part(joined[1])]
-    return interleaved if [p and replace(p, source=before_cast(plain(p.source))) for p in found] == expected else None
+    return (
+        interleaved if [p and replace(p, source=skip_casts(skip_noops(p.source))) for p in found] == expected else None
+    )
 
 
 @dataclass(frozen=True)
 class Attention:
-    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries; `softcap` 0 for none.
-
-    Causal, position t reads slots 0 to t.
-    """
+    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries."""
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     mask: fx.Node | None
     scale: float
-    softcap: float
-    causal: bool = False
+    softcap: float  # 0: none
+    causal: bool = False  # position t reads slots 0 to t
 
 
 def attention(node: Argument) -> Attention | None:
-    """Recognises `portable.grouped_attention`, torch's own, and attention written out as products around a softmax."""
+    """Recognises `portable.grouped_attention`, torch's, and attention written out as matmuls and softmax."""
     found = inference_sdpa(node)
     if found is not None:
-        k, v = before_repeat(found.k), before_repeat(found.v)
-        if found.causal:  # (which reads no slots but these)
+        k, v = skip_repeat(found.k), skip_repeat(found.v)
+        if found.causal:  # reads no other slots
             k, v = (_before_first_slots(cache, shape(found.q)[2]) for cache in (k, v))
         return _scaled(found.q, k, v, found.mask, found.scale, found.causal)
     if called(node, grouped_attention):
         return _scaled(*node.args)
     weights, values = operands(node, operator.matmul) or (None, None)
-    weights = before_cast(plain(weights))
+    weights = skip_casts(skip_noops(weights))
     if not called(weights, torch.softmax) or weights.args[1] != -1:
         return None
     scores, mask = operands(weights.args[0], operator.add) or (weights.args[0], None)
@@ -224,7 +218,7 @@ def attention(node: Argument) -> Attention | None:
     q, keys = operands(raw, operator.matmul) or (None, None)
     if not called(keys, torch.transpose) or set(keys.args[1:]) not in ({2, 3}, {-1, -2}):
         return None
-    return Attention(q, before_repeat(keys.args[0]), before_repeat(values), mask, scale, softcap)
+    return Attention(q, skip_repeat(keys.args[0]), skip_repeat(values), mask, scale, softcap)
 
 
 def _scaled(
@@ -234,17 +228,17 @@ def _scaled(
 
 
 def _capped(node: Argument) -> tuple[Argument, float]:
-    """Returns x and c of ``c tanh(x / c)``, the node itself and 0 where it is none."""
-    for turned, cap in either_way(node, operator.mul):
-        if called(turned, torch.tanh) and isinstance(cap, float):
-            x, divisor = operands(turned.args[0], operator.truediv) or (None, None)
+    """Returns x and c of ``c tanh(x / c)``, else the node and 0."""
+    for tanh, cap in either_way(node, operator.mul):
+        if called(tanh, torch.tanh) and isinstance(cap, float):
+            x, divisor = operands(tanh.args[0], operator.truediv) or (None, None)
             if divisor == cap:
                 return x, cap
     return node, 0.0
 
 
 def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
-    """Returns the cache whose first slots ``cache[:, :, :slots]`` are, the node itself where it is something else."""
+    """Returns the cache of ``cache[:, :, :slots]``, else the node."""
     cache, index = operands(node, operator.getitem) or (node, None)
     if not isinstance(index, tuple) or len(index) != 4 or not isinstance(index[2], slice) or shape(node)[2] != slots:
         return node
@@ -252,8 +246,8 @@ def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
     return cache if from_start and all(i == WHOLE for i in (*index[:2], index[3])) else node
 
 
-def before_repeat(node: fx.Node) -> fx.Node:
-    """Returns ``[B, H_kv, S, D]`` before its repetition ``[B, H, S, D]``, the node itself where it is not repeated."""
+def skip_repeat(node: fx.Node) -> fx.Node:
+    """Returns ``[B, H_kv, S, D]`` before its repetition to ``[B, H, S, D]``, else the node."""
     if not called(node, torch.reshape) or not called(node.args[0], Tensor.expand):
         return node
     cache, index = operands(node.args[0].args[0], operator.getitem) or (node, None)

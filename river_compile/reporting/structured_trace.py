@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torch import fx
 from torch._logging import trace_structured
 
-from river_compile.passes.pipeline import PassRecord
+from river_compile.passes.edits import PassRecord
 from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.segments import fingerprint
 

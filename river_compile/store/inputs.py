@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from river_compile.passes.freeze import assumed_of
+from river_compile.passes.decoder import with_size
+from river_compile.passes.freeze import size_conditions
 from river_compile.passes.nodes import value_of
 from river_compile.passes.program import Example, Input, Program, Refusal, RiverProgram, Size, Source, TensorSpec
 from river_compile.passes.segments import recognise
-from river_compile.passes.sizes import with_size
 from river_compile.store.codec import NotStorable
 
 log = logging.getLogger("river_compile.store")
@@ -70,7 +70,7 @@ def located(
                 known[id(value)] = Source("cache", name, number)
     known |= {id(value): Source("call", name) for name, value in named(inputs) if isinstance(value, Tensor)}
     found = tuple(_with_source(given, arg, known) for given, arg in zip(program.inputs, args, strict=True))
-    return replace(program, inputs=found, logits=logits, conditions=assumed_of(map(value_of, traced.inputs)))
+    return replace(program, inputs=found, logits=logits, conditions=size_conditions(map(value_of, traced.inputs)))
 
 
 def _with_source(given: Input, arg: Any, known: Mapping[int, Source]) -> Input:
@@ -112,7 +112,7 @@ def of_one_token(program: Program, traced: RiverProgram) -> OneToken | None:
         return None
     left = {node.name for node in found.inputs}
     inputs = (given for node, given in zip(traced.inputs, program.inputs, strict=True) if node.name in left)
-    assumed = assumed_of(map(value_of, found.inputs))
+    assumed = size_conditions(map(value_of, found.inputs))
     conditions = tuple(condition for condition in assumed if symbol not in condition.free_symbols)
     return OneToken(found, tuple(inputs), conditions, program.logits)
 

@@ -15,7 +15,7 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.distributed.support import check
 from river_compile.errors import OptionError
-from river_compile.passes.moe_router import ROUTER
+from river_compile.passes.experts import ROUTER
 from tests.distributed.worker import CASES, DEPTHS, LAYERS, SLOW
 from tests.support.examples import slow
 from tests.support.families import CONFIGS, HIDDEN

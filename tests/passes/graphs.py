@@ -1,7 +1,7 @@
-"""Builds decoder-like graphs by hand, as Dynamo would hand them over, without a model and without Dynamo.
+"""Builds decoder-like graphs as Dynamo traces them, without a model and without Dynamo.
 
-A :class:`GraphBuilder` runs every operation on fake tensors as it adds it and records what the passes read: values,
-module stacks and which inputs are parameters. :func:`random_decoder` puts together a decoder from a :class:`Shape`.
+A `GraphBuilder` runs each operation on fake tensors and records the metadata that passes read: examples, module stacks,
+which inputs are parameters.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from river_compile.passes.decoder import find_decoder
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import RiverProgram
-from river_compile.passes.segments import graph_lines, segmented
+from river_compile.passes.segments import graph_lines, split_segments
 
 WIDTH, HEADS, SLOTS = 32, 2, 6
 
 
 class Module:
-    """Stands for a module class on a node's stack."""
+    """A module class on a node's stack."""
 
 
 class GraphBuilder:
@@ -57,7 +57,7 @@ class GraphBuilder:
         self._stack.pop()
 
     def call(self, target: Callable | str, *args: object, **kwargs: object) -> fx.Node:
-        """Adds a function, or a method named by a string, and runs it on the fake values."""
+        """Adds a call of a function, or of the method that a string names, and runs it on the fake values."""
         add = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = add(target, args, kwargs)
         fakes, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["example_value"])
@@ -74,33 +74,21 @@ class GraphBuilder:
 
 @dataclass(frozen=True)
 class Shape:
-    """Structure of a random decoder.
-
-    Attributes:
-        blocks: number of decoder blocks.
-        batch: rows.
-        norm: "rms", "layer" or "none" in front of attention and MLP.
-        parallel: the MLP reads the block's input beside the attention.
-        projections: "separate" q, k, v; "fused"; "conv1d" (weights stored transposed); "matmul" with weight.T.
-        bias: linears have biases.
-        static_cache: KV written in place at a counted slot, else appended and returned.
-        between: an operation outside of every module stands between the blocks.
-        return_hidden: the hidden state after every block is returned too.
-    """
+    """Structure of a random decoder."""
 
     blocks: int
     batch: int
-    norm: str
-    parallel: bool
-    projections: str
-    bias: bool
-    static_cache: bool
-    between: bool
-    return_hidden: bool
+    norm: str  # before attention and MLP: "rms", "layer" or "none"
+    parallel: bool  # the MLP reads the block's input, like the attention
+    projections: str  # "separate" q, k, v; "fused"; "conv1d" (weights stored transposed); "matmul" with weight.T
+    bias: bool  # of linears
+    static_cache: bool  # written in place at a counted slot, else appended and returned
+    between: bool  # an operation between the blocks that no module contains
+    return_hidden: bool  # the hidden state after every block is returned too
 
 
 def shapes(most_blocks: int = 5) -> st.SearchStrategy[Shape]:
-    """Returns a strategy that draws every structure, with two blocks or more."""
+    """Returns a strategy over all structures of at least two blocks."""
     return st.builds(
         Shape,
         blocks=st.integers(2, most_blocks),
@@ -224,7 +212,6 @@ def _fill_cache(
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies, of which a graph may write into some."""
     return [t.clone() for t in tensors]
 
 
@@ -240,11 +227,10 @@ SHAPE = Shape(3, 1, "rms", False, "separate", False, True, False, False)
 
 
 def planned(shape: Shape = SHAPE, seed: int = 0) -> RiverProgram:
-    """A random decoder as passes are given it."""
+    """Returns a random decoder as the passes' input."""
     graph_module, _ = random_decoder(shape, seed)
-    return segmented(find_decoder(normalized(graph_module)))
+    return split_segments(find_decoder(normalized(graph_module)))
 
 
 def texts(program: RiverProgram) -> dict[str, list[str]]:
-    """The lines of each segment's graph."""
     return {segment.name: graph_lines(segment.graph) for segment in program.segments}

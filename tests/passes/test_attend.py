@@ -1,6 +1,6 @@
-"""Write and attention become one operator where nothing comes between, which counts the token where it alone does.
+"""KV cache write and attention become one operator if nothing is between, with the counter if nothing else reads it.
 
-Graphs are put together by hand and run before and after, the kernels in Triton's interpreter.
+Graphs built by hand run before and after, with kernels in Triton's interpreter.
 """
 
 import operator
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.passes.fusion.cache_rules import with_write
+from river_compile.passes.fusion.cache_rules import fuse_write
 
 river = torch.ops.river
 B, H, J, S, D = 2, 2, 1, 6, 16
 
 
 class Built:
-    """A graph of a write and an attention; `between` and `around` change it."""
+    """A graph of a write and an attention, with other nodes `between` and `around` them."""
 
     def __init__(self) -> None:
         self.graph, self.values = fx.Graph(), []
@@ -51,17 +51,17 @@ class Built:
 
 
 def ran(graph: fx.Graph, values: list[Tensor]) -> list[Tensor]:
-    """Returns what a graph gives for copies of these values, and the values as it leaves them."""
+    """Returns a graph's outputs for copies of these values, and the copies afterwards."""
     values = [value.clone() for value in values]
     results = fx.GraphModule({}, graph)(*values)
     return [*results, *values]
 
 
 def joined(built: Built, attention: fx.Node, *others: fx.Node) -> set[str]:
-    """Joins, checks that the graph computes the same, and returns the names of the operators that it has then."""
+    """Fuses, checks that the graph computes the same, and returns the names of its operators."""
     built.graph.output((attention, *others))
     before = ran(built.graph, built.values)
-    found = with_write(attention)
+    found = fuse_write(attention)
     built.graph.lint()
     assert built.graph.output_node().args[0][0] is found
     for one, other in zip(ran(built.graph, built.values), before, strict=True):

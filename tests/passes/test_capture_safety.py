@@ -1,4 +1,4 @@
-"""What may be captured, decided on hand-made graphs of one block."""
+"""Which inputs are fixed and which segments can be captured, on hand-made graphs of one block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KV = torch.zeros(1, 2, 8, 4)
 
 
 class BlockGraph:
-    """Builds the graph of one block: ``hidden + (something of) keys``, after writing a slot and counting it."""
+    """Builds a block that writes and counts a slot, then returns ``hidden + f(keys)``."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
@@ -80,7 +80,7 @@ def test_a_source_line_is_the_innermost_one():
 
 
 def test_a_write_through_a_view_keeps_its_input_in_place():
-    """A cache that is written through a view must not be replaced by a copy either."""
+    """A copy must not replace a cache that is written through a view."""
     block = BlockGraph()
     writes_through_a_view(block)
     assert block.keys in fixed_inputs(block.plan)

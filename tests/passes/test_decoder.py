@@ -1,4 +1,4 @@
-"""The decoder that is found in a graph: parts, hidden states, KV slots, and the reasons where there is none."""
+"""The decoder found in a graph: parts, hidden states, KV caches, and why there is none."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_growing_cache_is_returned():
 
 
 class Blocks:
-    """Two blocks by hand, each of which adds a change of its input and writes a cache ``[1, 2, 8, 4]``."""
+    """Two hand-made blocks that each write a cache ``[1, 2, 8, 4]``."""
 
     def __init__(self) -> None:
         self.b = GraphBuilder(0)
@@ -77,7 +77,7 @@ class Blocks:
 
 
 def test_scores_that_are_changed_in_place_are_no_cache():
-    """``scores += mask`` writes four dimensions too, but nobody sees them after the block."""
+    """``scores += mask`` writes four dimensions too, but nothing reads them after the block."""
     blocks = Blocks()
     hidden = blocks.b.call(operator.add, blocks.hidden, 1)
     plan = blocks.found(blocks.block(1, blocks.block(0, hidden)))
@@ -95,7 +95,7 @@ def test_what_reads_a_view_of_a_changed_cache_stays_in_its_place():
 
 
 def test_the_first_hidden_state_may_be_an_input():
-    """With ``inputs_embeds`` nothing stands before the first block."""
+    """With ``inputs_embeds`` no operation precedes the first block."""
     blocks = Blocks()
     plan = blocks.found(blocks.block(1, blocks.block(0, blocks.hidden)))
     assert plan.blocks[0].hidden_in.name == "hidden"
@@ -103,7 +103,7 @@ def test_the_first_hidden_state_may_be_an_input():
 
 
 def test_blocks_without_a_cache_are_blocks_beside_others_and_none_alone():
-    """A tower of blocks runs first and keeps nothing, so it goes to the prologue; a later block keeps nothing too."""
+    """A tower without caches belongs to the prologue; a later block without a cache stays a block."""
     blocks = Blocks()
     hidden = blocks.hidden
     for i in range(3):
@@ -116,7 +116,7 @@ def test_blocks_without_a_cache_are_blocks_beside_others_and_none_alone():
 
 
 def test_a_state_of_three_dimensions_is_kept_like_keys_and_values():
-    """A convolution's inputs are copied in place; a state that the prompt makes is returned, and is no hidden state."""
+    """A convolution's inputs are copied in place; a prompt returns a new state, which is not a hidden state."""
     blocks = Blocks()
     state = blocks.b.placeholder("state", torch.zeros(1, 8, 3))
     hidden = blocks.block(0, blocks.b.call("neg", blocks.hidden), write=False)
@@ -133,7 +133,7 @@ def test_a_state_of_three_dimensions_is_kept_like_keys_and_values():
 
 
 def test_a_vmap_stays_in_its_block():
-    """Leaving it reads nothing and is traced in no module; ahead of the blocks it would leave none."""
+    """Its exit reads nothing and is traced in no module; before the blocks it would have no vmap to exit."""
     blocks = Blocks()
     hidden = blocks.block(0, blocks.b.call("neg", blocks.hidden))
     functions = torch._functorch.predispatch
@@ -149,7 +149,7 @@ def test_a_vmap_stays_in_its_block():
 
 @pytest.mark.parametrize(("place", "axis"), [(0, 2), (2, 1)])
 def test_several_streams_in_one_tensor_are_a_hidden_state(place, axis):
-    """``[S, B, T, D]`` and ``[B, T, S, D]``; keys that the next block reads too have four dimensions as well."""
+    """``[S, B, T, D]`` and ``[B, T, S, D]``; keys that the next block reads have four dimensions too."""
     blocks = Blocks()
     b = blocks.b
     flows = [b.call(torch.stack, [b.call("neg", blocks.hidden)] * 3, place)]

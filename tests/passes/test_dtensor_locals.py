@@ -1,6 +1,6 @@
-"""Graphs as Dynamo traces them under tensor parallelism, written by hand: what becomes of shards and collectives.
+"""Hand-made graphs of tensor parallelism: spellings that transformers does not use, and nodes that must stay.
 
-tests/distributed runs the real ones. Here stand spellings that transformers does not have, and what must stay.
+tests/distributed runs traced ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALIAS = torch.ops.aten.alias.default
 
 
 class Traced:
-    """A graph whose values are ordinary tensors; its weight has 16 features, of which the rank holds 8."""
+    """A graph of ordinary tensors; its weight has 16 features, 8 of them on this rank."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
@@ -37,7 +37,7 @@ class Traced:
         return _noted(self.graph.call_function(function, args), *shape)
 
     def done(self, *outputs: fx.Node) -> tuple[bool, list]:
-        """Returns whether the weight is the rank's part now, and what the graph calls."""
+        """Returns whether the weight is the local shard now, and the targets of the graph's calls."""
         self.graph.output(outputs)
         local = on_local_shards(fx.GraphModule(torch.nn.Module(), self.graph), 2, "0")
         self.graph.lint()
@@ -51,7 +51,7 @@ def _noted(node: fx.Node, *shape: int) -> fx.Node:
 
 @pytest.mark.parametrize("aliases", [(), (Tensor.detach,), (ALIAS, Tensor.detach)])
 def test_a_shard_is_the_graphs_input(aliases):
-    """Through whatever shows the same memory in the same shape."""
+    """Also through aliases of the same memory and shape."""
     traced = Traced()
     weight = traced.local()
     for alias in aliases:
@@ -67,11 +67,11 @@ def test_a_view_in_another_shape_stays():
 
 
 def test_a_parameter_that_is_also_read_whole_stays():
-    """A table that is looked up in parts is a value of all ranks."""
+    """An embedding that looks up rows reads all ranks."""
     traced = Traced()
-    product = traced.call(F.linear, traced.x, traced.local(), None)
+    matmul = traced.call(F.linear, traced.x, traced.local(), None)
     table = traced.call(F.embedding, traced.x, traced.weight)
-    assert traced.done(product, table) == (False, ["to_local", F.linear, F.embedding])
+    assert traced.done(matmul, table) == (False, ["to_local", F.linear, F.embedding])
 
 
 def summed(traced: Traced, part: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -81,7 +81,7 @@ def summed(traced: Traced, part: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 @pytest.mark.parametrize("reads_copy", [True, False])
 def test_a_sum_over_ranks_is_used_as_it_is(reads_copy):
-    """Whether the graph goes on with what the copy returns or with what it wrote to."""
+    """Whether the graph reads the result of the copy or its target."""
     traced = Traced()
     part = traced.call(F.linear, traced.x, traced.local(), None)
     wait, copy = summed(traced, part)

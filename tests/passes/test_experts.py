@@ -1,4 +1,4 @@
-"""Products with stacked experts are found in every spelling and become one operator that computes the same."""
+"""Matmuls with stacked experts of every spelling become one operator that computes the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import pack_stack
-from river_compile.passes.experts import as_expert_product, replace_expert_product
+from river_compile.passes.experts import as_expert_matmul, replace_expert_matmul
 from river_compile.passes.normalize import normalized
 from tests.support.examples import examples
 
@@ -21,8 +21,8 @@ SWAPPED = "gathered right swapped", "gathered left", "grouped swapped", "batched
 SPELLINGS = (*SWAPPED, "gathered right", "gathered left swapped", "grouped", "batched", "gathered before a swap")
 
 
-def product(spelling, x, weight, route):
-    """Spells a product of rows ``[M, K]`` as models do; returns ``[M, N]``."""
+def matmul(spelling, x, weight, route):
+    """Multiplies rows ``[M, K]`` in a model's spelling; returns ``[M, N]``."""
     swapped = weight.transpose(-2, -1) if "swap" in spelling else weight
     if spelling == "gathered before a swap":
         return torch.bmm(x.unsqueeze(1), weight[route].transpose(1, 2)).squeeze(1)
@@ -36,8 +36,8 @@ def product(spelling, x, weight, route):
 
 
 def traced(spelling, x, weight, route):
-    """Returns the product's graph in the normal form, as Dynamo leaves it, with values on every node."""
-    graph_module = fx.symbolic_trace(lambda x, weight, route: product(spelling, x, weight, route))
+    """Returns the matmul's graph in the normal form, with examples on every node."""
+    graph_module = fx.symbolic_trace(lambda x, weight, route: matmul(spelling, x, weight, route))
     values = iter((x, weight, route))
 
     class Recorder(fx.Interpreter):
@@ -54,7 +54,7 @@ def traced(spelling, x, weight, route):
 @given(st.sampled_from(SPELLINGS), st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=17), st.integers(0, 999))
 @examples(60)
 def test_every_spelling_becomes_one_operator_of_the_same_result(spelling, chosen, seed):
-    """Some experts get no row, some several; batched experts get rows of zeros where they were not chosen."""
+    """Some experts get no row, some several; batched experts get rows of zeros if not chosen."""
     g = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if "grouped" in spelling else torch.float32
     grid = quantize(torch.randn(EXPERTS * N, K, generator=g), 32, "rtn").rounded(torch.bfloat16)
@@ -68,11 +68,11 @@ def test_every_spelling_becomes_one_operator_of_the_same_result(spelling, chosen
         x = (mine[..., None] * x).view(-1, K)
     graph_module = traced(spelling, x, weight.to(dtype), route)
     graph = graph_module.graph
-    (found,) = filter(None, map(as_expert_product, graph.nodes))
+    (found,) = filter(None, map(as_expert_matmul, graph.nodes))
     assert (found.shape, found.transposed) == ((EXPERTS, N, K), weight is not exact)
     site = found.matmul({n: number for number, n in enumerate(graph.nodes)}, 32, "plain")
     assert (site.in_features, site.out_features, site.group_size, site.experts) == (K, (EXPERTS * N,), 32, EXPERTS)
-    replace_expert_product(graph, found, site, 0)
+    replace_expert_matmul(graph, found, site, 0)
     graph.lint()
     graph_module.recompile()
     targets = [node.target for node in graph.nodes if node.op == "call_function"]
@@ -108,4 +108,4 @@ def test_what_is_no_choice_of_a_stack(function):
     list(graph_module.graph.nodes)[1].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     for node in graph_module.graph.nodes:
         node.meta.setdefault("example_value", torch.empty(2, K, K))
-    assert not list(filter(None, map(as_expert_product, normalized(graph_module).graph.nodes)))
+    assert not list(filter(None, map(as_expert_matmul, normalized(graph_module).graph.nodes)))

@@ -1,4 +1,4 @@
-"""Where a linear layer's input may be divided by a scale, on the graphs that surround it."""
+"""Where the division of a linear layer's input by a scale can be folded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from river_compile.passes.input_scales import find_input_scale, scale_inputs
 from river_compile.passes.normalize import normalized
+from river_compile.passes.twins import find_input_scale, scale_inputs
 from tests.passes.graphs import GraphBuilder
 
 FEATURES = 8
 
 
 class Scene:
-    """A value `x` ``[2, 3, 8]`` with a few parameters, and linear layers that read what is made of it."""
+    """A value `x` ``[2, 3, 8]``, parameters, and linear layers that read functions of it."""
 
     def __init__(self) -> None:
         self.b = GraphBuilder(0)
@@ -50,8 +50,8 @@ def rms(s: Scene) -> fx.Node:
         (lambda s: s.b.call("mul", s.x, s.y), []),
     ],
 )
-def test_a_scale_goes_into_the_norm_or_into_a_product(make, folds):
-    """The layers give the same when the scale is divided out in one place and multiplied in in the other."""
+def test_a_scale_is_folded_into_the_norm_or_a_multiplication(make, folds):
+    """Dividing the inputs and multiplying the weights by the scale changes nothing."""
     scene = Scene()
     graph, layers = scene.layers(make(scene))
     found = find_input_scale(layers[0].args[0], layers, FEATURES)

@@ -1,4 +1,4 @@
-"""Routers are told from other products by where their result goes."""
+"""Routers differ from other matmuls by the users of their result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from river_compile.passes.moe_router import is_router
+from river_compile.passes.experts import is_router
 from river_compile.passes.nodes import as_linear
 from river_compile.passes.normalize import normalized
 
@@ -15,19 +15,19 @@ D, EXPERTS = 8, 4
 
 
 def top_k_of_probabilities(x, w1, w2):
-    """Mixtral, Qwen: the first matrix routes, the second does not."""
+    """Mixtral, Qwen: the first weight routes, the second does not."""
     chosen = F.linear(x, w1).softmax(-1).topk(2, dim=-1)[1]
     return F.linear(x, w2) * chosen.sum()
 
 
 def a_biased_choice(x, w1, w2):
-    """DeepSeek, GLM: what chooses is another number than what weighs."""
+    """DeepSeek, GLM: biased scores choose, unbiased ones weigh."""
     scores = torch.sigmoid(F.linear(x, w1))
     return scores.gather(1, torch.topk(scores + 0.5, k=2)[1]).sum() + F.linear(x, w2)
 
 
 def a_router_of_two_layers(x, w1, w2):
-    """The second one's result chooses, and only through it the first one's."""
+    """Only the second layer's result chooses directly."""
     return F.linear(F.silu(F.linear(x, w2)), w1).topk(1)[1]
 
 
@@ -37,7 +37,7 @@ def a_maximum(x, w1, w2):
 
 
 def attention_before_a_router_that_is_none(x, w1, w2):
-    """A router with a cast weight is no linear layer of a parameter; what feeds it routes nothing either."""
+    """A router with a cast weight is not a linear layer of a parameter; linears before it are no routers."""
     return F.linear(F.linear(x, w2).relu(), w1.double().float()).topk(2)[1]
 
 
@@ -51,7 +51,7 @@ def attention_before_a_router_that_is_none(x, w1, w2):
         (attention_before_a_router_that_is_none, set()),
     ],
 )
-def test_the_product_whose_result_chooses(function, routers):
+def test_the_matmul_whose_result_chooses(function, routers):
     graph_module = fx.symbolic_trace(function)
     values = {"x": torch.randn(3, D), "w1": torch.randn(EXPERTS, D), "w2": torch.randn(D, D)}
 

@@ -1,4 +1,4 @@
-"""Questions about single nodes: which memory they show and change, what they look through, which layer they are."""
+"""Queries on single nodes: aliasing, mutation, skipped operations, linear layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from river_compile.passes.nodes import (
     ancestors,
     as_linear,
     as_sdpa,
-    before_cast,
-    before_views,
-    beside,
     either_way,
     input_name,
     memory_of,
     module_path,
     mutated_inputs,
-    plain,
+    other_operand,
     shape,
+    skip_casts,
+    skip_noops,
+    skip_views,
 )
 from river_compile.passes.normalize import normalized
 from tests.passes.graphs import GraphBuilder
@@ -142,14 +142,14 @@ def test_new_values_have_memory_of_their_own(target, rest):
 @pytest.mark.parametrize(
     ("target", "rest", "through"),
     [
-        ("to", [torch.float32], plain),
-        ("contiguous", [], plain),
-        (F.dropout, [0.5, False], plain),
-        (operator.getitem, [(slice(None), Ellipsis)], plain),
-        ("to", [torch.float64], before_cast),
-        ("view", [6, 4], before_views),
-        ("unsqueeze", [0], before_views),
-        ("transpose", [-1, -1], before_views),
+        ("to", [torch.float32], skip_noops),
+        ("contiguous", [], skip_noops),
+        (F.dropout, [0.5, False], skip_noops),
+        (operator.getitem, [(slice(None), Ellipsis)], skip_noops),
+        ("to", [torch.float64], skip_casts),
+        ("view", [6, 4], skip_views),
+        ("unsqueeze", [0], skip_views),
+        ("transpose", [-1, -1], skip_views),
     ],
 )
 def test_what_is_looked_through(target, rest, through):
@@ -160,13 +160,13 @@ def test_what_is_looked_through(target, rest, through):
 @pytest.mark.parametrize(
     ("target", "rest", "through"),
     [
-        ("to", [torch.float64], plain),
-        (F.dropout, [0.5, True], plain),
-        (operator.getitem, [(slice(None, 1),)], plain),
-        ("to", [torch.int64], before_cast),
-        ("view", [torch.int32], before_views),
-        ("transpose", [0, 1], before_views),
-        ("permute", [2, 1, 0], before_views),
+        ("to", [torch.float64], skip_noops),
+        (F.dropout, [0.5, True], skip_noops),
+        (operator.getitem, [(slice(None, 1),)], skip_noops),
+        ("to", [torch.int64], skip_casts),
+        ("view", [torch.int32], skip_views),
+        ("transpose", [0, 1], skip_views),
+        ("permute", [2, 1, 0], skip_views),
     ],
 )
 def test_what_is_not_looked_through(target, rest, through):
@@ -178,7 +178,7 @@ def test_what_is_not_looked_through(target, rest, through):
 def test_a_transposition_of_dimensions_of_size_one_keeps_the_order():
     nodes = Nodes()
     row = nodes.b.call("unsqueeze", nodes.x, 1)
-    assert before_views(nodes.one("permute", row, 1, 0, 2, 3)).name == "x"
+    assert skip_views(nodes.one("permute", row, 1, 0, 2, 3)).name == "x"
 
 
 class TestLinear:
@@ -197,19 +197,19 @@ class TestLinear:
         assert (found.in_features, found.out_features, found.transposed) == (4, 5, True)
 
     @pytest.mark.parametrize("transpose", [("t",), (getattr, "T")])
-    def test_a_product_with_the_transposed_weight(self, transpose):
+    def test_a_matmul_with_the_transposed_weight(self, transpose):
         nodes = Nodes()
         target, *rest = transpose
         found = as_linear(nodes.one(torch.matmul, nodes.x, nodes.b.call(target, nodes.weight, *rest)))
         assert (found.weight.name, found.bias, found.transposed) == ("weight", None, False)
 
-    def test_products_of_values_and_scaled_ones_are_no_layers(self):
+    def test_matmuls_of_values_and_scaled_ones_are_no_layers(self):
         nodes = Nodes()
         flat = nodes.b.call("view", nodes.x, -1, 4)
         scaled = nodes.b.call(torch.addmm, nodes.bias, flat, nodes.b.parameter("conv1d", 4, 5), alpha=2)
-        product = nodes.b.call(operator.matmul, nodes.x, nodes.b.call("transpose", nodes.y, 1, 2))
+        matmul = nodes.b.call(operator.matmul, nodes.x, nodes.b.call("transpose", nodes.y, 1, 2))
         value = nodes.b.call(F.linear, nodes.x, nodes.b.call("mul", nodes.weight, 2))
-        assert [as_linear(n) for n in nodes.normal(scaled, product, value)] == [None, None, None]
+        assert [as_linear(n) for n in nodes.normal(scaled, matmul, value)] == [None, None, None]
 
 
 def test_attention_gives_its_arguments_whatever_their_spelling():
@@ -224,8 +224,8 @@ def test_operands_in_either_order():
     half = nodes.one("mul", nodes.x, 0.5)
     x = nodes.inputs["x"]
     assert list(either_way(half, operator.mul)) == [(x, 0.5), (0.5, x)]
-    assert beside(half, operator.mul, 0.5) is x
-    assert beside(half, operator.mul, 2) is None
+    assert other_operand(half, operator.mul, 0.5) is x
+    assert other_operand(half, operator.mul, 2) is None
     assert list(either_way(half, operator.add)) == []
 
 

@@ -1,4 +1,4 @@
-"""The normal form computes the same bits as the traced graph, for random decoders and for every family of models."""
+"""The normal form computes the same bits as the traced graph, for random decoders and model families."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support.families import FAMILIES, each, make, prompt
 
 
 def described(graph: fx.Graph) -> list[tuple]:
-    """Returns what of a graph stays untouched: names, targets, arguments as text."""
+    """Returns names, targets and arguments of a graph's nodes as text."""
     return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in graph.nodes]
 
 
 def assert_normal(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Normalizes a graph and checks all that does not need running it."""
+    """Normalizes a graph and checks it without running it."""
     before = described(graph_module.graph)
     normal = normalized(graph_module)
     assert described(graph_module.graph) == before
@@ -51,7 +51,7 @@ def test_random_decoders_keep_their_bits(shape, seed):
 @pytest.mark.parametrize("cache", ["static", slow("dynamic")])
 @pytest.mark.parametrize("family", each(FAMILIES))
 def test_families_keep_their_bits(family, cache):
-    """Every graph that Dynamo makes of a prompt and of decode steps runs both ways on copies of the same inputs."""
+    """Graphs of a prompt and of decode steps run both ways on copies of the same inputs."""
     seen = []
 
     def backend(graph_module: fx.GraphModule, example_inputs: list) -> object:
@@ -177,7 +177,6 @@ def test_spellings(case):
 
 
 def test_numbers_stay_numbers():
-    """Arithmetic of sizes is not that of tensors."""
     graph = fx.Graph()
     size = graph.placeholder("size")
     size.meta["example_value"] = 3

@@ -1,4 +1,4 @@
-"""Lists of passes: programs are values, a refusal ends the list, and the table says what ran."""
+"""Lists of passes: no pass changes its input, and the table lists those that ran."""
 
 import logging
 from dataclasses import replace
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from river_compile.choices import choose, passes_for
 from river_compile.config import RiverConfig
 from river_compile.lowering.choose import Lowering
-from river_compile.passes.pipeline import PassRecord, run_passes, table
+from river_compile.passes.edits import PassRecord, run_passes, table
 from river_compile.passes.program import RiverProgram
 from tests.passes.graphs import SHAPE, planned, texts
 from tests.support.examples import examples
@@ -32,7 +32,7 @@ OPTIONS = (
     bias=st.booleans(),
 )
 def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, parallel, bias):
-    """No pass changes a graph, or the inputs and outputs, of an earlier program: each returns another one."""
+    """No pass changes graphs, inputs or outputs of an earlier program."""
     program = planned(replace(SHAPE, norm=norm, parallel=parallel, bias=bias))
     seen: list[tuple[RiverProgram, dict[str, list[str]]]] = [(program, texts(program))]
     passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)

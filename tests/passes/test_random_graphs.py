@@ -1,7 +1,4 @@
-"""Rewriting with unquantized twins preserves the function of any decoder-like graph, at every exit depth.
-
-Outputs, caches and counters are compared bit for bit with the graph run as it is.
-"""
+"""With unquantized twins, any decoder-like graph computes the same bits as before, at every exit depth."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ def test_unquantized_river_is_the_same_function(shape, seed, data):
 @examples(20)
 @given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
 def test_quantized_river_fills_the_same_slots(shape, seed, data):
-    """Same counters and slots after an exit; what executed blocks wrote is bit-identical, what twins wrote is close."""
+    """After an exit: same counters and slots, identical bits written by blocks, close values by 4-bit twins."""
     depth = data.draw(st.integers(0, shape.blocks))
     inputs, (expected, expected_inputs), (actual, actual_inputs) = run_both(
         shape, seed, depth, quantizer="rtn", group_size=32
@@ -53,10 +50,9 @@ def test_quantized_river_fills_the_same_slots(shape, seed, data):
 def run_both(
     shape: Shape, seed: int, depth: int, **options: object
 ) -> tuple[dict[str, Tensor], tuple[Sequence[Tensor], list[Tensor]], tuple[Sequence[Tensor], list[Tensor]]]:
-    """Runs a random decoder as it is, and rewritten with an exit at a depth.
+    """Runs a random decoder as traced, and compiled with an exit at `depth`.
 
-    Returns:
-        The inputs by name; and of each run, its outputs and the inputs as it left them.
+    Returns the inputs by name, and for each run its outputs and the inputs afterwards.
     """
     graph_module, inputs = random_decoder(shape, seed)
     names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
@@ -69,11 +65,11 @@ def run_both(
 
 
 def written_by_a_twin(name: str, depth: int) -> bool:
-    """Tells whether an input is keys or values (named ``b<block, from 0>_keys``) of a block after the exit."""
+    """Whether an input is keys or values (``b<block, from 0>_keys``) of a block after the exit."""
     block, _, kind = name.partition("_")
     return kind in ("keys", "values") and int(block[1:]) >= depth
 
 
 def assert_close(expected, actual, what: str) -> None:
-    """Allows what 4 bits lose in up to five blocks (up to 24 % was seen); unrelated values differ by 100 % or more."""
+    """Allows the error of 4 bits in five blocks (at most 24 % was seen); unrelated values differ by 100 %."""
     assert (actual - expected).norm() <= 0.4 * expected.norm(), what

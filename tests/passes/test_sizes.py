@@ -1,4 +1,4 @@
-"""A traced pass of several tokens, with one of them: what the model makes of one token, in every family."""
+"""A graph traced for several tokens, with the length fixed to one, computes a decode step in every family."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sympy
 import torch
 from torch import Tensor
 
+from river_compile.passes.decoder import with_size
 from river_compile.passes.normalize import normalized
 from river_compile.passes.segments import recognise
-from river_compile.passes.sizes import with_size
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.upstream.transformers import mark_growing
 from tests.support.decoding import cache_argument, cache_state, new_cache, run_plainly
@@ -20,14 +20,14 @@ ALONE = {"mistral", "ministral", "gemma2", "gemma3", "mpt"}  # windows, which Dy
 
 
 def given(first: int, tokens: int) -> dict[str, Tensor]:
-    """Returns ids, positions and mask of the tokens from a slot on."""
+    """Returns ids, positions and mask of the tokens from a slot onwards."""
     ids, places = prompt(8, seed=3)[:, first : first + tokens], torch.arange(first, first + tokens)
     mask = (torch.arange(SLOTS) <= places[:, None])[None, None]
     return {"input_ids": ids.contiguous(), "position_ids": places[None], "attention_mask": mask}
 
 
 def prompted(model):
-    """Returns a static cache with a prompt in it, and a forward's arguments for it."""
+    """Returns a static cache that holds a prompt, and arguments of the next forward."""
     cache = new_cache(model, "static", SLOTS)
     held = {"use_cache": True, cache_argument(model): cache}
     run_plainly(model, **given(0, PROMPT), **held)
@@ -70,7 +70,7 @@ def test_one_of_several_tokens_is_what_the_model_makes_of_one(family):
 
 
 def test_a_size_that_an_operator_does_not_take_is_its_error():
-    """Of two rows the second can be picked, of one it cannot."""
+    """Index 1 is valid for two rows, not for one."""
     traced = []
 
     def keep(graph, inputs):

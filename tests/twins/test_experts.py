@@ -9,7 +9,7 @@ import torch
 
 from river_compile import collect_statistics, report, save_twins
 from river_compile.kernels.quant.grid import decibels
-from river_compile.passes.moe_router import ROUTER
+from river_compile.passes.experts import ROUTER
 from river_compile.twins.calibration_stats import ExpertMoments
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED

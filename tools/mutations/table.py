@@ -31,7 +31,7 @@ _PASSES = (
     ),
     Mutation(
         "sizes-stale",
-        "passes/sizes.py",
+        "passes/decoder.py",
         'elif node.op != "output" and not changed.isdisjoint(node.all_input_nodes):',
         'elif node.op != "output" and not changed.isdisjoint(node.args[:1]):',
         "values that depend on a size through other arguments than the first keep the size of the trace",
@@ -55,7 +55,7 @@ _PASSES = (
     ),
     Mutation(
         "twins-parts",
-        "passes/linears.py",
+        "passes/twins.py",
         "(parts, i), value, first) for i, value in enumerate(values)",
         "(parts, len(values) - 1 - i), value, first) for i, value in enumerate(values)",
         "q, k and v are handed out of their product in the wrong order",
@@ -63,7 +63,7 @@ _PASSES = (
     ),
     Mutation(
         "linears-stale",
-        "passes/linears.py",
+        "passes/twins.py",
         "    return current.x\n",
         "    return linears[0].x\n",
         "a linear layer behind another one reads what is no longer there",
@@ -72,14 +72,14 @@ _PASSES = (
     Mutation(
         "twins-narrow",
         "passes/twins.py",
-        "if linear.group_size >= MIN_GROUP_SIZE:",
-        "if linear.group_size > MIN_GROUP_SIZE:",
+        "if matmul.group_size >= MIN_GROUP_SIZE:",
+        "if matmul.group_size > MIN_GROUP_SIZE:",
         "matrices with groups of 32 stay in 16 bits",
         ("tests/twins/test_quantizers.py", "tests/twins/test_twins.py"),
     ),
     Mutation(
         "check-inputs",
-        "passes/exit_checks.py",
+        "passes/heads.py",
         "_with_score(segment, exit_score, block.hidden_out, block.hidden_in)",
         "_with_score(segment, exit_score, block.hidden_out, block.hidden_out)",
         "a block is compared with itself, and every token leaves",

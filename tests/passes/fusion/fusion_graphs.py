@@ -1,7 +1,4 @@
-"""Decoders of two blocks for the fusion rules, built by hand from the spellings that models use.
-
-:func:`block_decoder` makes one from a :class:`Spelling`; every field is one choice that a rule looks at.
-"""
+"""Decoders of two blocks for the fusion rules, in the spellings that models use."""
 
 from __future__ import annotations
 
@@ -21,46 +18,28 @@ FILLED = 3
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a block is written.
-
-    Attributes:
-        batch: rows.
-        norm: "rms", "rms_plus_one", "layer", "rms_called" or "none", in front of attention and MLP.
-        sandwich: another norm after attention and MLP, before the additions.
-        parallel: attention and MLP read the same input.
-        fused: q|k|v and gate|up are one matrix each.
-        bias: q, k and v have biases.
-        head_norm: queries and keys are normalised per head.
-        rotation: "half", "partial", "interleaved" or "none".
-        query_scale: the rotated query is multiplied by a number before the cache is written.
-        cache: "counted", "rolled" (a full sliding window) or "grown".
-        mask: "bool", "where", "row" (one row for all sequences), "bias" (any numbers), "heads" or "none".
-        attention: "sdpa" or "written", with a soft cap.
-        activation: "silu", "gelu", "gelu_tanh", "gelu_written", "relu" or "tanh".
-        gated: the MLP has a gate; `up_first`: its matrix comes after the other one.
-        residual: factor in front of the additions.
-    """
+    """How a block is written."""
 
     batch: int = 2
-    norm: str = "rms"
-    sandwich: bool = False
-    parallel: bool = False
-    fused: bool = False
-    bias: bool = False
-    head_norm: bool = False
-    rotation: str = "half"
-    query_scale: bool = False
-    cache: str = "counted"
-    mask: str = "bool"
-    attention: str = "sdpa"
-    activation: str = "silu"
-    gated: bool = True
-    up_first: bool = False
-    residual: float = 1.0
+    norm: str = "rms"  # before attention and MLP; or "rms_plus_one", "layer", "rms_called", "none"
+    sandwich: bool = False  # another norm after attention and MLP, before the additions
+    parallel: bool = False  # attention and MLP read the same input
+    fused: bool = False  # q|k|v and gate|up are one weight each
+    bias: bool = False  # of q, k and v
+    head_norm: bool = False  # queries and keys are normalized per head
+    rotation: str = "half"  # or "partial", "interleaved", "none"
+    query_scale: bool = False  # the rotated query is scaled before the cache is written
+    cache: str = "counted"  # or "rolled" (a full sliding window), "grown"
+    mask: str = "bool"  # or "where", "row" (one row for all sequences), "bias" (any numbers), "heads", "none"
+    attention: str = "sdpa"  # or "written", with a soft cap
+    activation: str = "silu"  # or "gelu", "gelu_tanh", "gelu_written", "relu", "tanh"
+    gated: bool = True  # the MLP has a gate
+    up_first: bool = False  # the gate is the second half of gate|up
+    residual: float = 1.0  # factor before the additions
 
 
 def block_decoder(how: Spelling, seed: int = 0) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Returns a decoder's graph for one token per row, and real inputs for it."""
+    """Returns a decoder's graph for one token per row, and real inputs."""
     return _Decoder(how, seed).build()
 
 

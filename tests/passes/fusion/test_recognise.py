@@ -1,4 +1,4 @@
-"""What is recognised in a few nodes, spelling by spelling; the rules that use it are tested on whole decoders."""
+"""Norms, activations, rotations and attention in every spelling; test_rules.py tests the rules on whole decoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from river_compile.passes.fusion.match import Part, part
-from river_compile.passes.fusion.recognise import activation, attention, before_repeat, norm, rotation
+from river_compile.passes.fusion.recognise import activation, attention, norm, rotation, skip_repeat
 from river_compile.passes.normalize import normalized
 from tests.passes.graphs import GraphBuilder
 
@@ -42,7 +42,7 @@ def rms(s: Scene, weight: fx.Node | None = None, power: float = 2, dim: object =
 
 
 def cast_rms(s: Scene) -> fx.Node:
-    """The norm computed in a wider dtype."""
+    """Computes the norm in a wider dtype."""
     x = s.x
     s.x = s.b.call("to", x, torch.float64)
     y = rms(s, s.b.call("to", s.gain, torch.float64))
@@ -110,7 +110,7 @@ def test_activations(make, name):
 
 
 def turn(s: Scene, x: fx.Node, features: int, interleaved: bool = False, sign: int = 0) -> fx.Node:
-    """Returns ``x * cos + turned(x) * sin``; `sign` says which of the turned halves is negated."""
+    """Returns ``x * cos + rotate_half(x) * sin``; `sign` tells which half is negated."""
     ranges = [slice(0, features // 2), slice(features // 2, None)]
     if interleaved:
         ranges = [slice(0, None, 2), slice(1, None, 2)]
@@ -181,7 +181,7 @@ def test_a_repetition_along_another_dimension_stays():
     scene = Scene()
     x = scene.b.call(operator.getitem, scene.keys, (EVERY, None, EVERY, EVERY, EVERY))
     node = scene.normal(scene.b.call("reshape", scene.b.call("expand", x, 2, 2, 2, 5, WIDTH), 2, 4, 5, WIDTH))
-    assert before_repeat(node) is node
+    assert skip_repeat(node) is node
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Each fusion rule on graphs of every spelling: what it matches computes the same, what it misses says why.
+"""Each fusion rule on graphs of every spelling: fused graphs compute the same, and a rule that does not match says why.
 
-The decoders run at depth 0 (all twins) with the generated kernels in Triton's interpreter and, as the yardstick, with
-the same 4-bit grids and no fusion: returned values, caches and counters agree.
+Decoders run at depth 0 (all twins) with generated kernels in Triton's interpreter, and with the same 4-bit weights
+without fusion as the reference.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ CASES = {
     "called rms norm": (Spelling(norm="rms_called"), {}),
     "scaled query": (Spelling(query_scale=True), {}),
     "one mask for all": (Spelling(mask="row"), {}),
-    "no norm": (Spelling(norm="none"), {"norm + q|k|v": "no norm that the kernel knows"}),
-    "parallel": (Spelling(norm="layer", parallel=True, gated=False), {"norm + gate|up": "one with q|k|v"}),
+    "no norm": (Spelling(norm="none"), {"norm + q|k|v": "no norm that the kernel supports"}),
+    "parallel": (Spelling(norm="layer", parallel=True, gated=False), {"norm + gate|up": "merged with q|k|v"}),
     "sandwich norms": (
         Spelling(sandwich=True),
         {"o + residual": "a norm stands between", "down + residual": "a norm stands between"},
@@ -55,13 +55,13 @@ CASES = {
     "no mask": (Spelling(mask="none"), {}),
     "bias on the scores": (Spelling(mask="bias", attention="written"), {}),
     "a mask for every head": (Spelling(mask="heads"), {"attention": "not one row of slots"}),
-    "gate last": (Spelling(fused=True, up_first=True), {"norm + gate|up": "with the gate in front"}),
-    "unknown activation": (Spelling(activation="tanh"), {"norm + gate|up": "no activation that the kernel knows"}),
+    "gate last": (Spelling(fused=True, up_first=True), {"norm + gate|up": "with the gate first"}),
+    "unknown activation": (Spelling(activation="tanh"), {"norm + gate|up": "no activation that the kernel supports"}),
 }
 
 
 def run(graph_module, inputs, lowering, depth: int = 0):
-    """Runs one decode step; returns what it returns, the inputs afterwards, and the fusions."""
+    """Runs one decode step; returns its outputs, the inputs afterwards, and the fusions."""
     clones = [t.clone() for t in inputs]
     executor = lowered(lowering)(graph_module, inputs, options=OPTIONS)
     with torch.no_grad(), forced_depth(depth):
@@ -90,7 +90,7 @@ def test_rules_match_or_say_why_not(case):
 
 
 def test_a_full_ring_buffer_is_left_to_inductor():
-    """Its entries move with each token; accelerated models have caches of full layers instead."""
+    """Its entries move with each token; accelerated models use full static caches instead."""
     graph_module, inputs = block_decoder(Spelling(cache="rolled"))
     fused = run(graph_module, inputs, FUSED)
     assert_same(fused, run(graph_module, inputs, UNFUSED))
