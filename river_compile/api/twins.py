@@ -159,16 +159,21 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
 def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
     """Gives a model's symmetric twins: its own, or ones that are made for the time of the block."""
     record = find_record(model)
+    head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), "")
+
+    def blocks() -> list[TwinWeight]:
+        return [twin for twin in _current_twins(model, folder) if twin.name != head]
+
     if record is not None and record.packed and all(twin.quantizer == "symmetric" for twin in record.packed):
-        yield _current_twins(model, folder)
+        yield blocks()
         return
     mine = record_of(model.parameters())
     before, graphs = (mine.call, mine.programs, mine.twins.stores), mine.graphs[:]
     generate = vars(model).get("generate")
-    accelerate(model, quantizer="symmetric", compile_cache=False)
+    accelerate(model, quantizer="symmetric", lm_head="keep", compile_cache=False)
     try:
         _generate_a_token(model)
-        yield _current_twins(model, folder)
+        yield blocks()
     finally:
         if record is None:
             restore(model)

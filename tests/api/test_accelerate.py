@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 import transformers
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import river_compile
+from river_compile import errors
 from river_compile.backend import river
 from river_compile.errors import ExactModeError, OptionError, UnsupportedGraphError
 from river_compile.model_record import find_record
@@ -503,3 +504,58 @@ def test_wrappers_are_refused_with_the_way_in():
         river_compile.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(OptionError, match=r"not a TextGenerationPipeline; give it pipeline\.model"):
         river_compile.accelerate(transformers.TextGenerationPipeline(plain(), byte_tokenizer()))
+
+
+@pytest.mark.parametrize("given", ["texts", "ids"])
+def test_calibration_data_is_what_the_twins_are_calibrated_on(given):
+    data, tokenizer = [prompt(40)], None
+    if given == "texts":
+        data = ["a text like mine", "and another one"]
+        tokenizer = lambda text: {"input_ids": [ord(c) % 100 for c in text]}  # noqa: E731
+    options = {"quantizer": "gptq", "lowering": "eager", "group_size": 32, "compile_cache": False}
+    model = river_compile.accelerate(plain(), calibration_data=data, tokenizer=tokenizer, **options)
+    generate(model)
+    assert {twin.statistics.partition(" ")[2] for twin in river_compile.report(model).packed} == {"observed tokens"}
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    return river_compile.accelerate(plain(), **OPTIONS, num_assistant_tokens_schedule="constant")
+
+
+class TestDraftSettings:
+    """transformers' settings of assisted generation, as options of `accelerate`, keywords and in a config."""
+
+    @staticmethod
+    def drafted(model, **settings) -> list[tuple[str, ...]]:
+        with river_compile.trace() as trace:
+            text = generate(model, max_new_tokens=12, **settings)
+        assert torch.equal(text, generate(plain(), max_new_tokens=12))
+        return [cycle.drafted for cycle in trace.cycles]
+
+    def test_a_keyword_goes_before_the_option(self, drafting):
+        assert max(map(len, self.drafted(drafting, num_assistant_tokens=3, prompt_lookup_num_tokens=0))) == 3
+
+    def test_a_config_counts_too_and_transformers_own_defaults_do_not(self, drafting):
+        config = GenerationConfig(num_assistant_tokens=1, eos_token_id=None)
+        assert max(map(len, self.drafted(drafting, generation_config=config, prompt_lookup_num_tokens=0))) == 1
+        config = GenerationConfig(num_assistant_tokens=20, num_assistant_tokens_schedule="heuristic", eos_token_id=None)
+        assert max(map(len, self.drafted(drafting, generation_config=config))) <= 15
+
+    def test_copies_have_at_most_so_many_tokens(self, drafting):
+        for most in (0, 2):
+            cycles = self.drafted(drafting, prompt_lookup_num_tokens=most, num_assistant_tokens=7)
+            assert all(drafted.count("lookup") <= most for drafted in cycles)
+
+    @pytest.mark.parametrize("setting", [{"num_assistant_tokens": 0}, {"prompt_lookup_num_tokens": -1}])
+    def test_bad_values_are_named(self, drafting, setting):
+        ((name, value),) = setting.items()
+        with pytest.raises(OptionError, match=f"{name}={value} is not allowed"):
+            generate(drafting, **setting)
+
+
+def test_every_error_is_a_river_error():
+    found = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    ours = [e for e in found if e.__module__ == errors.__name__ and not issubclass(e, Warning)]
+    assert len(ours) > 8
+    assert all(issubclass(error, river_compile.RiverError) for error in ours)

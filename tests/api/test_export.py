@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import river_compile
-from river_compile import export, report
+from river_compile import RiverError, export, report
 from river_compile.api.twins import FORMATS
+from river_compile.backend import river
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.grid import quantize
 from tests.support.decoding import decode, new_cache
@@ -56,15 +58,14 @@ def test_the_folder_holds_nibbles_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "quantizer", "words"),
+    ("family", "words"),
     [
-        ("llama", "hqq", "has zeros, which the format does not; .* quantizer='symmetric'"),
-        ("gpt2", "symmetric", "is transposed, and only linears are"),
-        ("mixtral", "symmetric", "is a stack of experts, and only linears are"),
+        ("gpt2", "is transposed, and the format holds linears only"),
+        ("mixtral", "is a stack of experts, and the format holds linears only"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(family, quantizer, words, tmp_path):
-    model = packed(family, quantizer)
+def test_what_the_format_cannot_hold_is_refused(family, words, tmp_path):
+    model = packed(family)
     with pytest.raises(ArtifactError, match=words):
         export(model, tmp_path / "w4")
     assert list(tmp_path.iterdir()) == []
@@ -73,11 +74,48 @@ def test_what_the_format_cannot_hold_is_refused(family, quantizer, words, tmp_pa
 def test_arguments(tmp_path):
     with pytest.raises(OptionError, match=f"format='gguf' is unknown; use {FORMATS[0]!r}"):
         export(make("llama"), tmp_path / "w4", format="gguf")
-    with pytest.raises(ArtifactError, match="no twin of this model is packed"):
-        export(make("llama"), tmp_path / "w4")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="it exists and is not an empty folder"):
         river_compile.export(make("llama"), tmp_path)
+
+
+QUICK = {"lowering": "eager", "group_size": 32, "quantizer": "rtn", "compile_cache": False}
+
+
+@pytest.mark.parametrize("state", ["plain", "accelerated", "compiled"])
+def test_any_model_is_exported_in_one_step_and_left_as_it_was(state, tmp_path):
+    """Its own twins stay, its text too; a plain model has neither twins nor a `generate` of River's afterwards."""
+    model, other = make("llama", layers=2), packed("llama")
+    if state == "accelerated":
+        river_compile.accelerate(model, **QUICK)
+    elif state == "compiled":
+        model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "rtn"})
+    settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    text = model.generate(prompt(), **settings)
+    twins = report(model).packed
+    export(model, tmp_path / "w4")
+    assert ("generate" in vars(model)) == (state == "accelerated")
+    assert [(twin.name, twin.digest) for twin in report(model).packed] == [(twin.name, twin.digest) for twin in twins]
+    assert torch.equal(model.generate(prompt(), **settings), text)
+    export(other, tmp_path / "other")
+    saved, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("w4", "other"))
+    assert {name for name in saved if name.endswith("_packed")} == {n for n in expected if n.endswith("_packed")}
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_twins_are_saved_before_and_after_the_first_token(ran, tmp_path):
+    model = river_compile.accelerate(make("llama", layers=2), **QUICK)
+    if ran:
+        model.generate(prompt(), max_new_tokens=2, do_sample=False)
+    folder = river_compile.save_twins(model, tmp_path / "twins")
+    again = river_compile.accelerate(make("llama", layers=2), artifact=folder, **QUICK)
+    assert torch.equal(*(m.generate(prompt(), max_new_tokens=6, do_sample=False) for m in (model, again)))
+    assert {twin.artifact for twin in report(again).packed} == {str(folder)}
+
+
+def test_a_model_that_was_never_accelerated_has_no_twins_to_save(tmp_path):
+    with pytest.raises(RiverError, match=r"this model has no twins. Call river_compile.accelerate\(model\) first"):
+        river_compile.save_twins(make("llama"), tmp_path / "twins")
 
 
 class TestSymmetric:
