@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from river_compile.kernels.quant import bits8
+from river_compile.kernels.quant import lossless
 from river_compile.passes.attention import simplify_attention
 from river_compile.passes.edits import call
 from river_compile.passes.linears import input_of, replace_linears, sharing_input
@@ -61,7 +61,7 @@ def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
     if not same_dtype(linear.node, linear.x):
         return None
     values = [value_of(p) for p in parameters]
-    held = bits8.held_by(values[0]) if layout == "dense" else None
+    held = lossless.torchao_parts(values[0]) if layout == "dense" else None
     plain = values if held is None else values[1:]
     if not all(is_ordinary(value) and value.is_contiguous() for value in plain):
         return None

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
-from river_compile.kernels.quant import bf12, bits8
+from river_compile.kernels.quant import lossless
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import add_placeholders, drop_unused
 from river_compile.passes.nodes import input_name, is_parameter, value_of
@@ -50,7 +50,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
         layout = _layout(layout, [value_of(part) for part in weights], how)
         if layout is None:
             continue
-        if layout == bf12.GENERATED and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
+        if layout == lossless.LAYOUT_12BIT_TRITON and node.kwargs.get("gated") and out_features // 2 % lossless.FOUR:
             continue  # (the up projection would begin within a unit)
         linear = Matmul(
             name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
@@ -81,9 +81,9 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
 
 def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
     """Returns the layout in which matrices of a matmul are packed, None if they are not; `kernels` is its layout."""
-    if all(bits8.held_by(weight) is not None for weight in weights):
-        return bits8.LAYOUT
+    if all(lossless.torchao_parts(weight) is not None for weight in weights):
+        return lossless.LAYOUT_8BIT
     dtypes = {weight.dtype for weight in weights}
     if how == "12bit" and dtypes == {torch.bfloat16}:
-        return bf12.LAYOUT if kernels == "dense" else bf12.GENERATED
-    return bits8.LAYOUT if how == "8bit" and len(dtypes) == 1 else None
+        return lossless.LAYOUT_12BIT if kernels == "dense" else lossless.LAYOUT_12BIT_TRITON
+    return lossless.LAYOUT_8BIT if how == "8bit" and len(dtypes) == 1 else None

@@ -38,7 +38,7 @@ from river_compile.decoding.session import check_paths
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, PATH, one_of, shown
+from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
 from river_compile.lowering.choose import begin_kernels
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
@@ -105,8 +105,8 @@ def accelerate(
     else:
         for name in filter(vars(exact).__contains__, options):
             raise OptionError(
-                f"{name}={shown(options[name])} is about drafts, and with quality={quality!r} there are none; leave it "
-                "out, or use quality='exact' or quality='strict'"
+                f"{name}={short_repr(options[name])} is about drafts, and with quality={quality!r} there are none; "
+                "leave it out, or use quality='exact' or quality='strict'"
             )
         exact_mode, backend_options = None, {**_rule(quality, calibration, options), **options}
     config = RiverConfig.from_options(backend_options)
@@ -168,7 +168,7 @@ def _exact_mode(quality: str, options: Mapping[str, Any]) -> tuple[ExactMode, di
     own = {name: value for name, value in options.items() if name in vars(exact)}
     if own.setdefault("strict", quality == "strict") is not (quality == "strict"):
         raise OptionError(
-            f"strict={shown(own['strict'])} does not go with quality={quality!r}; choose it by quality alone"
+            f"strict={short_repr(own['strict'])} does not go with quality={quality!r}; choose it by quality alone"
         )
     return exact.with_options(**own), {name: value for name, value in options.items() if name not in own}
 
@@ -189,8 +189,8 @@ def _nothing_of(quality: str, **arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise OptionError(
-                f"{name}={shown(value)} says which tokens leave, and with quality={quality!r} none does; leave it out, "
-                "or use quality='calibrated' or quality='fast'"
+                f"{name}={short_repr(value)} says which tokens leave, and with quality={quality!r} none does; leave it "
+                "out, or use quality='calibrated' or quality='fast'"
             )
 
 
@@ -211,7 +211,7 @@ def _rule(
         calibration = Calibration.load(PATH("calibration", calibration, OptionError))
     given = next((name for name in options if name in calibration.options), None)
     if given is not None:
-        raise OptionError(f"{given}={shown(options[given])} is what the calibration says; leave it out")
+        raise OptionError(f"{given}={short_repr(options[given])} is what the calibration says; leave it out")
     return calibration.options
 
 

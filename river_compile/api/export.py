@@ -24,7 +24,7 @@ from river_compile.api.twins import packed_twins
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.checks import PATH
-from river_compile.kernels.files import appearing
+from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.model_record import unwrap
 from river_compile.twins.weights import TwinWeight
@@ -67,7 +67,7 @@ def export(model: nn.Module, folder: str | Path, format: str = "compressed-tenso
     names = {name for site in sites for name in site.name.split("|")}
     left = [path for path, module in plain.named_modules() if isinstance(module, nn.Linear) and path not in names]
     try:
-        with appearing(folder) as scratch:
+        with atomic_write(folder) as scratch:
             plain.save_pretrained(scratch, state_dict=state)
             config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
             config["quantization_config"] = _quantization(sites[0].group_size, left)

@@ -5,8 +5,7 @@ import dataclasses
 import torch
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import HEAD_NORMS, KvFillSpec
+from river_compile.kernels.triton.cache import HEAD_NORMS, DecodeAttentionSpec, KvFillSpec
 from river_compile.kernels.triton.spec import CacheSpec
 
 DIMS = (16, 24, 64, 80, 96, 128, 256)

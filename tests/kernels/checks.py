@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from river_compile.kernels.quant import bf12
-from river_compile.kernels.triton.calls.linear import rows_by_expert
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.quant import lossless
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
+from river_compile.kernels.triton.calls_linear import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import reference
@@ -51,7 +49,7 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
         buffers = {"qweight": packed.qweight, "scale_zero": packed.scale_zero.view(torch.int32).squeeze(-1)}
     elif spec.weights == "bf12":
         exact = (_with_patches(weight, g) if values == "constant" else weight).bfloat16()
-        units, side = (part.to(device) for part in bf12.pack(exact.cpu()))
+        units, side = (part.to(device) for part in lossless.pack_12bit(exact.cpu()))
         buffers = {"units": units.flatten(1).view(torch.int32), "side": side}
     else:
         exact = weight.clamp(-1e4, 1e4).to(dtype)
@@ -348,7 +346,7 @@ def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: 
     options = {"mask": seen, "added": added_by(buffers, live).expand(seen.shape)}
     options |= {"scale": spec.scale, "softcap": spec.softcap}
     q = buffers["q"].unflatten(0, (spec.batch, positions))
-    expected = reference.attention_of_several(q, k, v, **options)
+    expected = reference.cache_attention(q, k, v, **options)
     assert_close(result["out"], expected.flatten(0, 1), v.double().abs().amax().clamp_min(1.0))
     if spec.advance:
         assert int(result["slot"]) == 7 + positions

@@ -118,7 +118,7 @@ def attention(
     return torch.einsum("bhs,bhsd->bhd", weights, v)
 
 
-def attention_of_several(
+def cache_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor, added: torch.Tensor, **how: float
 ) -> torch.Tensor:
     """The same for q ``[B, T, H, D]``; `mask` and `added` are ``[B, T, S]``."""

@@ -175,7 +175,7 @@ def test_attention_of_several_positions(kind, softcap):
     added = random(2, 5, 7) * (kind == "added")
     given = {"bool": live, "added": added.masked_fill(~live, -torch.inf)}.get(kind)
     out = river.attention(q, k, v, None if given is None else given[:, None], 0.25, softcap, kind == "causal")
-    expected = reference.attention_of_several(q, k, v, scale=0.25, softcap=softcap, mask=live, added=added)
+    expected = reference.cache_attention(q, k, v, scale=0.25, softcap=softcap, mask=live, added=added)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -1,7 +1,7 @@
 // Finding 4-bit grids, apart from the kernels: weighted fits of scale and zero, and rounding of a block of columns in
 // order with each one's error made up for by those that follow in it (GPTQ). What is computed is written down in
 // `kernels/quant/calibrated.py`, whose PyTorch code is the reference. And packing in 12 bits, which
-// `kernels/quant/bf12.py` unpacks. One thread runs each call.
+// `kernels/quant/lossless.py` unpacks. One thread runs each call.
 //
 // Vectors are of 16 floats on every processor: what has no such registers gets several instructions.
 #include <algorithm>

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from river_compile.kernels.native.isa import runnable
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.build import supported_isas
+from river_compile.kernels.native.load import Tape
 from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels.harness import Guarded, poisoned
 
@@ -19,8 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # By default the instruction set that this machine uses and the portable one; with --slow those in between too, each of
 # which is a build of its own.
-_QUICK = (runnable()[0], runnable()[-1])
-EACH_ISA = [pytest.param(isa, id=isa.name, marks=() if isa in _QUICK else pytest.mark.slow) for isa in runnable()]
+_QUICK = (supported_isas()[0], supported_isas()[-1])
+EACH_ISA = [pytest.param(isa, id=isa.name, marks=() if isa in _QUICK else pytest.mark.slow) for isa in supported_isas()]
 ISAS = pytest.mark.parametrize("isa", EACH_ISA)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.quant import bits8
+from river_compile.kernels.quant import lossless
 from tests.kernels import reference
 from tests.kernels.harness import assert_close
 from tests.kernels.native.running import EACH_ISA, called, dense, native, same_bits
@@ -56,7 +56,7 @@ def test_any_shape(isa, m, n, k, ragged, kind, grouped, dtype, threads, seed):
     x, bias = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
     call = called if m <= 8 else lambda function, *arguments: function(*arguments)
     y = call(in_8_bits, x, qweight, scale, bias)
-    exact = bits8.dequantize(qweight, scale).double()
+    exact = lossless.dequantize_8bit(qweight, scale).double()
     expected = reference.linear(x.double(), exact, bias=bias, residual=None, activation="none", gated=False)
     assert_close(y, expected, x.double().abs() @ exact.abs().T + bias.double().abs())
     rows = [in_8_bits(x[i : i + 1], qweight, scale, bias) for i in range(min(m, 3))]
@@ -72,7 +72,7 @@ def test_what_a_file_in_q8_0_gives_has_the_bits_of_the_float32_matrix(isa, m):
     q = torch.randint(-127, 128, (192, 160), generator=g)
     q[:, ::32] = 127
     scale = (torch.rand(192, 5, generator=g) * 0.01).half().float()
-    weight = bits8.dequantize(q.to(torch.int8), scale)
+    weight = lossless.dequantize_8bit(q.to(torch.int8), scale)
     x, bias = torch.randn(m, 160, generator=g), torch.randn(192, generator=g)
     around = {
         "residual": torch.randn(m, 96, generator=g),
@@ -81,7 +81,7 @@ def test_what_a_file_in_q8_0_gives_has_the_bits_of_the_float32_matrix(isa, m):
         "activation": "silu",
         "gated": True,
     }
-    assert same_bits(in_8_bits(x, *bits8.pack([weight]), bias, **around), dense(x, weight, bias, **around))
+    assert same_bits(in_8_bits(x, *lossless.pack_8bit([weight]), bias, **around), dense(x, weight, bias, **around))
 
 
 def test_tensors_that_do_not_fit_are_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
-from river_compile.kernels.native import build, isa, load
+from river_compile.kernels.native import build, load
 from tests.support.layout import ROOT, run_python
 
 
@@ -180,22 +180,22 @@ def test_where_there_is_no_compiler_nothing_begins():
 
 def test_the_instruction_set_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.delenv("RIVER_COMPILE_ISA", raising=False)
-    assert isa.chosen() == isa.runnable()[0]
+    assert build.choose_isa() == build.supported_isas()[0]
     monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
-    assert isa.chosen().name == "portable"
+    assert build.choose_isa().name == "portable"
     monkeypatch.setenv("RIVER_COMPILE_ISA", "avx1024")
     with pytest.raises(ValueError, match="RIVER_COMPILE_ISA='avx1024' is not allowed; choose one of"):
-        isa.chosen()
+        build.choose_isa()
 
 
 def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):
-    isa.runnable.cache_clear()
+    build.supported_isas.cache_clear()
     needs = {"avx2", "fma3", "f16c", "avx_vnni"}
-    monkeypatch.setattr(isa, "_capabilities", lambda: needs)
+    monkeypatch.setattr(build, "_capabilities", lambda: needs)
     try:
-        assert [one.name for one in isa.runnable()] == ["avx_vnni", "avx2", "portable"]
+        assert [one.name for one in build.supported_isas()] == ["avx_vnni", "avx2", "portable"]
     finally:
-        isa.runnable.cache_clear()
+        build.supported_isas.cache_clear()
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from tests.kernels import reference
 from tests.kernels.cases import CHUNK, NATIVE_DIMS, attention_cases, inputs, kv_cases, masks
 from tests.kernels.checks import check_attention, check_kv_fill

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.ops import UNWANTED
+from river_compile.kernels.ops import MASKED_LOGIT
 from tests.kernels.native.running import DTYPES, ISAS, called, native, same_bits
 
 pytestmark = pytest.mark.usefixtures("restored")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("restored")
     st.sampled_from(DTYPES),
     st.sampled_from([0.01, 1.0, 30.0]),
     st.integers(0, 40),
-    st.sampled_from([-torch.inf, UNWANTED]),
+    st.sampled_from([-torch.inf, MASKED_LOGIT]),
     st.integers(1, 4),
 )
 def test_is_that_of_the_least_sure_row(isa, seed, rows, positions, vocabulary, dtype, scale, impossible, low, threads):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 from tests.kernels.native.running import DTYPES, called, native
 from tests.support.examples import examples
 

@@ -92,7 +92,7 @@ def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, la
     scale = dim**-0.5
     rows = None if mask is None else mask[:, None]
     out = called(native.attention, q, *spoiled, rows, scale, softcap, kind == "causal")
-    expected = reference.attention_of_several(q, k, v, scale=scale, softcap=softcap, mask=live, added=added)
+    expected = reference.cache_attention(q, k, v, scale=scale, softcap=softcap, mask=live, added=added)
     assert_close(out, expected, v.double().abs().amax().expand(expected.shape))
     assert not out[~live.any(-1)].any()
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from tests.kernels.native.running import dense, linear, native
 from tests.kernels.packing import pack_linear
@@ -320,7 +320,7 @@ def test_a_tape_that_lives_to_the_end_of_the_process_makes_no_noise(tmp_path):
     code = """
 import torch
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 load.load()
 a, tape = torch.tensor([0]), Tape()
 with tape.recording():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from river_compile.kernels import ops
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 from tests.kernels.native.running import DTYPES, ISAS, called, linear, native
 from tests.kernels.packing import pack_linear
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("restored")
 
 
 def blocks_of(n: int) -> int:
-    return -(-n // ops.WANTED_BLOCK)
+    return -(-n // ops.VOCAB_BLOCK)
 
 
 def listed(blocks: list[int], n: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def drawn(case: tuple) -> tuple:
     weight = torch.randn(n, k, generator=g)
     packed = pack_linear(weight, 32, "native", "rtn")
     x, bias = torch.randn(rows, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
-    is_wanted = torch.isin(torch.arange(n) // ops.WANTED_BLOCK, torch.tensor(blocks))
+    is_wanted = torch.isin(torch.arange(n) // ops.VOCAB_BLOCK, torch.tensor(blocks))
     return x, packed, bias, listed(blocks, n), is_wanted
 
 
@@ -51,7 +51,7 @@ def test_wanted_features_have_the_bits_of_a_whole_product(isa, case, threads):
     torch.set_num_threads(threads)
     y = called(linear, x, packed, bias, wanted=wanted)
     assert torch.equal(y[:, is_wanted], linear(x, packed, bias)[:, is_wanted])
-    assert (y[:, ~is_wanted] == ops.UNWANTED).all()
+    assert (y[:, ~is_wanted] == ops.MASKED_LOGIT).all()
 
 
 @given(cases())
@@ -60,7 +60,7 @@ def test_pytorch_says_the_same(case):
     given_ = (x, packed.qweight, packed.scale_zero, bias, packed.out_features, 32, packed.layout)
     y = torch.ops.river.linear(*given_, wanted=wanted)
     assert torch.equal(y[:, is_wanted], torch.ops.river.linear(*given_)[:, is_wanted])
-    assert (y[:, ~is_wanted] == ops.UNWANTED).all()
+    assert (y[:, ~is_wanted] == ops.MASKED_LOGIT).all()
 
 
 @ISAS
@@ -71,7 +71,7 @@ def test_a_replay_reads_the_list_anew(isa):
     for blocks in ([0], [1, 6], list(range(7))):
         wanted.copy_(listed(blocks, 100))
         y = tape()
-        assert torch.equal(y != ops.UNWANTED, torch.isin(torch.arange(100) // 16, torch.tensor(blocks))[None])
+        assert torch.equal(y != ops.MASKED_LOGIT, torch.isin(torch.arange(100) // 16, torch.tensor(blocks))[None])
 
 
 def recorded(call):
@@ -95,8 +95,8 @@ def test_no_logit_that_is_unwanted_is_computed_anew(isa, share):
     n, k = 40_000, 48
     weight, x = torch.randn(n, k, generator=g).bfloat16(), torch.randn(2, k, generator=g).bfloat16()
     blocks = [i for i in range(blocks_of(n)) if torch.rand((), generator=g) < share]
-    is_wanted = torch.isin(torch.arange(n) // ops.WANTED_BLOCK, torch.tensor(blocks))
-    logits = torch.where(is_wanted, (x @ weight.T) + 0.1, ops.UNWANTED).bfloat16()
+    is_wanted = torch.isin(torch.arange(n) // ops.VOCAB_BLOCK, torch.tensor(blocks))
+    logits = torch.where(is_wanted, (x @ weight.T) + 0.1, ops.MASKED_LOGIT).bfloat16()
     for rescore in (native.rescore, torch.ops.river.rescore):
         y = rescore(logits, x, weight, None, "none", None, None, 1e-6)
         assert torch.equal(y[:, ~is_wanted], logits[:, ~is_wanted])

@@ -9,16 +9,20 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.quant import calibrated
 from river_compile.kernels.quant.calibrated import (
+    BLOCK,
+    RowMoments,
+    WholeCompensation,
+    WholeMoments,
     awq,
     fit_grid,
     gptq,
+    inverse_factor,
     output_sqnr_db,
     quantize_observed,
     round_compensating,
     round_to_grid,
 )
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.quant.moments import BLOCK, RowMoments, WholeCompensation, WholeMoments, inverse_factor
 from tests.kernels.quant.observed import damped, drawn
 from tests.support.examples import examples
 

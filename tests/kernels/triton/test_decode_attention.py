@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from tests.kernels.cases import attend_cases, attention_cases
 from tests.kernels.checks import attend_buffers, attention_buffers, check_attend, check_attention
 from tests.kernels.harness import in_order, run_guarded

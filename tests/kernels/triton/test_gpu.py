@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from river_compile.kernels import ops
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
-from river_compile.kernels.triton.spec import KernelSpec
+from river_compile.kernels.triton.loader import device_name
+from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec
 from tests.kernels.checks import check_kernel
 from tests.kernels.samples import sample_calls
 from tools.kernels.shapes import MODELS, ModelShape, backbone_kernels, model_kernels, verifying_kernels

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import KvFillSpec
 from tests.kernels.cases import kv_cases
 from tests.kernels.checks import check_kv_fill
 from tests.support.examples import examples

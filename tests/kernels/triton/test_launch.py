@@ -7,11 +7,8 @@ import torch
 
 from benchmarks import launch_cost
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.triton import launch, loader
-from river_compile.kernels.triton.calls import cache, exits
-from river_compile.kernels.triton.calls import linear as products
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton import calls_cache, calls_linear, loader
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels.packing import pack_linear
 from tools.kernels.shapes import ModelShape
@@ -23,10 +20,10 @@ TINY = ModelShape("tiny", 1, 64, 2, 1, 32, 128, 96)
 def described(monkeypatch):
     """A list of the kernels that were described; nothing is launched, and nothing is known from before."""
     found: list[KernelSpec] = []
-    monkeypatch.setattr(products, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
+    monkeypatch.setattr(calls_linear, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
     with launch_cost.no_launches():
-        monkeypatch.setattr(products, "interpreter_tile", lambda spec: products.best_tile(spec))
-        for module, name in ((cache, "DecodeAttentionSpec"), (exits, "ExitScoreSpec")):
+        monkeypatch.setattr(calls_linear, "interpreter_tile", lambda spec: calls_linear.best_tile(spec))
+        for module, name in ((calls_cache, "DecodeAttentionSpec"), (calls_linear, "ExitScoreSpec")):
             spec = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, s=spec, **k: (found.append(s), s(*a, **k))[1])
         yield found
@@ -102,10 +99,10 @@ def test_counters_belong_to_a_cache(monkeypatch):
 
 
 def test_prompts_of_all_lengths_do_not_fill_the_memory(described, monkeypatch):
-    monkeypatch.setattr(launch, "_MANY", 3)
+    monkeypatch.setattr(loader, "_MAX_LAUNCHES", 3)
     for length in range(1, 9):
         torch.ops.river.residual_score(*torch.randn(3, length, 16))
-        assert len(launch._launches) <= 3
+        assert len(loader._launches) <= 3
 
 
 @pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])

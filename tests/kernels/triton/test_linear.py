@@ -132,7 +132,7 @@ def test_rows_of_weights_in_12_bits(case):
         ({"tile": LinearTile(2, 64)}, "block_n=2 .* at least 4"),
         ({"tile": LinearTile(4, 32)}, "whole units"),
         ({"rows": None, "tile": LinearTile(32, 64, 16)}, "block_n=32 .* at least 64"),
-        ({"rows": 3, "tile": LinearTile(64, 64, 16)}, "rows=3: one kernel serves all passes"),
+        ({"rows": 3, "tile": LinearTile(64, 64, 16)}, "rows=3: one kernel serves any number of rows"),
         ({"dtype": "float16"}, "float16"),
         ({"gated": True, "out_features": 30}, "out_features=30"),
     ],

@@ -12,10 +12,9 @@ import torch
 
 from river_compile.kernels.checks import check_positive
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile
+from river_compile.kernels.triton.cache import ExitScoreSpec
+from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile, read_table, tuning_file
 from river_compile.kernels.triton.spec import render
-from river_compile.kernels.triton.tiles import read_table, tuning_file
 from tests.support.layout import ROOT, run_python
 
 SPEC = ExitScoreSpec(2, 48, "float32")
@@ -142,7 +141,7 @@ import sys
 sys.modules["triton"] = None
 import river_compile.kernels
 assert "torch" not in sys.modules and "jinja2" not in sys.modules
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.cache import ExitScoreSpec
 from river_compile.kernels.triton.spec import render
 print(render(ExitScoreSpec(2, 48, "float32")))
 import river_compile.kernels.ops, torch

@@ -6,9 +6,7 @@ import re
 import pytest
 
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from tests.kernels.checks import (
     check_attend,

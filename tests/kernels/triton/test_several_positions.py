@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from tests.kernels.cases import attention_cases, kv_cases
 from tests.kernels.checks import KV, check_attention_of_several, check_bits_of_positions, filling
 from tests.kernels.harness import poisoned, run_guarded
@@ -93,5 +92,5 @@ def test_what_a_spec_refuses(changes, message):
 
 
 def test_open_positions_are_counted_at_the_launch():
-    with pytest.raises(ValueError, match="say how many"):
+    with pytest.raises(ValueError, match="pass the number as rows"):
         DecodeAttentionSpec(**SHAPE, scale=1.0, positions=None).buffers()

@@ -8,18 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.linear import NORMS, LinearTile
-from river_compile.kernels.triton.spec import Cost, render
-from river_compile.kernels.triton.tiles import (
+from river_compile.kernels.triton.linear import (
+    NORMS,
     SHIPPED,
+    LinearTile,
     attention_splits,
     best_tile,
     form_key,
     nearest_architecture,
     read_table,
-    tuned_for,
+    tuning_key,
     untiled,
 )
+from river_compile.kernels.triton.spec import Cost, render
 from tests.support.examples import examples
 from tools.kernels.cost_model import registers
 from tools.kernels.search import MAX_REGISTERS, most_registers
@@ -82,7 +83,7 @@ def test_a_measured_tile_goes_before_the_shipped_one(tmp_path, monkeypatch):
     shipped = best_tile(problem).tile
     assert shipped != tile
     measured = {form_key(problem): {"256x256": dataclasses.astuple(tile)}}
-    path.write_text(json.dumps({tuned_for("sm_90"): measured}))
+    path.write_text(json.dumps({tuning_key("sm_90"): measured}))
     assert best_tile(problem).tile == tile
     assert best_tile(problem, "sm_80").tile != tile
     assert best_tile(untiled(1, 256, 257)).tile == shipped  # (another shape's)
