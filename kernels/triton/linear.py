@@ -101,9 +101,8 @@ class LinearSpec(KernelSpec):
     in_features: int
     out_features: int  # of the result; a gated kernel reads 2 N weight rows, the gate's first
     tile: LinearTile
-    weights: str = (
-        "w4"  # layout "triton" of `quant.layouts`; "dense", [N, K] in `dtype`; "bf12", 12 bits, `quant.lossless`
-    )
+    # "w4", layout "triton" of `quant.layouts`; "dense", [N, K] in `dtype`; "bf12", the 12 bits of `quant.lossless`.
+    weights: str = "w4"
     group_size: int = 64  # 32, 64 or 128; 0 for weights that have no groups
     dtype: str = "bfloat16"  # of the activations, the norm's weight, the bias, the residual and the result
     parameter_dtype: str = "float16"  # of scale and zero: float16 or bfloat16
@@ -113,7 +112,7 @@ class LinearSpec(KernelSpec):
     norm_bias: bool = False
     bias: bool = False
     residual: bool = False  # added last
-    activation: str = "none"  # after the bias; in a gated kernel of the gate alone
+    activation: str = "none"  # after the bias; in a gated kernel, of the gate only
     gated: bool = False  # the weight holds a gate and an up projection, which are multiplied
     x_stride: int = 0  # elements between two rows of x; 0 stands for K
     # 4-bit weights of a stack, of which each row of x names one; 0 for a single one. Up to 16 rows run one by one, to

@@ -1,4 +1,4 @@
-"""What is made once by several processes: they take turns, and a killed one leaves nothing that stops the others."""
+"""Locks of files between processes: turns, and killed holders."""
 
 import os
 import select

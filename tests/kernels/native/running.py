@@ -25,7 +25,7 @@ ISAS = pytest.mark.parametrize("isa", EACH_ISA)
 
 
 def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """What 8 bits with one scale for each group of each row make of activations ``[M, K]``, in float64."""
+    """Rounds activations ``[M, K]`` to 8 bits, with one scale for each group of each row, in float64."""
     k = x.shape[1]
     groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True)
@@ -41,21 +41,18 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, **around) -> torch.Tensor:
-    """Calls the operator for packed weights; `around` by the names that the operator has for it."""
+    """Calls the operator for packed weights; `around`: its other arguments by name."""
     sizes = packed.out_features, packed.group_size
     return native.linear(x, packed.qweight, packed.scale_zero, bias, *sizes, **around)
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **around) -> torch.Tensor:
-    """Calls the operator for weights in x's dtype; `around` as `linear`."""
+    """Calls the operator for weights in x's dtype; `around` as in `linear`."""
     return native.dense(x, [weight], [] if bias is None else [bias], **around)
 
 
 def called(operator: Callable[..., torch.Tensor], *arguments, as_given: Collection[int] = (), **named) -> torch.Tensor:
-    """Returns what an operator gives: called, and replayed from a tape into an output that held NaN, to the same bits.
-
-    The arguments' tensors lie between guard zones, but for strided ones and those with a number in `as_given`.
-    """
+    """Calls an operator, checks that a tape's replay has the same bits, and guards tensors not in `as_given`."""
 
     def between_guards(number: int | str, argument: object) -> object:
         if isinstance(argument, PackedLinear):

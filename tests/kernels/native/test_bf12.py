@@ -1,7 +1,4 @@
-"""The C++ products with weights in 12 bits: the bits of those with the same weights in 16, whatever the rows.
-
-Those in 16 bits are compared with float64 in test_around.py.
-"""
+"""C++ linears with 12-bit weights: the bits of 16-bit weights (test_around.py), for any rows."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ WITH_VECTORS = pytest.mark.parametrize("isa", [each for each in EACH_ISA if each
 
 
 def in_12_bits(x, weight, bias=None, **around):
-    """Calls the operator with a matrix that is packed here."""
     return packed(x, *lossless.pack_12bit(weight), bias, len(weight), **around)
 
 

@@ -1,4 +1,4 @@
-"""The C++ products with weights in 8 bits: torchao's tensors against float64, and what Q8_0 gives against float32."""
+"""C++ linears with 8-bit weights: torchao's tensors against float64, and those of Q8_0 against float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 def weights(n: int, k: int, kind: torch.dtype, groups: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bytes with a few of the smallest and of the largest magnitude, and scales."""
+    """Returns random bytes with a few of the extreme magnitudes, and scales."""
     if kind == torch.int8:
         q = torch.randint(-128, 128, (n, k), generator=g).to(torch.int8)
     else:
@@ -66,7 +66,7 @@ def test_any_shape(isa, m, n, k, ragged, kind, grouped, dtype, threads, seed):
 @pytest.mark.parametrize("isa", EACH_ISA)
 @pytest.mark.parametrize("m", [1, 3, 8])
 def test_what_a_file_in_q8_0_gives_has_the_bits_of_the_float32_matrix(isa, m):
-    """With a norm, a gate, a bias and a residual around it."""
+    """With norm, gate, bias and residual."""
     load.load(isa)
     g = torch.Generator().manual_seed(m)
     q = torch.randint(-127, 128, (192, 160), generator=g)

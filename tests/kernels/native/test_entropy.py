@@ -1,4 +1,4 @@
-"""The entropy of a head's distribution: against float64, by C++ on every instruction set."""
+"""The entropy of a head's distribution against float64, in C++ on every instruction set."""
 
 import math
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("restored")
     st.integers(1, 4),
 )
 def test_is_that_of_the_least_sure_row(isa, seed, rows, positions, vocabulary, dtype, scale, impossible, low, threads):
-    """At the last position; some tokens, in the first chunk or in several, cannot come or are not wanted."""
+    """At the last position, with masked logits in the first chunk and in others."""
     load.load(isa)
     torch.set_num_threads(threads)
     g = torch.Generator().manual_seed(seed)

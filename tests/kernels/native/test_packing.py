@@ -1,4 +1,4 @@
-"""Grids that C++ finds, on every instruction set of this machine: against float64 and against PyTorch's code."""
+"""Grids fitted in C++, on every instruction set of this machine: against float64 and PyTorch's code."""
 
 from unittest.mock import patch
 
@@ -30,7 +30,7 @@ def in_pytorch(function, *arguments):
 
 @given(seeds, st.integers(1, 70), st.sampled_from([32, 96, 160]))
 def test_each_column_is_rounded_to_nearest_after_all_before_it_were_made_up_for(seed, n, k):
-    """The integers found are followed column by column in float64: none is further off than rounding explains."""
+    """Follows the integers column by column in float64."""
     weight, _, moments = drawn(seed, n=n, k=k)
     moments = damped(moments, 0.05)
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
@@ -59,7 +59,7 @@ def noise_of(weight, grid, importance, group_size):
 
 @given(seeds, st.integers(1, 5), st.sampled_from([16, 32, 64, 128]), DTYPES, st.sampled_from([1e-6, 1.0, 1e6]))
 def test_a_fitted_grid_is_as_good_as_pytorchs(seed, n, group_size, dtype, size):
-    """Group by group in float64; which of two grids of equal noise is taken may hang on the last bit."""
+    """Group by group in float64; of two grids of equal noise either may be chosen."""
     g = torch.Generator().manual_seed(seed)
     weight = size * torch.randn(n, 2 * group_size, generator=g)
     importance = torch.rand(2 * group_size, generator=g)

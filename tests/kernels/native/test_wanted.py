@@ -1,4 +1,4 @@
-"""A product of which only some blocks of output features are wanted: on every instruction set, and by PyTorch."""
+"""Linears with a list of blocks of output features, on every instruction set and in PyTorch."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def blocks_of(n: int) -> int:
 
 
 def listed(blocks: list[int], n: int) -> torch.Tensor:
-    """The list as operators take it, with numbers after its end that no block has."""
+    """Returns the list for operators, with invalid numbers after its end."""
     numbers = [len(blocks), *sorted(blocks)]
     return torch.tensor(numbers + [1 << 20] * (1 + blocks_of(n) - len(numbers)), dtype=torch.int32)
 
@@ -33,7 +33,7 @@ def cases(draw):
 
 
 def drawn(case: tuple) -> tuple:
-    """Returns activations, the packed matrix, a bias, the list, and which features are wanted."""
+    """Returns activations, the packed weight, a bias, the list, and a mask of the listed features."""
     rows, n, k, blocks, dtype, seed = case
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=g)
@@ -75,7 +75,7 @@ def test_a_replay_reads_the_list_anew(isa):
 
 
 def recorded(call):
-    """Records a call; returns what replays it and returns its output."""
+    """Records a call; returns a function that replays it and returns its output."""
     tape = Tape()
     with tape.recording():
         y = call()

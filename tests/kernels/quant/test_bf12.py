@@ -1,4 +1,4 @@
-"""Matrices of bfloat16 in 12 bits: any matrix at all comes back to the bit."""
+"""bfloat16 weights in 12 bits: any weight is recovered bit for bit."""
 
 from __future__ import annotations
 

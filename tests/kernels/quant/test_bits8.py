@@ -1,4 +1,4 @@
-"""Weights of 8 bits: what torchao and files in 8 bits hold comes back as it was, and nothing else is taken for them."""
+"""8-bit weights of torchao and of files are recovered exactly, and others are left alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**20))
 @examples(30)
 def test_what_a_file_in_q8_0_gives_comes_back_to_the_bit(n, groups, seed):
-    """Groups of zeros and scales of any size among them."""
+    """With groups of zeros and scales of any size."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, groups, 32, generator=g) * 10 ** torch.randint(-4, 4, (n, groups, 1), generator=g)
     x[torch.rand(n, groups, generator=g) < 0.1] = 0
@@ -46,7 +46,7 @@ def test_what_a_file_in_q8_0_gives_comes_back_to_the_bit(n, groups, seed):
 )
 @examples(60)
 def test_what_a_matrix_was_rounded_from_comes_back(n, groups, kind, group, dtype, of_scales, largest, seed):
-    """The numbers as they were; products of the scales round to the matrix, and are the file's if these were short."""
+    """The numbers exactly, and scales that round to the weight, the file's if those were short."""
     g = torch.Generator().manual_seed(seed)
     group = None if kind != torch.int8 else group
     shape = (n, groups, group) if group else (n, 1, 128 * groups + seed % 7)
@@ -67,7 +67,7 @@ def test_what_a_matrix_was_rounded_from_comes_back(n, groups, kind, group, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_matrices_are_not_taken_for_it(dtype):
-    """Nor those of which some values, or all in some rows, are of 8 bits."""
+    """Nor those with some 8-bit values or some 8-bit rows."""
     weight = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
     weight[:20] = (weight[:20] * 60).round().clamp(-127, 127) / 64
     assert lossless.pack_8bit([weight.to(dtype)]) is None

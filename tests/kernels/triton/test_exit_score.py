@@ -1,4 +1,4 @@
-"""The exit score: the fused kernel against float64, and what never exits."""
+"""The fused exit score against float64, and inputs that never exit."""
 
 import math
 

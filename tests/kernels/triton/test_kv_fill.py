@@ -1,4 +1,4 @@
-"""kv_fill in Triton's interpreter against float64: exactly one slot changes, rotation, qk-norm, odd sizes."""
+"""kv_fill in Triton's interpreter against float64: one changed slot, rotation, qk-norm, odd sizes."""
 
 import pytest
 from hypothesis import given

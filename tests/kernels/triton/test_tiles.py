@@ -1,4 +1,4 @@
-"""Tiles: every shape that the generator accepts gets a legal one; tuning files are looked up first."""
+"""Tiles: every shape gets a valid one; tuning files take precedence."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_the_roofline_is_the_longer_time():
 @pytest.mark.parametrize(("weights", "widths"), [("dense", range(1, 17)), ("bf12", range(2, 17))])
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b"])
 def test_one_kernel_serves_passes_of_all_widths(model, weights, widths):
-    """So that a row's bits depend on nobody beside it; of weights in 12 bits, one row has a kernel of its own."""
+    """So that a row's bits do not depend on others; one 12-bit row has its own kernel."""
     kernels = [backbone_kernels(MODELS[model], weights, rows=rows) for rows in widths]
     assert all(found == kernels[0] for found in kernels)
 
@@ -113,7 +113,7 @@ def test_a_shape_takes_the_nearest_entry_of_its_form(device):
 
 
 def test_splits_of_attention_are_those_of_the_nearest_cache():
-    """Llama-3.1-8B with one row and with 16; a cache that is shorter than the nearest has fewer blocks to share."""
+    """Llama-3.1-8B with 1 and 16 rows; a shorter cache has fewer splits."""
     assert attention_splits(8, 1024, 128) == attention_splits(9, 1100, 120) == 32
     assert attention_splits(128, 1024, 128) == 4
     assert attention_splits(8, 95, 128) == 2
