@@ -1,6 +1,6 @@
 """Gives blocks and the head weights that are packed without loss: 12 bits for each of bfloat16, or 8.
 
-Those of 8 bits are torchao's weight-only tensors, and matrices of floats that 8 bits stand for (`kernels.quant.bits8`).
+The 8-bit ones are torchao's weight-only tensors, and floats that 8 bits represent exactly (`kernels.quant.lossless`).
 
 It comes after the rules of fusion: a ``river::linear`` with weights in 16 bits reads the packed form in place of the
 parameters, which then are no inputs of the segment any more. The C++ kernels compute the same to the bit; the generated
