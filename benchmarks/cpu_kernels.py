@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.int4_baseline import packed_for_cpu
-from river_compile.kernels.native import load, packing
+from river_compile.kernels.native import load
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless
 
@@ -77,7 +77,7 @@ def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
     fours = _copies(pack(grid, "native"))
     aten = _copies(PackedLinear("ATen int4", *packed_for_cpu(grid), group_size, k, n))
     sixteens = _copies(PackedLinear("dense", in_16_bits, torch.zeros(0), 0, k, n))
-    twelves = _copies(pack_lossless([in_16_bits])) if packing.available() else []
+    twelves = _copies(pack_lossless([in_16_bits])) if load.has_packing() else []
     yield _Subject("sum", 0, _bytes(fours[0]), [functools.partial(_sum, one.qweight, one.scale_zero) for one in fours])
     for rows in ROWS:
         x = torch.randn(rows, k).bfloat16()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from river_compile.kernels.triton.devices import device_name
+from river_compile.kernels.triton.loader import device_name
 from tools.kernels.devices import DEVICES
 
 PACKAGES = ("torch", "triton", "transformers", "torchao", "numpy", "river_compile")

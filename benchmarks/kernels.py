@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from benchmarks import common, cpu_kernels, gpu_facts
 from benchmarks.int4_baseline import fits, packed_for_cuda
 from river_compile.kernels.quant.grid import QuantizedWeight
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import device_name
+from river_compile.kernels.triton.cache import DecodeAttentionSpec
 from river_compile.kernels.triton.linear import LinearSpec
-from river_compile.kernels.triton.loader import load
+from river_compile.kernels.triton.loader import device_name, load
 from river_compile.kernels.triton.spec import Buffer, KernelSpec
 from tools.kernels.cost_model import rows_of
 from tools.kernels.cost_model import seconds as modelled

@@ -21,9 +21,8 @@ import torch
 
 from benchmarks import common
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.triton import launch, loader
-from river_compile.kernels.triton.calls import linear as products
-from river_compile.kernels.triton.tiles import best_tile
+from river_compile.kernels.triton import calls_linear, loader
+from river_compile.kernels.triton.linear import best_tile
 from tools.kernels.shapes import MODELS, ModelShape
 
 _GROUP = 64
@@ -40,19 +39,19 @@ class _NoLauncher:
 @contextmanager
 def no_launches() -> Iterator[None]:
     """Inside, generated kernels are found and given their arguments as on a GPU, and nothing is launched."""
-    load, tile = launch.load, products.interpreter_tile
+    load, tile = loader.load, calls_linear.interpreter_tile
 
     def load_without(spec: Any, *, interpret: bool) -> loader.Kernel:
         kernel = load(spec, interpret=False)
         return loader.Kernel(spec, kernel.stages, dict.fromkeys(kernel.functions, _NoLauncher()), interpret)
 
-    launch.load, products.interpreter_tile = load_without, best_tile
-    launch.forget()
+    loader.load, calls_linear.interpreter_tile = load_without, best_tile
+    loader.forget_launches()
     try:
         yield
     finally:
-        launch.load, products.interpreter_tile = load, tile
-        launch.forget()
+        loader.load, calls_linear.interpreter_tile = load, tile
+        loader.forget_launches()
 
 
 def calls(shape: ModelShape) -> dict[str, Callable[[], object]]:

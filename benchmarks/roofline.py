@@ -8,8 +8,8 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 
 from __future__ import annotations
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.tiles import best_tile, untiled
+from river_compile.kernels.triton.cache import DecodeAttentionSpec
+from river_compile.kernels.triton.linear import best_tile, untiled
 from tools.kernels.cost_model import LAUNCH_SECONDS
 from tools.kernels.devices import known
 from tools.kernels.shapes import (
@@ -44,7 +44,7 @@ class Roofline:
         model: a key of ``tools.kernels.shapes.MODELS``.
         context: valid slots of the KV cache.
         group_size: of the 4-bit weights.
-        device: whose tiles the kernels get, see ``river_compile.kernels.triton.tiles``.
+        device: whose tiles the kernels get, see ``river_compile.kernels.triton.linear``.
     """
 
     def __init__(self, model: str, context: int, group_size: int, device: str = "sm_90") -> None:

@@ -1,9 +1,8 @@
-"""What a setting may be: one wording of every refusal, for options of the backend, of exact mode and of kernels.
+"""Checks of option values, with one wording for every error.
 
     first_exit=0 is not allowed; it must be an integer of 1 or more
     quantizer='hqqq' is not allowed; choose one of 'hqq', 'rtn', 'gptq', 'awq' (did you mean 'hqq'?)
-
-Not handled: settings that depend on each other. Importing this imports neither torch nor numpy.
+Not handled: options that depend on each other. Importing this imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -20,25 +19,18 @@ _LONGEST = 100  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Check:
-    """A check of one value, called with the setting's name.
+    """A check of one value, called with the option's name."""
 
-    `wanted` ends its message, such as "it must be True or False"; `fits` says whether a plain value is allowed;
-    `choices` are the allowed values where they are few, for the closest match.
-    """
-
-    wanted: str
-    fits: Callable[[Any], bool]
-    choices: tuple[object, ...] = ()
+    requirement: str  # ends the message: "it must be True or False"
+    allows: Callable[[Any], bool]  # of a plain Python value
+    choices: tuple[object, ...] = ()  # the allowed values if they are few, for the closest match
 
     def __call__(self, name: str, value: object, error: type[ValueError] = ValueError) -> Any:
-        """Returns the value as plain Python: numbers of numpy and torch as Python's, lists and arrays as tuples.
-
-        Raises:
-            ValueError: (of the class `error`) it is not allowed.
-        """
+        """Returns the value as plain Python (lists and arrays as tuples); raises `error` if it is not allowed."""
         plain = _plain(value)
-        if not self.fits(plain):
-            raise error(f"{name}={shown(value)} is not allowed; {self.wanted}{closest(value, self.choices)}")
+        if not self.allows(plain):
+            hint = did_you_mean(value, self.choices)
+            raise error(f"{name}={short_repr(value)} is not allowed; {self.requirement}{hint}")
         return plain
 
 
@@ -47,46 +39,44 @@ def _plain(value: object) -> object:
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def shown(value: object) -> str:
-    """Returns a value as messages show it: its repr, of a long one the beginning."""
+def short_repr(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def closest(value: object, choices: Iterable[object]) -> str:
-    """Returns the end of a message that names the choice most like `value`, empty if none is."""
+def did_you_mean(value: object, choices: Iterable[object]) -> str:
+    """Returns the end of a message that names the closest choice, empty if none is close."""
     match = difflib.get_close_matches(str(value), [c for c in choices if isinstance(c, str)], n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def one_of(*choices: object) -> Check:
-    """Allows what equals one of these and has its type: 1 is not True."""
+    """Allows values that equal a choice and have its type: 1 is not True."""
 
-    def fits(value: object) -> bool:
+    def allows(value: object) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in choices)
 
-    return Check(f"choose one of {', '.join(map(repr, choices))}", fits, choices)
+    return Check(f"choose one of {', '.join(map(repr, choices))}", allows, choices)
 
 
-def integer(least: int, wanted: str = "") -> Check:
-    """Allows integers of `least` or more."""
-    wanted = wanted or f"it must be an integer of {least} or more"
-    return Check(wanted, lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least)
+def integer(least: int, requirement: str = "") -> Check:
+    requirement = requirement or f"it must be an integer of {least} or more"
+    return Check(requirement, lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least)
 
 
-def number(wanted: str, least: float = -math.inf) -> Check:
-    """Allows integers and floats of `least` or more, and never NaN."""
+def number(requirement: str, least: float = -math.inf) -> Check:
+    """Allows integers and floats of `least` or more, never NaN."""
 
-    def fits(value: object) -> bool:
+    def allows(value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least
 
-    return Check(wanted, fits)
+    return Check(requirement, allows)
 
 
 def optional(check: Check) -> Check:
     """Allows None too."""
-    wanted = check.wanted.replace("it must be ", "it must be None or ")
-    return Check(wanted, lambda value: value is None or check.fits(value), check.choices)
+    requirement = check.requirement.replace("it must be ", "it must be None or ")
+    return Check(requirement, lambda value: value is None or check.allows(value), check.choices)
 
 
 FLAG = Check("it must be True or False", lambda value: isinstance(value, bool))

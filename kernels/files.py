@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all and are made once, and the folder for what can be made again."""
+"""Atomic writes, locks between processes, and the cache folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-_making_own = threading.Lock()
-_own_folders: dict[Path, Path] = {}
-_SUFFIX = "[a-z0-9_]" * 8  # that `tempfile` gives a name
+_fallback_lock = threading.Lock()
+_fallback_folders: dict[Path, Path] = {}
+_SUFFIX = "[a-z0-9_]" * 8  # `tempfile` appends it to a prefix
 
 
 def cache_folder() -> Path:
@@ -25,51 +25,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RIVER_COMPILE_CACHE") or "~/.cache/river_compile").expanduser()
 
 
-def in_cache(name: str, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
-    """Returns the cache folder's file of a name, made where it is not whole.
-
-    Where the folder cannot be written, a folder of this process's own takes its place, with one warning.
-
-    Args:
-        name: relative to the folder.
-        is_whole: tells whether a file, which may be missing, is what it must be.
-        make: writes it.
-
-    Raises:
-        OSError: there is no place for temporary files either.
-    """
+def cached_file(name: str, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
+    """Returns the cache folder's file `name`, made unless `is_whole(path)`; raises OSError if no folder is writable."""
     folder = cache_folder()
     try:
         if not is_whole(folder / name):
             make(folder / name)
     except OSError as error:
-        folder = _own_folder(folder, error)
+        folder = _fallback_folder(folder, error)
         if not is_whole(folder / name):
             make(folder / name)
     return folder / name
 
 
-def _own_folder(instead_of: Path, error: OSError) -> Path:
-    with _making_own:
-        if instead_of not in _own_folders:
-            folder = _own_folders[instead_of] = Path(tempfile.mkdtemp(prefix="river-compile-"))
+def _fallback_folder(cache: Path, error: OSError) -> Path:
+    """Returns a temporary folder of this process, with one warning for each unwritable cache folder."""
+    with _fallback_lock:
+        if cache not in _fallback_folders:
+            folder = _fallback_folders[cache] = Path(tempfile.mkdtemp(prefix="river-compile-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             warnings.warn(
-                f"the cache folder {instead_of} cannot be written ({error}): what is compiled lasts for this process "
-                "alone; set RIVER_COMPILE_CACHE to a folder that can be",
+                f"the cache folder {cache} cannot be written ({error}). Compiled files last for this process only. "
+                "To keep them, set RIVER_COMPILE_CACHE to a writable folder",
                 stacklevel=4,
             )
-        return _own_folders[instead_of]
+        return _fallback_folders[cache]
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """Gives a path on the same disk; the file or folder written there takes the target's place at the end.
-
-    After an error nothing is left behind. A folder takes the place of an empty one at most.
-    """
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Yields a scratch path for a file or folder that replaces `target` on success; a folder replaces no full one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))  # on the same disk
     try:
         yield scratch / target.name
         os.replace(scratch / target.name, target)
@@ -78,13 +65,10 @@ def appearing(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def making(target: Path) -> Iterator[None]:
-    """Lets one process and thread after another make a file or folder: look inside whether it is there by now.
-
-    The lock is a file beside the target. The operating system ends it with the process that holds it; what a killed
-    process left unfinished is removed by the next.
-    """
+def locked(target: Path) -> Iterator[None]:
+    """Locks a file or folder for one thread of one process; check inside whether it exists by now."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    # The operating system releases the lock of a killed process; the next holder removes its scratch folders.
     with FileLock(target.with_name(f".{target.name}.lock")):
         for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{_SUFFIX}"):
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,22 +1,8 @@
 """The operators ``torch.ops.river.*``. Importing this module registers them; it needs no Triton and no GPU.
 
-    linear                x W^T with W in 4 or 16 bits; a norm before it, bias, activation, gate and residual after it
-    merged                the same for several matrices in 16 bits, one below the other, in layout "triton"
-    norm                  a norm and the residual after it (sandwich norms); plain torch, or the C++ kernels
-    rescore               the largest logits of a product in 4 bits computed anew; plain torch, or the C++ kernels
-    experts               each row's product with the one that it chose of several stacked matrices in 4 bits
-    kv_fill               q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
-    decode_attention      one query position over a static cache
-    attend                both, which counts the tokens too: of one position in one launch, or of any number of them
-    attention             several; plain torch, or the C++ kernels
-    exit_score            smallest cosine of two hidden states, plain torch on any device
-    residual_score        the same fused with the residual add
-
 Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
-Every other layout is plain torch around the layout's own linear. Weights of 16 and 12 bits meet generated kernels in
-passes of up to `MAX_EXACT_ROWS` rows, which decode and verify; wider ones are prompts, and a library's. All outputs
-are new tensors; the schema says what is mutated. The arguments of `kv_fill`, `decode_attention`, `attend` and
-`residual_score` are those of their functions in `triton.calls`.
+Every other layout runs plain torch around the layout's own linear. Generated kernels of 16-bit and 12-bit weights take
+up to `MAX_EXACT_ROWS` rows, for decoding and verification; wider inputs go to a library. Outputs are new tensors.
 """
 
 from __future__ import annotations
@@ -30,15 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
-from river_compile.kernels.portable import attention_of_several, fused_width, smallest_cosine
-from river_compile.kernels.quant import bf12, bits8, layouts
-from river_compile.kernels.triton.calls import cache, exits
-from river_compile.kernels.triton.calls import linear as products
+from river_compile.kernels.portable import cache_attention, fused_width, smallest_cosine
+from river_compile.kernels.quant import layouts, lossless
+from river_compile.kernels.triton import calls_cache, calls_linear
 from river_compile.kernels.triton.linear import ACTIVATIONS, MAX_EXACT_ROWS, NORMS
 
 RESCORED = 256
-WANTED_BLOCK = 16
-UNWANTED = -32768.0  # (no infinity: whoever masks further meets no NaN; all dtypes have it)
+VOCAB_BLOCK = 16  # output features of a block of the list `wanted`
+MASKED_LOGIT = -32768.0  # exact in all dtypes; not infinite, so that further masking gives no NaN
 
 
 @torch.library.custom_op("river::linear", mutates_args=())
@@ -66,62 +51,66 @@ def linear(
     Args:
         x: ``[..., K]``.
         weight: the integers as the layout packs them (see `layouts`); without a `scale_zero` ``[N, K]`` in x.dtype.
-        scale_zero: scales and zeros as the layout packs them, None for a weight in x.dtype.
+        scale_zero: scales and zero-points as the layout packs them, None for a weight in x.dtype.
         bias: ``[N]`` in x.dtype or None.
         out_features: N, the rows of W.
         group_size: G; 0 for a weight in x.dtype.
         layout: name of the packing; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
-            Three keep the weights' values: "12bit" and "8bit" for the C++ kernels (`quant.bf12`, `quant.bits8`), which
-            plain torch unpacks here, and "12bit_triton" for the generated one.
+            Three are lossless: "12bit" and "8bit" for the C++ kernels, which plain torch unpacks here, and
+            "12bit_triton" for the generated one.
         residual: ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype or None.
         norm: "rms", "rms_plus_one" (Gemma), "layer" or "none".
-        norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" alone.
+        norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" only.
         eps: of the norm.
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "none".
         gated: whether W holds a gate and an up projection.
-        wanted: int32 ``[1 + ceil(N / 16)]``, how many blocks of 16 output features are wanted and then their numbers,
-            ascending; the features of others become `UNWANTED`, and the C++ kernels do not read their weights. None:
-            all are wanted.
+        wanted: int32 ``[1 + ceil(N / 16)]``: a count of blocks of 16 output features, then their numbers, ascending.
+            Other features become `MASKED_LOGIT`, and the C++ kernels skip their weights. None computes all.
 
     Returns:
         ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype, accumulated in float32.
 
     Raises:
         ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these; `wanted`
-            with a gate, a residual, or a weight in x.dtype.
+        with a
+            gate, a residual, or a weight in x.dtype.
     """
     if wanted is not None and (gated or residual is not None or scale_zero is None):
-        raise ValueError("wanted is for products with packed weights, without gate and residual")
+        raise ValueError("wanted is for linears with packed weights, without gate and residual")
     check_choice("norm", norm, NORMS)
     check_choice("activation", activation, ACTIVATIONS)
     if (norm == "none") != (norm_weight is None):
         raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
     matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
-    generated = (layout in ("triton", bf12.GENERATED) and _is_few(x)) or (layout == "triton" and scale_zero is not None)
-    unpacks = layout in (bf12.LAYOUT, bits8.LAYOUT) or (layout == bf12.GENERATED and not generated)
+    generated = (layout in ("triton", lossless.LAYOUT_12BIT_TRITON) and _is_few(x)) or (
+        layout == "triton" and scale_zero is not None
+    )
+    unpacks = layout in (lossless.LAYOUT_12BIT, lossless.LAYOUT_8BIT) or (
+        layout == lossless.LAYOUT_12BIT_TRITON and not generated
+    )
     if isinstance(matrix, layouts.PackedLinear) and (unpacks or matrix.unpacked):
-        matrix = matrix.dequantize(torch.float32 if layout == bits8.LAYOUT else x.dtype)
+        matrix = matrix.dequantize(torch.float32 if layout == lossless.LAYOUT_8BIT else x.dtype)
     if generated:
-        y = products.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
-        return y if wanted is None else _without_unwanted(y, wanted)
-    h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
+        y = calls_linear.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+        return y if wanted is None else _mask_unlisted(y, wanted)
+    h = x if norm_weight is None else _normalize(x, norm, norm_weight, norm_bias, eps)
     if isinstance(matrix, layouts.PackedLinear):
         y = layouts.layout(layout).linear(h, matrix, bias)
     else:
         y = F.linear(h.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
     y = _activated(y.chunk(2, dim=-1) if gated else (y,), activation)
     if wanted is not None:
-        return _without_unwanted(y, wanted)
+        return _mask_unlisted(y, wanted)
     return y if residual is None else y + residual
 
 
 def _is_few(x: Tensor) -> bool:
-    """Whether the backbone's generated kernels multiply by these rows, and not a library."""
+    """Whether the generated kernels multiply these rows, and not a library."""
     return x.numel() <= MAX_EXACT_ROWS * x.shape[-1]
 
 
 def _activated(parts: Sequence[Tensor], activation: str) -> Tensor:
-    """Returns a product after its activation: of one part, or of a gate and what it is for."""
+    """Applies an activation to one part, or to a gate, which multiplies the other part."""
     y = _ACTIVATIONS[activation](parts[0])
     return y * parts[1] if len(parts) > 1 else y
 
@@ -136,10 +125,10 @@ def _matrix(
     return weight
 
 
-def _without_unwanted(y: Tensor, wanted: Tensor) -> Tensor:
-    blocks = torch.arange(y.shape[-1], device=y.device) // WANTED_BLOCK
+def _mask_unlisted(y: Tensor, wanted: Tensor) -> Tensor:
+    blocks = torch.arange(y.shape[-1], device=y.device) // VOCAB_BLOCK
     chosen = wanted[1:][torch.arange(len(wanted) - 1, device=y.device) < wanted[0]]
-    return y.masked_fill(~torch.isin(blocks, chosen), UNWANTED)
+    return y.masked_fill(~torch.isin(blocks, chosen), MASKED_LOGIT)
 
 
 @linear.register_fake
@@ -164,20 +153,20 @@ def merged(
     activation: str = "none",
     gated: bool = False,
 ) -> Tensor:
-    """Returns what `linear` does in layout "triton" for matrices that stand one below the other.
+    """Returns `linear` in layout "triton" for weights one below the other.
 
     Args:
         x: ``[..., K]``.
-        weights: two matrices ``[N_i, K]`` or more in x.dtype; gated, the gate and the up projection.
+        weights: two weights ``[N_i, K]`` or more in x.dtype; gated, the gate and the up projection.
         biases: ``[N_i]`` for each, or none at all.
-        residual, norm, norm_weight, norm_bias, eps, activation, gated: as of `linear`.
+        residual, norm, norm_weight, norm_bias, eps, activation, gated: as in `linear`.
 
     Raises:
-        ValueError: as of `linear`; matrices whose rows no tile divides.
+        ValueError: as in `linear`; weights whose rows no tile divides.
     """
     if _is_few(x):
-        return products.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
-    h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
+        return calls_linear.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+    h = x if norm_weight is None else _normalize(x, norm, norm_weight, norm_bias, eps)
     parts = [F.linear(h, w, b) for w, b in zip(weights, biases or repeat(None), strict=False)]
     y = _activated(parts if gated else (torch.cat(parts, -1),), activation)
     return y if residual is None else y + residual
@@ -195,7 +184,7 @@ def norm(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float, 
     Args:
         x: ``[..., K]``.
         norm: "rms", "rms_plus_one" (Gemma) or "layer".
-        weight, bias: ``[K]`` in x.dtype; the bias for "layer" alone.
+        weight, bias: ``[K]`` in x.dtype; the bias for "layer" only.
         eps: of the norm.
         residual: ``[..., K]`` in x.dtype or None.
 
@@ -203,7 +192,7 @@ def norm(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float, 
         ValueError: an unknown norm.
     """
     check_choice("norm", norm, NORMS[1:])
-    h = _normalise(x.float(), norm, weight, bias, eps)
+    h = _normalize(x.float(), norm, weight, bias, eps)
     return (h if residual is None else h + residual).to(x.dtype)
 
 
@@ -223,25 +212,25 @@ def rescore(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Returns logits of which the largest are computed anew, ``norm(x) W^T + bias`` in x.dtype.
+    """Recomputes the largest logits of each row as ``norm(x) W^T + bias`` in x.dtype.
 
-    These are the largest of each row by the given logits, `RESCORED` of them here; the C++ kernels take about twice as
-    many, and fewer where some are `UNWANTED`. A head in 4 bits rarely misplaces the largest logit by more than that
-    many places, so what a token is chosen from is as good as the head in 16 bits, at a quarter of its bytes.
+    A 4-bit head rarely misplaces the largest logit by more than `RESCORED` places, so tokens are chosen as well as with
+    the 16-bit head, at a quarter of its bytes.
 
     Args:
-        logits: ``[..., N]`` in x.dtype.
+        logits: ``[..., N]`` in x.dtype. The `RESCORED` largest of each row are recomputed; the C++ kernels take about
+            twice as many, and fewer if some are `MASKED_LOGIT`.
         x: ``[..., K]``.
         weight: ``[N, K]`` in x.dtype.
         bias: ``[N]`` in x.dtype or None.
-        norm, norm_weight, norm_bias, eps: as of `linear`.
+        norm, norm_weight, norm_bias, eps: as in `linear`.
     """
-    h = x if norm_weight is None else _normalise(x, norm, norm_weight, norm_bias, eps)
+    h = x if norm_weight is None else _normalize(x, norm, norm_weight, norm_bias, eps)
     largest, chosen = logits.topk(min(RESCORED, logits.shape[-1]), dim=-1, sorted=False)
-    anew = (weight[chosen].float() @ h.float().unsqueeze(-1)).squeeze(-1)
+    rescored = (weight[chosen].float() @ h.float().unsqueeze(-1)).squeeze(-1)
     if bias is not None:
-        anew = anew + bias[chosen].float()
-    return logits.scatter(-1, chosen, torch.where(largest > UNWANTED, anew.to(logits.dtype), largest))
+        rescored = rescored + bias[chosen].float()
+    return logits.scatter(-1, chosen, torch.where(largest > MASKED_LOGIT, rescored.to(logits.dtype), largest))
 
 
 @rescore.register_fake
@@ -259,12 +248,12 @@ def experts(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """Returns ``x[m] W[expert[m]]^T`` for every row m. Matrices that no row chose are not read.
+    """Returns ``x[m] W[expert[m]]^T`` for every row m. Weights that no row chose are not read.
 
     Args:
         x: ``[M, K]``.
-        qweight, scale_zero: of E stacked matrices, as `layouts.pack_stack` packs them.
-        expert: integer ``[M]``; a row whose number is none of 0 to E - 1 gets zeros.
+        qweight, scale_zero: of E stacked weights, as `layouts.pack_stack` packs them.
+        expert: integer ``[M]``; a row with a number outside of 0 to E - 1 gets zeros.
         out_features: N, the rows of each W.
         group_size: G.
         layout: name of the packing.
@@ -277,10 +266,10 @@ def experts(
     """
     if x.dim() != 2 or expert.shape != x.shape[:1] or qweight.dim() < 3:
         shapes = f"x {tuple(x.shape)}, expert {tuple(expert.shape)} and qweight {tuple(qweight.shape)}"
-        raise ValueError(f"experts takes x [M, K], expert [M] and stacked matrices; it was given {shapes}")
+        raise ValueError(f"experts takes x [M, K], expert [M] and stacked weights; it was given {shapes}")
     stack = layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
     if layout == "triton":
-        return products.experts(x, stack, expert)
+        return calls_linear.experts(x, stack, expert)
     linear = layouts.layout(layout).linear
     rows_of: dict[int, list[int]] = {}
     for row, chosen in enumerate(expert.tolist()):
@@ -297,10 +286,10 @@ def _(x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_featur
     return x.new_empty((x.shape[0], out_features))
 
 
-kv_fill = torch.library.custom_op("river::kv_fill", cache.kv_fill, mutates_args=("k_cache", "v_cache"))
-decode_attention = torch.library.custom_op("river::decode_attention", cache.decode_attention, mutates_args=())
-attend = torch.library.custom_op("river::attend", cache.attend, mutates_args=("counter", "k_cache", "v_cache"))
-residual_score = torch.library.custom_op("river::residual_score", exits.residual_score, mutates_args=())
+kv_fill = torch.library.custom_op("river::kv_fill", calls_cache.kv_fill, mutates_args=("k_cache", "v_cache"))
+decode_attention = torch.library.custom_op("river::decode_attention", calls_cache.decode_attention, mutates_args=())
+attend = torch.library.custom_op("river::attend", calls_cache.attend, mutates_args=("counter", "k_cache", "v_cache"))
+residual_score = torch.library.custom_op("river::residual_score", calls_linear.residual_score, mutates_args=())
 
 
 @kv_fill.register_fake
@@ -334,15 +323,15 @@ def attention(
     Args:
         q: ``[B, T, H, D]``.
         k_cache, v_cache: ``[B, J, S, D]``, H a multiple of J.
-        mask: ``[B or 1, 1, T, S]``: bool, True for what takes part, or floating, added to the scores. None for all.
+        mask: ``[B or 1, 1, T, S]``: bool, True for slots to attend to, or floating, added to the scores. None for all.
         scale: of the scores.
         softcap: c in c tanh(score / c), before the mask; 0 for none.
         causal: position t attends to slots 0 to t, without a mask.
 
     Returns:
-        ``[B, T, H, D]`` in q's dtype, zeros where a position reads no slot.
+        ``[B, T, H, D]`` in q's dtype, zeros for a position without slots.
     """
-    return attention_of_several(q, k_cache, v_cache, mask, scale, softcap, causal)
+    return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
 
 
 @attention.register_fake
@@ -369,7 +358,7 @@ def _(update: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     return hidden, update.new_empty((), dtype=torch.float32)
 
 
-def _normalise(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def _normalize(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     h, weight = x.float(), weight.float()
     if norm == "layer":
         return F.layer_norm(h, h.shape[-1:], weight, None if bias is None else bias.float(), eps).to(x.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
-from river_compile.kernels.quant import bf12, bits8
+from river_compile.kernels.quant import lossless
 from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
 from river_compile.passes.nodes import Linear, called, input_name, is_ordinary, is_parameter, same_dtype, value_of
 from river_compile.passes.program import Matmul, RiverProgram, Segment
@@ -71,7 +71,7 @@ def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
     if not same_dtype(linear.node, linear.x):
         return None
     values = [value_of(p) for p in parameters]
-    held = bits8.held_by(values[0]) if layout == "dense" else None
+    held = lossless.torchao_parts(values[0]) if layout == "dense" else None
     plain = values if held is None else values[1:]
     if not all(is_ordinary(value) and value.is_contiguous() for value in plain):
         return None
@@ -109,7 +109,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
         layout = _layout(layout, [value_of(part) for part in weights], how)
         if layout is None:
             continue
-        if layout == bf12.GENERATED and node.kwargs.get("gated") and out_features // 2 % bf12.FOUR:
+        if layout == lossless.LAYOUT_12BIT_TRITON and node.kwargs.get("gated") and out_features // 2 % lossless.FOUR:
             continue  # the up projection would start within a packed unit
         linear = Matmul(
             name="|".join(input_name(origins[part]).removesuffix(".weight") for part in weights),
@@ -140,9 +140,9 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
 
 def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
     """Returns the packed layout of a matmul's weights, None if they stay; `kernels` is the 16-bit layout."""
-    if all(bits8.held_by(weight) is not None for weight in weights):
-        return bits8.LAYOUT
+    if all(lossless.torchao_parts(weight) is not None for weight in weights):
+        return lossless.LAYOUT_8BIT
     dtypes = {weight.dtype for weight in weights}
     if how == "12bit" and dtypes == {torch.bfloat16}:
-        return bf12.LAYOUT if kernels == "dense" else bf12.GENERATED
-    return bits8.LAYOUT if how == "8bit" and len(dtypes) == 1 else None
+        return lossless.LAYOUT_12BIT if kernels == "dense" else lossless.LAYOUT_12BIT_TRITON
+    return lossless.LAYOUT_8BIT if how == "8bit" and len(dtypes) == 1 else None

@@ -12,8 +12,8 @@ import torch
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import ExitPolicy
-from river_compile.kernels.native.isa import chosen
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.native.build import choose_isa
+from river_compile.kernels.quant import lossless
 from river_compile.lowering.choose import Lowering
 from river_compile.passes.backbone import packed_backbone, river_backbone
 from river_compile.passes.edits import Pass
@@ -108,7 +108,7 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     """Returns "model", "12bit" or "8bit"; raises an OptionError if the kernels cannot read what was asked for."""
     asked = config.backbone_weights
     if asked == "auto":
-        pays = lowering.native and own_backbone and _is_bfloat16(program) and bf12.gain() >= _LEAST_GAIN
+        pays = lowering.native and own_backbone and _is_bfloat16(program) and lossless.speedup_12bit() >= _LEAST_GAIN
         return "12bit" if pays else "model"
     if asked == "12bit" and own_backbone and not lowering.native:
         return asked
@@ -118,7 +118,7 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
             f"backbone_weights={asked!r} is for the C++ kernels on a CPU{on_gpu}, and this backbone multiplies by "
             "others; use backbone_weights='model'"
         )
-    if asked == "12bit" and chosen().name == "portable":
+    if asked == "12bit" and choose_isa().name == "portable":
         raise OptionError("backbone_weights='12bit' needs a processor with AVX2; use backbone_weights='model'")
     return asked
 

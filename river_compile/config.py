@@ -14,7 +14,7 @@ from typing import Any
 
 from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA, WHOLE, ExitPolicy, Threshold
-from river_compile.kernels.checks import FLAG, PATH, Check, closest, integer, number, one_of, optional, shown
+from river_compile.kernels.checks import FLAG, PATH, Check, did_you_mean, integer, number, one_of, optional, short_repr
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 from river_compile.passes.program import DecoderPlan, Program
@@ -48,7 +48,7 @@ def _option(
 
 
 def _one_or_several(value: object) -> bool:
-    return bool(value) and all(map(_A_SCORE.fits, value)) if isinstance(value, tuple) else _A_SCORE.fits(value)
+    return bool(value) and all(map(_A_SCORE.allows, value)) if isinstance(value, tuple) else _A_SCORE.allows(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class RiverConfig:
     )
     threshold: Threshold | None = _option(
         None,
-        optional(Check(_A_SCORE.wanted, _one_or_several)),
+        optional(Check(_A_SCORE.requirement, _one_or_several)),
         "0.7 for similarity: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 on; "
         "0.5 for confidence: nats of entropy to stay below (0 never leaves)",
     )
@@ -272,8 +272,8 @@ class RiverConfig:
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
             raise OptionError(
-                f"unknown option {shown(unknown)} of backend 'river'; options are {', '.join(names)}"
-                f"{closest(unknown, names)}"
+                f"unknown option {short_repr(unknown)} of backend 'river'; options are {', '.join(names)}"
+                f"{did_you_mean(unknown, names)}"
             )
         return cls(**given)
 

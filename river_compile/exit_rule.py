@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from river_compile.exits import Threshold, threshold_text
-from river_compile.kernels.files import appearing
+from river_compile.kernels.files import atomic_write
 
 VERSION = 5
 
@@ -87,7 +87,7 @@ class ExitRule:
         path = Path(path)
         content = dataclasses.asdict(self)
         whole = {"version": VERSION, "sha256": _content_hash(content), **content}
-        with appearing(path) as scratch:
+        with atomic_write(path) as scratch:
             scratch.write_text(json.dumps(whole, indent=1), encoding="utf-8")
         return path
 

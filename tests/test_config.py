@@ -15,7 +15,7 @@ from river_compile.config import check_mode
 from river_compile.decoding.mode import ExactMode, exact
 from river_compile.errors import OptionError
 from river_compile.exits import threshold_after
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.cache import ExitScoreSpec
 from tests.support.families import make, prompt
 from tools import options
 

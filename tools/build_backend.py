@@ -3,7 +3,7 @@
     python -m build                                    # the source archive, and the wheel with compiled kernels
     RIVER_COMPILE_KERNELS_IN_WHEEL=0 python -m build   # the wheel with their sources alone, for any machine
 
-The kernels are compiled from the sources that the wheel also carries (:mod:`river_compile.kernels.native.libraries`).
+The kernels are compiled from the sources that the wheel also carries (:mod:`river_compile.kernels.native.build`).
 torch is needed for that, for its headers. So a wheel from a source archive has them, and `pip install .` in a checkout,
 which is to be quick, compiles nothing and fetches no second torch; the variable says otherwise.
 
@@ -58,7 +58,7 @@ def _compiles() -> bool:
 def _compiled() -> Iterator[None]:
     """Inside, the libraries lie beside their sources, where the wheel takes them from."""
     sys.path.insert(0, str(_ROOT))
-    from river_compile.kernels.native.libraries import BUILT, build_all
+    from river_compile.kernels.native.build import BUILT, build_all
 
     print(f"compiled kernels: {build_all(BUILT) / 1e6:.1f} MB")
     try:

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks import common, gpu_facts
-from river_compile.kernels.files import appearing, cache_folder
-from river_compile.kernels.triton.devices import device_name
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.loader import load
+from river_compile.kernels.files import atomic_write, cache_folder
+from river_compile.kernels.triton.cache import ExitScoreSpec
+from river_compile.kernels.triton.loader import device_name, load
 from tools.kernels.shapes import MODELS, model_kernels
 from tools.kernels.tune import first_line
 
@@ -37,7 +36,7 @@ _DEVICE = "cuda"
 def cache_is_written() -> str:
     """Writes a file to the folder of generated kernels."""
     folder = cache_folder()
-    with appearing(folder / "check_gpu.txt") as scratch:
+    with atomic_write(folder / "check_gpu.txt") as scratch:
         scratch.write_text("written by tools.check_gpu")
     (folder / "check_gpu.txt").unlink()
     return str(folder)

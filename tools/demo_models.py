@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from river_compile.cli import shared
-from river_compile.kernels.files import appearing, cache_folder
+from river_compile.kernels.files import atomic_write, cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ def _pip_install(package: str, target: Path) -> None:
 
 def _concatenate(pieces: list[Path], whole: Path) -> None:
     """Joins the pieces of one file; the whole appears at once or not at all."""
-    with appearing(whole) as scratch, scratch.open("wb") as joined:
+    with atomic_write(whole) as scratch, scratch.open("wb") as joined:
         for piece in pieces:
             with piece.open("rb") as part:
                 shutil.copyfileobj(part, joined, 1 << 20)
@@ -251,7 +251,7 @@ def _plain_copy(packed: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def new_folder(target: Path) -> Iterator[Path]:
     """Gives an empty folder that becomes `target` at the end; if another process was first, its copy stays."""
     try:
-        with appearing(target) as scratch:
+        with atomic_write(target) as scratch:
             scratch.mkdir()
             yield scratch
     except OSError as error:

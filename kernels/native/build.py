@@ -1,10 +1,7 @@
-"""From C++ sources to a shared library in the cache folder, with the compiler that Inductor finds.
+"""The shared libraries of the C++ kernels: prebuilt in the wheel, or compiled here into the cache folder.
 
-A library's name holds the hash of everything that it is made from: sources, flags, compiler and version of torch. The
-library ends with the hash of its own bytes, which loading it ignores; one that does not match is built again.
-Of processes that need the same library at once one compiles it, and the others wait for it.
-
-Not handled: compilers other than GCC and Clang, and Windows.
+Not handled: compilers other than GCC and Clang, Windows, integer tiles of AMX, and vectors of ARM beyond what a
+compiler makes of the portable instruction set. Loading is in `native.load`.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -22,22 +20,30 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from river_compile.kernels.files import appearing, in_cache, making
+from river_compile.kernels.checks import one_of
+from river_compile.kernels.files import atomic_write, cached_file, locked
 
 log = logging.getLogger("river_compile.kernels.native.build")
 
 SOURCES = Path(__file__).parent / "sources"
+# A wheel for Linux on x86-64 holds one library for each instruction set here, next to the hash of their sources. They
+# are written against torch's stable ABI. Checkouts and installations with changed sources compile their own.
+BUILT = Path(__file__).parent / "built"
+_HASH_FILE = "sources.sha256"
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
-_ROOM = 16 << 20  # bytes, of which a library takes a few
+_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest release that a library runs with
+_PACKING_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_MIN_FREE_BYTES = 16 << 20  # a library takes a few MiB
 _DIGEST = hashlib.sha256().digest_size
 _INSTALL = "install g++ (Debian and Ubuntu: apt-get install g++), or set CXX to a compiler that works"
-# What code of Inductor's includes and is linked with.
+# Inductor's code includes and links with these.
 _PROBE = """
 #if !__has_include(<Python.h>)
 #error Python.h is not there: install the headers of Python (Debian and Ubuntu: apt-get install python3-dev)
@@ -46,30 +52,138 @@ _PROBE = """
 int threads() { return omp_get_max_threads(); }
 """
 
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+_AVX512_NEEDS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2_NEEDS = ("avx2", "fma3", "f16c")
+
 
 class CannotBuild(Exception):
-    """There is no compiler, it refuses the sources, or nothing can be written; the message says which."""
+    """There is no compiler, it rejects the sources, or no folder is writable; the message says which."""
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set."""
+
+    name: str
+    flags: tuple[str, ...]  # of the compiler
+    needs: tuple[str, ...]  # the processor's capabilities as torch names them
+
+
+# Best first. "amx" and "avx512_bf16" multiply bfloat16 weights by tiles or by dot products of pairs; the rest of them
+# is "avx512_vnni".
+ISAS = (
+    Isa(
+        "amx",
+        (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+        (*_AVX512_NEEDS, "avx512_vnni", "amx_tile", "amx_bf16"),
+    ),
+    Isa(
+        "avx512_bf16",
+        (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+        (*_AVX512_NEEDS, "avx512_vnni", "avx512_bf16"),
+    ),
+    Isa("avx512_vnni", (*_AVX512, "-mavx512vnni"), (*_AVX512_NEEDS, "avx512_vnni")),
+    Isa("avx512", _AVX512, _AVX512_NEEDS),
+    Isa("avx_vnni", (*_AVX2, "-mavxvnni"), (*_AVX2_NEEDS, "avx_vnni")),
+    Isa("avx2", _AVX2, _AVX2_NEEDS),
+    Isa("portable", (), ()),
+)
+
+
+def choose_isa() -> Isa:
+    """Returns ``RIVER_COMPILE_ISA``, else the best instruction set; raises ValueError if it does not run here."""
+    by_name = {isa.name: isa for isa in supported_isas()}
+    name = os.environ.get("RIVER_COMPILE_ISA")
+    return by_name[one_of(*by_name)("RIVER_COMPILE_ISA", name)] if name else supported_isas()[0]
+
+
+@functools.cache
+def supported_isas() -> tuple[Isa, ...]:
+    """Returns the instruction sets of this machine, best first."""
+    found = _capabilities()
+    if "amx_tile" in found and not (hasattr(torch.cpu, "_init_amx") and torch.cpu._init_amx()):
+        found.discard("amx_tile")  # the system must permit tiles for each process
+    return tuple(isa for isa in ISAS if found.issuperset(isa.needs))
+
+
+def _capabilities() -> set[str]:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return set()
+    least = {"AVX512": (*_AVX512_NEEDS, "avx2"), "AVX2": _AVX2_NEEDS}  # older versions of torch report no more
+    return set(least.get(torch.backends.cpu.get_cpu_capability(), ()))
+
+
+def kernels_library(isa: Isa) -> Path:
+    """Returns the library of an instruction set's kernels; raises as :func:`build`."""
+    return _library("kernels.cpp", f"kernels_{isa.name}", [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"])
+
+
+def packing_library(isa: Isa) -> Path:
+    """Returns the library that packs weights; raises as :func:`build`."""
+    return _library("packing.cpp", f"packing_{isa.name}", [*isa.flags, *_PACKING_FLAGS])
+
+
+def operators_library() -> Path:
+    """Returns the library of the operators ``torch.ops.river_native.*``; raises as :func:`build`."""
+    return _library("bindings.cpp", "operators", [*torch_flags(), _STABLE_ABI])
+
+
+def has_prebuilt() -> bool:
+    """Whether the wheel has the libraries of these sources, so that nothing has to be compiled."""
+    return _prebuilt("operators") is not None
+
+
+def build_all(folder: Path) -> int:
+    """Compiles every library into a wheel's folder and returns their bytes; raises as :func:`build`."""
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(operators_library)]
+        made += [pool.submit(function, isa) for isa in ISAS for function in (kernels_library, packing_library)]
+        libraries = [future.result() for future in made]
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in libraries:
+        name, _, _ = library.stem.rpartition("_")
+        shutil.copy(library, folder / f"{name}.so")
+    (folder / _HASH_FILE).write_text(_hash_of_sources())
+    return sum(library.stat().st_size for library in libraries)
+
+
+def _library(source: str, name: str, flags: Sequence[str]) -> Path:
+    return _prebuilt(name) or build(find_compiler(), source, name, flags)
+
+
+def _prebuilt(name: str) -> Path | None:
+    library, hash_file = BUILT / f"{name}.so", BUILT / _HASH_FILE
+    if not library.exists() or not hash_file.exists() or hash_file.read_text() != _hash_of_sources():
+        return None
+    return library
+
+
+def _hash_of_sources() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(SOURCES.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler's command, and all that it says of its version."""
+    """A compiler's command and its full version text."""
 
     command: str
     version: str
 
 
 def find_compiler() -> Compiler:
-    """Returns the compiler that Inductor uses with the settings of the calling thread.
-
-    Raises:
-        CannotBuild: there is none.
-    """
+    """Returns the compiler that Inductor uses with the calling thread's settings; raises CannotBuild if none works."""
     from torch._inductor import config
     from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
 
     if os.name == "nt":
-        raise CannotBuild("the C++ kernels are made for GCC and Clang, not for compilers on Windows")
+        raise CannotBuild("the C++ kernels need GCC or Clang; compilers on Windows are not supported")
     try:
         command = get_cpp_compiler()
     except Exception as error:  # Inductor has no public class for it
@@ -79,11 +193,7 @@ def find_compiler() -> Compiler:
 
 
 def working_compiler() -> Compiler:
-    """Returns the same compiler once it has compiled a few lines, with what Inductor's code needs, where that writes.
-
-    Raises:
-        CannotBuild: there is none, or it cannot.
-    """
+    """Returns the same compiler after a test build in Inductor's cache; raises CannotBuild if that fails."""
     compiler = find_compiler()
     _try_out(compiler)
     return compiler
@@ -108,45 +218,34 @@ def _try_out(compiler: Compiler) -> None:
 
 
 def build(compiler: Compiler, source: str, name: str, flags: Sequence[str]) -> Path:
-    """Returns the library that `source` is compiled to, compiling it where the cache has none that is whole.
-
-    Args:
-        compiler: GCC or Clang.
-        source: file name within `SOURCES`, whose headers lie beside it.
-        name: how the library's own name begins.
-        flags: beyond those that every library gets.
-
-    Raises:
-        CannotBuild: the compiler refuses the source, or nothing can be written.
-    """
+    """Returns the cached library `name` of a file in `SOURCES`; raises CannotBuild."""
     command = [compiler.command, *_FLAGS, source, *flags]
-    made_from = [*command, compiler.version, torch.__version__, sys.platform]
+    inputs = [*command, compiler.version, torch.__version__, sys.platform]
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
-    digest = hashlib.sha256(b"\0".join([*map(str.encode, made_from), *texts])).hexdigest()[:16]
+    digest = hashlib.sha256(b"\0".join([*map(str.encode, inputs), *texts])).hexdigest()[:16]
     try:
-        return in_cache(f"native/{name}_{digest}.so", _is_whole, functools.partial(_make, command))
+        return cached_file(f"native/{name}_{digest}.so", _is_whole, functools.partial(_make, command))
     except OSError as error:
-        raise CannotBuild(f"compiled code can be written nowhere ({error}); set TMPDIR to a folder that can") from error
+        raise CannotBuild(f"no folder for compiled code is writable ({error}); set TMPDIR to one that is") from error
 
 
 def _make(command: list[str], library: Path) -> None:
-    with making(library):
+    with locked(library):
         if _is_whole(library):
             return
         if library.exists():
             warnings.warn(f"the compiled kernels {library} were damaged and are rebuilt", stacklevel=4)
-        if shutil.disk_usage(library.parent).free < _ROOM:  # (or a compiler works for a minute and fails)
+        if shutil.disk_usage(library.parent).free < _MIN_FREE_BYTES:  # else the compiler fails after a minute
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(library.parent))
         start = time.perf_counter()
-        with appearing(library) as scratch:
+        with atomic_write(library) as scratch:
             _run([*command, "-o", str(scratch)])
-            with scratch.open("ab") as file:
+            with scratch.open("ab") as file:  # a loader ignores bytes after the end
                 file.write(hashlib.sha256(scratch.read_bytes()).digest())
         log.info("compiled %s in %.1f s", library.name, time.perf_counter() - start)
 
 
 def torch_flags() -> list[str]:
-    """Returns flags for a source that includes torch's headers and calls its library."""
     folder = Path(torch.__file__).parent
     return [f"-I{folder / 'include'}", f"-L{folder / 'lib'}", "-ltorch_cpu"]
 
@@ -154,13 +253,13 @@ def torch_flags() -> list[str]:
 def _is_whole(library: Path) -> bool:
     try:
         content = library.read_bytes()
-    except FileNotFoundError:  # (whoever cleans up may come between any two looks)
+    except FileNotFoundError:  # another process may delete it at any time
         return False
     return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
 
 
 def _run(command: list[str]) -> None:
-    """Runs a compiler's command, which ends with the file to write."""
+    """Runs a compiler's command, whose last argument is the file to write."""
     try:
         done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True)
     except OSError as error:

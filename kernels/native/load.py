@@ -1,35 +1,19 @@
-"""The C++ kernels of this machine, and the operators ``torch.ops.river_native.*`` that call them.
+"""The C++ kernels of this machine: loading, the operators ``torch.ops.river_native.*``, tapes of them, and packing.
 
-    linear             activation(norm(x) W^T + bias) + residual with 4-bit weights; gated as in `ops.linear`
-    dense              the same with up to four weights ``[N_i, K]`` in x's dtype, one below the other, and biases
-    experts            each row's product with the one that it chose of several stacked weights in 4 bits
-    embed              rows of a table, one for each id; an error for an id that has none
-    turns              cosines or sines of positions times frequencies ``[..., 2 F]``, as rotary embeddings take them
-    norm               norm(x) + residual
-    rescore            logits, the largest of them computed anew from a matrix in x's dtype
-    kv_fill            q|k|v -> qk-norm, rotary embedding, cache slot; returns q and mutates the caches
-    decode_attention   one query position over a static cache
-    attention          several: up to 16 each by itself, more in blocks that read a slot once
-    few_rows           up to which `dense` is recorded, by whether x has 16 bits and by positions of a sequence
-    exit_score         the least cosine of the rows of two matrices
-    largest_entropy    the largest entropy of rows of logits, at the last position
-    add, advance       int64 numbers added, one of them a vector perhaps; a counter moved on in place
-    record, replay     tapes of such calls: see `tape`
-
-Arguments are those of the operators ``river::*`` (see `river_compile.kernels.ops`), but for the layout: `linear` and
-`experts` take the bytes of the layout "native", and round x to 8 bits with one scale for each group of each row. A
-product's row has the same bits whatever the number of rows and threads, which are ``torch.get_num_threads()``, and so
-has attention's, of up to 16 positions and of more; of more than 8 rows `dense` lets a library compute it in float32,
-and without vectors of x86 in any dtype.
-
-Not handled: gradients, other devices than the CPU.
+Arguments are those of the operators `kernels.ops`, without the layout: `linear` and `experts` take the layout "native",
+`linear` also "12bit" and "8bit". For 4-bit weights x is rounded to 8 bits, with one scale for each group of each row.
+Not handled: gradients, devices other than the CPU, and recording of other operators (`lowering.native` checks).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import logging
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,28 +22,30 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels import portable
-from river_compile.kernels.native.build import find_compiler
-from river_compile.kernels.native.isa import Isa, chosen
-from river_compile.kernels.native.libraries import all_ready_made, kernels_for, operators, packing_for
+from river_compile.kernels.native.build import (
+    CannotBuild,
+    Isa,
+    choose_isa,
+    find_compiler,
+    has_prebuilt,
+    kernels_library,
+    operators_library,
+    packing_library,
+)
 from river_compile.kernels.portable import fused_width
+
+log = logging.getLogger("river_compile.kernels.native.load")
 
 _loading = threading.Lock()
 _tables: dict[str, int] = {}
 _begun: dict[str, tuple[Future[Path], Future[Path]]] = {}  # by instruction set: its kernels, and the operators
+_PARAMETER_DTYPES = (torch.float32, torch.bfloat16)  # of packed scales and zero-points
+_LANES = 16
 
 
 def load(isa: Isa | None = None) -> Any:
-    """Returns ``torch.ops.river_native``, compiling what neither the wheel nor the cache folder has.
-
-    Args:
-        isa: the instruction set that the operators use, None for what `chosen` says. The last call decides for the
-            whole process.
-
-    Raises:
-        CannotBuild: there is no compiler, or it refuses the sources.
-        ValueError: as `chosen`.
-    """
-    isa = isa or chosen()
+    """Returns ``torch.ops.river_native``, compiled if needed; raises as `choose_isa` and `build`."""
+    isa = isa or choose_isa()  # the last call decides for the whole process
     with _loading:
         if isa.name not in _tables:
             kernels, bindings = (made.result() for made in _making(isa))
@@ -73,25 +59,20 @@ def load(isa: Isa | None = None) -> Any:
 
 
 def begin() -> None:
-    """Begins to compile what `load` and packing will need, unless it is there, so that others can work meanwhile.
-
-    Raises:
-        CannotBuild: there is no compiler.
-        ValueError: as `chosen`.
-    """
-    if not all_ready_made():
+    """Compiles missing libraries in the background; raises as `choose_isa` and `find_compiler`."""
+    if not has_prebuilt():
         find_compiler()
     with _loading:
-        _making(chosen(), packing_for)
+        _making(choose_isa(), packing_library)
 
 
 def _making(isa: Isa, *others: Callable[[Isa], Path]) -> tuple[Future[Path], Future[Path]]:
-    """Returns what makes an instruction set's kernels and the operators, and begins that; `others` come after them."""
+    """Starts or finds the builds of an instruction set's kernels and of the operators; `others` run after them."""
     if any(made.done() and made.exception() for made in _begun.get(isa.name, ())):
-        del _begun[isa.name]  # (what was in the way may be gone)
+        del _begun[isa.name]  # retry: the cause may be gone
     if isa.name not in _begun:
         pool = ThreadPoolExecutor(2)
-        _begun[isa.name] = pool.submit(kernels_for, isa), pool.submit(operators)
+        _begun[isa.name] = pool.submit(kernels_library, isa), pool.submit(operators_library)
         for other in others:
             pool.submit(other, isa)
         pool.shutdown(wait=False)
@@ -99,34 +80,22 @@ def _making(isa: Isa, *others: Callable[[Isa], Path]) -> tuple[Future[Path], Fut
 
 
 def loaded() -> bool:
-    """Tells whether some call of `load` has succeeded."""
     return bool(_tables)
 
 
 def few_rows(dtype: torch.dtype, positions: int = 1) -> int:
-    """Returns up to how many rows of a dtype `dense`, once loaded, runs on our threads and may be recorded.
-
-    Args:
-        dtype: of activations and weights.
-        positions: of each sequence; the rows are those of all sequences.
-    """
+    """Returns the most rows of a dtype that `dense` runs itself and records; `positions`: per sequence."""
     rows: int = torch.ops.river_native.few_rows(dtype.itemsize == 2, positions)
     return rows
 
 
 def any_rows(dtype: torch.dtype) -> bool:
-    """Returns whether `dense` multiplies any number of rows of a dtype itself, and no library more than a few.
-
-    A row's bits do not depend on the others then. False where the kernels are not loaded.
-    """
+    """Whether `dense` never calls a library, so that a row's bits do not depend on the others. False if not loaded."""
     return loaded() and few_rows(dtype) > few_rows(torch.float32)
 
 
 def entropies(logits_NV: Tensor) -> Tensor:
-    """Returns the entropy of softmax(logits) of each row ``[N]``, in nats, on the logits' device.
-
-    It is the C++ kernels' where they are loaded and the logits on the CPU, else torch's.
-    """
+    """Returns each row's entropy ``[N]`` in nats: in C++ for CPU logits if the kernels are loaded, else in torch."""
     if _tables and logits_NV.is_cpu:
         return torch.stack([torch.ops.river_native.largest_entropy(logits_V[None, None]) for logits_V in logits_NV])
     return portable.entropies(logits_NV)
@@ -164,12 +133,13 @@ def _add_fake(a: Tensor, b: Tensor) -> Tensor:
 
 _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "linear": _linear_fake,
-    "dense": _dense_fake,
+    "dense": _dense_fake,  # up to four weights in x's dtype, one below the other
     "kv_fill": _kv_fill_fake,
     "decode_attention": _attention_fake,
-    "attention": _attention_fake,
+    "attention": _attention_fake,  # a position's bits do not depend on the others, up to 16 positions and beyond
     "experts": lambda x, _weight, _scale_zero, _expert, out_features, *_: x.new_empty((x.shape[0], out_features)),
     "embed": lambda ids, table: table.new_empty((*ids.shape, table.shape[1])),
+    # Cosines or sines of positions times frequencies, twice as many features as frequencies.
     "turns": lambda positions, frequencies, _scale, _sine, like: like.new_empty(
         (*positions.shape, 2 * len(frequencies))
     ),
@@ -181,3 +151,121 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "advance": lambda *_: None,
     "copy": lambda *_: None,
 }
+
+
+class Tape:
+    """Operator calls recorded once and replayed by one call, on the memory that the tensors had."""
+
+    # While a thread records, its operators compute nothing. The tape owns their outputs; callers keep the inputs.
+
+    def __init__(self) -> None:
+        self._address = 0
+        self._kept: list[object] = []
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Replaces the tape by the calls made inside; raises RuntimeError if the thread records already."""
+        address = torch.ops.river_native.record()
+        self._drop()
+        self._address = address
+        try:
+            yield
+        finally:
+            torch.ops.river_native.recorded()
+
+    def keep(self, tensor: object) -> None:
+        """Keeps a tensor alive that recorded operators read."""
+        self._kept.append(tensor)
+
+    def replay(self) -> None:
+        """Runs the tape with ``torch.get_num_threads()`` threads; raises RuntimeError if nothing was recorded."""
+        torch.ops.river_native.replay(self._address)
+
+    @property
+    def phases(self) -> int:
+        """Recorded phases: one or two for each call."""
+        return torch.ops.river_native.tape_phases(self._address)
+
+    @property
+    def bytes(self) -> int:
+        """Memory for arguments and workspaces, without output tensors."""
+        return torch.ops.river_native.tape_bytes(self._address)
+
+    def _drop(self) -> None:
+        address, self._address, self._kept = self._address, 0, []
+        if address:
+            torch.ops.river_native.drop(address)
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():  # torch is taken apart by then, and the system frees the memory
+            self._drop()
+
+
+# Packing. Each call runs on one thread without Python's lock: to pack several weights, call from several threads.
+
+
+def has_packing() -> bool:
+    """Whether the packing library exists or can be compiled."""
+    return _packing(choose_isa()) is not None
+
+
+def can_pack(weight: Tensor, group_size: int = _LANES, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether `fit_grid` and `round_block` take a weight; `dtype`: of the stored scales and zero-points."""
+    supported = weight.dtype == torch.float32 and weight.device.type == "cpu" and not group_size % _LANES
+    return supported and dtype in _PARAMETER_DTYPES and has_packing()
+
+
+def fit_grid(weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `quant.calibrated.fit_grid`, for float32 weights; float32 importance ``[K]`` sums to one in each group."""
+    rows, groups = weight.shape[0], weight.shape[1] // group_size
+    weight, importance = weight.contiguous(), importance.contiguous()
+    scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
+    sizes = map(ctypes.c_int64, (rows, groups, group_size))
+    _call("river_fit_grid", weight, importance, *sizes, ctypes.c_bool(dtype == torch.bfloat16), scale, zero)
+    return scale, zero
+
+
+def round_block(
+    left_KN: Tensor,
+    scale_GN: Tensor,
+    zero_GN: Tensor,
+    group_of: Tensor,
+    factor: Tensor,
+    errors_KN: Tensor,
+    q_KN: Tensor,
+) -> None:
+    """As `quant.calibrated._round_block`; all arguments but `factor` are contiguous."""
+    sizes = map(ctypes.c_int64, (factor.stride(0), *left_KN.shape))
+    _call("river_round_block", left_KN, scale_GN, zero_GN, group_of, factor, *sizes, errors_KN, q_KN)
+
+
+def count_upper(weight: Tensor) -> Tensor:
+    """Counts each upper byte in a contiguous bfloat16 tensor, int64 ``[256]``."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    _call("river_count_upper", weight, ctypes.c_int64(weight.numel()), counts)
+    return counts
+
+
+def pack_bf12(weight: Tensor, palette: Tensor, units: Tensor, first: Tensor, patches: Tensor) -> None:
+    """Packs a contiguous bfloat16 weight ``[N, K]`` into the buffers of `quant.lossless.pack_12bit`."""
+    rows, features = map(ctypes.c_int64, weight.shape)
+    _call("river_pack_bf12", weight, rows, features, palette, units, ctypes.c_int64(len(first) - 1), first, patches)
+
+
+def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> None:
+    library = _packing(choose_isa())
+    assert library is not None, "call `can_pack` or `has_packing` first"
+    pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+    getattr(library, name)(*pointers)
+
+
+@functools.cache
+def _packing(isa: Isa) -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(packing_library(isa)))
+    except CannotBuild as error:
+        log.info("weights are packed in PyTorch: %s", error)
+        return None
+    for name in ("fit_grid", "round_block", "count_upper", "pack_bf12"):
+        getattr(library, f"river_{name}").restype = None
+    return library

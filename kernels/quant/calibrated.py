@@ -1,29 +1,21 @@
-"""4-bit grids found with the help of what a matrix reads: activation-weighted fits, AWQ and GPTQ.
+"""4-bit grids that minimize output errors on calibration inputs: activation-weighted fits, AWQ and GPTQ.
 
-All of them know the second moments of the matrix's inputs, ``H = E[x x^T]`` (from calibration text; `moments.py`), and
-judge an approximation V of W by the error of its outputs, ``E |W x - V x|^2 = tr((W - V) H (W - V)^T)``.
-
-    fit_grid   scale and zero of every group for weights that count by ``diag(H)``: the extremes are clipped by steps,
-               then scale and zero are solved for the integers found (weighted least squares), a few times over
-    awq        AWQ (Lin et al. 2023, arXiv 2306.00978): input feature k is scaled by ``s_k = (E x_k^2)^(alpha / 2)``
-               before the fit, so that weights which meet large inputs are rounded less; alpha rises from 0 for as long
-               as that helps. The caller divides the inputs by s
-    gptq       GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, those with the
-               largest inputs first, and each one's error is made up for by the columns that follow
-
-Not handled: errors of earlier layers in the inputs. The moments are the backbone's, since a twin runs after any number
-of twins, or none.
+An approximation V of a weight W is judged by ``E |W x - V x|^2 = tr((W - V) H (W - V)^T)``, with ``H = E[x x^T]``.
+Not handled: errors of earlier layers in the inputs. The moments are those of the unquantized model, since any number of
+twins may run before one.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
-from river_compile.kernels.native import packing
+from river_compile.kernels.native import load as native
 from river_compile.kernels.quant.grid import (
     MAX_Q,
     MID_POINT,
@@ -36,15 +28,18 @@ from river_compile.kernels.quant.grid import (
     spanning_grid,
     storable_grid,
 )
-from river_compile.kernels.quant.moments import BLOCK, Compensation, SecondMoments
 
 OBSERVING = ("gptq", "awq")
+BLOCK = 128  # columns rounded before the errors are applied to later ones
 ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)
 DAMPING = 0.05  # share of the mean squared input that is added to every column's own
-FEW_TOKENS = 0.2  # the same, for each feature that one token stands for
-_SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's extent, down to about a half
+FEW_TOKENS = 0.2  # the same, for each feature per token
+_SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's range, down to about a half
 _REFITS = 2
-_ELEMENTS_TOGETHER = 1 << 24  # of a matrix, whose copies GPTQ holds at a time
+_ELEMENTS_TOGETHER = 1 << 24  # of a weight, whose copies GPTQ holds at a time
+
+# Applies the errors ``[block, N]`` of a block of columns to later columns.
+Carry = Callable[[slice, Tensor], None]
 
 
 def quantize_observed(
@@ -52,44 +47,27 @@ def quantize_observed(
     group_size: int,
     quantizer: str,
     moments: SecondMoments,
-    dtype: torch.dtype = torch.float32,
-    may_scale: bool = True,
-    tokens: float = math.inf,
+    dtype: torch.dtype = torch.float32,  # of the stored scale and zero-point, to which the integers are fitted
+    may_scale: bool = True,  # False: AWQ without input scales, an activation-weighted fit
+    tokens: float = math.inf,  # of the calibration text; GPTQ damps the moments of few
 ) -> tuple[QuantizedWeight, Tensor | None]:
-    """Quantizes a matrix to 4 bits by what it reads.
-
-    Args:
-        weight: floating-point ``[N, K]``; must be finite.
-        group_size: a divisor of K.
-        quantizer: ``"awq"`` or ``"gptq"``.
-        moments: of K features, float32: the mean of x x^T over the calibration text.
-        dtype: of scale and zero as the kernel stores them; integers are chosen for the rounded ones.
-        may_scale: False leaves AWQ's inputs as they are: its grid is then an activation-weighted fit.
-        tokens: over how many tokens the moments are a mean. GPTQ blends those of few with the identity.
-
-    Returns:
-        The grid, and for AWQ the float32 scale s ``[K]`` that the inputs are to be divided by: the grid stands for
-        ``W diag(s)``. None where they stay as they are.
-
-    Raises:
-        ValueError: an unknown quantizer, a bad matrix or group size (see `quantize`), or moments of other features or
-            that are not finite.
-    """
+    """Quantizes a weight ``[N, K]`` by its inputs' moments; AWQ also returns s ``[K]``, which divides the inputs."""
     check_choice("quantizer", quantizer, OBSERVING)
     weight = check_matrix(weight, group_size)
     features = weight.shape[1]
     if moments.features != features or not moments.finite:
         raise ValueError(
-            f"the moments of a matrix with {features} input features are finite and of {features} features; these are "
-            f"of {moments.features}"
+            f"the moments of a weight with {features} input features must be finite and of {features} features; these "
+            f"are of {moments.features}"
         )
+    # The grid of AWQ stands for W diag(s). s is float32, or None if the inputs stay as they are.
     if quantizer == "gptq":
         return gptq(weight, group_size, moments, dtype, tokens), None
     return awq(weight, group_size, moments, dtype, may_scale)
 
 
 def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: SecondMoments) -> float:
-    """Returns the signal-to-noise ratio of a matrix's outputs in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
+    """Returns the outputs' signal-to-noise ratio in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
     weight = weight.detach().float()
     return decibels(moments.energy(weight), moments.energy(weight - approximation.float()))
 
@@ -97,20 +75,13 @@ def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: SecondMoments
 def fit_grid(
     weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Fits scale and zero, float32 ``[N, K / group_size]`` and rounded to `dtype`, by weighted least squares.
-
-    Args:
-        weight: float32 ``[N, K]``.
-        group_size: a divisor of K.
-        importance: ``[K]``, at least 0: how much a squared error counts in each column.
-        dtype: of scale and zero as the kernel stores them.
-    """
+    """Fits scale and zero-point, float32 ``[N, K / group_size]``, by least squares with weights importance ``[K]``."""
     weights_G = importance.reshape(1, -1, group_size)
-    # Groups that no input reaches are fitted as if all columns counted alike.
+    # Without any input, all columns of a group count alike.
     weights_G = torch.where(weights_G.sum(-1, keepdim=True) > 0, weights_G, torch.ones_like(weights_G))
     weights_G = weights_G / weights_G.sum(-1, keepdim=True)
-    if packing.usable(weight, group_size, dtype):
-        return packing.fit_grid(weight, group_size, weights_G.flatten().float(), dtype)
+    if native.can_pack(weight, group_size, dtype):
+        return native.fit_grid(weight, group_size, weights_G.flatten().float(), dtype)
     fitted = [_fit(piece.unflatten(1, (-1, group_size)), weights_G, dtype) for piece in pieces(weight)]
     return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
 
@@ -122,14 +93,11 @@ def gptq(
     dtype: torch.dtype = torch.float32,
     tokens: float = math.inf,
 ) -> QuantizedWeight:
-    """Rounds a float32 matrix column by column, each error made up for by the columns that are left.
-
-    The grid is fitted once, before any column moves (`fit_grid`), so that the order of columns is free. What few
-    tokens seem to have in common may be chance, and errors made up for by it are errors made.
-    """
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323) of a float32 weight: columns with the largest inputs first."""
+    # Correlations over few tokens may be chance, so few tokens are damped more.
     damping = DAMPING + FEW_TOKENS * moments.features / tokens
     squares = moments.diagonal + moments.added(damping)
-    scale, zero = fit_grid(weight, group_size, squares, dtype)
+    scale, zero = fit_grid(weight, group_size, squares, dtype)  # before any column changes, so that any order will do
     order = squares.argsort(descending=True)
     compensation = moments.compensation(damping, order)
     q = round_compensating(weight[:, order], scale, zero, order // group_size, compensation)
@@ -139,10 +107,11 @@ def gptq(
 def awq(
     weight: Tensor, group_size: int, moments: SecondMoments, dtype: torch.dtype = torch.float32, may_scale: bool = True
 ) -> tuple[QuantizedWeight, Tensor | None]:
-    """Scales the input features of a float32 matrix so that its outputs err least; see `quantize_observed`."""
+    """AWQ (Lin et al. 2023, arXiv 2306.00978) of a float32 weight; returns as `quantize_observed`."""
     least = math.inf
     found: tuple[QuantizedWeight, Tensor | None] | None = None
     squares = moments.diagonal
+    # Input feature k is scaled by s_k before the fit, so that weights of large inputs are rounded less.
     for alpha in ALPHAS if may_scale else (0.0,):
         scale_K = _input_scale(squares, alpha) if alpha else torch.ones_like(squares)
         grid = round_to_grid(weight * scale_K, group_size, squares / scale_K.square(), dtype)
@@ -157,24 +126,16 @@ def awq(
 def round_to_grid(
     weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
 ) -> QuantizedWeight:
-    """Rounds every weight to the nearest point of the grid that `fit_grid` finds."""
+    """Rounds every weight to the nearest point of the grid of `fit_grid`."""
     return rounded_to(weight, *fit_grid(weight, group_size, importance, dtype), group_size)
 
 
 def round_compensating(
     weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, compensation: Compensation
 ) -> Tensor:
-    """Rounds columns in order; what the remaining columns can make up for of an error, they do.
-
-    After columns 0..j the others are moved to where the output error is least: column k by ``-e_j U_jk / U_jj``.
-
-    Args:
-        weight: ``[N, K]``, columns in the order of rounding; the result, q uint8 ``[N, K]``, has the same order.
-        scale, zero: ``[N, groups]``.
-        group_of: ``[K]``, the group of each column.
-        compensation: U with ``H^-1 = U^T U``, rows and columns in the same order.
-    """
-    round_block = packing.round_block if packing.usable(weight) else _round_block
+    """Rounds the columns of a weight ``[N, K]`` in order, to q uint8 ``[N, K]``; `group_of`: each column's group."""
+    # After columns 0..j the others move to the least output error: column k by -e_j U_jk / U_jj.
+    round_block = native.round_block if native.can_pack(weight) else _round_block
     group_of = group_of.contiguous()
     rows = max(1, _ELEMENTS_TOGETHER // weight.shape[1])
     found = []
@@ -201,16 +162,7 @@ def _round_block(
     errors_KN: Tensor,
     q_KN: Tensor,
 ) -> None:
-    """Rounds a block of columns, and makes up for errors within it.
-
-    Args:
-        left_KN: the columns, as those before the block left them; overwritten.
-        scale_GN, zero_GN: of every group.
-        group_of: ``[K]``, the group of each column.
-        factor: the columns' own ``[K, K]`` part of U.
-        errors_KN: receives what the columns after the block are to make up for.
-        q_KN: receives q.
-    """
+    """Rounds a block of columns; overwrites left_KN, fills q_KN and the errors for later columns, errors_KN."""
     for i, group in enumerate(group_of.tolist()):
         q = nearest(left_KN[i], scale_GN[group], zero_GN[group])
         errors_KN[i] = (left_KN[i] - (q * scale_GN[group] + zero_GN[group])) / factor[i, i]
@@ -238,7 +190,7 @@ def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _least_squares(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves for the scale and zero that suit the integers of a grid best, by weighted least squares."""
+    """Solves for the best scale and zero-point of a grid's integers, by weighted least squares."""
     q = nearest(groups, scale[..., None], zero[..., None])
     mean_q, mean_w = (q * importance).sum(-1), (groups * importance).sum(-1)
     spread = q - mean_q[..., None]
@@ -254,7 +206,174 @@ def _noise(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> T
 
 
 def _input_scale(squares: Tensor, alpha: float) -> Tensor:
-    """Returns s_k = (E x_k^2)^(alpha / 2) around 1; inputs that are never anything but zero count as the least one."""
+    """Returns s_k = (E x_k^2)^(alpha / 2), centred on 1; inputs that are always zero count as the least other one."""
     smallest = squares[squares > 0].min() if (squares > 0).any() else squares.new_ones(())
     scale = squares.clamp(min=smallest).pow(alpha / 2)
     return scale / (scale.max() * scale.min()).sqrt()
+
+
+class Compensation(ABC):
+    """U, upper triangular with ``(H + d I)^-1 = U^T U``, in blocks of `BLOCK` columns from the first to the last."""
+
+    @abstractmethod
+    def inside(self, block: slice) -> Tensor:
+        """Returns the block's own part of U, with contiguous rows."""
+
+    @abstractmethod
+    def carrier(self, left_KN: Tensor) -> Carry:
+        """Returns a function to call after each block in order, which updates later columns before their own block."""
+
+
+class SecondMoments(ABC):
+    """H, over K `features`."""
+
+    features: int
+
+    @property
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """The mean square of each feature ``[K]``."""
+
+    @property
+    @abstractmethod
+    def finite(self) -> bool: ...
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Returns H ``[K, K]``."""
+
+    @abstractmethod
+    def energy(self, matrix: Tensor) -> float:
+        """Returns tr(M H M^T), the mean squared length of M x, for M ``[N, K]``."""
+
+    @abstractmethod
+    def compensation(self, damping: float, order: Tensor) -> Compensation:
+        """Returns U of H damped by a share of the mean square, with columns in this order."""
+
+    def added(self, damping: float) -> float:
+        """Returns the damping that is added to H's diagonal; 1 if all inputs were zero."""
+        mean = self.diagonal.mean().item()
+        return damping * mean if mean > 0 else 1.0
+
+
+class WholeMoments(SecondMoments):
+    """H as a matrix ``[K, K]``."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix, self.features = matrix, len(matrix)
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self._matrix.diagonal()
+
+    @property
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self._matrix).all())
+
+    def matrix(self) -> Tensor:
+        return self._matrix
+
+    def energy(self, matrix: Tensor) -> float:
+        return torch.sum((matrix @ self._matrix) * matrix, dtype=torch.float64).item()
+
+    def compensation(self, damping: float, order: Tensor) -> Compensation:
+        ordered = self._matrix[order][:, order]
+        ordered.diagonal().add_(self.added(damping))
+        return WholeCompensation(inverse_factor(ordered))
+
+
+class RowMoments(SecondMoments):
+    """H as the T inputs ``[T, K]`` that it is a mean over: far fewer operations if T is far below K."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        self._inputs, self.features = inputs, inputs.shape[1]
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self._inputs.square().mean(0)
+
+    @property
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self._inputs).all())
+
+    def matrix(self) -> Tensor:
+        return self._inputs.T @ self._inputs / len(self._inputs)
+
+    def energy(self, matrix: Tensor) -> float:
+        outputs = matrix @ self._inputs.T
+        return torch.sum(outputs.square(), dtype=torch.float64).item() / len(self._inputs)
+
+    def compensation(self, damping: float, order: Tensor) -> Compensation:
+        return RowCompensation(self._inputs[:, order].T.contiguous() / len(self._inputs) ** 0.5, self.added(damping))
+
+
+class WholeCompensation(Compensation):
+    """U as a matrix ``[K, K]``."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self._factor = factor.contiguous()
+
+    def inside(self, block: slice) -> Tensor:
+        return self._factor[block, block]
+
+    def carrier(self, left_KN: Tensor) -> Carry:
+        def carry(block: slice, errors_KN: Tensor) -> None:
+            left_KN[block.stop :].addmm_(self._factor[block, block.stop :].T, errors_KN, alpha=-1)
+
+        return carry
+
+
+class RowCompensation(Compensation):
+    """U of ``d I + A A^T`` for A = inputs_KT and d = added, above 0."""
+
+    def __init__(self, inputs_KT: Tensor, added: float) -> None:
+        # With A_B the rows of a block, A_F those of later columns and M = (d I + A_F^T A_F)^-1 of T x T elements (the
+        # push-through identity, and Woodbury's for the block before): the inverse over B and F has (d S)^-1 over B,
+        # where S = I + A_B M A_B^T; U_BB is the inverse factor of d S; U_BF = C A_F^T with C = -U_BB A_B M; and M of
+        # the block before is M - d C^T C. Errors e reach later columns through T numbers per output feature, the sums
+        # of C^T e.
+        features, tokens = inputs_KT.shape
+        self._inputs_KT, self._through_KT = inputs_KT, torch.empty_like(inputs_KT)
+        self._inside: dict[int, Tensor] = {}
+        inverse_TT = torch.eye(tokens, dtype=inputs_KT.dtype, device=inputs_KT.device) / added
+        for start in reversed(range(0, features, BLOCK)):
+            own = inputs_KT[start : start + BLOCK]
+            met = own @ inverse_TT
+            left = added * (met @ own.T)
+            left.diagonal().add_(added)
+            self._inside[start] = inner = inverse_factor(left).contiguous()
+            through = torch.mm(inner, met, out=self._through_KT[start : start + BLOCK]).neg_()
+            inverse_TT.addmm_(through.T, through, alpha=-added)
+
+    def inside(self, block: slice) -> Tensor:
+        return self._inside[block.start]
+
+    def carrier(self, left_KN: Tensor) -> Carry:
+        sums_TN = left_KN.new_zeros(self._inputs_KT.shape[1], left_KN.shape[1])
+
+        def carry(block: slice, errors_KN: Tensor) -> None:
+            following = slice(block.stop, block.stop + BLOCK)
+            sums_TN.addmm_(self._through_KT[block].T, errors_KN)
+            left_KN[following].addmm_(self._inputs_KT[following], sums_TN, alpha=-1)
+
+        return carry
+
+
+def inverse_factor(moments: Tensor) -> Tensor:
+    """Returns the upper triangular U with ``H^-1 = U^T U``."""
+    # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U is R's inverse.
+    return _upper_inverse(torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1))
+
+
+def _upper_inverse(upper: Tensor) -> Tensor:
+    """Inverts an upper triangular matrix by halves: a solver takes three times the operations."""
+    size = len(upper)
+    if size <= BLOCK:
+        eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, eye, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = first = _upper_inverse(upper[:half, :half])
+    inverse[half:, half:] = last = _upper_inverse(upper[half:, half:])
+    inverse[:half, half:] = -(first @ upper[:half, half:] @ last)
+    return inverse

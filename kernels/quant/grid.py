@@ -1,13 +1,9 @@
-"""Group-wise 4-bit quantization of weight matrices: round-to-nearest and HQQ, with their signal-to-noise ratio.
+"""Group-wise 4-bit quantization of weights: round-to-nearest and HQQ, and signal-to-noise ratios.
 
-Quantizers that look at a matrix's inputs too are in :mod:`river_compile.kernels.quant.calibrated`.
-
-Every quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:`QuantizedWeight`, whose grid is
+A quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:`QuantizedWeight`, with q in 0..15:
 
     w[n, k] = (q[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
-
-with ``q`` in 0..15 and a floating-point ``zero`` (the value of the grid's middle point). How the integers are packed
-into bytes for a kernel is a layout's matter: see :mod:`river_compile.kernels.quant.layouts`.
+Not handled: calibration inputs (`quant.calibrated`), and the bytes that a kernel reads (`quant.layouts`).
 """
 
 from __future__ import annotations
@@ -27,57 +23,50 @@ MID_POINT = 8
 MAX_Q = 15
 QUANTIZERS = ("hqq", "rtn", "symmetric")
 GROUP_SIZES = (32, 64, 128)
-_SHARES = tuple(1 - 0.03 * i for i in range(12))  # of a group's extent, that a symmetric grid covers
+_SHARES = tuple(1 - 0.03 * i for i in range(12))  # of a group's range, that a symmetric grid covers
 _PIECE_ELEMENTS = 32_000
 _SLAB_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix of 4 bits before packing.
+    """The quantization parameters and integers of a 4-bit weight, before packing."""
 
-    Attributes:
-        q: uint8 ``[N, K]``, values 0..15.
-        scale, zero: float32 ``[N, K // group_size]``; zero is the weight that ``q == 8`` stands for.
-        group_size: consecutive input features that share a scale and a zero.
-    """
-
-    q: Tensor
-    scale: Tensor
-    zero: Tensor
-    group_size: int
+    q: Tensor  # uint8 [N, K], values 0..15
+    scale: Tensor  # float32 [N, K // group_size]
+    zero: Tensor  # float32 [N, K // group_size], the weight at q == 8
+    group_size: int  # consecutive input features that share scale and zero-point
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.q.shape[0], self.q.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the matrix ``[N, K]`` that the integers stand for, computed in `dtype`."""
+        """Returns the weight ``[N, K]``, computed in `dtype`."""
         n, k = self.shape
         groups = self.q.to(dtype).reshape(n, k // self.group_size, self.group_size)
         w = (groups - MID_POINT) * self.scale.to(dtype)[..., None] + self.zero.to(dtype)[..., None]
         return w.reshape(n, k)
 
     def to(self, device: torch.device) -> QuantizedWeight:
-        """Returns the same grid on a device."""
         q, scale, zero = (tensor.to(device) for tensor in (self.q, self.scale, self.zero))
         return replace(self, q=q, scale=scale, zero=zero)
 
     def split(self, matrices: int) -> list[QuantizedWeight]:
-        """Cuts a stack of equal matrices, one below the other, into these."""
+        """Splits a stack of equal weights, one below the other."""
         parts = (tensor.chunk(matrices) for tensor in (self.q, self.scale, self.zero))
         return [QuantizedWeight(q, scale, zero, self.group_size) for q, scale, zero in zip(*parts, strict=True)]
 
     @staticmethod
     def stacked(grids: Sequence[QuantizedWeight]) -> QuantizedWeight:
-        """Puts grids with equal columns one below the other."""
+        """Stacks grids with equal columns, one below the other."""
         if len(grids) == 1:
             return grids[0]
         q, scale, zero = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("q", "scale", "zero"))
         return QuantizedWeight(q, scale, zero, grids[0].group_size)
 
     def rounded(self, dtype: torch.dtype) -> QuantizedWeight:
-        """Returns the same grid with scale and zero rounded to `dtype`, as a kernel with such parameters sees it."""
+        """Returns the grid with scale and zero-point rounded to `dtype`, as a kernel stores them."""
         return replace(self, scale=self.scale.to(dtype).float(), zero=self.zero.to(dtype).float())
 
 
@@ -87,18 +76,7 @@ def fitting_group_size(in_features: int, requested: int) -> int:
 
 
 def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> QuantizedWeight:
-    """Quantizes a matrix to 4 bits.
-
-    Args:
-        weight: floating-point ``[N, K]``; must be finite.
-        group_size: a divisor of K.
-        quantizer: ``"hqq"`` (half-quadratic quantization, Badri and Shaji 2023, solved by torchao), ``"rtn"`` (round to
-            nearest between the group's extremes) or ``"symmetric"`` (round to nearest with a zero of 0, as the formats
-            of other programs have it).
-
-    Raises:
-        ValueError: an unknown quantizer, a group size that does not divide K, or weights that are not finite.
-    """
+    """Quantizes a finite weight ``[N, K]``; `group_size` divides K. Raises ValueError as `check_matrix`."""
     check_choice("quantizer", quantizer, QUANTIZERS)
     solve = {"hqq": _hqq, "rtn": _rtn, "symmetric": _symmetric}[quantizer]
 
@@ -113,22 +91,15 @@ def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> Quantiz
 
 
 def threads_for(weight: Tensor) -> int:
-    """Returns how many threads pack matrices like this one: torch's on a CPU, one where it lies on a device.
-
-    A device's stream runs one kernel after the other whatever the threads, and each thread's copies in float32 would
-    fill its memory.
-    """
+    """Returns how many threads quantize weights like this one: torch's on a CPU, one on a GPU."""
+    # A GPU's stream serializes kernels, and each thread's float32 copies would fill its memory.
     return max(1, torch.get_num_threads()) if weight.device.type == "cpu" else 1
 
 
 def check_matrix(weight: Tensor, group_size: int) -> Tensor:
-    """Returns a matrix in float32.
-
-    Raises:
-        ValueError: it is not a finite matrix, or the group size does not divide its columns.
-    """
+    """Returns a weight in float32; raises ValueError if it is not a finite matrix or `group_size` does not divide K."""
     if weight.dim() != 2:
-        raise ValueError(f"a weight matrix has 2 dimensions, this one has shape {tuple(weight.shape)}")
+        raise ValueError(f"a weight to quantize has 2 dimensions, this one has shape {tuple(weight.shape)}")
     if group_size < 1 or weight.shape[1] % group_size:
         raise ValueError(f"group_size={group_size} does not divide the {weight.shape[1]} input features")
     weight = weight.detach().float()
@@ -155,14 +126,14 @@ def decibels(signal: float, noise: float) -> float:
 
 
 def spanning_grid(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero of the grid from the least to the largest weight of each group ``[..., G]``."""
+    """Returns scale and zero-point from the least to the largest weight of each group ``[..., G]``."""
     low, high = groups.amin(-1), groups.amax(-1)
     scale = (high - low) / MAX_Q
     return storable_grid(scale, low + MID_POINT * scale, low, dtype)
 
 
 def storable_grid(scale: Tensor, zero: Tensor, low: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rounds a grid to `dtype`; a constant group, of weights `low`, becomes the one point that q = 8 hits."""
+    """Rounds a grid to `dtype`; in a constant group, of weights `low`, q = 8 is exact."""
     scale = scale.to(dtype).float()
     constant = scale < torch.finfo(torch.float32).tiny
     zero = torch.where(constant, low, zero).to(dtype).float()
@@ -175,24 +146,22 @@ def nearest(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def rounded_to(weight: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> QuantizedWeight:
-    """Rounds every weight of a matrix to the nearest point of its group's grid."""
+    """Rounds every weight to the nearest point of its group's grid."""
     q = nearest(weight.unflatten(1, (-1, group_size)), scale[..., None], zero[..., None])
     return QuantizedWeight((q + MID_POINT).flatten(1).to(torch.uint8), scale, zero, group_size)
 
 
 def _slabs(weight: Tensor) -> Sequence[Tensor]:
-    """Cuts a matrix into runs of rows of which a few may be copied in higher precision; other tensors stay whole."""
+    """Splits a matrix by rows, to copy a few in higher precision at a time; other tensors stay whole."""
     if weight.dim() != 2 or weight.device.type != "cpu":
         return [weight]
     return weight.split(max(1, _SLAB_ELEMENTS // max(1, weight.shape[1])))
 
 
 def pieces(weight: Tensor) -> Sequence[Tensor]:
-    """Cuts a matrix into runs of rows for solvers that sweep over their input dozens of times.
-
-    In pieces that fit a core's cache that is several times faster on a CPU, and pieces below the size at which ATen
-    starts threads leave the cores to whoever quantizes other matrices.
-    """
+    """Splits a weight by rows for solvers that sweep over their input dozens of times."""
+    # Pieces that fit a core's cache are several times faster. Below the size at which ATen starts threads, they leave
+    # the other cores to other weights.
     rows = max(1, _PIECE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
     return weight.split(rows)
 
@@ -202,12 +171,12 @@ def _rtn(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 
 def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
-    """Runs torchao's solver; a contract test pins its private function."""
+    """Runs torchao's solver (Badri and Shaji 2023); a contract test pins its private function."""
     how = {"nbits": 4, "group_size": group_size, "axis": 1, "compute_dtype": torch.float32}
     q, scale, zero, _shape = _torchao_hqq()(weight, device=weight.device.type, **how)
     start = _rtn(weight, group_size)
     q, scale, zero = q.reshape(start.q.shape), scale.reshape(start.scale.shape), zero.reshape(start.zero.shape)
-    # HQQ divides by the group's extent and caps the quotient: groups (nearly) constant keep the exact grid instead.
+    # HQQ divides by the group's range and caps the quotient: (nearly) constant groups keep the exact grid instead.
     groups = weight.unflatten(1, (-1, group_size))
     usable = (groups.amax(-1) - groups.amin(-1) > MAX_Q / 2e4) & torch.isfinite(scale) & torch.isfinite(zero)
     return QuantizedWeight(
@@ -219,12 +188,10 @@ def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 
 def _symmetric(weight: Tensor, group_size: int) -> QuantizedWeight:
-    """Rounds to multiples -8..7 of a scale, which has the sign that brings the largest weight to -8.
-
-    Of some scales that let the largest weights be cut off, each group takes the one with the least squared error.
-    """
+    """Rounds to multiples -8..7 of a scale, whose sign maps the largest weight to -8; zero-point 0."""
     groups = weight.unflatten(1, (-1, group_size))
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    # Each group takes the clipping of its largest weights with the least squared error.
     best, least = torch.ones_like(largest), torch.full_like(largest, math.inf)
     for share in _SHARES:
         scale = (largest * (share / -MID_POINT)).bfloat16().float()
@@ -236,7 +203,6 @@ def _symmetric(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 @functools.cache
 def _torchao_hqq() -> Callable[..., tuple]:
-    """Imports torchao's solver."""
     from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
 
     return _choose_qparams_and_quantize_affine_hqq

@@ -1,26 +1,7 @@
-"""4-bit matrices as the bytes that a kernel reads: named layouts, each with pack and unpack.
+"""4-bit weights as the bytes that a kernel reads: named layouts, each with pack and unpack.
 
-Layouts (N output features, K input features padded to whole groups of G)
-
-    "triton"    qweight int32 [N, K / 8]: word i of a row holds the features 8 i to 8 i + 7, the even ones in its lower
-                half and the odd ones in its upper half: feature 8 i + 2 p + h in bits 16 h + 4 p to 16 h + 4 p + 3.
-                scale_zero float16 or bfloat16 [N, K / G, 2].
-    "plain"     qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
-                scale_zero float32 [N, K / G, 2].
-    "native"    for the C++ kernels, N' = N rounded up to a multiple of 16: qweight uint8 [N' / 16, K / G, G / 8, 64]:
-                byte 4 n + j of a line of 64 holds, for output feature n of its 16, the line's input feature j in the
-                low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G, 16, 2]. Products round
-                activations to 8 bits.
-
-A matrix of the backbone may lie in a layout of `LOSSLESS`, which have no grid: "12bit" and "12bit_triton" (`bf12`),
-where qweight are its units and scale_zero its side, or "8bit" (`bits8`), where scale_zero is its scale. One that does
-not fit there is qweight itself, as it was, and scale_zero is empty.
-
-Experts' matrices of one shape are stacked: their tensors have a dimension more in front.
-
-`scale_zero[..., 0]` is the scale, `[..., 1]` the weight that q = 8 stands for. A new layout is an entry of `LAYOUTS`;
-its bytes are the same on every machine, so that files may hold them.
-Not handled: sharing one scale between rows, groups across rows, other numbers of bits than 4.
+A new layout is an entry of `LAYOUTS`; its bytes are the same on every machine, so that files may hold them.
+Not handled: one scale for several rows, groups across rows, and numbers of bits other than 4 (`quant.lossless`).
 """
 
 from __future__ import annotations
@@ -34,95 +15,98 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
-from river_compile.kernels.quant import bf12, bits8
+from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES, QuantizedWeight
+
+PLAIN_LAYOUT = "plain"  # for plain torch
+NATIVE_LAYOUT = "native"  # for the C++ kernels
+LOSSLESS = (*lossless.LAYOUTS_12BIT, lossless.LAYOUT_8BIT)  # layouts that keep the weights' values
+_TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles in the layout "triton", from the lowest on
+
+# Layouts, for N output features and K input features padded to whole groups of G. scale_zero[..., 0] is the scale,
+# [..., 1] the zero-point (the weight at q = 8). A stack of experts has one more dimension in front.
+#
+#   triton  qweight int32 [N, K / 8]: word i of a row holds the features 8 i to 8 i + 7, the even ones in its lower half
+#           and the odd ones in its upper half: feature 8 i + 2 p + h in bits 16 h + 4 p to 16 h + 4 p + 3.
+#           scale_zero float16 or bfloat16 [N, K / G, 2].
+#   plain   qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
+#           scale_zero float32 [N, K / G, 2].
+#   native  for the C++ kernels, which round activations to 8 bits. N' = N rounded up to a multiple of 16:
+#           qweight uint8 [N' / 16, K / G, G / 8, 64]: byte 4 n + j of a line of 64 holds, for output feature n of its
+#           16, the line's input feature j in the low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G,
+#           16, 2].
+#   12bit   and the others of `LOSSLESS` have no grid: qweight and scale_zero are units and side, or qweight and scale,
+#           of `quant.lossless`. For a weight that does not fit there, qweight is the weight and scale_zero is empty.
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A packed 4-bit matrix, or a stack of such.
-
-    Attributes:
-        layout: name of the packing; the module's table has dtype and shape of `qweight` and `scale_zero` in it.
-        in_features: K, without the padding.
-        out_features: N, of each matrix of a stack.
-        experts: E, the matrices of a stack; 0 for a single one.
-    """
+    """A packed weight, or a stack of such; the comment above has the shapes of each layout."""
 
     layout: str
     qweight: Tensor
     scale_zero: Tensor
     group_size: int
-    in_features: int
-    out_features: int
-    experts: int = 0
+    in_features: int  # K, without padding
+    out_features: int  # N, of each weight of a stack
+    experts: int = 0  # E, the weights of a stack; 0 for a single one
 
     def unpack(self) -> QuantizedWeight:
-        """Returns the grid that the bytes stand for, its padding included; matrices of a stack one below the other."""
+        """Returns the grid with its padding, a stack one below the other."""
         if not self.experts:
             return layout(self.layout).unpack(self)
         return QuantizedWeight.stacked([self.matrix(i).unpack() for i in range(self.experts)])
 
     @property
     def unpacked(self) -> bool:
-        """Whether it is a matrix as it was, which a layout of `LOSSLESS` does not hold, or badly."""
+        """Whether the weight is stored as it was, because its layout of `LOSSLESS` does not fit it."""
         return self.layout in LOSSLESS and self.qweight.is_floating_point() and self.qweight.itemsize > 1
 
     def to(self, device: torch.device) -> PackedLinear:
-        """Returns the same matrix on a device."""
         return replace(self, qweight=self.qweight.to(device), scale_zero=self.scale_zero.to(device))
 
     def as_layout(self, name: str) -> PackedLinear:
-        """Returns the matrix in another layout, itself in its own."""
         if name == self.layout:
             return self
         grid = self.unpack()
         return pack_stack(grid, name, self.experts) if self.experts else pack(grid, name, self.in_features)
 
     def matrix(self, index: int) -> PackedLinear:
-        """Returns one matrix of a stack."""
+        """Returns one weight of a stack."""
         return replace(self, qweight=self.qweight[index], scale_zero=self.scale_zero[index], experts=0)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the matrix ``[N, K]`` in `dtype`, of E stacked ones ``[E N, K]``."""
+        """Returns the weight ``[N, K]`` in `dtype`, a stack as ``[E N, K]``."""
         if self.unpacked:
             return self.qweight.to(dtype)
-        if self.layout == bits8.LAYOUT:
-            return bits8.dequantize(self.qweight, self.scale_zero).to(dtype)
-        if self.layout in bf12.LAYOUTS:
-            return bf12.unpack(self.qweight, self.scale_zero, self.out_features, self.in_features).to(dtype)
+        if self.layout == lossless.LAYOUT_8BIT:
+            return lossless.dequantize_8bit(self.qweight, self.scale_zero).to(dtype)
+        if self.layout in lossless.LAYOUTS_12BIT:
+            return lossless.unpack_12bit(self.qweight, self.scale_zero, self.out_features, self.in_features).to(dtype)
         return self.unpack().dequantize(dtype)[:, : self.in_features]
 
 
-def pack_lossless(weights: Sequence[Tensor], layout_name: str = bf12.LAYOUT) -> PackedLinear:
-    """Returns matrices ``[N_i, K]``, one below the other, in a layout of `LOSSLESS`.
-
-    It lies on the CPU. One with more than `bf12.MOST_PATCHED` patches, or that is none of 8 bits, stays what it is
-    (`unpacked`).
-    """
+def pack_lossless(weights: Sequence[Tensor], layout_name: str = lossless.LAYOUT_12BIT) -> PackedLinear:
+    """Packs weights ``[N_i, K]``, one below the other, in a layout of `LOSSLESS` on the CPU; see `unpacked`."""
     n, k = sum(map(len, weights)), weights[0].shape[1]
-    if layout_name == bits8.LAYOUT:
-        found = bits8.pack(weights)
+    if layout_name == lossless.LAYOUT_8BIT:
+        found = lossless.pack_8bit(weights)
         if found is not None:
             return PackedLinear(layout_name, *found, 0, k, n)
-    parts = [part.dequantize().to(part.dtype) if bits8.held_by(part) else part.detach().cpu() for part in weights]
+    parts = [
+        part.dequantize().to(part.dtype) if lossless.torchao_parts(part) else part.detach().cpu() for part in weights
+    ]
     weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-    counts = bf12.count(weight) if layout_name in bf12.LAYOUTS else None
-    if counts is None or bf12.patched_share(counts) > bf12.MOST_PATCHED:
+    counts = lossless.count_upper_bytes(weight) if layout_name in lossless.LAYOUTS_12BIT else None
+    if counts is None or lossless.patched_share(counts) > lossless.MAX_PATCHED_SHARE:
         return PackedLinear(layout_name, weight.clone(), torch.zeros(0, dtype=torch.int32), 0, k, n)
-    return PackedLinear(layout_name, *bf12.pack(weight, counts), 0, k, n)
-
-
-#: Layouts of matrices that keep their values.
-LOSSLESS = (*bf12.LAYOUTS, bits8.LAYOUT)
-PLAIN_LAYOUT = "plain"  # of the products in plain torch
-NATIVE_LAYOUT = "native"  # that of the C++ kernels
+    return PackedLinear(layout_name, *lossless.pack_12bit(weight, counts), 0, k, n)
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Returns shapes and possible dtypes of the tensors of a matrix ``[N, K]`` in a layout that files have."""
-    if name in bf12.LAYOUTS:
-        units, side = bf12.shapes(n, k)
+    """Returns shapes and allowed dtypes of the tensors of a weight ``[N, K]``, for layouts that files may hold."""
+    if name in lossless.LAYOUTS_12BIT:
+        units, side = lossless.shapes_12bit(n, k)
         return {"qweight": (units, (torch.uint8,)), "scale_zero": (side, (torch.int32,))}
     blocks, pairs = (-(-n // 16), k // group), (n, k // group, 2)
     native = ((*blocks, 16, 2), (torch.bfloat16,))
@@ -135,42 +119,28 @@ def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[i
 
 
 def linear_by_dequantizing(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    """Returns x W^T + bias in plain torch, for layouts without a product of their own."""
+    """Returns x W^T + bias in plain torch, for layouts without a kernel of their own."""
     return F.linear(x, packed.dequantize(x.dtype), bias)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to arrange a 4-bit matrix.
+    """Functions of one layout."""
 
-    Attributes:
-        pack: grid -> (qweight, scale_zero).
-        unpack: packed matrix -> grid.
-        linear: (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype, any device the layout is made for.
-    """
-
-    pack: Callable[[QuantizedWeight], tuple[Tensor, Tensor]]
+    pack: Callable[[QuantizedWeight], tuple[Tensor, Tensor]]  # to qweight and scale_zero
     unpack: Callable[[PackedLinear], QuantizedWeight]
+    # (x [..., K], packed, bias or None) -> x W^T + bias in x.dtype
     linear: Callable[[Tensor, PackedLinear, Tensor | None], Tensor] = linear_by_dequantizing
 
 
 def layout(name: str) -> Layout:
-    """Returns the layout of that name; raises a ValueError that lists the known ones."""
+    """Returns the layout of a name; raises ValueError with the known ones."""
     check_choice("layout", name, tuple(LAYOUTS))
     return LAYOUTS[name]
 
 
 def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = None) -> PackedLinear:
-    """Packs a grid.
-
-    Args:
-        weight: the grid ``[N, K]``; K a multiple of its group size.
-        layout_name: see the module's table.
-        in_features: the features that count where the grid's K is padded; None for all.
-
-    Raises:
-        ValueError: an unknown layout, a group size without kernels, or `in_features` outside the last group.
-    """
+    """Packs a grid ``[N, K]``; `in_features`: without padding. Raises ValueError for sizes that no kernel has."""
     chosen = layout(layout_name)
     n, k = weight.shape
     in_features = k if in_features is None else in_features
@@ -182,9 +152,9 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
 
 
 def pack_stack(weight: QuantizedWeight, layout_name: str, experts: int) -> PackedLinear:
-    """Packs a grid of E matrices ``[N, K]`` one below the other as a stack of E; raises a ValueError as `pack`."""
+    """Packs a grid of E weights ``[N, K]``, one below the other, as a stack of E; raises as `pack`."""
     packed = [pack(matrix, layout_name) for matrix in weight.split(experts)]
-    if len({matrix.scale_zero.dtype for matrix in packed}) > 1:  # (float16 has room for some of them alone)
+    if len({matrix.scale_zero.dtype for matrix in packed}) > 1:  # float16 holds the parameters of some only
         return pack_stack(weight.rounded(torch.bfloat16), layout_name, experts)
     qweight, scale_zero = (torch.stack([getattr(m, part) for m in packed]) for part in ("qweight", "scale_zero"))
     return replace(packed[0], qweight=qweight, scale_zero=scale_zero, experts=experts)
@@ -195,20 +165,14 @@ def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def parameter_dtype(weight: QuantizedWeight) -> torch.dtype:
-    """Returns the 16-bit dtype for scales and zeros: bfloat16 where it holds them exactly or float16 has no room.
-
-    Twins round their grids to bfloat16 whatever the layout, so that all layouts stand for the same weights.
-    """
+    """Returns the 16-bit dtype of scales and zero-points: bfloat16 if it is exact or float16 overflows."""
+    # Twins round their grids to bfloat16 in every layout, so that all layouts have the same weights.
     if all(torch.equal(t.bfloat16().float(), t) for t in (weight.scale, weight.zero)):
         return torch.bfloat16
     largest = max(weight.scale.abs().max().item(), weight.zero.abs().max().item())
     smallest = weight.scale.abs().min().item()
     limits = torch.finfo(torch.float16)
     return torch.float16 if largest <= limits.max and smallest >= limits.tiny else torch.bfloat16
-
-
-#: Which of the eight features of a word of the layout "triton" stands in each of its nibbles, from the lowest on.
-_TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def _pack_triton(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:

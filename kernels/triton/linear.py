@@ -1,82 +1,82 @@
-"""Specs of the linear kernels: y = epilogue(norm(x) W^T), with W in 4 bits, in 16, or in 12 that stand for 16.
+"""Specs and tiles of the linear kernels, y = epilogue(norm(x) W^T), with 4-bit, 16-bit or lossless 12-bit weights.
 
-Three forms (see the template): "groups" for 4-bit weights in groups of 64 or 128 and activations of 16 bits, whatever
-the number of rows: one `tl.dot` for each group, on the bits as they are. Other 4-bit weights, and those of 12 bits, are
-a matrix-vector product on ordinary multiply-adds for one row ("row"), else `tl.dot` on weights made beforehand ("dot"),
-as those of 16 bits are for any number of rows.
-
-Weights of 16 and 12 bits are the backbone's, which verifies drafts in passes of several widths: one kernel serves them
-all and does not know how many rows there are, so a row has the same bits in each (with weights of 12 bits, from two
-rows on). Such passes have up to 16 rows; more are a library's.
-
-Split-K writes partial sums that a second launch adds in a fixed order: no atomics, so two runs are bit-identical. A
-norm in front needs the whole row and excludes split-K.
-
-With `experts` the weight is a stack of matrices and each row of x names the one it meets: x has the rows that a router
-made, one for each token and expert. Up to 16 rows are as many products of one row, so that only matrices that were
-chosen are read; more rows are sorted by expert, in tiles of rows of one expert.
-
-Matrices in 16 bits that meet the same x may be several tensors, whose rows `matrices` counts: q|k|v of one product,
-gate and up of another. A program finds its own, so that nothing is copied together.
-
-Weights in 12 bits are those of `quant.bf12`: four rows make a unit, and patches are added to the sums afterwards.
-
-Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", which takes both in one
-dtype; groups of 32 in the form "groups" (Triton before 3.9
-passes each weight through shared memory again).
-
-Legend: M rows, N output features, K input features, G group size, all of one weight matrix of a gated pair.
+Legend: M rows, N output features, K input features, G group size, all of one weight of a gated pair.
+Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", groups of 32 in the form
+"groups", and new tiles for shapes far from all of a table (`tools.kernels.search` finds one).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.util
+import json
 import math
+import operator
+import os
+import re
+import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
 from river_compile.kernels.checks import check_choice, check_positive
-from river_compile.kernels.quant.bf12 import BLOCK, FOUR, UNIT, UNIT_BYTES
+from river_compile.kernels.files import cache_folder
+from river_compile.kernels.quant.lossless import BLOCK, FOUR, UNIT, UNIT_BYTES
 from river_compile.kernels.triton.spec import (
     ACTIVATION_DTYPES,
+    DEFAULT_DEVICE,
     Buffer,
     Cost,
     KernelSpec,
     Stage,
     is_power_of_two,
+    next_power_of_two,
 )
 
+SHIPPED = Path(__file__).with_name("tiles.json")
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
-MAX_EXACT_ROWS = 16
+MAX_EXACT_ROWS = 16  # of decoding and verification; a library multiplies more rows
+ATTENTION_BLOCK = 32  # slots of a step of attention
+Shape: TypeAlias = tuple[int, int]  # output and input features; of attention KV heads and slots
+# By device and form. `SHIPPED` has architectures, and an unknown one takes the nearest older one's tiles. Devices of
+# the tuning file include the version of Triton, since another one compiles the same source to other code. Both are
+# JSON, {device: {form: {"NxK": fields of the tile, or splits}}}, written by `python -m tools.kernels.tune`.
+Table: TypeAlias = dict[str, dict[str, dict[Shape, tuple[int, ...]]]]
 
 
 def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
-    """Returns the form of a product, by the fields of a spec: "groups", "row" or "dot"."""
+    """Returns the form of a matmul from the fields of a spec: "groups", "row" or "dot"."""
+    # "groups" (4-bit weights, any number of rows): a `tl.dot` for each group, on the bits as they are. Triton before
+    # 3.9 would pass each weight of groups of 32 through shared memory again. "row": multiply-adds, for one row. "dot":
+    # `tl.dot` on unpacked weights.
     if weights == "w4" and group_size >= 64 and dtype != "float32":
         return "groups"
     return "row" if row_by_row and weights != "dense" else "dot"
 
 
-def least_columns(weights: str, form: str) -> int:
-    """Returns the least output features of a tile: one, or a dot's 16; of weights in 12 bits as many units."""
+def min_columns(weights: str, form: str) -> int:
+    """Returns the least output features of a tile: one, or a dot's 16, times a unit's of 12-bit weights."""
     one = FOUR if weights == "bf12" else 1
     return one if form == "row" else 16 * one
 
 
 def part_name(name: str, index: int) -> str:
-    """Returns the name of the buffer of one of several matrices, or of its bias."""
+    """Returns the name of the buffer of one of several weights, or of its bias."""
     return f"{name}_{index}" if index else name
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """How one program cuts the product; powers of two except `split_k`."""
+    """How one program tiles the matmul; powers of two except `split_k` and `num_stages`."""
 
     block_n: int  # output features of a program
     block_k: int  # input features of a step; a multiple of the group size for 4-bit weights
     block_m: int = 1  # rows of a program: 1 in the form "row", at least 8 in "groups", at least 16 in "dot"
-    split_k: int = 1  # programs that share one output; more than 1 adds a second launch
+    split_k: int = 1  # programs that share one output; a second launch adds them in a fixed order, without atomics
     num_warps: int = 4
     num_stages: int = 2  # depth of the software pipeline over the steps
 
@@ -89,31 +89,36 @@ class LinearTile:
 
 @dataclass(frozen=True)
 class LinearSpec(KernelSpec):
-    """One linear kernel. See the module's legend."""
+    """One linear kernel; the module's head has the legend."""
 
     family: ClassVar[str] = "linear"
     reduce_block: ClassVar[int] = 256
 
-    rows: (
-        int | None
-    )  # M for 1 to 16 rows; None for any number, given at launch, as all of 16 and several of 12 bits are
+    # M for 1 to 16 rows; None for any number, given at launch. Weights of 16 bits, and of 12 bits from two rows on,
+    # leave it open: these are the unquantized model's, which verifies drafts of several widths, and a row has the same
+    # bits in all.
+    rows: int | None
     in_features: int
     out_features: int  # of the result; a gated kernel reads 2 N weight rows, the gate's first
     tile: LinearTile
-    weights: str = "w4"  # the layout "triton" of `quant.layouts`; "dense", [N, K] in `dtype`; "bf12" of `quant.bf12`
+    # "w4", layout "triton" of `quant.layouts`; "dense", [N, K] in `dtype`; "bf12", the 12 bits of `quant.lossless`.
+    weights: str = "w4"
     group_size: int = 64  # 32, 64 or 128; 0 for weights that have no groups
     dtype: str = "bfloat16"  # of the activations, the norm's weight, the bias, the residual and the result
     parameter_dtype: str = "float16"  # of scale and zero: float16 or bfloat16
-    norm: str = "none"  # "rms": x / rms(x) * w; "rms_plus_one": Gemma's (1 + w); "layer"
+    # "rms": x / rms(x) * w; "rms_plus_one": Gemma's (1 + w); "layer". It needs the whole row and excludes split-K.
+    norm: str = "none"
     eps: float = 1e-6  # as in torch
     norm_bias: bool = False
     bias: bool = False
     residual: bool = False  # added last
-    activation: str = "none"  # after the bias; in a gated kernel of the gate alone
-    gated: bool = False  # the weight holds a gate and an up projection, whose product is the result
+    activation: str = "none"  # after the bias; in a gated kernel, of the gate only
+    gated: bool = False  # the weight holds a gate and an up projection, which are multiplied
     x_stride: int = 0  # elements between two rows of x; 0 stands for K
-    experts: int = 0  # matrices of a stack, all 4-bit and of this shape; 0 for a single one
-    matrices: tuple[int, ...] = ()  # rows of each of several dense matrices, one below the other; () for a single one
+    # 4-bit weights of a stack, of which each row of x names one; 0 for a single one. Up to 16 rows run one by one, to
+    # read only the chosen weights; more rows are sorted by expert, in tiles of rows of one expert.
+    experts: int = 0
+    matrices: tuple[int, ...] = ()  # rows of each of several dense weights, which are not copied together; () for one
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -121,14 +126,14 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"rows={self.rows} is outside 1..{MAX_EXACT_ROWS}; use rows=None for more")
         if self.rows not in (None, *{"w4": (self.rows,), "dense": (), "bf12": (1,)}[self.weights]):
             raise ValueError(
-                f"rows={self.rows}: one kernel serves all passes of weights={self.weights!r}; use rows=None"
+                f"rows={self.rows}: one kernel serves any number of rows with weights={self.weights!r}; use rows=None"
             )
         if self.weights == "w4" and self.tile.block_k % self.group_size:
             raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
         least = {"row": 1, "groups": 8, "dot": 16}[self.form]
         if self.tile.block_m < least or (self.form == "row" and self.tile.block_m > 1):
             raise ValueError(f"block_m={self.tile.block_m} does not fit the form {self.form!r}: {least} for one row")
-        columns = least_columns(self.weights, self.form)
+        columns = min_columns(self.weights, self.form)
         if self.tile.block_n < columns:
             raise ValueError(f"block_n={self.tile.block_n} is too narrow for form={self.form!r}; at least {columns}")
         if self.form == "dot" and self.dot_length < 16:
@@ -136,8 +141,8 @@ class LinearSpec(KernelSpec):
         if self.norm != "none" and self.tile.split_k > 1:
             raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
         if self.weights == "bf12" and self.tile.block_k % UNIT:
-            raise ValueError(f"block_k={self.tile.block_k} does not hold whole units of {UNIT} weights in 12 bits")
-        if not self.parts_fit(self.tile):
+            raise ValueError(f"block_k={self.tile.block_k} does not hold whole units of {UNIT} 12-bit weights")
+        if not self.divides_matrices(self.tile):
             raise ValueError(
                 f"block_n={self.tile.block_n}, split_k={self.tile.split_k} do not fit {self.matrices} rows"
             )
@@ -157,18 +162,18 @@ class LinearSpec(KernelSpec):
             raise ValueError(f"experts={self.experts} goes with 4-bit weights, without norm, bias and residual")
         rows = self.out_features * len(self.streams)
         if self.matrices and (self.weights != "dense" or sum(self.matrices) != rows or len(self.matrices) < 2):
-            raise ValueError(f"matrices={self.matrices} are the rows of several dense matrices, {rows} in all")
+            raise ValueError(f"matrices={self.matrices} are the rows of several dense weights, {rows} in all")
         if self.matrices and self.gated and self.matrices != (self.out_features,) * 2:
             raise ValueError(f"matrices={self.matrices}: a gated kernel takes a gate and an up projection of one size")
         if self.weights == "bf12" and self.gated and self.out_features % FOUR:
-            raise ValueError(f"out_features={self.out_features}: a pair in 12 bits has a multiple of {FOUR}")
+            raise ValueError(f"out_features={self.out_features}: a 12-bit gated pair has a multiple of {FOUR}")
         if self.norm_bias and self.norm != "layer":
             raise ValueError(f"norm_bias=True goes with norm='layer', not with norm={self.norm!r}")
         if self.x_stride and self.x_stride < self.in_features:
             raise ValueError(f"x_stride={self.x_stride} is smaller than the {self.in_features} features of a row")
 
-    def parts_fit(self, tile: LinearTile) -> bool:
-        """Whether each program of a tile has one of `matrices` alone; partial sums of several meet no bias."""
+    def divides_matrices(self, tile: LinearTile) -> bool:
+        """Whether each program of a tile has rows of only one of `matrices`; with split-K there is no bias."""
         if not self.matrices:
             return True
         whole = self.gated or all(rows % tile.block_n == 0 for rows in self.matrices)
@@ -176,41 +181,38 @@ class LinearSpec(KernelSpec):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Names of the accumulators, one per weight matrix."""
+        """Names of the accumulators, one per weight."""
         return ("gate", "up") if self.gated else ("y",)
 
     @property
     def row_by_row(self) -> bool:
-        """Whether a program makes one row."""
+        """Whether a program computes one row."""
         return self.rows == 1 or (self.experts > 0 and self.rows is not None)
 
     @property
     def any_width(self) -> bool:
-        """Whether passes of all widths run this kernel, so that a row has the same bits in each."""
+        """Whether all numbers of rows run this kernel, so that a row has the same bits in each."""
         return self.rows is None and self.weights != "w4"
 
     @property
     def form(self) -> str:
-        """How the product is made: "groups", "row" or "dot"."""
         return form_of(self.weights, self.group_size, self.dtype, self.row_by_row)
 
     @property
     def norm_at_the_end(self) -> bool:
-        """Whether an RMSNorm's common factor meets the sums of a row instead of each activation.
-
-        Activations that are rounded before it must not overflow, which in float16 they might.
-        """
-        fits = self.form == "row" or self.dtype == "bfloat16" or (self.form == "dot" and self.dtype == "float32")
-        return fits and self.norm in ("rms", "rms_plus_one")
+        """Whether an RMSNorm's factor scales the sums of a row instead of each activation."""
+        # Activations are rounded before it. In float16 they might overflow.
+        no_overflow = self.form == "row" or self.dtype == "bfloat16" or (self.form == "dot" and self.dtype == "float32")
+        return no_overflow and self.norm in ("rms", "rms_plus_one")
 
     @property
     def pair_base(self) -> int:
-        """The power of two that the form "groups" puts q into: the ulp of 128 in bfloat16, of 1024 in float16, is 1."""
+        """The power of two added to q in the form "groups": the ulp of 128 in bfloat16, of 1024 in float16, is 1."""
         return 128 if self.dtype == "bfloat16" else 1024
 
     @property
     def weights_made_at_once(self) -> int:
-        """Packed weights that the instructions which are counted turn into numbers, each."""
+        """Packed weights that each of the counted instructions unpacks."""
         return 2 if self.form == "groups" or self.weights == "bf12" else 1
 
     @property
@@ -220,14 +222,14 @@ class LinearSpec(KernelSpec):
 
     @property
     def row_words(self) -> int:
-        """32-bit words of one row of 4-bit weights, 8 each; of four rows in 12 bits, those of their units."""
+        """32-bit words of one row of 4-bit weights, or of four rows of 12-bit weights."""
         if self.weights == "bf12":
             return math.ceil(self.in_features / UNIT) * UNIT_BYTES // 4
         return self.groups * self.group_size // 8
 
     @property
     def fours(self) -> int:
-        """Fours of output features that weights in 12 bits have."""
+        """Units of four output features in 12-bit weights."""
         return math.ceil(self.out_features * len(self.streams) / BLOCK) * BLOCK // FOUR
 
     @property
@@ -243,12 +245,12 @@ class LinearSpec(KernelSpec):
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
         m, k, n = self.rows or rows, self.in_features, self.out_features
         if m is None:
-            raise ValueError(f"this {self.family} kernel takes any number of rows; say how many")
+            raise ValueError(f"this {self.family} kernel takes any number of rows; pass the number as rows")
         found = {"x": Buffer(self.dtype, (m, k), strided=True)}
         if self.experts and self.row_by_row:
-            found["expert"] = Buffer("int64", (m,))  # of each row; no matrix's number: the row becomes zeros
+            found["expert"] = Buffer("int64", (m,))  # of each row; out of range: the row becomes zeros
         elif self.experts:
-            blocks = self.blocks(m)  # of rows of one expert; M in `row` and E in `expert` stand for none
+            blocks = self.blocks(m)  # of rows of one expert; M in `row` and E in `expert` mean none
             found |= {"row": Buffer("int64", (blocks * self.tile.block_m,)), "expert": Buffer("int64", (blocks,))}
         if self.norm != "none":
             found["norm_weight"] = Buffer(self.dtype, (k,))
@@ -266,7 +268,7 @@ class LinearSpec(KernelSpec):
         return {**found, "y": Buffer(self.dtype, (m, n))}
 
     def blocks(self, rows: int) -> int:
-        """Returns how many tiles of rows a launch has; experts' last tiles may have gaps."""
+        """Returns the row tiles of a launch; the last ones of experts may have gaps."""
         m = self.rows or rows
         if self.row_by_row:
             return m
@@ -274,7 +276,7 @@ class LinearSpec(KernelSpec):
         return m // self.tile.block_m + gaps if gaps else math.ceil(m / self.tile.block_m)
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns what a call costs, where every row has an expert of its own as long as there are any."""
+        """Returns the cost of a call in which as many experts as possible are read."""
         whole = super().cost(rows)
         if not self.experts:
             return whole
@@ -288,7 +290,7 @@ class LinearSpec(KernelSpec):
         if self.weights == "dense":
             parts = enumerate(self.matrices or (rows,))
             return {part_name("weight", i): Buffer(self.dtype, (size, self.in_features)) for i, size in parts}
-        if self.weights == "bf12":  # (as if there were no patches, which lie at the end)
+        if self.weights == "bf12":  # without patches, which lie at the end
             side = Buffer("int32", (4 + self.fours + 1,), strided=True)
             return {"units": Buffer("int32", (self.fours, self.row_words)), "side": side}
         return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
@@ -305,13 +307,160 @@ class LinearSpec(KernelSpec):
 
         if tile.split_k == 1:
             return (Stage(self.family, (*names, *scalars), grid, tile.num_warps, tile.num_stages),)
-        partial = names.index("partial")  # what stands before it makes the product, and what comes after it the result
-        product, epilogue = names[: partial + 1], names[partial:]
+        partial = names.index("partial")
+        matmul, epilogue = names[: partial + 1], names[partial:]
         return (
-            Stage(f"{self.family}_partial", (*product, *scalars), grid, tile.num_warps, tile.num_stages),
+            Stage(f"{self.family}_partial", (*matmul, *scalars), grid, tile.num_warps, tile.num_stages),
             Stage(f"{self.family}_reduce", (*epilogue, *scalars), reduce_grid, 4, 1),
         )
 
     def flops(self, rows: int | None = None) -> int:
         m, n = self.buffers(rows)["y"].shape
         return 2 * m * n * self.in_features * len(self.streams)
+
+
+def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:
+    """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; many rows stay open."""
+    step = max(128, fields.get("group_size", 64))
+    fields = {"weights": "w4", "group_size": 64, "dtype": "bfloat16", **fields}
+    exact = rows if rows <= {"w4": MAX_EXACT_ROWS, "bf12": 1, "dense": 0}[fields["weights"]] else None
+    row_by_row = exact == 1 or bool(exact and fields.get("experts"))
+    form = form_of(fields["weights"], fields["group_size"], fields["dtype"], row_by_row)
+    tile = LinearTile(min_columns(fields["weights"], form), step, 1 if form == "row" else 16)
+    return LinearSpec(exact, in_features, out_features, tile, **fields)
+
+
+def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE) -> LinearSpec:
+    """Returns `spec` with the tile measured for its shape on this device, else with that of the nearest shape."""
+    form, shape = form_key(spec), (spec.out_features, spec.in_features)
+    measured = read_table(tuning_file()).get(tuning_key(device), {}).get(form, {})
+    shipped = _shipped(device)[form]
+    found = measured.get(shape) or shipped[nearest(shipped, shape)]
+    return dataclasses.replace(spec, tile=_adapt(LinearTile(*found), spec))
+
+
+def form_key(spec: LinearSpec) -> str:
+    """Names the kind of kernel that a table has tiles for, of any shape."""
+    rows = "many rows" if spec.rows is None else f"up to {8 if min_rows(spec) == 8 else MAX_EXACT_ROWS} rows"
+    rows = "any rows" if spec.any_width else "one row" if spec.row_by_row else rows
+    weights = f"w4/{spec.group_size}" if spec.weights == "w4" else spec.weights
+    dtype = "float32" if spec.dtype == "float32" else "16 bits"
+    kind = "experts" if spec.experts else "gated" if spec.gated else "single"
+    return f"{weights}, {dtype}, {rows}, {kind}{'' if spec.norm == 'none' else ' behind a norm'}"
+
+
+def min_rows(spec: LinearSpec) -> int:
+    """Returns the least rows of a tile: a dot has at least 8 columns, for any number of rows."""
+    if spec.form == "groups":
+        return 8 if spec.row_by_row or (spec.rows or 16) <= 8 else 16
+    return 1 if spec.row_by_row else 16
+
+
+def _adapt(tile: LinearTile, spec: LinearSpec) -> LinearTile:
+    """Changes another shape's tile for a spec: weights are whole tiles, no split is empty."""
+    splits = 1 if spec.matrices and spec.bias else min(tile.split_k, math.ceil(spec.in_features / tile.block_k))
+    width = tile.block_n
+    if spec.matrices and not spec.gated:
+        width = max(math.gcd(width, *spec.matrices), min_columns(spec.weights, spec.form))
+    return dataclasses.replace(tile, block_n=width, split_k=splits)
+
+
+def interpreter_tile(spec: LinearSpec) -> LinearSpec:
+    """Returns `spec` with a large tile for Triton's interpreter, whose time depends on the number of operations."""
+    width = max(16, min_columns(spec.weights, spec.form), min(512, next_power_of_two(spec.out_features)))
+    if spec.matrices and not spec.gated:
+        width = math.gcd(width, *spec.matrices)
+    depth = max(128, min(2048, next_power_of_two(spec.in_features)))
+    return dataclasses.replace(spec, tile=LinearTile(width, depth, min_rows(spec)))
+
+
+def attention_splits(heads: int, slots: int, head_dim: int, device: str = DEFAULT_DEVICE) -> int:
+    """Returns how many programs share the cache of one of all `heads` KV heads."""
+    sizes = {int(form.split()[1]): form for form in _shipped(device) if form.startswith("attention")}
+    form = sizes[min(sizes, key=lambda size: (abs(math.log2(size / head_dim)), size))]
+    entries = _shipped(device)[form]
+    (splits,) = entries[nearest(entries, (heads, slots))]
+    return min(splits, 1 << math.ceil(slots / ATTENTION_BLOCK).bit_length() - 1)
+
+
+def nearest_architecture(name: str, known: Collection[str]) -> str:
+    """Returns the same architecture, else the newest older one of its vendor, else the oldest, else the default."""
+    vendor, number = _numbered(name)
+    of_vendor = sorted((other for other in known if _numbered(other)[0] == vendor), key=_numbered)
+    older = [other for other in of_vendor if _numbered(other)[1] <= number]
+    return (older[-1:] or of_vendor[:1] or [DEFAULT_DEVICE])[0]
+
+
+def _numbered(architecture: str) -> tuple[str, int]:
+    """Parses "sm_90" or "gfx90a" to the vendor's prefix and an increasing number; ("", 0) for anything else."""
+    found = re.fullmatch(r"(sm_)(\d+)|(gfx)([0-9a-f]+)", architecture)
+    if found is None:
+        return "", 0
+    vendor, number = filter(None, found.groups())
+    return vendor, int(number, 16 if vendor == "gfx" else 10)
+
+
+def nearest(shapes: Collection[Shape], shape: Shape) -> Shape:
+    """Returns the nearest shape by the logarithms of both sizes; of equally near ones the least."""
+
+    def distance(other: Shape) -> tuple[float, Shape]:
+        return math.log2(other[0] / shape[0]) ** 2 + math.log2(other[1] / shape[1]) ** 2, other
+
+    return min(shapes, key=distance)
+
+
+@functools.cache
+def _shipped(device: str) -> dict[str, dict[Shape, tuple[int, ...]]]:
+    table = read_table(SHIPPED)
+    return table[nearest_architecture(device, table)]
+
+
+def tuning_file() -> Path:
+    """Returns the path of measured tiles: $RIVER_COMPILE_TUNING, or ``tuning.json`` in the cache folder."""
+    return Path(os.environ.get("RIVER_COMPILE_TUNING") or cache_folder() / "tuning.json")
+
+
+@functools.cache
+def tuning_key(device: str) -> str:
+    """Names the device of measured tiles: "sm_90, triton 3.6" (the installed version), or "sm_90, no triton"."""
+    if importlib.util.find_spec("triton") is None:
+        return f"{device}, no triton"
+    import triton  # not `importlib.metadata`: its packages have several names
+
+    return f"{device}, triton {'.'.join(triton.__version__.split('.')[:2])}"
+
+
+def read_table(path: Path) -> Table:
+    """Reads a table; a missing one is empty, a damaged one is empty with a warning."""
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+@functools.cache
+def _read(path: Path, _modified: int) -> Table:
+    try:
+        devices = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            device: {
+                form: {_shape(text): _values(form, found) for text, found in tiles.items()}
+                for form, tiles in forms.items()
+            }
+            for device, forms in devices.items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(f"the tuning file {path} cannot be read and is ignored: {error}", stacklevel=3)
+        return {}
+
+
+def _shape(text: str) -> Shape:
+    first, second = map(int, text.split("x"))
+    return first, second
+
+
+def _values(form: str, found: Sequence[int]) -> tuple[int, ...]:
+    """Returns the fields of a tile, or splits; raises a ValueError or TypeError for anything else."""
+    if not form.startswith("attention"):
+        LinearTile(*found)
+    return tuple(map(operator.index, found))

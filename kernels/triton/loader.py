@@ -1,9 +1,7 @@
-"""From a spec to a kernel that runs: the source file in the cache directory, its import, and its launch.
+"""From a spec to a kernel that runs: its source file in the cache folder, its import, and its launch.
 
-`load(spec, interpret=False)` gives functions that Triton compiles for the current GPU at their first launch;
-`load(spec, interpret=True)` the same functions in Triton's interpreter, on CPU tensors. Both kinds live side by side in
-one process: the environment variable TRITON_INTERPRET plays no part. Triton is imported here and nowhere earlier.
-
+CUDA (and ROCm) tensors run compiled kernels, CPU tensors the same kernels in Triton's interpreter, for tests; both work
+in one process, whatever TRITON_INTERPRET is. Triton is imported only here, on the first load.
 Not handled: concurrent interpreted launches. They take turns, since the interpreter patches `triton.language`.
 """
 
@@ -16,40 +14,40 @@ import sys
 import threading
 import types
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from river_compile.kernels.files import appearing, in_cache
-from river_compile.kernels.triton.spec import DTYPES, KernelSpec, Stage, render
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from river_compile.kernels.files import atomic_write, cached_file
+from river_compile.kernels.triton.spec import DEFAULT_DEVICE, DTYPES, KernelSpec, Stage, render
 
+_MAX_LAUNCHES = 4096  # prompts of all lengths must not fill the memory
+_launches: dict[tuple[object, ...], Launch] = {}
 _interpreter_turn = threading.Lock()
 _kept: dict[tuple[object, ...], Tensor] = {}
 
 
 def source_file(spec: KernelSpec) -> Path:
-    """Writes the source of `spec` unless it is there, and returns its path.
-
-    The file's name holds the hash of its text; a damaged file is rebuilt with a warning.
-    """
+    """Returns the path of a spec's source, written if needed; a damaged file is rebuilt with a warning."""
     source = render(spec)
 
     def is_whole(path: Path) -> bool:
-        with contextlib.suppress(FileNotFoundError):  # (whoever cleans up may come between any two looks)
+        with contextlib.suppress(FileNotFoundError):  # another process may delete it at any time
             if path.read_bytes() == source.encode():
                 return True
             warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=4)
         return False
 
     def make(path: Path) -> None:
-        with appearing(path) as scratch:
+        with atomic_write(path) as scratch:
             scratch.write_text(source)
 
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return in_cache(f"kernels/{spec.family}_{digest}.py", is_whole, make)
+    return cached_file(f"kernels/{spec.family}_{digest}.py", is_whole, make)
 
 
 @dataclass(frozen=True)
@@ -58,34 +56,25 @@ class Kernel:
 
     spec: KernelSpec
     stages: tuple[Stage, ...]
-    functions: dict[str, Any]  # of the stages by name, compiled or interpreted: Triton has no common type for them
+    functions: dict[str, Any]  # of the stages by name; Triton has no common type for compiled and interpreted ones
     interpret: bool
 
     def __call__(self, *, rows: int = 1, **tensors: Tensor | None) -> None:
-        """Launches every stage; `rows` counts for specs that leave it open. None is a tensor that is not there.
-
-        Workspaces that are not given are allocated.
-
-        Raises:
-            ValueError: a buffer is missing, of the wrong dtype or shape, with gaps, on another device, or of no use to
-                this kernel.
-        """
+        """Launches every stage and allocates missing workspaces; raises ValueError as `Launch.check`."""
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         launch = self.launch(rows)
         launch.check(given)
         launch(given)
 
     def launch(self, rows: int) -> Launch:
-        """Returns the launches for so many rows, which do not check what they are given."""
+        """Returns the unchecked launches for a number of rows."""
         return Launch(self, rows)
 
 
 class Launch:
-    """All stages of a kernel for a number of rows, with everything that does not depend on the tensors made once."""
+    """All stages of a kernel for a number of rows, with everything prepared that does not depend on the tensors."""
 
     def __init__(self, kernel: Kernel, rows: int) -> None:
-        import torch
-
         self._kernel, self._interpret = kernel, kernel.interpret
         self._buffers = kernel.spec.buffers(rows)
         spaces = {name: buffer for name, buffer in self._buffers.items() if buffer.workspace}
@@ -97,7 +86,7 @@ class Launch:
         ]
 
     def __call__(self, given: dict[str, Any]) -> None:
-        """Launches on tensors that :meth:`check` lets pass, by name."""
+        """Launches on tensors by name, which :meth:`check` accepts."""
         like = next(iter(given.values()))
         for name, shape, dtype, kept_for in self._spaces:
             if name not in given:
@@ -114,40 +103,35 @@ class Launch:
         import numpy
 
         for launch, arguments, _ in self._stages:
-            # A GPU overflows to infinity in silence; so does the interpreter here.
+            # A GPU overflows to infinity without a warning.
             with _interpreter_turn, numpy.errstate(all="ignore"):
                 launch(*[given[name] for name in arguments])
 
     def check(self, given: dict[str, Tensor]) -> None:
-        """Checks a call's tensors, as `Kernel` says."""
+        """Raises ValueError for a missing or unknown buffer, and for a wrong dtype, shape, device or stride."""
         kernel, buffers = f"{self._kernel.spec.family} kernel", self._buffers
         missing = sorted(name for name, buffer in buffers.items() if name not in given and not buffer.workspace)
         unknown = sorted(set(given) - set(buffers))
         if missing or unknown:
             raise ValueError(f"{kernel}: missing buffers {missing}, unknown buffers {unknown}")
         for name, tensor in given.items():
-            wanted, dtype, shape = buffers[name], dtype_name(tensor), tuple(tensor.shape)
-            if dtype != wanted.dtype:
-                raise ValueError(f"{kernel}: {name} has dtype {dtype}, its spec says {wanted.dtype}")
+            expected, dtype, shape = buffers[name], dtype_name(tensor), tuple(tensor.shape)
+            if dtype != expected.dtype:
+                raise ValueError(f"{kernel}: {name} has dtype {dtype}, its spec says {expected.dtype}")
             if tensor.is_cuda == self._interpret:
                 place = "the CPU" if self._interpret else "a GPU"
                 raise ValueError(f"{kernel}: {name} is on {tensor.device}, the kernel runs on {place}")
-            if shape != wanted.shape and not wanted.strided:
-                raise ValueError(f"{kernel}: {name} has shape {shape}; this call needs {wanted.shape}")
-            if not (wanted.strided or tensor.is_contiguous()):
+            if shape != expected.shape and not expected.strided:
+                raise ValueError(f"{kernel}: {name} has shape {shape}; this call needs {expected.shape}")
+            if not (expected.strided or tensor.is_contiguous()):
                 raise ValueError(f"{kernel}: {name} has strides {tensor.stride()}; make it contiguous")
 
 
 def kept_zeros(owner: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns int32 zeros that belong to the memory of `owner`: the same ones at every call, which leaves zeros there.
-
-    Launches on different memory may run at the same time, on several streams or from several graphs, and those on the
-    same memory must not, since they write there. What was returned once stays, because captured graphs hold its
-    address: a few numbers for every address that a cache has had. A capture that nothing ran before gets zeros of its
-    graph's own, which cost it one more launch.
-    """
-    import torch
-
+    """Returns int32 zeros that belong to the memory of `owner`: the same tensor at every call."""
+    # Launches on different memory may run concurrently, on several streams or from several graphs; those on the same
+    # memory must not, since they write there. Tensors are never freed, because captured graphs hold their addresses. In
+    # a capture without an earlier run the zeros belong to its graph, at the cost of one more launch.
     key = (owner.device, owner.data_ptr(), shape)
     found = _kept.get(key)
     if found is None:
@@ -158,9 +142,7 @@ def kept_zeros(owner: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Returns a context in which a tensor's device is the current one, to which Triton launches."""
-    import torch
-
+    """Makes a tensor's device the current one, to which Triton launches."""
     here = tensor.get_device()
     return contextlib.nullcontext() if here == torch.cuda.current_device() else torch.cuda.device(here)
 
@@ -174,41 +156,32 @@ def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
     """Returns `load_for` the interpreter or this machine's kind of GPU."""
     if interpret:
         return load_for(spec, "interpreter")
-    import torch
-
     return load_for(spec, "hip" if torch.version.hip else "cuda")
 
 
 @functools.cache
 def load_for(spec: KernelSpec, target: str) -> Kernel:
-    """Generates, imports and wraps the kernel of `spec` for "cuda", "hip" or the "interpreter".
-
-    The same spec and target give the same object. NVIDIA's instructions are left out for all but "cuda".
-    """
+    """Returns the kernel of `spec` for "cuda", "hip" or the "interpreter"; the same object for equal arguments."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     module: Any = _import(source_file(spec), target)
     stages = spec.stages()
-    # The plain functions: the decorator makes interpreted ones under TRITON_INTERPRET.
+    # The undecorated functions: the decorator interprets them if TRITON_INTERPRET is set.
     functions = {stage.function: getattr(module, stage.function).fn for stage in stages}
-    if hasattr(module, "PTX"):
+    if hasattr(module, "PTX"):  # NVIDIA's instructions
         module.PTX = tl.constexpr(target == "cuda")
     interpret = target == "interpreter"
     if interpret:
         _prepare_for_interpreter(module)
-    # One machine code whatever the number of rows: a kernel that leaves it open sums alike for all of them.
+    # One machine code for any number of rows, so that a row's bits do not depend on it.
     wrap = InterpretedFunction if interpret else functools.partial(JITFunction, do_not_specialize=["rows"])
     return Kernel(spec, stages, {name: wrap(function) for name, function in functions.items()}, interpret)
 
 
 def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
-    """Compiles every stage for a GPU that need not be there; returns Triton's compiled kernels, in order.
-
-    Pointers count as 16-byte aligned, as torch allocates them. A GPU's code is kept by Triton's own cache. A target is
-    "cuda" with a compute capability such as 90, or "hip" with a name such as "gfx942".
-    """
+    """Compiles every stage for "cuda" (arch 90) or "hip" (arch "gfx942"), without a GPU; returns Triton's kernels."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -220,6 +193,7 @@ def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
     for stage in kernel.stages:
         function = kernel.functions[stage.function]
         types = [pointers.get(name, "i32") for name in stage.arguments]
+        # torch allocates at multiples of 16 bytes.
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(stage.arguments) if name in pointers}
         source = ASTSource(function, dict(zip(function.arg_names, types, strict=True)), {}, aligned)
         compiled.append(triton.compile(source, target=target, options=_options(stage)))
@@ -227,13 +201,13 @@ def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
 
 
 def _options(stage: Stage) -> dict[str, int]:
-    # Fused multiply-adds are asked for: Triton 3.9 warns without a choice, and its successor changes the default.
+    # Explicit fused multiply-adds: Triton 3.9 warns without a choice, and the next version changes the default.
     return {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
 
 
 def _import(path: Path, mode: str) -> types.ModuleType:
-    # Triton reads the text of a function through `inspect`, which wants a real file and a module of its own.
-    # Python would keep bytecode beside the file and trust it later, whatever became of it.
+    # Triton reads the text of a function through `inspect`, which needs a file and a module of its own.
+    # Python's own import would write bytecode next to the file and trust it after the file has changed.
     module = types.ModuleType(f"river_compile.kernels.generated.{path.stem}_{mode}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
@@ -245,9 +219,9 @@ def _prepare_for_interpreter(module: Any) -> None:
     import triton.language
 
     for name, value in list(vars(module).items()):
-        if hasattr(value, "arg_names"):  # what a kernel calls is run as it is, in the middle of its interpretation
+        if hasattr(value, "arg_names"):  # functions that a kernel calls run as plain Python
             setattr(module, name, value.fn)
-    module.triton_language = triton.language  # the interpreter patches the language modules it finds among the globals
+    module.triton_language = triton.language  # the interpreter patches the language modules among the globals
     module.tl = _interpreter_language()
     module.range = _range
 
@@ -259,18 +233,16 @@ def _range(*limits: Any) -> range:
 
 @functools.cache
 def _interpreter_language() -> object:
-    """Returns `triton.language` as an interpreted kernel sees it.
-
-    Triton writes a few functions (`tl.sum`, `tl.max`) as kernels of their own, which the interpreter can call only if
-    the whole process was started for it. Here they are plain Python on top of what the interpreter does provide.
-    `dot` multiplies bfloat16 as float32, which holds the products exactly: the interpreter keeps bfloat16 as bit
-    patterns and would multiply those. (Its cast to bfloat16 cuts off where a GPU rounds; tolerances allow for it.)
-    """
+    """Returns `triton.language` as an interpreted kernel sees it."""
+    # Triton implements a few functions (`tl.sum`, `tl.max`) as kernels, which the interpreter calls only if the whole
+    # process runs under TRITON_INTERPRET. Here they are plain Python. `dot` multiplies bfloat16 as float32, which is
+    # exact: the interpreter would multiply the bit patterns. (Its cast to bfloat16 truncates, a GPU rounds; tolerances
+    # allow for it.)
     import triton.language as tl
 
     class Language:
         def __getattr__(self, name: str) -> object:
-            return getattr(tl, name)  # at every use: the interpreter replaces functions of `tl` while it runs
+            return getattr(tl, name)  # not cached: the interpreter replaces functions of `tl` while it runs
 
         @staticmethod
         def sum(value: Any, axis: int) -> Any:
@@ -295,3 +267,42 @@ def _interpreter_language() -> object:
             return tl.dot(a, b, acc, **options)
 
     return Language()
+
+
+def forget_launches() -> None:
+    _launches.clear()
+
+
+def find_launch(
+    how: tuple[object, ...], given: dict[str, Tensor], rows: int, describe: Callable[[], KernelSpec]
+) -> Launch:
+    """Returns the launch for a call; describes, tiles and checks only the first of each kind. Raises ValueError."""
+    # `how`: the kernel's name and what `describe` depends on besides the tensors. A tuning file that is written later
+    # applies to the next process.
+    key = (how, *[(name, t.shape, t.stride(), t.dtype, t.device) for name, t in given.items()])
+    found = _launches.get(key)
+    if found is None:
+        interpret = not next(iter(given.values())).is_cuda
+        found = load(describe(), interpret=interpret).launch(rows)
+        found.check(given)
+        if len(_launches) >= _MAX_LAUNCHES:
+            forget_launches()
+        _launches[key] = found
+    return found
+
+
+def drop_none(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@functools.cache
+def device_name(index: int) -> str:
+    """Names a GPU of this machine: "sm_90", "gfx942"."""
+    properties = torch.cuda.get_device_properties(index)
+    architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    return architecture.split(":")[0] or f"sm_{properties.major}{properties.minor}"
+
+
+def device_of(tensor: torch.Tensor) -> str:
+    """Names the device whose tiles a tensor's kernels get; a CPU tensor's attention is split as on the default GPU."""
+    return device_name(tensor.device.index or 0) if tensor.is_cuda else DEFAULT_DEVICE

@@ -1,8 +1,7 @@
-"""What all kernel specs share: identity, buffers, launches, costs, and the way from a spec to source text.
+"""The base of all kernel specs: buffers, launches, costs, and the rendering of a spec to source text.
 
-A spec is a frozen dataclass that holds every number a kernel is specialised for. `render` fills the family's template,
-``templates/<family>.py.jinja``, with it: the template reads like the kernel, and what a spec does not need is not in
-the text. A spec knows no tensors and no device; nothing here imports Triton.
+A spec is a frozen dataclass of every number that a kernel is specialised for. `render` fills the family's template,
+``templates/<family>.py.jinja``, with it. A spec knows no tensors and no device; nothing here imports torch or Triton.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import jinja2
 
 from river_compile.kernels.checks import check_choice, check_positive
 
-#: torch dtype name -> its name in a signature of Triton, and its bytes.
+# torch dtype name -> its name in a signature of Triton, and its bytes.
 DTYPES = {
     "float32": ("fp32", 4),
     "float16": ("fp16", 2),
@@ -30,6 +29,7 @@ DTYPES = {
     "bool": ("i1", 1),
 }
 ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
+DEFAULT_DEVICE = "sm_90"  # whose tiles unknown devices get
 
 
 def is_power_of_two(value: int) -> bool:
@@ -42,13 +42,13 @@ def next_power_of_two(value: int) -> int:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One tensor of a call, contiguous unless the spec's strides say how it lies in memory."""
+    """One tensor of a call, contiguous unless it is strided."""
 
     dtype: str  # its torch name
     shape: tuple[int, ...]
     strided: bool = False  # then shape and strides are for the caller to check
     workspace: bool = False  # passed between programs or stages of the kernel, allocated at the launch
-    kept_for: str = ""  # a workspace of zeros that the kernel leaves as zeros, one for each memory of the buffer named
+    kept_for: str = ""  # names a buffer: a workspace of zeros for each memory of it, zero again after each launch
 
     @property
     def bytes(self) -> int:
@@ -79,32 +79,29 @@ class Cost:
     flops: int
 
     def seconds(self, bandwidth: float, flops_per_second: float) -> float:
-        """The roofline: the longer of the two times, at bytes/s and operations/s."""
+        """Returns the roofline: the longer of the two times, at bytes/s and operations/s."""
         return max(self.bytes / bandwidth, self.flops / flops_per_second)
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Base of the specs. A family names its template and defines `buffers`, `stages` and `flops`.
-
-    Their `rows` is needed where the spec leaves the number of rows open, and ignored where it does not.
-    """
+    """Base of the specs. A family defines its template, `buffers`, `stages` and `flops`."""
 
     family: ClassVar[str]
 
+    # `rows` is required if the spec leaves the number of rows open, else ignored.
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
         """Returns every buffer of a call, in the order of the parameters."""
         raise NotImplementedError
 
     def stages(self) -> tuple[Stage, ...]:
-        """The launches, in order."""
         raise NotImplementedError
 
     def flops(self, rows: int | None = None) -> int:
         raise NotImplementedError
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns what a call costs; a workspace is written and read, kept counters do not count."""
+        """Returns the cost of a call; a workspace is written and read, kept counters do not count."""
         buffers = [buffer for buffer in self.buffers(rows).values() if not buffer.kept_for]
         moved = sum((2 if buffer.workspace else 1) * buffer.bytes for buffer in buffers)
         return Cost(moved, self.flops(rows))
@@ -112,7 +109,7 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class CacheSpec(KernelSpec):
-    """Base of the kernels around a static cache ``[B, J, S, D]``, for one position of each sequence or for several."""
+    """Base of the kernels on a static cache ``[B, J, S, D]``, for one position of each sequence or several."""
 
     batch: int
     heads: int
@@ -138,22 +135,18 @@ class CacheSpec(KernelSpec):
         return self.cache_strides or (self.kv_heads * line, line, self.head_dim)
 
     def lines(self, rows: int | None) -> int:
-        """Returns the positions of all sequences, of each so many as `rows` says where the spec leaves them open."""
+        """Returns the positions of all sequences."""
         return self.batch * self.at_once(rows)
 
     def at_once(self, rows: int | None) -> int:
-        """Returns the positions of a sequence: one, or `rows` where the spec leaves them open.
-
-        Raises:
-            ValueError: it does, and `rows` does not say.
-        """
+        """Returns the positions of a sequence: one, or `rows` (else ValueError) if the spec leaves them open."""
         if self.positions is None and rows is None:
-            raise ValueError(f"this {self.family} kernel takes any number of positions; say how many")
+            raise ValueError(f"this {self.family} kernel takes any number of positions; pass the number as rows")
         return self.positions or rows or 1
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """What a launch is given beside buffers."""
+        """Arguments of a launch other than buffers."""
         return () if self.positions else ("rows",)
 
     @property
@@ -170,7 +163,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # what comes out is a program, not a page
+        autoescape=False,  # the output is a program, not a page
     )
     environment.globals |= {"masked": masked, "next_power_of_two": next_power_of_two}
     environment.filters["repr"] = repr
@@ -178,11 +171,8 @@ def _templates() -> jinja2.Environment:
 
 
 def masked(*conditions: str | None, other: str | None = "0.0") -> str:
-    """Returns the mask arguments of a load or (`other` None) of a store, for the conditions that are there.
-
-    A condition that always holds is None. Without any there is no mask, since Triton does not find out by itself that
-    one is always true.
-    """
+    """Returns the mask arguments of a load or (`other` None) a store; conditions that always hold are None."""
+    # Without conditions there is no mask: Triton does not detect that one is always true.
     used = [f"({condition})" for condition in conditions if condition]
     if not used:
         return ""
@@ -191,11 +181,8 @@ def masked(*conditions: str | None, other: str | None = "0.0") -> str:
 
 
 def render(spec: KernelSpec) -> str:
-    """Returns the Triton source of a spec: its fields as a header, then one function per stage.
-
-    Equal specs give equal text.
-    """
+    """Returns the Triton source of a spec: its fields as a header, then a function per stage. Equal for equal specs."""
     template = _templates().get_template(f"{spec.family}.py.jinja")
     text = template.render(spec=spec, stages=spec.stages(), fields=dataclasses.asdict(spec))
-    text = re.sub(r"\n\s*\n(?= )", "\n", text)  # a macro leaves an empty line where it was called,
-    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"  # and many where it was defined
+    text = re.sub(r"\n\s*\n(?= )", "\n", text)  # a call of a macro leaves an empty line,
+    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"  # and its definition many

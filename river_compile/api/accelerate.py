@@ -28,7 +28,7 @@ from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, PATH, one_of, shown
+from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
 from river_compile.lowering.choose import begin_kernels
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
@@ -183,8 +183,8 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
     for name in _RULE:
         if options.get(name) is not None:
             raise OptionError(
-                f"{name}={shown(options[name])} says which tokens exit, and with quality='exact' none does; leave it "
-                "out, or use quality='fast'"
+                f"{name}={short_repr(options[name])} says which tokens exit, and with quality='exact' none does; "
+                "leave it out, or use quality='fast'"
             )
     drafting = {name: value for name, value in options.items() if name in vars(exact)}
     backend = {name: value for name, value in options.items() if name not in drafting}
@@ -199,8 +199,8 @@ def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[
     """Returns the backend's options, with those of an exit rule."""
     for name in filter(vars(exact).__contains__, options):
         raise OptionError(
-            f"{name}={shown(options[name])} is about drafts, and with quality='fast' there are none; leave it out, or "
-            "use quality='exact'"
+            f"{name}={short_repr(options[name])} is about drafts, and with quality='fast' there are none; leave it "
+            "out, or use quality='exact'"
         )
     if calibration is None:
         return {**options}
@@ -208,7 +208,7 @@ def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[
         calibration = ExitRule.load(PATH("calibration", calibration, OptionError))
     given = next((name for name in options if name in calibration.options), None)
     if given is not None:
-        raise OptionError(f"{given}={shown(options[given])} is what the calibration says; leave it out")
+        raise OptionError(f"{given}={short_repr(options[given])} is what the calibration says; leave it out")
     return {**calibration.options, **options}
 
 

@@ -19,7 +19,7 @@ from river_compile.api.accelerate import accelerate, restore
 from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.checks import PATH
-from river_compile.kernels.files import appearing
+from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.model_record import find_record, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
@@ -145,7 +145,7 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
         group_size = twins[0].group_size
     left = [path for path, module in plain.named_modules() if isinstance(module, nn.Linear) and path not in names]
     try:
-        with appearing(folder) as scratch:
+        with atomic_write(folder) as scratch:
             plain.save_pretrained(scratch, state_dict=state)
             config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
             config["quantization_config"] = _quantization(group_size, left)

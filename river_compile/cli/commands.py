@@ -92,13 +92,12 @@ def versions() -> list[Finding]:
 
 def compiler() -> Finding:
     """Compiles a few lines with the C++ compiler that Inductor calls."""
-    from river_compile.kernels.native.build import CannotBuild, working_compiler
-    from river_compile.kernels.native.libraries import all_ready_made
+    from river_compile.kernels.native.build import CannotBuild, has_prebuilt, working_compiler
 
     try:
         command = working_compiler().command
     except CannotBuild as error:
-        if all_ready_made():
+        if has_prebuilt():
             return Finding("compiler", WARN, f"the kernels came compiled, and models need no more than these: {error}")
         return Finding("compiler", BAD, str(error))
     return Finding("compiler", OK, shutil.which(command) or command)
@@ -108,14 +107,14 @@ def processor() -> Finding:
     """Names the processor, and its instructions that matter."""
     import torch
 
-    from river_compile.kernels.native.isa import chosen
+    from river_compile.kernels.native.build import choose_isa
 
     info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
     name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
     flags = set(next((line.split() for line in info.splitlines() if line.startswith("flags")), []))
     has = ", ".join(flag for flag in _FLAGS if flag in flags) or torch.backends.cpu.get_cpu_capability()
     text = f"{name or platform.machine()}, {os.cpu_count()} cores: {has}"
-    if chosen().name == "portable":
+    if choose_isa().name == "portable":
         return Finding("processor", WARN, f"{text}; the C++ kernels have no vectors for it, so the river is slow")
     return Finding("processor", OK, text)
 

@@ -325,7 +325,7 @@ class Session:
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``.
 
-        Of a token that is rare and not in the text, they may be `UNWANTED`.
+        Of a token that is rare and not in the text, they may be `MASKED_LOGIT`.
         """
         return self.step(ids_BS, 1, 0, self._tokens)[:, -1]
 

@@ -35,11 +35,11 @@ _HOPELESS = 1.2  # budgets on the pilot texts above which no test is worth it
 _CLIP = 5  # largest KL of a text, in budgets
 _ANY = number("it must be a number")
 _CONFIDENCE = Check(
-    "it must be a number between 0 and 1, such as 0.9", lambda value: _ANY.fits(value) and 0 < value < 1
+    "it must be a number between 0 and 1, such as 0.9", lambda value: _ANY.allows(value) and 0 < value < 1
 )
 _ASKED = {
-    "kl": Check("it must be a number above 0, in nats per token", lambda v: _ANY.fits(v) and 0 < v < math.inf),
-    "agreement": Check("it must be a number between 0 and 1", lambda v: _ANY.fits(v) and 0 < v < 1),
+    "kl": Check("it must be a number above 0, in nats per token", lambda v: _ANY.allows(v) and 0 < v < math.inf),
+    "agreement": Check("it must be a number between 0 and 1", lambda v: _ANY.allows(v) and 0 < v < 1),
 }
 _FIRST_EXITS = 5
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the tokens that a threshold lets leave
@@ -223,7 +223,7 @@ class Budget:
         limit = asked if metric == "kl" else 1 - asked
         clip = clip if clip is not None else (_CLIP * limit if metric == "kl" else 1.0)
         above = f"it must be a number above the budget, {limit:.4g}"
-        clip = Check(above, lambda value: _ANY.fits(value) and limit < value < math.inf)("clip", clip, OptionError)
+        clip = Check(above, lambda value: _ANY.allows(value) and limit < value < math.inf)("clip", clip, OptionError)
         return cls(metric, asked, limit, clip, confidence)
 
     def check_texts(self, count: int) -> None:

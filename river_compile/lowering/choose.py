@@ -27,8 +27,7 @@ from torch import Tensor
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.native import load as native
-from river_compile.kernels.native.build import CannotBuild, working_compiler
-from river_compile.kernels.native.libraries import all_ready_made
+from river_compile.kernels.native.build import CannotBuild, has_prebuilt, working_compiler
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, PLAIN_LAYOUT
 from river_compile.passes.program import Refusal
 
@@ -114,7 +113,7 @@ def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: b
     """
     if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
         return None
-    if rewritten and all_ready_made() and config.lowering in ("auto", "native") and config.quantizer != "none":
+    if rewritten and has_prebuilt() and config.lowering in ("auto", "native") and config.quantizer != "none":
         return None
     try:
         working_compiler()

@@ -1,7 +1,7 @@
 """Runs segments as calls of the C++ operators, without Inductor if nothing else is left to compute.
 
 A segment whose nodes are operators of the C++ kernels, an embedding, rotary tables, counters and views runs as those
-calls, and can be recorded (:mod:`river_compile.kernels.native.tape`). In any other the operators stand among what
+calls, and can be recorded (:mod:`river_compile.kernels.native.load`). In any other the operators stand among what
 Inductor compiles.
 
 Not handled: prompts at the speed of a library's wide products.
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from river_compile.kernels.native import load as native
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 from river_compile.kernels.portable import largest_entropy
-from river_compile.kernels.quant import bf12, bits8
+from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
@@ -138,7 +138,7 @@ def use_native(graph: fx.Graph) -> None:
 
 def _use_native_product(node: fx.Node, native_ops: Any) -> None:
     x, weight, scale_zero, bias, out_features, group_size, layout = node.args
-    if layout in (NATIVE_LAYOUT, bf12.LAYOUT, bits8.LAYOUT):
+    if layout in (NATIVE_LAYOUT, lossless.LAYOUT_12BIT, lossless.LAYOUT_8BIT):
         node.target, node.args = native_ops.linear.default, (x, weight, scale_zero, bias, out_features, group_size)
     elif layout == "dense":
         node.target, node.args = native_ops.dense.default, (x, parts_of(weight), parts_of(bias))

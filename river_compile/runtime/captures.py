@@ -24,8 +24,7 @@ from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import Ranks
 from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.errors import OptionError
-from river_compile.kernels.native.load import few_rows
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape, few_rows
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Program, Refusal

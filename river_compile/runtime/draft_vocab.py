@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from river_compile.kernels.ops import WANTED_BLOCK
+from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
 
 _FIRST = 4  # a draft may have any token of the first quarter of the vocabulary,
@@ -42,7 +42,7 @@ class DraftVocab:
         """
         if not ids.is_cpu:
             return
-        blocks = (ids.flatten() // WANTED_BLOCK).clamp(0, len(self._chosen) - 1)
+        blocks = (ids.flatten() // VOCAB_BLOCK).clamp(0, len(self._chosen) - 1)
         if not self._chosen[blocks].all():
             self._chosen[blocks] = True
             self._list = None
@@ -56,7 +56,7 @@ class DraftVocab:
 
 
 def all_logits(program: Program) -> Tensor | None:
-    """Returns the list of all blocks of the vocabulary, int32 ``[1 + ceil(V / WANTED_BLOCK)]``, as `wanted` of
+    """Returns the list of all blocks of the vocabulary, int32 ``[1 + ceil(V / VOCAB_BLOCK)]``, as `wanted` of
     `river::linear` has it; None for a program whose head takes no list."""
     head = program.river_head
     if head is None or not head.chooses_logits:
@@ -68,4 +68,4 @@ def all_logits(program: Program) -> Tensor | None:
 
 def blocks_of(vocabulary: int) -> int:
     """Returns how many blocks of logits there are."""
-    return -(-vocabulary // WANTED_BLOCK)
+    return -(-vocabulary // VOCAB_BLOCK)

@@ -178,7 +178,7 @@ class StepState:
     def only_logits(self, blocks: Tensor | None) -> None:
         """Has the river's head compute the logits of these blocks of the vocabulary alone, of all for None.
 
-        The others are `river_compile.kernels.ops.UNWANTED`. Heads without a list compute all.
+        The others are `river_compile.kernels.ops.MASKED_LOGIT`. Heads without a list compute all.
         """
         everything = self.compiled.all_logits
         if everything is None or blocks is self._wanted:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from river_compile.errors import RiverWarning
-from river_compile.kernels.files import appearing, cache_folder
+from river_compile.kernels.files import atomic_write, cache_folder
 
 log = logging.getLogger("river_compile.store")
 _HASH = 64  # hexadecimal digits
@@ -117,7 +117,7 @@ class Entry:
             if file.exists():
                 return
             self.make()
-            with appearing(file) as scratch:
+            with atomic_write(file) as scratch:
                 scratch.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
                 scratch.chmod(_FILE)
             self.describe()

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import river_compile
 from river_compile import kernels, passes
-from river_compile.kernels.native import isa
+from river_compile.kernels.native.build import choose_isa
 from river_compile.passes.nodes import is_ordinary
 from river_compile.upstream.versions import installed
 
@@ -103,7 +103,7 @@ def _settings(config: PreTrainedConfig) -> list[object]:
 @functools.cache
 def _versions() -> tuple[str, ...]:
     libraries = (str(installed(name)) for name in ("torch", "transformers"))
-    return (platform.python_version(), *libraries, platform.machine(), isa.chosen().name, _own_sources())
+    return (platform.python_version(), *libraries, platform.machine(), choose_isa().name, _own_sources())
 
 
 @functools.cache

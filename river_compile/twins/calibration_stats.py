@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.kernels.quant.moments import RowMoments, SecondMoments, WholeMoments
+from river_compile.kernels.quant.calibrated import RowMoments, SecondMoments, WholeMoments
 from river_compile.upstream.tensors import local_of
 
 _FEWER = 4  # times as many features as tokens, whatever the matrix's rows; nearer to each other, it depends on those

@@ -36,8 +36,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from river_compile.errors import ArtifactError, RiverWarning
-from river_compile.kernels.files import appearing, making
-from river_compile.kernels.quant import bf12, bits8
+from river_compile.kernels.files import atomic_write, locked
+from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
@@ -82,12 +82,12 @@ class _Saved:
         ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
         matrix = cls(**{**entry, "shape": tuple(entry["shape"]), **ratios})
         n, k = matrix.shape
-        lossless = matrix.layout in bf12.LAYOUTS and matrix.group_size == 0
-        if min(n, k) < 1 or not (lossless or (matrix.group_size in GROUP_SIZES and k % matrix.group_size == 0)):
+        is_lossless = matrix.layout in lossless.LAYOUTS_12BIT and matrix.group_size == 0
+        if min(n, k) < 1 or not (is_lossless or (matrix.group_size in GROUP_SIZES and k % matrix.group_size == 0)):
             raise ValueError(f"{matrix.name} has shape {matrix.shape} in groups of {matrix.group_size}")
         if matrix.experts < 0 or (matrix.experts and n % matrix.experts):
             raise ValueError(f"{matrix.name} has {n} rows of {matrix.experts} experts")
-        if matrix.layout not in LAYOUTS and not lossless:
+        if matrix.layout not in LAYOUTS and not is_lossless:
             raise ValueError(f"{matrix.name} has layout {matrix.layout!r}, which is none of {tuple(LAYOUTS)}")
         return matrix
 
@@ -141,7 +141,7 @@ def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
         tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
     metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(list(matrices.values()))}
     try:
-        with appearing(folder) as scratch:
+        with atomic_write(folder) as scratch:
             scratch.mkdir()
             tensor_file.write(scratch / FILE, tensors, metadata)
     except (OSError, ValueError) as error:
@@ -162,7 +162,7 @@ def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> Non
         if (folder / FILE).exists():
             return
         log.info("%s: there is no artifact; it is made here unless another process is making it", folder)
-        with making(folder):
+        with locked(folder):
             if not (folder / FILE).exists():
                 write(folder, make())
     except OSError as error:
@@ -285,7 +285,7 @@ class TwinFile:
                 if tensor is not None and part != "qweight" and not _is_finite(tensor):
                     raise self._refusal(f"{name} holds infinite or NaN values")
             side = self._tensors[f"{matrix.key}.scale_zero"]
-            if matrix.layout in bf12.LAYOUTS and not bf12.is_sound(side, *matrix.shape):
+            if matrix.layout in lossless.LAYOUTS_12BIT and not lossless.has_valid_patches(side, *matrix.shape):
                 raise self._refusal(f"{matrix.key} has patches outside of its matrix")
         if left:
             raise self._refusal(f"{next(iter(left))} belongs to no matrix")
@@ -327,13 +327,13 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
 
     Matrices that stayed what they were are not written, nor are those of 8 bits, which take no time to pack.
     """
-    weights = [made for made in weights if not made.weight.unpacked and made.weight.layout != bits8.LAYOUT]
+    weights = [made for made in weights if not made.weight.unpacked and made.weight.layout != lossless.LAYOUT_8BIT]
     if not weights:
         return
     folder = entry.folder / _PACKED
     try:
         entry.make()
-        with making(folder):
+        with locked(folder):
             if not (folder / FILE).exists():
                 write(folder, weights)
                 folder.chmod(0o700)

@@ -35,7 +35,7 @@ from torch._guards import Guard, Source, TracingContext
 from torch._inductor import cpp_builder
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from river_compile.kernels.files import appearing
+from river_compile.kernels.files import atomic_write
 
 
 def code_without_effects(seen: tuple[type, ...]) -> CodeType | None:
@@ -284,7 +284,7 @@ def _moving_into_place(run: Callable[[str, str], Any]) -> Callable[[str, str], A
         if "-o" not in command[:-1]:
             return run(cmd_line, cwd)
         place = command.index("-o") + 1
-        with appearing(Path(cwd, command[place])) as scratch:
+        with atomic_write(Path(cwd, command[place])) as scratch:
             command[place] = str(scratch)
             return run(shlex.join(command), cwd)
 

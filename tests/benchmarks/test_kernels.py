@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import cpu_attention, cpu_experts, cpu_kernels, kernels
-from river_compile.kernels.triton.tiles import untiled
+from river_compile.kernels.triton.linear import untiled
 from tools.kernels.shapes import ModelShape
 
 

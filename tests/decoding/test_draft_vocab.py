@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import river_compile
 from river_compile.backend import river
 from river_compile.decoding.mode import exact
-from river_compile.kernels.ops import UNWANTED, WANTED_BLOCK
+from river_compile.kernels.ops import MASKED_LOGIT, VOCAB_BLOCK
 from river_compile.runtime.draft_vocab import DraftVocab
 from tests.support.decoding import session_on
 
@@ -40,7 +40,7 @@ def model_with():
 
 
 def wanted_by(tokens: DraftVocab, vocabulary: int = VOCABULARY) -> torch.Tensor:
-    return torch.isin(torch.arange(vocabulary) // WANTED_BLOCK, tokens.blocks)
+    return torch.isin(torch.arange(vocabulary) // VOCAB_BLOCK, tokens.blocks)
 
 
 class TestWhichTokens:
@@ -92,7 +92,7 @@ def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all():
     wanted = wanted_by(tokens)
     whole = steps(model, 0, None)
     some = steps(model, 0, tokens)
-    assert (some[..., ~wanted] == UNWANTED).all()
+    assert (some[..., ~wanted] == MASKED_LOGIT).all()
     best = some.topk(16, dim=-1)
     assert torch.equal(best.values, whole.gather(-1, best.indices))
     assert torch.equal(steps(model, 0, None), whole)

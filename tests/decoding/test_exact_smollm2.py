@@ -20,7 +20,7 @@ from river_compile.backend import river
 from river_compile.cli import shared
 from river_compile.decoding.mode import decode, exact
 from river_compile.exits import forced_depth
-from river_compile.kernels.native.isa import chosen
+from river_compile.kernels.native.build import choose_isa
 from tools import demo_models
 
 PROMPTS, NEW_TOKENS = (int(os.environ.get(f"RIVER_EXACT_{n}", d)) for n, d in (("PROMPTS", 2), ("TOKENS", 40)))
@@ -148,7 +148,7 @@ def test_strict_bfloat16_texts_have_the_bits_of_decoding_without_drafts():  # (l
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(chosen().name == "portable", reason="needs vectors")
+@pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors")
 def test_bfloat16_texts_of_weights_in_12_bits_are_those_of_16():
     """Without loss, so to the bit, in exact mode and without drafts."""
     torch._dynamo.reset()

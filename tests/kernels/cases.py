@@ -1,22 +1,20 @@
-"""Random cases of the operators around the KV cache, for the kernels of every kind."""
+"""Random cases of the operators on the KV cache, for kernels of every kind."""
 
 import dataclasses
 
 import torch
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import HEAD_NORMS, KvFillSpec
+from river_compile.kernels.triton.cache import HEAD_NORMS, DecodeAttentionSpec, KvFillSpec
 from river_compile.kernels.triton.spec import CacheSpec
 
 DIMS = (16, 24, 64, 80, 96, 128, 256)
 NATIVE_DIMS = (8, *DIMS)
-CHUNK = 256  # slots whose attention the C++ kernels of one position sum before they put chunks together
+CHUNK = 256  # slots that the one-position C++ kernels sum before they combine chunks
 
 
 @st.composite
 def kv_cases(draw, dims=DIMS):
-    """A spec of `kv_fill`, a slot of its cache and a seed."""
     batch, d = draw(st.integers(1, 3)), draw(st.sampled_from(dims))
     slots = draw(st.integers(1, 9))
     spec = KvFillSpec(
@@ -38,7 +36,7 @@ def kv_cases(draw, dims=DIMS):
 
 @st.composite
 def attention_cases(draw, most_slots=150, dims=DIMS[:-1]):
-    """A spec of `decode_attention`, masked slots at the start of the last sequence and a seed."""
+    """Draws a spec of `decode_attention`, the padding of the last sequence and a seed."""
     batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     slots = draw(st.integers(1, most_slots))
     padded = draw(st.booleans())
@@ -62,7 +60,7 @@ def attention_cases(draw, most_slots=150, dims=DIMS[:-1]):
 
 @st.composite
 def attend_cases(draw, most_slots=100):
-    """A spec of attention with a fill, the slot (perhaps none of the cache's), masked slots and a window, a seed."""
+    """Draws a spec of attention with a fill, a slot (perhaps outside), padding, a window and a seed."""
     spec, padding, seed = draw(attention_cases(most_slots))
     fill, _, _ = draw(kv_cases())
     shared = {f.name: getattr(spec, f.name) for f in dataclasses.fields(CacheSpec)}
@@ -75,14 +73,13 @@ def attend_cases(draw, most_slots=100):
 
 
 def inputs(b: int, h: int, j: int, s: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Query and caches."""
     g = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in ((b, h, d), (b, j, s, d), (b, j, s, d)))
 
 
 @st.composite
 def masks(draw, batch: int, slots: int) -> torch.Tensor:
-    """Slots that take part: any, most, or a window of them, perhaps of one sequence none."""
+    """Draws masks: any slots, most, or a window of them, perhaps none for one sequence."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     live = torch.rand(batch, slots, generator=g) < draw(st.sampled_from((0.02, 0.5, 1.0)))
     first = draw(st.integers(0, slots - 1))

@@ -1,7 +1,7 @@
 """One check per kernel family: makes inputs, runs the guarded kernel, compares with the float64 reference.
 
-Property tests, mutation tests and GPU tests all call these, so what one of them proves holds for the others. Inputs and
-references are made on the device: in float64 a large model's would take minutes on a CPU.
+Property, mutation and GPU tests share them. Inputs and references are made on the device: a large model's would take
+minutes on a CPU in float64.
 """
 
 import dataclasses
@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from river_compile.kernels.quant import bf12
-from river_compile.kernels.triton.calls.linear import rows_by_expert
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.quant import lossless
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
+from river_compile.kernels.triton.calls_linear import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import reference
@@ -29,7 +27,7 @@ Run = Callable[..., dict[str, torch.Tensor]]
 
 
 def weights(n: int, k: int, values: str, outlier: float, generator: torch.Generator) -> torch.Tensor:
-    """A float32 matrix: normal, all equal, with outliers, or close to zero."""
+    """Returns a float32 weight: normal, all equal, with outliers, or close to zero."""
     weight = torch.randn(n, k, generator=generator, device=generator.device) / k**0.5
     if values == "constant":
         return torch.full_like(weight, 0.37)
@@ -39,7 +37,6 @@ def weights(n: int, k: int, values: str, outlier: float, generator: torch.Genera
 
 
 def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: int = 0, device: str = "cpu") -> None:
-    """Checks a linear kernel for `rows` rows; the spec's parameter dtype follows the weights."""
     g = torch.Generator(device).manual_seed(seed)
     dtype, n, k = getattr(torch, spec.dtype), spec.out_features, spec.in_features
     # Beyond float16 scale and zero are bfloat16; a float16 `tl.dot` still wants every weight itself within float16.
@@ -51,7 +48,7 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
         buffers = {"qweight": packed.qweight, "scale_zero": packed.scale_zero.view(torch.int32).squeeze(-1)}
     elif spec.weights == "bf12":
         exact = (_with_patches(weight, g) if values == "constant" else weight).bfloat16()
-        units, side = (part.to(device) for part in bf12.pack(exact.cpu()))
+        units, side = (part.to(device) for part in lossless.pack_12bit(exact.cpu()))
         buffers = {"units": units.flatten(1).view(torch.int32), "side": side}
     else:
         exact = weight.clamp(-1e4, 1e4).to(dtype)
@@ -81,11 +78,7 @@ def check_linear(spec: LinearSpec, rows: int = 1, values: str = "normal", seed: 
 
 
 def _with_patches(weight: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """Two kinds of rows, in no order, whose patches both show: with 16 upper bytes that are frequent, a few are others.
-
-    Rows around 1 have tiny patches, so that what stands in their place shows; rows of powers of 4 have larger ones,
-    which show in whichever row they are added to.
-    """
+    """Mixes rows around 1, with tiny patches, and rows of powers of 4, with large ones: a misplaced patch shows."""
 
     def drawn(share: float, shape: torch.Size = weight.shape) -> torch.Tensor:
         return torch.rand(shape, generator=g, device=g.device) < share
@@ -101,14 +94,14 @@ def _with_patches(weight: torch.Tensor, g: torch.Generator) -> torch.Tensor:
 
 
 def _in_parts(name: str, whole: torch.Tensor, spec: LinearSpec) -> dict[str, torch.Tensor]:
-    """Returns the buffers of several matrices, or of the only one."""
+    """Returns the buffers of several weights, or of the only one."""
     return {part_name(name, i): part for i, part in enumerate(whole.split(spec.matrices or len(whole)))}
 
 
 def check_experts(
     spec: LinearSpec, expert: list[int], values: str = "normal", seed: int = 0, device: str = "cpu"
 ) -> None:
-    """Checks a kernel of stacked matrices, of which row m of x meets number expert[m]; the others hold NaN."""
+    """Checks stacked weights, where row m of x takes number expert[m]; the others hold NaN."""
     g = torch.Generator(device).manual_seed(seed)
     dtype, n, k, experts = getattr(torch, spec.dtype), spec.out_features, spec.in_features, spec.experts
     stack = weights(experts * n * len(spec.streams), k, values, 2e3, g)
@@ -134,7 +127,7 @@ def check_experts(
 
 
 def linear_magnitude(spec: LinearSpec, h, weight, bias, residual) -> torch.Tensor:
-    """The sum of the magnitudes that make up every element of the result, carried through activation and product."""
+    """Returns the sum of magnitudes of every element of the result, through activation and gate."""
     total = h.abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
     y = torch.nn.functional.linear(h, weight.double(), None if bias is None else bias.double())
     total = activated_magnitude(y, total, spec.activation, spec.gated)
@@ -142,7 +135,7 @@ def linear_magnitude(spec: LinearSpec, h, weight, bias, residual) -> torch.Tenso
 
 
 def activated_magnitude(y: torch.Tensor, total: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
-    """Carries the magnitudes `total` that y was added up from through an activation, no slope of which exceeds 1.2."""
+    """Propagates the magnitudes `total` of y through an activation, whose slope is at most 1.2."""
     if not gated:
         return 1.2 * total
     (gate, up), (gate_total, up_total) = y.chunk(2, -1), total.chunk(2, -1)
@@ -150,7 +143,6 @@ def activated_magnitude(y: torch.Tensor, total: torch.Tensor, activation: str, g
 
 
 def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu", run: Run = run_guarded) -> None:
-    """Checks the query, the written slot, and that every other slot keeps its bits."""
     g = torch.Generator(device).manual_seed(seed)
     buffers, (q, k, v) = filling(spec, slot, g)
     magnitude_q, magnitude_k = (x.abs().amax(-1, keepdim=True) * 2 for x in (q, k))
@@ -166,7 +158,7 @@ def check_kv_fill(spec: KvFillSpec, slot: int, seed: int = 0, device: str = "cpu
 def filling(
     spec: KvFillSpec, slot: int, g: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
-    """The buffers that a slot is filled from, and query, key and value in float64."""
+    """Returns the buffers that fill a slot, and query, key and value in float64."""
     device, dtype, d = g.device, getattr(torch, spec.dtype), spec.head_dim
 
     def random(*shape: int) -> torch.Tensor:
@@ -196,7 +188,7 @@ def check_slot(
     v: torch.Tensor,
     magnitude_k: torch.Tensor,
 ) -> None:
-    """Checks that of the caches the slot holds key and value, and that every other one kept its bits."""
+    """Checks that the slot holds key and value, and that every other slot is unchanged."""
     slots = caches["k_cache"].shape[2]
     written = torch.zeros(slots, dtype=torch.bool, device=k.device)
     if 0 <= slot < slots:
@@ -216,10 +208,7 @@ def check_attend(
     window: int | None = None,
     device: str = "cpu",
 ) -> None:
-    """Checks an attention that fills a slot first: the slot, the sum over all that take part, and what counts tokens.
-
-    The slot holds NaN before, like all that take no part: nobody may read it.
-    """
+    """Checks an attention that fills a slot: the slot (NaN before, like masked ones), the sum, the counter."""
     buffers = attend_buffers(spec, slot, padding, seed, window, device)
     caches = {name: buffers[name] for name in ("k_cache", "v_cache")}
     result = run_guarded(spec, device=device, **buffers)
@@ -236,7 +225,7 @@ def check_attend(
 
 
 def as_rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds as the device of x does: the interpreter, on the CPU, cuts bfloat16 off."""
+    """Rounds as the device of x does: the interpreter, on the CPU, truncates to bfloat16."""
     if dtype == torch.bfloat16 and x.device.type == "cpu":
         return (x.float().view(torch.int32) & -65536).view(torch.float32).to(dtype)
     return x.to(dtype)
@@ -245,7 +234,7 @@ def as_rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def attend_buffers(
     spec: DecodeAttentionSpec, slot: int, padding: int, seed: int, window: int | None, device: str
 ) -> dict[str, torch.Tensor]:
-    """The buffers of an attention that fills a slot; the slot, and all that take no part, hold NaN before."""
+    """Returns the buffers of an attention that fills a slot; the slot and masked slots hold NaN."""
     g = torch.Generator(device).manual_seed(seed)
     buffers, _ = filling(spec.fill, slot, g)
     live = live_slots(spec, padding, window, device)
@@ -260,7 +249,7 @@ def attend_buffers(
 
 
 def live_slots(spec: DecodeAttentionSpec, padding: int, window: int | None, device: str) -> torch.Tensor:
-    """Slots [B, S] that take part: of the last sequence all but the first `padding`, and of those `window` at most."""
+    """Returns unmasked slots [B, S]: of the last sequence without `padding`, and at most `window` of those."""
     live = torch.ones(spec.batch, spec.slots, dtype=torch.bool, device=device)
     if spec.mask:
         live[-1, :padding] = False
@@ -269,7 +258,7 @@ def live_slots(spec: DecodeAttentionSpec, padding: int, window: int | None, devi
 
 
 def mask_buffers(spec: DecodeAttentionSpec, live: torch.Tensor, g: torch.Generator) -> dict[str, torch.Tensor]:
-    """The mask that says so, where the spec has one; one that is added holds noise for the slots that take part."""
+    """Returns the mask of the spec, if any; an added mask holds noise for unmasked slots."""
     if not spec.mask or spec.mask_dtype == "bool":
         return {"mask": live} if spec.mask else {}
     dtype = getattr(torch, spec.mask_dtype)
@@ -278,7 +267,7 @@ def mask_buffers(spec: DecodeAttentionSpec, live: torch.Tensor, g: torch.Generat
 
 
 def added_by(buffers: dict[str, torch.Tensor], live: torch.Tensor) -> torch.Tensor:
-    """What the mask adds to the scores of the slots that take part, 0 elsewhere."""
+    """Returns the mask's additions to the scores of unmasked slots, 0 elsewhere."""
     mask = buffers.get("mask", live)
     return torch.zeros(live.shape, device=live.device) if mask.dtype == torch.bool else mask.masked_fill(~live, 0.0)
 
@@ -286,7 +275,7 @@ def added_by(buffers: dict[str, torch.Tensor], live: torch.Tensor) -> torch.Tens
 def attention_buffers(
     spec: DecodeAttentionSpec, padding: int = 0, seed: int = 0, device: str = "cpu", window: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """The buffers of an attention; keys and values of slots that take no part hold NaN, and so does the output."""
+    """Returns the buffers of an attention; masked keys and values and the output hold NaN."""
     g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
@@ -306,7 +295,7 @@ def check_attention(
     run: Run = run_guarded,
     window: int | None = None,
 ) -> None:
-    """Checks attention where of the last sequence slots before `padding`, and those after a window, take no part."""
+    """Checks attention with slots of the last sequence masked before `padding` and after a window."""
     buffers = attention_buffers(spec, padding, seed, device, window)
     result = run(spec, device=device, **buffers)["out"]
     live = live_slots(spec, padding, window, device)
@@ -319,7 +308,7 @@ def check_attention(
 def buffers_of_several(
     spec: DecodeAttentionSpec, positions: int, seed: int, device: str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The buffers of attention from so many positions, and which slots each sees [B, T, S]; others hold NaN."""
+    """Returns the buffers of attention from several positions, and their slots [B, T, S]; others hold NaN."""
     g = torch.Generator(device).manual_seed(seed)
     dtype, b = getattr(torch, spec.dtype), spec.batch
 
@@ -340,7 +329,7 @@ def buffers_of_several(
 
 
 def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: int = 0, device: str = "cpu") -> None:
-    """Checks attention from so many positions, each of which sees slots of its own, and what counts the tokens."""
+    """Checks attention from several positions, each with slots of its own, and the counter."""
     buffers, live = buffers_of_several(spec, positions, seed, device)
     result = run_guarded(spec, positions, device, **buffers)
     k, v = (buffers[name].nan_to_num() for name in KV)
@@ -348,7 +337,7 @@ def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: 
     options = {"mask": seen, "added": added_by(buffers, live).expand(seen.shape)}
     options |= {"scale": spec.scale, "softcap": spec.softcap}
     q = buffers["q"].unflatten(0, (spec.batch, positions))
-    expected = reference.attention_of_several(q, k, v, **options)
+    expected = reference.cache_attention(q, k, v, **options)
     assert_close(result["out"], expected.flatten(0, 1), v.double().abs().amax().clamp_min(1.0))
     if spec.advance:
         assert int(result["slot"]) == 7 + positions
@@ -358,7 +347,7 @@ def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: 
 def check_bits_of_positions(
     spec: DecodeAttentionSpec, positions: int, some: slice, seed: int = 0, device: str = "cpu"
 ) -> None:
-    """Checks that some of the positions have the same bits alone; what the others see nobody may read then."""
+    """Checks that some positions have the same bits alone; slots of the others hold NaN then."""
     buffers, _ = buffers_of_several(spec, positions, seed, device)
     apart = (spec.batch, positions)
     whole = run_guarded(spec, positions, device, **buffers)["out"].unflatten(0, apart)[:, some]
@@ -373,7 +362,7 @@ def check_bits_of_positions(
 
 @dots_in_order()
 def check_bits_of_rows(spec: LinearSpec, rows: int, some: slice, seed: int = 0, device: str = "cpu") -> None:
-    """Checks that some of the rows of a kernel for all widths, of weights in 16 bits, have the same bits alone."""
+    """Checks that some rows of a kernel for any number of rows have the same bits alone."""
     g = torch.Generator(device).manual_seed(seed)
     dtype, k, n = getattr(torch, spec.dtype), spec.in_features, spec.out_features
 
@@ -393,7 +382,6 @@ def check_bits_of_rows(spec: LinearSpec, rows: int, some: slice, seed: int = 0, 
 
 
 def exit_buffers(update: torch.Tensor, residual: torch.Tensor, previous: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The buffers of an exit score, outputs poisoned."""
     device = str(update.device)
     inputs = {"update": update, "residual": residual, "previous": previous}
     return {
@@ -404,7 +392,7 @@ def exit_buffers(update: torch.Tensor, residual: torch.Tensor, previous: torch.T
 
 
 def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device: str = "cpu") -> None:
-    """Checks hidden state and the smallest similarity; `nearness` mixes the hidden into the previous."""
+    """Checks hidden state and smallest cosine; `nearness` mixes the hidden state into the previous one."""
     g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
     update, residual, noise = (
@@ -418,12 +406,11 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device
 
 
 def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compares float32 tensors to the bit, NaN too."""
+    """Compares float32 tensors bit for bit, with NaN."""
     assert actual.view(torch.int32).tolist() == expected.view(torch.int32).tolist(), f"{actual}, not {expected}"
 
 
 def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") -> None:
-    """Checks that one NaN in `row` makes the score NaN."""
     update, residual = torch.ones(2, spec.rows, spec.features, dtype=getattr(torch, spec.dtype), device=device)
     spoiled = update.clone()
     spoiled[row, -1] = float("nan")
@@ -432,7 +419,7 @@ def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") ->
 
 
 def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
-    """Checks one kernel of a model's decode step; inputs and references are made on the device."""
+    """Checks one kernel of a model's decode step."""
     if isinstance(spec, LinearSpec) and spec.experts:
         spec = dataclasses.replace(spec, experts=min(spec.experts, _EXPERTS))
         check_experts(spec, [row % (spec.experts + 1) for row in range(spec.rows or rows)], device=device)

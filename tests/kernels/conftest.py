@@ -1,6 +1,4 @@
-"""Generated sources and tuning files of the tests stay in a folder of their own; C++ libraries, which are named by all
-that they are made from, are those of the machine: each is compiled once, whatever worker or run asks for it first.
-"""
+"""A folder of their own for generated sources and tuning files; C++ libraries are the machine's, named by a hash."""
 
 import pytest
 

@@ -1,8 +1,7 @@
 """Buffers between guard zones, poisoned outputs, and one way to run a kernel twice.
 
-A kernel under test sees tensors that lie in the middle of larger ones. The floating guards hold NaN, so a read outside
-shows in the result; after the run every guard must be what it was, so a write outside shows too. Outputs and workspaces
-start as NaN, so an element that was never written shows.
+Floating guards hold NaN, so a read outside shows in the result; a changed guard shows a write outside. Outputs and
+workspaces start as NaN, so an unwritten element shows.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ INTEGER_GUARD = {torch.uint8: 0x5A, torch.int8: 0x5A, torch.int32: 0x5A5A5A5A, t
 
 
 class Guarded:
-    """A tensor with the values of `tensor` in the middle of a larger storage on `device`."""
+    """A copy of a tensor in the middle of a larger storage on `device`."""
 
     def __init__(self, tensor: torch.Tensor, device: str = "cpu"):
         fill = math.nan if tensor.dtype.is_floating_point else INTEGER_GUARD[tensor.dtype]
@@ -40,16 +39,13 @@ class Guarded:
 
 
 def poisoned(shape, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
-    """A tensor that nobody has written yet: NaN, or the integer guard's value."""
+    """Returns an unwritten tensor: NaN, or the integer guard's value."""
     fill = math.nan if dtype.is_floating_point else INTEGER_GUARD[dtype]
     return torch.full(tuple(shape), fill, dtype=dtype, device=device)
 
 
 def run_guarded(spec, rows: int = 1, device: str = "cpu", **buffers: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Runs the kernel of `spec` twice from equal buffers, on the CPU in the interpreter, on "cuda" compiled.
-
-    Checks every guard and that both runs are bit-identical. Returns the buffers as a run left them, on the device.
-    """
+    """Runs a kernel twice from equal buffers, checks guards and equal bits, and returns the buffers."""
     kernel = load(spec, interpret=device == "cpu")
     kept = [name for name, buffer in spec.buffers(rows).items() if buffer.kept_for]
     for name, buffer in spec.buffers(rows).items():
@@ -75,7 +71,7 @@ def run_guarded(spec, rows: int = 1, device: str = "cpu", **buffers: torch.Tenso
 
 @contextlib.contextmanager
 def in_order(change: Callable[[list], object]) -> Iterator[None]:
-    """Inside, the interpreter runs the programs of each launch in the order that `change` brings their list into."""
+    """Makes the interpreter run each launch's programs in the order of `change(programs)`."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     set_dim, set_idx, order = builder.set_grid_dim, builder.set_grid_idx, []
@@ -91,11 +87,7 @@ def in_order(change: Callable[[list], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def dots_in_order() -> Iterator[None]:
-    """Inside, the interpreter's dots add one product after another, in float32, each row as every other one.
-
-    Outside, they are a BLAS's: which rows of a tile it computes together, and in what order it adds, differs by
-    machine. (The interpreter's sums add every row alike.)
-    """
+    """Makes the interpreter's dots add in float32 and in order; a BLAS's order differs by rows and machine."""
     from triton.runtime.interpreter import TensorHandle
     from triton.runtime.interpreter import interpreter_builder as builder
 
@@ -114,11 +106,7 @@ def assert_close(
     magnitude: torch.Tensor | float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Compares a kernel's result with the float64 reference, by the tolerance of `dtype` (the result's own if None).
-
-    The tolerance is relative to the sum of magnitudes that the result was added up from (`magnitude`, at least the
-    result's own), the only honest scale where terms cancel.
-    """
+    """Compares with float64, by the tolerance of `dtype`, relative to the sum of magnitudes of each result."""
     assert not actual.isnan().any(), f"{int(actual.isnan().sum())} elements are NaN: unwritten, or read from outside"
     error = (actual.double() - expected).abs()
     magnitude = torch.as_tensor(magnitude, dtype=torch.float64, device=expected.device)
@@ -130,11 +118,7 @@ def assert_close(
 
 
 def assert_rounded(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> None:
-    """Compares a result that was computed in float32 and rounded once to its dtype, where it does not overflow.
-
-    Args:
-        actual, expected, magnitude: as in `assert_close`, of one shape.
-    """
+    """Compares a result computed in float32 and rounded once to its dtype, if that does not overflow."""
     finfo = torch.finfo(actual.dtype)
     rounding = (expected.abs() + finfo.smallest_normal) * finfo.eps / TOLERANCE[torch.float32]
     fits = expected.abs() < 0.9 * finfo.max
@@ -143,7 +127,7 @@ def assert_rounded(actual: torch.Tensor, expected: torch.Tensor, magnitude: torc
 
 
 def assert_sqnr(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """Checks the signal-to-noise ratio of a result as a whole against the floor of `dtype`."""
+    """Checks the signal-to-noise ratio of a result against the minimum of `dtype`."""
     noise = (actual.double() - expected).square().sum()
     signal = expected.square().sum()
     limit = signal * 10 ** (-SQNR_FLOOR[dtype] / 10)

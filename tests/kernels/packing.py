@@ -1,5 +1,3 @@
-"""Random matrices as kernels read them."""
-
 import torch
 
 from river_compile.kernels.quant.grid import quantize
@@ -7,7 +5,7 @@ from river_compile.kernels.quant.layouts import PackedLinear, pack
 
 
 def pack_linear(weight: torch.Tensor, group_size: int, layout: str, quantizer: str = "hqq") -> PackedLinear:
-    """Quantizes and packs a matrix ``[N, K]`` of any K: its last group is filled up with the row's last value."""
+    """Quantizes and packs a weight ``[N, K]``, padded with the row's last value to whole groups."""
     k = weight.shape[-1]
     padding = weight[:, -1:].expand(-1, -k % group_size)
     return pack(quantize(torch.cat([weight, padding], dim=1), group_size, quantizer), layout, k)

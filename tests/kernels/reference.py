@@ -1,7 +1,6 @@
-"""What every kernel family computes, in float64 with plain torch operations: the yardstick of the tests.
+"""Every kernel family in float64 with plain torch operations, for tensors of any floating dtype.
 
-Every function takes tensors of any floating dtype, computes in float64 and returns float64. Shapes: B sequences,
-K and N features, H query heads, J key-value heads, D features of a head, S cache slots.
+Shapes: B sequences, K and N features, H query heads, J key-value heads, D features of a head, S cache slots.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 def norm(
     x: torch.Tensor, kind: str, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """Normalises ``[..., K]``: "none", "rms" (Zhang and Sennrich 2019), "rms_plus_one" (Gemma), "layer" (Ba 2016)."""
+    """Normalizes ``[..., K]``: "none", "rms" (Zhang and Sennrich 2019), "rms_plus_one" (Gemma), "layer" (Ba 2016)."""
     x = x.double()
     if kind == "none":
         return x
@@ -28,7 +27,6 @@ def norm(
 
 
 def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Applies "none", "silu", "gelu" (erf), "gelu_tanh" or "relu"."""
     functions = {
         "none": lambda v: v,
         "silu": F.silu,
@@ -48,13 +46,7 @@ def linear(
     activation: str = "none",
     gated: bool = False,
 ) -> torch.Tensor:
-    """Returns activation(x W^T + bias) + residual; gated: activation(first half) * second half.
-
-    Args:
-        x: ``[..., K]``, normalised already.
-        weight: ``[N, K]``, dequantized; gated ``[2 N, K]``.
-        bias, residual: ``[N]`` (gated ``[2 N]``) and ``[..., N]``.
-    """
+    """Returns activation(x W^T + bias) + residual; gated, with weight ``[2 N, K]``: activation(gate) * up."""
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     if gated:
         gate, up = y.chunk(2, dim=-1)
@@ -65,14 +57,7 @@ def linear(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotary embedding (Su et al. 2021) of the first R features of ``[..., D]``.
-
-    Args:
-        x: heads.
-        cos, sin: ``[..., R]`` that broadcast against x; as Hugging Face models give them: the R / 2 angles twice, one
-            copy after the other (half-split) or each beside itself (interleaved).
-        interleaved: whether the pairs are (0, 1), (2, 3), ... instead of (0, R / 2), (1, R / 2 + 1), ...
-    """
+    """Rotary embedding (Su et al. 2021) of the first R features of ``[..., D]``; cos, sin as in Hugging Face models."""
     x, cos, sin = x.double(), cos.double(), sin.double()
     r = cos.shape[-1]
     rotated, rest = x[..., :r], x[..., r:]
@@ -93,16 +78,7 @@ def attention(
     mask: torch.Tensor | None = None,
     added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One query position against a cache.
-
-    Args:
-        q: ``[B, H, D]``.
-        k, v: ``[B, J, S, D]``; query head h reads key-value head h // (H / J).
-        scale: of the scores.
-        softcap: c in c tanh(score / c); 0 for none.
-        mask: bool ``[B, S]``, True for slots that take part; a row without any gives 0.
-        added: ``[B, S]``, added to the scores of every head after the cap.
-    """
+    """One query position ``[B, H, D]`` on a cache; bool mask and added ``[B, S]``; a fully masked row gives 0."""
     groups = q.shape[1] // k.shape[1]
     k, v = (c.double().repeat_interleave(groups, dim=1) for c in (k, v))
     scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * scale
@@ -118,7 +94,7 @@ def attention(
     return torch.einsum("bhs,bhsd->bhd", weights, v)
 
 
-def attention_of_several(
+def cache_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor, added: torch.Tensor, **how: float
 ) -> torch.Tensor:
     """The same for q ``[B, T, H, D]``; `mask` and `added` are ``[B, T, S]``."""
@@ -128,6 +104,6 @@ def attention_of_several(
 
 
 def row_similarity(hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Cosine of ``[..., D]`` against ``[..., D]`` per row; NaN where a row is zero or not finite."""
+    """Cosine of rows of ``[..., D]``; NaN for zero or non-finite rows."""
     hidden, previous = hidden.double(), previous.double()
     return (hidden * previous).sum(-1) / (hidden.norm(dim=-1) * previous.norm(dim=-1))

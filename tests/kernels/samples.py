@@ -29,7 +29,7 @@ def caches(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 
 
 def sample_calls() -> dict[str, tuple]:
-    """Operator name -> arguments, one sample of each operator (and layout), the same in every call."""
+    """Returns operator name -> arguments for each operator (and layout), equal in every call."""
     G.manual_seed(0)
     x, w = random(2, 1, 64), {layout: packed(24, 64, layout) for layout in ("triton", "plain")}
     norm, bias = ("rms", random(64), None, 1e-6), random(24)

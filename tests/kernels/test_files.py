@@ -1,4 +1,4 @@
-"""What is made once by several processes: they take turns, and a killed one leaves nothing that stops the others."""
+"""Locks of files between processes: turns, and killed holders."""
 
 import os
 import select
@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from river_compile.kernels.files import appearing, making
+from river_compile.kernels.files import atomic_write, locked
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def hold(target, scratch_too):
     child = os.fork()
     if child == 0:
         try:
-            with making(target), appearing(target) as scratch:
+            with locked(target), atomic_write(target) as scratch:
                 if scratch_too:
                     scratch.write_text("half")
                 os.write(writes, b"!")
@@ -42,7 +42,7 @@ def test_a_killed_process_gives_its_turn_away_and_its_rubbish_is_removed(target,
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert not target.exists()
-    with making(target), appearing(target) as scratch:
+    with locked(target), atomic_write(target) as scratch:
         scratch.write_text("whole")
     assert target.read_text() == "whole"
     assert sorted(file.name for file in target.parent.iterdir()) == [".made.lock", others.name, "made"]
@@ -53,7 +53,7 @@ def test_others_wait_for_their_turn(target):
     reads, writes = os.pipe()
     second = os.fork()
     if second == 0:
-        with making(target):
+        with locked(target):
             os.write(writes, b"!")
             os._exit(0)
     assert not select.select([reads], [], [], 0.2)[0], "it had its turn while the lock was held"

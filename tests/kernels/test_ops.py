@@ -1,4 +1,4 @@
-"""The operators: `opcheck` on each, layouts against each other, shapes, strides, and what they refuse."""
+"""The operators: `opcheck`, layouts against each other, shapes, strides, and errors."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["triton", "plain"])
 
 @pytest.fixture(autouse=True)
 def _same_numbers():
-    """A test draws the same numbers whichever ran before it."""
+    """A test draws the same numbers in any order of tests."""
     G.manual_seed(0)
 
 
@@ -91,7 +91,7 @@ def test_both_layouts_compute_the_same_mlp_and_projections(norm, rows):
 
 
 def test_filling_and_attending_a_strided_cache_step_by_step():
-    """Three tokens into a cache that is a slice of a larger one, against attention over what they wrote."""
+    """Three tokens into a slice of a larger cache, against attention over them."""
     storage = random(2, 1, 6, 2, 16)
     k_cache, v_cache = storage[..., 0, :], storage[..., 1, :]
     for step in range(3):
@@ -107,7 +107,7 @@ def test_filling_and_attending_a_strided_cache_step_by_step():
 
 
 def test_a_step_in_one_launch_is_that_in_two():
-    """The same tokens into two caches: q, entries and sums agree, and the counter counts what was written."""
+    """q, cache entries, sums and the counter agree."""
     apart, once = caches(), caches()
     for a, b in zip(apart, once, strict=True):
         b.copy_(a)
@@ -130,7 +130,7 @@ def test_a_step_in_one_launch_is_that_in_two():
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("positions", [3, 10])
 def test_several_positions_are_written_and_attend_as_one_by_one(positions, softcap):
-    """Up to 16 of all sequences to the bit, of more up to rounding, which PyTorch attends from."""
+    """Bit for bit up to 16 of all sequences; PyTorch attends from more."""
     shape = (2, 1, 14, 16)
     before = random(*shape), random(*shape)
     together, alone = ([cache.clone() for cache in before] for _ in range(2))
@@ -175,14 +175,14 @@ def test_attention_of_several_positions(kind, softcap):
     added = random(2, 5, 7) * (kind == "added")
     given = {"bool": live, "added": added.masked_fill(~live, -torch.inf)}.get(kind)
     out = river.attention(q, k, v, None if given is None else given[:, None], 0.25, softcap, kind == "causal")
-    expected = reference.attention_of_several(q, k, v, scale=0.25, softcap=softcap, mask=live, added=added)
+    expected = reference.cache_attention(q, k, v, scale=0.25, softcap=softcap, mask=live, added=added)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("rows", [0, 1, 5, 40])
 def test_each_row_meets_its_expert(rows, layout):
-    """Rows of one expert in any place, experts that no row chose (which hold NaN), and rows without an expert."""
+    """Rows of one expert anywhere, unchosen experts (which hold NaN), and rows without an expert."""
     stack, x = stacked(6, 24, 96, layout), random(rows, 96)
     expert = torch.randint(-1, 5, (rows,), generator=G)
     exact = stack.dequantize(torch.float64).view(6, 24, 96)
@@ -196,7 +196,7 @@ def test_each_row_meets_its_expert(rows, layout):
 @given(st.integers(0, 2**20), st.integers(1, 4), st.integers(1, 40), st.sampled_from([32, 64]))
 @examples(15)
 def test_a_stack_holds_the_grid_that_it_was_packed_from(seed, experts, n, group):
-    """Every layout gives back the integers, scales and zeros of all its matrices; scales too large for float16 too."""
+    """In every layout, also with scales too large for float16."""
     weight = torch.randn(experts * n, 2 * group, generator=torch.Generator().manual_seed(seed))
     weight[: n * (seed % 2)] *= 1e6
     grid = quantize(weight, group, "rtn").rounded(torch.bfloat16)
@@ -250,7 +250,7 @@ def test_what_the_cache_operators_refuse():
     with pytest.raises(ValueError, match="qkv has shape"):
         river.kv_fill(random(3, 1, 64), None, None, None, None, slot, k_cache, v_cache, *fill)
     for places in ((None, None), (slot, torch.tensor(0))):
-        with pytest.raises(ValueError, match="give a slot or a counter"):
+        with pytest.raises(ValueError, match="give a slot, or a counter"):
             river.attend(qkv, None, None, None, None, *places, k_cache, v_cache, *fill, None, 1.0, 0.0)
     with pytest.raises(ValueError, match="one shape and stride"):
         river.kv_fill(qkv, None, None, None, None, slot, k_cache, v_cache[:, :, :5], *fill)

@@ -1,4 +1,4 @@
-"""One-query attention and one-row products in plain torch, against their definitions."""
+"""One-query attention and one-row linears in plain torch, against their definitions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
     seed=st.integers(0, 999),
 )
 def test_grouped_attention_is_attention(batch, kv_heads, repeat, length, dim, mask_kind, dtype, seed):
-    """Against ATen's attention in float64 with repeated KV heads; masked slots hold huge values and do not count."""
+    """Against ATen in float64 with repeated KV heads; masked slots hold huge values."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, kv_heads * repeat, 1, dim, generator=generator).to(dtype)
     k, v = (torch.randn(batch, kv_heads, length, dim, generator=generator).to(dtype) for _ in range(2))
@@ -48,7 +48,7 @@ def test_grouped_attention_is_attention(batch, kv_heads, repeat, length, dim, ma
 @examples(30)
 @given(n=st.integers(1, 300), k=st.integers(1, 200), dtype=DTYPES, bias=st.booleans(), seed=st.integers(0, 999))
 def test_one_row_linear_is_a_linear_layer(n, k, dtype, bias, seed):
-    """Against float64: as close as rounding the exact result to the dtype allows, twice."""
+    """Against float64: as close as rounding twice to the dtype allows."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 1, k, generator=generator).to(dtype)
     weight = torch.randn(n, k, generator=generator).to(dtype)

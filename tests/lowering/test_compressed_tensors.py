@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from river_compile import accelerate, report
 from river_compile.errors import OptionError, UnsupportedGraphError
-from river_compile.kernels.native.isa import chosen
+from river_compile.kernels.native.build import choose_isa
 from tests.lowering.test_eight_bit_backbone import accelerated
 from tests.lowering.test_packed_backbone import generate
 from tests.support.examples import slow_but
@@ -20,7 +20,7 @@ from tests.support.families import make
 pytest.importorskip("compressed_tensors", reason="transformers needs it to read the format")
 pytest.importorskip("transformers", minversion="5.21", reason="older ones load no plain layers")
 pytestmark = [
-    pytest.mark.skipif(chosen().name == "portable", reason="needs vectors"),
+    pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors"),
     pytest.mark.filterwarnings("ignore::river_compile.RiverWarning"),
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
 ]

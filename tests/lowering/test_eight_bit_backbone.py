@@ -10,14 +10,14 @@ import torch
 import river_compile
 from river_compile import report
 from river_compile.errors import OptionError
-from river_compile.kernels.native.isa import chosen
-from river_compile.kernels.quant import bits8
+from river_compile.kernels.native.build import choose_isa
+from river_compile.kernels.quant import lossless
 from tests.lowering.test_packed_backbone import DOWN, generate
 from tests.support.families import each, make
 
 torchao = pytest.importorskip("torchao.quantization")
 pytestmark = [
-    pytest.mark.skipif(chosen().name == "portable", reason="needs vectors"),
+    pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors"),
     pytest.mark.filterwarnings("ignore::river_compile.RiverWarning"),
 ]
 CONFIGS = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
@@ -39,9 +39,9 @@ def dequantized(model):
     """The same model with the values of its weights in float32."""
     model = model.to(torch.float32)
     for name, parameter in list(model.named_parameters()):
-        if bits8.held_by(parameter) is not None:
+        if lossless.torchao_parts(parameter) is not None:
             module = model.get_submodule(name.rpartition(".")[0])
-            values = bits8.dequantize(*bits8.pack([parameter]))
+            values = lossless.dequantize_8bit(*lossless.pack_8bit([parameter]))
             module.weight = torch.nn.Parameter(values, requires_grad=False)
     return model
 

@@ -12,12 +12,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import river_compile
 from river_compile import RiverWarning, report
 from river_compile.errors import OptionError
-from river_compile.kernels.native.isa import chosen
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.native.build import choose_isa
+from river_compile.kernels.quant import lossless
 from river_compile.twins import pack
 from tests.support.families import each, make, prompt
 
-pytestmark = pytest.mark.skipif(chosen().name == "portable", reason="needs vectors")
+pytestmark = pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors")
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -137,8 +137,10 @@ class TestTheStore:
     @pytest.fixture
     def packed(self, monkeypatch):
         """How many matrices were packed."""
-        numbers, pack = [], bf12.pack
-        monkeypatch.setattr(bf12, "pack", lambda weight, *counts: numbers.append(len(weight)) or pack(weight, *counts))
+        numbers, pack = [], lossless.pack_12bit
+        monkeypatch.setattr(
+            lossless, "pack_12bit", lambda weight, *counts: numbers.append(len(weight)) or pack(weight, *counts)
+        )
         return numbers
 
     def test_keeps_them_for_the_next_process(self, store, packed):
@@ -184,7 +186,7 @@ def test_a_start_hashes_each_weight_once(start, monkeypatch):
 
 @pytest.mark.parametrize(("gain", "packs"), [(1.2, True), (1.05, False)])
 def test_auto_packs_where_that_was_measured_to_pay(monkeypatch, gain, packs):
-    monkeypatch.setattr(bf12, "gain", lambda: gain)
+    monkeypatch.setattr(lossless, "speedup_12bit", lambda: gain)
     model = accelerated(model_of(), "auto")
     generate(model)
     assert {graph["lossless_bytes"] > 0 for graph in report(model).to_dict()["graphs"]} == {packs}

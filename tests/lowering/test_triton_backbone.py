@@ -14,7 +14,7 @@ from river_compile.backend import river
 from river_compile.decoding.mode import decode as decode_loop
 from river_compile.decoding.mode import exact
 from river_compile.errors import ExactModeError, OptionError
-from river_compile.kernels.triton.calls import linear as products
+from river_compile.kernels.triton import calls_linear
 from river_compile.lowering.choose import Lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.kernels.harness import dots_in_order
@@ -55,7 +55,7 @@ def test_never_exiting_computes_what_the_model_does(name):
 def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name, monkeypatch):
     """q|k|v and gate|up are read where they are."""
     read = []
-    linear = products.linear
+    linear = calls_linear.linear
 
     def note(x, weight, *others):
         read.append([w.data_ptr() for w in weight] if isinstance(weight, list) else weight.data_ptr())
@@ -64,7 +64,7 @@ def test_every_product_of_a_block_is_one_launch_on_the_model_s_own_matrices(name
     model = compiled(name)
     cache = new_cache(model, "full")
     decode(model, cache, NEVER[:1], plain_prompt=True)
-    monkeypatch.setattr(products, "linear", note)
+    monkeypatch.setattr(calls_linear, "linear", note)
     decode(model, new_cache(model, "full"), NEVER[:1], plain_prompt=True)
     expected = []
     for layer in model.model.layers:
@@ -122,8 +122,8 @@ def test_the_products_go_through_inductor():
 def test_wide_passes_are_a_library_s(tokens, launches, monkeypatch):
     """A prompt of up to 16 tokens runs the kernels that verify drafts."""
     made = []
-    linear = products.linear
-    monkeypatch.setattr(products, "linear", lambda x, *others: made.append(x.shape) or linear(x, *others))
+    linear = calls_linear.linear
+    monkeypatch.setattr(calls_linear, "linear", lambda x, *others: made.append(x.shape) or linear(x, *others))
     model = compiled("llama")
     ids, caches = prompt(tokens, 1), [new_cache(model, "full") for _ in range(2)]
     with torch.no_grad():

@@ -98,7 +98,7 @@ del held
 assert torch.cuda.memory_allocated() == before
 
 # Generated kernels run where a compiled one would, and only on the card's tensors.
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.cache import ExitScoreSpec
 from river_compile.kernels.triton.loader import load
 kernel = load(ExitScoreSpec(1, 64, "bfloat16"), interpret=False)
 row = torch.full((1, 64), 1.001, device="cuda").bfloat16()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from river_compile.kernels.native.isa import ISAS
+from river_compile.kernels.native.build import ISAS
 from tests.support.layout import build_wheel, run_python
 
 WITH_KERNELS = sys.platform == "linux" and platform.machine() == "x86_64"

@@ -12,7 +12,7 @@ from torch import nn
 from river_compile import collect_statistics
 from river_compile.backend import river
 from river_compile.errors import OptionError
-from river_compile.kernels.quant.moments import RowMoments, WholeMoments
+from river_compile.kernels.quant.calibrated import RowMoments, WholeMoments
 from river_compile.model_record import find_record
 from river_compile.twins.calibration_stats import InputMoments
 from river_compile.twins.observe import default_texts, record, visit

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from river_compile.kernels.triton.linear import LinearSpec, least_columns
+from river_compile.kernels.triton.linear import ATTENTION_BLOCK, LinearSpec, min_columns
 from river_compile.kernels.triton.spec import DTYPES
-from river_compile.kernels.triton.tiles import ATTENTION_BLOCK
 
 from .devices import Device
 
@@ -80,7 +79,7 @@ def registers(spec: LinearSpec) -> int:
         return math.ceil(32 + 4 * columns * tile.block_k / 8 / threads)
     length, operands = tile.block_k // 8, 3.0
     if spec.weights == "bf12":  # wide tiles unpack one of a unit's rows after another
-        length, operands = tile.block_k // 4, 5.0 if tile.block_n == least_columns(spec.weights, spec.form) else 2.5
+        length, operands = tile.block_k // 4, 5.0 if tile.block_n == min_columns(spec.weights, spec.form) else 2.5
     return math.ceil(48 + (tile.block_m * columns + operands * columns * length + tile.block_m * length / 2) / threads)
 
 

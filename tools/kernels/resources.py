@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec
 from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import compile_for, source_file
 from river_compile.kernels.triton.spec import KernelSpec

@@ -10,10 +10,9 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from river_compile.kernels.quant.bf12 import UNIT
-from river_compile.kernels.triton.linear import LinearSpec, LinearTile, least_columns
+from river_compile.kernels.quant.lossless import UNIT
+from river_compile.kernels.triton.linear import ATTENTION_BLOCK, LinearSpec, LinearTile, min_columns, min_rows
 from river_compile.kernels.triton.spec import next_power_of_two
-from river_compile.kernels.triton.tiles import ATTENTION_BLOCK, least_rows
 
 from .cost_model import WIDTH, attention_estimate, instructions_per_weight, registers, seconds
 from .devices import Device
@@ -57,7 +56,7 @@ def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
     else:
         tiles = _row_tiles(spec) if spec.form == "row" else _dot_tiles(spec, device)
     for tile in tiles:
-        if tile.split_k <= math.ceil(spec.in_features / tile.block_k) and spec.parts_fit(tile):
+        if tile.split_k <= math.ceil(spec.in_features / tile.block_k) and spec.divides_matrices(tile):
             candidate = dataclasses.replace(spec, tile=tile)
             if registers(candidate) <= most_registers(candidate):
                 yield candidate
@@ -73,7 +72,7 @@ def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
     if device.backend != "cuda":  # matrix cores take 16 columns, and narrow tiles load words of 8 bytes
         yield LinearTile(32, 4 * spec.group_size, 16, 1, 4, 2)
         return
-    heights = (least_rows(spec),) if spec.rows else (16, 32)
+    heights = (min_rows(spec),) if spec.rows else (16, 32)
     deepest = max(4 * spec.group_size, spec.in_features // 2)  # a single step would not be pipelined
     # Two groups each of a gated pair, and wide tiles of eight warps but those below, have too many sums for Triton 3.6;
     # narrow tiles of a pair were seen to spill there. Start and end of eight warps take too long for less than 8 steps.
@@ -108,7 +107,7 @@ def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
     # needs few activations; more rows of W then only repeat the pattern.
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     per_warp = 1024 if spec.weights == "w4" else 512
-    twelve, least = spec.weights == "bf12", least_columns(spec.weights, spec.form)
+    twelve, least = spec.weights == "bf12", min_columns(spec.weights, spec.form)
     deepest = max(spec.group_size or UNIT, next_power_of_two(spec.in_features))
     depths = {min(per_warp * warps, deepest): warps for warps in (8, 4, 2, 1)}
     widths = (least,) if twelve else (1, 2, 4, 8, 16, 32)
@@ -137,7 +136,7 @@ def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
         cuts = cuts if device.backend == "cuda" else [(*cut[:3], 2) for cut in cuts]
     else:
         # Every warp normalises all activations, so wide tiles of few warps do it for the most weights.
-        heights, wide = (16,), 2 * least_columns(spec.weights, spec.form)
+        heights, wide = (16,), 2 * min_columns(spec.weights, spec.form)
         cuts = [(wide, 64, 4, 3), (wide // 2, 128, 4, 2)]
     for (block_n, depth, warps, stages), block_m, split_k in itertools.product(cuts, heights, splits):
         yield LinearTile(block_n, depth, block_m, split_k, warps, stages)

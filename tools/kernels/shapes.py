@@ -7,13 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
-from river_compile.kernels.triton.linear import LinearSpec
-from river_compile.kernels.triton.spec import KernelSpec
-from river_compile.kernels.triton.tiles import attention_splits, best_tile, untiled
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
+from river_compile.kernels.triton.linear import LinearSpec, attention_splits, best_tile, untiled
+from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec
 
 from .cost_model import LAUNCH_SECONDS, Compiled, Estimate, attention_estimate, estimate
 from .devices import Device

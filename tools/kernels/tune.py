@@ -20,12 +20,18 @@ from pathlib import Path
 
 import torch
 
-from river_compile.kernels.files import appearing
-from river_compile.kernels.triton.devices import device_name
-from river_compile.kernels.triton.linear import LinearSpec
-from river_compile.kernels.triton.loader import load
+from river_compile.kernels.files import atomic_write
+from river_compile.kernels.triton.linear import (
+    SHIPPED,
+    LinearSpec,
+    Shape,
+    form_key,
+    read_table,
+    tuning_file,
+    tuning_key,
+)
+from river_compile.kernels.triton.loader import device_name, load
 from river_compile.kernels.triton.spec import KernelSpec
-from river_compile.kernels.triton.tiles import SHIPPED, Shape, form_key, read_table, tuned_for, tuning_file
 
 from .cost_model import rows_of
 from .devices import known
@@ -92,11 +98,11 @@ def first_line(error: Exception) -> str:
 def save(path: Path, device: str, specs: Sequence[LinearSpec]) -> None:
     """Adds the tiles of specs, measured on a device with this Triton, to a tuning file, replacing it atomically."""
     merged = {name: {form: dict(tiles) for form, tiles in of.items()} for name, of in read_table(path).items()}
-    forms = merged.setdefault(tuned_for(device), {})
+    forms = merged.setdefault(tuning_key(device), {})
     for spec in specs:
         shape: Shape = spec.out_features, spec.in_features
         forms.setdefault(form_key(spec), {})[shape] = dataclasses.astuple(spec.tile)
-    with appearing(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_text(text_of(merged), encoding="utf-8")
 
 

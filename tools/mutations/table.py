@@ -130,7 +130,7 @@ _QUANT = (
     ),
     Mutation(
         "gptq-blocks",
-        "kernels/quant/moments.py",
+        "kernels/quant/calibrated.py",
         ".addmm_(self._factor[block, block.stop :].T, errors_KN, alpha=-1)",
         ".addmm_(self._factor[block, block.stop :].T, errors_KN, alpha=1)",
         "GPTQ doubles the errors of earlier blocks instead of making up for them",
@@ -138,7 +138,7 @@ _QUANT = (
     ),
     Mutation(
         "gptq-inputs",
-        "kernels/quant/moments.py",
+        "kernels/quant/calibrated.py",
         "inverse_TT.addmm_(through.T, through, alpha=-added)",
         "inverse_TT.addmm_(through.T, through, alpha=added)",
         "GPTQ by few inputs takes what a block of columns has in common with others for the opposite",
@@ -256,9 +256,9 @@ _TWELVE_BITS = (
     ),
     Mutation(
         "bits8-zero-points",
-        "kernels/quant/bits8.py",
-        "if held is None or (isinstance(zero, Tensor) and bool(zero.any())):",
-        "if held is None:",
+        "kernels/quant/lossless.py",
+        "if parts is None or (isinstance(zero, Tensor) and bool(zero.any())):",
+        "if parts is None:",
         "zero points of torchao's tensors are forgotten",
         ("tests/kernels/quant/test_bits8.py",),
     ),

@@ -37,13 +37,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from river_compile.kernels.files import appearing, in_cache
+from river_compile.kernels.files import atomic_write, cached_file
 from river_compile.kernels.native.build import find_compiler, torch_flags
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE
-from river_compile.kernels.triton.linear import LinearSpec
-from river_compile.kernels.triton.spec import KernelSpec, Stage
-from river_compile.kernels.triton.tiles import interpreter_tile
+from river_compile.kernels.triton.linear import LinearSpec, interpreter_tile
+from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec, Stage
 from tools.kernels.devices import known
 
 SECONDS = 5e-6  # of everything that runs, by this card's clock
@@ -460,10 +458,10 @@ def _library() -> str:
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
     def make(path: Path) -> None:
-        with appearing(path) as scratch:
+        with atomic_write(path) as scratch:
             subprocess.run([*command, "-o", str(scratch)], check=True)
 
-    return str(in_cache(f"rehearsal/card_{digest}.so", Path.exists, make))
+    return str(cached_file(f"rehearsal/card_{digest}.so", Path.exists, make))
 
 
 def install() -> None:

@@ -21,9 +21,8 @@ import river_compile
 from river_compile.backend import executors_of, river
 from river_compile.exit_rule import Calibration, Candidate
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.linear import LinearTile
-from river_compile.kernels.triton.tiles import form_key, read_table, tuned_for, untiled
+from river_compile.kernels.triton.cache import ExitScoreSpec
+from river_compile.kernels.triton.linear import LinearTile, form_key, read_table, tuning_key, untiled
 from river_compile.passes.program import Program
 from river_compile.store import codec
 from river_compile.store.folder import Entry
@@ -125,7 +124,7 @@ def _read_tiles(folder: Path) -> None:
     """A tile changes speed alone, so any that a kernel can have will do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cannot be read and is ignored")
-        tiles = read_table(folder / "tuning.json").get(tuned_for(DEVICE), {}).get(form_key(LINEAR), {})
+        tiles = read_table(folder / "tuning.json").get(tuning_key(DEVICE), {}).get(form_key(LINEAR), {})
     found = tiles.get((LINEAR.out_features, LINEAR.in_features))
     if found is not None:
         dataclasses.replace(LINEAR, tile=LinearTile(*found))

@@ -1,5 +1,4 @@
-// Activations as matmuls read them: normalised, then rounded to int8 with one scale for each group, or in the order
-// that other weights ask for. Written as plain loops over one group, which compilers vectorize.
+// Activations as matmuls read them: normalised, then int8 with a scale for each group, or another weight's format.
 #pragma once
 
 #include <algorithm>
@@ -76,7 +75,6 @@ inline void round_group(const float* values, int size, int8_t* out, float* scale
   *start = -8 * total;
 }
 
-// Writes a group as x lies, plus the residual.
 inline void write_group(const PrepareArgs& a, int64_t row, int64_t first, float* values) {
   alignas(64) float residual[kLargestGroup];
   const int count = int(std::min<int64_t>(a.group_size, a.in_features - first));
@@ -96,7 +94,6 @@ inline void write_pairs(const PrepareArgs& a, int64_t i, const float* values) {
   for (int k = 0; k < a.group_size; k += 2, out += 4 * a.rows) std::memcpy(out, rounded + k, 4);
 }
 
-// Writes group number `i` of all rows.
 inline void write_prepared(const PrepareArgs& a, int64_t i, float* values) {
   const int64_t size = a.group_size;
   float* const floats = static_cast<float*>(a.out.values) + i * size;

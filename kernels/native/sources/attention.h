@@ -1,11 +1,8 @@
-// Attention of a few query positions over a static cache, chunk by chunk, chunks combined by log-sum-exp (online
-// softmax: Milakov and Gimelshein 2018; split over the keys: Flash-Decoding, Dao et al. 2023).
-//
-// Keys and values of slots that take no part are never read. The query heads that share a key-value head, of several
-// positions, read it once: as far as the positions of a chunk read the same slots they meet them together, and the rest
-// each by itself. Chunks are counted from a row's first slot that takes part. So every result is summed in one order,
-// whatever the number of positions and threads, and however much padding stands before the row. Not handled: masks that
-// differ between heads, and many positions, which prompt_attention.h is for.
+// Attention of a few query positions over a static cache, chunk by chunk, combined by log-sum-exp (online softmax:
+// Milakov and Gimelshein 2018; split keys: Flash-Decoding, Dao et al. 2023). Masked slots are never read. Query heads
+// of a key-value head and positions with the same slots share reads. Chunks count from a row's first unmasked slot, so
+// bits do not depend on positions, threads or padding. Not handled: masks that differ between heads, and many
+// positions.
 #pragma once
 
 #include <algorithm>
@@ -100,7 +97,6 @@ void add_values(const AttentionArgs& a, const char* values, const SlotRange& s, 
                                        RIVER_INLINED { add_piece<r, D>(a, values, s, s.first + first, d, m); });
 }
 
-// Reads a query as `dots` takes it.
 template <int D>
 void load_query(const AttentionArgs& a, int64_t at, float* q) {
   alignas(64) float values[kMostHeadFeatures];

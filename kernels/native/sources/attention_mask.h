@@ -1,5 +1,4 @@
-// Which slots of a static cache a mask lets query positions read, and what it adds to their scores: of one position, or
-// of a block of them.
+// The slots of a static cache that a mask lets positions read, and its additions to their scores.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +28,7 @@ inline bool takes_part(const AttentionArgs& a, int64_t at, int slot, float& adde
   return !(added <= least / 2);
 }
 
-// The first of a row's slots that takes part, `slots` where none does. Every chunk asks, and padding or a window may
-// put it far behind.
+// The first unmasked slot of a row, `slots` without one; padding or a window may put it far behind.
 inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
   if (a.mask && a.mask_dtype == kBool) {
     const void* mask = static_cast<const uint8_t*>(a.mask) + at;

@@ -1,10 +1,6 @@
-// Matrices of bfloat16 in 12 bits a weight, bit for bit: the lower byte as it is, and 4 bits that choose the upper byte
-// (sign and the upper seven bits of the exponent) among the 16 most frequent ones of the matrix. A weight whose upper
-// byte is none of these is listed apart, as a patch.
-//
-// Weights become bfloat16 again, patches included, before they are multiplied, so a matmul's sums are those of the
-// matrix in 16 bits: of a few rows in registers, of more in memory that stays in the first cache, once for all rows.
-// Not handled: matrices of other dtypes.
+// bfloat16 weights in 12 bits, bit for bit: the lower byte, and 4 bits that choose the upper byte among the 16 most
+// frequent ones; other weights are patches. Weights become bfloat16 again before they are multiplied, in registers for
+// a few rows, in the first cache for more, so sums are those of 16-bit weights.
 #pragma once
 
 #include <algorithm>
@@ -73,14 +69,12 @@ class UnpackedBlock {
         palette_(repeated(reinterpret_cast<const uint8_t*>(a.palette))),
         memory_(room_for(2 * kBlock * padded_) + which * kBlock * padded_) {}
 
-  // Goes to block `n`.
   void begin(int64_t n) {
     if (block_ == n) return;
     block_ = n;
     for (int four = 0; four < kFours; ++four) fours_[four] = this->four(four), done_[four] = 0;
   }
 
-  // The block's output features 4 i to 4 i + 3.
   Four four(int i) const {
     const int64_t number = block_ * kFours + i, all = ceil_div(int64_t(a_.epilogue.out_features), kBlock) * kFours;
     const int32_t *first = a_.palette + 4 + number, *patches = a_.palette + 4 + all + 1;
@@ -110,8 +104,7 @@ class UnpackedBlock {
   Four fours_[kFours];
 };
 
-// y[r][t] for R rows and the output features of a `Four`; `add(sum, weights, i, r)` adds the products of a vector of
-// weights, the first of which is of input feature `i`.
+// y[r][t] for R rows and the features of a `Four`; `add(sum, weights, i, r)` adds products from input feature `i` on.
 template <int R, class Add, class Total>
 RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Matrix<float> y, const Add& add,
                                const Total& total) {
@@ -135,8 +128,7 @@ RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Mat
   unrolled<R>([&](auto r) RIVER_INLINED { total(sums[r], y.data + r * y.stride); });
 }
 
-// What a matmul sums for weights in 12 bits: of at most kMostRows rows by `few(four, r, y)`, which is given how many
-// as a constant, of more by `many(block, number of the four, y)`.
+// Sums of 12-bit weights: up to kMostRows rows by `few(four, r, y)`, r a constant, more by `many(block, four, y)`.
 class Bf12Blocks {
  public:
   explicit Bf12Blocks(const GemmArgs& a) : first_(a, 0), second_(a, 1) {}

@@ -1,5 +1,4 @@
-// The operators torch.ops.river_native.*, from tensors to phases: `load.py` says what each computes. Written against
-// torch's stable ABI.
+// The operators torch.ops.river_native.*, from tensors to phases, written against torch's stable ABI.
 #include <torch/csrc/stable/library.h>
 
 #include "bindings_cache.h"

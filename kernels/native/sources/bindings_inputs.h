@@ -40,7 +40,6 @@ inline const int64_t* numbers_in(const Tensor& x, Tensors& held, const char* nam
   return static_cast<const int64_t*>(held.back().data_ptr());
 }
 
-// A new tensor of x's sizes and `columns` columns.
 inline Tensor empty_behind(const Tensor& x, int64_t columns, const Tensor& like) {
   std::vector<int64_t> sizes(x.dim() + 1, columns);
   for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);

@@ -5,14 +5,12 @@
 
 namespace river {
 
-// The norm before a matmul.
 struct NormOf {
   std::string name;
   Maybe weight, bias;
   double eps;
 };
 
-// What is fused with a matmul.
 struct Fused {
   Maybe residual;
   NormOf norm;
@@ -20,7 +18,6 @@ struct Fused {
   bool gated;
 };
 
-// Both phases of one matmul.
 struct LinearCall {
   PrepareArgs prepare{};
   GemmArgs gemm{};
@@ -39,7 +36,6 @@ struct LinearCall {
   }
 
  private:
-  // Finds room for the prepared activations.
   void place() {
     const auto aligned = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
     Activations& x = gemm.x;
@@ -168,7 +164,6 @@ inline void run_library(const LinearCall& call, Tensor x, const Tensors& weights
   run_phases(a, {{kernels().gemm_epilogue, &a, parts_of(values, 1 << 13)}}, true);
 }
 
-// Describes x and the norm of its rows.
 inline void describe_norm(PrepareArgs& p, const Tensor& x, const NormOf& norm, Tensors& held) {
   p.x = rows_in(x, held, "x");
   p.dtype = dtype_of(x, "x");
@@ -189,7 +184,6 @@ inline Strided residual_of(const Maybe& residual, const Tensor& x, int64_t width
   return rows_in(*residual, held, "residual");
 }
 
-// norm(x) + residual.
 inline Tensor norm(const Tensor& x, const NormOf& norm, const Maybe& residual) {
   Tensors held;
   PrepareArgs p{};
@@ -201,8 +195,7 @@ inline Tensor norm(const Tensor& x, const NormOf& norm, const Maybe& residual) {
   return y;
 }
 
-// Describes a matmul whose weights and format of activations the call has already; returns where it goes. `held` keeps
-// what the call's addresses point to.
+// Completes a matmul whose weights and format are set; returns its output. `held` keeps tensors alive for the call.
 inline Tensor describe(LinearCall& call, const Tensor& x, int64_t out_features, int64_t group_size, const Rows& bias,
                        const Fused& fused, Tensors& held) {
   GemmArgs& a = call.gemm;

@@ -1,5 +1,4 @@
-// Values of the dtypes that tensors come in, read as float32 and written rounded to nearest, ties to even. Loops over
-// many of them are plain, for compilers to vectorize.
+// Tensor values read as float32 and written rounded to nearest, ties to even, in loops that compilers vectorize.
 #pragma once
 
 #include <algorithm>
@@ -89,8 +88,7 @@ constexpr int values_of(int rows, int count) {
   return kColumns == kBlock ? rows * kBlock : count;
 }
 
-// Reads `count` <= kColumns values of each of some rows, which are `stride` apart, to rows of kColumns: 16 rows of a
-// block, or a single one. (All of them are converted in one loop: compilers make no vector of a loop over sixteen.)
+// Reads `count` <= kColumns values of rows `stride` apart, in one loop: compilers do not vectorize a loop over sixteen.
 template <int kColumns = kBlock>
 void load_block(const void* p, int64_t first, int64_t stride, int rows, int count, int32_t dtype, float* values) {
   uint16_t halves[kMostLoaded<kColumns>] = {};

@@ -13,7 +13,6 @@ inline int matrix_of(const Rows& rows, int64_t row) {
   return matrix;
 }
 
-// Adds the bias of `count` features from `first` on.
 inline void add_bias(const Epilogue& e, int64_t first, int count, int rows, int columns, float* y) {
   for (int i = 0; i < count; ++i) {
     const int vector = matrix_of(e.bias, first + i);

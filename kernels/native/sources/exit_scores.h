@@ -1,5 +1,4 @@
-// What exits are decided by: the cosine of two hidden states, and the entropy of a head's distribution, of each row
-// chunk by chunk, which are then put together as those of attention are. So its bits depend on no number of threads.
+// Exit scores: cosines of hidden states, and entropies by chunks; their bits do not depend on threads.
 #pragma once
 
 #include <algorithm>

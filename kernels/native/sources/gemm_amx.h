@@ -1,11 +1,7 @@
-// Matmuls of bfloat16 in tiles (AMX): 16 output features times 32 input features times 16 rows are one instruction,
-// which reads the weights where the model keeps them. Up to 16 rows cost what one costs, the weights' way from memory.
-// Of more rows, two blocks of 16 meet two blocks of features, so that each tile is multiplied twice.
-//
-// Weights are the left operand, 16 rows of 64 bytes; activations are the right one, prepared so that the two values of
-// a pair lie side by side, and the pairs of a block of rows after each other (`kAmxTiles`). Every output is summed in
-// one order, whatever the number of rows. A block of features that no tile can read in place, because it ends early or
-// belongs to two matrices, is read from a copy.
+// bfloat16 matmuls in tiles (AMX): 16 output features x 32 input features x 16 rows per instruction, with weights read
+// in place. More than 16 rows multiply two blocks by two blocks, so that each tile is used twice. Weights are the left
+// operand; activations (`kAmxTiles`) interleave pairs. Every output is summed in one order for any rows. A block of
+// features that ends early or belongs to two matrices is read from a copy.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +34,6 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// The weights of one block of features.
 class BlockOfWeights {
  public:
   // Of two blocks that are in use at a time `which` tells which one this is.

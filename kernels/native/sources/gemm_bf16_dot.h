@@ -1,6 +1,4 @@
-// Matmuls of bfloat16 by dot products of pairs (AVX-512 BF16): each weight is read once, in place, and multiplied with
-// up to six rows of activations in bfloat16 (`kBFloat16Rows`). Every output is summed in one order, whatever the number
-// of rows.
+// bfloat16 matmuls by dot products of pairs (AVX-512 BF16), up to six rows at a time; one summation order for any rows.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +21,7 @@ RIVER_INLINE void sums_of_pairs(const __m512 (&v)[4], float* sums) {
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
 
-// `T` <= 4 output features for R rows, the first of which is `first_x`: y[r][t] = sum over k of weight[t, k] x[r, k].
-// `fetch` is called with the number of each vector's first feature.
+// y[r][t] = sum over k of weight[t, k] x[r, k] for R rows and T <= 4 features; `fetch(k)` runs for each vector.
 template <int R, int T, class Fetch>
 void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t row_bytes, Matrix<float> y,
                    const Fetch& fetch) {

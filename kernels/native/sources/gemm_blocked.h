@@ -1,5 +1,4 @@
-// The loop around a microkernel that sums up to 16 rows for a block of 16 output features, and what weights of 16 or 32
-// bits, several matrices one below the other, ask of it.
+// The loop around a microkernel of up to 16 rows and 16 output features, for one or several dense matrices.
 #pragma once
 
 #include <algorithm>
@@ -8,10 +7,7 @@
 
 namespace river {
 
-// A microkernel is called with (a, n, row, rows, y) and leaves, for `rows` rows,
-// y[r][i] = sum over k of weight[16 n + i, k] x[row + r, k].
-//
-// `R`: the most rows there can be.
+// A microkernel (a, n, row, rows, y) leaves y[r][i] = sum over k of weight[16 n + i, k] x[row + r, k] for `rows` <= R.
 template <int R, class Microkernel>
 void gemm_block(const GemmArgs& a, int64_t n, int row, int rows, const Microkernel& microkernel) {
   float y[R][kBlock], up[R][kBlock];
@@ -32,8 +28,7 @@ void gemm_blocked(const GemmArgs& a, int part, int parts, const Microkernel& mic
         gemm_block<16>(a, n, row, std::min(kBlock, a.rows - row), microkernel);
 }
 
-// Calls f(weights, number within the block, how many) for the features of block `n`, by fours if they belong to one
-// matrix, else one by one.
+// Calls f(weights, number within the block, how many) for block `n`, by fours within one matrix, else one by one.
 template <class F>
 RIVER_INLINE void for_fours(const GemmArgs& a, int64_t n, int64_t bytes, const F& f) {
   const int64_t first = n * kBlock;

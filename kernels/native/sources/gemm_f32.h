@@ -1,6 +1,4 @@
-// Dot products in float32 of a few rows with rows of weights or keys, which are converted as they are read, once for as
-// many rows as registers hold, and the matmuls that are made of them: with weights of 16 and 32 bits, those in 12, and
-// integers or floats of 8 bits with scales. Each is summed in one order, whatever the number of either.
+// float32 matmuls of a few rows with weights or keys converted as they are read; one summation order for any rows.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +11,7 @@ namespace river {
 
 constexpr int kPiece = 32;  // features that are read at a time; rows of float32 are filled up to whole pieces
 
-// Reads vector number U of a piece, in the order of prepared activations: of bfloat16 those with even numbers and those
-// with odd ones in turn (kEvenOdd), which takes one instruction each.
+// Reads vector U of a piece as prepared activations lie: for bfloat16 even and odd features in turn (kEvenOdd).
 template <int D, int U>
 RIVER_INLINE Floats load_vector(const char* piece) {
   if constexpr (D == kFloat32) return load_floats(reinterpret_cast<const float*>(piece) + U * kLanes);
@@ -47,8 +44,7 @@ struct AsTheyAre {
   RIVER_INLINE Floats operator()(Floats values, int, int64_t) const { return values; }
 };
 
-// y[r][t] = sum over i < k of rows[t][i] x[r][i]; `fetch` is called with the number of each piece's first feature, and
-// `scaled` with values, their row and that number.
+// y[r][t] = sum over i < k of rows[t][i] x[r][i]; `fetch(i)` and `scaled(values, row, i)` run for each piece.
 template <int R, int T, int D, class Fetch, class Scaled>
 RIVER_INLINE void dots_of_tile(const char* const* rows, int64_t k, Matrix<const float> x, Matrix<float> y,
                                const Fetch& fetch, const Scaled& scaled) {
@@ -109,8 +105,7 @@ void microkernel_f32(const GemmArgs& a, int64_t n, int row, int rows, float (*y)
   });
 }
 
-// The same of weights in 8 bits with scales, either one for each output feature, which its sums meet, or one for every
-// piece. Floats of 8 bits are read as those of 16, whose exponents are greater by 8.
+// The same of 8-bit weights, scaled by output feature or by piece. 8-bit floats are read as 16-bit: exponents + 8.
 template <int D, bool kGrouped>
 void microkernel_8_bits(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
   const int64_t k = a.in_features, padded = a.padded_features(), groups = kGrouped ? k / kPiece : 1;

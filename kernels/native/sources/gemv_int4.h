@@ -1,9 +1,6 @@
-// Matmuls of a few rows with 4-bit weights, which stream past once.
-//
-// A block of 16 output features reads its weights line by line; up to kRows rows of activations share what was
-// unpacked. Every output is summed in one order, whatever the number of rows, threads or parts: group by group, a
-// group's products first (exactly, in integers), then times its scale, then its zero times the sum of the activations.
-// Not handled: many rows at the speed of a tiled matmul.
+// Matmuls of a few rows with 4-bit weights, which are read once; up to kRows rows share an unpacked line. Outputs are
+// summed group by group for any rows, threads or parts: integer products exactly, times the scale, then the zero times
+// the sum of activations. Not handled: many rows at the speed of a tiled matmul.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +15,6 @@ constexpr int kLine = 64;
 // Asks for the weights that this thread reads some 300 ns later: the processor's own prefetching stops at every page.
 RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 4096, 0, 2); }
 
-// One row of prepared activations.
 struct Row {
   const int8_t* values;
   const float* scale;
@@ -87,7 +83,6 @@ inline void gemv_rows(const GemmArgs& a, int64_t n, int row, int rows) {
   });
 }
 
-// Writes kUnwanted to the blocks of output features `from` to `to - 1`.
 inline void write_unwanted(const GemmArgs& a, int64_t from, int64_t to) {
   const Epilogue& e = a.epilogue;
   alignas(64) float unwanted[kBlock];

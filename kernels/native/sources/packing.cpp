@@ -1,9 +1,5 @@
-// Finding 4-bit grids, apart from the kernels: weighted fits of scale and zero, and rounding of a block of columns in
-// order with each one's error made up for by those that follow in it (GPTQ). What is computed is written down in
-// `kernels/quant/calibrated.py`, whose PyTorch code is the reference. And packing in 12 bits, which
-// `kernels/quant/bf12.py` unpacks. One thread runs each call.
-//
-// Vectors are of 16 floats on every processor: what has no such registers gets several instructions.
+// Fits of 4-bit grids, GPTQ's rounding of blocks (reference: `kernels/quant/calibrated.py`), and packing in 12 bits.
+// One thread runs each call. Vectors are of 16 floats, in several registers if need be.
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
@@ -140,8 +136,8 @@ void round_column(int64_t k, int64_t columns, const float* scales, const float* 
 
 #define RIVER_EXPORTED extern "C" __attribute__((visibility("default")))
 
-// weight: [rows, groups * size]; importance: [groups * size], sums to one in each group; scale, zero: [rows, groups].
-// A group's size is a multiple of 16.
+// weight [rows, groups * size], size a multiple of 16; importance sums to one in each group; scale, zero [rows,
+// groups].
 RIVER_EXPORTED void river_fit_grid(const float* weight, const float* importance, int64_t rows, int64_t groups,
                                    int64_t size, bool bfloat16, float* scale, float* zero) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -154,9 +150,8 @@ RIVER_EXPORTED void river_fit_grid(const float* weight, const float* importance,
   }
 }
 
-// A block of consecutive columns: left, errors, q: [columns, rows]; scale, zero: [groups, rows]; group_of: [columns];
-// factor: upper triangular [columns, columns], `factor_stride` apart. Of kRows output features a column is one run of
-// memory; those that are missing at the end stand on a grid of ones.
+// left, errors, q [columns, rows]; scale, zero [groups, rows]; group_of [columns]; factor upper triangular [columns,
+// columns], rows `factor_stride` apart. Missing output features at the end have a grid of ones.
 RIVER_EXPORTED void river_round_block(const float* left, const float* scale, const float* zero, const int64_t* group_of,
                                       const float* factor, int64_t factor_stride, int64_t columns, int64_t rows,
                                       float* errors, uint8_t* q) {
@@ -186,8 +181,7 @@ RIVER_EXPORTED void river_count_upper(const uint16_t* weights, int64_t count, in
     for (int byte = 0; byte < 256; ++byte) counts[byte] += of[byte];
 }
 
-// Packs weights [rows, features] in 12 bits (bf12.h), four output features at a time: units [fours, units, 6, 64], zero
-// where there are no weights; first: [fours + 1]; patches: as many as there are weights of other upper bytes.
+// Packs weights [rows, features] as in bf12.h: units [fours, units, 6, 64], first [fours + 1], and the patches.
 RIVER_EXPORTED void river_pack_bf12(const uint16_t* weights, int64_t rows, int64_t features, const uint8_t* palette,
                                     uint8_t* units, int64_t fours, int32_t* first, int32_t* patches) {
   using river::kFour, river::kUnit, river::kUnitBytes;

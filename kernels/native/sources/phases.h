@@ -1,9 +1,7 @@
-// What a phase is, the arguments of every phase, and the table through which one library offers them to the other.
-//
-// A phase is a function that computes part `part` of `parts` of something: it splits its own work, parts may run on any
-// thread, in any order and at the same time, and a phase starts when all parts of the one before it are done. It works
-// on raw pointers, allocates nothing, throws nothing and knows no tensor. Shapes: M rows, N output features, K input
-// features, G group size; B sequences, H query heads, J key-value heads, D features of a head, S slots of a cache.
+// Phases, their arguments, and the table by which one library offers them to the other. A phase computes part `part` of
+// `parts`; parts run on any thread, in any order, and a phase starts when the one before it is done. It allocates and
+// throws nothing and knows no tensor. Shapes: M rows, N output and K input features, G group size; B sequences, H query
+// heads, J key-value heads, D features of a head, S slots of a cache.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +9,7 @@
 namespace river {
 
 constexpr int kBlock = 16;  // output features that lie side by side in the packed weights
-// Of weights in 12 bits: output features that lie together, input features of a unit of them, and its bytes, which are
-// lines of 64: the upper bytes of output features 0 and 1, of 2 and 3, and the lower bytes of each.
+// Units of 12-bit weights (bf12.h): output features, input features, and bytes.
 constexpr int kFour = 4, kUnit = 64, kUnitBytes = 6 * kUnit;
 
 constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }  // (of int32s in 32 bits, a faster division)
@@ -37,9 +34,8 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3, kIn
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
-// How prepared activations lie in memory. For 4-bit weights: int8. For others: float32 in order, or of every two
-// vectors first the features with even numbers and then those with odd ones; bfloat16 rows, or bfloat16 as tiles take
-// it. For a library's matmul: as x lies, normalised.
+// Prepared activations: int8 for 4-bit weights; float32 in order, or of every two vectors even and then odd features;
+// bfloat16 rows or tiles; unchanged (normalised) for a library's matmul.
 enum Format : int32_t { kInt8, kFloats, kEvenOdd, kBFloat16Rows, kAmxTiles, kUnchanged };
 
 // Activations that a matmul reads: K rounded up to whole groups, the padding zero.
@@ -73,8 +69,7 @@ struct Rows {
   int32_t count;                 // 0: there is nothing
 };
 
-// What follows the sums of a matmul: y = activation(sums + bias) + residual, gated
-// y = activation(first half) * second half + residual.
+// y = activation(sums + bias) + residual, or gated y = activation(first half) * second half + residual.
 struct Epilogue {
   Rows bias;                                       // [N] of `dtype`, or none
   Strided residual;                                // [M, N] (gated [M, N / 2]) of `dtype`, or null
@@ -136,8 +131,7 @@ struct Cache {
   int64_t sequence, head, slot;  // elements between two of each
 };
 
-// T positions of q|k|v: heads normalised and rotated, keys and values into slots of the cache, the query to q.
-// Parts split the heads of all rows. A slot outside of the cache is not written.
+// T positions of q|k|v, normalised and rotated, to q and slots of the cache (none outside). Parts split all heads.
 struct KvFillArgs {
   Strided qkv;                               // [B T, (H + 2 J) D] of `dtype`
   const void *q_norm, *k_norm;               // [D] of `dtype`, null without a norm
@@ -156,10 +150,9 @@ constexpr int kMostHeadFeatures = 512;
 constexpr int kQueries = 12;  // queries that meet the slots of a chunk together
 constexpr int kChunk = 256;   // slots whose attention is summed before chunks are put together
 
-// out = softmax(softcap(scale q k^T) + mask) v of each of T positions, over the slots that its row of the mask lets
-// take part (causal: position t reads slots 0 to t alone); none give 0. Parts split groups of `together` positions,
-// key-value heads and chunks of slots; of one chunk `attend` writes the result itself, of more it writes `partial`,
-// from which `combine` does (whose parts split the query heads).
+// out = softmax(softcap(scale q k^T) + mask) v of each of T positions; causal: position t reads slots 0 to t; without a
+// slot 0. Parts split groups of `together` positions, key-value heads and chunks; `combine` (parts: query heads) joins
+// `partial` of several chunks.
 struct AttentionArgs {
   const void* q;  // [B, T, H, D] of `dtype`
   Cache cache;
@@ -193,8 +186,8 @@ struct ScoreArgs {
 
 constexpr int kLogitsTogether = 2048;
 
-// score = largest entropy, in nats, of the distributions that rows of logits [M, V] give. Parts of `weigh` split rows
-// and chunks of logits; `entropy` puts them together.
+// score = largest entropy in nats of the rows of logits [M, V]. Parts of `weigh` split rows and chunks; `entropy`
+// joins.
 struct EntropyArgs {
   const void* logits;  // of `dtype`
   int64_t stride;      // elements between two rows

@@ -1,15 +1,9 @@
-// Attention of many query positions (a prompt) over a static cache: blocks of positions meet the slots that take part
-// in chunks, with a running maximum and denominator (FlashAttention: Dao et al. 2022).
-//
-// A panel is 16 positions of one query head, which are the lanes of vectors: scores and sums lie transposed, [slot,
-// position] and [feature, position], so that a softmax needs no sum across lanes, and keys and values are broadcast
-// from rows as they lie in the cache. Panels of all heads that share a key-value head read a chunk once it is
-// converted. A chunk holds slots that some position of the block takes part in, so what no position reads costs nothing
-// and is never read. Products are of float32, or of pairs of bfloat16 where the processor has them (AVX-512 BF16); sums
-// and the softmax are of float32. A position's bits depend on its block alone, not on threads.
-//
-// Not handled: tiles (AMX), masks that differ between heads, and values that are not finite in a slot which only some
-// positions of a block read (they reach all of these).
+// Attention of many positions (a prompt) over a static cache, by blocks of positions and chunks of slots, with a
+// running maximum and denominator (FlashAttention: Dao et al. 2022). A panel, 16 positions of one query head, is the
+// lanes of vectors: scores and sums are transposed, so a softmax sums no lanes. Heads of a key-value head share a
+// converted chunk. Chunks hold only slots that some position reads. Matmuls are of float32 or pairs of bfloat16
+// (AVX-512 BF16), sums of float32; bits depend on a position's block only. Not handled: tiles (AMX), masks that differ
+// between heads, and values that are not finite in a slot that only some positions of a block read.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +13,8 @@
 
 namespace river {
 
-// A matmul whose right operand is panels, 16 columns that are the lanes of vectors, and whose left operand is
-// broadcast, kLines lines of words: float32, or pairs of bfloat16. Calls put(i, p, lane, sums) with sum over k of
-// left[i line + k step] right[p][k, lane ...] for all lines and P panels.
+// The right operand is panels of 16 columns, the lanes; the left is kLines broadcast lines of words. Calls put(i, p,
+// lane, sums) with sum over k of left[i line + k step] right[p][k, lane ...].
 template <bool kPairs, int P, class Put>
 RIVER_INLINE void multiply(const uint32_t* left, int64_t line, int64_t step, const uint32_t* right, int64_t panel,
                            int count, const Put& put) {

@@ -1,9 +1,5 @@
-// The largest logits computed anew from the head's own matrix, after a product with one of 4 bits has found them.
-//
-// Logits are looked at in blocks of 64 by the largest of each. The `kBlocksAnew` th largest of these is the least logit
-// that is computed anew, so at least as many are, the largest of all among them. Where logits have that very value
-// there are more. Where only some logits are wanted, `kBlocksOfSome` stands for `kBlocksAnew`, and no other is
-// computed. NaN is left as it is.
+// The largest logits recomputed from the head's own weight after a 4-bit matmul. The `kBlocksAnew` th largest maximum
+// of blocks of 64 is the least logit to recompute (`kBlocksOfSome` if some are masked; those stay). NaN stays too.
 #pragma once
 
 #include <algorithm>

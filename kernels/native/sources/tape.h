@@ -1,8 +1,5 @@
-// Where the phases of an operator go: to the threads at once, or on the tape that the calling thread records.
-//
-// A tape holds phases with everything that their arguments point to but the tensors that the operators were given,
-// which must lie where they lay. Replaying it runs all phases on the threads, without a word from Python or torch
-// between.
+// Phases of an operator run on the threads, or go on the tape that the calling thread records, with all that their
+// arguments point to, except the operators' tensors, which must keep their addresses.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -76,14 +73,12 @@ inline char* workspace(size_t bytes) {
 
 inline int threads() { return int(torch::stable::get_num_threads()); }
 
-// Parts of a phase: as many as there is work for, four for each thread, which even out what the threads' cores are
-// given.
+// Parts of a phase, of at least `least` work each, and at most four for each thread, for load balance.
 inline int parts_of(int64_t work, int64_t least) {
   return int(std::max<int64_t>(1, std::min<int64_t>(work / least, 4 * threads())));
 }
 
-// Runs phases, whose arguments lie within `args`, or puts them on the tape with a copy of these. Between two calls of a
-// library they run on torch's own threads, which are awake then and would be in the way of others.
+// Runs phases or records them with a copy of `args`; between calls of a library on torch's threads, which still spin.
 template <class Args>
 void run_phases(const Args& args, std::initializer_list<Phase> phases, bool beside_library = false) {
   if (Tape* tape = Tape::recording()) {

@@ -52,8 +52,7 @@ inline bool rows_apart(const Tensor& x, int64_t* stride) {
   return x.stride(x.dim() - 1) == 1;
 }
 
-// Returns the rows of a tensor of adjacent features; `held` keeps the copy that this may take. On a tape there is none,
-// since it would hold the values of one step.
+// Returns the rows of a tensor; `held` keeps a copy if needed, which a tape forbids: it would hold one step's values.
 inline Strided rows_in(const Tensor& x, Tensors& held, const char* name) {
   check(x.is_cpu() && x.dim() > 0, name, "lie in the CPU's memory and have a dimension of features");
   if (x.is_contiguous()) return {x.data_ptr(), columns_of(x)};
@@ -95,7 +94,6 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, const Tensor& like) {
   return empty(sizes, dims, dtype);
 }
 
-// A new tensor of x's leading sizes and `columns` columns.
 inline Tensor empty_rows(const Tensor& x, int64_t columns) {
   std::vector<int64_t> sizes(x.dim());
   for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = i + 1 == x.dim() ? columns : x.size(i);

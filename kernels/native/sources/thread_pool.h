@@ -1,13 +1,7 @@
-// Runs phases, each split into parts that threads take one after the other, with a barrier between phases.
-//
-// The caller works too, and a phase ends when its last part is done: a helper that the system gave no core is not
-// waited for, since others take its parts. Waiting spins for a moment, then yields.
-//
-// Helpers are torch's threads, as in one of its parallel loops around all phases: after each of torch's own loops they
-// spin for milliseconds and would take the core from any others. Such a loop ends when all of its threads have come to
-// its end, which takes long where another process has their core. Then helpers are threads of our own for a while,
-// which sleep when there is no work. Not handled: two callers at a time (the second one runs its phases alone), nested
-// calls, pinning to cores.
+// Runs phases, split into parts that threads take in turn, with a barrier between phases. The caller works too, and
+// waits for parts, not for helpers without a core. Helpers are torch's threads in one parallel loop: others would
+// compete with them while they spin. If such a loop ends late, since another process has a core, own threads help for a
+// while, which sleep without work. Not handled: two callers (the second runs alone), nested calls, pinning to cores.
 #pragma once
 
 #include <pthread.h>
@@ -51,7 +45,6 @@ class ThreadPool {
     return *pool;
   }
 
-  // Runs `count` phases on at most `threads` threads.
   void run(const Phase* phases, int count, int threads) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     const bool split = std::any_of(phases, phases + count, [](const Phase& phase) { return phase.parts > 1; });
@@ -79,13 +72,11 @@ class ThreadPool {
   static bool has_work(uint64_t cursor) { return next_of(cursor) < parts_of(cursor); }
 
   static ThreadPool* make() {
-    // The child of a fork has none of the threads: it starts with a pool that knows of none.
-    // (Nor may it use torch's, which are gone too.)
+    // After a fork neither these threads nor torch's exist in the child: it starts with an empty pool.
     pthread_atfork(nullptr, nullptr, [] { (new (&instance()) ThreadPool)->forked_ = true; });
     return new ThreadPool;
   }
 
-  // Returns when the last phase ended.
   Clock::time_point run_among_torchs(const Phase* phases, int count, int threads) {
     Clock::time_point ended;
     finished_.store(false);

@@ -7,8 +7,7 @@
 
 namespace river {
 
-// e^x within 2 units in the last place for -87 < x < 88, the value at the nearer end beyond, NaN for NaN. Of a float or
-// of each lane of a vector.
+// e^x within 2 ulp for -87 < x < 88, clamped beyond, NaN for NaN; for a float or each lane.
 template <class T>
 inline T exp_of(T x) {
   x = x < -87.0f ? T{} - 87.0f : x;

@@ -1,7 +1,5 @@
-// The vectors of one instruction set, chosen by RIVER_ISA_*: float32 and int32 lanes, dot products of bytes and of
-// pairs of bfloat16, tables of 16 bytes, transposition. (Tables and interleaved bytes: 16 bytes at a time.) `kHalves`
-// vectors make up 64 bytes, such as a line of packed weights. Registers hold the sums of kMostRows rows by four output
-// features, or of kLines lines by kPanels panels of 16 lanes.
+// The vectors of one instruction set (RIVER_ISA_*). `kHalves` vectors make up 64 bytes; registers hold the sums of
+// kMostRows rows by four output features, or of kLines lines by kPanels panels of 16 lanes.
 #pragma once
 
 #include <cstdint>
@@ -26,16 +24,14 @@
 
 namespace river {
 
-// Calls f with the constants 0 to N - 1: arrays that are indexed with them stay in registers, which a loop that is
-// unrolled later does not bring about.
+// Calls f with the constants 0 to N - 1: arrays indexed by them stay in registers, unlike in an unrolled loop.
 template <int N, class F>
 RIVER_INLINE void unrolled(const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>)
       RIVER_INLINED { (f(std::integral_constant<int, I>()), ...); }(std::make_integer_sequence<int, N>());
 }
 
-// Splits `count` things into as few batches of at most `Most` as there can be, of nearly one size. Calls
-// f(how many, the first one, number of the batch, batches); how many is a constant.
+// Splits `count` into equal batches of at most `Most`; calls f(size, as a constant, first, batch number, batches).
 template <int Most, class F>
 RIVER_INLINE void in_batches(int count, const F& f) {
   const int batches = (count + Most - 1) / Most;

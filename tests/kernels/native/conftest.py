@@ -6,7 +6,7 @@ from river_compile.kernels.native import load
 
 @pytest.fixture
 def restored():
-    """Leaves the number of threads, and the instruction set, as they were."""
+    """Restores the number of threads and the instruction set."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

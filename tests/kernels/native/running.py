@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from river_compile.kernels.native.isa import runnable
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.build import supported_isas
+from river_compile.kernels.native.load import Tape
 from river_compile.kernels.quant.layouts import PackedLinear
 from tests.kernels.harness import Guarded, poisoned
 
@@ -19,13 +19,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # By default the instruction set that this machine uses and the portable one; with --slow those in between too, each of
 # which is a build of its own.
-_QUICK = (runnable()[0], runnable()[-1])
-EACH_ISA = [pytest.param(isa, id=isa.name, marks=() if isa in _QUICK else pytest.mark.slow) for isa in runnable()]
+_QUICK = (supported_isas()[0], supported_isas()[-1])
+EACH_ISA = [pytest.param(isa, id=isa.name, marks=() if isa in _QUICK else pytest.mark.slow) for isa in supported_isas()]
 ISAS = pytest.mark.parametrize("isa", EACH_ISA)
 
 
 def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """What 8 bits with one scale for each group of each row make of activations ``[M, K]``, in float64."""
+    """Rounds activations ``[M, K]`` to 8 bits, with one scale for each group of each row, in float64."""
     k = x.shape[1]
     groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True)
@@ -41,21 +41,18 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, **around) -> torch.Tensor:
-    """Calls the operator for packed weights; `around` by the names that the operator has for it."""
+    """Calls the operator for packed weights; `around`: its other arguments by name."""
     sizes = packed.out_features, packed.group_size
     return native.linear(x, packed.qweight, packed.scale_zero, bias, *sizes, **around)
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **around) -> torch.Tensor:
-    """Calls the operator for weights in x's dtype; `around` as `linear`."""
+    """Calls the operator for weights in x's dtype; `around` as in `linear`."""
     return native.dense(x, [weight], [] if bias is None else [bias], **around)
 
 
 def called(operator: Callable[..., torch.Tensor], *arguments, as_given: Collection[int] = (), **named) -> torch.Tensor:
-    """Returns what an operator gives: called, and replayed from a tape into an output that held NaN, to the same bits.
-
-    The arguments' tensors lie between guard zones, but for strided ones and those with a number in `as_given`.
-    """
+    """Calls an operator, checks that a tape's replay has the same bits, and guards tensors not in `as_given`."""
 
     def between_guards(number: int | str, argument: object) -> object:
         if isinstance(argument, PackedLinear):

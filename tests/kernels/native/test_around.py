@@ -1,6 +1,6 @@
-"""Norms, activations, gates and residuals around the C++ products, against float64, for weights in 4 and in 16 bits.
+"""Norms, activations, gates and residuals of the C++ linears, against float64, for 4-bit and 16-bit weights.
 
-The products alone are in test_linear.py. Every call is made twice, the second time from a tape (`running.called`).
+Plain linears are in test_linear.py. Every call also runs from a tape (`running.called`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 
 pytestmark = pytest.mark.usefixtures("restored")
 
-WITH_VECTORS = [each for each in EACH_ISA if each.id != "portable"]  # 16-bit products of any number of rows
+WITH_VECTORS = [each for each in EACH_ISA if each.id != "portable"]  # 16-bit linears of any number of rows
 IN_BFLOAT16 = ("amx", "avx512_bf16")  # which multiply activations in bfloat16 with weights in it
-FEW_ROWS = 8  # up to which `dense` computes the product itself
+FEW_ROWS = 8  # the most rows that `dense` multiplies itself
 
 
 @dataclass(frozen=True)
 class Around:
-    """What an operator is given besides x, weights and bias, by the names of its arguments."""
+    """Optional arguments of an operator, by name."""
 
     residual: torch.Tensor | None = None
     norm: str = "none"
@@ -52,7 +52,7 @@ class Around:
 
 @dataclass(frozen=True)
 class Case:
-    """A call: with 4-bit weights, or with weights of x's dtype."""
+    """A call with 4-bit weights, or with weights of x's dtype."""
 
     x: torch.Tensor
     weight: PackedLinear | torch.Tensor
@@ -83,7 +83,7 @@ def case_of(
     gated: bool = False,
     gap: int = 0,
 ) -> Case:
-    """Makes a call for M rows, N and K features; `group` is 0 for weights in x's dtype, `gap` lies between rows."""
+    """Makes a call for M rows, N and K features; `group` 0: weights in x's dtype; `gap`: between rows."""
     (m, n, k), g = sizes, torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -129,7 +129,7 @@ def cases(draw, dense: bool):
 
 
 def normed(x: torch.Tensor, a: Around) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns norm(x) in float64, and the magnitudes that each element was added up from."""
+    """Returns norm(x) in float64, and the sums of magnitudes of its elements."""
     h = reference.norm(x, a.norm, a.norm_weight, a.norm_bias, a.eps)
     if a.norm_weight is None:
         return h, h.abs()
@@ -143,7 +143,7 @@ def normed(x: torch.Tensor, a: Around) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def product(case: Case, isa: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns norm(x) W^T + bias in float64, and the magnitudes that it was added up from."""
+    """Returns norm(x) W^T + bias in float64, and the sums of magnitudes of its elements."""
     h, reach = normed(case.x, case.around)
     read, undecided = h, torch.zeros_like(h)
     if isinstance(case.weight, torch.Tensor):
@@ -165,12 +165,7 @@ def product(case: Case, isa: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def near_ties(h: torch.Tensor, reach: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a norm in float32 leaves open about rounding to 8 bits.
-
-    Returns:
-        For each element the step by which it may be rounded to the other side, 0 where it cannot; and the largest
-        `reach` of its group, to which the error of its scale is relative.
-    """
+    """Returns possible flips of rounding to 8 bits: each element's step, and its group's largest `reach`."""
     k = h.shape[1]
     groups, reaches = (torch.nn.functional.pad(t, (0, -k % group)).unflatten(1, (-1, group)) for t in (h, reach))
     step, most = groups.abs().amax(-1, keepdim=True) / 127, reaches.amax(-1, keepdim=True)
@@ -181,7 +176,7 @@ def near_ties(h: torch.Tensor, reach: torch.Tensor, group: int) -> tuple[torch.T
 
 
 def check(case: Case, isa: str = "any") -> None:
-    """Compares an operator's result by one instruction set with float64."""
+    """Compares an operator's result on one instruction set with float64."""
     a = case.around
     y, total = product(case, isa)
     total = activated_magnitude(y, total, a.activation, a.gated)
@@ -208,7 +203,7 @@ def test_4_bit_weights(isa, case, threads):
 @given(case=cases(dense=True), threads=st.integers(1, 4))
 @examples(12)
 def test_weights_in_the_activations_dtype(isa, case, threads):
-    """Nothing beyond the weight is read: NaN lies there."""
+    """Memory after the weight holds NaN and is not read."""
     load.load(isa)
     torch.set_num_threads(threads)
     check(case, isa.name)
@@ -217,7 +212,7 @@ def test_weights_in_the_activations_dtype(isa, case, threads):
 @given(m=st.integers(FEW_ROWS + 1, 60), n=st.integers(1, 20), k=st.integers(1, 300), seed=st.integers(0, 2**20))
 @examples(10)
 def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
-    """In float32, where the library's result is not rounded before the rest."""
+    """In float32, so that the library's result is not rounded before the rest."""
     load.load()
     gated, norm = seed % 2 == 0, NORMS[seed % len(NORMS)]
     options = {"bias": True, "norm_bias": True, "residual": seed % 3 > 0, "activation": "silu", "gap": seed % 5}
@@ -232,10 +227,7 @@ def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
 @given(m=st.integers(17, 100), n=st.integers(1, 100), k=st.integers(1, 300), seed=st.integers(0, 2**20))
 @examples(12)
 def test_many_rows_in_16_bits(isa, dtype, m, n, k, seed):
-    """Blocks of rows and of features that end anywhere, and matrices of which one ends within a block.
-
-    Up to 64 rows are recorded, but for more than 16 positions of one sequence: a prompt's products run at once.
-    """
+    """Partial blocks of rows and features; tapes hold up to 64 rows, or 16 positions of one sequence."""
     load.load(isa)
     torch.set_num_threads(1 + seed % 3)
     gated, norm = seed % 2 == 0, NORMS[seed % len(NORMS)]
@@ -249,7 +241,7 @@ def test_many_rows_in_16_bits(isa, dtype, m, n, k, seed):
 
 
 def test_matrices_one_below_the_other():
-    """Up to four, cut anywhere, with biases and without: the bits of one matrix."""
+    """Up to four, split anywhere, with and without biases: the bits of one weight."""
     load.load()
     g = torch.Generator().manual_seed(0)
     for sizes in ((5,), (16, 16), (3, 30, 15), (20, 1, 1, 42)):
@@ -278,7 +270,7 @@ def test_matrices_one_below_the_other():
 )
 @examples(4)
 def test_a_rows_bits_depend_on_neither_rows_nor_threads(isa, m, n, k, group, dtype, norm, gated, seed):
-    """Products large enough to be split, with all that stands around them."""
+    """Linears large enough to be split, with all epilogues."""
     load.load(isa)
     n = n // 32 * 32 if gated else n
     if not group and load.few_rows(dtype) == FEW_ROWS:  # (a library multiplies more)
@@ -309,7 +301,7 @@ def test_rows_that_are_zero_or_not_finite_stay_by_themselves(isa, norm, group):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_activation_far_from_zero(activation):
-    """Where exponentials end: the limits, and NaN for NaN."""
+    """The limits of exponentials, and NaN for NaN."""
     load.load()
     x = torch.tensor([-1e9, -1e4, -200.0, -88.5, -87.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 87.0, 200.0, 1e9, math.nan])
     rows = x[:, None].split(FEW_ROWS)
@@ -323,7 +315,7 @@ def test_an_activation_far_from_zero(activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NORMS[1:])
 def test_a_norm_and_the_residual_after_it(isa, dtype, kind):
-    """Ragged widths, with a bias and a residual and without, against float64 and the plain operator."""
+    """Partial vectors, with and without bias and residual, against float64 and torch."""
     load.load(isa)
     g = torch.Generator().manual_seed(0)
     for m, k in ((1, 1), (3, 100), (2, 576)):
@@ -349,7 +341,7 @@ def apart(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("group", [0, 32])
 @pytest.mark.parametrize("change", [torch.clone, turned, apart])
 def test_leading_dimensions_and_strides(group, change):
-    """Any leading sizes, with rows of x and of the residual anywhere in memory, give the rows of a plain matrix."""
+    """Strided rows of x and of the residual, with any leading sizes."""
     load.load()
     options = {"norm": "rms", "residual": True, "activation": "silu", "bias": True}
     case = case_of((6, 32, 100), torch.bfloat16, group=group, **options)

@@ -1,7 +1,4 @@
-"""The C++ products with weights in 12 bits: the bits of those with the same weights in 16, whatever the rows.
-
-Those in 16 bits are compared with float64 in test_around.py.
-"""
+"""C++ linears with 12-bit weights: the bits of 16-bit weights (test_around.py), for any rows."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.quant import lossless
 from tests.kernels.native.running import EACH_ISA, called, dense, native, same_bits
 from tests.kernels.quant.test_bf12 import matrix
 from tests.support.examples import examples
@@ -22,8 +19,7 @@ WITH_VECTORS = pytest.mark.parametrize("isa", [each for each in EACH_ISA if each
 
 
 def in_12_bits(x, weight, bias=None, **around):
-    """Calls the operator with a matrix that is packed here."""
-    return packed(x, *bf12.pack(weight), bias, len(weight), **around)
+    return packed(x, *lossless.pack_12bit(weight), bias, len(weight), **around)
 
 
 def packed(x, units, side, bias, n, **around):
@@ -51,7 +47,7 @@ def test_the_bits_are_those_of_16_bit_weights(isa, m, n, k, kind, threads, seed)
     if m > 64:
         assert same_bits(in_12_bits(x, weight, bias), expected)
     else:
-        assert same_bits(called(packed, x, *bf12.pack(weight), bias, n), expected)
+        assert same_bits(called(packed, x, *lossless.pack_12bit(weight), bias, n), expected)
 
 
 @WITH_VECTORS
@@ -83,7 +79,7 @@ def test_a_weight_that_is_not_finite_reaches_its_own_output_alone(isa):
 def test_tensors_that_do_not_fit_are_refused():
     load.load()
     weight = matrix(40, 100, "normal", 0)
-    units, side = bf12.pack(weight)
+    units, side = lossless.pack_12bit(weight)
     x = torch.ones(2, 100, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="x must be bfloat16"):
         packed(x.float(), units, side, None, 40)

@@ -1,4 +1,4 @@
-"""The C++ products with weights in 8 bits: torchao's tensors against float64, and what Q8_0 gives against float32."""
+"""C++ linears with 8-bit weights: torchao's tensors against float64, and those of Q8_0 against float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.quant import bits8
+from river_compile.kernels.quant import lossless
 from tests.kernels import reference
 from tests.kernels.harness import assert_close
 from tests.kernels.native.running import EACH_ISA, called, dense, native, same_bits
@@ -20,7 +20,7 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 def weights(n: int, k: int, kind: torch.dtype, groups: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bytes with a few of the smallest and of the largest magnitude, and scales."""
+    """Returns random bytes with a few of the extreme magnitudes, and scales."""
     if kind == torch.int8:
         q = torch.randint(-128, 128, (n, k), generator=g).to(torch.int8)
     else:
@@ -56,7 +56,7 @@ def test_any_shape(isa, m, n, k, ragged, kind, grouped, dtype, threads, seed):
     x, bias = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
     call = called if m <= 8 else lambda function, *arguments: function(*arguments)
     y = call(in_8_bits, x, qweight, scale, bias)
-    exact = bits8.dequantize(qweight, scale).double()
+    exact = lossless.dequantize_8bit(qweight, scale).double()
     expected = reference.linear(x.double(), exact, bias=bias, residual=None, activation="none", gated=False)
     assert_close(y, expected, x.double().abs() @ exact.abs().T + bias.double().abs())
     rows = [in_8_bits(x[i : i + 1], qweight, scale, bias) for i in range(min(m, 3))]
@@ -66,13 +66,13 @@ def test_any_shape(isa, m, n, k, ragged, kind, grouped, dtype, threads, seed):
 @pytest.mark.parametrize("isa", EACH_ISA)
 @pytest.mark.parametrize("m", [1, 3, 8])
 def test_what_a_file_in_q8_0_gives_has_the_bits_of_the_float32_matrix(isa, m):
-    """With a norm, a gate, a bias and a residual around it."""
+    """With norm, gate, bias and residual."""
     load.load(isa)
     g = torch.Generator().manual_seed(m)
     q = torch.randint(-127, 128, (192, 160), generator=g)
     q[:, ::32] = 127
     scale = (torch.rand(192, 5, generator=g) * 0.01).half().float()
-    weight = bits8.dequantize(q.to(torch.int8), scale)
+    weight = lossless.dequantize_8bit(q.to(torch.int8), scale)
     x, bias = torch.randn(m, 160, generator=g), torch.randn(192, generator=g)
     around = {
         "residual": torch.randn(m, 96, generator=g),
@@ -81,7 +81,7 @@ def test_what_a_file_in_q8_0_gives_has_the_bits_of_the_float32_matrix(isa, m):
         "activation": "silu",
         "gated": True,
     }
-    assert same_bits(in_8_bits(x, *bits8.pack([weight]), bias, **around), dense(x, weight, bias, **around))
+    assert same_bits(in_8_bits(x, *lossless.pack_8bit([weight]), bias, **around), dense(x, weight, bias, **around))
 
 
 def test_tensors_that_do_not_fit_are_refused():

@@ -1,4 +1,4 @@
-"""Building and loading: what is cached, what is built again, and what is said where nothing can be built."""
+"""Building and loading: caching, rebuilds, and errors without a compiler."""
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
-from river_compile.kernels.native import build, isa, load
+from river_compile.kernels.native import build, load
 from tests.support.layout import ROOT, run_python
 
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """A folder of sources that compile in no time, and an empty cache."""
+    """A folder of sources that compile quickly, and an empty cache."""
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "answer.h").write_text("#define ANSWER 42\n")
@@ -98,7 +98,7 @@ def script(path, *lines):
     ],
 )
 def test_a_compiler_counts_once_it_has_compiled_something(does, says, tmp_path):
-    """Answering with a version is not enough."""
+    """Printing a version is not enough."""
     assert build.working_compiler() == build.find_compiler()
     compiler = script(tmp_path / "c++", 'case "$1" in -v|--version) echo version 1; exit;; esac', does)
     with inductor.patch({"cpp.cxx": (None, compiler)}), pytest.raises(build.CannotBuild, match=says) as said:
@@ -123,7 +123,7 @@ def test_a_cache_of_inductors_that_cannot_be_written_is_named(monkeypatch):
 
 @pytest.mark.usefixtures("sources")
 def test_where_the_cache_cannot_be_written_a_process_builds_for_itself(monkeypatch):
-    """With one warning, however many libraries; a cache that has what is needed may be read-only."""
+    """With one warning for any number of libraries; a read-only cache that has the files works."""
     monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
     with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE") as said:
         libraries = [built("answer.cpp", name, ()) for name in ("answer", "another", "answer")]
@@ -155,7 +155,7 @@ def test_a_compiler_that_refuses_is_quoted(sources):
 
 @pytest.mark.slow
 def test_what_began_to_compile_is_what_is_loaded(tmp_path):
-    """In a process of its own, with a compiler that writes down what it is asked for: nothing twice."""
+    """In a new process, with a compiler that logs its commands: none runs twice."""
     log = tmp_path / "log"
     logged = f'case "$*" in *.cpp*) echo "$*" >> {log};; esac'
     compiler = script(tmp_path / "c++", logged, f'exec {build.find_compiler().command} "$@"')
@@ -180,27 +180,27 @@ def test_where_there_is_no_compiler_nothing_begins():
 
 def test_the_instruction_set_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.delenv("RIVER_COMPILE_ISA", raising=False)
-    assert isa.chosen() == isa.runnable()[0]
+    assert build.choose_isa() == build.supported_isas()[0]
     monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
-    assert isa.chosen().name == "portable"
+    assert build.choose_isa().name == "portable"
     monkeypatch.setenv("RIVER_COMPILE_ISA", "avx1024")
     with pytest.raises(ValueError, match="RIVER_COMPILE_ISA='avx1024' is not allowed; choose one of"):
-        isa.chosen()
+        build.choose_isa()
 
 
 def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):
-    isa.runnable.cache_clear()
+    build.supported_isas.cache_clear()
     needs = {"avx2", "fma3", "f16c", "avx_vnni"}
-    monkeypatch.setattr(isa, "_capabilities", lambda: needs)
+    monkeypatch.setattr(build, "_capabilities", lambda: needs)
     try:
-        assert [one.name for one in isa.runnable()] == ["avx_vnni", "avx2", "portable"]
+        assert [one.name for one in build.supported_isas()] == ["avx_vnni", "avx2", "portable"]
     finally:
-        isa.runnable.cache_clear()
+        build.supported_isas.cache_clear()
 
 
 @pytest.mark.slow
 def test_operators_that_nobody_loaded_name_the_fix(tmp_path):
-    """In a process of its own: loading is for good."""
+    """In a new process, since loading is final."""
     code = """
 import torch
 from river_compile.kernels.native import build, load

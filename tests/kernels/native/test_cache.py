@@ -1,8 +1,6 @@
-"""The C++ operators around the KV cache against float64: the checks that generated kernels pass, and some of their own.
-(Attention of several positions: test_positions.py.)
+"""C++ operators on the KV cache against float64: the checks of generated kernels, and some of their own.
 
-`kv_fill` and `decode_attention` take the cases of tests/kernels/triton; every call is made twice, the second time from
-a tape (`running.called`).
+Several positions are in test_positions.py. Every call also runs from a tape (`running.called`).
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from tests.kernels import reference
 from tests.kernels.cases import CHUNK, NATIVE_DIMS, attention_cases, inputs, kv_cases, masks
 from tests.kernels.checks import check_attention, check_kv_fill
@@ -28,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("restored")
 
 
 class Runs:
-    """Runs what a spec describes by the C++ operators, on caches with gaps or with slots before heads."""
+    """Runs a spec by the C++ operators, on caches with gaps or with slots before heads."""
 
     def __init__(self, gap: int, slots_first: bool) -> None:
         self._layout = gap, slots_first
@@ -73,7 +70,7 @@ def test_a_slot_outside_of_the_cache_writes_nothing(isa, slot):
 @given(case=attention_cases(most_slots=3 * CHUNK, dims=NATIVE_DIMS), runs=LAYOUTS, threads=st.integers(1, 3))
 @examples(12)
 def test_one_query_position(isa, case, runs, threads):
-    """One chunk and several, groups of 1 to 17 heads; slots that are left out hold NaN."""
+    """One chunk and several, groups of 1 to 17 heads; masked slots hold NaN."""
     load.load(isa)
     torch.set_num_threads(threads)
     check_attention(*case, run=runs.attention)
@@ -82,7 +79,7 @@ def test_one_query_position(isa, case, runs, threads):
 @ISAS
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_chunks_of_a_long_cache_are_put_together(isa, threads):
-    """Each has a maximum of its own, and weighs by it."""
+    """Each chunk is weighted by its own maximum."""
     load.load(isa)
     torch.set_num_threads(threads)
     q, k, v = inputs(2, 4, 2, 3 * CHUNK - 5, 16, torch.float32, 7)
@@ -98,7 +95,7 @@ def test_the_chunks_of_a_long_cache_are_put_together(isa, threads):
 )
 @examples(20)
 def test_any_slots_may_be_left_out(isa, data, least, dtype, mask_dtype):
-    """By False, -inf or the least number, or half of that; what is left out holds NaN, and of nothing comes 0."""
+    """Masked by False, -inf, the least number or half of it; a fully masked row gives 0."""
     load.load(isa)
     batch, slots = data.draw(st.integers(1, 3)), data.draw(st.sampled_from((1, 7, CHUNK, CHUNK + 1, 700)))
     live, seed = data.draw(masks(batch, slots)), data.draw(st.integers(0, 2**20))
@@ -120,7 +117,7 @@ def test_any_slots_may_be_left_out(isa, data, least, dtype, mask_dtype):
 @ISAS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_without_a_slot_change_nothing(isa, dtype):
-    """A long cache in which the slots of one chunk take part gives the bits of a cache that has no others."""
+    """A long cache with one unmasked chunk has the bits of that chunk's cache."""
     load.load(isa)
     q, k, v = inputs(2, 6, 2, 3 * CHUNK + 5, 24, dtype)
     for chunk in range(3):
@@ -135,7 +132,7 @@ def test_chunks_without_a_slot_change_nothing(isa, dtype):
 @ISAS
 @pytest.mark.parametrize("padding", [1, 100, CHUNK + 3])
 def test_padding_before_a_row_changes_no_bit(isa, padding):
-    """As where a row of a batch falls behind and moves to the right: its chunks move with it."""
+    """As when a row of a batch moves to the right: its chunks move along."""
     load.load(isa)
     held, slots = CHUNK + 40, 3 * CHUNK
     q, k, v = inputs(1, 6, 2, slots, 24, torch.float32)
@@ -213,7 +210,7 @@ def test_several_positions_are_written_as_each_is_alone(isa, batch, positions, o
 
 @ISAS
 def test_filling_and_attending_step_by_step(isa):
-    """Three tokens into a cache that is part of a larger one, against attention over what they wrote."""
+    """Three tokens into a slice of a larger cache, against attention over them."""
     load.load(isa)
     storage = torch.randn(2, 1, 6, 2, 16, generator=torch.Generator().manual_seed(0))
     k_cache, v_cache = storage[..., 0, :], storage[..., 1, :]

@@ -1,4 +1,4 @@
-"""The entropy of a head's distribution: against float64, by C++ on every instruction set."""
+"""The entropy of a head's distribution against float64, in C++ on every instruction set."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.ops import UNWANTED
+from river_compile.kernels.ops import MASKED_LOGIT
 from tests.kernels.native.running import DTYPES, ISAS, called, native, same_bits
 
 pytestmark = pytest.mark.usefixtures("restored")
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("restored")
     st.sampled_from(DTYPES),
     st.sampled_from([0.01, 1.0, 30.0]),
     st.integers(0, 40),
-    st.sampled_from([-torch.inf, UNWANTED]),
+    st.sampled_from([-torch.inf, MASKED_LOGIT]),
     st.integers(1, 4),
 )
 def test_is_that_of_the_least_sure_row(isa, seed, rows, positions, vocabulary, dtype, scale, impossible, low, threads):
-    """At the last position; some tokens, in the first chunk or in several, cannot come or are not wanted."""
+    """At the last position, with masked logits in the first chunk and in others."""
     load.load(isa)
     torch.set_num_threads(threads)
     g = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a step begins with: rows of the embedding against torch's, tables of a rotary embedding against float64."""
+"""Inputs of a step: rows of the embedding against torch's, rotary tables against float64."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 from tests.kernels.native.running import DTYPES, called, native
 from tests.support.examples import examples
 
@@ -39,7 +39,7 @@ def test_rows_of_the_embedding_are_those_of_torch(rows, features, sizes, dtype, 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40])
 def test_an_id_without_a_row_is_an_error_of_its_own_step(wrong):
-    """Of the call, and of the replay that met it; the next one is right."""
+    """Of the call, and of the replay; the next one is right."""
     table, ids = torch.randn(5, 3), torch.tensor([[1, 4]])
     with pytest.raises(RuntimeError, match="a token's id is no row of the embedding"):
         native.embed(torch.tensor([[0, wrong]]), table)
@@ -66,7 +66,7 @@ def test_an_id_without_a_row_is_an_error_of_its_own_step(wrong):
     seed=st.integers(0, 999),
 )
 def test_tables_are_cosines_and_sines_of_angles_in_float32(half, sizes, farthest, scale, sine, dtype, given, seed):
-    """The second half repeats the first; the angle is float32's product, as models compute it, of whatever dtype."""
+    """The second half repeats the first; angles are computed in float32, as in models."""
     g = torch.Generator().manual_seed(seed)
     positions = torch.randint(farthest, sizes, generator=g)
     frequencies = (10000.0 ** -torch.rand(half, generator=g)).to(given)

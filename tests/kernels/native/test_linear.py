@@ -1,6 +1,6 @@
 """The C++ linear kernels against float64, on every instruction set that this machine runs.
 
-The 20,000 examples of a long run, for each test: ``pytest tests/kernels/native --hypothesis-profile=long --timeout=0``.
+For 20,000 examples of each test: ``pytest tests/kernels/native --hypothesis-profile=long --timeout=0``.
 """
 
 import math
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("restored")
 
 
 def expected(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None):
-    """The result in float64, and the sum of magnitudes that it is added up from."""
+    """Returns the result in float64, and the sums of magnitudes of its elements."""
     grid, k = packed.unpack(), packed.in_features
     zero = grid.zero.double().repeat_interleave(grid.group_size, 1)[:, :k]
     steps = packed.dequantize(torch.float64) - zero
@@ -61,7 +61,7 @@ def cases(draw):
 @given(case=cases(), threads=st.integers(1, 4))
 @examples(15)
 def test_any_shape(isa, case, threads):
-    """Shapes, groups, ragged ends, dtypes, extreme weights, strided rows; nothing is read or written outside."""
+    """Shapes, groups, partial blocks, dtypes, extreme weights, strided rows; no access outside."""
     load.load(isa)
     torch.set_num_threads(threads)
     assert_close(run(*case), *expected(*case))
@@ -73,7 +73,7 @@ def test_any_shape(isa, case, threads):
 )
 @examples(6)
 def test_a_rows_bits_depend_on_neither_rows_nor_threads(isa, m, n, k, dtype, seed):
-    """Products large enough to be split: all numbers of threads, and each row alone, give the same bits."""
+    """Linears large enough to be split, on all numbers of threads, and each row alone."""
     load.load(isa)
     x, packed, bias = inputs(m, n, k, 64, dtype, "normal", seed)
     torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def test_activations_that_are_zero_or_not_finite(isa):
 
 
 def test_rounded_activations_cost_half_a_step_at_most():
-    """The distance to the product of the unrounded activations, from the definition of rounding."""
+    """The distance to unrounded activations, from the definition of rounding."""
     load.load()
     x, packed, _ = inputs(3, 64, 256, 64, torch.float32, "normal", 1)
     exact = x.double() @ packed.dequantize(torch.float64).T
@@ -125,7 +125,7 @@ def test_any_number_of_dimensions(shape):
 
 
 def test_callers_at_the_same_time():
-    """A second caller does not wait for the threads of the first, and both are right."""
+    """A second caller does not wait for the threads of the first."""
     load.load()
     torch.set_num_threads(3)
     x, packed, bias = inputs(2, 900, 900, 64, torch.bfloat16, "normal", 0)
@@ -206,7 +206,7 @@ def test_what_is_refused(change, message):
 )
 @examples(10)
 def test_each_row_meets_the_expert_that_it_chose(isa, chosen, sizes, dtype, threads):
-    """The bits are those of that weight alone, zeros without one; others, which hold NaN, are not read."""
+    """The bits of that weight alone, zeros without one; other weights hold NaN."""
     native = load.load(isa)
     torch.set_num_threads(threads)
     n, k, group = sizes

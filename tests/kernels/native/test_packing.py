@@ -1,4 +1,4 @@
-"""Grids that C++ finds, on every instruction set of this machine: against float64 and against PyTorch's code."""
+"""Grids fitted in C++, on every instruction set of this machine: against float64 and PyTorch's code."""
 
 from unittest.mock import patch
 
@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.native import build, packing
+from river_compile.kernels.native import build
+from river_compile.kernels.native import load as native
 from river_compile.kernels.quant import calibrated
-from river_compile.kernels.quant.moments import WholeCompensation, WholeMoments, inverse_factor
+from river_compile.kernels.quant.calibrated import WholeCompensation, WholeMoments, inverse_factor
 from tests.kernels.native.running import EACH_ISA
 from tests.kernels.quant.observed import damped, drawn
 
@@ -23,13 +24,13 @@ def isa(request, monkeypatch):
 
 
 def in_pytorch(function, *arguments):
-    with patch.object(packing, "usable", return_value=False):
+    with patch.object(native, "can_pack", return_value=False):
         return function(*arguments)
 
 
 @given(seeds, st.integers(1, 70), st.sampled_from([32, 96, 160]))
 def test_each_column_is_rounded_to_nearest_after_all_before_it_were_made_up_for(seed, n, k):
-    """The integers found are followed column by column in float64: none is further off than rounding explains."""
+    """Follows the integers column by column in float64."""
     weight, _, moments = drawn(seed, n=n, k=k)
     moments = damped(moments, 0.05)
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
@@ -58,7 +59,7 @@ def noise_of(weight, grid, importance, group_size):
 
 @given(seeds, st.integers(1, 5), st.sampled_from([16, 32, 64, 128]), DTYPES, st.sampled_from([1e-6, 1.0, 1e6]))
 def test_a_fitted_grid_is_as_good_as_pytorchs(seed, n, group_size, dtype, size):
-    """Group by group in float64; which of two grids of equal noise is taken may hang on the last bit."""
+    """Group by group in float64; of two grids of equal noise either may be chosen."""
     g = torch.Generator().manual_seed(seed)
     weight = size * torch.randn(n, 2 * group_size, generator=g)
     importance = torch.rand(2 * group_size, generator=g)
@@ -74,7 +75,7 @@ def test_a_fitted_grid_is_as_good_as_pytorchs(seed, n, group_size, dtype, size):
 def test_constant_groups_are_the_point_in_the_middle():
     weight = torch.tensor([0.0, 1.5, -3e38, 1e-39]).repeat_interleave(32)[None]
     for dtype in (torch.float32, torch.bfloat16):
-        scale, zero = packing.fit_grid(weight, 32, torch.full((128,), 1 / 32), dtype)
+        scale, zero = native.fit_grid(weight, 32, torch.full((128,), 1 / 32), dtype)
         assert torch.equal(scale, torch.ones(1, 4))
         assert torch.equal(zero, weight[:, ::32].to(dtype).float())
 
@@ -82,8 +83,8 @@ def test_constant_groups_are_the_point_in_the_middle():
 def test_gptq_takes_these_functions(monkeypatch):
     called = []
     for name in ("fit_grid", "round_block"):
-        real = getattr(packing, name)
-        monkeypatch.setattr(packing, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
     weight, _, moments = drawn(0, n=4, dtype=torch.float32)
     calibrated.gptq(weight, 32, WholeMoments(moments))
     assert called == ["fit_grid", "round_block"]
@@ -91,22 +92,22 @@ def test_gptq_takes_these_functions(monkeypatch):
 
 def test_what_they_do_not_take_is_left_to_pytorch():
     weight = torch.zeros(2, 96)
-    assert packing.usable(weight, 32, torch.bfloat16)
-    assert not packing.usable(weight, 24)
-    assert not packing.usable(weight, 32, torch.float16)
-    assert not packing.usable(weight.double())
-    assert not packing.usable(weight.to("meta"))
+    assert native.can_pack(weight, 32, torch.bfloat16)
+    assert not native.can_pack(weight, 24)
+    assert not native.can_pack(weight, 32, torch.float16)
+    assert not native.can_pack(weight.double())
+    assert not native.can_pack(weight.to("meta"))
 
 
 def test_without_a_compiler_pytorch_does_it(monkeypatch):
     def none(isa):
         raise build.CannotBuild(f"no compiler for {isa.name}")
 
-    monkeypatch.setattr(packing, "packing_for", none)
-    packing._library.cache_clear()
+    monkeypatch.setattr(native, "packing_library", none)
+    native._packing.cache_clear()
     try:
-        assert not packing.usable(torch.zeros(2, 64))
+        assert not native.can_pack(torch.zeros(2, 64))
         weight, _, moments = drawn(0, n=4, dtype=torch.float32)
         assert calibrated.gptq(weight, 32, WholeMoments(moments)).q.shape == (4, 64)
     finally:
-        packing._library.cache_clear()
+        native._packing.cache_clear()

@@ -1,4 +1,4 @@
-"""The C++ attention of several query positions over a static cache: few as each alone, many against float64."""
+"""C++ attention of several positions on a static cache: few as each alone, many against float64."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_few_positions_attend_as_each_does_alone(isa, causal, data, batch, posit
 
 @st.composite
 def masks_of_many(draw, batch: int, positions: int, slots: int) -> torch.Tensor:
-    """``[batch, T, S]``: any slots, or what a prompt reads: filled ones, causal, perhaps a window, or padded before."""
+    """Draws ``[batch, T, S]``: any slots, or a prompt's: filled, causal, perhaps a window or padding."""
     if draw(st.booleans()):
         return torch.stack([draw(masks(batch, slots)) for _ in range(positions)], 1)
     held = draw(st.integers(0, slots))  # before the first position
@@ -70,7 +70,7 @@ def masks_of_many(draw, batch: int, positions: int, slots: int) -> torch.Tensor:
 )
 @examples(25)
 def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, layout, threads):
-    """Blocks that end anywhere, groups of 1 to 17 heads, every kind of mask; slots that no position reads hold NaN."""
+    """Partial blocks, groups of 1 to 17 heads, every kind of mask; unread slots hold NaN."""
     load.load(isa)
     torch.set_num_threads(threads)
     dtype, softcap = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from((0.0, 0.0, 3.0)))
@@ -92,7 +92,7 @@ def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, la
     scale = dim**-0.5
     rows = None if mask is None else mask[:, None]
     out = called(native.attention, q, *spoiled, rows, scale, softcap, kind == "causal")
-    expected = reference.attention_of_several(q, k, v, scale=scale, softcap=softcap, mask=live, added=added)
+    expected = reference.cache_attention(q, k, v, scale=scale, softcap=softcap, mask=live, added=added)
     assert_close(out, expected, v.double().abs().amax().expand(expected.shape))
     assert not out[~live.any(-1)].any()
 
@@ -101,7 +101,7 @@ def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, la
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capacity", [80, 300])
 def test_the_bits_of_a_prompt_depend_on_neither_capacity_nor_batch_nor_threads(isa, dtype, capacity):
-    """Nor on padding: the second row of a batch stands 37 slots further to the right."""
+    """Nor on padding: the second sequence starts at slot 37."""
     load.load(isa)
     q, k, v = (torch.randn(1, 70, n, 24, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (6, 2, 3))
     k, v = (cache[:, :, :2].transpose(1, 2).contiguous() for cache in (k, v))

@@ -1,4 +1,4 @@
-"""The largest logits computed anew: against float64, by C++ on every instruction set and by PyTorch."""
+"""Recomputed largest logits against float64, in C++ on every instruction set and in PyTorch."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from river_compile.kernels.native import load
 from tests.kernels.native.running import DTYPES, ISAS, called, native
 
 pytestmark = pytest.mark.usefixtures("restored")
-BLOCK, BLOCKS = 64, 256  # of logits, by whose largest the C++ kernels choose
+BLOCK, BLOCKS = 64, 256  # of logits; the C++ kernels choose blocks by their largest
 
 
 def drawn(seed: int, rows: int, features: int, vocabulary: int, dtype: torch.dtype, norm: str, bias: bool) -> tuple:
-    """Returns arguments of the operator, and what all logits would be, computed anew, in float64."""
+    """Returns arguments of the operator, and all logits recomputed in float64."""
     g = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def drawn(seed: int, rows: int, features: int, vocabulary: int, dtype: torch.dty
 
 
 def check(y: torch.Tensor, logits: torch.Tensor, anew: torch.Tensor, least: torch.Tensor) -> None:
-    """All logits from `least` ``[M, 1]`` on are computed anew, and none below."""
+    """Checks that all logits from `least` ``[M, 1]`` on are recomputed, and no others."""
     chosen = logits >= least
     assert torch.equal(y[~chosen], logits[~chosen])
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[y.dtype]
@@ -40,7 +40,7 @@ def check(y: torch.Tensor, logits: torch.Tensor, anew: torch.Tensor, least: torc
 
 
 def least_of_blocks(logits: torch.Tensor) -> torch.Tensor:
-    """By the definition: the 256th largest of what is largest in each block of 64."""
+    """Returns the 256th largest of the maxima of blocks of 64, the definition."""
     padding = -logits.shape[-1] % BLOCK
     largest = torch.nn.functional.pad(logits, (0, padding), value=-torch.inf).unflatten(-1, (-1, BLOCK)).amax(-1)
     if largest.shape[-1] <= BLOCKS:

@@ -1,4 +1,4 @@
-"""Tapes: a replay is the recorded calls on what the tensors hold by then; lifetimes, threads, forks, refusals."""
+"""Tapes: replays on current values, lifetimes, threads, forks, and unsupported calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from tests.kernels.native.running import dense, linear, native
 from tests.kernels.packing import pack_linear
@@ -28,7 +28,7 @@ def _loaded():
 
 
 class Block:
-    """A decoder block's calls on tensors of its own, which a step finds where the last one left them."""
+    """A decoder block's calls on tensors that persist between steps."""
 
     def __init__(self, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -51,7 +51,6 @@ class Block:
         self.counter, self.one = torch.tensor([0]), torch.tensor([1])
 
     def feed(self, step: int) -> None:
-        """Puts a step's inputs where the operators find them."""
         self.hidden.copy_(torch.randn(self.hidden.shape, generator=torch.Generator().manual_seed(step)))
         self.mask.copy_((torch.arange(SLOTS) > step + 280).float() * torch.finfo(torch.float32).min)
 
@@ -90,7 +89,7 @@ def assert_same_step(direct: Block, taped: Block, tape: Tape, outputs, step: int
 
 
 def test_replays_are_the_calls_on_what_the_inputs_hold_by_then():
-    """Hidden states, masks and counters change in place between steps, and the number of threads does."""
+    """Hidden states, masks, counters and the number of threads change between steps."""
     direct, taped = Block(), Block()
     tape, outputs = recorded(taped)
     assert taped.counter.item() == 0, "recording runs nothing"
@@ -102,7 +101,6 @@ def test_replays_are_the_calls_on_what_the_inputs_hold_by_then():
 
 
 def test_the_last_position_of_each_text_of_a_batch_is_read_where_it_lies():
-    """Its rows are as far apart as texts are long."""
     block, tape, g = Block(), Tape(), torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 5, HIDDEN, generator=g).bfloat16()
     with tape.recording():
@@ -129,7 +127,7 @@ def test_counters_move_in_the_order_of_the_calls():
 
 
 def test_what_was_made_while_recording_lives_as_long_as_the_tape():
-    """Nobody holds the values in between; new tensors full of NaN would take their memory."""
+    """New tensors full of NaN would take freed memory."""
     direct, taped = Block(), Block()
     tape, outputs = recorded(taped)
     gc.collect()
@@ -166,7 +164,7 @@ def test_recording_again_takes_the_place_of_what_was_there():
 
 
 def test_a_thread_records_one_tape_at_a_time():
-    """The refused one is as it was, and the other one goes on."""
+    """The rejected tape is unchanged, and the other one goes on."""
     a, other, tape = torch.tensor([0]), Tape(), Tape()
     with other.recording():
         native.advance(a, 100)
@@ -217,13 +215,13 @@ COPYING = {
 
 @pytest.mark.parametrize("name", COPYING)
 def test_copies_are_refused_on_a_tape(name):
-    """They would hold the values of the time of recording."""
+    """They would hold the values at recording."""
     with Tape().recording(), pytest.raises(RuntimeError, match=f"{name} must be contiguous"):
         COPYING[name](torch.ones(2, 3, 64))
 
 
 def segment(function) -> NativeSegment:
-    """Traces a function; a method becomes a function, as in the graphs that the passes make."""
+    """Traces a function; a method becomes a function, as in the graphs of the passes."""
     traced = fx.symbolic_trace(function)
     for node in list(traced.graph.nodes):
         if node.op == "call_method":
@@ -245,7 +243,7 @@ def segment(function) -> NativeSegment:
     ],
 )
 def test_a_view_that_copies_is_refused(function, copies):
-    """What it copied would be what stood there before anything ran."""
+    """It would copy the values before the first replay."""
     x, w, tape = torch.randn(2, 8), torch.randn(6, 8), Tape()
     callee = segment(function)
     if copies:
@@ -275,7 +273,7 @@ def test_constants_are_kept_with_the_tape():
 
 
 def test_two_threads_replay_tapes_of_their_own_at_once():
-    """The one that finds the helpers taken runs alone; both get the bits of direct calls."""
+    """The one without helper threads runs alone; both get the bits of direct calls."""
     pairs, wrong = [(Block(seed), Block(seed)) for seed in range(2)], []
     tapes = [recorded(taped) for _, taped in pairs]
 
@@ -320,7 +318,7 @@ def test_a_tape_that_lives_to_the_end_of_the_process_makes_no_noise(tmp_path):
     code = """
 import torch
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 load.load()
 a, tape = torch.tensor([0]), Tape()
 with tape.recording():

@@ -1,4 +1,4 @@
-"""A product of which only some blocks of output features are wanted: on every instruction set, and by PyTorch."""
+"""Linears with a list of blocks of output features, on every instruction set and in PyTorch."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from river_compile.kernels import ops
 from river_compile.kernels.native import load
-from river_compile.kernels.native.tape import Tape
+from river_compile.kernels.native.load import Tape
 from tests.kernels.native.running import DTYPES, ISAS, called, linear, native
 from tests.kernels.packing import pack_linear
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.usefixtures("restored")
 
 
 def blocks_of(n: int) -> int:
-    return -(-n // ops.WANTED_BLOCK)
+    return -(-n // ops.VOCAB_BLOCK)
 
 
 def listed(blocks: list[int], n: int) -> torch.Tensor:
-    """The list as operators take it, with numbers after its end that no block has."""
+    """Returns the list for operators, with invalid numbers after its end."""
     numbers = [len(blocks), *sorted(blocks)]
     return torch.tensor(numbers + [1 << 20] * (1 + blocks_of(n) - len(numbers)), dtype=torch.int32)
 
@@ -33,13 +33,13 @@ def cases(draw):
 
 
 def drawn(case: tuple) -> tuple:
-    """Returns activations, the packed matrix, a bias, the list, and which features are wanted."""
+    """Returns activations, the packed weight, a bias, the list, and a mask of the listed features."""
     rows, n, k, blocks, dtype, seed = case
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=g)
     packed = pack_linear(weight, 32, "native", "rtn")
     x, bias = torch.randn(rows, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
-    is_wanted = torch.isin(torch.arange(n) // ops.WANTED_BLOCK, torch.tensor(blocks))
+    is_wanted = torch.isin(torch.arange(n) // ops.VOCAB_BLOCK, torch.tensor(blocks))
     return x, packed, bias, listed(blocks, n), is_wanted
 
 
@@ -51,7 +51,7 @@ def test_wanted_features_have_the_bits_of_a_whole_product(isa, case, threads):
     torch.set_num_threads(threads)
     y = called(linear, x, packed, bias, wanted=wanted)
     assert torch.equal(y[:, is_wanted], linear(x, packed, bias)[:, is_wanted])
-    assert (y[:, ~is_wanted] == ops.UNWANTED).all()
+    assert (y[:, ~is_wanted] == ops.MASKED_LOGIT).all()
 
 
 @given(cases())
@@ -60,7 +60,7 @@ def test_pytorch_says_the_same(case):
     given_ = (x, packed.qweight, packed.scale_zero, bias, packed.out_features, 32, packed.layout)
     y = torch.ops.river.linear(*given_, wanted=wanted)
     assert torch.equal(y[:, is_wanted], torch.ops.river.linear(*given_)[:, is_wanted])
-    assert (y[:, ~is_wanted] == ops.UNWANTED).all()
+    assert (y[:, ~is_wanted] == ops.MASKED_LOGIT).all()
 
 
 @ISAS
@@ -71,11 +71,11 @@ def test_a_replay_reads_the_list_anew(isa):
     for blocks in ([0], [1, 6], list(range(7))):
         wanted.copy_(listed(blocks, 100))
         y = tape()
-        assert torch.equal(y != ops.UNWANTED, torch.isin(torch.arange(100) // 16, torch.tensor(blocks))[None])
+        assert torch.equal(y != ops.MASKED_LOGIT, torch.isin(torch.arange(100) // 16, torch.tensor(blocks))[None])
 
 
 def recorded(call):
-    """Records a call; returns what replays it and returns its output."""
+    """Records a call; returns a function that replays it and returns its output."""
     tape = Tape()
     with tape.recording():
         y = call()
@@ -95,8 +95,8 @@ def test_no_logit_that_is_unwanted_is_computed_anew(isa, share):
     n, k = 40_000, 48
     weight, x = torch.randn(n, k, generator=g).bfloat16(), torch.randn(2, k, generator=g).bfloat16()
     blocks = [i for i in range(blocks_of(n)) if torch.rand((), generator=g) < share]
-    is_wanted = torch.isin(torch.arange(n) // ops.WANTED_BLOCK, torch.tensor(blocks))
-    logits = torch.where(is_wanted, (x @ weight.T) + 0.1, ops.UNWANTED).bfloat16()
+    is_wanted = torch.isin(torch.arange(n) // ops.VOCAB_BLOCK, torch.tensor(blocks))
+    logits = torch.where(is_wanted, (x @ weight.T) + 0.1, ops.MASKED_LOGIT).bfloat16()
     for rescore in (native.rescore, torch.ops.river.rescore):
         y = rescore(logits, x, weight, None, "none", None, None, 1e-6)
         assert torch.equal(y[:, ~is_wanted], logits[:, ~is_wanted])

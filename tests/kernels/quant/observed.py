@@ -1,4 +1,4 @@
-"""Matrices and what was observed of their inputs, for the quantizers that ask for it."""
+"""Weights and moments of their inputs, for calibrated quantizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 def drawn(
     seed: int, n: int = 8, k: int = 64, tokens: int = 96, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns a matrix, inputs whose features differ in size and depend on each other, and their moments."""
+    """Returns a weight, correlated inputs of different sizes, and their moments."""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=g, dtype=dtype)
     mixing = torch.randn(k, k, generator=g, dtype=dtype) / k**0.5 + torch.eye(k, dtype=dtype)
@@ -18,5 +18,5 @@ def drawn(
 
 
 def damped(moments: torch.Tensor, damping: float) -> torch.Tensor:
-    """Returns moments with a share of the mean square added to each feature's own."""
+    """Adds a share of the mean square to each feature's own."""
     return moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)

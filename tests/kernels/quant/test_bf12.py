@@ -1,4 +1,4 @@
-"""Matrices of bfloat16 in 12 bits: any matrix at all comes back to the bit."""
+"""bfloat16 weights in 12 bits: any weight is recovered bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.quant import lossless
 from tests.support.examples import examples
 
 KINDS = ("normal", "bits", "zeros", "minus_zero", "one_exponent", "subnormal", "not_finite", "dequantized")
@@ -42,11 +42,13 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @examples(60)
 def test_every_matrix_comes_back_to_the_bit(n, k, kind, seed):
     weight = matrix(n, k, kind, seed)
-    units, side = bf12.pack(weight)
-    assert torch.equal(bits(bf12.unpack(units, side, n, k)), bits(weight))
+    units, side = lossless.pack_12bit(weight)
+    assert torch.equal(bits(lossless.unpack_12bit(units, side, n, k)), bits(weight))
     first = side[4 : 5 + units.shape[0]]
     assert len(side) >= 5 + units.shape[0] + 2 * first[-1]
-    assert first[-1] / weight.numel() == pytest.approx(bf12.patched_share(bf12.count(weight)), abs=1e-6)
+    assert first[-1] / weight.numel() == pytest.approx(
+        lossless.patched_share(lossless.count_upper_bytes(weight)), abs=1e-6
+    )
 
 
 def test_patches_outside_of_their_matrix_are_noticed():
@@ -54,25 +56,25 @@ def test_patches_outside_of_their_matrix_are_noticed():
     weight = torch.ones(n, k).bfloat16()
     weight[:, 3] = torch.logspace(-30, 30, n).bfloat16()
     weight[:, 9] = -weight[:, 3]
-    side, first = bf12.pack(weight)[1], slice(4, 5 + n // bf12.FOUR)
-    assert bf12.is_sound(side, n, k)
+    side, first = lossless.pack_12bit(weight)[1], slice(4, 5 + n // lossless.FOUR)
+    assert lossless.has_valid_patches(side, n, k)
     assert side[first][-1] > 10
     for place, value in ((first.start, 1), (first.stop - 2, -1), (first.stop - 1, 10**6), (first.stop, 4 * k)):
         wrong = side.clone()
         wrong[place] = value
-        assert not bf12.is_sound(wrong, n, k)
+        assert not lossless.has_valid_patches(wrong, n, k)
 
 
 def test_trained_like_weights_take_12_bits_and_have_few_patches():
     weight = matrix(512, 1024, "normal", 0)
-    units, side = bf12.pack(weight)
+    units, side = lossless.pack_12bit(weight)
     assert units.nbytes * 8 == 12 * weight.numel()
-    assert 0 < bf12.patched_share(bf12.count(weight)) < 5e-4
+    assert 0 < lossless.patched_share(lossless.count_upper_bytes(weight)) < 5e-4
     assert 8 * side.nbytes < 0.7 * weight.numel(), "room for 1 % of patches, which is memory where it is written alone"
-    assert bf12.patched_share(bf12.count(matrix(512, 1024, "bits", 0))) > 0.9
+    assert lossless.patched_share(lossless.count_upper_bytes(matrix(512, 1024, "bits", 0))) > 0.9
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(3, 4), torch.zeros(3, dtype=torch.bfloat16)])
 def test_what_is_no_matrix_of_bfloat16_is_refused(weight):
-    with pytest.raises(ValueError, match="12 bits are for matrices of bfloat16"):
-        bf12.pack(weight)
+    with pytest.raises(ValueError, match="12-bit packing takes a bfloat16 weight"):
+        lossless.pack_12bit(weight)

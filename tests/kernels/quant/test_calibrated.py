@@ -1,4 +1,4 @@
-"""Grids that know the inputs: each step against its definition in float64, and what each quantizer gains."""
+"""Calibrated grids: each step against its definition in float64, and the gain of each quantizer."""
 
 import math
 
@@ -9,16 +9,20 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.quant import calibrated
 from river_compile.kernels.quant.calibrated import (
+    BLOCK,
+    RowMoments,
+    WholeCompensation,
+    WholeMoments,
     awq,
     fit_grid,
     gptq,
+    inverse_factor,
     output_sqnr_db,
     quantize_observed,
     round_compensating,
     round_to_grid,
 )
 from river_compile.kernels.quant.grid import quantize
-from river_compile.kernels.quant.moments import BLOCK, RowMoments, WholeCompensation, WholeMoments, inverse_factor
 from tests.kernels.quant.observed import damped, drawn
 from tests.support.examples import examples
 
@@ -26,7 +30,7 @@ seeds = st.integers(0, 2**31)
 
 
 def rounded_by_definition(weight, scale, zero, group_of, moments):
-    """Optimal brain surgeon, one column at a time: the inverse over the columns that are left is computed anew."""
+    """Optimal brain surgeon: recomputes the inverse over the remaining columns after each column."""
     weight, q = weight.clone(), torch.empty_like(weight)
     for j in range(weight.shape[1]):
         s, z = scale[:, group_of[j]], zero[:, group_of[j]]
@@ -41,7 +45,7 @@ def rounded_by_definition(weight, scale, zero, group_of, moments):
 @examples(5)
 @given(seed=seeds)
 def test_rounding_with_compensation_is_what_its_definition_says(k, seed):
-    """Also where columns come in several blocks (more than 128), in float64."""
+    """In float64, also for several blocks of columns."""
     weight, _, moments = drawn(seed, n=3, k=k)
     moments = damped(moments, 0.05)
     scale, zero = fit_grid(weight.float(), 32, moments.diagonal().float())
@@ -64,7 +68,7 @@ def test_the_factor_is_triangular_and_gives_the_inverse(seed):
 @given(st.integers(1, 3 * BLOCK), st.integers(1, 40), st.floats(0.01, 2.0), seeds)
 @examples(20)
 def test_a_few_inputs_say_what_their_moments_say(features, tokens, damping, seed):
-    """The same U, block by block and in what later columns hear of errors, in float64; the same squares and energy."""
+    """The same U, errors, squares and energy, in float64."""
     weight, x, moments = drawn(seed, n=3, k=features, tokens=tokens)
     whole, rows = WholeMoments(moments), RowMoments(x)
     order = torch.randperm(features, generator=torch.Generator().manual_seed(seed))
@@ -86,7 +90,7 @@ def test_a_few_inputs_say_what_their_moments_say(features, tokens, damping, seed
 
 
 def test_gptq_by_a_few_inputs_rounds_as_by_their_moments():
-    """But for weights at the very middle of two points, in float32."""
+    """Except for ties, in float32."""
     weight, x, moments = drawn(7, n=16, k=256, tokens=48, dtype=torch.float32)
     found, expected = (gptq(weight, 64, of, tokens=48).q for of in (RowMoments(x), WholeMoments(moments)))
     assert (found == expected).float().mean() > 0.99
@@ -95,7 +99,7 @@ def test_gptq_by_a_few_inputs_rounds_as_by_their_moments():
 @given(seeds)
 @examples(10)
 def test_scale_and_zero_solve_the_weighted_least_squares(seed):
-    """Against the solution of the normal equations in float64, group by group."""
+    """Against the normal equations in float64, group by group."""
     g = torch.Generator().manual_seed(seed)
     groups = torch.randn(2, 3, 32, generator=g, dtype=torch.float64)
     importance = torch.rand(1, 3, 32, generator=g, dtype=torch.float64)
@@ -114,7 +118,7 @@ def test_scale_and_zero_solve_the_weighted_least_squares(seed):
 @given(seeds)
 @examples(10)
 def test_each_step_errs_less_on_the_outputs_than_the_one_before(seed):
-    """Rounding to nearest, the weighted fit and AWQ in this order; GPTQ errs less than the fit it starts from."""
+    """Nearest, weighted fit, AWQ; and GPTQ against its fit."""
     weight, _, moments = drawn(seed, n=32, k=128, tokens=400, dtype=torch.float32)
     fitted, moments = round_to_grid(weight, 64, moments.diagonal()).dequantize(), WholeMoments(moments)
     grid, scale = awq(weight, 64, moments)
@@ -129,7 +133,7 @@ def test_each_step_errs_less_on_the_outputs_than_the_one_before(seed):
 
 
 def test_awq_scales_where_few_inputs_are_large():
-    """Eight features carry nearly all of the signal: their weights are rounded less when they are scaled up."""
+    """Eight features carry nearly all of the signal."""
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
     squares = torch.ones(128)
     squares[::16] = 400.0
@@ -143,7 +147,7 @@ def test_awq_scales_where_few_inputs_are_large():
 
 
 def test_gptq_of_independent_inputs_rounds_to_nearest():
-    """Nothing can make up for an error where no other input knows of it."""
+    """No other input can compensate for an error."""
     weight = drawn(0, dtype=torch.float32)[0]
     squares = torch.linspace(0.5, 2, 64)
     importance = squares + calibrated.DAMPING * squares.mean()
@@ -153,7 +157,7 @@ def test_gptq_of_independent_inputs_rounds_to_nearest():
 @pytest.mark.parametrize("quantizer", ["awq", "gptq"])
 class TestAnyQuantizer:
     def test_the_grid_is_one_that_a_kernel_stores(self, quantizer):
-        """Integers are chosen for the rounded scale and zero, so that storing them in bfloat16 changes nothing."""
+        """Storing the rounded scale and zero-point in bfloat16 is exact."""
         weight, _, moments = drawn(3, n=16, k=128, dtype=torch.float32)
         grid, _ = quantize_observed(weight, 32, quantizer, WholeMoments(moments), torch.bfloat16)
         assert torch.equal(grid.rounded(torch.bfloat16).dequantize(), grid.dequantize())
@@ -170,7 +174,7 @@ class TestAnyQuantizer:
         assert torch.equal(grid.dequantize()[1, :32], weight[1, :32])
 
     def test_inputs_that_are_never_anything_but_zero(self, quantizer):
-        """A dead feature, a dead group, and no living one at all."""
+        """A dead feature, a dead group, and only dead features."""
         weight, _, moments = drawn(5, n=4, k=64, dtype=torch.float32)
         for dead in (slice(3, 4), slice(0, 32), slice(0, 64)):
             some = moments.clone()

@@ -1,4 +1,4 @@
-"""Quantizers: the grid, its error, constant and hopeless groups, and the contract with torchao's solver."""
+"""Quantizers: the grid, its error, constant and extreme groups, and the contract with torchao's solver."""
 
 import inspect
 import math
@@ -84,7 +84,7 @@ def test_signal_to_noise_at_its_ends():
 
 
 def test_contract_with_torchao():
-    """The private solver still takes these arguments, and still means w = (q - 8) scale + zero by what it returns."""
+    """The private solver's arguments, and its results: w = (q - 8) scale + zero."""
     from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq as solve
 
     assert {"nbits", "group_size", "axis", "compute_dtype", "device"} <= set(inspect.signature(solve).parameters)

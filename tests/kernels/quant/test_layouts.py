@@ -1,4 +1,4 @@
-"""Layouts: packing and unpacking are inverse, each byte means what the table says, padding."""
+"""Layouts: unpacking inverts packing, each byte is as documented, padding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""NVIDIA's instructions in generated sources, which the interpreter cannot run: worked out by hand, bit by bit."""
+"""NVIDIA's instructions in generated sources, which the interpreter cannot run, computed bit by bit."""
 
 import re
 
@@ -15,7 +15,7 @@ _LOP3 = re.compile(r"lop3\.b32 \$0, (?:t|\$1), (0x\w+), (0x\w+), (0x\w+);")
 
 
 def lop3(a: numpy.ndarray, b: int, c: int, table: int) -> numpy.ndarray:
-    """PTX's `lop3`: bit i of the result is the bit of the table that bits i of a, b and c number."""
+    """PTX's `lop3`: bit i of the result is the table's bit numbered by bits i of a, b and c."""
     result = numpy.zeros_like(a)
     for row in range(8):
         if table >> row & 1:
@@ -25,7 +25,7 @@ def lop3(a: numpy.ndarray, b: int, c: int, table: int) -> numpy.ndarray:
 
 
 def constants(spec: LinearSpec, name: str) -> list[tuple[int, tuple[int, int, int]]]:
-    """The shift and the three numbers of `lop3` in each of four constants of a source."""
+    """Returns the shift and the three numbers of `lop3` in each of four constants of a source."""
     found = []
     for p in range(4):
         (text,) = re.findall(rf'^{name}_{p} = tl\.constexpr\("(.*)"\)$', render(spec), re.MULTILINE)
@@ -35,7 +35,7 @@ def constants(spec: LinearSpec, name: str) -> list[tuple[int, tuple[int, int, in
 
 
 def packed_words() -> tuple[numpy.ndarray, torch.Tensor]:
-    """Words of a matrix in the layout "triton", and its grid: features 0 to 7 of each word."""
+    """Returns words in the layout "triton", and their grid: features 0 to 7 of each word."""
     q = torch.randint(0, 16, (4, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     packed = pack(QuantizedWeight(q, torch.ones(4, 2), torch.zeros(4, 2), 64), "triton")
     return packed.qweight.numpy().view(numpy.uint32), q.unflatten(1, (-1, 8)).float()

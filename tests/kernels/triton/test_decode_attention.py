@@ -1,7 +1,6 @@
-"""decode_attention in Triton's interpreter against float64: slots that take no part hold NaN and are never read.
+"""decode_attention in Triton's interpreter against float64; masked slots hold NaN.
 
-The interpreter runs one program after the other. Which of them comes last, and so combines, is a GPU's choice: some
-tests run them in other orders.
+The interpreter runs programs in order. A GPU's order is arbitrary, so some tests permute them.
 """
 
 import dataclasses
@@ -11,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from tests.kernels.cases import attend_cases, attention_cases
 from tests.kernels.checks import attend_buffers, attention_buffers, check_attend, check_attention
 from tests.kernels.harness import in_order, run_guarded
@@ -37,7 +35,7 @@ def test_a_row_without_any_slot_gives_zero(splits, mask_dtype):
 @given(attention_cases(), st.randoms(use_true_random=False))
 @examples(15)
 def test_whichever_program_comes_last_combines(case, random):
-    """In another order of the programs every one of them sees other counts, and the bits are the same."""
+    """In another order every program sees other counts; the bits are the same."""
     spec, padding, seed = case
     spec = dataclasses.replace(spec, splits=max(2, spec.splits))
     buffers = attention_buffers(spec, padding, seed)
@@ -57,7 +55,7 @@ def test_one_position_is_made_written_and_attends(case):
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("slot", [-1, 0, 15, 16, 31, 32, 33, 39, 40])
 def test_the_new_slot_at_borders_of_blocks(slot, splits):
-    """The slots after it take no part, as in a decode step; -1 and 40 are none of the cache's."""
+    """Later slots are masked, as in a decode step; -1 and 40 lie outside."""
     fill = KvFillSpec(1, 4, 2, 16, 40, dtype="float32", rotary_dim=16, rotary_dtype="float32")
     spec = DecodeAttentionSpec(1, 4, 2, 16, 40, 0.25, dtype="float32", mask=True, splits=splits, block=16, fill=fill)
     for advance in (False, True):
@@ -70,7 +68,7 @@ def test_the_new_slot_at_borders_of_blocks(slot, splits):
 @examples(15)
 @pytest.mark.slow
 def test_a_fill_in_any_order_of_the_programs(case, random):
-    """No program reads what another one writes before all have written: not the new slot, and not the counter."""
+    """No program reads the new slot or the counter after another wrote it."""
     spec, slot, padding, seed, window = case
     spec = dataclasses.replace(spec, splits=max(2, spec.splits), advance=True)
     buffers = attend_buffers(spec, slot, padding, seed, window, "cpu")
@@ -84,7 +82,7 @@ def test_a_fill_in_any_order_of_the_programs(case, random):
 @pytest.mark.parametrize("mask_dtype", ["bool", "float32"])
 @pytest.mark.parametrize("padding", [15, 16, 17, 31, 32, 63, 64])
 def test_blocks_without_a_slot_that_takes_part(padding, mask_dtype):
-    """Dead blocks before, between and behind live ones, with borders at and beside those of blocks and of splits."""
+    """Masked blocks anywhere, with borders at and near those of blocks and splits."""
     for splits in (1, 2, 5):
         spec = DecodeAttentionSpec(
             1, 2, 1, 16, 80, 0.25, dtype="float32", mask=True, mask_dtype=mask_dtype, splits=splits

@@ -1,4 +1,4 @@
-"""The exit score: the fused kernel against float64, and what never exits."""
+"""The fused exit score against float64, and inputs that never exit."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels import ops  # noqa: F401  registers torch.ops.river
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.cache import ExitScoreSpec
 from tests.kernels.checks import check_exit_score
 from tests.support.examples import examples
 

@@ -1,4 +1,4 @@
-"""Kernels of stacked matrices in Triton's interpreter against float64, and how rows are sorted for them."""
+"""Kernels of stacked weights in Triton's interpreter against float64, and the sorting of rows."""
 
 import dataclasses
 
@@ -7,16 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.calls.linear import rows_by_expert
-from river_compile.kernels.triton.linear import LinearSpec, LinearTile, form_of
-from river_compile.kernels.triton.tiles import best_tile, untiled
+from river_compile.kernels.triton.calls_linear import rows_by_expert
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile, best_tile, form_of, untiled
 from tests.kernels.checks import VALUES, check_experts
 from tests.support.examples import examples
 
 
 @st.composite
 def choices(draw, most):
-    """How many experts there are, and which one each row chose: some none, some twice, some none at all."""
+    """Draws the number of experts, and each row's choice: none, one twice, or none at all."""
     experts = draw(st.integers(1, 6))
     return experts, draw(st.lists(st.integers(-1, experts), min_size=1, max_size=most))
 
@@ -55,7 +54,7 @@ def test_blocks_of_rows_of_one_expert(case):
 @given(choices(70), st.sampled_from((16, 32)))
 @examples(60)
 def test_every_row_lies_in_a_block_of_its_expert(choice, block_m):
-    """Each row once, in blocks of its expert alone, with as many blocks as the launch has."""
+    """Each row once, with as many blocks as the launch has."""
     experts, expert = choice
     spec = LinearSpec(None, 64, 8, LinearTile(16, 128, block_m), experts=experts)
     found = rows_by_expert(torch.tensor(expert), experts, spec.blocks(len(expert)), block_m)
@@ -66,7 +65,7 @@ def test_every_row_lies_in_a_block_of_its_expert(choice, block_m):
 
 
 def test_a_token_moves_the_bytes_of_its_experts_alone():
-    """Eight of 128 matrices of 1,536 x 2,048, their rows in and out, and the experts' numbers."""
+    """Eight of 128 weights of 1,536 x 2,048, with rows and expert numbers."""
     spec = best_tile(untiled(8, 2048, 1536, experts=128), "sm_90")
     assert spec.tile.split_k == 1
     weights = 8 * (1536 * 2048 // 2 + 1536 * 2048 // 64 * 4)

@@ -1,8 +1,7 @@
-"""The same checks on a real GPU at model shapes, and graph capture of every operator.
+"""The same checks on a GPU at model shapes, and graph capture of every operator.
 
-Those marked `gpu` need one. The others hold the first ones' code on this machine: the checks of a tiny model's kernels
-run in the interpreter, and every call that is to be captured runs with the operations forbidden that would make the
-host wait for the device.
+Tests without the mark `gpu` run the others' code here: a tiny model's kernels in the interpreter, and captured calls
+under a mode that forbids device synchronization.
 """
 
 import dataclasses
@@ -15,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from river_compile.kernels import ops
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.devices import DEFAULT_DEVICE, device_name
-from river_compile.kernels.triton.spec import KernelSpec
+from river_compile.kernels.triton.loader import device_name
+from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec
 from tests.kernels.checks import check_kernel
 from tests.kernels.samples import sample_calls
 from tools.kernels.shapes import MODELS, ModelShape, backbone_kernels, model_kernels, verifying_kernels
@@ -28,7 +27,7 @@ SLOTS = 1024
 
 
 def kernels_of(shape: ModelShape, **how: Any) -> dict[str, KernelSpec]:
-    """Those of a token that leaves at once, and those of the backbone, whose passes have any width."""
+    """Returns the kernels of an early-exit token, and those of the unquantized model for any number of rows."""
     kernels = model_kernels(shape, group_size=32, **how)
     kernels |= verifying_kernels(kernels["rope + kv write + attention"])
     if not shape.experts:
@@ -49,7 +48,7 @@ def kernel_of(shape: ModelShape, name: str, rows: int, slots: int, device: str) 
 @pytest.mark.parametrize("rows", [1, 4, 16])
 @pytest.mark.parametrize(("model", "kernel"), [(m, name) for m in SHAPES for name in names_of(MODELS[m])])
 def test_numerics_at_model_shapes(model, kernel, rows):
-    """One test for each kernel, so that one which fails hides no other."""
+    """One test for each kernel, so that a failure hides no other."""
     check_kernel(kernel_of(MODELS[model], kernel, rows, SLOTS, device_name(0)), rows, SLOTS, "cuda")
 
 
@@ -60,7 +59,7 @@ def test_the_same_checks_pass_in_the_interpreter(shape, kernel, rows):
 
 
 def captured_calls() -> list[str]:
-    """Names those sample calls whose weights lie as a GPU reads them."""
+    """Names the sample calls with weights in a GPU's layout."""
     return [call for call in sample_calls() if not call.endswith("plain")]
 
 
@@ -68,13 +67,13 @@ def captured_calls() -> list[str]:
 @pytest.mark.parametrize("call", captured_calls())
 def test_graph_capture(call):
     operator = getattr(torch.ops.river, call.split()[0])
-    arguments = tree_map_only(torch.Tensor, torch.Tensor.cuda, sample_calls()[call])  # (some are lists of matrices)
+    arguments = tree_map_only(torch.Tensor, torch.Tensor.cuda, sample_calls()[call])  # some are lists of weights
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     expected = operator(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = operator(*arguments)
-    for argument, value in zip(arguments, before, strict=True):  # (one that counts is to start where it did)
+    for argument, value in zip(arguments, before, strict=True):  # counters restart
         if isinstance(argument, torch.Tensor):
             argument.copy_(value)
     graph.replay()
@@ -84,7 +83,7 @@ def test_graph_capture(call):
 
 
 class NoWaiting(TorchFunctionMode):
-    """Forbids what reads a value or a size back from the device, which no capture allows."""
+    """Forbids reading a value or a size back from the device, as captures do."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -93,7 +92,7 @@ class NoWaiting(TorchFunctionMode):
 
 
 def body_of(operator: str):
-    """Returns the function that a custom operator runs, whose own operations a mode sees."""
+    """Returns a custom operator's function, whose operations a mode sees."""
     return getattr(ops, operator)._init_fn
 
 

@@ -1,9 +1,9 @@
-"""kv_fill in Triton's interpreter against float64: exactly one slot changes, rotation, qk-norm, odd sizes."""
+"""kv_fill in Triton's interpreter against float64: one changed slot, rotation, qk-norm, odd sizes."""
 
 import pytest
 from hypothesis import given
 
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import KvFillSpec
 from tests.kernels.cases import kv_cases
 from tests.kernels.checks import check_kv_fill
 from tests.support.examples import examples

@@ -1,4 +1,4 @@
-"""From tensors to a kernel: what is chosen once for calls that look alike, what is not, and where it is launched."""
+"""From tensors to a kernel: the launch cache, its keys, and devices."""
 
 import types
 
@@ -7,11 +7,8 @@ import torch
 
 from benchmarks import launch_cost
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.triton import launch, loader
-from river_compile.kernels.triton.calls import cache, exits
-from river_compile.kernels.triton.calls import linear as products
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton import calls_cache, calls_linear, loader
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels.packing import pack_linear
 from tools.kernels.shapes import ModelShape
@@ -21,19 +18,19 @@ TINY = ModelShape("tiny", 1, 64, 2, 1, 32, 128, 96)
 
 @pytest.fixture
 def described(monkeypatch):
-    """A list of the kernels that were described; nothing is launched, and nothing is known from before."""
+    """A list of the described kernels; nothing is launched, and the cache is empty."""
     found: list[KernelSpec] = []
-    monkeypatch.setattr(products, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
+    monkeypatch.setattr(calls_linear, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
     with launch_cost.no_launches():
-        monkeypatch.setattr(products, "interpreter_tile", lambda spec: products.best_tile(spec))
-        for module, name in ((cache, "DecodeAttentionSpec"), (exits, "ExitScoreSpec")):
+        monkeypatch.setattr(calls_linear, "interpreter_tile", lambda spec: calls_linear.best_tile(spec))
+        for module, name in ((calls_cache, "DecodeAttentionSpec"), (calls_linear, "ExitScoreSpec")):
             spec = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, s=spec, **k: (found.append(s), s(*a, **k))[1])
         yield found
 
 
 def test_only_the_first_of_calls_that_look_alike_is_described(described):
-    """No operator builds, hashes or checks a spec, or looks at the tuning file, once it knows a call."""
+    """Later calls build, hash and check no spec, and read no tuning file."""
     calls = launch_cost.calls(TINY)
     for call in calls.values():
         call()
@@ -81,7 +78,7 @@ def test_a_wrong_tensor_is_refused_after_right_ones():
 
 
 def test_counters_belong_to_a_cache(monkeypatch):
-    """The same zeros at every call on one cache, others on another; a capture that came first has its own each time."""
+    """Equal for calls on one cache; a capture without an earlier run gets its own each time."""
     spec = DecodeAttentionSpec(2, 2, 1, 16, 64, 1.0, dtype="float32", splits=2)
     shape = spec.buffers()["arrived"].shape
     first, second = torch.zeros(2, 2, 1, 64, 16)
@@ -102,15 +99,15 @@ def test_counters_belong_to_a_cache(monkeypatch):
 
 
 def test_prompts_of_all_lengths_do_not_fill_the_memory(described, monkeypatch):
-    monkeypatch.setattr(launch, "_MANY", 3)
+    monkeypatch.setattr(loader, "_MAX_LAUNCHES", 3)
     for length in range(1, 9):
         torch.ops.river.residual_score(*torch.randn(3, length, 16))
-        assert len(launch._launches) <= 3
+        assert len(loader._launches) <= 3
 
 
 @pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])
 def test_a_kernel_is_launched_where_its_tensors_lie(current, entered, monkeypatch):
-    """With doubles of two GPUs; Triton launches to the current device, whatever it is given."""
+    """With two fake GPUs; Triton launches to the current device."""
     spec, seen = ExitScoreSpec(1, 16, "float32"), []
 
     class Device:

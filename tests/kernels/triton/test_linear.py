@@ -15,7 +15,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def around(draw, k: int, norm: str) -> dict:
-    """What stands around a product of K input features, behind such a norm, and where its rows lie."""
+    """Draws epilogues, norm and strides of a linear with K input features."""
     return {
         "norm": norm,
         "norm_bias": norm == "layer" and draw(st.booleans()),
@@ -29,7 +29,7 @@ def around(draw, k: int, norm: str) -> dict:
 
 @st.composite
 def linear_cases(draw, rows, weights, norms):
-    """A spec with a tile that need not fit the shape well, and the rows of the call."""
+    """Draws a spec with an arbitrary tile, and the rows of the call."""
     m = draw(rows)
     dense = weights == "dense"
     group = 0 if dense else draw(st.sampled_from((32, 64, 128)))
@@ -91,7 +91,7 @@ def test_dense_weights(case):
 
 @st.composite
 def cases_in_12_bits(draw, rows):
-    """A spec of weights in 12 bits with a tile that need not fit the shape well, and the rows of the call."""
+    """Draws a spec of 12-bit weights with an arbitrary tile, and the rows of the call."""
     m, k, n = draw(rows), draw(st.integers(1, 300)), draw(st.integers(1, 70))
     norm = draw(st.sampled_from(NORMS))
     depth, others = 64 * draw(st.sampled_from((1, 2, 4))), around(draw, k, norm)
@@ -115,7 +115,7 @@ def cases_in_12_bits(draw, rows):
 @given(cases_in_12_bits(st.just(1)))
 @examples(20)
 def test_one_row_of_weights_in_12_bits(case):
-    """Against the bfloat16 matrix in float64, which has patches in it."""
+    """Against the bfloat16 weight in float64, with patches."""
     check_linear(*case)
 
 
@@ -132,7 +132,7 @@ def test_rows_of_weights_in_12_bits(case):
         ({"tile": LinearTile(2, 64)}, "block_n=2 .* at least 4"),
         ({"tile": LinearTile(4, 32)}, "whole units"),
         ({"rows": None, "tile": LinearTile(32, 64, 16)}, "block_n=32 .* at least 64"),
-        ({"rows": 3, "tile": LinearTile(64, 64, 16)}, "rows=3: one kernel serves all passes"),
+        ({"rows": 3, "tile": LinearTile(64, 64, 16)}, "rows=3: one kernel serves any number of rows"),
         ({"dtype": "float16"}, "float16"),
         ({"gated": True, "out_features": 30}, "out_features=30"),
     ],
@@ -146,7 +146,7 @@ def test_what_weights_in_12_bits_do_not_have_is_refused(fields, message):
 
 @st.composite
 def several_matrices(draw):
-    """A dense spec of a gated pair, or of a few matrices whose rows a tile divides."""
+    """Draws a dense spec of a gated pair, or of a few weights whose rows a tile divides."""
     m, k = draw(st.sampled_from((1, 3, 16))), draw(st.integers(1, 300))
     gated, block_n = draw(st.booleans()), 16
     parts = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)) if not gated else [draw(st.integers(1, 4))] * 2
@@ -197,7 +197,7 @@ def test_matrices_that_do_not_fit_together_are_refused(fields, message):
 @given(linear_cases(st.integers(2, 16), "dense", NORMS), st.data())
 @examples(20)
 def test_a_row_has_the_same_bits_whichever_others_run_beside_it(case, data):
-    """Of weights in 16 bits, in passes of one row and more; the rows of a tile that are not there hold NaN."""
+    """For 16-bit weights and any number of rows; missing rows of a tile hold NaN."""
     spec, rows, _, seed = case
     first = data.draw(st.integers(0, rows - 1))
     check_bits_of_rows(spec, rows, slice(first, first + data.draw(st.integers(1, rows - first))), seed)

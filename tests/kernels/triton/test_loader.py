@@ -1,4 +1,4 @@
-"""Sources: one spec, one text, one file; damage, races, and the choice between interpreter and compiler per load."""
+"""Sources: one spec, one text, one file; damage, races, and interpreter or compiler per load."""
 
 import dataclasses
 import itertools
@@ -12,10 +12,9 @@ import torch
 
 from river_compile.kernels.checks import check_positive
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile
+from river_compile.kernels.triton.cache import ExitScoreSpec
+from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile, read_table, tuning_file
 from river_compile.kernels.triton.spec import render
-from river_compile.kernels.triton.tiles import read_table, tuning_file
 from tests.support.layout import ROOT, run_python
 
 SPEC = ExitScoreSpec(2, 48, "float32")
@@ -61,7 +60,7 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(empty_cache, damage):
 
 
 def test_where_the_cache_cannot_be_written_a_kernel_is_written_for_the_process(monkeypatch):
-    """A home that is read-only stops no start; tuned tiles are then not there."""
+    """Without tuned tiles."""
     monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
     with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE"):
         assert loader.source_file(SPEC).read_text() == render(SPEC)
@@ -79,7 +78,7 @@ def test_interpreter_and_compiler_are_chosen_per_load():
 
 
 def test_compiling_works_after_interpreting():
-    """Triton's interpreter patches the language while it runs; none of that may remain afterwards."""
+    """Triton's interpreter patches the language while it runs."""
     buffers = {name: torch.ones(2, 48) for name in ("update", "residual", "previous", "hidden")}
     loader.load(SPEC, interpret=True)(**buffers, score=torch.zeros(1))
     (compiled,) = loader.compile_for(SPEC, "cuda", 90)
@@ -99,7 +98,7 @@ def test_buffers_are_checked_before_a_launch():
 
 
 def test_what_a_spec_does_not_need_is_not_in_the_text():
-    """A plain product whose tile fits has no mask, norm, bias, residual or second launch; another one has each."""
+    """Mask, norm, bias, residual and second launch."""
     plain = render(LinearSpec(1, 576, 64, LinearTile(8, 64), dtype="float32"))
     parts = ("mask=", "norm_weight", "bias_ptr", "residual_ptr", "partial_ptr", "tl.exp", "int64")
     assert [part for part in parts if part in plain] == []
@@ -142,7 +141,7 @@ import sys
 sys.modules["triton"] = None
 import river_compile.kernels
 assert "torch" not in sys.modules and "jinja2" not in sys.modules
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
+from river_compile.kernels.triton.cache import ExitScoreSpec
 from river_compile.kernels.triton.spec import render
 print(render(ExitScoreSpec(2, 48, "float32")))
 import river_compile.kernels.ops, torch
@@ -162,7 +161,7 @@ def test_no_bytecode_is_kept_that_a_later_start_would_trust(empty_cache, monkeyp
 
 
 def test_a_file_that_goes_away_between_two_looks_is_written(empty_cache, monkeypatch):
-    """Whoever empties the cache folder may do so at any moment."""
+    """The cache folder may be emptied at any time."""
     path = loader.source_file(SPEC)
     monkeypatch.setattr(Path, "exists", lambda _: True)
     path.unlink()

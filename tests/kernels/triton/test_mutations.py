@@ -1,4 +1,4 @@
-"""Breaks generated kernels by hand and shows that the checks notice: the tests of the tests."""
+"""Breaks generated kernels and shows that the checks notice."""
 
 import dataclasses
 import re
@@ -6,9 +6,7 @@ import re
 import pytest
 
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
 from river_compile.kernels.triton.linear import LinearSpec, LinearTile
 from tests.kernels.checks import (
     check_attend,
@@ -40,7 +38,7 @@ ATTEND = DecodeAttentionSpec(
 )  # fmt: skip
 POSITIONS = dataclasses.replace(ATTENTION, positions=None)
 
-#: What is broken -> (check of the family, pattern in the source, what replaces it).
+# Mutation -> (check of the family, pattern in the source, replacement).
 MUTATIONS = {
     "group off by one": (lambda: check_linear(ROW), r"(scale_zero_ptr .*?) g\b", r"\1 g + 1"),
     "group off by one, rows": (lambda: check_linear(ROWS, 3), r"(scale_zero_ptr .*?) g\b", r"\1 g + 1"),

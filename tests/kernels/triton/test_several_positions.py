@@ -1,7 +1,4 @@
-"""The kernels around the cache where the number of positions is open, in Triton's interpreter.
-
-What makes exact mode exact on a GPU: a position has the same bits whichever others run beside it.
-"""
+"""Cache kernels with open positions in Triton's interpreter: a position's bits do not depend on the others."""
 
 import dataclasses
 
@@ -10,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from tests.kernels.cases import attention_cases, kv_cases
 from tests.kernels.checks import KV, check_attention_of_several, check_bits_of_positions, filling
 from tests.kernels.harness import poisoned, run_guarded
@@ -20,7 +16,7 @@ from tests.support.examples import examples
 
 @st.composite
 def several_cases(draw):
-    """A spec of attention with open positions, how many there are, and a seed."""
+    """Draws a spec of attention with open positions, their number, and a seed."""
     spec, _, seed = draw(attention_cases(most_slots=80))
     shared = draw(st.sampled_from((0, 1)))
     spec = dataclasses.replace(spec, positions=None, mask=True, mask_rows=shared, advance=draw(st.booleans()))
@@ -45,7 +41,7 @@ def test_a_position_has_the_same_bits_whichever_others_run_beside_it(case, data)
 @given(kv_cases(), st.integers(1, 5), st.booleans())
 @examples(60)
 def test_every_position_is_made_and_written_as_it_is_alone(case, positions, counts):
-    """The first slot may be any, and those after the last slot of the cache write nothing."""
+    """From any first slot; positions after the last slot write nothing."""
     one, slot, seed = case
     shape = (one.batch, one.kv_heads, one.slots, one.head_dim)
     g = torch.Generator().manual_seed(seed)
@@ -93,5 +89,5 @@ def test_what_a_spec_refuses(changes, message):
 
 
 def test_open_positions_are_counted_at_the_launch():
-    with pytest.raises(ValueError, match="say how many"):
+    with pytest.raises(ValueError, match="pass the number as rows"):
         DecodeAttentionSpec(**SHAPE, scale=1.0, positions=None).buffers()

@@ -1,4 +1,4 @@
-"""Tiles: every shape that the generator accepts gets a legal one; tuning files are looked up first."""
+"""Tiles: every shape gets a valid one; tuning files take precedence."""
 
 import dataclasses
 import json
@@ -8,18 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.linear import NORMS, LinearTile
-from river_compile.kernels.triton.spec import Cost, render
-from river_compile.kernels.triton.tiles import (
+from river_compile.kernels.triton.linear import (
+    NORMS,
     SHIPPED,
+    LinearTile,
     attention_splits,
     best_tile,
     form_key,
     nearest_architecture,
     read_table,
-    tuned_for,
+    tuning_key,
     untiled,
 )
+from river_compile.kernels.triton.spec import Cost, render
 from tests.support.examples import examples
 from tools.kernels.cost_model import registers
 from tools.kernels.search import MAX_REGISTERS, most_registers
@@ -70,7 +71,7 @@ def test_the_roofline_is_the_longer_time():
 @pytest.mark.parametrize(("weights", "widths"), [("dense", range(1, 17)), ("bf12", range(2, 17))])
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b"])
 def test_one_kernel_serves_passes_of_all_widths(model, weights, widths):
-    """So that a row's bits depend on nobody beside it; of weights in 12 bits, one row has a kernel of its own."""
+    """So that a row's bits do not depend on others; one 12-bit row has its own kernel."""
     kernels = [backbone_kernels(MODELS[model], weights, rows=rows) for rows in widths]
     assert all(found == kernels[0] for found in kernels)
 
@@ -82,7 +83,7 @@ def test_a_measured_tile_goes_before_the_shipped_one(tmp_path, monkeypatch):
     shipped = best_tile(problem).tile
     assert shipped != tile
     measured = {form_key(problem): {"256x256": dataclasses.astuple(tile)}}
-    path.write_text(json.dumps({tuned_for("sm_90"): measured}))
+    path.write_text(json.dumps({tuning_key("sm_90"): measured}))
     assert best_tile(problem).tile == tile
     assert best_tile(problem, "sm_80").tile != tile
     assert best_tile(untiled(1, 256, 257)).tile == shipped  # (another shape's)
@@ -112,7 +113,7 @@ def test_a_shape_takes_the_nearest_entry_of_its_form(device):
 
 
 def test_splits_of_attention_are_those_of_the_nearest_cache():
-    """Llama-3.1-8B with one row and with 16; a cache that is shorter than the nearest has fewer blocks to share."""
+    """Llama-3.1-8B with 1 and 16 rows; a shorter cache has fewer splits."""
     assert attention_splits(8, 1024, 128) == attention_splits(9, 1100, 120) == 32
     assert attention_splits(128, 1024, 128) == 4
     assert attention_splits(8, 95, 128) == 2

@@ -6,12 +6,9 @@ import re
 
 import pytest
 
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.exit_score import ExitScoreSpec
-from river_compile.kernels.triton.kv_fill import KvFillSpec
-from river_compile.kernels.triton.linear import LinearSpec, LinearTile
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile, best_tile, untiled
 from river_compile.kernels.triton.loader import compile_for
-from river_compile.kernels.triton.tiles import best_tile, untiled
 from tests.support.examples import slow, slow_but
 from tools.kernels import resources
 from tools.kernels.devices import DEVICES

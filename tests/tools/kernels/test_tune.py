@@ -5,8 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from river_compile.kernels.triton.linear import LinearTile
-from river_compile.kernels.triton.tiles import SHIPPED, best_tile, form_key, read_table, tuned_for, untiled
+from river_compile.kernels.triton.linear import (
+    SHIPPED,
+    LinearTile,
+    best_tile,
+    form_key,
+    read_table,
+    tuning_key,
+    untiled,
+)
 from tools.kernels import shipped, tune
 from tools.kernels.devices import DEVICES
 from tools.kernels.search import cheapest, cost
@@ -67,7 +74,7 @@ def test_the_command_saves_every_choice_at_once(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--model", "smollm2-135m", "--top", "2"])
     (first, *_), shape = calls, (calls[0].out_features, calls[0].in_features)
-    assert read_table(path) == {tuned_for("sm_90"): {form_key(first): {shape: dataclasses.astuple(first.tile)}}}
+    assert read_table(path) == {tuning_key("sm_90"): {form_key(first): {shape: dataclasses.astuple(first.tile)}}}
 
 
 def test_a_spent_budget_chooses_nothing():
@@ -84,11 +91,11 @@ def test_saving_keeps_other_devices_and_shapes(tmp_path, monkeypatch):
     tune.save(path, "sm_90", [dataclasses.replace(SPECS[0], tile=second)])
     form, values = form_key(SPECS[0]), {tile: dataclasses.astuple(tile) for tile in (first, second)}
     assert read_table(path) == {
-        tuned_for("sm_90"): {
+        tuning_key("sm_90"): {
             form: {(256, 2048): values[second], (512, 2048): values[first]},
             form_key(gated): {(256, 2048): values[first]},
         },
-        tuned_for("gfx942"): {form: {(256, 2048): values[second]}},
+        tuning_key("gfx942"): {form: {(256, 2048): values[second]}},
     }
     assert best_tile(SPECS[0], "sm_90").tile == second
     assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]

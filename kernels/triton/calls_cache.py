@@ -1,7 +1,7 @@
-"""Over a static cache: from tensors to the launch that writes a slot, attends, does both, or moves a full window.
+"""Kernels on a static cache: from tensors to launches that fill slots, attend, or do both.
 
-`ops` registers these functions as operators as they are. Buffers are made contiguous where a kernel wants them so; the
-caches are taken as they lie, and both must lie alike.
+`ops` registers the public functions as operators. Inputs are made contiguous if a kernel requires it; the two caches
+must have the same strides.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from river_compile.kernels.portable import attention_of_several
-from river_compile.kernels.triton import launch
-from river_compile.kernels.triton.decode_attention import DecodeAttentionSpec
-from river_compile.kernels.triton.devices import device_of
-from river_compile.kernels.triton.kv_fill import KvFillSpec
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
-from river_compile.kernels.triton.loader import dtype_name
-from river_compile.kernels.triton.tiles import attention_splits
+from river_compile.kernels.portable import cache_attention
+from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, attention_splits
+from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch
 
-# What describes a call that fills slots, its buffers but for the query, and the query, which is empty.
+# A function that describes the call, its buffers without the query, and the empty query.
 _Filling: TypeAlias = tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]
 
 
@@ -42,20 +38,20 @@ def kv_fill(
     """Splits q|k|v, transforms the heads, writes a slot of the caches for each position and returns the query.
 
     Args:
-        qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements; of several positions ``[B, T, (H + 2 J) D]``.
+        qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements; for several positions ``[B, T, (H + 2 J) D]``.
         q_norm, k_norm: ``[D]`` weights of the heads' norm, or None.
-        cos, sin: ``[..., R]`` with T or B T rows, as Hugging Face models give them; None for no rotary embedding.
-        slot: int32 or int64, one element for each position: the slot to write. Outside of 0..S - 1 nothing is written.
+        cos, sin: ``[..., R]`` with T or B T rows, as in Hugging Face models; None for no rotary embedding.
+        slot: int32 or int64, the slot to write for each position. Outside of 0..S - 1 nothing is written.
         k_cache, v_cache: ``[B, J, S, D]`` in qkv.dtype, features contiguous. Mutated.
-        norm: "rms" or "rms_plus_one" where q_norm and k_norm are given, else "none".
+        norm: "rms" or "rms_plus_one" with q_norm and k_norm, else "none".
         eps: of the norm.
         interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
 
     Returns:
-        The query ``[B, H, D]`` in qkv.dtype, of several positions ``[B, T, H, D]``.
+        The query ``[B, H, D]`` in qkv.dtype, for several positions ``[B, T, H, D]``.
 
     Raises:
-        ValueError: tensors whose shapes, strides or dtypes do not fit together.
+        ValueError: inconsistent shapes, strides or dtypes.
     """
     several = qkv.dim() == 3 and qkv.shape[1] > 1
     how = (norm, eps, interleaved)
@@ -65,11 +61,11 @@ def kv_fill(
 
 
 def _fill(made: _Filling, how: tuple[object, ...]) -> Tensor:
-    """Fills the slots of a call, which depends on `how` beside its tensors, and returns the query ``[B T, H, D]``."""
+    """Fills the slots of a call, which depends on `how` and its tensors, and returns the query ``[B T, H, D]``."""
     describe, given, q = made
     given["q"] = q
     positions = len(q) // len(given["k_cache"])
-    launch.chosen(("kv_fill", *how), given, positions, describe)(given)
+    find_launch(("kv_fill", *how), given, positions, describe)(given)
     return q
 
 
@@ -92,34 +88,30 @@ def attend(
     several: bool = False,
     causal: bool = False,
 ) -> Tensor:
-    """Does what `kv_fill` and then attention do, and may count the tokens.
-
-    Of one position that is one launch. With `several` it is two, for any number of positions, and a position has the
-    same bits whichever others stand beside it, one alone too; in passes of more than `MAX_EXACT_ROWS` of all sequences
-    PyTorch attends.
+    """Runs `kv_fill` and then attention, and may advance a token counter.
 
     Args:
-        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as of `kv_fill`; with `several`
+        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as in `kv_fill`; with `several`
             ``[B, T, (H + 2 J) D]``.
-        slot: the slot to write, as of `kv_fill`; None where `counter` is given.
-        counter: int32 or int64, one element: the slot to write, or the first of them, to which T is added afterwards;
-            or None. Mutated.
-        mask, scale, softcap: as of `decode_attention`; the mask says of the new slots too whether they take part. With
-            `several` ``[B or 1, 1, T, S]``.
-        several: whether positions are a dimension of their own.
-        causal: with `several`, position t sees slots 0 to t, without a mask.
+        slot: the slot to write, as in `kv_fill`; None with a `counter`.
+        counter: int32 or int64, one element: the first slot to write, to which T is added afterwards; or None. Mutated.
+        mask, scale, softcap: as in `decode_attention`; the mask covers the new slots too. With `several`
+            ``[B or 1, 1, T, S]``.
+        several: whether positions are a dimension of their own. A position's bits do not depend on the others, up to
+            `MAX_EXACT_ROWS` positions of all sequences.
+        causal: with `several`, position t attends to slots 0 to t, without a mask.
 
     Returns:
         ``[B, H, D]`` in qkv.dtype; with `several` ``[B, T, H, D]``.
 
     Raises:
-        ValueError: tensors whose shapes, strides or dtypes do not fit together, or not one of slot and counter.
+        ValueError: inconsistent shapes, strides or dtypes, or not exactly one of slot and counter.
     """
     place = slot if counter is None else counter
     if place is None or (slot is not None and counter is not None):
-        raise ValueError("give a slot or a counter, which is one that advances")
+        raise ValueError("give a slot, or a counter that advances, and not both")
     how, advance = (norm, eps, interleaved), counter is not None
-    if several:
+    if several:  # two launches; PyTorch attends from more than MAX_EXACT_ROWS positions
         fills = (qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache)
         q = _fill(_filling(*fills, *how, counts=advance, several=True), (*how, advance, True))
         heads = q.unflatten(0, qkv.shape[:2])
@@ -129,8 +121,8 @@ def attend(
     def describe() -> DecodeAttentionSpec:
         return _attention(out, k_cache, v_cache, mask, scale, softcap, fill=fill(), advance=advance)
 
-    given |= launch.present(mask=None if mask is None else mask.contiguous()) | {"out": out}
-    launch.chosen(("attend", *how, scale, softcap, advance), given, 1, describe)(given)
+    given |= drop_none(mask=None if mask is None else mask.contiguous()) | {"out": out}
+    find_launch(("attend", *how, scale, softcap, advance), given, 1, describe)(given)
     return out
 
 
@@ -144,13 +136,13 @@ def _attend_from_several(
     counter: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Attends from q ``[B, T, H, D]`` to filled slots, in a launch that counts the tokens."""
+    """Attends from q ``[B, T, H, D]`` to filled slots, and advances the counter; see `attend`."""
     b, positions = q.shape[:2]
     if b * positions > MAX_EXACT_ROWS:
         if counter is not None:
             counter.add_(positions)
         if softcap:
-            return attention_of_several(q, k_cache, v_cache, mask, scale, softcap, causal)
+            return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
         heads = (q.transpose(1, 2), k_cache, v_cache, mask)
         attended = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
         return attended.transpose(1, 2).contiguous()
@@ -160,7 +152,7 @@ def _attend_from_several(
     if causal:
         rows = torch.ones(1, positions, k_cache.shape[2], dtype=torch.bool, device=q.device).tril()
     given = {"q": q.flatten(0, 1), "k_cache": k_cache, "v_cache": v_cache, "out": out}
-    given |= launch.present(slot=slot, mask=rows)
+    given |= drop_none(slot=slot, mask=rows)
 
     def describe() -> DecodeAttentionSpec:
         how: dict[str, Any] = {"positions": None, "mask_rows": 0 if rows is None else len(rows)}
@@ -168,7 +160,7 @@ def _attend_from_several(
             how |= {"advance": True, "index_dtype": dtype_name(slot)}
         return _attention(out, k_cache, v_cache, rows, scale, softcap, **how)
 
-    launch.chosen(("attend from several", scale, softcap), given, positions, describe)(given)
+    find_launch(("attend from several", scale, softcap), given, positions, describe)(given)
     return out.view(q.shape)
 
 
@@ -187,7 +179,7 @@ def _filling(
     counts: bool = False,
     several: bool = False,
 ) -> _Filling:
-    """Returns what describes a call that fills slots, its buffers but for the result, and an empty ``[B T, H, D]``."""
+    """Prepares a call that fills slots; the empty query is ``[B T, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
     heads = qkv.shape[-1] // d - 2 * kv_heads
     positions = qkv.shape[1] if several else 1
@@ -196,14 +188,14 @@ def _filling(
             f"qkv has shape {tuple(qkv.shape)}: not one position of q|k|v for caches of {(b, kv_heads, d)}"
         )
     if (cos is None) != (sin is None):
-        raise ValueError("cos and sin go together; one of them is None")
+        raise ValueError("cos and sin go together; give both or neither")
     tables: dict[str, Tensor] = {}
     if cos is not None and sin is not None:
         tables = {
             "cos": cos.reshape(-1, cos.shape[-1]).contiguous(),
             "sin": sin.reshape(-1, sin.shape[-1]).contiguous(),
         }
-    others = launch.present(q_norm=q_norm, k_norm=k_norm)
+    others = drop_none(q_norm=q_norm, k_norm=k_norm)
     given = {"qkv": qkv.reshape(b * positions, -1, d).contiguous(), "slot": slot.reshape(-1), **others, **tables}
     given |= {"k_cache": k_cache, "v_cache": v_cache}
 
@@ -234,8 +226,8 @@ def decode_attention(
     Args:
         q: ``[B, H, D]``.
         k_cache, v_cache: ``[B, J, S, D]`` in q.dtype, features contiguous; J divides H.
-        mask: ``[B, S]``: bool, True for slots that take part, or floating, added to the scores, where at most half of
-            the dtype's least number leaves a slot out. None for all. A row without any slot gives 0.
+        mask: ``[B, S]``: bool, True for slots to attend to, or floating, added to the scores, with at most half of the
+            dtype's least number for a masked slot. None for all slots. A fully masked row gives 0.
         scale: of the scores.
         softcap: c in c tanh(score / c); 0 for none.
 
@@ -243,7 +235,7 @@ def decode_attention(
         ``[B, H, D]`` in q.dtype.
 
     Raises:
-        ValueError: tensors whose shapes, strides or dtypes do not fit together.
+        ValueError: inconsistent shapes, strides or dtypes.
     """
     b, _, d = q.shape
     if k_cache.shape[0] != b or k_cache.shape[3] != d:
@@ -256,7 +248,7 @@ def decode_attention(
     def describe() -> DecodeAttentionSpec:
         return _attention(out, k_cache, v_cache, mask, scale, softcap)
 
-    launch.chosen(("decode_attention", scale, softcap), given, 1, describe)(given)
+    find_launch(("decode_attention", scale, softcap), given, 1, describe)(given)
     return out
 
 
@@ -270,7 +262,7 @@ def _attention(
     **others: Any,
 ) -> DecodeAttentionSpec:
     (_, heads, d), (b, kv_heads, slots, _) = out.shape, k_cache.shape
-    # From open positions as if a sequence were alone, so that its bits do not depend on the others either.
+    # With open positions, split as for one sequence, so that its bits do not depend on the batch either.
     sequences = b if others.get("positions", 1) else 1
     return DecodeAttentionSpec(
         b,

@@ -1,7 +1,6 @@
-"""Products: from tensors to a linear kernel's launch, for one matrix, several below each other, and stacks of experts.
+"""Linear kernels and exit scores: from tensors to a launch. Rows of x may be strided; the rest is made contiguous.
 
-Buffers are made contiguous where the kernel wants them so; rows of x may be strided. Shapes of `ops.linear` are
-flattened to rows here. What the operators check (norms, activations, layouts) is checked there.
+Norms, activations and layouts are checked in `ops`.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from river_compile.kernels.quant import bf12
+from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.layouts import PackedLinear
-from river_compile.kernels.triton import launch
-from river_compile.kernels.triton.devices import device_of
-from river_compile.kernels.triton.linear import LinearSpec, part_name
-from river_compile.kernels.triton.loader import dtype_name, load
-from river_compile.kernels.triton.tiles import best_tile, interpreter_tile, untiled
+from river_compile.kernels.triton.cache import ExitScoreSpec
+from river_compile.kernels.triton.linear import LinearSpec, best_tile, interpreter_tile, part_name, untiled
+from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch, load
 
 
 def linear(
@@ -33,13 +30,7 @@ def linear(
     activation: str = "none",
     gated: bool = False,
 ) -> Tensor:
-    """Runs a linear kernel; `weight` is packed for the generated kernels or dense, the rest as in `ops.linear`.
-
-    Several dense matrices stand for one, their rows below each other; each has a bias then, or none has.
-
-    Raises:
-        ValueError: a buffer of the wrong shape or dtype, or a combination that no kernel has.
-    """
+    """Runs a linear kernel, else as `ops.linear`; several dense weights are stacked, and all have a bias or none."""
     matrix: dict[str, Tensor]
     if isinstance(weight, PackedLinear):
         matrix, weight_rows = _packed(weight), weight.out_features
@@ -56,7 +47,7 @@ def linear(
         return y.reshape(*x.shape[:-1], n)
     if residual is not None:
         residual = residual.reshape(-1, n).contiguous()
-    others = launch.present(norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
+    others = drop_none(norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
     given = {"x": x2, **matrix, **others, **_named("bias", _parts(bias)), "y": y}
 
     def describe() -> LinearSpec:
@@ -78,18 +69,18 @@ def linear(
         return best_tile(spec, device_of(x)) if x.is_cuda else interpreter_tile(spec)
 
     packing = (weight.group_size, weight.scale_zero.dtype) if isinstance(weight, PackedLinear) else ()
-    launch.chosen(("linear", *packing, norm, eps, activation, gated), given, rows, describe)(given)
+    find_launch(("linear", *packing, norm, eps, activation, gated), given, rows, describe)(given)
     return y.reshape(*x.shape[:-1], n)
 
 
 def _packed(weight: PackedLinear) -> dict[str, Tensor]:
-    if weight.layout == bf12.GENERATED:
+    if weight.layout == lossless.LAYOUT_12BIT_TRITON:
         return {"units": weight.qweight.flatten(1).view(torch.int32), "side": weight.scale_zero}
     return {"qweight": weight.qweight, "scale_zero": weight.scale_zero.view(torch.int32).squeeze(-1)}
 
 
 def _weight_fields(weight: PackedLinear | Tensor | Sequence[Tensor]) -> dict[str, Any]:
-    if isinstance(weight, PackedLinear) and weight.layout == bf12.GENERATED:
+    if isinstance(weight, PackedLinear) and weight.layout == lossless.LAYOUT_12BIT_TRITON:
         return {"weights": "bf12", "group_size": 0}
     if isinstance(weight, PackedLinear):
         return {"group_size": weight.group_size, "parameter_dtype": dtype_name(weight.scale_zero)}
@@ -106,11 +97,7 @@ def _named(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
-    """Runs a linear kernel of stacked matrices; arguments as in `ops.experts`, `weight` in the layout "triton".
-
-    Raises:
-        ValueError: a buffer of the wrong shape or dtype.
-    """
+    """Runs a linear kernel of stacked weights in the layout "triton", as `ops.experts`."""
     (rows, k), n, stack = x.shape, weight.out_features, weight.experts
     y = x.new_empty((rows, n))
     if rows == 0:
@@ -130,18 +117,9 @@ def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
 
 
 def rows_by_expert(expert: Tensor, experts: int, blocks: int, block_m: int) -> dict[str, Tensor]:
-    """Sorts rows into blocks of one expert's rows each, without a number that the host would have to wait for.
-
-    Args:
-        expert: int64 ``[M]``, the expert of each row; a row with no expert's number goes to blocks of E.
-        experts: E.
-        blocks: how many are made; enough for whatever the rows chose (`LinearSpec.blocks`).
-        block_m: rows of a block.
-
-    Returns:
-        "row": int64 ``[blocks * block_m]``, M where a block has a gap; "expert": int64 ``[blocks]``, E for a block
-        without rows.
-    """
+    """Sorts rows, by `expert` int64 ``[M]``, into blocks of one expert's rows, without a device sync."""
+    # Returns "row" int64 [blocks * block_m], M in a gap, and "expert" int64 [blocks], E for a block without rows.
+    # `blocks` suffices for any choice of experts (`LinearSpec.blocks`); rows with an invalid expert go to blocks of E.
     rows = len(expert)
     expert = torch.where((expert >= 0) & (expert < experts), expert, experts)
     found, order = expert.sort(stable=True)
@@ -155,3 +133,33 @@ def rows_by_expert(expert: Tensor, experts: int, blocks: int, block_m: int) -> d
     row = torch.full((blocks * block_m,), rows, dtype=torch.int64, device=expert.device)
     owner = torch.searchsorted(ends, torch.arange(blocks, device=expert.device), right=True)
     return {"row": row.scatter_(0, place, order), "expert": owner}
+
+
+def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
+
+    Args:
+        update, residual, previous: ``[..., D]`` of one shape and dtype.
+
+    Returns:
+        hidden = residual + update ``[..., D]``, and its smallest cosine with `previous` over all rows, float32 ``[]``,
+        NaN if a row has none.
+
+    Raises:
+        ValueError: tensors of different shapes or dtypes.
+    """
+    if not update.shape == residual.shape == previous.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
+        raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
+    inputs = {"update": update, "residual": residual, "previous": previous}
+    given = {name: tensor.reshape(-1, update.shape[-1]).contiguous() for name, tensor in inputs.items()}
+    hidden = torch.empty_like(given["update"])
+    score = update.new_empty(1, dtype=torch.float32)
+    given |= {"hidden": hidden, "score": score}
+    rows, features = hidden.shape
+
+    def describe() -> ExitScoreSpec:
+        return ExitScoreSpec(rows, features, dtype_name(update))
+
+    find_launch(("exit_score",), given, 1, describe)(given)
+    return hidden.view(update.shape), score.view(())
