@@ -35,9 +35,8 @@ from river_compile.progress import stage_reached
 from river_compile.reporting.report import bytes_of_token, graph_lines, note_ranks
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
-from river_compile.runtime.draft_vocab import all_logits
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.state import CompiledProgram
+from river_compile.runtime.state import CompiledProgram, all_logits
 from river_compile.runtime.units import Step, Units
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import ProgramWeights, TwinWeight

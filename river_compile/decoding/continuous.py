@@ -40,8 +40,7 @@ from river_compile.decoding.inputs import BY_SLOT
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
-from river_compile.decoding.speculative import SpeculativeDecoder
-from river_compile.decoding.texts import Texts
+from river_compile.decoding.speculative import SpeculativeDecoder, Texts
 from river_compile.errors import OptionError
 from river_compile.kernels.checks import integer
 from river_compile.model_record import record_of

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from river_compile.decoding.session import Session
 from river_compile.model_record import record_of
 from river_compile.runtime.kv_cache import KVCache
-from river_compile.twins.sampling import everything_counts
+from river_compile.twins.observe import full_attention_mask as everything_counts
 from river_compile.upstream.transformers import cache_argument
 
 

@@ -21,13 +21,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
 from river_compile.decoding.inputs import (
@@ -40,7 +43,6 @@ from river_compile.decoding.inputs import (
     with_all_logits,
     with_masks,
 )
-from river_compile.decoding.traced_calls import graph_calls, locate
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -48,14 +50,18 @@ from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.model_record import GraphRecord, record_of
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
-from river_compile.runtime.draft_vocab import DraftVocab
-from river_compile.runtime.executor import RiverExecutor, last_token_alone
+from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
 from river_compile.runtime.kv_cache import KVCache, slots_for
-from river_compile.runtime.state import StepState
-from river_compile.store.inputs import named
+from river_compile.runtime.state import DraftVocab, StepState
+from river_compile.store.codec import NotStorable
+from river_compile.store.inputs import located, named
 from river_compile.store.programs import Bindable
+from river_compile.upstream.dynamo import OwnCall, runs_one_graph
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 
+log = logging.getLogger("river_compile.decoding")
+# A graph that ran in this thread: its executor, its inputs and its outputs.
+GraphCall = tuple[RiverExecutor, Sequence[Any], tuple]
 _WORTH_GRAPHS = 200  # tokens of one row
 _LONGEST = 15  # tokens of a draft, where the caller does not say
 LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
@@ -503,3 +509,57 @@ def check_paths(config: RiverConfig) -> None:
             f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
             "verifies with the whole backbone: compile the model with offload_policy='fetch'"
         )
+
+
+@contextlib.contextmanager
+def graph_calls() -> Iterator[list[GraphCall]]:
+    """Collects the calls of rewritten graphs that this thread makes inside."""
+    calls: list[GraphCall] = []
+    here = threading.get_ident()
+
+    def note(*call: Any) -> None:
+        if threading.get_ident() == here:
+            calls.append(call)
+
+    with on_call(note):
+        yield calls
+
+
+def locate(
+    model: PreTrainedModel,
+    graphs: Sequence[GraphRecord],
+    inputs: Mapping[str, Any],
+    cache: Cache,
+    calls: Sequence[GraphCall],
+    logits: Tensor,
+    own: OwnCall | None,
+) -> GraphRecord | None:
+    """Finds out where the inputs of a graph come from that Dynamo ran for a call of the model.
+
+    Args:
+        model: the model.
+        graphs: of the model.
+        inputs: what it was given, by name.
+        cache: the KV cache among them.
+        calls: the graphs that ran.
+        logits: what it returned.
+        own: the model's own compiled call, through which it went; None: it went through the model's.
+
+    Returns:
+        The graph, whose program knows its inputs now; None where a call does more than to run one graph, or where it is
+        not known where an input came from.
+    """
+    if len(calls) != 1:
+        return None
+    executor, args, outputs = calls[0]
+    made = next((i for i, output in enumerate(outputs) if output is logits), None)
+    if made is None or not runs_one_graph(model, executor.code, own):
+        return None
+    graph = next(graph for graph in graphs if graph.executor() is executor)
+    assert graph.traced is not None, "Dynamo traced it in this process"
+    try:
+        executor.locate(located(executor.program, graph.traced, model, args, inputs, cache, made))
+    except NotStorable as why:
+        log.info("a pass goes through the model each time: %s", why)
+        return None
+    return graph

@@ -24,9 +24,8 @@ from river_compile.passes.moe_router import ROUTER
 from river_compile.passes.program import Fusion, Program, SegmentSpec
 from river_compile.runtime.kv_cache import KeptTexts
 from river_compile.runtime.stats import ExactStats
+from river_compile.twins.own_text import SelfCalibration, TwinLoss
 from river_compile.twins.quantize import UNOBSERVED
-from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import TwinLoss
 from river_compile.twins.weights import TwinWeight
 
 _NEVER_RAN = (

@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from xxhash import xxh3_128
 
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import appearing, making
@@ -42,7 +44,6 @@ from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
 from river_compile.store.folder import Entry, cannot_write, is_trusted, keep_bound
-from river_compile.twins import tensor_file
 from river_compile.twins.weights import LOSSLESS, TwinWeight
 
 log = logging.getLogger("river_compile.twins")
@@ -54,6 +55,15 @@ _MANIFEST_2 = "river.json"  # of version 2, which had a file for it
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_hash")}
 _NEW = "leave artifact= out and save a new one"
 _INFINITIES = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # all bits of the exponent
+_DTYPES = {
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
+_NO_HASH = "0" * 32  # XXH3 has 128 bits
+_PAGE = 4096  # where the tensors begin
 
 
 @dataclass(kw_only=True)
@@ -143,7 +153,7 @@ def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
     try:
         with appearing(folder) as scratch:
             scratch.mkdir()
-            tensor_file.write(scratch / FILE, tensors, metadata)
+            write_tensors(scratch / FILE, tensors, metadata)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot save to {folder}: {error}") from error
 
@@ -181,7 +191,7 @@ class TwinFile:
         self._file = self.folder / FILE
         try:
             self._matrices = self._read_matrices()
-            self._tensors = tensor_file.mapped(self._file)
+            self._tensors = map_tensors(self._file)
         except FileNotFoundError as error:
             raise self._refusal("No such file", "artifact= takes a folder that river_compile.save wrote") from error
         except (OSError, SafetensorError) as error:
@@ -251,12 +261,12 @@ class TwinFile:
         if (self.folder / _MANIFEST_2).exists():
             self._file = self.folder / _MANIFEST_2
             raise self._refusal(_other_version("2"))
-        metadata = tensor_file.read_metadata(self._file)
+        metadata = read_metadata(self._file)
         if metadata.get("format") != FORMAT:
             raise self._refusal("it holds no saved twins", "artifact= takes what river_compile.save wrote")
         if metadata.get("version") != str(VERSION):
             raise self._refusal(_other_version(metadata.get("version")))
-        if not tensor_file.is_whole(self._file, metadata):
+        if not is_whole(self._file, metadata):
             raise self._refusal("it is damaged (its hash differs from the one it states)")
         try:
             return [_Saved.from_json(entry) for entry in json.loads(metadata["matrices"])]
@@ -361,3 +371,77 @@ def _tensors(key: str, packed: PackedLinear, input_scale: Tensor | None) -> dict
         scale_zero = scale_zero.bfloat16()
     found = {"qweight": packed.qweight, "scale_zero": scale_zero, "input_scale": input_scale}
     return {f"{key}.{part}": tensor.cpu().contiguous() for part, tensor in found.items() if tensor is not None}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a new file.
+
+    Args:
+        file: where to; its folder exists.
+        tensors: contiguous, on the CPU, each with memory of its own.
+        metadata: goes into the header, and "xxh3" with it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # (as safetensors aligns them)
+    header = _header(ordered, {**metadata, "xxh3": _NO_HASH})
+    digest = xxh3_128(header)
+    for _, tensor in ordered:
+        digest.update(_content(tensor))
+    with file.open("xb") as out:
+        out.write(header.replace(_statement(_NO_HASH), _statement(digest.hexdigest())))
+        for _, tensor in ordered:
+            out.write(_content(tensor))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Returns the metadata of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError, SafetensorError: it cannot be read.
+    """
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def is_whole(file: Path, metadata: Mapping[str, str]) -> bool:
+    """Tells whether a file's bytes have the hash that its metadata states; reads it once, in pieces."""
+    stated = metadata.get("xxh3", "")
+    with file.open("rb") as content:
+        length = content.read(8)
+        header = content.read(int.from_bytes(length, "little"))
+        digest = xxh3_128(length + header.replace(_statement(stated), _statement(_NO_HASH)))
+        while chunk := content.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest() == stated
+
+
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file, mapped privately: pages are shared until they are written to.
+
+    Raises:
+        OSError, SafetensorError: it cannot be read.
+    """
+    return load_file(file)
+
+
+def _header(tensors: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors:
+        end = offset + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % _PAGE)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _statement(digest: str) -> bytes:
+    return f'"xxh3":"{digest}"'.encode()
+
+
+def _content(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

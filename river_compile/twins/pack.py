@@ -30,11 +30,10 @@ from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
 from river_compile.store.folder import Entry, enabled
-from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.file import FILE, TwinFile, open_stored, stored, write_missing, write_stored
+from river_compile.twins.observe import Moments, Observation
+from river_compile.twins.own_text import SelfCalibration, TwinLoss
 from river_compile.twins.quantize import make, packed
-from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import TwinLoss
 from river_compile.twins.weights import (
     LOSSLESS,
     Parameters,

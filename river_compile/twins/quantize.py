@@ -19,7 +19,7 @@ from river_compile.kernels.quant.calibrated import OBSERVING, output_sqnr_db, qu
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_stack
 from river_compile.passes.program import Matmul
-from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments
+from river_compile.twins.observe import ExpertMoments, InputMoments, Moments
 from river_compile.twins.weights import LOSSLESS, Parameters, TwinWeight, held
 from river_compile.upstream.tensors import as_ordinary
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
 from river_compile.kernels.ops import UNWANTED, WANTED_BLOCK
-from river_compile.runtime.draft_vocab import DraftVocab
+from river_compile.runtime.state import DraftVocab
 from tests.support.decoding import session_on
 
 VOCABULARY = 10_010  # (of a length that no block divides)

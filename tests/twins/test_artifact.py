@@ -17,8 +17,7 @@ from river_compile import ArtifactError, OptionError, RiverWarning, report, rive
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.lowering.choose import Lowering
-from river_compile.twins import tensor_file
-from river_compile.twins.file import FILE, TwinFile, write_missing
+from river_compile.twins.file import FILE, TwinFile, write_missing, write_tensors
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 from tests.support.lowerings import lowered
@@ -77,7 +76,7 @@ def write_back(folder, tensors, metadata, matrices=None, **changes):
     if matrices is not None:
         changes["matrices"] = matrices if isinstance(matrices, str) else json.dumps(matrices)
     (folder / FILE).unlink()
-    tensor_file.write(folder / FILE, tensors, {**metadata, **changes})
+    write_tensors(folder / FILE, tensors, {**metadata, **changes})
 
 
 @pytest.mark.core
@@ -472,7 +471,7 @@ class TestFolder:
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("river_compile.twins.tensor_file.write", full)
+        monkeypatch.setattr("river_compile.twins.file.write_tensors", full)
         with pytest.raises(ArtifactError, match="No space left on device"):
             save(packed, tmp_path / "twins")
         assert list(tmp_path.iterdir()) == []

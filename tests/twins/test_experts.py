@@ -10,7 +10,7 @@ import torch
 from river_compile import observe, report, save
 from river_compile.kernels.quant.grid import decibels
 from river_compile.passes.moe_router import ROUTER
-from river_compile.twins.calibration_stats import ExpertMoments
+from river_compile.twins.observe import ExpertMoments
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED
 from tests.support.traced import TracedStep, dequantized

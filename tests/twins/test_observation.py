@@ -12,8 +12,7 @@ from torch import nn
 from river_compile import OptionError, observe, river
 from river_compile.kernels.quant.moments import RowMoments, WholeMoments
 from river_compile.model_record import find_record
-from river_compile.twins.calibration_stats import InputMoments
-from river_compile.twins.observe import default_texts, record, visit
+from river_compile.twins.observe import InputMoments, default_texts, record, visit
 from tests.support.families import make, prompt
 
 

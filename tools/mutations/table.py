@@ -352,7 +352,7 @@ _EXACT = (
     ),
     Mutation(
         "stop-length",
-        "river_compile/decoding/texts.py",
+        "river_compile/decoding/speculative.py",
         "self.length >= self.stops.max_length or",
         "self.length > self.stops.max_length or",
         "a text has one token more than was asked for",
@@ -400,7 +400,7 @@ _EXACT = (
     ),
     Mutation(
         "vocabulary-reset",
-        "river_compile/runtime/draft_vocab.py",
+        "river_compile/runtime/state.py",
         "            self._list = None\n",
         "",
         "tokens that the text brought are never drafted",
