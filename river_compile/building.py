@@ -103,12 +103,12 @@ Built = tuple[CompiledProgram, Capturing | None]
 
 def _executor(built: Built, model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
     """Returns what runs a program, and builds it anew where its parameters change."""
-    executor = RiverExecutor(*built, graph.code, functools.partial(_again, weakref.ref(model), graph))
+    executor = RiverExecutor(*built, graph.code, functools.partial(_rebuild, weakref.ref(model), graph))
     graph.executor = weakref.ref(executor)
     return executor
 
 
-def _again(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
+def _rebuild(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
     """Builds a program anew, whose parameters have changed."""
     model = model_ref()
     assert model is not None, "the model whose parameters these are is there"

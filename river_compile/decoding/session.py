@@ -400,7 +400,7 @@ class Session:
                 values = dict(named(inputs))
                 for name, held in state.inputs.items():
                     held.copy_(values[name])
-            state.only_logits(None if tokens is None else tokens.blocks)
+            state.restrict_logits(None if tokens is None else tokens.blocks)
             state.step(depth)
             logits = state.logits
         self.kv.filled += width
