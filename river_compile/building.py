@@ -266,7 +266,7 @@ def _packed(
     if graph.twins:
         warn()
         if model.ranks.several:  # (which judge together or not at all; else the first report does)
-            twins.judge(graph.twins, model.statistics)
+            twins.estimate_loss(graph.twins, model.statistics)
     return weights
 
 

@@ -144,7 +144,7 @@ def _built(
     """Builds a program that Dynamo did not trace here for a model."""
     owner = model()
     assert owner is not None, "the model that is being called is there"
-    record.self_calibration.is_of(owner)
+    record.self_calibration.attach(owner)
     graph = GraphRecord(config, inputs=tuple(names), origin=origin)
     if isinstance(found, Program):
         executor = rebuild(found, args, record, graph)

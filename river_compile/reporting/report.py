@@ -150,7 +150,7 @@ def report(model: nn.Module) -> Report:
     record = find_record(model) or ModelRecord()
     stats, packed = record.exit_stats, record.twins
     if not record.ranks.several:
-        packed.judge(record.packed, record.statistics)
+        packed.estimate_loss(record.packed, record.statistics)
     return Report(
         model=type(unwrap(model)).__name__,
         graphs=tuple(record.graphs),

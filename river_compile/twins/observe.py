@@ -1,9 +1,6 @@
-"""Calibration statistics for "awq" and "gptq": what each matrix of a model reads in some texts.
+"""Calibration statistics for "awq" and "gptq": second moments of the inputs of a model's weights, on given texts.
 
-Texts run through the model as it is, never through compiled code. Every product of an input with a two-dimensional
-parameter is seen where it happens. Experts that are stacked in one parameter run one after another meanwhile, and each
-has moments of its own. :func:`record` keeps the moments of all matrices, over any number of texts; :func:`visit` hands
-those of each matrix over in the middle of one forward pass, so that nobody holds the moments of more than a few.
+Not handled: stacks of experts that are not read one, or all, at a time; other threads than the one that entered.
 """
 
 from __future__ import annotations
@@ -28,13 +25,15 @@ from river_compile.upstream.dynamo import uncompiled_forward
 from river_compile.upstream.tensors import local_of, version_of
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
-_FEWER = 4  # times as many features as tokens, whatever the matrix's rows; nearer to each other, it depends on those
-_WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
+# With this many times more features than tokens, quantizers take the inputs themselves; with fewer, which form is
+# cheaper depends on the weight's rows.
+_FEWER = 4
+_WINDOW = 512  # tokens at once: the logits of a large vocabulary take memory
 
 
 @torch.no_grad()
 def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
-    """Returns the statistics of a model's matrices on token ids ``[B, T]``; `own` says that it sampled them itself."""
+    """Return the statistics of a model's weights on token ids ``[B, T]``; `own`: it sampled them itself."""
     observation, forward = Observation(own), uncompiled_forward(model)
     recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
@@ -48,14 +47,8 @@ def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, pr
 
 @torch.no_grad()
 def visit(model: nn.Module, ids_BT: Tensor, weights: Iterable[Tensor], see: Callable[[Tensor, Moments], None]) -> None:
-    """Runs token ids through a model until it has read these matrices, and calls `see` with the moments of each.
-
-    The logits are never computed. A matrix that the model reads several times is seen the first time; one that it does
-    not read, or an expert's, not at all.
-
-    Raises:
-        Exception: whatever the model or `see` raises.
-    """
+    """Run token ids until all `weights` were read; call `see` with each one's moments."""
+    # The logits are not computed. A weight that is read again is seen once; one that is not read, never.
     visitor, device = _Visitor(model.parameters(), weights, see), next(model.parameters()).device
     ids_BT = ids_BT.to(device)
     with one_expert_at_a_time(model), contextlib.suppress(_AllSeen), visitor:
@@ -65,7 +58,7 @@ def visit(model: nn.Module, ids_BT: Tensor, weights: Iterable[Tensor], see: Call
 
 @contextlib.contextmanager
 def one_expert_at_a_time(model: Any) -> Iterator[None]:
-    """Has transformers multiply by one expert of a stack after another."""
+    """Inside, transformers multiplies by one expert of a stack after another."""
     if all(p.dim() != 3 for p in model.parameters()):
         yield
         return
@@ -78,7 +71,7 @@ def one_expert_at_a_time(model: Any) -> Iterator[None]:
 
 
 def full_attention_mask(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Returns the mask for ids of which none is padding, for a model that takes one: it may draw any token."""
+    """Return the mask of ids without padding, if the model takes one: any token may be drawn."""
     takes_mask = "attention_mask" in inspect.signature(type(model).forward).parameters
     return {"attention_mask": torch.ones_like(ids)} if takes_mask else {}
 
@@ -86,7 +79,7 @@ def full_attention_mask(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 def windows_of(
     tokenizer: Tokenizer | None, texts: Sequence[str] | None, inputs: Iterable[Tensor] | None
 ) -> list[Tensor]:
-    """Returns token ids ``[B, T]`` of texts or inputs, cut into pieces that run at once; raises as `observe`."""
+    """Return token ids ``[B, T]`` of texts or inputs, in windows. Raises an OptionError."""
     if (tokenizer is None) == (inputs is None):
         raise OptionError("observe takes a tokenizer (and texts=), or inputs=[ids, ...]: one of the two")
     if tokenizer is not None:
@@ -100,11 +93,7 @@ def windows_of(
 
 
 def checked_texts(texts: object) -> list[str]:
-    """Returns texts as a list.
-
-    Raises:
-        OptionError: they are no list of strings.
-    """
+    """Return texts as a list; raise an OptionError if they are not strings."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise OptionError(f"texts={reprlib.repr(texts)} is not allowed; it must be a list of strings")
     listed = list(texts)
@@ -115,16 +104,13 @@ def checked_texts(texts: object) -> list[str]:
 
 
 def default_texts() -> list[str]:
-    """Returns short texts of many kinds that were written for this package.
-
-    Texts like those that a model will see serve it better.
-    """
+    """Return the package's short texts of many kinds. Texts like the model's workload serve it better."""
     content = resources.files("river_compile.twins").joinpath("default_texts.txt").read_text(encoding="utf-8")
     return content.rstrip("\n").split("\n%%\n")
 
 
 class InputMoments:
-    """Second moments of the inputs of a matrix, ``E[x x^T]``, for K `features`."""
+    """Second moments ``E[x x^T]`` of a weight's inputs, for K `features`."""
 
     def __init__(self, features: int) -> None:
         self.features = features
@@ -137,20 +123,21 @@ class InputMoments:
         return sum(rows.nbytes for rows in self._rows) + (0 if self._sum is None else self._sum.nbytes)
 
     def add(self, x: Tensor) -> None:
-        """Adds inputs ``[..., K]``."""
+        """Add inputs ``[..., K]``."""
         rows = x.detach().reshape(-1, self.features).clone()
         self._rows.append(rows)
         self.tokens += len(rows)
+        # Inputs are kept while they take less room than their moments: about 2 K tokens in 16 bits.
         if self._sum is not None or self.nbytes > 4 * self.features**2:
             self._sum = self._summed()
             self._rows = []
 
     def matrix(self) -> Tensor:
-        """Returns the moments, float32 ``[K, K]``."""
+        """Return the moments, float32 ``[K, K]``."""
         return self._summed() / self.tokens
 
     def cheapest(self, device: torch.device | None = None) -> SecondMoments:
-        """Returns the moments in the form that takes a quantizer the fewest operations, on a device if one is given."""
+        """Return the moments in the form that costs a quantizer the fewest operations."""
         if self._sum is None and _FEWER * self.tokens <= self.features:
             return RowMoments(torch.cat(self._rows).to(device, torch.float32))
         return WholeMoments(self.matrix().to(device))
@@ -164,7 +151,7 @@ class InputMoments:
 
 
 class ExpertMoments:
-    """Second moments of the inputs of each of E stacked matrices with K `features`."""
+    """Second moments of the inputs of E stacked weights with K `features`."""
 
     def __init__(self, experts: int, features: int) -> None:
         self._each = [InputMoments(features) for _ in range(experts)]
@@ -174,11 +161,11 @@ class ExpertMoments:
         return sum(moments.nbytes for moments in self._each)
 
     def add(self, expert: int, x: Tensor) -> None:
-        """Adds inputs ``[..., K]`` of one of them."""
+        """Add inputs ``[..., K]`` of one expert."""
         self._each[expert].add(x)
 
-    def of(self, expert: int, device: torch.device | None = None) -> tuple[SecondMoments, int]:
-        """Returns an expert's moments, as `InputMoments.cheapest`, and tokens; without tokens those of all experts."""
+    def for_expert(self, expert: int, device: torch.device | None = None) -> tuple[SecondMoments, int]:
+        """Return an expert's cheapest moments and its tokens; without tokens, all experts' moments."""
         own = self._each[expert]
         return (own.cheapest(device), own.tokens) if own.tokens else (WholeMoments(self._together.to(device)), 0)
 
@@ -193,12 +180,12 @@ Moments = InputMoments | ExpertMoments
 
 
 class Observation:
-    """Calibration statistics of a model: the second moments of its matrices' inputs; see :func:`observe`.
+    """Calibration statistics of a model, as `river_compile.observe` returns them.
 
     Attributes:
         own: whether the model sampled the text itself.
-        number: distinguishes observations, for what was made with them; 0 for those of own text.
-        tokens: how many were seen.
+        number: distinguishes observations; 0 for those of the model's own text.
+        tokens: observed so far.
     """
 
     _made = 0
@@ -216,15 +203,15 @@ class Observation:
 
     @property
     def source(self) -> str:
-        """A description of the observed text."""
+        """The observed text, in words."""
         return f"{self.tokens} tokens that the model sampled" if self.own else f"{self.tokens} observed tokens"
 
     def moments_of(self, weight: Tensor) -> Moments | None:
-        """Returns the moments of a parameter's inputs, of each expert's for a stack; None if no text reached it."""
+        """Return the moments of a parameter's inputs (a stack: of each expert's); None if unread."""
         return self.moments.get(weight)
 
     def clear(self) -> None:
-        """Frees its memory; twins that are packed stay, and others are made from text of the model's own."""
+        """Free its memory. Packed twins stay; later ones use text of the model's own."""
         self.moments.clear()
 
     def __str__(self) -> str:
@@ -235,15 +222,12 @@ _MATMULS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul
 
 
 class MatmulHook(TorchFunctionMode):
-    """Calls `on_input` for each product with one of the parameters, and computes with what `substitute` returns.
+    """Calls `on_input` for each matmul with a parameter, and multiplies by `substitute`'s result."""
 
-    Args:
-        parameters: of a model; under tensor parallelism the rank's own parts are the matrices.
-    """
-
+    # Under tensor parallelism, the rank's own parts are the weights.
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
-        self._matrices: dict[int, tuple[Tensor, int]] = {}  # by address: the parameter, and which one of its stack
+        self._matrices: dict[int, tuple[Tensor, int]] = {}  # by address: the parameter, and the index in its stack
         self._stacks: dict[int, Tensor] = {}
         for parameter in map(local_of, parameters):
             if parameter.dim() == 2:
@@ -253,10 +237,10 @@ class MatmulHook(TorchFunctionMode):
                 self._matrices |= {matrix.data_ptr(): (parameter, i) for i, matrix in enumerate(parameter.detach())}
 
     def on_input(self, x: Tensor, parameter: Tensor, index: int) -> None:
-        """Sees inputs ``[..., K]`` of a matrix; of a stack, of the one with this index."""
+        """See inputs ``[..., K]`` of a weight; of a stack, of the expert with this index."""
 
     def substitute(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
-        """Returns the operand in a matrix's place; index None: a whole stack."""
+        """Return the operand in place of a weight; index None: of a whole stack."""
         return matrix
 
     def __torch_function__(
@@ -272,12 +256,12 @@ class MatmulHook(TorchFunctionMode):
         if func in _MATMULS:
             known = [self._matrices.get(t.data_ptr()) if t.dim() == 2 else None for t in tensors]
             at = next((i for i, found in enumerate(known) if found is not None), 0)
-            found = known[at] if at > 0 else None  # (the first argument is an input or a bias)
+            found = known[at] if at > 0 else None  # the first argument is an input or a bias
             if found is not None:
                 self.on_input(tensors[at - 1], *found)
                 before, after = tensors[at], self.substitute(tensors[at], *found)
         elif func is torch.bmm and (stack := self._stacks.get(tensors[1].data_ptr())) is not None:
-            for expert, x in enumerate(tensors[0]):  # (rows that it was not chosen for are zero)
+            for expert, x in enumerate(tensors[0]):  # rows of tokens that chose other experts are zero
                 self.on_input(x[(x != 0).any(-1)], stack, expert)
             before, after = tensors[1], self.substitute(tensors[1], stack, None)
         if after is before:
@@ -287,7 +271,7 @@ class MatmulHook(TorchFunctionMode):
 
 
 class _Recorder(MatmulHook):
-    """Adds every input of a product with one of the parameters to that parameter's moments."""
+    """Adds the inputs of every matmul to its parameter's moments."""
 
     def __init__(self, parameters: Iterable[Tensor], observation: Observation) -> None:
         super().__init__(parameters)
@@ -307,7 +291,7 @@ class _Recorder(MatmulHook):
         moments.add(expert, x)
 
     def _record(self, x: Tensor, weight: Tensor) -> None:
-        """Adds an input; matrices that read one and the same, as q, k and v do, share its moments."""
+        """Add an input; weights that read the same one, as q, k and v do, share its moments."""
         moments = self._observation.moments.get(weight)
         if self._last is not None and moments in (None, self._last[2]):
             before, version, shared = self._last
@@ -321,11 +305,11 @@ class _Recorder(MatmulHook):
 
 
 class _AllSeen(BaseException):
-    """Ends a forward pass. (No error: the code of any model may catch those.)"""
+    """Ends a forward pass. Not an Exception, which the model's code might catch."""
 
 
 class _Visitor(MatmulHook):
-    """Hands over the moments of each wanted matrix when the model reads it; see :func:`visit`."""
+    """Hands over each weight's moments when the model reads it; see :func:`visit`."""
 
     def __init__(
         self, parameters: Iterable[Tensor], weights: Iterable[Tensor], see: Callable[[Tensor, Moments], None]
@@ -339,7 +323,7 @@ class _Visitor(MatmulHook):
         if parameter.dim() == 3:
             self._meets_expert(x, parameter, index)
             return
-        self.see_stacks()  # (all experts of a block have run when the next matrix is read)
+        self.see_stacks()  # all experts of a block have run when the next weight is read
         if id(parameter) in self._wanted:
             moments = InputMoments(x.shape[-1])
             moments.add(x)
@@ -353,7 +337,7 @@ class _Visitor(MatmulHook):
             met[1].add(expert, x)
 
     def see_stacks(self) -> None:
-        """Hands over the moments of experts that have all run."""
+        """Hand over the moments of stacks whose experts have all run."""
         met, self._stacks_met = self._stacks_met, {}
         for stack, moments in met.values():
             if moments.nbytes:

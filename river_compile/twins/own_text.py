@@ -1,6 +1,7 @@
-"""Self-calibration: statistics from text that a model samples, and the loss of the twins on it.
+"""Self-calibration: statistics and the loss of the twins, on text that the model samples itself.
 
-Not handled: models that cannot be sampled from token ids alone. Their `refusal` says why; on several ranks they raise.
+Not handled: models that cannot be sampled from token ids and their cache alone (`refusal` has the reason; several ranks
+raise); rounding of activations in kernels.
 """
 
 from __future__ import annotations
@@ -45,97 +46,80 @@ _KL_TOKENS = 64  # tokens at once: large vocabularies take memory in float32
 
 
 class SelfCalibration:
-    """Text of one model's own, kept as token ids until its weights change.
-
-    Attributes:
-        refusal: why there is none, empty where there is.
-        seconds: what sampling and reading it took, with all that was done meanwhile.
-    """
+    """Text that one model sampled, kept as token ids until its weights change."""
 
     def __init__(self) -> None:
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._ids: Tensor | None = None
-        self.refusal = "torch.compile was not given a model"
-        self.seconds = 0.0
+        self.refusal = "torch.compile was not given a model"  # why there is no text, else empty
+        self.seconds = 0.0  # of sampling and reading it, including work done meanwhile
 
-    def is_of(self, model: nn.Module) -> None:
-        """Says which model it is."""
+    def attach(self, model: nn.Module) -> None:
+        """Set the model."""
         if self._model() is not model:
             self._model, self._ids, self.refusal = weakref.ref(model), None, ""
 
-    def visit(self, weights: Sequence[Tensor], see: Callable[[Tensor, Moments], None], *, anew: bool = False) -> str:
-        """Calls `see` for each of these matrices that the model reads on it, with the moments of its inputs.
-
-        Args:
-            weights: matrices, or stacks of them.
-            see: called in the order of reading, before the model goes on; raises nothing.
-            anew: sample again, since the weights are others.
-
-        Returns:
-            What the text is, in words; empty if the model cannot write it.
-        """
+    def stream_moments(
+        self, weights: Sequence[Tensor], see: Callable[[Tensor, Moments], None], *, resample: bool = False
+    ) -> str:
+        """Call `see` with the moments of each weight in the order of reading; return the text in words."""
 
         def run(model: nn.Module) -> str:
-            ids = self._text(model, anew)
+            ids = self._text(model, resample)
             visit(model, ids, weights, see)
             return f"{ids.numel()} tokens that the model sampled"
 
         return self._run(run) or ""
 
-    def observation(self, *, anew: bool = False) -> Observation | None:
-        """Returns the statistics of all the model's matrices on it, None if the model cannot write it."""
-        return self._run(lambda model: record(model, self._text(model, anew).split(_ROWS_AT_ONCE), own=True))
+    def observation(self, *, resample: bool = False) -> Observation | None:
+        """Return the statistics of all weights; None if the model cannot be sampled."""
+        return self._run(lambda model: record(model, self._text(model, resample).split(_ROWS_AT_ONCE), own=True))
 
-    def _run(self, what: Callable[[nn.Module], R]) -> R | None:
-        """Returns what something returns for the uncompiled model, None if the code of the model fails."""
+    def _run(self, function: Callable[[nn.Module], R]) -> R | None:
+        """Call `function(model)` uncompiled; None if it raises."""
         model = self._model()
         if model is None or self.refusal:
             return None
         start = time.perf_counter()
         try:
             with NativeLinear():
-                return what(model)
-        except Exception as error:  # (the code of any model, which was not made for this)
-            _tell_ranks(model, error)
+                return function(model)
+        except Exception as error:  # any model's code may fail here
+            _raise_on_ranks(model, error)
             self.refusal = _why(error)
-            log.info("%s writes no text for its twins: %s", type(model).__name__, self.refusal)
+            log.info("%s cannot sample text for its twins: %s", type(model).__name__, self.refusal)
             return None
         finally:
             self.seconds += time.perf_counter() - start
 
-    def _text(self, model: nn.Module, anew: bool) -> Tensor:
-        if anew or self._ids is None:
+    def _text(self, model: nn.Module, resample: bool) -> Tensor:
+        if resample or self._ids is None:
             with stage_shown("reading own text"):
                 self._ids = sample(model, _ROWS, _row_length(model, _STATISTICS_TOKENS))
         return self._ids
 
     def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
-        """Estimates the joint loss of these twins on other text; None if the model cannot write it."""
+        """Estimate the joint loss of these twins on other text; None if the model cannot be sampled."""
         model = self._model()
         if model is None or self.refusal:
             return None
         try:
             with NativeLinear():
                 return estimate_loss(model, packed)
-        except Exception as error:  # (as above)
-            _tell_ranks(model, error)
+        except Exception as error:  # as above
+            _raise_on_ranks(model, error)
             log.info("the loss of the twins of %s is not known: %s", type(model).__name__, _why(error))
             return None
 
 
-def _tell_ranks(model: nn.Module, error: Exception) -> None:
-    """Raises an error of a model that several ranks share: going on with other twins than the others would part them.
-
-    Raises:
-        RankError: another rank is gone.
-        OptionError: (a ``ValueError``) the model cannot be sampled.
-    """
+def _raise_on_ranks(model: nn.Module, error: Exception) -> None:
+    """Raise if ranks share the model: one that went on with other twins would diverge."""
     ranks = ranks_of(model.parameters())
     if not ranks.several:
         return
     ranks.explain(error)
     raise OptionError(
-        f"{type(model).__name__} on {ranks.size} ranks cannot write the text that its twins' statistics are taken from "
+        f"{type(model).__name__} on {ranks.size} ranks cannot sample the text for its twins' statistics "
         f"({_why(error)}); use river_compile.observe, or quantizer='hqq'"
     ) from error
 
@@ -146,21 +130,15 @@ def _why(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TwinLoss:
-    """The joint loss of all twins of a model.
+    """The joint loss of all twins of a model."""
 
-    Attributes:
-        kl: mean KL divergence from the backbone, in nats per token.
-        agreement: share of tokens whose most likely successor stays the same.
-        tokens: how many were sampled for it.
-    """
-
-    kl: float
-    agreement: float
-    tokens: int
+    kl: float  # mean KL divergence from the backbone, in nats per token
+    agreement: float  # share of tokens with the same most likely successor
+    tokens: int  # sampled for it
 
     @property
     def large(self) -> bool:
-        """Whether tokens that leave early are likely to be other ones than the model's."""
+        """Whether early exits are likely to change tokens."""
         return self.kl > _LARGE
 
     def __str__(self) -> str:
@@ -169,7 +147,8 @@ class TwinLoss:
 
 @torch.no_grad()
 def estimate_loss(model: nn.Module, packed: Iterable[TwinWeight]) -> TwinLoss:
-    """Samples a little text and compares the logits of the model in 16 and in 4 bits; raises as `sample` does."""
+    """Compare a model's logits with and without its twins on sampled text; raises as `sample`."""
+    # The estimate is for exits before the first block, after a prompt through the twins: an upper bound for all exits.
     ids = sample(model, _ROWS, _row_length(model, _LOSS_TOKENS), LOSS_SEED)
     forward, inputs = (
         uncompiled_forward(model),
@@ -186,47 +165,45 @@ def estimate_loss(model: nn.Module, packed: Iterable[TwinWeight]) -> TwinLoss:
 
 
 class _InTwins(MatmulHook):
-    """Multiplies by the 4-bit matrices of twins."""
+    """Multiplies by the dequantized weights of twins."""
 
     def __init__(self, parameters: Iterable[Tensor], packed: Sequence[TwinWeight]) -> None:
         super().__init__(parameters)
-        self._parts: dict[int, tuple[TwinWeight, int]] = {}  # by parameter: its product, and which part of it
-        for site in packed:
-            weights = site.parameters[: len(site.matmul.weights)]
-            self._parts |= {id(weight): (site, i) for i, weight in enumerate(weights)}
+        self._parts: dict[int, tuple[TwinWeight, int]] = {}  # by parameter: its matmul, and the part
+        for twin in packed:
+            weights = twin.parameters[: len(twin.matmul.weights)]
+            self._parts |= {id(weight): (twin, i) for i, weight in enumerate(weights)}
         self._last: tuple[TwinWeight, Tensor] | None = None
 
     def substitute(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
         found = self._parts.get(id(parameter))
         if found is None:
             return matrix
-        site, part = found
-        whole = self._of(site)
-        if site.matmul.experts:
-            stack = whole.unflatten(0, (site.matmul.experts, -1))
+        twin, part = found
+        whole = self._dequantized(twin)
+        if twin.matmul.experts:
+            stack = whole.unflatten(0, (twin.matmul.experts, -1))
             weight = stack if index is None else stack[index]
         else:
-            weight = whole.split(site.matmul.out_features)[part]
+            weight = whole.split(twin.matmul.out_features)[part]
         weight = weight.to(matrix.dtype)
         # A block may read its parameter transposed: it then has the strides of the transposed matrix.
-        as_stored = weight.mT if site.matmul.transposed else weight
+        as_stored = weight.mT if twin.matmul.transposed else weight
         same = matrix.stride()[-2:] == parameter.stride()[-2:] and matrix.shape[-2:] == parameter.shape[-2:]
         return as_stored if same else as_stored.mT
 
-    def _of(self, site: TwinWeight) -> Tensor:
-        if self._last is None or self._last[0] is not site:
-            self._last = site, site.dequantize()
+    def _dequantized(self, twin: TwinWeight) -> Tensor:
+        if self._last is None or self._last[0] is not twin:
+            self._last = twin, twin.dequantize()
         return self._last[1]
 
 
 @torch.no_grad()
 def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
-    """Returns token ids ``[rows, tokens]`` that a model samples, at temperature 1.
-
-    Raises:
-        ValueError: its logits are not finite.
-        Exception: what a model raises that cannot be sampled.
-    """
+    """Sample token ids ``[rows, tokens]`` from a model, at temperature 1. Raises as the model does."""
+    # One batch of rows that begin with a uniformly drawn token, as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888). A
+    # generator of its own makes the text reproducible and leaves the caller's random state alone. Ranks take the first
+    # one's draws. The model runs uncompiled, also while Dynamo compiles it.
     network: Any = model
     forward, device = uncompiled_forward(model), next(model.parameters()).device
     ranks = ranks_of(model.parameters())
@@ -234,16 +211,16 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     vocabulary = network.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (rows, 1), generator=draws, device=device)
     name = cache_argument(model)
-    held: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
     while ids.shape[1] < tokens:
-        outputs = forward(input_ids=ids[:, -1:], use_cache=True, **full_attention_mask(model, ids), **held)
-        held = {name: outputs[name]}
+        outputs = forward(input_ids=ids[:, -1:], use_cache=True, **full_attention_mask(model, ids), **cache)
+        cache = {name: outputs[name]}
         ids = torch.cat([ids, ranks.first(_draw(outputs.logits[:, -1], draws))], dim=1)
     return ids
 
 
 def _draw(logits: Tensor, draws: torch.Generator) -> Tensor:
-    """Draws a token ``[B, 1]`` for each row of logits ``[B, V]``: one random number each, where multinomial takes V."""
+    """Draw a token ``[B, 1]`` for each row of logits ``[B, V]``, with one random number each."""
     up_to = logits.float().softmax(-1).cumsum(-1)
     if not torch.isfinite(up_to).all():
         raise ValueError("its logits are not finite")
@@ -257,8 +234,9 @@ def _row_length(model: nn.Module, most: int) -> int:
     return min(most, max(4, 2 * network.config.get_text_config().hidden_size // _ROWS))
 
 
+# Without AVX-512, torch's own 16-bit linear takes ten times as long.
 class NativeLinear(TorchFunctionMode):
-    """Computes matmuls of plain 16-bit tensors with the C++ kernels, if those are loaded."""
+    """Inside, `F.linear` of ordinary 16-bit tensors runs the C++ kernels, if loaded. No gradients."""
 
     def __torch_function__(
         self,
@@ -270,7 +248,7 @@ class NativeLinear(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.linear and loaded():
             x, weight, bias = _operands(*args, **kwargs)
-            if _fits(x) and all(_fits(t) and t.dtype == x.dtype for t in (weight, bias) if t is not None):
+            if all(_is_supported(t) and t.dtype == x.dtype for t in (x, weight, bias) if t is not None):
                 return torch.ops.river_native.dense(x, [weight], [] if bias is None else [bias])
         return func(*args, **kwargs)
 
@@ -279,6 +257,6 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tupl
     return input, weight, bias
 
 
-def _fits(x: Tensor) -> bool:
+def _is_supported(x: Tensor) -> bool:
     plain = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.is_contiguous()
     return plain and x.dtype in (torch.bfloat16, torch.float16) and not (torch.is_grad_enabled() and x.requires_grad)

@@ -85,7 +85,7 @@ def test_a_visit_hands_over_what_a_record_keeps(family):
     for weight, found in seen.items():
         expected = recorded.moments_of(weight)
         for expert, (of_visit, tokens) in enumerate(found):
-            of = expected.of(expert) if weight.dim() == 3 else (expected.cheapest(), expected.tokens)
+            of = expected.for_expert(expert) if weight.dim() == 3 else (expected.cheapest(), expected.tokens)
             assert tokens == of[1]
             torch.testing.assert_close(of_visit.matrix(), of[0].matrix())
 

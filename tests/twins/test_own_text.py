@@ -34,7 +34,7 @@ def started(family="llama", **options):
 def packed_by_default(family="llama", step=None, **options):
     """Does what `started` does with a step that was traced before, of which Dynamo would tell whose it is."""
     step = TracedStep(family) if step is None else step
-    record_of(step.model.parameters()).self_calibration.is_of(step.model)
+    record_of(step.model.parameters()).self_calibration.attach(step.model)
     step.run(**options)
     return step.model
 
