@@ -180,21 +180,15 @@ Moments = InputMoments | ExpertMoments
 
 
 class Observation:
-    """Calibration statistics of a model, as `river_compile.observe` returns them.
-
-    Attributes:
-        own: whether the model sampled the text itself.
-        number: distinguishes observations; 0 for those of the model's own text.
-        tokens: observed so far.
-    """
+    """Calibration statistics of a model, as `river_compile.observe` returns them."""
 
     _made = 0
 
     def __init__(self, own: bool = False) -> None:
         Observation._made += not own
-        self.own = own
-        self.number = 0 if own else Observation._made
-        self.tokens = 0
+        self.own = own  # whether the model sampled the text itself
+        self.number = 0 if own else Observation._made  # distinguishes observations
+        self.tokens = 0  # observed so far
         self.moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     @property

@@ -220,7 +220,7 @@ def test_an_artifact_that_lacks_a_matrix_is_refused(saved):
 
 @pytest.mark.parametrize("changed", [{"group_size": 64}, {"quantizer": "rtn"}])
 def test_other_ways_to_quantize_are_refused(saved, changed):
-    with pytest.raises(ArtifactError, match="was made with quantizer='hqq' group_size=32, and quantizer="):
+    with pytest.raises(ArtifactError, match="was made with quantizer='hqq' group_size=32; the options are quantizer="):
         run(start(), artifact=saved, **changed)
 
 
