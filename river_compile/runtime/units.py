@@ -1,8 +1,6 @@
 """Cut a program into units, each captured as one graph. A unit reads and writes slots.
 
-span a-b   [prologue,] blocks a+1..b, whose last check has a score
-last a-L   [prologue,] blocks a+1..L and the head
-tail d     [prologue,] twins d+1..L and the river's head
+Not handled: when units run and are captured (`state.py`).
 """
 
 from __future__ import annotations
@@ -83,6 +81,10 @@ class Unit:
 
 class Units:
     """The units of one program, made on demand."""
+
+    #     span a-b   [prologue,] blocks a+1..b, whose last check has a score
+    #     last a-L   [prologue,] blocks a+1..L and the head
+    #     tail d     [prologue,] twins d+1..L and the river's head
 
     def __init__(
         self, program: Program, steps: Mapping[SegmentSpec, Step], obstacle: Callable[[Step], Refusal | None]

@@ -1,4 +1,4 @@
-"""Calibration statistics for "awq" and "gptq": second moments of the inputs of a model's weights, on given texts.
+"""Calibration statistics for "awq" and "gptq": second moments of the inputs of a model's weights.
 
 Not handled: stacks of experts that are not read one, or all, at a time; other threads than the one that entered.
 """

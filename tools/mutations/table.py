@@ -337,7 +337,7 @@ _EXACT = (
     Mutation(
         "accept-rule",
         "river_compile/decoding/speculative.py",
-        "if not (held and text.runs):",
+        "if not (accepted and text.runs):",
         "if not text.runs:",
         "what was verified after a rejected draft is kept",
         ("tests/decoding/test_exact_loop.py",),
