@@ -202,7 +202,7 @@ def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """Return a copy, a view if the tensor is one: Dynamo guards on what inputs are views of."""
+    """Return a copy, a view if the tensor is one: Dynamo guards on the bases of views."""
     base = tensor._base
     return tensor.clone() if base is None else base.clone().as_strided(*_place(tensor))
 

@@ -1,6 +1,6 @@
 """One call of generate: a model, its KV cache and the passes that run on them.
 
-Within a call nobody changes the model, its configuration, hooks or weights; a change takes effect with the next call.
+Within a call the model, its configuration, hooks and weights must not change; a change takes effect with the next call.
 Not handled (an error says so if drafts are requested): models that keep more than keys and values, models that
 River did not compile.
 """
@@ -238,7 +238,7 @@ class Session:
         return session
 
     def may_join(self, prompt: Session) -> bool:
-        """Whether the model is unchanged since the passes became known; nobody changes it under rows."""
+        """Whether rows are in use, or the model is as it was when the batch began."""
         return bool(self.kv.rows) or (self._state is not None and self._state == prompt._state)
 
     def join(self, prompt: Session, ids_1S: Tensor) -> None:

@@ -145,7 +145,7 @@ class DraftLength:
 
     def seconds(self, width: int) -> float:
         """Return the seconds of a pass by width (0: a draft step): the recent minimum, or a lower bound."""
-        # A width with few or old times costs at least what its share of each known width says. A higher estimate would
+        # A width with few or old times costs at least its share of each known width. A higher estimate would
         # keep it from being tried again.
         times = self._times.get(width, ())
         if len(times) >= _ENOUGH and self._cycles - self._measured[width] <= _STALE:

@@ -361,7 +361,7 @@ def _shared(ids: Tensor, text: Tensor) -> int:
 
 
 def slots_for(model: PreTrainedModel, tokens: int) -> int:
-    """Return slots for so many tokens, rounded up; at most the model's positions (MPT's bias)."""
+    """Return the slots for some tokens, rounded up; at most the model's positions (MPT's bias)."""
     return min(-(-tokens // _STEP) * _STEP, getattr(model.config, "max_seq_len", None) or sys.maxsize)
 
 
