@@ -69,7 +69,7 @@ def test_a_visit_hands_over_what_a_record_keeps(family):
     weights = [weight for weight in model.parameters() if weight in recorded.moments]
 
     def see(weight, moments):
-        of = moments.of if weight.dim() == 3 else lambda _: (moments.cheapest(), moments.tokens)
+        of = moments.for_expert if weight.dim() == 3 else lambda _: (moments.cheapest(), moments.tokens)
         seen[weight] = [of(expert) for expert in range(len(weight) if weight.dim() == 3 else 1)]
         alive.append(weakref.ref(moments))
         assert sum(reference() is not None for reference in alive) <= 2  # (the two stacks of a block)
