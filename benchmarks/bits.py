@@ -38,9 +38,8 @@ from river_compile.cli import shared
 from river_compile.cli.shared import topics
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import quantize_observed
-from river_compile.twins.calibration_stats import InputMoments
-from river_compile.twins.observe import record
-from river_compile.twins.sampling import sample
+from river_compile.twins.observe import InputMoments, record
+from river_compile.twins.own_text import sample
 from tools import demo_models
 
 GROUPS = (128, 64, 32)

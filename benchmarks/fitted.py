@@ -28,7 +28,7 @@ from river_compile.cli.shared import topics
 from river_compile.evaluation.meter import Meter, compiled
 from river_compile.exits import CRITERIA
 from river_compile.kernels.portable import token_kl
-from river_compile.twins.sampling import sample
+from river_compile.twins.own_text import sample
 from tools import demo_models
 
 CONTEXT, TOKENS, LEFT, HARD = 32, 64, 0.7, 0.2

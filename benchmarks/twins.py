@@ -47,7 +47,7 @@ from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.model_record import GraphRecord, find_record
-from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.observe import Observation
 from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.transformers import cache_argument
 from tools import demo_models

@@ -81,7 +81,7 @@ def river(
     owned = [*(values[node] for node in parameters), *(owner.parameters() if owner else ())]
     model, ranks, local = record_of(owned), ranks_of(owned), frozenset[fx.Node]()
     if owner is not None:
-        model.self_calibration.is_of(owner)
+        model.self_calibration.attach(owner)
     if ranks.several:
         check_supported(ranks, config, mode, traced.graph)
         model.ranks = ranks

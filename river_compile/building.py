@@ -38,9 +38,8 @@ from river_compile.progress import stage_reached
 from river_compile.reporting.report import graph_lines
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
-from river_compile.runtime.draft_vocab import all_logits
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.state import CompiledProgram
+from river_compile.runtime.state import CompiledProgram, all_logits
 from river_compile.runtime.units import Step, Units
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import ProgramWeights, TwinWeight
@@ -91,12 +90,12 @@ Built = tuple[CompiledProgram, Capturing | None]
 
 def _executor(built: Built, model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
     """Returns a program's executor, which rebuilds it when its parameters change."""
-    executor = RiverExecutor(*built, graph.code, functools.partial(_again, weakref.ref(model), graph))
+    executor = RiverExecutor(*built, graph.code, functools.partial(_rebuild, weakref.ref(model), graph))
     graph.executor = weakref.ref(executor)
     return executor
 
 
-def _again(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
+def _rebuild(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
     """Rebuilds a program whose parameters changed."""
     model = model_ref()
     assert model is not None, "the model whose parameters these are is there"
@@ -254,7 +253,7 @@ def _packed(
     if graph.twins:
         warn()
         if model.ranks.several:  # they estimate the loss together or not at all
-            twins.judge(graph.twins, model.statistics)
+            twins.estimate_loss(graph.twins, model.statistics)
     return weights
 
 

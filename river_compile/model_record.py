@@ -33,9 +33,9 @@ from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.stats import ExitStats
 from river_compile.store.programs import Origin, Programs
-from river_compile.twins.calibration_stats import Observation
+from river_compile.twins.observe import Observation
+from river_compile.twins.own_text import SelfCalibration
 from river_compile.twins.pack import Statistics, TwinWeights
-from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.dynamo import OwnCall, drop_graphs
 

@@ -34,9 +34,8 @@ from river_compile.model_record import GraphRecord, ModelRecord, find_record, fo
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.store.programs import Origin, Programs
-from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.file import FILE, TwinFile
-from river_compile.twins.observe import Tokenizer, windows_of
+from river_compile.twins.observe import Observation, Tokenizer, windows_of
 from river_compile.twins.observe import record as record_inputs
 from river_compile.twins.weights import digest_of
 from river_compile.upstream.dynamo import OwnCall, compiled_with, untraceable
@@ -144,7 +143,7 @@ def _built(
     """Builds a program that Dynamo did not trace here for a model."""
     owner = model()
     assert owner is not None, "the model that is being called is there"
-    record.self_calibration.is_of(owner)
+    record.self_calibration.attach(owner)
     graph = GraphRecord(config, inputs=tuple(names), origin=origin)
     if isinstance(found, Program):
         executor = rebuild(found, args, record, graph)

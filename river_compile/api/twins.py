@@ -101,7 +101,7 @@ def requantize(model: nn.Module) -> int:
     for graph in record.graphs:
         if isinstance(executor := graph.executor(), RiverExecutor):
             executor.model_state = None
-    return record.twins.look_again()
+    return record.twins.compare_digests()
 
 
 def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed-tensors") -> Path:

@@ -1,23 +1,7 @@
-"""Continuous batching: calls of generate that join a running batch as rows, and leave it when their texts end.
+"""Continuous batching: calls of generate join a running batch as rows and leave it at their end.
 
-    batch = ContinuousBatch(model, rows=8)
-    text = batch.generate(**inputs, max_new_tokens=100)             # from any number of threads
-    future = batch.submit(lambda: model.generate(**inputs))         # without a thread that waits
-
-One thread does everything that touches the model. It calls generate for each call in turn; inside, the model's loop
-hands the call over (:meth:`ContinuousBatch.join`) instead of running it. Between two cycles of the batch the thread
-runs a piece of one waiting prompt, on a cache of one row; when the prompt is done its entries become the batch's last
-row. A call keeps its own logits processors, stopping criteria, streamer and random numbers, so its text is what it
-would be alone, and an error or a streamer that raises ends that call alone.
-
-    prompt c   [ piece ]          [ piece ] joins
-    batch                [ a b ]            [ a b c ] [ a b c ] b ends [ a c ] ...
-
-The model must not change while calls run: a change takes effect when the batch is empty.
-
-Not handled (such calls run by themselves, and the batch waits): batches of several rows, caches that the caller gets
-back, models that keep more than keys and values, strict exact mode, ranks that share a model. With early exits rows
-leave the backbone together, when the least sure one may: each token runs as many blocks as alone, or more.
+Not handled (such calls run alone, while the batch waits): several rows, returned caches, models that keep more than
+keys and values, strict exact mode, ranks.
 """
 
 from __future__ import annotations
@@ -40,51 +24,38 @@ from river_compile.decoding.inputs import BY_SLOT
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
-from river_compile.decoding.speculative import SpeculativeDecoder
-from river_compile.decoding.texts import Texts
+from river_compile.decoding.speculative import SpeculativeDecoder, Texts
 from river_compile.errors import OptionError
 from river_compile.kernels.checks import integer
 from river_compile.model_record import record_of
 
 log = logging.getLogger("river_compile.continuous")
 
-_PIECE = 128  # tokens of a prompt between two cycles
-_RECENT = 1000  # calls whose time to the first token is remembered
+_PIECE = 128  # prompt tokens between two cycles
+_RECENT = 1000  # calls in `first_token_seconds`
 _limit = integer(1)
 
 
 @dataclass(frozen=True)
 class BatchCounters:
-    """What a batch has done so far.
+    """Totals of a batch so far."""
 
-    Attributes:
-        rows: that there may be.
-        rows_in_use: calls whose texts are being generated, one whose prompt runs and one that runs by itself included.
-        queued: calls that wait for a row.
-        calls: that have ended, well or not.
-        tokens: new ones, of calls that have ended.
-        prompt_tokens, prompt_tokens_kept: of calls that have joined, and those of them that a kept text began with.
-        drafted, held: tokens that the river or the context drafted in this model, and those of them that held.
-        first_token_seconds: from `submit` to the first token, of the latest calls, oldest first.
-        busy_seconds: in which the thread had work.
-    """
-
-    rows: int
-    rows_in_use: int
-    queued: int
-    calls: int
-    tokens: int
-    prompt_tokens: int
-    prompt_tokens_kept: int
-    drafted: int
-    held: int
-    first_token_seconds: tuple[float, ...]
-    busy_seconds: float
+    rows: int  # the limit
+    rows_in_use: int  # calls in progress, including one whose prompt runs and one that runs alone
+    queued: int  # calls that wait for a row
+    calls: int  # that have ended, for any reason
+    tokens: int  # new ones, of ended calls
+    prompt_tokens: int  # of joined calls
+    prompt_tokens_kept: int  # those of them from the prefix cache
+    drafted: int  # tokens, of this model
+    held: int  # drafted tokens that were accepted
+    first_token_seconds: tuple[float, ...]  # from `submit` to the first token, of the latest calls, oldest first
+    busy_seconds: float  # of the batch's thread
 
 
 @dataclass(eq=False)
 class _Waiting:
-    """A call that was submitted."""
+    """A submitted call."""
 
     generate: Callable[[], Any]
     future: Future[Any]
@@ -95,7 +66,7 @@ class _Waiting:
 
 @dataclass(eq=False)
 class _Joined:
-    """A call that was handed over: its prompt runs, or its text is being generated."""
+    """A call that joined: its prompt runs, or its text is being generated."""
 
     waiting: _Waiting
     call: Call
@@ -106,15 +77,29 @@ class _Joined:
 
 
 class ContinuousBatch:
-    """Calls of one model's generate, up to `rows` of which run as rows of one batch.
+    """Runs calls of one model's generate as rows of one batch.
+
+        batch = ContinuousBatch(model, max_num_seqs=8)
+        text = batch.generate(**inputs, max_new_tokens=100)             # from any number of threads
+        future = batch.submit(lambda: model.generate(**inputs))         # without a thread that waits
+
+    With early exits all rows exit together, when the least certain one may.
 
     Args:
-        model: accelerated; nothing else may generate with it meanwhile.
-        rows: most calls at the same time, at least 1. More wait in the order in which they came.
+        model: accelerated; nothing else may generate with it meanwhile, and it must not change while calls run.
+        max_num_seqs: most calls at the same time, at least 1. Others wait in the order of their submission.
 
     Raises:
-        OptionError: (a ``ValueError``) `rows` is no such number, or the model has a batch already.
+        OptionError: (a ``ValueError``) `max_num_seqs` is below 1, or the model has a batch already.
     """
+
+    # One thread uses the model. It calls generate for each call in turn; inside, `Decode` hands the call over (`join`)
+    # instead of running it. Between two cycles of the batch, the thread runs a piece of one prompt on a cache of one
+    # row, which then joins as the last row. Each call keeps its own processors, criteria, streamer and random numbers,
+    # so its output is that of a call alone, and an error in its code ends that call alone.
+    #
+    #     prompt c   [ piece ]          [ piece ] joins
+    #     batch                [ a b ]            [ a b c ] [ a b c ] b ends [ a c ] ...
 
     _batch: Session  # of the decoder
 
@@ -130,7 +115,7 @@ class ContinuousBatch:
         self._joined: list[_Joined] = []
         self._decoder: SpeculativeDecoder | None = None
         self._mode: Decode | None = None  # of the decoder's calls
-        self._held = contextlib.ExitStack()  # while there are rows
+        self._decoding = contextlib.ExitStack()  # transformers' mode for decoding, while there are rows
         self._closed = False
         self._dead: BaseException | None = None
         self._calls = self._tokens = self._prompt_tokens = self._prompt_tokens_kept = 0
@@ -141,16 +126,15 @@ class ContinuousBatch:
         self._thread.start()
 
     def submit(self, generate: Callable[[], Any], seed: int | None = None) -> Future[Any]:
-        """Has a call made in the batch's thread; returns at once.
+        """Make a call in the batch's thread; return immediately.
 
         Args:
-            generate: calls the model's generate and returns what that returns.
-            seed: of its random numbers. None: it draws them as the calling thread's next call of generate would, from
-                PyTorch's generator, which then moves on. That is the process's: where several threads draw, and while
-                the batch makes a call that does not join, a seed that was set right before may be another's by now.
+            generate: calls the model's generate and returns its result.
+            seed: of the call's random numbers. None: PyTorch's generator, as for the calling thread's next call; it
+                advances. Other threads, or a call that runs alone, may draw from that generator too.
 
         Returns:
-            The call's result, or what it raised.
+            A future of the call's result or exception.
 
         Raises:
             RuntimeError: the batch was closed, or its thread has died.
@@ -170,7 +154,7 @@ class ContinuousBatch:
         return waiting.future
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model's generate as a row of the batch, and waits for it."""
+        """Call the model's generate as a row of the batch, and wait for it."""
         future = self.submit(lambda: self._model.generate(*args, **kwargs))
         try:
             return future.result()
@@ -179,10 +163,7 @@ class ContinuousBatch:
             raise
 
     def cancel(self, future: Future[Any]) -> None:
-        """Ends a call: at once where it waits, after the cycle that runs where it is or becomes a row; others go on.
-
-        A call that runs by itself goes on, too.
-        """
+        """Cancel a call, after the current cycle if it runs in the batch; one that runs alone goes on."""
         with self._changed:
             for waiting in (*self._queue, *self._running):
                 if waiting.future is future:
@@ -191,7 +172,7 @@ class ContinuousBatch:
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends all calls, those that wait and those that run, with an error; returns when the thread has ended."""
+        """End all calls with an error; return when the thread has ended."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -206,18 +187,18 @@ class ContinuousBatch:
 
     @property
     def alive(self) -> bool:
-        """Whether calls are taken."""
+        """Whether calls are accepted."""
         return not self._closed and self._dead is None
 
     @property
     def counters(self) -> BatchCounters:
-        """What it has done so far."""
+        """The totals now."""
         exact = self._record.exit_stats.exact
         with self._changed:
             return BatchCounters(
                 rows=self._limit,
                 rows_in_use=len(self._running),
-                queued=sum(not waiting.future.done() for waiting in self._queue),  # (a cancelled one stays in it)
+                queued=sum(not waiting.future.done() for waiting in self._queue),  # without cancelled ones
                 calls=self._calls,
                 tokens=self._tokens,
                 prompt_tokens=self._prompt_tokens,
@@ -229,11 +210,7 @@ class ContinuousBatch:
             )
 
     def join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> object | None:
-        """Takes a call over from the generate that the batch's thread is in; called by the model's loop.
-
-        Returns:
-            What stands for the result; None where the call has to run by itself, or comes from another thread.
-        """
+        """Take a call over from the loop of generate; None if it has to run alone."""
         waiting = self._starting
         if waiting is None or threading.current_thread() is not self._thread or not self._can_join(call, mode, kwargs):
             return None
@@ -264,7 +241,7 @@ class ContinuousBatch:
 
     @property
     def _running(self) -> set[_Waiting]:
-        """The calls that the thread has begun, one that is on its way in included."""
+        """The calls in progress, including one that is starting."""
         begun = {joined.waiting for joined in self._held_calls}
         return begun if self._starting is None else begun | {self._starting}
 
@@ -273,7 +250,7 @@ class ContinuousBatch:
             with torch.no_grad():
                 while self._wait():
                     began = time.perf_counter()
-                    self._take_in()
+                    self._run_prompt()
                     self._advance()
                     self._busy += time.perf_counter() - began
             self._end_all(RuntimeError("this ContinuousBatch was closed"))
@@ -286,14 +263,14 @@ class ContinuousBatch:
             self._record.batch = None
 
     def _wait(self) -> bool:
-        """Waits for work; returns False when the batch is closed."""
+        """Wait for work; return False when the batch is closed."""
         with self._changed:
             while not (self._closed or self._queue or self._held_calls):
                 self._changed.wait()
             return not self._closed
 
-    def _take_in(self) -> None:
-        """Runs a piece of a prompt, if there is a row for it."""
+    def _run_prompt(self) -> None:
+        """Run a piece of a prompt, if there is a row for it."""
         if self._prompt is None and self._queue and len(self._joined) < self._limit:
             with self._changed:
                 waiting = self._queue.popleft()
@@ -316,7 +293,7 @@ class ContinuousBatch:
         prompt.session.release(prompt.kept, call.ids_BS.shape[1])
 
     def _start(self, waiting: _Waiting) -> None:
-        """Makes a call up to where it joins; one that does not runs here."""
+        """Make a call until it joins; one that does not join runs here."""
         set_random_state(self._model.device, waiting.random_state)
         self._starting = waiting
         try:
@@ -332,14 +309,14 @@ class ContinuousBatch:
             self._starting = None
 
     def _become_row(self, prompt: _Joined, logits: Tensor) -> None:
-        """Makes a call whose prompt has run the last row of the batch."""
+        """Make a call whose prompt has run the last row of the batch."""
         call, session = prompt.call, prompt.session
         if not self._joined:
-            self._held.enter_context(self._model._optimize_model_for_decode())
+            self._decoding.enter_context(self._model._optimize_model_for_decode())
         decoder = self._decoder
         try:
             if decoder is None or self._mode != prompt.mode or not self._batch.may_join(session):
-                self._mode, self._batch = prompt.mode, Session.of_rows(session, self._limit)
+                self._mode, self._batch = prompt.mode, Session.empty_batch(session, self._limit)
                 self._batch.join(session, call.ids_BS)
                 self._decoder = decoder = prompt.mode.decoder(call, self._batch, logits)
             else:
@@ -356,7 +333,7 @@ class ContinuousBatch:
         self._first.append(time.perf_counter() - prompt.waiting.since)
 
     def _advance(self) -> None:
-        """Runs a cycle of the batch, and hands over the texts that have ended."""
+        """Run a cycle of the batch, and return the results of ended calls."""
         for joined in self._joined:
             if joined.waiting.cancelled and joined.texts is not None:
                 joined.texts.fail(CancelledError("the call was cancelled"))
@@ -373,18 +350,18 @@ class ContinuousBatch:
         for joined in ended:
             self._end(joined, None if joined.texts is None else joined.texts.error)
         if ended and not self._joined:
-            self._held.close()
+            self._decoding.close()
             self._record.write_programs()
 
     def _fail(self, error: Exception) -> None:
-        """Ends all rows for an error in a pass of theirs; the next call begins a new batch."""
+        """End all rows with an error of a shared pass; the next call begins a new batch."""
         self._decoder = None
         for joined in self._joined:
             if joined.texts is not None:
                 joined.texts.fail(error)
 
     def _end(self, joined: _Joined, error: BaseException | None) -> None:
-        """Hands over a text, or what ended it."""
+        """Set a call's result or exception."""
         if joined in self._joined:
             self._joined.remove(joined)
         texts, future = joined.texts, joined.waiting.future
@@ -417,4 +394,4 @@ class ContinuousBatch:
         for joined in self._held_calls:
             joined.waiting.future.set_exception(error)
         self._prompt, self._joined = None, []
-        self._held.close()
+        self._decoding.close()

@@ -1,10 +1,7 @@
-"""The inputs of a session's passes: ids, masks and positions, moved on in place from pass to pass.
+"""The inputs of a session's passes (ids, masks and positions), updated in place from pass to pass.
 
-`generate` makes them anew for every pass, up to half a millisecond of it. On a cache of full static layers a later pass
-sees some slots more or fewer, a sliding window's mask moves along, and positions differ by as many.
-
-Not handled (transformers' own methods make every pass's inputs then): other caches, attention in chunks, models that
-prepare their inputs or masks in a way of their own, inputs that other things than these belong to.
+Not handled (transformers' methods make every pass's inputs then): other caches than full static ones, chunked
+attention, models with their own preparation of inputs or masks, other inputs than `KNOWN`.
 """
 
 from __future__ import annotations
@@ -25,34 +22,24 @@ KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_value
 
 Inputs = dict[str, Any]
 
-# Arguments of a forward whose last dimension is that of the ids.
+# Arguments of a forward with the ids' last dimension.
 BY_SLOT = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 class MovedInputs:
-    """The inputs of passes of one width on one cache, while its rows do not move.
-
-    Args:
-        model: the model.
-        width: tokens of each row.
-        kept: tensors by name that such passes had in an earlier session, to be written again.
-    """
+    """The inputs of passes of one width on one cache, while its rows stay the same."""
 
     def __init__(self, model: PreTrainedModel, width: int, kept: Mapping[Any, Tensor]) -> None:
-        self._model, self._width, self._kept = model, width, kept
-        self._inputs: Inputs | None = None  # in tensors of their own, those of the pass that begins in `_slot`
-        self._checked = False  # whether a pass that followed from another was compared with transformers'
+        self._model, self._width = model, width
+        self._kept = kept  # tensors by name of such passes in an earlier session, to be reused
+        self._inputs: Inputs | None = None  # owned; of the pass that begins at `_slot`
+        self._checked = False  # whether an updated pass was compared with transformers'
         self._given_up = False
         self._window: int | None = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
 
-    def at(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs]) -> Inputs:
-        """Returns the inputs of a pass: the same object as the last time, or those that transformers makes.
-
-        Args:
-            slot: the first one that the pass writes: as many entries as the cache holds.
-            ids_BS: all ids, those of the pass last.
-            prepare: makes them by transformers' methods.
-        """
+    def update(self, slot: int, ids_BS: Tensor, prepare: Callable[[], Inputs]) -> Inputs:
+        """Return a pass's inputs: the same object as the last time, or transformers'."""
+        # `slot` is the first one that the pass writes. Transformers' methods take up to half a millisecond a pass.
         ours = self._inputs if self._move_to(slot, ids_BS) else None
         if ours is not None and self._checked:
             return ours
@@ -62,7 +49,7 @@ class MovedInputs:
             self._given_up = not self._checked
             if self._checked:
                 return ours
-        if self._checked:  # (and does not fit the masks)
+        if self._checked:  # the pass is outside of the masks
             return theirs
         self._inputs = None
         if self._given_up or not self._can_follow(theirs, slot + self._width):
@@ -71,17 +58,17 @@ class MovedInputs:
         return self._inputs or theirs
 
     def owns(self, inputs: Inputs) -> bool:
-        """Whether these are written in place for the next pass."""
+        """Whether these are updated in place for the next pass."""
         return inputs is self._inputs
 
     def _own(self, inputs: Inputs, slot: int) -> None:
-        """Takes a pass's inputs, which are in tensors of their own, for those to be moved."""
+        """Use a pass's inputs, in tensors of their own, from here on."""
         masks = dict(masks_of(inputs))
         self._inputs, self._positions = inputs, inputs.get("position_ids")
         self._first = self._slot = slot
         self._slots = min(mask.shape[-1] for mask in masks.values())
-        # Of each mask: itself, how the pass's tokens see each other, how one sees itself and what comes later, and of a
-        # window how the first token sees each slot that it shows (padding among them).
+        # Of each mask: itself; the block of the pass's own tokens; the values for a visible and a hidden slot; and
+        # for a sliding window, the first token's row (it shows padding).
         end = slot + self._width
         self._masks = [
             (
@@ -95,7 +82,7 @@ class MovedInputs:
         ]
 
     def _move_to(self, slot: int, ids_BS: Tensor) -> bool:
-        """Makes the inputs those of a pass that begins in a slot; returns False where there are none that can be."""
+        """Update the inputs for a pass that begins at a slot; return False if that is impossible."""
         width = self._width
         if self._inputs is None or slot + width > self._slots or slot < self._first:
             return False
@@ -124,7 +111,7 @@ class MovedInputs:
             mask[..., token, start:end] = shown[..., 0, start:end]
 
     def _can_follow(self, inputs: Inputs, filled: int) -> bool:
-        """Whether the inputs of later passes follow from these, after which the cache holds so many entries."""
+        """Whether later inputs follow from these, after which the cache holds `filled` entries."""
         cache = cache_of(inputs)
         return (
             inputs.keys() <= KNOWN
@@ -134,21 +121,19 @@ class MovedInputs:
             and prepares_as_most_do(self._model)
             and all(isinstance(mask, Tensor) and mask.dim() == 4 for _, mask in masks_of(inputs))
             and all(filled < mask.shape[-1] for _, mask in masks_of(inputs))
-            and all(map(_has_places_of_its_own, (mask for _, mask in masks_of(inputs))))
-            and ("position_ids" not in inputs or _has_places_of_its_own(inputs["position_ids"]))
+            and all(map(_is_dense, (mask for _, mask in masks_of(inputs))))
+            and ("position_ids" not in inputs or _is_dense(inputs["position_ids"]))
         )
 
 
 def with_all_logits(inputs: Inputs) -> Inputs:
-    """Returns inputs that ask for the logits of all tokens: another number would be a graph of its own."""
+    """Return inputs that ask for all tokens' logits: another number would be another graph."""
     return {**inputs, "logits_to_keep": 0} if "logits_to_keep" in inputs else inputs
 
 
 def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Returns the inputs of a prompt with the masks that transformers leaves out since attention is causal anyway.
-
-    They are then those of any pass of several tokens, and one graph serves both.
-    """
+    """Return a prompt's inputs with the causal masks that transformers omits."""
+    # A prompt then looks like any pass of several tokens, so one graph serves both.
     ids_BS, cache = inputs["input_ids"], cache_of(inputs)
     missing = [kind for kind, mask in masks_of(inputs) if mask is None]
     known = is_of_transformers(model) and prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
@@ -156,7 +141,7 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
         return inputs
     batch, width = ids_BS.shape
     slots = {layer.max_cache_len for layer in cache.layers}
-    if len(slots) != 1:  # (which kind of attention has which is the model's to say)
+    if len(slots) != 1:  # only the model knows the attention kind of each
         return inputs
     places = torch.arange(slots.pop(), device=ids_BS.device)
     mask = (places <= places[:width, None]).expand(batch, 1, width, -1).contiguous()
@@ -165,28 +150,29 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 
 
 def joined_inputs(kwargs: Mapping[str, object], others: Mapping[str, object]) -> dict:
-    """Returns a forward's arguments, as `generate` keeps them, for the rows of both; all end in the same column."""
+    """Return generate's model arguments for the rows of both; all end in the same column."""
     joined = dict(kwargs)
     for name in BY_SLOT:
-        held, other = kwargs.get(name), others.get(name)
-        if isinstance(held, Tensor) and isinstance(other, Tensor):
-            most = max(held.shape[-1], other.shape[-1])
-            joined[name] = torch.cat([pad(t, (most - t.shape[-1], 0)) for t in (held, other)], dim=-2)
+        own, other = kwargs.get(name), others.get(name)
+        if isinstance(own, Tensor) and isinstance(other, Tensor):
+            most = max(own.shape[-1], other.shape[-1])
+            joined[name] = torch.cat([pad(t, (most - t.shape[-1], 0)) for t in (own, other)], dim=-2)
     return joined
 
 
 def selected_inputs(kwargs: Mapping[str, object], rows: Sequence[int]) -> dict:
-    """Returns a forward's arguments, as `generate` keeps them, for some of the rows."""
+    """Return generate's model arguments for some of the rows."""
     selected = dict(kwargs)
     for name in BY_SLOT:
-        held = selected.get(name)
-        if isinstance(held, Tensor):  # (positions of three kinds stand before the rows)
-            selected[name] = held.index_select(held.ndim - 2, torch.tensor(rows, dtype=torch.long, device=held.device))
+        given = selected.get(name)
+        if isinstance(given, Tensor):  # a dimension of three kinds of positions may precede the rows
+            index = torch.tensor(rows, dtype=torch.long, device=given.device)
+            selected[name] = given.index_select(given.ndim - 2, index)
     return selected
 
 
 def prepares_as_most_do(model: PreTrainedModel) -> bool:
-    """Whether a model's inputs and masks are made by the methods that nearly all have in common."""
+    """Whether a model uses the common methods for its inputs and masks."""
     kind = type(model)
     return (
         kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
@@ -196,7 +182,7 @@ def prepares_as_most_do(model: PreTrainedModel) -> bool:
 
 
 def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:
-    """Returns a pass's inputs in tensors that may be written: those of an earlier pass that look the same, or new."""
+    """Return a pass's inputs in writable tensors: those of an earlier pass that look the same, or new."""
     masks = {kind: _copied(mask) for kind, mask in masks_of(inputs)}
     own = {**inputs, "input_ids": inputs["input_ids"].clone(memory_format=torch.contiguous_format)}
     several = type(inputs["attention_mask"]) is dict
@@ -216,7 +202,7 @@ def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """Returns a copy, a view of a tensor alike where this is one: Dynamo's guards look at what inputs are views of."""
+    """Return a copy, a view if the tensor is one: Dynamo guards on the bases of views."""
     base = tensor._base
     return tensor.clone() if base is None else base.clone().as_strided(*_place(tensor))
 
@@ -225,7 +211,7 @@ def _place(tensor: Tensor) -> tuple:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-def _has_places_of_its_own(tensor: Tensor | None) -> bool:
+def _is_dense(tensor: Tensor | None) -> bool:
     """Whether no two elements share memory, as those of an expanded tensor do."""
     return tensor is None or all(n == 1 or stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -239,7 +225,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _same(ours: Inputs, theirs: Inputs) -> bool:
-    """Whether two passes are given the same, to the bit."""
+    """Whether two passes have the same inputs, to the bit."""
     if ours.keys() != theirs.keys() or [kind for kind, _ in masks_of(ours)] != [kind for kind, _ in masks_of(theirs)]:
         return False
     pairs = [(a, b) for (_, a), (_, b) in zip(masks_of(ours), masks_of(theirs), strict=True)]

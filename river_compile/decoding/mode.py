@@ -29,8 +29,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
 from river_compile.decoding.sampling import STATELESS, Sampler
 from river_compile.decoding.session import Session
-from river_compile.decoding.speculative import SpeculativeDecoder
-from river_compile.decoding.texts import Ends, Texts
+from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE

@@ -1,15 +1,7 @@
-"""Chooses tokens from logits, so that the text is plain generation's for any drafts.
+"""Choose tokens from logits so that drafts never change the output, and draft by prompt lookup.
 
-Greedy: the best token. Sampling: the token that ``torch.multinomial`` would draw. That function divides the
-probabilities by exponential noise and takes the largest (the Gumbel-max trick), so the noise of a position can be drawn
-before anything is known of its scores. Drafts are chosen with the same noise as the backbone's tokens, which makes them
-agree often (Daliri, Musco, Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding",
-arXiv 2408.07978), and a draft is kept exactly where it is the backbone's own choice. The text then depends on the seed
-alone, and not on drafts.
-
-Shapes: B rows, V vocabulary entries, N rows that are chosen for. Not handled: random numbers that others draw from
-PyTorch's default generator meanwhile, a logits processor for instance, which come from another place of its stream than
-in plain sampling.
+Shapes: B rows, V vocabulary entries, N rows that are chosen for. Not handled: other users of PyTorch's default
+generator meanwhile, who draw from another place of its stream than in plain sampling; lookup in earlier calls' texts.
 """
 
 from __future__ import annotations
@@ -25,58 +17,46 @@ from river_compile.distributed.ranks import ALONE, Ranks
 
 
 class Sampler:
-    """Chooses tokens for one call of generate.
+    """Chooses the tokens of one call of generate."""
 
-    Args:
-        rows: B.
-        do_sample: draw from the scores' softmax instead of taking their maximum.
-        processors: the user's logits processors; drafts pass through those that remember nothing.
-        ranks: that share the model; all of them choose what the first one does.
-        drafting: whether some steps are asked for more than once, or for some of the rows.
-        generator: of random numbers, on the logits' device; None for PyTorch's.
-        keeps_scores, keeps_logits: whether the attributes below are wanted.
-
-    Attributes:
-        scores, logits: processed scores and raw logits of each kept token, None where they are not wanted.
-    """
+    # `torch.multinomial` divides probabilities by exponential noise and takes the largest (the Gumbel-max trick), so
+    # a position's noise can be drawn before its scores are known. Drafts use the same noise as the backbone's tokens,
+    # so they often agree (Daliri, Musco, Suresh, arXiv 2408.07978). A draft is accepted only if it is the backbone's
+    # own choice: the output depends on the seed alone.
 
     def __init__(
         self,
         rows: int,
         do_sample: bool,
         processors: Sequence[LogitsProcessor] = (),
-        ranks: Ranks = ALONE,
-        drafting: bool = True,
-        generator: torch.Generator | None = None,
+        ranks: Ranks = ALONE,  # that share the model; all choose the first one's tokens
+        drafting: bool = True,  # whether steps may be repeated, or run for some of the rows
+        generator: torch.Generator | None = None,  # on the logits' device; None: PyTorch's
         keeps_scores: bool = False,
         keeps_logits: bool = False,
     ) -> None:
         self.do_sample, self.scores, self.logits = do_sample, [] if keeps_scores else None, [] if keeps_logits else None
         self._processors, self._of_drafts = processors, [p for p in processors if type(p) in STATELESS]
         self._ranks, self._drafting, self._generator, self._rows = ranks, drafting, generator, rows
-        self._drawn = 0  # steps whose noise was drawn
+        self._drawn = 0  # steps with noise
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
 
-    scores: list[Tensor] | None
-    logits: list[Tensor] | None
+    scores: list[Tensor] | None  # processed, of each emitted token; None if not requested
+    logits: list[Tensor] | None  # raw
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each position's token is the best by its logits, whatever stands before it."""
+        """Whether each token is the best by its logits alone."""
         return not (self.do_sample or self._processors) and self.scores is None and self.logits is None
 
     def best(self, logits_NV: Tensor) -> Tensor:
-        """Returns the best tokens ``[N]`` by their logits, all ranks the first one's."""
+        """Return the best tokens ``[N]`` by their logits; ranks take the first one's."""
         tokens_N = logits_NV.argmax(-1)
         return self._ranks.first(tokens_N) if self._ranks.several else tokens_N
 
     def choose(self, logits_NV: Tensor, ids_NS: Tensor, rows: Sequence[int], step: int) -> Tensor:
-        """Returns a token ``[N]`` for each of these rows, which have so many new tokens so far.
-
-        Raises:
-            RuntimeError: as ``torch.multinomial`` does: a row's scores are all -inf, or one of them is NaN or +inf.
-        """
-        if self.is_greedy:  # (the best token is the same in the logits' own dtype)
+        """Return each row's token ``[N]`` after `step` new ones; raise as ``torch.multinomial`` does."""
+        if self.is_greedy:  # the best token is the same in the logits' own dtype
             return self.best(logits_NV)
         raw = logits_NV.to(copy=True, dtype=torch.float32, device=ids_NS.device)
         scores = _processed(self._processors, ids_NS, raw, rows)
@@ -89,7 +69,7 @@ class Sampler:
         return self._ranks.first(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
 
     def draft(self, logits_1V: Tensor, ids_1S: Tensor, row: int, step: int) -> tuple[Tensor, Tensor]:
-        """Returns a drafted token ``[1]`` of a row, any one where none can be drawn, and its scores ``[1, V]``."""
+        """Return a draft token ``[1]`` of a row, any one if none can be drawn, and its scores ``[1, V]``."""
         scores = logits_1V.float()
         if self._of_drafts:
             scores = _processed(self._of_drafts, ids_1S, scores, [row])
@@ -103,24 +83,24 @@ class Sampler:
             noise_NV = torch.stack([noise_NV[row] for row in rows])
         shares_NV = scores_NV.softmax(-1) / noise_NV
         tokens_N = shares_NV.argmax(-1)
-        if not draft and shares_NV[:, 0].isnan().any():  # (the softmax of such scores is NaN everywhere)
+        if not draft and shares_NV[:, 0].isnan().any():  # a softmax with bad scores is NaN everywhere
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         return self._ranks.first(tokens_N)
 
     def forget(self, before: int) -> None:
-        """Drops the noise of steps that are over."""
+        """Drop the noise of earlier steps."""
         for step in [step for step in self._steps if step < before]:
             del self._steps[step]
 
     def close(self, steps: int) -> None:
-        """Leaves PyTorch's generator in the state after plain sampling of this many steps."""
+        """Leave PyTorch's generator in the state after plain sampling of this many steps."""
         if steps in self._steps and self._generator is None:
             state, noise = self._steps[steps]
             set_random_state(noise.device, state)
         self._steps.clear()
 
     def _noise(self, step: int, like_NV: Tensor) -> Tensor:
-        """Returns the noise ``[B, V]`` that plain sampling would draw in a step."""
+        """Return the noise ``[B, V]`` that plain sampling would draw in a step."""
         while self._drawn <= step:
             state = random_state(like_NV.device)
             noise = torch.empty(self._rows, like_NV.shape[-1], device=like_NV.device)
@@ -131,19 +111,19 @@ class Sampler:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Returns the state of PyTorch's generator of a device."""
+    """Return the state of PyTorch's generator of a device."""
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def set_random_state(device: torch.device, state: Tensor) -> None:
-    """Sets the state of PyTorch's generator of a device."""
+    """Set the state of PyTorch's generator of a device."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-# Processors that remember nothing from call to call: drafts, some of which are dropped again, may pass through them.
+# Processors without memory: drafts, some of which are rejected, may pass through them.
 STATELESS = (
     logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper,
@@ -168,17 +148,107 @@ STATELESS = (
 
 
 def _processed(processors: Sequence[LogitsProcessor], ids_NS: Tensor, scores_NV: Tensor, rows: Sequence[int]) -> Tensor:
-    """Returns the scores of these rows of the batch as processors, which take rows of one length, leave them."""
+    """Return the scores after processors, which take rows of one length."""
     if not processors:
         return scores_NV
     return LogitsProcessorList(_for_rows(p, rows) for p in processors)(ids_NS, scores_NV)
 
 
 def _for_rows(processor: LogitsProcessor, rows: Sequence[int]) -> LogitsProcessor:
-    """Returns a processor that holds a number for each row with those of some rows."""
+    """Return the processor, restricted to these rows if it holds a number for each row."""
     ignored = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(ignored, Tensor) or list(rows) == list(range(len(ignored))):
         return processor
     chosen = copy.copy(processor)
     chosen.prompt_ignore_length = ignored[list(rows)]
     return chosen
+
+
+SHORTEST = 2  # tokens that must repeat
+_LIMIT = 1 << 16  # tokens of a row that are indexed; about 40 MB
+_STEPS = 32  # links whose latest place is updated; endings further down are short and occur everywhere
+
+
+class SuffixAutomaton:
+    """Prompt lookup: finds the longest ending of a text that occurred before in it."""
+
+    # Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023) with a suffix automaton (Blumer et al., 1985; for drafts:
+    # "SAM Decoding", arXiv 2411.10666). A state stands for endings that occur at the same places; its link leads to
+    # the longest shorter ending that occurs at more places; a token adds at most two states.
+    def __init__(self, tokens: Sequence[int] = (), limit: int = _LIMIT) -> None:
+        self._limit = limit  # indexed tokens; at the limit, the older half is dropped
+        self._restart(tokens)
+
+    def _restart(self, tokens: Sequence[int]) -> None:
+        self._tokens: list[int] = []
+        self._next: list[dict[int, int]] = [{}]  # by state: the state after each token
+        self._link, self._length, self._latest = [-1], [0], [0]  # latest: the index after an ending's last place
+        self._last = 0  # the state of the whole text
+        self._found = (0, 0)  # place and length of the longest repeated ending
+        self.extend(tokens[-self._limit // 2 :] if len(tokens) > self._limit else tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens at the end of the text."""
+        for token in tokens:
+            if len(self._tokens) == self._limit:
+                self._restart(self._tokens[self._limit // 2 :])
+            self._add(token)
+
+    def continuation(self, count: int, ahead: Sequence[int] = ()) -> tuple[list[int], int]:
+        """Return up to `count` tokens that followed the longest repeated ending, and its length (0: none)."""
+        start, length = self._follow(ahead) if ahead else self._found
+        if length < SHORTEST:
+            return [], 0
+        # A repetition that reaches the end of the text continues in itself.
+        known = [*self._tokens[start : start + count], *ahead]
+        for i in range(max(count - len(known), 0)):
+            known.append(known[i])
+        return known[:count], length
+
+    def _follow(self, ahead: Sequence[int]) -> tuple[int, int]:
+        """Return the place and length of the longest ending of the text and `ahead` that is in the text."""
+        state, length = self._last, len(self._tokens)
+        for token in ahead:
+            while state and token not in self._next[state]:
+                state = self._link[state]
+                length = self._length[state]
+            if token in self._next[state]:
+                state, length = self._next[state][token], length + 1
+        return self._latest[state], length
+
+    def _add(self, token: int) -> None:
+        new = self._state(self._length[self._last] + 1, {}, 0, len(self._tokens) + 1)
+        state = self._last
+        while state >= 0 and token not in self._next[state]:
+            self._next[state][token] = new
+            state = self._link[state]
+        if state >= 0:
+            after = self._next[state][token]
+            if self._length[after] > self._length[state] + 1:
+                after = self._split(state, token, after)
+            self._link[new] = after
+        self._tokens.append(token)
+        self._last = new
+        link = self._link[new]
+        self._found = (self._latest[link], self._length[link])
+        for _ in range(_STEPS):
+            if link <= 0:
+                break
+            self._latest[link] = len(self._tokens)
+            link = self._link[link]
+
+    def _split(self, state: int, token: int, after: int) -> int:
+        """Move the endings of a state that also occur elsewhere to a state of their own."""
+        shorter = self._state(self._length[state] + 1, dict(self._next[after]), self._link[after], self._latest[after])
+        self._link[after] = shorter
+        while state >= 0 and self._next[state].get(token) == after:
+            self._next[state][token] = shorter
+            state = self._link[state]
+        return shorter
+
+    def _state(self, length: int, following: dict[int, int], link: int, latest: int) -> int:
+        self._next.append(following)
+        self._link.append(link)
+        self._length.append(length)
+        self._latest.append(latest)
+        return len(self._link) - 1

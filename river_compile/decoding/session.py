@@ -1,33 +1,24 @@
-"""One call of generate: a model, its KV cache, and the passes that run on them.
+"""One call of generate: a model, its KV cache and the passes that run on them.
 
-    session = Session(model, kwargs, KVCache.of(model, slots=512), depth=WHOLE)
-    logits = session.prefill(ids, config)             # through the model, and so through Dynamo and all its guards
-    logits = session.step(ids)                        # the last id
-    session.rewind(1)                                 # and its entries are gone
-    logits = session.step(ids, width=4)               # the last four at once
-
-The first pass of each width goes through the model. From then on its graph is known, and runs again with other ids,
-masks and positions (`runtime/state.py`, `inputs.py`). Inputs are prepared by transformers' own methods, so masks and
-positions are those of plain generation.
-
-The contract: within one call of generate nobody changes the model, its configuration, its hooks or its weights. A
-change takes effect with the next call.
-
-Not handled (refused with the reason, where drafts are asked for): models that keep more than keys and values, and those
-whose forward passes the river backend did not rewrite.
+Within a call the model, its configuration, hooks and weights must not change; a change takes effect with the next call.
+Not handled (an error says so if drafts are requested): models that keep more than keys and values, models that
+River did not compile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from river_compile.config import RiverConfig
 from river_compile.decoding.inputs import (
@@ -40,7 +31,6 @@ from river_compile.decoding.inputs import (
     with_all_logits,
     with_masks,
 )
-from river_compile.decoding.traced_calls import graph_calls, locate
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -48,80 +38,65 @@ from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.model_record import GraphRecord, record_of
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
-from river_compile.runtime.draft_vocab import DraftVocab
-from river_compile.runtime.executor import RiverExecutor, last_token_alone
+from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
 from river_compile.runtime.kv_cache import KVCache, slots_for
-from river_compile.runtime.state import StepState
-from river_compile.store.inputs import named
+from river_compile.runtime.state import DraftVocab, StepState
+from river_compile.store.codec import NotStorable
+from river_compile.store.inputs import located, named
 from river_compile.store.programs import Bindable
+from river_compile.upstream.dynamo import OwnCall, runs_one_graph
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 
-_WORTH_GRAPHS = 200  # tokens of one row
-_LONGEST = 15  # tokens of a draft, where the caller does not say
-LONGEST_OFFLOADED = 63  # where a pass waits for weights to come in, once for all of its tokens
+log = logging.getLogger("river_compile.decoding")
+# A graph that ran in this thread: its executor, its inputs and its outputs.
+GraphCall = tuple[RiverExecutor, Sequence[Any], tuple]
+_WORTH_GRAPHS = 200  # tokens of one row that pay for compiling its graphs, which takes as long as hundreds of passes
+_LONGEST = 15  # default length of drafts
+LONGEST_OFFLOADED = 63  # the same if a pass waits for offloaded weights, once for all of its tokens
 
 
 def verification_widths(max_draft: int) -> tuple[int, ...]:
-    """Returns the query lengths at which the backbone verifies: powers of two, the last one max_draft + 1."""
+    """Return the query lengths of verifying passes: powers of two, and max_draft + 1."""
     return (*(2**i for i in range(max_draft.bit_length())), max_draft + 1)
 
 
 class Session:
-    """The passes of one call of generate.
-
-    Args:
-        model: the model, compiled or not.
-        kwargs: what generate prepared for the forward passes.
-        kv: the cache that they use, perhaps with entries of the prompt's first tokens.
-        depth: blocks of the backbone that its decode steps execute, `WHOLE` for all; None leaves it to the exit policy.
-        state: of the model; None where that is not known.
-        keeps_text: whether the text stays in the cache for the next call.
-
-    Attributes:
-        widths: query lengths at which the backbone may verify drafts, ascending from 1.
-        record: of the model.
-        kv: as above.
-        stats, ranks: what counts the model's cycles, and the ranks that share it, from :meth:`prefill` on.
-    """
+    """The passes of one call of generate."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        kwargs: Mapping[str, Any],
-        kv: KVCache,
-        depth: int | None = None,
-        state: ModelState | None = None,
-        keeps_text: bool = False,
+        model: PreTrainedModel,  # compiled or not
+        kwargs: Mapping[str, Any],  # that generate prepared for the forward passes
+        kv: KVCache,  # may hold the prompt's first tokens
+        depth: int | None = None,  # backbone blocks of decode steps, `WHOLE` for all; None: by the exit policy
+        state: ModelState | None = None,  # None: not known
+        keeps_text: bool = False,  # whether the next call may reuse the text
     ) -> None:
         self.model, self.kv, self.depth = model, kv, depth
         self._kwargs = {**kwargs, cache_argument(model): kv.cache}
-        self._in_kwargs = 0  # tokens that masks and positions are of
+        self._kwargs_tokens = 0  # tokens of the masks and positions in them
         self.record = record_of(model.parameters())
         self._call = model if self.record.call is None else functools.partial(self.record.call, model)
         self._state, self._keeps_text = state, keeps_text
-        # (None: passes cannot be stored.)
-        self._programs = self.record.known_programs(model, state)
-        self.widths: tuple[int, ...] = (1,)
+        self._programs = self.record.known_programs(model, state)  # None: passes cannot be cached
+        self.widths: tuple[int, ...] = (1,)  # query lengths of verifying passes, ascending
         self._graph: GraphRecord | None = None
-        self._tokens: DraftVocab | None = None
+        self._vocab: DraftVocab | None = None
         self._strict = False
-        self._begun: set[RiverExecutor] = set()  # that have looked at the weights
-        self._use_rows()
+        self._begun: set[RiverExecutor] = set()  # that have checked the weights
+        self._reset_passes()
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
-        """Runs the prompt ``[B, S]`` and returns its logits: of the last position, or of all that the model gives.
-
-        Of a prompt that begins with what is in the cache only the rest runs.
-        """
+        """Run the prompt ``[B, S]``, without tokens that the cache holds; return the last or all logits."""
         model, record, kept = self.model, self.record, self.kv.filled
-        inputs = self._rest_of_prompt(ids_BS) if kept else self._prompt_inputs(ids_BS, config)
+        inputs = self._rest_inputs(ids_BS) if kept else self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
         with graph_calls() as calls:
             if inputs is not None:
                 logits = self._pass(inputs, ids_BS.shape[1] - kept, self.depth, last_token=not all_logits)
             else:
-                with forced_depth(self.depth):  # (a prompt of one token is a decode step)
-                    outputs = self._prompted(ids_BS, config)
+                with forced_depth(self.depth):  # a prompt of one token is a decode step
+                    outputs = self._run_any_prompt(ids_BS, config)
                 logits = outputs.logits
         ran = self._begun.union(executor for executor, *_ in calls)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
@@ -134,20 +109,16 @@ class Session:
                 self.kv.take_in()
             else:
                 self.kv = KVCache(cache)
-        self._use_rows()
-        self._in_kwargs = self.kv.filled + 1
+        self._reset_passes()
+        self._kwargs_tokens = self.kv.filled + 1
         return logits if all_logits else logits[:, -1:]
 
     def prefill_piece(self, ids_BS: Tensor, config: GenerationConfig, tokens: int) -> Tensor | None:
-        """Runs the next `tokens` of a prompt of one row, or all that are left if these are less than twice as many.
-
-        Returns:
-            The last logits ``[1, 1, V]``, None while there are more.
-        """
+        """Run the next `tokens` of a one-row prompt; return its last logits ``[1, 1, V]``, None before."""
         whole, filled = ids_BS.shape[1], self.kv.filled
-        # (The last piece is as wide as to run like a prompt, and not like a few decode steps.)
+        # The last piece has at least `tokens`, so that it runs like a prompt and not like a few decode steps.
         upto = whole if whole - filled < 2 * tokens else filled + tokens
-        if not self._in_kwargs:
+        if not self._kwargs_tokens:
             cut = {
                 name: self._kwargs[name][..., :upto] for name in BY_SLOT if isinstance(self._kwargs.get(name), Tensor)
             }
@@ -158,10 +129,10 @@ class Session:
         return logits if upto == whole else None
 
     def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
-        """Returns what the model is given for a prompt that is a pass like others; None for any other."""
+        """Return the inputs of a prompt that runs like any other pass; None for others."""
         if self.record.call is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(self._kwargs):
             return None
-        if not (self.kv.is_full and self.kv.memory_rows):  # (one that allocates the cache does more than its graph)
+        if not (self.kv.is_full and self.kv.memory_rows):  # allocating the cache is not in the graph
             return None
         return with_all_logits(with_masks(self.model, self._first_inputs(ids_BS, config)))
 
@@ -170,35 +141,24 @@ class Session:
         inputs: Inputs = self.model.prepare_inputs_for_generation(ids_BS, is_first_iteration=first, **self._kwargs)
         return inputs
 
-    def _prompted(self, ids_BS: Tensor, config: GenerationConfig) -> Any:
-        """Returns the model's outputs for any prompt."""
+    def _run_any_prompt(self, ids_BS: Tensor, config: GenerationConfig) -> Any:
+        """Return the model's outputs for any prompt."""
         if self.record.call is None or config.prefill_chunk_size is not None:
             return self.model._prefill(ids_BS, config, self._kwargs, not config.is_assistant)
-        return self._called(self._first_inputs(ids_BS, config))
+        return self._call_model(self._first_inputs(ids_BS, config))
 
-    def _rest_of_prompt(self, ids_BS: Tensor) -> Inputs:
-        """Returns what the model is given for the last tokens of a prompt, the others of which are in the cache."""
-        self._in_kwargs = ids_BS.shape[1]
-        return self._prepared(ids_BS, ids_BS.shape[1] - self.kv.filled)
+    def _rest_inputs(self, ids_BS: Tensor) -> Inputs:
+        """Return the inputs of a prompt's tokens that the cache lacks."""
+        self._kwargs_tokens = ids_BS.shape[1]
+        return self._prepare_inputs(ids_BS, ids_BS.shape[1] - self.kv.filled)
 
-    def _called(self, inputs: Inputs) -> Any:
-        """Returns the outputs of the model, through Dynamo if it is compiled."""
+    def _call_model(self, inputs: Inputs) -> Any:
+        """Call the model, through Dynamo if it is compiled."""
         mark_growing(inputs)
         return self._call(**inputs, return_dict=True)
 
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
-        """Makes drafts possible where one row runs, which the backbone verifies.
-
-        Args:
-            ids_BS: the prompt.
-            logits_B1V: of its last position.
-            max_draft: longest draft; None for 15, and 63 where blocks of the backbone are offloaded.
-            strict: whether every row must have the bits that it has without drafts.
-
-        Raises:
-            ExactModeError: the cache cannot be rewound, the river backend did not rewrite the model, or rows of a pass
-                of several tokens have other bits than alone.
-        """
+        """Let one row draft, or raise an ExactModeError with the reason why it cannot."""
         graph = self._graph
         if graph is None:
             raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
@@ -208,34 +168,30 @@ class Session:
         widths = verification_widths(max_draft)
         if strict:
             widths = self._strict_widths(graph, widths)
-        inputs = self._prepared(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
+        inputs = self._prepare_inputs(torch.cat([ids_BS, ids_BS.new_zeros(ids_BS.shape[0], 1)], dim=1), 1)
         given = inputs["input_ids"].shape[1]
-        if given != 1:  # (CPM-Ant, where every position attends to all others, those that follow too)
+        if given != 1:  # CPM-Ant, where every position attends to all others, later ones too
             raise ExactModeError(
-                "exact mode verifies several tokens in one pass over what is new, and "
+                "exact mode verifies several new tokens in one pass, and "
                 f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens in place of 1); leave "
                 "out custom_generate"
             )
         if not self.kv.is_full:
             kinds = {type(layer).__name__ for layer in self.kv.cache.layers}
             raise ExactModeError(
-                "exact mode rewinds the KV cache after every draft, and the layers of this one cannot give entries "
-                f"back ({', '.join(sorted(kinds))}); it works with attention layers"
+                "exact mode rewinds the KV cache after every draft, and layers of this one cannot be rewound "
+                f"({', '.join(sorted(kinds))}); it works with attention layers"
             )
         self.widths, self._strict = widths, strict
         self._vocabulary = logits_B1V.shape[-1]
 
     def begin_drafts(self, ids_1S: Tensor) -> None:
-        """Drafts go on with a text from here on."""
-        self._tokens = DraftVocab(self._vocabulary)
-        self._tokens.add(ids_1S)
+        """Set the text that drafts continue."""
+        self._vocab = DraftVocab(self._vocabulary)
+        self._vocab.add(ids_1S)
 
     def _strict_widths(self, graph: GraphRecord, widths: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the widths at which a row has the same bits as alone.
-
-        Raises:
-            ExactModeError: there is none.
-        """
+        """Return widths at which a row has the same bits as alone; raise an ExactModeError if none has."""
         program = graph.program
         assert program is not None, "the prompt ran in it"
         reason = program.width_matters
@@ -245,37 +201,35 @@ class Session:
         most = {width: few_rows(dtype, width) if program.native else MAX_EXACT_ROWS for width in widths}
         return tuple(width for width in widths if width <= most[width])
 
-    def _use_rows(self) -> None:
-        """Goes on with the rows of the cache that are in use."""
+    def _reset_passes(self) -> None:
+        """Drop the passes of the previous rows."""
         self._kwargs = {**self._kwargs, cache_argument(self.model): self.kv.cache}
         self._states: dict[int, StepState | None] = {}  # by width; None: such passes go through the model
         self._inputs: dict[int, MovedInputs] = {}
 
     @property
     def runs_late(self) -> bool:
-        """Whether calls on the model's device have run when they return."""
+        """Whether calls on the model's device return before they have run."""
         return self.model.device.type == "cuda"
 
     def should_shrink(self, tokens_left: int) -> bool:
-        """Whether a batch goes on with its last row alone, which then has so many tokens to generate at most.
-
-        Nothing but the cache and what `selected_inputs` knows may have a row for each. Graphs of one row are compiled
-        once, which may take as long as hundreds of passes. Strict text has the bits of a batch that stays.
-        """
+        """Whether to continue a batch with its last running row alone."""
+        # Only the cache and the inputs that `selected_inputs` knows may have rows. Strict text needs the bits of the
+        # batch.
         others = [n for n, value in self._kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
         known = 1 in self.record.batch_sizes or tokens_left >= _WORTH_GRAPHS
         return known and not (others or self._strict) and self.kv.is_full
 
     def select(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows of the batch alone, between two cycles: passes and cache become smaller."""
+        """Keep these rows of the batch, between two cycles; passes and cache become smaller."""
         self._kwargs = selected_inputs(self._kwargs, rows)
         self.kv.select(rows)
-        self._use_rows()
+        self._reset_passes()
 
     @classmethod
-    def of_rows(cls, prompt: Session, rows: int) -> Session:
-        """Returns a session without rows, up to `rows` of which may join; model and depth are those of one whose prompt
-        has run. Memory is allocated for all rows at once, and passes see the first of its rows: those in use."""
+    def empty_batch(cls, prompt: Session, rows: int) -> Session:
+        """Return a session without rows, for `rows` that join; model and depth as of `prompt`."""
+        # Memory is allocated for all rows; passes see the first ones, which are in use.
         kv = prompt.kv.like(prompt.kv.slots, rows)
         kv.select([])
         session = cls(prompt.model, {}, kv, prompt.depth, prompt._state)
@@ -284,62 +238,54 @@ class Session:
         return session
 
     def may_join(self, prompt: Session) -> bool:
-        """Whether the model is as it was when the passes became known; nobody changes it under rows."""
+        """Whether rows are in use, or the model is as it was when the batch began."""
         return bool(self.kv.rows) or (self._state is not None and self._state == prompt._state)
 
     def join(self, prompt: Session, ids_1S: Tensor) -> None:
-        """Takes in the row of a session whose prompt has run, between two cycles: it becomes the last one."""
+        """Add the row of a session whose prompt has run as the last one, between two cycles."""
         entries = prompt.kv.filled
-        kwargs = prompt._lengthened(entries + 1)
-        if kwargs.get("attention_mask") is None:  # (of a text without padding, which rows beside it will have)
+        kwargs = prompt._kwargs_for(entries + 1)
+        if kwargs.get("attention_mask") is None:  # a text without padding, next to padded rows
             kwargs["attention_mask"] = ids_1S.new_ones(1, entries + 1)
         if self.kv.rows:
-            kwargs = joined_inputs(self._lengthened(self.kv.filled + 1), kwargs)
+            kwargs = joined_inputs(self._kwargs_for(self.kv.filled + 1), kwargs)
             entries = max(entries, self.kv.filled)
-        self._fit(entries + self.widths[-1])
+        self._reserve_slots(entries + self.widths[-1])
         self.kv.join(prompt.kv)
-        self._kwargs, self._in_kwargs = kwargs, self.kv.filled + 1
-        self._use_rows()
+        self._kwargs, self._kwargs_tokens = kwargs, self.kv.filled + 1
+        self._reset_passes()
 
     def make_room(self, tokens: int) -> None:
-        """Moves to longer memory, between two cycles, where the next `tokens` do not fit; no cycle writes more than its
-        widest pass."""
-        self._fit(self.kv.filled + min(tokens, self.widths[-1]))
+        """Move to longer memory if the next tokens do not fit; a cycle writes its widest pass at most."""
+        self._reserve_slots(self.kv.filled + min(tokens, self.widths[-1]))
 
-    def _fit(self, needed: int) -> None:
-        """Moves to longer memory where there are fewer slots."""
+    def _reserve_slots(self, needed: int) -> None:
+        """Move to longer memory if there are fewer slots."""
         slots = slots_for(self.model, max(2 * self.kv.slots, needed)) if needed > self.kv.slots else 0
         if slots > self.kv.slots:
             self.kv.grow(slots)
-            self._use_rows()
+            self._reset_passes()
 
     def width_for(self, drafted: int) -> int:
-        """Returns the smallest verification width for a number of drafted tokens."""
+        """Return the smallest verification width for a number of drafted tokens."""
         return self.widths[bisect_right(self.widths, drafted)]
 
     @property
     def longest_draft(self) -> int:
-        """How many tokens can be drafted and verified in the slots that the cache has left."""
+        """How many tokens can be drafted and verified in the free slots."""
         return self.widths[max(bisect_right(self.widths, self.kv.free_slots), 1) - 1] - 1
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
-        """Runs the last id through the whole river, one slot further; returns the next token's logits ``[B, V]``.
-
-        Of a token that is rare and not in the text, they may be `MASKED_LOGIT`.
-        """
-        return self.step(ids_BS, 1, 0, self._tokens)[:, -1]
+        """Run the last id through all twins, one slot further; return the next token's logits ``[B, V]``."""
+        # Logits of tokens outside of the draft vocabulary are `MASKED_LOGIT`.
+        return self.step(ids_BS, 1, 0, self._vocab)[:, -1]
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
-        """Runs the last verified id and the `drafted` ids after it at the session's depth.
-
-        Returns:
-            The logits ``[B, drafted + 1, V]``. The pass is as wide as one of the fixed widths: copies of the last id
-            fill it up, whose logits are dropped and whose slots the next rewind frees.
-        """
-        if self._tokens is not None:
-            self._tokens.add(ids_BS[:, -1 - drafted :])
+        """Run the last verified id and the `drafted` ids after it; return logits ``[B, drafted + 1, V]``."""
+        if self._vocab is not None:
+            self._vocab.add(ids_BS[:, -1 - drafted :])
         width = self.width_for(drafted)
-        if width > drafted + 1:
+        if width > drafted + 1:  # padding: copies of the last id, whose slots the next rewind frees
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, width - drafted - 1)], dim=-1)
         return self.step(ids_BS, width)[:, : drafted + 1]
 
@@ -347,93 +293,82 @@ class Session:
         self,
         ids_BS: Tensor,
         width: int = 1,
-        depth: int | None = None,
-        tokens: DraftVocab | None = None,
-        last_token: bool = False,
+        depth: int | None = None,  # blocks to execute; None: the session's
+        vocab: DraftVocab | None = None,  # restricts the logits of the river's head
+        last_token: bool = False,  # whether only the last token's logits are read, and others may be missing
     ) -> Tensor:
-        """Runs the last `width` ids, the first of which has no entry yet, and returns their logits ``[B, width, V]``.
-
-        Args:
-            ids_BS: all ids so far.
-            width: how many of them run.
-            depth: blocks to execute; None for the session's.
-            tokens: those whose logits the river's head computes, None for all.
-            last_token: nobody reads other logits than the last token's, and there may be no others.
-
-        Raises:
-            CacheFullError: (a ``ValueError``) they do not fit into a static cache.
-        """
+        """Run the last `width` ids and return their logits ``[B, width, V]``. Raises a CacheFullError."""
         moved = self._inputs.get(width)
         if moved is None:
             state = self.kv.states.get((self.kv.rows, width))
             moved = self._inputs[width] = MovedInputs(self.model, width, {} if state is None else state.inputs)
-        inputs = moved.at(self.kv.filled, ids_BS, functools.partial(self._prepared, ids_BS, width))
+        inputs = moved.update(self.kv.filled, ids_BS, functools.partial(self._prepare_inputs, ids_BS, width))
         depth = self.depth if depth is None else depth
-        return self._pass(inputs, width, depth, tokens, last_token)[:, -width:]
+        return self._pass(inputs, width, depth, vocab, last_token)[:, -width:]
 
     def _pass(
         self,
         inputs: Inputs,
         width: int,
         depth: int | None,
-        tokens: DraftVocab | None = None,
+        vocab: DraftVocab | None = None,
         last_token: bool = False,
     ) -> Tensor:
-        """Runs a pass of some width: by its program where that is known, else through the model."""
-        if self.kv.slots - self.kv.filled < width:  # (the model's graph tells the user)
+        """Run a pass by its bound program if known, else through the model."""
+        if self.kv.slots - self.kv.filled < width:  # the model's graph raises the error
             state = None
-        elif last_token:  # (a pass that need not come again)
-            found = self._recalled(inputs)
+        elif last_token:  # a pass that may not come again
+            found = self._recall(inputs)
             state = None if found is None else found[0].bind(found[1], captured=False, last_token=True)
         else:
             state = self._states[width] if width in self._states else self._find_state(width, inputs)
         if state is None:
-            logits = self._through_model(width, inputs, depth, last_token)
+            logits = self._run_model(width, inputs, depth, last_token)
         else:
             if not last_token and not self._inputs[width].owns(inputs):
                 values = dict(named(inputs))
-                for name, held in state.inputs.items():
-                    held.copy_(values[name])
-            state.only_logits(None if tokens is None else tokens.blocks)
+                for name, tensor in state.inputs.items():
+                    tensor.copy_(values[name])
+            state.restrict_logits(None if vocab is None else vocab.blocks)
             state.step(depth)
             logits = state.logits
         self.kv.filled += width
         return logits
 
     def _find_state(self, width: int, inputs: Inputs) -> StepState | None:
-        """Looks for what is bound to the cache already, then for a program that was traced before."""
+        """Return a compatible state of the cache, or bind a program that was traced before."""
         state = self.kv.states.get((self.kv.rows, width))
-        if state is not None and _serves(state, inputs, self._inputs[width].owns(inputs)):
-            self._begin(state.executor, state.args)
+        if state is not None and _is_compatible(state, inputs, self._inputs[width].owns(inputs)):
+            self._check_weights(state.executor, state.args)
             if state.compiled is state.executor.compiled:
                 self._states[width] = state
                 return state
-        found = self._recalled(inputs)
+        found = self._recall(inputs)
         return None if found is None else self._bind(width, *found, inputs)
 
     def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> StepState:
-        """Binds a program to the cache; the state's inputs are those that are moved on in place, or copies."""
+        """Bind a program to the cache; the state reads the inputs that are updated in place, or copies."""
         if not self._inputs[width].owns(inputs):
             given = {id(value) for _, value in named(inputs)}
             args = [arg.clone() if id(arg) in given and isinstance(arg, Tensor) else arg for arg in args]
         state = self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
         return state
 
-    def _recalled(self, inputs: Inputs) -> Bindable | None:
-        """Returns a pass that was traced before, in this process or another one."""
+    def _recall(self, inputs: Inputs) -> Bindable | None:
+        """Return a program that was traced before, in this process or another one, and its inputs."""
         found = None if self._programs is None else self._programs.recall(self.model, inputs, self.kv.cache)
         if found is not None:
-            self._begin(*found)
+            self._check_weights(*found)
         return found
 
-    def _begin(self, executor: RiverExecutor, args: Sequence[Any]) -> None:
-        """Has an executor look at the model's weights, once in a session."""
+    def _check_weights(self, executor: RiverExecutor, args: Sequence[Any]) -> None:
+        """Have an executor check the model's weights, once in a session."""
         if executor not in self._begun:
             self._begun.add(executor)
             executor.begin(args, self._state)
 
-    def _through_model(self, width: int, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
-        """Runs a pass through the model; binds the first one of its kind."""
+    def _run_model(self, width: int, inputs: Inputs, depth: int | None, last_token: bool) -> Tensor:
+        """Run a pass through the model; bind the first one of its kind."""
         known = width in self._states
         with (
             graph_calls() as calls,
@@ -441,7 +376,7 @@ class Session:
             last_token_alone(last_token),
             contextlib.nullcontext() if known else stage_shown("tracing"),
         ):
-            logits: Tensor = self._called(inputs).logits
+            logits: Tensor = self._call_model(inputs).logits
         if known or not self.kv.is_full:
             return logits
         graph = locate(self.model, self.record.graphs, inputs, self.kv.cache, calls, logits, self.record.call)
@@ -457,37 +392,37 @@ class Session:
         return logits
 
     def release(self, text_BS: Tensor | None = None, prompt: int = 0) -> None:
-        """Leaves the cache to the next call, with the text whose entries are in it, `prompt` of them the prompt's."""
+        """Return the cache to the pool, with the text in it, `prompt` tokens of which are the prompt."""
         text_BS = text_BS if self._keeps_text else None
         state = None if self._state is None else self._state.of_entries
         self.record.prefixes.release(self.model, self.kv, text_BS, prompt, state)
 
     def rewind(self, tokens: int) -> None:
-        """Frees the last entries of the cache."""
+        """Free the last entries of the cache."""
         self.kv.rewind(tokens)
 
-    def _lengthened(self, tokens: int) -> dict:
-        """Returns a forward's arguments, as `generate` keeps them, for so many tokens."""
-        kwargs, more = dict(self._kwargs), tokens - self._in_kwargs
+    def _kwargs_for(self, tokens: int) -> dict:
+        """Return generate's model arguments for this many tokens."""
+        kwargs, more = dict(self._kwargs), tokens - self._kwargs_tokens
         return self.model._update_model_kwargs_for_generation({}, kwargs, num_new_tokens=more) if more else kwargs
 
-    def _prepared(self, ids_BS: Tensor, width: int) -> Inputs:
-        """Makes the model kwargs of a pass over the last `width` ids, by transformers' methods."""
-        kwargs = self._lengthened(self.kv.filled + width)
+    def _prepare_inputs(self, ids_BS: Tensor, width: int) -> Inputs:
+        """Return the inputs of a pass over the last `width` ids, by transformers' methods."""
+        kwargs = self._kwargs_for(self.kv.filled + width)
         return with_all_logits(self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs))
 
 
-def _serves(state: StepState, inputs: Inputs, owned: bool) -> bool:
-    """Whether a state may run with these inputs of another session: they are its own, or look as those do."""
+def _is_compatible(state: StepState, inputs: Inputs, owned: bool) -> bool:
+    """Whether a state may run with these inputs: they are its own, or look like them."""
     values = dict(named(inputs))
-    pairs = [(held, values.get(name)) for name, held in state.inputs.items()]
+    pairs = [(tensor, values.get(name)) for name, tensor in state.inputs.items()]
     if owned:
         return all(a is b for a, b in pairs)
     return all(isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
 
 
 def check_paths(config: RiverConfig) -> None:
-    """Raises an ExactModeError if a model was compiled without its whole river or its whole backbone."""
+    """Raise an ExactModeError if a model was compiled without all twins or the whole backbone."""
     if config.prefill != "backbone":
         raise ExactModeError(
             f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
@@ -503,3 +438,43 @@ def check_paths(config: RiverConfig) -> None:
             f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
             "verifies with the whole backbone: compile the model with offload_policy='fetch'"
         )
+
+
+@contextlib.contextmanager
+def graph_calls() -> Iterator[list[GraphCall]]:
+    """Collect the calls of compiled graphs that this thread makes inside."""
+    calls: list[GraphCall] = []
+    here = threading.get_ident()
+
+    def note(*call: Any) -> None:
+        if threading.get_ident() == here:
+            calls.append(call)
+
+    with on_call(note):
+        yield calls
+
+
+def locate(
+    model: PreTrainedModel,
+    graphs: Sequence[GraphRecord],
+    inputs: Mapping[str, Any],
+    cache: Cache,
+    calls: Sequence[GraphCall],
+    logits: Tensor,
+    own: OwnCall | None,
+) -> GraphRecord | None:
+    """Find the sources of a graph's inputs; return None if the call did more, or a source is unknown."""
+    if len(calls) != 1:
+        return None
+    executor, args, outputs = calls[0]
+    made = next((i for i, output in enumerate(outputs) if output is logits), None)
+    if made is None or not runs_one_graph(model, executor.code, own):
+        return None
+    graph = next(graph for graph in graphs if graph.executor() is executor)
+    assert graph.traced is not None, "Dynamo traced it in this process"
+    try:
+        executor.locate(located(executor.program, graph.traced, model, args, inputs, cache, made))
+    except NotStorable as why:
+        log.info("a pass goes through the model each time: %s", why)
+        return None
+    return graph

@@ -32,7 +32,7 @@ from river_compile.model_record import record_of
 from river_compile.reporting.trace import trace
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.stats import StepRecord
-from river_compile.twins.sampling import everything_counts
+from river_compile.twins.observe import full_attention_mask
 from river_compile.upstream.transformers import cache_argument
 
 Rule = tuple[Threshold, int]  # threshold, first exit
@@ -206,7 +206,11 @@ class TextDecoder:
         self.cache.reset()
         self._kv.take_in()
         self._memories.of(self.cache.layers[0].keys).entropy = None  # a prompt of one token would read it
-        kwargs = {cache_argument(self._model): self.cache, "use_cache": True, **everything_counts(self._model, ids_1S)}
+        kwargs = {
+            cache_argument(self._model): self.cache,
+            "use_cache": True,
+            **full_attention_mask(self._model, ids_1S),
+        }
         self._session = Session(self._model, kwargs, self._kv)
         logits = self._session.prefill(ids_1S, GenerationConfig(), all_logits=True)[0]
         self._kv = self._session.kv

@@ -120,7 +120,7 @@ def report(model: nn.Module, estimate_loss: bool = False) -> Report:
     """
     record = find_record(model) or ModelRecord()
     if estimate_loss and not record.ranks.several:
-        record.twins.judge(record.packed, record.statistics)
+        record.twins.estimate_loss(record.packed, record.statistics)
     depths = record.exit_stats
     return Report(
         type(unwrap(model)).__name__,

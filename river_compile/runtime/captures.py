@@ -1,8 +1,4 @@
-"""Captures units as graphs that one call replays: CUDA graphs on a GPU, tapes of C++ calls on a CPU.
-
-What a tape saves is everything between two kernels: Python, torch's dispatch, and waking the threads, which meet at
-barriers instead. Each :class:`StepState` has a device object of its own. The graphs of one share a memory pool: no
-value stays in it between two replays, since units exchange values through buffers outside.
+"""Capture units as graphs that one call replays: CUDA graphs on a GPU, tapes of C++ calls on a CPU.
 
 Not handled: several GPUs in one step; work that the caller starts on other streams during a step.
 """
@@ -30,78 +26,64 @@ from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Program, Refusal
 from river_compile.runtime.units import SCORE, Step, Unit
 
-_LOGGED = 512  # captures whose records a log keeps
+_LOGGED = 512  # capture records that a log keeps
 
 
 class CaptureFailed(RuntimeError):
-    """A unit cannot be captured; the message has the device's."""
+    """A unit cannot be captured; the message is the device's."""
 
 
 class CaptureDevice(ABC):
-    """Captures the units of one state and replays them, in order. All calls of one step come from one thread."""
+    """Captures and replays the units of one state, in order. Each step stays in one thread."""
 
     name: str
     runs_late = True  # whether a launch returns before it has run
-    needs_a_run = True  # before a unit is captured: what it returns, and whatever it sets up, is known afterwards
+    needs_a_run = True  # whether a unit must run before its capture: then its outputs are known and libraries set up
 
     @staticmethod
     def obstacle(step: Step) -> Refusal | None:
-        """Returns why the device cannot capture a step of a capturable graph, None if it can."""
+        """Return why the device cannot capture a capturable segment's step; None if it can."""
         return None
 
     @staticmethod
     def takes(dtype: torch.dtype, sequences: int, positions: int) -> bool:
-        """Whether a pass of several positions of each sequence is captured.
-
-        Verifications are as narrow, and come again; the length of a prompt that is wider may not.
-        """
+        """Whether to capture a pass of `positions` tokens of each of `sequences` rows."""
+        # Verifying passes are as narrow and repeat; the length of a wider prompt may not.
         return sequences * positions <= MAX_EXACT_ROWS
 
     @abstractmethod
     def flags(self, count: int) -> Tensor:
-        """Returns ``[count]`` float32 values in host memory that units may write to."""
+        """Return ``[count]`` float32 values in host memory that units may write to."""
 
     @abstractmethod
     def begin(self, buffers: Iterable[Tensor]) -> None:
-        """Starts a step: the flags and `buffers` of an earlier one mean nothing any more."""
+        """Start a step: the flags and `buffers` of an earlier one are free for reuse."""
 
     def run(self, work: Callable[[], object]) -> None:
-        """Runs uncaptured work, in order with the replays."""
+        """Run uncaptured work, in order with the replays."""
         work()
 
     @abstractmethod
     def capture(
         self, unit: Unit, slots: list[Any], flags: Tensor, buffer: Callable[[int, Any], Any]
     ) -> tuple[Callable[[], object], int]:
-        """Captures a unit that reads `slots`, without running it.
-
-        Args:
-            unit, slots: the unit, and the slots that it reads. Where it had to run before, those that it writes hold
-                its buffers.
-            flags: where its score goes.
-            buffer: returns the buffer of a slot that the unit writes for a value like this one; of a number, itself.
-
-        Returns:
-            What replays it, and the bytes that the graph holds beyond the buffers.
-
-        Raises:
-            CaptureFailed: the unit does something that cannot be captured.
-        """
+        """Capture a unit without running it; return its replay and the graph's bytes beyond the buffers."""
+        # `slots` holds the values that the unit reads and, after a first run, its output buffers; `flags` receives its
+        # score; `buffer(slot, value)` returns the output buffer of a slot (a number: itself). Raises CaptureFailed.
 
     @abstractmethod
     def wait(self) -> None:
-        """Waits until everything launched so far has run."""
+        """Wait for everything launched so far."""
 
     @abstractmethod
     def end(self) -> None:
-        """Ends a step: work that the caller starts from here on runs after it."""
+        """End a step: work that the caller starts afterwards runs after it."""
 
 
+# A tape saves all the time between two kernels: Python, torch's dispatch and waking the threads, which meet at
+# barriers instead.
 class Tapes(CaptureDevice):
-    """Records calls of the C++ operators, which have run when a replay returns.
-
-    Units in which other code runs stay uncaptured.
-    """
+    """Records calls of the C++ operators; a replay returns after they have run."""
 
     name = "tapes of C++ calls"
     runs_late = needs_a_run = False
@@ -150,21 +132,23 @@ class Tapes(CaptureDevice):
 
 
 class CudaGraphs(CaptureDevice):
-    """Replays on the caller's current stream of a GPU (under ROCm HIP graphs, which torch reaches by these names)."""
+    """Replays on the caller's current CUDA stream; under ROCm, torch maps these calls to HIP graphs."""
 
     name = "CUDA graphs"
-    _last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None  # of the latest step: its stream and its end
+    _last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None  # stream and end of the latest step
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # A state's graphs share a pool: units exchange values through buffers outside of it, so nothing stays in it
+        # between two replays.
         self._pool = torch.cuda.graph_pool_handle()
-        # (torch's own, for captures without one, belongs to the device of the process's first capture.)
+        # torch's default capture stream belongs to the device of the process's first capture.
         self._capture_stream = torch.cuda.Stream(device)
 
     def __del__(self) -> None:
-        # The allocator of pinned memory does not know that replays write to the flags.
+        # The pinned-memory allocator does not know that replays write to the flags.
         if self._last is not None:
-            with contextlib.suppress(RuntimeError):  # (of a driver that is gone, or another process's)
+            with contextlib.suppress(RuntimeError):  # the driver is gone, or this is a forked process
                 self._last[1].synchronize()
 
     def flags(self, count: int) -> Tensor:
@@ -173,7 +157,7 @@ class CudaGraphs(CaptureDevice):
         return self._flags
 
     def begin(self, buffers: Iterable[Tensor]) -> None:
-        # (A caller may change streams between two steps: the buffers belong to the step before until it has run.)
+        # The caller may have changed streams since the last step, which uses the buffers until it has run.
         if self._last is not None and self._last[0] != self._stream():
             self._stream().wait_event(self._last[1])
 
@@ -184,11 +168,11 @@ class CudaGraphs(CaptureDevice):
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            # cuBLAS would keep a workspace for the capturing stream in the pool, and with that the pool itself.
+            # cuBLAS would keep a workspace for the capture stream in the pool, and so keep the pool alive.
             torch._C._cuda_clearCublasWorkspaces()
             free = torch.cuda.mem_get_info()[0]
             try:
-                # Another thread may allocate or copy meanwhile: only what this one does must be capturable.
+                # Other threads may allocate or copy meanwhile; only this thread's work must be capturable.
                 with torch.cuda.graph(graph, self._pool, self._capture_stream, capture_error_mode="thread_local"):
                     unit.run(own, flags)
                     copy_into((slots[index], own[index]) for index in unit.writes)
@@ -211,26 +195,21 @@ class CudaGraphs(CaptureDevice):
 
 
 def buffer_like(value: Tensor) -> Tensor:
-    """Returns an uninitialised tensor of the same shape, strides, dtype and device, which any mode may write to.
-
-    Compiled code relies on strides, those of expanded dimensions (0) too.
-    """
+    """Return an uninitialised tensor of this shape, strides, dtype and device, writable in any mode."""
+    # Compiled code relies on strides, also on those of expanded dimensions (0).
     with torch.inference_mode(False):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def copy_into(pairs: Iterable[tuple[Any, Any]]) -> None:
-    """Copies into the first tensor of each pair the second one, of the same shape; on a GPU those of one dtype by one
-    kernel. Pairs of numbers are passed over.
-
-    Of an expanded dimension, the one element that is there is copied. (A copy alone is a memcpy, which takes a captured
-    graph's node of its own; several kernels in a line start faster.)
-    """
+    """Copy the second tensor of each pair into the first; skip pairs of numbers."""
+    # One kernel for each dtype: a single copy would be a memcpy node of a captured graph, and kernels in a row start
+    # faster.
     alike: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for buffer, value in pairs:
         if not isinstance(value, Tensor):
             continue
-        if 0 in buffer.stride():
+        if 0 in buffer.stride():  # copy the one element of an expanded dimension
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
             buffer, value = buffer[once], value[once]
         targets, sources = alike.setdefault((value.dtype, value.device), ([], []))
@@ -242,41 +221,40 @@ def copy_into(pairs: Iterable[tuple[Any, Any]]) -> None:
 
 @dataclass(frozen=True)
 class CaptureRecord:
-    """One capture of the unit with that name, for so many rows."""
+    """One capture."""
 
-    unit: str
-    depth: int  # the exit depth: of a span the blocks executed at its end, of a tail those before it
-    batch: int
-    seconds: float  # time that capturing took
-    bytes: int  # device memory that the graph holds beyond the buffers
+    unit: str  # its name
+    depth: int  # as `Unit.depth`
+    batch: int  # rows
+    seconds: float  # time of the capture
+    bytes: int  # device memory of the graph beyond the buffers
 
 
 @dataclass
 class CaptureLog:
-    """The captures of one program, and the reasons for missing ones. Holds no tensor and no graph."""
+    """The captures of one program, and reasons for missing ones. Holds no tensor and no graph."""
 
-    device: str = ""  # the device's name, empty where nothing is captured
-    not_captured: str | None = None  # why nothing is captured, None where something may be
+    device: str = ""  # its name, empty if nothing is captured
+    not_captured: str | None = None  # why nothing is captured, None if something may be
     captures: deque[CaptureRecord] = field(default_factory=lambda: deque(maxlen=_LOGGED))  # the newest ones
-    made: int = 0  # made, seconds, bytes: number and sums of all captures
+    made: int = 0  # number of all captures; `seconds` and `bytes` are their sums
     seconds: float = 0.0
     bytes: int = 0
-    buffer_bytes: int = 0  # bytes of the buffers at the units' borders
+    buffer_bytes: int = 0  # of the buffers between units
     uncaptured_units: dict[str, str] = field(default_factory=dict)  # by name, why they run uncaptured
 
     def add(self, record: CaptureRecord) -> None:
-        """Writes down a capture."""
         self.captures.append(record)
         self.made += 1
         self.seconds += record.seconds
         self.bytes += record.bytes
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the log as values that ``json.dumps`` takes."""
+        """Return the log as values that ``json.dumps`` takes."""
         return vars(self) | {"captures": [vars(capture) for capture in self.captures]}
 
     def lines(self) -> list[str]:
-        """Returns the log for people."""
+        """Return the log as lines of the report."""
         if self.not_captured:
             return [f"    not captured {self.not_captured}"]
         if not self.device:
@@ -289,14 +267,14 @@ class CaptureLog:
 
 
 class _StandIn:
-    """The devices of a test, None if there are none."""
+    """The capture device of a test, None without one."""
 
     kind: type[CaptureDevice] | None = None
 
 
 @contextlib.contextmanager
 def captured_by(kind: type[CaptureDevice] | None) -> Iterator[None]:
-    """Inside, these devices capture for models on a CPU with ``cudagraphs=True``, in all threads: for tests."""
+    """Inside, `kind` captures for models on a CPU with ``cudagraphs=True``, in all threads: for tests."""
     before, _StandIn.kind = _StandIn.kind, kind
     try:
         yield
@@ -305,24 +283,20 @@ def captured_by(kind: type[CaptureDevice] | None) -> Iterator[None]:
 
 
 class Capturing(NamedTuple):
-    """What captures a program: a class of devices, and what makes one for each state."""
+    """A class of capture devices, and a function that makes one for a state."""
 
     kind: type[CaptureDevice]
     make: Callable[[], CaptureDevice]
 
 
 def _stand_in(asked: bool | None, device: torch.device) -> Capturing | None:
-    """Returns the devices of a test, if captures are asked for and there is one."""
+    """Return the test's devices, if captures are requested and a test set one."""
     kind = _StandIn.kind if asked is True and device.type == "cpu" else None
     return None if kind is None else Capturing(kind, kind)
 
 
 def check_captures(device: torch.device, config: RiverConfig, native: bool) -> None:
-    """Checks, before anything is rewritten, that what is asked for can be.
-
-    Raises:
-        OptionError: captures are asked for, and the model does not lie on a device that has them.
-    """
+    """Raise an OptionError if captures are requested on a device without them."""
     if config.cudagraphs is True and not native and device.type != "cuda" and _stand_in(True, device) is None:
         raise OptionError(
             f"cudagraphs=True needs a model on a GPU or lowering='native', and this one lies on {device}; move it "
@@ -331,7 +305,7 @@ def check_captures(device: torch.device, config: RiverConfig, native: bool) -> N
 
 
 def choose_captures(program: Program, config: RiverConfig, log: CaptureLog, ranks: Ranks) -> Capturing | None:
-    """Returns what captures a program's passes of a few tokens; None if nothing does, and the log says why."""
+    """Return the capture devices for a program's narrow passes; None, with the reason logged, if none."""
     device = program.device
     found = _stand_in(config.cudagraphs, device)
     if ranks.several:

@@ -1,9 +1,6 @@
-"""Runs a compiled program: bound to a KV cache for passes that come again, or once.
+"""Run a compiled program: bound to a KV cache by a session of generate, or called by Dynamo.
 
-:meth:`RiverExecutor.bind` makes a :class:`StepState`, which the sessions of generate run. Called as Dynamo calls it, an
-executor finds its state by the cache's first tensor of keys, copies inputs in and outputs out.
-
-Not handled: how units run (:mod:`river_compile.runtime.state`), and when a token leaves (:mod:`river_compile.exits`).
+Not handled: how units run (:mod:`river_compile.runtime.state`); when a token exits (:mod:`river_compile.exits`).
 """
 
 from __future__ import annotations
@@ -28,42 +25,36 @@ from river_compile.runtime.state import CompiledProgram, StepState
 from river_compile.runtime.stats import Observers
 from river_compile.upstream.tensors import version_of
 
-_CACHES = 4  # whose states are kept: those hold the cache, and nothing tells whether it will be used again
-_STATES = 8  # of one cache: sizes of inputs that are remembered
+_CACHES = 4  # caches with states: a state keeps its cache alive, and nothing shows that a cache is no longer used
+_STATES = 8  # sizes of inputs with a state, per cache
 
 _last_token: ContextVar[bool] = ContextVar("_last_token", default=False)
 _calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
 
 
 class RiverExecutor:
-    """Callable that stands in for a traced graph.
-
-    Args:
-        compiled: the program.
-        captures: what captures passes, None: nothing does; may be replaced between two steps.
-        code: of the function that Dynamo traced; None where a call of it may do more than to run the graph.
-        again: builds the program anew for inputs whose parameters have changed.
-    """
+    """The callable that replaces a traced graph."""
 
     def __init__(
         self,
         compiled: CompiledProgram,
-        captures: Capturing | None,
-        code: CodeType | None = None,
-        again: Callable[[Program, Sequence[Any]], tuple[CompiledProgram, Capturing | None]] | None = None,
+        captures: Capturing | None,  # None: nothing captures; may be replaced between two steps
+        code: CodeType | None = None,  # that Dynamo traced; None if a call may do more than to run the graph
+        # Rebuilds the program for inputs whose parameters have changed.
+        rebuild: Callable[[Program, Sequence[Any]], tuple[CompiledProgram, Capturing | None]] | None = None,
     ) -> None:
-        self.compiled, self.captures, self.code, self._again = compiled, captures, code, again
+        self.compiled, self.captures, self.code, self._rebuild = compiled, captures, code, rebuild
         self.decodes = compiled.program.is_decode
-        self.model_state: object | None = None  # that the latest look at the parameters found
-        self._looking = threading.Lock()
-        # By the cache's first tensor of keys: a state for each set of sizes that came twice, None where it came once.
+        self.model_state: object | None = None  # at the latest check of the parameters
+        self._checking = threading.Lock()
+        # By the cache's first keys, then the inputs' sizes: a state if the sizes were called twice, None if once.
         self._states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
         self._varying = [i for i, given in enumerate(compiled.program.inputs) if not given.is_fixed]
 
     @property
     def policy(self) -> ExitPolicy:
-        """When tokens leave; may be replaced between two steps."""
+        """When tokens exit; may be replaced between two steps."""
         return self.compiled.policy
 
     @policy.setter
@@ -72,50 +63,36 @@ class RiverExecutor:
 
     @property
     def program(self) -> Program:
-        """The program, its inputs in the order of the graph's."""
+        """The program, with inputs in the graph's order."""
         return self.compiled.program
 
     def locate(self, program: Program) -> None:
-        """Takes the same program with the sources of its inputs in the place of its own."""
+        """Replace the program by itself with the sources of its inputs."""
         self.compiled.program = program
 
     def begin(self, args: Sequence[Any], state: object | None = None) -> None:
-        """Looks at the parameters among a sequence's inputs; builds the program anew where they are not those it has.
-
-        States that were bound before have the old ones.
-
-        Args:
-            args: the inputs.
-            state: of the model; where it is the one of the latest look, nothing is looked at. None: it is not known.
-        """
-        with self._looking:
+        """Check the parameters before a sequence; rebuild the program if they changed."""
+        # state: of the model; equal to the latest check's, nothing is checked. None: not known. Bound states keep the
+        # old program.
+        with self._checking:
             if state is not None and state == self.model_state:
                 return
             weights, ranks = self.compiled.weights, self.compiled.ranks
-            if weights is not None and self._again is not None and not ranks.every(weights.stand_for(args)):
+            if weights is not None and self._rebuild is not None and not ranks.every(weights.matches(args)):
                 policy = self.policy
-                self.compiled, self.captures = self._again(self.program, args)
+                self.compiled, self.captures = self._rebuild(self.program, args)
                 self.policy = policy
                 self._states = WeakTensorKeyDictionary()
             self.model_state = state
 
     def bind(self, args: Sequence[Any], captured: bool = True, last_token: bool = False) -> StepState:
-        """Returns a state of the program on the cache among its inputs.
-
-        Args:
-            args: the inputs, which the state reads in place: whoever binds writes the next pass's there.
-            captured: whether units may be captured, where what captures takes passes of this size.
-            last_token: nobody reads other logits than the last token's, and there may be no others.
-        """
+        """Return a state of the program on the cache among its inputs, which it reads in place."""
+        # captured: whether to capture a pass of this size. last_token: as StepState has it.
         captures = self.captures if captured and not last_token and self._may_capture(args) else None
         return StepState(self.compiled, args, None if captures is None else captures.make(), last_token, self)
 
     def __call__(self, *args: Any) -> tuple:
-        """Runs a pass for inputs of Dynamo's; the outputs are the caller's.
-
-        Raises:
-            CacheFullError: (a ``ValueError``) the tokens do not fit into a static cache.
-        """
+        """Run a pass for Dynamo; the outputs are the caller's. Raises a CacheFullError."""
         last_token, compiled = _last_token.get(), self.compiled
         if compiled.checks_ranks:
             ids = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point() and arg.dim() == 2]
@@ -135,7 +112,7 @@ class RiverExecutor:
         return outputs
 
     def _goes_on(self, args: Sequence[Any]) -> bool:
-        """Whether a step's cache is as the latest step left it: it is of the same sequence."""
+        """Whether the latest step left this cache: the sequence continues."""
         before, _ = self.program.keys
         if before is None or not self.decodes:
             return False
@@ -149,7 +126,7 @@ class RiverExecutor:
         return rows is not None and tokens is not None and self.captures.kind.takes(program.dtype, rows, tokens)
 
     def _state_of(self, args: Sequence[Any]) -> StepState | None:
-        """Returns the state of a cache for inputs of these sizes, from the second time on that they come."""
+        """Return a cache's state for inputs of these sizes, from their second call on."""
         before, _ = self.program.keys
         if self.captures is None or before is None:
             return None
@@ -171,7 +148,7 @@ class RiverExecutor:
         return states[sizes]
 
     def _forget(self, states: dict[tuple, StepState | None], sizes: tuple) -> None:
-        """Forgets the sizes of a cache's inputs that came first; if they came once, the log says which changed."""
+        """Drop the oldest sizes; if they were called once, log the inputs that vary."""
         oldest = next(iter(states))
         if states.pop(oldest) is None:
             changed = [i for i, *pair in zip(self._varying, oldest, sizes, strict=True) if pair[0] != pair[1]]
@@ -179,16 +156,14 @@ class RiverExecutor:
             self.compiled.log.uncaptured_units["pass"] = f"its inputs have had other sizes each time so far: {names}"
 
     def states(self) -> list[StepState]:
-        """Returns the states of caches that are alive, which calls of Dynamo's run, in the order of their making."""
+        """Return the states of live caches that Dynamo's calls use, in the order of their making."""
         return [state for states in self._states.values() for state in states.values() if state is not None]
 
     def _check_room(self, args: Sequence[Any], memory: Memory) -> int | None:
-        """Returns how many tokens will be in a static cache after a pass; None where no limit applies.
-
-        The filled length lies on the device. To read it is to wait for everything launched so far, so on a GPU it is
-        counted here, for as long as PyTorch counts no other change of it: replays are the ones that it does not count.
-        (It counts none of what was made under ``torch.inference_mode()``.)
-        """
+        """Return the tokens in a static cache after a pass; None without a limit."""
+        # The filled length lies on the device, and reading it waits for all launched work. So on a GPU it is counted
+        # here while PyTorch counts no other change of it: replays are the changes that PyTorch does not count, nor
+        # does it count those of tensors made under `torch.inference_mode()`.
         program, inputs = self.program, len(args)
         capacity = program.capacity
         if capacity is None:
@@ -199,10 +174,10 @@ class RiverExecutor:
             size = args[capacity.keys].shape[capacity.dim]
         if new is None or size is None:
             return None
-        filled = 0  # (where the pass makes the cache)
+        filled = 0  # if the pass makes the cache
         if capacity.length < inputs:
             length = args[capacity.length]
-            known, memory.filled = memory.filled, None  # (a step that fails leaves nothing known)
+            known, memory.filled = memory.filled, None  # a step that fails leaves nothing known
             counted = known is not None and not (length.is_cpu or length.is_inference())
             if known is not None and counted and memory.version == version_of(length) and known + new <= size:
                 filled = known
@@ -216,7 +191,7 @@ class RiverExecutor:
         return filled + new
 
     def _note(self, state: StepState, filled: int | None) -> None:
-        """Notes how a pass left the cache."""
+        """Record the cache's version and length after a pass."""
         (_, after), capacity, memory = self.program.keys, self.program.capacity, state.memory
         if filled is not None and capacity is not None and capacity.length < len(state.args):
             memory.filled, memory.version = filled, version_of(state.slots[capacity.length])
@@ -227,7 +202,7 @@ class RiverExecutor:
 
 @contextlib.contextmanager
 def last_token_alone(alone: bool = True) -> Iterator[None]:
-    """Inside, passes that this thread runs through a model may leave out the logits of all tokens but the last."""
+    """Inside, this thread's passes through a model may omit all logits but the last token's."""
     before = _last_token.set(alone)
     try:
         yield
@@ -236,7 +211,7 @@ def last_token_alone(alone: bool = True) -> Iterator[None]:
 
 
 def on_call(observer: Callable[[RiverExecutor, Sequence[Any], tuple], object]) -> AbstractContextManager[None]:
-    """Inside, calls `observer(executor, args, outputs)` after every call that Dynamo makes: its graph's."""
+    """Inside, call `observer(executor, args, outputs)` after every call of a graph by Dynamo."""
     return _calls.added(observer)
 
 

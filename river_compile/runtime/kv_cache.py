@@ -1,15 +1,7 @@
-"""KV caches of generate: static ones with a full layer for every layer of a model, and what outlasts a call.
+"""Static KV caches with a full layer for every layer of a model, and the prefix cache of a model's calls.
 
-A full layer holds an entry for every token. A sliding window is a mask over it (transformers makes the mask of each
-kind of attention by the sizes that layers state), so every cache can free its last entries, hold several rows that end
-at one slot, and begin with the first entries of another text, whatever the model's windows.
-
-Captures belong to the memory of one cache, so a model keeps that of its latest call, and the text in it. Passes of few
-positions sum attention in another order than a prompt (``kFewPositions`` of `kernels/native/sources/tensors.h`), so
-what is left of a prompt is always so wide that it runs as a whole prompt does.
-
-Not handled: models that keep more than keys and values (recurrent states, convolutions, indexers), which generate in
-the cache that transformers makes; entries that a text shares with another one, which are saved with each.
+Not handled: models that keep more than keys and values (recurrent states, convolutions, indexers), which use
+transformers' cache; sharing entries between saved texts.
 """
 
 from __future__ import annotations
@@ -29,42 +21,37 @@ from transformers.cache_utils import Cache, StaticLayer
 from river_compile.kernels.native.load import any_rows
 from river_compile.upstream.transformers import allocate, full_static_cache
 
-LEAST_PREFIX = 17  # positions that run as those of a longer prompt do; fewer entries are not worth keeping
-_AHEAD = 512  # new tokens that a cache has slots for at first
-_STEP = 256  # slots are a multiple of this, so that prompts of similar lengths find room in the same cache
-# Bytes of all saved prefixes: some twenty conversations of 1,000 tokens of a small model (SmolLM2: 23 kB a token), four
-# of one of 8B parameters (131 kB), and less than a tenth of the memory of a machine that runs it.
+# Passes of few positions sum attention in another order than a prompt (`kFewPositions` of
+# kernels/native/sources/tensors.h), so at least this much of a prompt runs. Fewer entries are not worth keeping.
+LEAST_PREFIX = 17
+_AHEAD = 512  # new tokens that a new cache has slots for
+_STEP = 256  # slots are a multiple of this, so that prompts of similar lengths fit into the same cache
+# Bytes of all saved texts: about twenty conversations of 1,000 tokens with SmolLM2 (23 kB a token), four with a model
+# of 8B parameters (131 kB), and less than a tenth of the memory of a machine that runs it.
 _SAVED = 512 * 2**20
 
 
 class KVCache:
-    """A KV cache, of which the first rows are in use.
+    """A KV cache whose first rows are in use."""
 
-    Args:
-        cache: transformers' object. Where a layer is no full static one, its tokens are counted and nothing else.
-
-    Attributes:
-        cache: the same, or a view of its rows that are in use.
-        slots, filled: tokens that it can hold, and that it holds.
-        rows: in use; 0 before it has memory.
-        states: the programs that are bound to its memory (`StepState`), by rows and width of a pass.
-    """
-
+    # A full layer has an entry for every token, and a sliding window is a mask over it. So any cache can free its last
+    # entries, hold rows that end at one slot, and begin with entries of another text.
     def __init__(self, cache: Cache) -> None:
-        self.whole = self.cache = cache
+        self.whole = self.cache = cache  # `cache` is a view of the rows in use
+        # Of other caches only the tokens are counted.
         self.is_full = all(type(layer) is StaticLayer for layer in cache.layers)
         self.slots = cache.layers[0].max_cache_len if self.is_full else sys.maxsize
-        self.states: dict[tuple[int, int], Any] = {}
+        self.states: dict[tuple[int, int], Any] = {}  # bound `StepState`s by rows and width of a pass
         self.take_in()
 
     def take_in(self) -> None:
-        """Looks at what transformers has done with the cache; its tokens are counted from here on."""
-        self.filled = int(self.cache.get_seq_length())  # (which waits for the device)
-        self.rows = self.memory_rows
+        """Read the length and rows from transformers' cache; waits for the device."""
+        self.filled = int(self.cache.get_seq_length())  # tokens; counted from here on
+        self.rows = self.memory_rows  # in use; 0 before allocation
 
     @classmethod
     def of(cls, model: PreTrainedModel, slots: int, rows: int = 1) -> KVCache:
-        """Returns a new cache for a model, with its memory where the shapes of its heads are certain."""
+        """Return a new cache for a model, allocated if the shapes of its heads are certain."""
         made = cls(full_static_cache(model, slots))
         if made.is_full:
             allocate(made.whole, model, rows)
@@ -72,7 +59,7 @@ class KVCache:
         return made
 
     def like(self, slots: int, rows: int) -> KVCache:
-        """Returns an empty cache of the same heads."""
+        """Return an empty cache of the same heads."""
         whole = copy.copy(self.whole)
         whole.layers = [StaticLayer(max_cache_len=slots) for _ in whole.layers]
         for layer, known in zip(whole.layers, self.whole.layers, strict=True):
@@ -93,13 +80,13 @@ class KVCache:
         return 0 if keys is None else len(keys)
 
     def rewind(self, tokens: int) -> None:
-        """Frees the last entries."""
+        """Free the last entries."""
         if tokens:
             torch._foreach_sub_([layer.cumulative_length for layer in self.whole.layers], tokens)
             self.filled -= tokens
 
     def grow(self, slots: int) -> None:
-        """Moves to memory of so many slots."""
+        """Move to memory with this many slots."""
         before, self.whole = self.whole, self.like(slots, self.memory_rows).whole
         self.states, self.slots = {}, slots
         for old, new in zip(before.layers, self.whole.layers, strict=True):
@@ -109,9 +96,9 @@ class KVCache:
         self._show(self.rows)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Goes on with some of the rows: each stays, or comes from behind these to the place of one that leaves."""
+        """Keep these rows: each stays, or moves from behind them to the place of one that is dropped."""
         moves = [(place, row) for place, row in enumerate(rows) if row != place]
-        assert all(row >= len(rows) for _, row in moves), "no row is written over"
+        assert all(row >= len(rows) for _, row in moves), "no row is overwritten"
         for layer in self.whole.layers if moves else ():
             for tensor in _tensors(layer):
                 for place, row in moves:
@@ -119,10 +106,8 @@ class KVCache:
         self._show(len(rows))
 
     def join(self, other: KVCache) -> None:
-        """Takes the row of another cache in as the last one; all rows end at the slot of the one with more tokens.
-
-        Positions are in the entries, not in the slots, so entries may move; what stands before them is to be masked.
-        """
+        """Add another cache's row as the last one; all rows end at the slot of the longer one."""
+        # Positions are in the entries, not in the slots, so entries may move; the mask hides the slots before them.
         end = max(self.filled, other.filled) if self.rows else other.filled
         more = end - self.filled if self.rows else 0
         for here, there in zip(self.whole.layers, other.whole.layers, strict=True):
@@ -134,14 +119,12 @@ class KVCache:
         self._show(self.rows + 1)
 
     def prefix(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Returns the first entries of the first row in each layer ``[H, tokens, D]``, as views."""
+        """Return views of the first row's first entries by layer: keys and values ``[H, tokens, D]``."""
         return [(layer.keys[0, :, :tokens], layer.values[0, :, :tokens]) for layer in self.whole.layers]
 
     def begin_with(self, tokens: int, prefix: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:
-        """Empties the cache but for the first entries: its own, or those of a prefix of one row.
-
-        (Slots are zeroed: what a mask hides may be multiplied by 0 all the same.)
-        """
+        """Keep only the first entries: the cache's own, or those of a one-row prefix."""
+        # Slots are zeroed, since attention may multiply hidden ones by 0.
         for number, layer in enumerate(self.whole.layers):
             for place, entries in enumerate(_tensors(layer)):
                 entries[:, :, tokens:].zero_()
@@ -151,7 +134,7 @@ class KVCache:
         self._show(self.memory_rows)
 
     def copy_to(self, cache: Cache) -> None:
-        """Puts all entries of the rows in use into an empty cache of any kind."""
+        """Copy the entries of the rows in use into an empty cache of any kind."""
         for number, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[:, :, : self.filled].clone(), layer.values[:, :, : self.filled].clone(), number)
 
@@ -178,13 +161,13 @@ def _front(layer: Any, rows: int) -> Any:
 
 
 class _Text(NamedTuple):
-    """Tokens on the host, and their entries in each layer, which may be views of a cache."""
+    """Token ids on the host, and their entries by layer, which may be views of a cache."""
 
     ids: Tensor
     entries: Sequence[tuple[Tensor, Tensor]]
 
     def copied(self) -> _Text:
-        """Returns a copy in the host's memory, the device's being the model's."""
+        """Return a copy in host memory; the device's is the model's."""
         return _Text(self.ids, [(_on_host(keys), _on_host(values)) for keys, values in self.entries])
 
     @property
@@ -196,22 +179,16 @@ class _Text(NamedTuple):
 
 
 class KeptTexts(NamedTuple):
-    """The texts of a pool.
+    """Totals of a prefix cache."""
 
-    Attributes:
-        texts, tokens: how many there are, the one in the cache among them, and how many tokens they have.
-        saved_bytes: of those beside the cache.
-        reused: tokens of prompts that were in a text, and did not run again, so far.
-    """
-
-    texts: int = 0
-    tokens: int = 0
-    saved_bytes: int = 0
-    reused: int = 0
+    texts: int = 0  # saved ones and the one in the cache
+    tokens: int = 0  # of these texts
+    saved_bytes: int = 0  # outside of the cache
+    reused: int = 0  # prompt tokens that did not run again, so far
 
 
 class _Pooled(NamedTuple):
-    """A cache between two calls: its kind, and the tokens of the text in it."""
+    """The cache between two calls, its key, and the ids of its text."""
 
     key: tuple[Hashable, ...]
     cache: KVCache
@@ -219,29 +196,25 @@ class _Pooled(NamedTuple):
 
 
 class PrefixPool:
-    """What a model keeps between calls: at most one cache with the text in it, and saved texts up to some bytes.
+    """A model's prefix cache: the KV cache of the latest call, and saved texts. Thread-safe."""
 
-    A prompt that begins with a text has its entries already. One that gives way to another is saved beside the cache,
-    and copied back in where a prompt begins with more of it than of the one in place. All are texts of one state of the
-    model; a call that finds another state forgets them. Of calls at the same time one gets the cache.
-    """
-
+    # At most one KV cache stays, since captures belong to its memory. Another prompt's text is saved on the host and
+    # copied back if a prompt shares more with it than with the text in the cache. All texts belong to one state of
+    # the model.
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._pooled: _Pooled | None = None
-        self._saved: list[_Text] = []  # in the order of their last use
-        self._state: object | None = None  # of the model, which all texts are of
+        self._saved: list[_Text] = []  # least recently used first
+        self._state: object | None = None  # of the model, for all texts
         self._reused = 0
 
     def acquire(
         self, model: PreTrainedModel, rows: int, tokens: int, ids: Tensor | None = None, state: object | None = None
     ) -> tuple[KVCache, int]:
-        """Returns a cache for a call, and how many tokens of its prompt have entries in it; nothing else is in it.
-
-        `ids` are those of a prompt that may begin with a text that this `state` of the model made; None where not.
-        Where the state is not known, or another one, nothing stays bound to the cache.
-        """
+        """Return a cache for a call, and the number of its prompt's tokens that have entries in it."""
+        # ids: of a prompt that may reuse texts of this `state` of the model; None: no reuse. If the state is None or
+        # new, no program stays bound to the cache.
         key = _key(model, rows)
         with self._lock:
             changed = state is None or state != self._state
@@ -258,17 +231,17 @@ class PrefixPool:
                 shared, source = here, text
             if len(text.ids) - (shared if source is text else 0) >= LEAST_PREFIX:
                 self._save(text)
-        slots, fits = slots_for(model, tokens + _AHEAD), False
+        slots, is_reusable = slots_for(model, tokens + _AHEAD), False
         if pooled is None or pooled.key[1:] != key[1:]:
             cache = KVCache.of(model, slots, rows)
         else:
-            fits = pooled.key == key and pooled.cache.slots >= min(tokens + _AHEAD // 2, slots)
-            cache = pooled.cache if fits else pooled.cache.like(slots, rows)
+            is_reusable = pooled.key == key and pooled.cache.slots >= min(tokens + _AHEAD // 2, slots)
+            cache = pooled.cache if is_reusable else pooled.cache.like(slots, rows)
         if not cache.memory_rows:
             shared, source = 0, None
         if source is not None:
-            cache.begin_with(shared, None if source is text and fits else source.entries)
-        elif fits:
+            cache.begin_with(shared, None if source is text and is_reusable else source.entries)
+        elif is_reusable:
             cache.begin_with(0)
         with self._lock:
             self._reused += shared
@@ -277,16 +250,14 @@ class PrefixPool:
     def release(
         self, model: PreTrainedModel, cache: KVCache, ids_BS: Tensor | None, prompt: int, state: object | None
     ) -> None:
-        """Keeps a cache in the place of the one before, with the text that a state of the model made in it.
-
-        Where a row of a pass has the same bits whatever their number, only the prompt's entries stay: a later prompt
-        that has the new tokens too makes other ones of them. `ids_BS` have entries; None keeps no text.
-        """
+        """Return a cache to the pool, with the text whose entries are in it (``ids_BS``, None: none)."""
         if not (cache.is_full and cache.memory_rows):
             return
-        if state is None:  # (nothing tells whether a later call finds the same)
+        if state is None:  # a later call cannot tell whether the model is the same
             cache.states.clear()
         ids = None if ids_BS is None else ids_BS[0]
+        # If a row has the same bits at any number of rows, a later prompt that contains the new tokens would compute
+        # other entries for them than decoding did: keep only the prompt's.
         if ids is not None and model.device.type == "cpu" and any_rows(model.dtype):
             ids = ids[:prompt]
         keeps = ids is not None and len(ids) >= LEAST_PREFIX
@@ -294,16 +265,16 @@ class PrefixPool:
             self._model = self._model or self._freed_with(model)
             text = ids.cpu() if ids is not None and keeps and state is not None and state == self._state else None
             others, self._pooled = self._pooled, _Pooled(_key(model, cache.memory_rows), cache, text)
-        if others is not None and others.ids is not None:  # (of a call at the same time)
+        if others is not None and others.ids is not None:  # from a concurrent call
             self._save(_text_in(others))
 
     def forget_texts(self) -> None:
-        """Has the next call take a fresh prompt."""
+        """Drop all texts."""
         with self._lock:
             self._forget(None)
 
     def free(self) -> int:
-        """Lets go of the cache and all texts; returns how many bytes that frees."""
+        """Drop the cache and all texts; return the bytes that this frees."""
         held = self.bytes + self.texts.saved_bytes
         with self._lock:
             self._pooled = None
@@ -311,7 +282,7 @@ class PrefixPool:
         return held
 
     def _freed_with(self, model: PreTrainedModel) -> weakref.ref[PreTrainedModel]:
-        """Returns a reference that empties the pool as the model goes, whose weights the cache's states hold."""
+        """Return a reference that empties the pool with the model, whose weights the states hold."""
         mine = weakref.ref(self)
 
         def free(_: object) -> None:
@@ -323,13 +294,13 @@ class PrefixPool:
 
     @property
     def bytes(self) -> int:
-        """The bytes of the cache, 0 where a call has it."""
+        """Bytes of the cache, 0 while a call has it."""
         pooled = self._pooled
         return 0 if pooled is None else pooled.cache.bytes
 
     @property
     def texts(self) -> KeptTexts:
-        """What is kept of them now."""
+        """The totals now."""
         with self._lock:
             lengths = [len(text.ids) for text in self._saved]
             if self._pooled is not None and self._pooled.ids is not None:
@@ -346,7 +317,7 @@ class PrefixPool:
             self._pooled = self._pooled._replace(ids=None)
 
     def _save(self, text: _Text) -> None:
-        """Saves a copy of a text, made in the state of the model that the latest call found, unless another has it."""
+        """Save a copy of a text in the current model state, unless a saved text begins with it."""
         with self._lock:
             state, covered = self._state, any(saved.begins_with(text.ids) for saved in self._saved)
         if covered or text.bytes > _SAVED:
@@ -360,10 +331,7 @@ class PrefixPool:
                 self._saved.pop(0)
 
     def _longest(self, ids: Tensor) -> tuple[int, _Text | None]:
-        """Returns how many saved entries a prompt can begin with at most, and the text that has them.
-
-        The text is the one that was used last from now on; one that the prompt has as a whole goes.
-        """
+        """Return the longest usable prefix and its saved text, which becomes the latest used."""
         shared, best = max(((_shared(ids, text.ids), i) for i, text in enumerate(self._saved)), default=(0, 0))
         if not shared:
             return 0, None
@@ -383,7 +351,7 @@ def _text_in(pooled: _Pooled) -> _Text:
 
 
 def _shared(ids: Tensor, text: Tensor) -> int:
-    """Returns how many of a text's entries a prompt can begin with, 0 where that is not worth it."""
+    """Return how many of a text's entries a prompt can reuse, 0 if too few."""
     usable = min(len(text), len(ids) - LEAST_PREFIX)
     if usable < LEAST_PREFIX:
         return 0
@@ -393,12 +361,12 @@ def _shared(ids: Tensor, text: Tensor) -> int:
 
 
 def slots_for(model: PreTrainedModel, tokens: int) -> int:
-    """Returns a number of slots that many texts have in common; no more than a model has positions (MPT's bias)."""
+    """Return the slots for some tokens, rounded up; at most the model's positions (MPT's bias)."""
     return min(-(-tokens // _STEP) * _STEP, getattr(model.config, "max_seq_len", None) or sys.maxsize)
 
 
 def _key(model: PreTrainedModel, rows: int) -> tuple[Hashable, ...]:
-    """Returns what a cache's tensors depend on beside its length."""
+    """Return the properties that a cache's tensors depend on besides its length."""
     device = model.device
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return rows, model.dtype, device, autocast, torch.is_inference_mode_enabled()

@@ -1,7 +1,4 @@
-"""Everything of one program that is bound to one KV cache: input buffers, values between units, and their captures.
-
-A state lives as long as its cache. Its inputs are its own buffers, which whoever made it writes in place; its outputs
-are buffers that hold until the next run.
+"""One program bound to one KV cache: its input buffers, the values between units, and their captures.
 
 Not handled: two steps at a time on one state; inputs of other sizes than those it was made with.
 """
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.exits import ExitPolicy, Memories, Memory, bars_of
+from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import (
     CaptureDevice,
@@ -31,93 +29,62 @@ from river_compile.runtime.captures import (
     copy_into,
 )
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
-from river_compile.runtime.units import SCORE, WANTED, Unit, Units
+from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
 log = logging.getLogger("river_compile.runtime.captures")
 _steps: Observers[[StepState, StepRecord]] = Observers()
 
 
-class Taken(NamedTuple):
-    """The way that a step took: blocks executed, scores that were read after blocks, and the entropy that decided."""
+class StepPath(NamedTuple):
+    """The exit depth of a step (blocks executed), and the scores that decided it."""
 
     depth: int
-    scores: tuple[float, ...] = ()
-    entropy: float | None = None
+    scores: tuple[float, ...] = ()  # that were read after blocks
+    entropy: float | None = None  # of the previous logits, if it decided
 
 
 class Weights(Protocol):
     """Packed weights of a program."""
 
-    def stand_for(self, inputs: Sequence[Any]) -> bool:
+    def matches(self, inputs: Sequence[Any]) -> bool:
         """Whether they are made from the parameters among a program's inputs."""
         ...
 
 
 @dataclass(eq=False)
 class CompiledProgram:
-    """What all states of one program share. `policy` may be replaced between two steps.
-
-    Attributes:
-        plain: units that run as plain calls.
-        units: cut for what captures them, None where nothing does.
-        policy: when tokens leave.
-        stats: counts the model's steps.
-        memories: what is known of KV caches, shared by the model's programs.
-        remembers: whether exits read the entropy of the previous logits.
-        all_logits: the list of all blocks of the vocabulary, as `wanted` of `river::linear` has it; None where the
-            river's head takes none.
-        log: of captures.
-        weights: its packed ones; None where it has none.
-        on_close: called after each step; None: nothing is.
-        ranks: that share the model; of each score the first one's counts.
-        checks_ranks: whether they compare what they are given and what they compute.
-    """
+    """Data shared by all states of one program. `policy` may be replaced between two steps."""
 
     program: Program
-    plain: Units
-    units: Units | None
-    policy: ExitPolicy
-    stats: ExitStats
-    memories: Memories
-    remembers: bool
-    all_logits: Tensor | None
-    log: CaptureLog
-    weights: Weights | None
-    on_close: Callable[[], None] | None
-    ranks: Ranks = ALONE
-    checks_ranks: bool = False
+    plain: Units  # for passes without captures
+    units: Units | None  # cut for the capture device, None without one
+    policy: ExitPolicy  # when tokens exit
+    stats: ExitStats  # of the model
+    memories: Memories  # per KV cache, shared by the model's programs
+    remembers: bool  # whether exits read the entropy of the previous logits
+    all_logits: Tensor | None  # see `all_logits` below
+    log: CaptureLog  # of captures
+    weights: Weights | None  # the packed ones, None without any
+    on_close: Callable[[], None] | None  # called after each step
+    ranks: Ranks = ALONE  # that share the model; the first one's scores count
+    checks_ranks: bool = False  # whether they compare their inputs and scores
 
     def agreed(self, score: Tensor) -> Tensor:
-        """Returns the first rank's score."""
+        """Return the first rank's score."""
         if self.checks_ranks:
             self.ranks.check_alike("a score", str(score.item()))
         return self.ranks.first(score)
 
 
 class StepState:
-    """One program on one KV cache.
-
-    Args:
-        compiled: the program.
-        args: the program's inputs. Tensors among them are read in place.
-        device: captures units; None: they run as plain calls.
-        last_token: nobody reads other logits than the last token's, and there may be no others. For plain calls.
-        executor: that bound it.
-
-    Attributes:
-        slots: the inputs, what units exchange, the list of wanted logits and the latest score.
-        buffers: of the values that units exchange, by slot.
-        cache: the tensor of keys that the KV cache is known by; None where the pass makes the cache.
-        memory: what is known of the cache.
-        flags: ``[L + 1]`` float32 values in host memory, where the scores of checks and of the head (at L) arrive.
-    """
+    """One program on one KV cache. Inputs are written in place; a run overwrites the last outputs."""
 
     def __init__(
         self,
         compiled: CompiledProgram,
         args: Sequence[Any],
-        device: CaptureDevice | None,
-        last_token: bool = False,
+        device: CaptureDevice | None,  # None: units run uncaptured
+        last_token: bool = False,  # the only one whose logits are read; requires device=None
         executor: Any = None,
     ) -> None:
         program = compiled.program
@@ -125,16 +92,19 @@ class StepState:
         self._units = compiled.plain if device is None or compiled.units is None else compiled.units
         self._late = device is not None and device.runs_late
         self._narrowed = program.last_token if last_token else None
+        # By slot: the inputs, values between units, the vocabulary blocks and the latest score.
         self.slots: list[Any] = [*args, *[None] * (len(program.examples) - len(args) + 2)]
-        self.slots[WANTED] = compiled.all_logits
-        self._wanted: Tensor | None = None
-        self.buffers: dict[int, Tensor] = {}
+        self.slots[VOCAB_BLOCKS] = compiled.all_logits
+        self._blocks: Tensor | None = None
+        self.buffers: dict[int, Tensor] = {}  # of the values between units, by slot
         self._replays: dict[Unit, Callable[[], object]] = {}
         self._warm: set[Unit] = set()
-        self._ways: dict[int, tuple[Unit, ...]] = {}
+        self._units_by_depth: dict[int, tuple[Unit, ...]] = {}
         before, _ = program.keys
+        # The keys that identify the KV cache; None if the pass makes the cache.
         self.cache: Tensor | None = None if before is None else self.slots[before]
         self.memory = Memory() if self.cache is None else compiled.memories.of(self.cache)
+        # Host float32 [L + 1]: the scores of exit checks, by depth, and of the head (at L).
         self.flags = torch.empty(0) if device is None else device.flags(program.num_blocks + 1)
 
     @property
@@ -144,24 +114,24 @@ class StepState:
 
     @property
     def inputs(self) -> dict[Any, Tensor]:
-        """The inputs that are arguments of the model's forward, by their names, which whoever bound them may write."""
+        """The inputs that are arguments of the model's forward, by name; writable."""
         given = enumerate(self.compiled.program.inputs)
         return {known.source.name: self.slots[i] for i, known in given if known.source and known.source.kind == "call"}
 
     @property
     def logits(self) -> Tensor:
-        """The logits of the latest run, which the next one overwrites."""
+        """The latest run's logits, which the next run overwrites."""
         program = self.compiled.program
-        assert program.logits is not None, "whoever asks has located them"
+        assert program.logits is not None, "the session located them"
         logits: Tensor = self.slots[program.returned[program.logits]]
         return logits
 
     def outputs(self) -> tuple[Any, ...]:
-        """Returns what the graph returns, which the next run overwrites."""
+        """Return the graph's outputs, which the next run overwrites."""
         return tuple(self.slots[slot] for slot in self.compiled.program.returned)
 
     def copied_outputs(self) -> tuple[Any, ...]:
-        """Returns what the graph returns, which nobody overwrites."""
+        """Return the graph's outputs, which later runs leave alone."""
         outputs = self.outputs()
         if self.device is None:
             return outputs
@@ -170,65 +140,59 @@ class StepState:
         return fresh
 
     def load(self, args: Sequence[Any], numbers: Sequence[int]) -> None:
-        """Copies inputs of these numbers into the state's."""
+        """Copy the inputs with these numbers into the state's buffers."""
         if self._late and self.device is not None:
             self.device.begin(())
         copy_into((self.slots[i], args[i]) for i in numbers)
 
-    def only_logits(self, blocks: Tensor | None) -> None:
-        """Has the river's head compute the logits of these blocks of the vocabulary alone, of all for None.
-
-        The others are `river_compile.kernels.ops.MASKED_LOGIT`. Heads without a list compute all.
-        """
+    def restrict_logits(self, blocks: Tensor | None) -> None:
+        """Restrict the river's head to the logits of these vocabulary blocks; None: all."""
+        # The other logits are `river_compile.kernels.ops.MASKED_LOGIT`. A head without a list computes all.
         everything = self.compiled.all_logits
-        if everything is None or blocks is self._wanted:
+        if everything is None or blocks is self._blocks:
             return
-        if self.slots[WANTED] is everything:
-            self.slots[WANTED] = buffer_like(everything)
-        wanted, self._wanted = self.slots[WANTED], blocks
+        if self.slots[VOCAB_BLOCKS] is everything:
+            self.slots[VOCAB_BLOCKS] = buffer_like(everything)
+        slot, self._blocks = self.slots[VOCAB_BLOCKS], blocks
         if blocks is None:
-            wanted.copy_(everything)
+            slot.copy_(everything)
         else:
-            wanted[0] = len(blocks)
-            wanted[1 : 1 + len(blocks)] = blocks
+            slot[0] = len(blocks)
+            slot[1 : 1 + len(blocks)] = blocks
 
     def step(self, depth: int | None = None) -> None:
-        """Runs a pass and counts it.
-
-        Args:
-            depth: blocks that a decode step executes, `WHOLE` for all; None leaves it to the thread and the policy.
-
-        Raises:
-            ValueError: the program lacks the segments for that depth.
-        """
+        """Run a pass and count it. Raises a ValueError if the program lacks segments for the depth."""
+        # depth: blocks that a decode step executes, `WHOLE` for all; None: by the thread's context and the policy.
         compiled, started = self.compiled, time.perf_counter()
         decodes, policy = compiled.program.is_decode, compiled.policy
         if decodes:
             policy = policy.in_this_thread() if depth is None else policy.at(depth)
         try:
-            taken = self.run(policy)
+            path = self.run(policy)
         except BaseException as error:
             compiled.ranks.explain(error)
             raise
-        compiled.stats.count(taken.depth, decodes)
+        compiled.stats.count(path.depth, decodes)
         if _steps:
             seconds, thread, model = time.perf_counter() - started, threading.get_ident(), compiled.stats.model_id
-            _steps(self, StepRecord(taken.depth, taken.scores, decodes, thread, model, taken.entropy, seconds))
+            _steps(self, StepRecord(path.depth, path.scores, decodes, thread, model, path.entropy, seconds))
         if compiled.on_close is not None:
             compiled.on_close()
 
-    def run(self, policy: ExitPolicy) -> Taken:
-        """Runs a pass, whose token leaves as the policy says."""
+    def run(self, policy: ExitPolicy) -> StepPath:
+        """Run a pass; the policy decides the exit."""
         program, memory = self.compiled.program, self.memory if self.compiled.remembers else None
         bars = bars_of(policy, program.candidates, program.num_blocks)
         if not bars.stops and memory is None:
-            way = self._ways.get(bars.last) or self._ways.setdefault(bars.last, self._units.way(bars.last))
+            units = self._units_by_depth.get(bars.last)
+            if units is None:
+                units = self._units_by_depth[bars.last] = self._units.units_for(bars.last)
             if self._late:
                 self._begin()
-            self._launch(way)
+            self._launch(units)
             if self._late:
                 self._end()
-            return Taken(bars.last)
+            return StepPath(bars.last)
         last, done, entropy = bars.last, 0, None
         scores: list[float] = []
         if memory is not None and bars.early is not None:
@@ -252,7 +216,7 @@ class StepState:
         if memory is not None:
             memory.entropy = self._kept_score()
         self._end()
-        return Taken(last, tuple(scores), entropy)
+        return StepPath(last, tuple(scores), entropy)
 
     def _begin(self) -> None:
         if self.device is not None:
@@ -263,16 +227,16 @@ class StepState:
             self.device.end()
 
     def _launch(self, units: Sequence[Unit]) -> None:
-        """Replays units, captures those first that have no capture and may have one, and runs the others."""
+        """Replay units; capture those that can be captured now, and run the rest."""
         for unit in units:
             replay = self._replays.get(unit) or self._captured_or_run(unit)
             if replay is not None:
                 replay()
 
     def _captured_or_run(self, unit: Unit) -> Callable[[], object] | None:
-        """Returns what replays a unit; None where it cannot be captured now, and has run."""
+        """Return a unit's replay; None if the unit ran uncaptured."""
         device = self.device
-        with torch._C._DisableAutocast():  # (compiled code has its casts)
+        with torch._C._DisableAutocast():  # compiled code contains its casts
             if device is None:
                 self._run_plainly(unit)
                 return None
@@ -315,7 +279,7 @@ class StepState:
             step(self.slots)
 
     def _narrow(self) -> None:
-        """Makes the last hidden state that of the last token, and the number of tokens one."""
+        """Narrow the last hidden state to the last token, and the token count to one."""
         last = self._narrowed
         assert last is not None
         hidden = self.slots[last.hidden]
@@ -323,7 +287,7 @@ class StepState:
         self.slots[last.size] = 1
 
     def _run_into_buffers(self, unit: Unit, device: CaptureDevice) -> None:
-        """Runs a unit as plain code and leaves what others read in its buffers."""
+        """Run a unit uncaptured and copy its outputs into their buffers."""
         own = list(self.slots)
         device.wait()
         unit.run(own, self.flags)
@@ -332,7 +296,7 @@ class StepState:
         self._warm.add(unit)
 
     def _buffer(self, index: int, value: Any) -> Any:
-        """Returns the buffer of a slot, made for a value like this one; of a number, itself."""
+        """Return a slot's buffer, made for a value like this one; for a number, itself."""
         if isinstance(value, Tensor) and index not in self.buffers:
             self.buffers[index] = buffer_like(value)
             self.compiled.log.buffer_bytes += self.buffers[index].nbytes
@@ -340,14 +304,14 @@ class StepState:
         return self.slots[index]
 
     def _score(self, depth: int) -> float:
-        """Waits for the score after a block that ran last."""
+        """Wait for and return the score after the last block that ran."""
         if self.device is None:
             return float(self.compiled.agreed(self.slots[SCORE]).item())
         self.device.wait()
         return float(self.flags[depth].item())
 
     def _kept_score(self) -> Tensor | None:
-        """Returns the head's score, which no later run overwrites; None where it has none."""
+        """Return a copy of the head's score; None without one."""
         score = self.slots[SCORE]
         if score is None or self.device is None:
             return None if score is None else self.compiled.agreed(score)
@@ -357,5 +321,57 @@ class StepState:
 
 
 def on_step(observer: Callable[[StepState, StepRecord], object]) -> AbstractContextManager[None]:
-    """Inside, calls `observer(state, record)` after every step in the process."""
+    """Inside, call `observer(state, record)` after every step in the process."""
     return _steps.added(observer)
+
+
+# A draft may use the first quarter of the vocabulary, at most 32,768 tokens: tokenizers number tokens roughly by
+# frequency. A missing token only ends the accepted draft there, and the head is a fifth of a draft step's reads in a
+# small model, more than half with a large vocabulary. FR-Spec (Zhao et al. 2025, arXiv 2502.14856) uses a corpus's
+# most frequent tokens.
+_FIRST = 4
+_AT_MOST = 32_768
+_WHOLE = 8_192  # a smaller vocabulary is not restricted
+
+
+class DraftVocab:
+    """The vocabulary blocks that a draft may use: the first ones, and those of tokens that occurred."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self._chosen = torch.zeros(blocks_of(vocabulary), dtype=torch.bool)
+        first = vocabulary if vocabulary <= _WHOLE else min(vocabulary // _FIRST, _AT_MOST)
+        self._chosen[: blocks_of(first)] = True
+        self._list: Tensor | None = None
+
+    def add(self, ids: Tensor) -> None:
+        """Add tokens of the text, integers of any shape; ids outside the vocabulary (images) are clamped."""
+        if not ids.is_cpu:  # heads on other devices compute all logits, and reading ids would wait
+            return
+        blocks = (ids.flatten() // VOCAB_BLOCK).clamp(0, len(self._chosen) - 1)
+        if not self._chosen[blocks].all():
+            self._chosen[blocks] = True
+            self._list = None
+
+    @property
+    def blocks(self) -> Tensor:
+        """The blocks, ascending, int32; the same object until one is added."""
+        if self._list is None:
+            self._list = self._chosen.nonzero().flatten().int()
+        return self._list
+
+
+def all_logits(program: Program) -> Tensor | None:
+    """Return the list of all vocabulary blocks, int32 ``[1 + blocks]``; None if the head takes no list."""
+    # As `wanted` of `river::linear` has it. Only 4-bit heads of the C++ kernels take a list.
+    head = program.river_head
+    if head is None or not head.chooses_logits:
+        return None
+    count = blocks_of(sum(head.packed[0].out_features))
+    with torch.inference_mode(False):  # the model may be compiled in that mode and generate without it
+        return torch.tensor([count, *range(count)], dtype=torch.int32)
+
+
+def blocks_of(vocabulary: int) -> int:
+    """Return the number of vocabulary blocks."""
+    return -(-vocabulary // VOCAB_BLOCK)

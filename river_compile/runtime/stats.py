@@ -1,7 +1,4 @@
-"""Counters and records of a model's steps and of exact mode's cycles, and their observers.
-
-Not handled: what to do with it; :mod:`river_compile.reporting.trace` keeps it, the report shows the sums.
-"""
+"""Counters and records of a model's steps and speculation steps, and their observers."""
 
 from __future__ import annotations
 
@@ -19,24 +16,22 @@ _model_ids = itertools.count(1)
 
 
 class Observers(Generic[P]):
-    """Functions that are called, wherever in the process something happens."""
+    """Callbacks for an event anywhere in the process. Thread-safe."""
 
     def __init__(self) -> None:
         self._functions: tuple[Callable[P, object], ...] = ()
         self._lock = threading.Lock()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Calls them all."""
         for function in self._functions:
             function(*args, **kwargs)
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
         return bool(self._functions)
 
     @contextlib.contextmanager
     def added(self, function: Callable[P, object]) -> Iterator[None]:
-        """Inside, a function is one of them."""
+        """Register a function inside the context."""
         with self._lock:
             self._functions = (*self._functions, function)
         try:
@@ -47,78 +42,53 @@ class Observers(Generic[P]):
 
 
 class StepRecord(NamedTuple):
-    """One forward pass.
+    """One forward pass."""
 
-    Attributes:
-        depth: backbone blocks executed before the rows left.
-        similarities: the exit score after each candidate block that ran.
-        decode: False for a prompt.
-        thread: identifier of the thread it ran in.
-        model: which model ran, an identifier unique in the process.
-        entropy: of the previous step's logits, in nats, where that decided ("confidence").
-        seconds: wall time of the step on the host, without Dynamo's guards.
-    """
-
-    depth: int
-    similarities: tuple[float, ...]
-    decode: bool
-    thread: int
-    model: int
-    entropy: float | None = None
-    seconds: float = 0.0
+    depth: int  # backbone blocks executed before the exit
+    similarities: tuple[float, ...]  # exit score after each candidate block that ran
+    decode: bool  # False for a prompt
+    thread: int  # identifier of its thread
+    model: int  # `ExitStats.model_id`
+    entropy: float | None = None  # of the previous step's logits, in nats, if it decided ("confidence")
+    seconds: float = 0.0  # wall time on the host, without Dynamo's guards
 
 
 class CycleRecord(NamedTuple):
-    """One cycle of exact mode, of one row: drafts, the pass that verified them, and the kept tokens.
+    """One speculation step: the drafts, the verifying pass and the emitted tokens."""
 
-    Attributes:
-        drafted: where each drafted token came from: "river" or "lookup" (copied from the context).
-        kept: where each kept token came from: as above, or "backbone" for its own token after the agreeing drafts.
-        width: query length of the verifying pass; what the draft left of it was filler.
-        seconds: wall time of drafting, of verifying, and of choosing and keeping tokens.
-        thread: identifier of the thread it ran in.
-        model: which model ran, an identifier unique in the process.
-    """
-
-    drafted: tuple[str, ...]
+    drafted: tuple[str, ...]  # source of each drafted token: "river", or "lookup" (copied from the context)
+    # source of each emitted token: as above, or "backbone" for the token after the accepted drafts
     kept: tuple[str, ...]
-    width: int
-    seconds: tuple[float, float, float]
-    thread: int
-    model: int
+    width: int  # query length of the verifying pass, padding included
+    seconds: tuple[float, float, float]  # wall time of drafting, verifying and accepting
+    thread: int  # identifier of its thread
+    model: int  # `ExitStats.model_id`
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that were kept."""
+        """Drafted tokens that were accepted."""
         return sum(source != "backbone" for source in self.kept)
 
 
 class ExactStats(NamedTuple):
-    """Exact mode's totals of one model: sums over its cycles.
+    """Totals of exact mode for one model."""
 
-    Attributes:
-        cycles: verifying passes.
-        drafted, accepted: tokens.
-        kept: tokens, the backbone's own included.
-        by_source: of the drafted tokens of each source, how many there were and how many were kept.
-    """
-
-    cycles: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    kept: int = 0
-    by_source: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    cycles: int = 0  # verifying passes
+    drafted: int = 0  # tokens
+    accepted: int = 0  # drafted tokens
+    kept: int = 0  # emitted tokens, the backbone's own included
+    by_source: Mapping[str, tuple[int, int]] = MappingProxyType({})  # (drafted, accepted) tokens by source
 
     def plus(self, cycle: CycleRecord) -> ExactStats:
-        """Returns the sums with one more cycle."""
+        """Return the totals with one more cycle."""
         by_source = dict(self.by_source)
         for source in cycle.drafted:
-            there, held = by_source.get(source, (0, 0))
-            by_source[source] = (there + 1, held)
+            drafted, accepted = by_source.get(source, (0, 0))
+            by_source[source] = (drafted + 1, accepted)
         for source in cycle.kept:
             if source != "backbone":
-                there, held = by_source[source]
-                by_source[source] = (there, held + 1)
+                drafted, accepted = by_source[source]
+                by_source[source] = (drafted, accepted + 1)
         return ExactStats(
             self.cycles + 1,
             self.drafted + len(cycle.drafted),
@@ -129,33 +99,26 @@ class ExactStats(NamedTuple):
 
 
 class ExitStats:
-    """Steps per exit depth (backbone blocks executed) of one model, and the cycles of exact mode.
-
-    Attributes:
-        model_id: identifies the model in traces, unique in the process.
-        decode, prefill: decode steps and prompts by depth.
-    """
+    """Steps by exit depth (backbone blocks executed) and exact mode's totals, of one model."""
 
     def __init__(self) -> None:
-        self.model_id = next(_model_ids)
+        self.model_id = next(_model_ids)  # unique in the process
         self.num_blocks = 0
         self.exact = ExactStats()
-        self.decode: Counter[int] = Counter()
+        self.decode: Counter[int] = Counter()  # steps by depth; `prefill`: prompts
         self.prefill: Counter[int] = Counter()
         self._lock = threading.Lock()
 
     @property
     def steps(self) -> int:
-        """Forward passes."""
         return self.decode.total() + self.prefill.total()
 
     def count(self, depth: int, decode: bool) -> None:
-        """Counts a pass."""
         with self._lock:
             (self.decode if decode else self.prefill)[depth] += 1
 
     def count_cycle(self, cycle: CycleRecord) -> None:
-        """Counts a cycle of exact mode and shows it to those who observe cycles."""
+        """Count a cycle and notify the observers of `cycles`."""
         with self._lock:
             self.exact = self.exact.plus(cycle)
         cycles(cycle)

@@ -1,11 +1,6 @@
-"""Cuts a program into units: spans of blocks between exit checks, and one tail for each exit depth.
+"""Cut a program into units, each captured as one graph. A unit reads and writes slots.
 
-    span a-b   [prologue,] blocks a+1..b, whose last check has a score
-    last a-L   [prologue,] blocks a+1..L and the head
-    tail d     [prologue,] twins d+1..L and the river's head
-
-A unit is captured as one graph. Where some of its segments cannot be captured, they and the others are units of their
-own (named "prologue", "span", "twins d" or "head" by what is in them). A unit reads and writes slots.
+Not handled: when units run and are captured (`state.py`).
 """
 
 from __future__ import annotations
@@ -21,45 +16,43 @@ from torch import Tensor
 from river_compile.lowering.native import Callee
 from river_compile.passes.program import Program, Refusal, SegmentSpec
 
-SCORE, WANTED = -1, -2  # slots of no value of the graph: the latest score, and the list of logits that a head computes
+# Slots beside the graph's values: the latest score, and the vocabulary blocks whose logits the head computes.
+SCORE, VOCAB_BLOCKS = -1, -2
 
 
 def gather(indices: Sequence[int]) -> Callable[[Sequence], Sequence]:
-    """Returns a function that picks these slots."""
+    """Return a function that picks these slots."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)
     return lambda slots: [slots[i] for i in indices]
 
 
 class Step:
-    """A segment with its callee and the tensors of its packed matmuls.
-
-    Attributes:
-        moves: whether it may compute with weights at another address in every run.
-    """
+    """A segment, its callee and the tensors of its packed matmuls."""
 
     __slots__ = ("_outputs", "_take", "callee", "moves", "packed", "segment")
 
     def __init__(self, segment: SegmentSpec, callee: Callee, packed: Sequence[Tensor], moves: bool = False) -> None:
-        self.segment, self.callee, self.packed, self.moves = segment, callee, tuple(packed), moves
+        self.segment, self.callee, self.packed = segment, callee, tuple(packed)
+        self.moves = moves  # its weights may lie at another address in every run
         self._take = gather(segment.inputs)
         self._outputs = (*segment.outputs, *[SCORE] * segment.has_score)
 
     def __call__(self, slots: list[Any]) -> None:
-        """Runs the segment: reads its inputs from the slots and puts its outputs there, its score in `SCORE`."""
+        """Read inputs from the slots and write outputs there; the score goes to `SCORE`."""
         self.run_as(self.callee, slots)
 
     def run_as(self, callee: Callee, slots: list[Any]) -> None:
-        """Runs another callee in the place of the compiled segment."""
+        """Run another callee in place of the compiled segment."""
         inputs = [*self._take(slots), *self.packed]
         if self.segment.chooses_logits:
-            inputs.append(slots[WANTED])
+            inputs.append(slots[VOCAB_BLOCKS])
         for index, value in zip(self._outputs, callee(inputs), strict=True):
             slots[index] = value
 
     @property
     def reads(self) -> tuple[int, ...]:
-        return (*self.segment.inputs, *[WANTED] * self.segment.chooses_logits)
+        return (*self.segment.inputs, *[VOCAB_BLOCKS] * self.segment.chooses_logits)
 
     @property
     def writes(self) -> tuple[int, ...]:
@@ -68,26 +61,18 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Steps that run one after the other.
-
-    Attributes:
-        depth: of a span the blocks executed at its end, of a tail those before it.
-        reads: slots whose values must be there when it starts.
-        writes: slots that are needed when it has ended.
-        flag: the depth whose flag takes its score (of a check, or of a head at L); None without one.
-        obstacle: why it cannot be captured, None where it can.
-    """
+    """Steps that run one after another."""
 
     name: str
-    depth: int
+    depth: int  # of a span: blocks executed at its end; of a tail: blocks before it
     steps: tuple[Step, ...]
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    flag: int | None
-    obstacle: Refusal | None
+    reads: tuple[int, ...]  # slots that must hold values before it runs
+    writes: tuple[int, ...]  # slots that are read after it
+    flag: int | None  # depth whose flag takes the score (L for a head); None without a score
+    obstacle: Refusal | None  # why it cannot be captured, None if it can
 
     def run(self, slots: list[Any], flags: Tensor | None = None) -> None:
-        """Runs the steps on the slots, and sends the score to host memory without waiting for it."""
+        """Run the steps; copy the score to host memory without waiting."""
         for step in self.steps:
             step(slots)
         if self.flag is not None and flags is not None:
@@ -95,21 +80,21 @@ class Unit:
 
 
 class Units:
-    """The units of one program, each made when it is asked for.
+    """The units of one program, made on demand."""
 
-    Args:
-        steps: of each segment that can be reached.
-        obstacle: says why what a step runs cannot be captured, None where it can.
-    """
+    #     span a-b   [prologue,] blocks a+1..b, whose last check has a score
+    #     last a-L   [prologue,] blocks a+1..L and the head
+    #     tail d     [prologue,] twins d+1..L and the river's head
 
     def __init__(
         self, program: Program, steps: Mapping[SegmentSpec, Step], obstacle: Callable[[Step], Refusal | None]
     ) -> None:
-        self._program, self.steps, self._device_obstacle = program, steps, obstacle
+        self._program, self.steps = program, steps  # steps: of each reachable segment
+        self._device_obstacle = obstacle  # why a device cannot capture a step, None if it can
         self._made: dict[tuple[SegmentSpec, ...], tuple[Unit, ...]] = {}
 
     def span(self, start: int, end: int) -> tuple[Unit, ...]:
-        """Returns the units of blocks start+1..end: with the prologue before the first, with the head after block L."""
+        """Return the units of blocks start+1..end; the first includes the prologue, the last the head."""
         program = self._program
         if start == end:
             return ()
@@ -117,14 +102,14 @@ class Units:
         return self._units((*segments, program.head) if end == program.num_blocks else segments, start)
 
     def tail(self, depth: int) -> tuple[Unit, ...]:
-        """Returns the units of twins depth+1..L and their head; none at L."""
+        """Return the units of twins depth+1..L and their head; none at L."""
         program = self._program
         if depth == program.num_blocks:
             return ()
         return self._units((*self._first(depth), *program.twins[depth:], program.river_head or program.head), depth)
 
-    def way(self, depth: int) -> tuple[Unit, ...]:
-        """Returns the units of a token that leaves after `depth` blocks."""
+    def units_for(self, depth: int) -> tuple[Unit, ...]:
+        """Return the units of a token that exits after `depth` blocks."""
         return (*self.span(0, depth), *self.tail(depth))
 
     def _first(self, start: int) -> tuple[SegmentSpec, ...]:
@@ -132,6 +117,7 @@ class Units:
 
     def _units(self, segments: tuple[SegmentSpec, ...], start: int) -> tuple[Unit, ...]:
         if segments not in self._made:
+            # Segments that cannot be captured split a unit: each run of the same kind is one.
             groups = itertools.groupby(segments, lambda segment: self._obstacle(segment) is None)
             self._made[segments] = tuple(self._unit(tuple(group), start) for _, group in groups)
         return self._made[segments]
@@ -140,7 +126,7 @@ class Units:
         step = self.steps[segment]
         if step.moves:
             path = self._program.block_paths[segment.depth - 1]
-            return Refusal("offloaded weights lie elsewhere in every run", path)
+            return Refusal("offloaded weights have another address in every run", path)
         return segment.obstacle or self._device_obstacle(step)
 
     def _unit(self, segments: tuple[SegmentSpec, ...], start: int) -> Unit:
@@ -170,7 +156,7 @@ class Units:
 
 
 def _name(segments: Sequence[SegmentSpec], start: int, num_blocks: int) -> str:
-    """Returns how logs and reports call a unit."""
+    """Return a unit's name in logs and reports."""
     kinds = {segment.kind for segment in segments}
     if "block" in kinds:
         blocks = [segment.depth for segment in segments if segment.kind == "block"]

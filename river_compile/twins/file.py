@@ -1,19 +1,6 @@
-"""Packed weights on disk, saved on request or left in the store: a folder with one file, ``twins.safetensors``.
+"""Saved twins: a folder with one file, ``twins.safetensors``, saved on request or in the compile cache.
 
-    <key>.qweight, .scale_zero   as the matrix's layout has them (`river_compile.kernels.quant.layouts`); a stack of
-                                 experts has a dimension more in front. key = name/quantizer asked for/group size
-    <key>.input_scale            float32 ``[K]``, for a matrix whose inputs are scaled
-    metadata                     "format", "version", "matrices" (JSON: the fields of `_Saved`, ratios as text,
-                                 since JSON knows no infinity) and "xxh3", the hash of the file with this hash taken
-                                 as zeros
-
-What is stored are the bytes that the kernel reads which the twins were packed for, the same on every machine: they are
-mapped, and the processes that map them share one copy. For other kernels the matrix is packed again from them. Biases
-are taken from the model, whose hash covers them.
-
-Everything is checked before anything is used: an artifact of another version, of other weights, with one byte changed,
-or with other tensors than its matrices have is refused with an :class:`ArtifactError`. Not handled: replacing an
-artifact in place (folders cannot be swapped atomically), and files that change while they are used.
+Not handled: replacing a folder in place (folders cannot be swapped atomically); files that change while they are used.
 """
 
 from __future__ import annotations
@@ -32,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from xxhash import xxh3_128
 
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import atomic_write, locked
@@ -42,23 +31,39 @@ from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
 from river_compile.store.folder import Entry, cannot_write, is_trusted, keep_bound
-from river_compile.twins import tensor_file
 from river_compile.twins.weights import LOSSLESS, TwinWeight
 
 log = logging.getLogger("river_compile.twins")
+# The file has for each weight, its key being name/quantizer in the options/group size:
+#     <key>.qweight, .scale_zero   as the layout has them (kernels/quant/layouts.py); a stack of experts has a leading
+#                                  dimension more
+#     <key>.input_scale            float32 [K], if its inputs are scaled
+# and as metadata "format", "version", "matrices" (JSON: the fields of `_Saved`; ratios as text, since JSON has no
+# infinity) and "xxh3", the hash of the file with this hash as zeros. Tensors are the bytes that the kernel reads, the
+# same on every machine, so the processes that map them share one copy; other kernels pack them again. Biases come from
+# the model, whose hash covers them.
 FORMAT = "river-twins"
 VERSION = 8
 FILE = "twins.safetensors"
-_PACKED = "packed"  # the folder of an entry
-_MANIFEST_2 = "river.json"  # of version 2, which had a file for it
+_PACKED = "packed"  # the folder in a cache entry
+_MANIFEST_2 = "river.json"  # the manifest of version 2
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_hash")}
 _NEW = "leave artifact= out and save a new one"
 _INFINITIES = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # all bits of the exponent
+_DTYPES = {
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
+_NO_HASH = "0" * 32  # XXH3 has 128 bits
+_PAGE = 4096  # alignment of the first tensor
 
 
 @dataclass(kw_only=True)
 class _Saved:
-    """One matrix of a file: fields of its :class:`TwinWeight`, the layout of its bytes, and the digest as a hash."""
+    """One weight in a file: fields of its :class:`TwinWeight`, its layout, and its digest as a hash."""
 
     name: str
     shape: tuple[int, int]
@@ -74,7 +79,7 @@ class _Saved:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> _Saved:
-        """Returns a matrix from its fields; raises a TypeError, KeyError or ValueError for anything else."""
+        """Return a weight from its fields; raise a TypeError, KeyError or ValueError for anything else."""
         for name, kind in _KINDS.items():
             if not isinstance(entry[name], kind):
                 raise TypeError(f"{name} is {entry[name]!r}")
@@ -88,7 +93,7 @@ class _Saved:
         if matrix.experts < 0 or (matrix.experts and n % matrix.experts):
             raise ValueError(f"{matrix.name} has {n} rows of {matrix.experts} experts")
         if matrix.layout not in LAYOUTS and not is_lossless:
-            raise ValueError(f"{matrix.name} has layout {matrix.layout!r}, which is none of {tuple(LAYOUTS)}")
+            raise ValueError(f"{matrix.name} has layout {matrix.layout!r}, not one of {tuple(LAYOUTS)}")
         return matrix
 
     @property
@@ -97,11 +102,11 @@ class _Saved:
 
     @property
     def rows(self) -> int:
-        """Of each matrix of a stack, or of the only one."""
+        """Rows of the weight; of a stack, of each expert's."""
         return self.shape[0] // max(1, self.experts)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-        """Returns shapes and possible dtypes of its tensors, by the end of their names."""
+        """Return shapes and possible dtypes of its tensors, by the suffix of their names."""
         stack, k = (self.experts,) if self.experts else (), self.shape[1]
         packed = tensors_of(self.layout, self.rows, k, self.group_size)
         found = {part: ((*stack, *shape), dtypes) for part, (shape, dtypes) in packed.items()}
@@ -109,11 +114,7 @@ class _Saved:
 
 
 def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
-    """Writes weights whose parameters did not change since; the folder appears complete or not at all.
-
-    Raises:
-        ArtifactError: the folder is not empty or cannot be written.
-    """
+    """Write current weights to a new folder, completely or not at all; raise an ArtifactError if it fails."""
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:
@@ -122,46 +123,38 @@ def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
         raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
-    for site in weights:
+    for twin in weights:
         entry: dict[str, Any] = {
-            "name": site.name,
-            "shape": site.shape,
-            "group_size": site.group_size,
-            "experts": site.matmul.experts,
-            "quantizer": site.quantizer,
-            "asked": site.asked,
-            "statistics": site.statistics,
-            "layout": site.matmul.layout,
-            "weights_hash": site.digest,
-            "sqnr": str(site.sqnr),
-            "output_sqnr": None if site.output_sqnr is None else str(site.output_sqnr),
+            "name": twin.name,
+            "shape": twin.shape,
+            "group_size": twin.group_size,
+            "experts": twin.matmul.experts,
+            "quantizer": twin.quantizer,
+            "asked": twin.asked,
+            "statistics": twin.statistics,
+            "layout": twin.matmul.layout,
+            "weights_hash": twin.digest,
+            "sqnr": str(twin.sqnr),
+            "output_sqnr": None if twin.output_sqnr is None else str(twin.output_sqnr),
         }
         matrix = _Saved.from_json(entry)
         matrices[matrix.key] = entry
-        tensors |= _tensors(matrix.key, site.weight.as_layout(matrix.layout), site.input_scale)
+        tensors |= _tensors(matrix.key, twin.weight.as_layout(matrix.layout), twin.input_scale)
     metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(list(matrices.values()))}
     try:
         with atomic_write(folder) as scratch:
             scratch.mkdir()
-            tensor_file.write(scratch / FILE, tensors, metadata)
+            write_tensors(scratch / FILE, tensors, metadata)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot save to {folder}: {error}") from error
 
 
 def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> None:
-    """Writes an artifact where there is none; of processes that call this at once one does, and the others wait.
-
-    Args:
-        folder: of the artifact.
-        make: packs the products that it is to hold.
-
-    Raises:
-        ArtifactError: as `write`.
-    """
+    """Write a folder if it is missing; one of concurrent processes does, the others wait."""
     try:
         if (folder / FILE).exists():
             return
-        log.info("%s: there is no artifact; it is made here unless another process is making it", folder)
+        log.info("%s: no saved twins; this process makes them unless another one is", folder)
         with locked(folder):
             if not (folder / FILE).exists():
                 write(folder, make())
@@ -170,18 +163,14 @@ def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> Non
 
 
 class TwinFile:
-    """A file that was read and found whole.
-
-    Raises:
-        ArtifactError: the file is missing or damaged, of another version, or holds other tensors than it says.
-    """
+    """A checked file of saved twins; its tensors are memory-mapped. Raises an ArtifactError."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._file = self.folder / FILE
         try:
             self._matrices = self._read_matrices()
-            self._tensors = tensor_file.mapped(self._file)
+            self._tensors = map_tensors(self._file)
         except FileNotFoundError as error:
             raise self._refusal(
                 "No such file", "artifact= takes a folder that river_compile.save_twins wrote"
@@ -192,11 +181,11 @@ class TwinFile:
 
     @functools.cached_property
     def names(self) -> set[str]:
-        """Of its matrices."""
+        """The names of its weights."""
         return {matrix.name for matrix in self._matrices}
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuses an artifact with a matrix of none of these products, merged with others or not."""
+        """Raise an ArtifactError for a weight of none of these linears, merged or not."""
         linears = {linear for name in names for linear in name.split("|")}
         for matrix in self._matrices:
             if not linears.issuperset(matrix.name.split("|")):
@@ -205,39 +194,32 @@ class TwinFile:
                     f"name the artifact of this model, or {_NEW}",
                 )
 
-    def find(self, site: Matmul, quantizer: str, digest: str) -> tuple[PackedLinear, dict[str, Any]]:
-        """Returns what is saved of a matmul's weight, made in this way from parameters with this digest.
-
-        Returns:
-            The matrix, and the fields of :class:`TwinWeight` that tell what was lost.
-
-        Raises:
-            ArtifactError: there is none.
-        """
-        matrices = [matrix for matrix in self._matrices if matrix.name == site.name]
+    def find(self, matmul: Matmul, quantizer: str, digest: str) -> tuple[PackedLinear, dict[str, Any]]:
+        """Return a matmul's saved weight and its `TwinWeight` fields; raise an ArtifactError without one."""
+        matrices = [matrix for matrix in self._matrices if matrix.name == matmul.name]
         if not matrices:
             raise self._refusal(
-                f"it holds no matrix {site.name}",
+                f"it holds no matrix {matmul.name}",
                 "it is another model's or was saved with an exit_depth that leaves this one out. Leave artifact= out "
                 "and save a new one",
             )
         ways = {(matrix.asked, matrix.group_size): matrix for matrix in matrices}
-        matrix = ways.get((quantizer, site.group_size))
+        matrix = ways.get((quantizer, matmul.group_size))
         if matrix is None:
             found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in sorted(ways))
             raise self._refusal(
-                f"{site.name} was made with {found}, and quantizer={quantizer!r} group_size={site.group_size} is asked "
-                "for",
+                f"{matmul.name} was made with {found}; the options are quantizer={quantizer!r} "
+                f"group_size={matmul.group_size}",
                 f"pass the options it was made with, or {_NEW}",
             )
-        if matrix.weights_hash != digest or matrix.shape != site.shape:
+        if matrix.weights_hash != digest or matrix.shape != matmul.shape:
             raise self._refusal(
-                f"{site.name} was made from other weights than this model's",
+                f"{matmul.name} was made from other weights than this model's",
                 f"name the artifact of this model, or {_NEW}",
             )
         input_scale = self._tensors.get(f"{matrix.key}.input_scale")
-        if input_scale is not None and not site.scales_inputs:
-            raise self._refusal(f"{site.name} has an input_scale that its twin does not apply")
+        if input_scale is not None and not matmul.scales_inputs:
+            raise self._refusal(f"{matmul.name} has an input_scale that its twin does not apply")
         q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
         sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
         return PackedLinear(matrix.layout, q, scale_zero, *sizes), {
@@ -249,16 +231,16 @@ class TwinFile:
         }
 
     def _read_matrices(self) -> list[_Saved]:
-        """Reads the header, and checks format, version and hash in this order."""
+        """Read the header; check format, version and hash in this order."""
         if (self.folder / _MANIFEST_2).exists():
             self._file = self.folder / _MANIFEST_2
             raise self._refusal(_other_version("2"))
-        metadata = tensor_file.read_metadata(self._file)
+        metadata = read_metadata(self._file)
         if metadata.get("format") != FORMAT:
             raise self._refusal("it holds no saved twins", "artifact= takes a folder of river_compile.save_twins")
         if metadata.get("version") != str(VERSION):
             raise self._refusal(_other_version(metadata.get("version")))
-        if not tensor_file.is_whole(self._file, metadata):
+        if not is_whole(self._file, metadata):
             raise self._refusal("it is damaged (its hash differs from the one it states)")
         try:
             return [_Saved.from_json(entry) for entry in json.loads(metadata["matrices"])]
@@ -266,7 +248,7 @@ class TwinFile:
             raise self._refusal(f"its list of matrices is wrong ({error})") from error
 
     def _check_tensors(self) -> None:
-        """Refuses tensors that are not those of the matrices: a kernel would read beyond them, or in vain."""
+        """Raise for tensors that do not fit their weights: a kernel would read out of bounds."""
         left = dict(self._tensors)
         twice = [key for key, count in Counter(matrix.key for matrix in self._matrices).items() if count > 1]
         if twice:
@@ -294,12 +276,8 @@ class TwinFile:
         return ArtifactError(f"{self._file}: {why}; {fix}")
 
 
-def stored(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: str) -> Entry:
-    """Returns the entry of the store for some matmuls' weights, named by all that they are made from.
-
-    That is the digests of the parameters, the quantizer, or `LOSSLESS`, the sizes of groups, and the format's version:
-    what is there fits, or nothing is.
-    """
+def entry_for(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: str) -> Entry:
+    """Return the cache entry of some matmuls' weights, named by everything that they are made from."""
     made_from = sorted((x.name, x.group_size, x.scales_inputs, digests[x]) for x in matmuls)
     identity = hashlib.sha256(repr((VERSION, quantizer, made_from)).encode()).hexdigest()
     size = sum(math.prod(x.shape) for x in matmuls) / 1e6
@@ -308,14 +286,14 @@ def stored(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: 
 
 
 def open_stored(entry: Entry) -> TwinFile | None:
-    """Returns the file of an entry, None where there is none; one that is damaged is told and removed."""
+    """Return an entry's file, None without one; a damaged one is reported and removed."""
     folder = entry.folder / _PACKED
     if not (folder / FILE).exists() or not all(map(is_trusted, (entry.folder, folder, folder / FILE))):
         return None
     try:
         found = TwinFile(folder)
     except ArtifactError as error:
-        warnings.warn(f"stored weights cannot be used and are packed anew: {error}", RiverWarning, stacklevel=2)
+        warnings.warn(f"cached weights cannot be used and are quantized again: {error}", RiverWarning, stacklevel=2)
         shutil.rmtree(entry.folder, ignore_errors=True)
         return None
     entry.used()
@@ -323,10 +301,8 @@ def open_stored(entry: Entry) -> TwinFile | None:
 
 
 def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
-    """Writes weights into an entry, unless another process has done so; a place that cannot be written is told.
-
-    Matrices that stayed what they were are not written, nor are those of 8 bits, which take no time to pack.
-    """
+    """Write weights to an entry, unless another process has; report a folder that cannot be written."""
+    # Weights that keep their values, or have 8 bits, take no time to pack.
     weights = [made for made in weights if not made.weight.unpacked and made.weight.layout != lossless.LAYOUT_8BIT]
     if not weights:
         return
@@ -345,7 +321,8 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Tells whether floats are finite. In one thread: of hundreds of small tensors each would wait for all threads."""
+    """Whether all floats are finite."""
+    # One thread: with hundreds of small tensors, torch's threads would wait for each other at every one.
     infinity = _INFINITIES.get(tensor.dtype)
     if infinity is None:
         return True
@@ -363,3 +340,60 @@ def _tensors(key: str, packed: PackedLinear, input_scale: Tensor | None) -> dict
         scale_zero = scale_zero.bfloat16()
     found = {"qweight": packed.qweight, "scale_zero": scale_zero, "input_scale": input_scale}
     return {f"{key}.{part}": tensor.cpu().contiguous() for part, tensor in found.items() if tensor is not None}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous CPU tensors to a new safetensors file whose metadata states its hash ("xxh3")."""
+    # The order of safetensors. The header is padded, so tensors of 64 k bytes begin at a cache line.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header = _header(ordered, {**metadata, "xxh3": _NO_HASH})
+    digest = xxh3_128(header)
+    for _, tensor in ordered:
+        digest.update(_content(tensor))
+    with file.open("xb") as out:
+        out.write(header.replace(_statement(_NO_HASH), _statement(digest.hexdigest())))
+        for _, tensor in ordered:
+            out.write(_content(tensor))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a file. Raises an OSError or a SafetensorError."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def is_whole(file: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether a file's bytes have the hash that its metadata states; reads it once, in pieces."""
+    stated = metadata.get("xxh3", "")
+    with file.open("rb") as content:
+        length = content.read(8)
+        header = content.read(int.from_bytes(length, "little"))
+        digest = xxh3_128(length + header.replace(_statement(stated), _statement(_NO_HASH)))
+        while chunk := content.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest() == stated
+
+
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file; writes are copy-on-write. Raises an OSError or a SafetensorError."""
+    return load_file(file)
+
+
+def _header(tensors: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors:
+        end = offset + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % _PAGE)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _statement(digest: str) -> bytes:
+    return f'"xxh3":"{digest}"'.encode()
+
+
+def _content(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

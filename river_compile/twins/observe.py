@@ -1,14 +1,13 @@
-"""Calibration statistics for "awq" and "gptq": what each matrix of a model reads in some texts.
+"""Calibration statistics for "awq" and "gptq": second moments of the inputs of a model's weights.
 
-Texts run through the model as it is, never through compiled code. Every product of an input with a two-dimensional
-parameter is seen where it happens. Experts that are stacked in one parameter run one after another meanwhile, and each
-has moments of its own. :func:`record` keeps the moments of all matrices, over any number of texts; :func:`visit` hands
-those of each matrix over in the middle of one forward pass, so that nobody holds the moments of more than a few.
+Not handled: stacks of experts that are not read one, or all, at a time; other threads than the one that entered.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -16,52 +15,50 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.errors import OptionError
-from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments, Observation, Products
-from river_compile.twins.sampling import everything_counts
+from river_compile.kernels.quant.calibrated import RowMoments, SecondMoments, WholeMoments
 from river_compile.upstream.dynamo import uncompiled_forward
-from river_compile.upstream.tensors import version_of
+from river_compile.upstream.tensors import local_of, version_of
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
-_WINDOW = 512  # tokens that run at once: the logits of a large vocabulary take memory
+# With this many times more features than tokens, quantizers take the inputs themselves; with fewer, which form is
+# cheaper depends on the weight's rows.
+_FEWER = 4
+_WINDOW = 512  # tokens at once: the logits of a large vocabulary take memory
 
 
 @torch.no_grad()
 def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
-    """Returns the statistics of a model's matrices on token ids ``[B, T]``; `own` says that it sampled them itself."""
+    """Return the statistics of a model's weights on token ids ``[B, T]``; `own`: it sampled them itself."""
     observation, forward = Observation(own), uncompiled_forward(model)
     recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
     with one_expert_at_a_time(model):
         for ids in bar:
             with recorder:
-                forward(input_ids=ids.to(device), use_cache=False, **everything_counts(model, ids.to(device)))
+                forward(input_ids=ids.to(device), use_cache=False, **full_attention_mask(model, ids.to(device)))
             observation.tokens += ids.numel()
     return observation
 
 
 @torch.no_grad()
 def visit(model: nn.Module, ids_BT: Tensor, weights: Iterable[Tensor], see: Callable[[Tensor, Moments], None]) -> None:
-    """Runs token ids through a model until it has read these matrices, and calls `see` with the moments of each.
-
-    The logits are never computed. A matrix that the model reads several times is seen the first time; one that it does
-    not read, or an expert's, not at all.
-
-    Raises:
-        Exception: whatever the model or `see` raises.
-    """
+    """Run token ids until all `weights` were read; call `see` with each one's moments."""
+    # The logits are not computed. A weight that is read again is seen once; one that is not read, never.
     visitor, device = _Visitor(model.parameters(), weights, see), next(model.parameters()).device
     ids_BT = ids_BT.to(device)
     with one_expert_at_a_time(model), contextlib.suppress(_AllSeen), visitor:
-        uncompiled_forward(model)(input_ids=ids_BT, use_cache=False, **everything_counts(model, ids_BT))
+        uncompiled_forward(model)(input_ids=ids_BT, use_cache=False, **full_attention_mask(model, ids_BT))
         visitor.see_stacks()
 
 
 @contextlib.contextmanager
 def one_expert_at_a_time(model: Any) -> Iterator[None]:
-    """Has transformers multiply by one expert of a stack after another."""
+    """Inside, transformers multiplies by one expert of a stack after another."""
     if all(p.dim() != 3 for p in model.parameters()):
         yield
         return
@@ -71,6 +68,12 @@ def one_expert_at_a_time(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
+
+
+def full_attention_mask(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Return the mask of ids without padding, if the model takes one: any token may be drawn."""
+    takes_mask = "attention_mask" in inspect.signature(type(model).forward).parameters
+    return {"attention_mask": torch.ones_like(ids)} if takes_mask else {}
 
 
 def windows_of(data: Iterable[str] | Iterable[Tensor] | None, tokenizer: Tokenizer | None) -> list[Tensor]:
@@ -93,11 +96,7 @@ def windows_of(data: Iterable[str] | Iterable[Tensor] | None, tokenizer: Tokeniz
 
 
 def checked_texts(texts: object) -> list[str]:
-    """Returns texts as a list.
-
-    Raises:
-        OptionError: they are no list of strings.
-    """
+    """Return texts as a list; raise an OptionError if they are not strings."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise OptionError(f"texts={reprlib.repr(texts)} is not allowed; it must be a list of strings")
     listed = list(texts)
@@ -108,23 +107,175 @@ def checked_texts(texts: object) -> list[str]:
 
 
 def default_texts() -> list[str]:
-    """Returns short texts of many kinds that were written for this package.
-
-    Texts like those that a model will see serve it better.
-    """
+    """Return the package's short texts of many kinds. Texts like the model's workload serve it better."""
     content = resources.files("river_compile.twins").joinpath("default_texts.txt").read_text(encoding="utf-8")
     return content.rstrip("\n").split("\n%%\n")
 
 
-class _Recorder(Products):
-    """Adds every input of a product with one of the parameters to that parameter's moments."""
+class InputMoments:
+    """Second moments ``E[x x^T]`` of a weight's inputs, for K `features`."""
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+        self.tokens = 0
+        self._rows: list[Tensor] = []
+        self._sum: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for rows in self._rows) + (0 if self._sum is None else self._sum.nbytes)
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs ``[..., K]``."""
+        rows = x.detach().reshape(-1, self.features).clone()
+        self._rows.append(rows)
+        self.tokens += len(rows)
+        # Inputs are kept while they take less room than their moments: about 2 K tokens in 16 bits.
+        if self._sum is not None or self.nbytes > 4 * self.features**2:
+            self._sum = self._summed()
+            self._rows = []
+
+    def matrix(self) -> Tensor:
+        """Return the moments, float32 ``[K, K]``."""
+        return self._summed() / self.tokens
+
+    def cheapest(self, device: torch.device | None = None) -> SecondMoments:
+        """Return the moments in the form that costs a quantizer the fewest operations."""
+        if self._sum is None and _FEWER * self.tokens <= self.features:
+            return RowMoments(torch.cat(self._rows).to(device, torch.float32))
+        return WholeMoments(self.matrix().to(device))
+
+    def _summed(self) -> Tensor:
+        if not self._rows:
+            assert self._sum is not None, "no input was added"
+            return self._sum
+        rows = torch.cat(self._rows).float()
+        return rows.T @ rows if self._sum is None else self._sum.addmm(rows.T, rows)
+
+
+class ExpertMoments:
+    """Second moments of the inputs of E stacked weights with K `features`."""
+
+    def __init__(self, experts: int, features: int) -> None:
+        self._each = [InputMoments(features) for _ in range(experts)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(moments.nbytes for moments in self._each)
+
+    def add(self, expert: int, x: Tensor) -> None:
+        """Add inputs ``[..., K]`` of one expert."""
+        self._each[expert].add(x)
+
+    def for_expert(self, expert: int, device: torch.device | None = None) -> tuple[SecondMoments, int]:
+        """Return an expert's cheapest moments and its tokens; without tokens, all experts' moments."""
+        own = self._each[expert]
+        return (own.cheapest(device), own.tokens) if own.tokens else (WholeMoments(self._together.to(device)), 0)
+
+    @functools.cached_property
+    def _together(self) -> Tensor:
+        reached = [moments for moments in self._each if moments.tokens]
+        total = sum(moments.tokens for moments in reached)
+        return torch.stack([moments.matrix() * (moments.tokens / total) for moments in reached]).sum(0)
+
+
+Moments = InputMoments | ExpertMoments
+
+
+class Observation:
+    """Calibration statistics of a model, as `river_compile.collect_statistics` returns them."""
+
+    _made = 0
+
+    def __init__(self, own: bool = False) -> None:
+        Observation._made += not own
+        self.own = own  # whether the model sampled the text itself
+        self.number = 0 if own else Observation._made  # distinguishes observations
+        self.tokens = 0  # observed so far
+        self.moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(moments.nbytes for moments in set(self.moments.values()))
+
+    @property
+    def source(self) -> str:
+        """The observed text, in words."""
+        return f"{self.tokens} tokens that the model sampled" if self.own else f"{self.tokens} observed tokens"
+
+    def moments_of(self, weight: Tensor) -> Moments | None:
+        """Return the moments of a parameter's inputs (a stack: of each expert's); None if unread."""
+        return self.moments.get(weight)
+
+    def clear(self) -> None:
+        """Free its memory. Packed twins stay; later ones use text of the model's own."""
+        self.moments.clear()
+
+    def __str__(self) -> str:
+        return f"observed {len(self.moments)} matrices on {self.tokens} tokens ({self.nbytes / 1e6:.0f} MB)"
+
+
+_MATMULS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
+class MatmulHook(TorchFunctionMode):
+    """Calls `on_input` for each matmul with a parameter, and multiplies by `substitute`'s result."""
+
+    # Under tensor parallelism, the rank's own parts are the weights.
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._matrices: dict[int, tuple[Tensor, int]] = {}  # by address: the parameter, and the index in its stack
+        self._stacks: dict[int, Tensor] = {}
+        for parameter in map(local_of, parameters):
+            if parameter.dim() == 2:
+                self._matrices[parameter.data_ptr()] = parameter, 0
+            elif parameter.dim() == 3:
+                self._stacks[parameter.data_ptr()] = parameter
+                self._matrices |= {matrix.data_ptr(): (parameter, i) for i, matrix in enumerate(parameter.detach())}
+
+    def on_input(self, x: Tensor, parameter: Tensor, index: int) -> None:
+        """See inputs ``[..., K]`` of a weight; of a stack, of the expert with this index."""
+
+    def substitute(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
+        """Return the operand in place of a weight; index None: of a whole stack."""
+        return matrix
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        before = after = None
+        if func in _MATMULS:
+            known = [self._matrices.get(t.data_ptr()) if t.dim() == 2 else None for t in tensors]
+            at = next((i for i, found in enumerate(known) if found is not None), 0)
+            found = known[at] if at > 0 else None  # the first argument is an input or a bias
+            if found is not None:
+                self.on_input(tensors[at - 1], *found)
+                before, after = tensors[at], self.substitute(tensors[at], *found)
+        elif func is torch.bmm and (stack := self._stacks.get(tensors[1].data_ptr())) is not None:
+            for expert, x in enumerate(tensors[0]):  # rows of tokens that chose other experts are zero
+                self.on_input(x[(x != 0).any(-1)], stack, expert)
+            before, after = tensors[1], self.substitute(tensors[1], stack, None)
+        if after is before:
+            return func(*args, **kwargs)
+        swapped = {name: after if value is before else value for name, value in kwargs.items()}
+        return func(*(after if value is before else value for value in args), **swapped)
+
+
+class _Recorder(MatmulHook):
+    """Adds the inputs of every matmul to its parameter's moments."""
 
     def __init__(self, parameters: Iterable[Tensor], observation: Observation) -> None:
         super().__init__(parameters)
         self._observation = observation
         self._last: tuple[Tensor, int, InputMoments] | None = None
 
-    def meets(self, x: Tensor, parameter: Tensor, index: int) -> None:
+    def on_input(self, x: Tensor, parameter: Tensor, index: int) -> None:
         if parameter.dim() == 2:
             self._record(x, parameter)
         elif x.numel():
@@ -137,7 +288,7 @@ class _Recorder(Products):
         moments.add(expert, x)
 
     def _record(self, x: Tensor, weight: Tensor) -> None:
-        """Adds an input; matrices that read one and the same, as q, k and v do, share its moments."""
+        """Add an input; weights that read the same one, as q, k and v do, share its moments."""
         moments = self._observation.moments.get(weight)
         if self._last is not None and moments in (None, self._last[2]):
             before, version, shared = self._last
@@ -151,11 +302,11 @@ class _Recorder(Products):
 
 
 class _AllSeen(BaseException):
-    """Ends a forward pass. (No error: the code of any model may catch those.)"""
+    """Ends a forward pass. Not an Exception, which the model's code might catch."""
 
 
-class _Visitor(Products):
-    """Hands over the moments of each wanted matrix when the model reads it; see :func:`visit`."""
+class _Visitor(MatmulHook):
+    """Hands over each weight's moments when the model reads it; see :func:`visit`."""
 
     def __init__(
         self, parameters: Iterable[Tensor], weights: Iterable[Tensor], see: Callable[[Tensor, Moments], None]
@@ -165,11 +316,11 @@ class _Visitor(Products):
         self._stacks_met: dict[int, tuple[Tensor, ExpertMoments]] = {}
         self._see = see
 
-    def meets(self, x: Tensor, parameter: Tensor, index: int) -> None:
+    def on_input(self, x: Tensor, parameter: Tensor, index: int) -> None:
         if parameter.dim() == 3:
             self._meets_expert(x, parameter, index)
             return
-        self.see_stacks()  # (all experts of a block have run when the next matrix is read)
+        self.see_stacks()  # all experts of a block have run when the next weight is read
         if id(parameter) in self._wanted:
             moments = InputMoments(x.shape[-1])
             moments.add(x)
@@ -183,7 +334,7 @@ class _Visitor(Products):
             met[1].add(expert, x)
 
     def see_stacks(self) -> None:
-        """Hands over the moments of experts that have all run."""
+        """Hand over the moments of stacks whose experts have all run."""
         met, self._stacks_met = self._stacks_met, {}
         for stack, moments in met.values():
             if moments.nbytes:

@@ -1,7 +1,6 @@
-"""The packed weights of a model: found by what they are made from, in memory or on disk, or made.
+"""The packed weights of a model, found in memory or in a file by the digest of their parameters, or made.
 
-A weight is found by the digest of its parameters and how it is asked for. Where parameters change, a program is built
-anew: what stayed as it was is found again, and the others take the place of those before.
+If parameters change, a program is built again: unchanged weights are found, and the others replace the earlier ones.
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
 from river_compile.store.folder import Entry, enabled
-from river_compile.twins.calibration_stats import Moments, Observation
-from river_compile.twins.file import FILE, TwinFile, open_stored, stored, write_missing, write_stored
-from river_compile.twins.quantize import make, packed
-from river_compile.twins.self_calibration import SelfCalibration
-from river_compile.twins.twin_kl import TwinLoss
+from river_compile.twins.file import FILE, TwinFile, entry_for, open_stored, write_missing, write_stored
+from river_compile.twins.observe import Moments, Observation
+from river_compile.twins.own_text import SelfCalibration, TwinLoss
+from river_compile.twins.quantize import make_weight, pack_weight
 from river_compile.twins.weights import (
     LOSSLESS,
     Parameters,
@@ -42,103 +40,75 @@ from river_compile.twins.weights import (
     ProgramWeights,
     TwinWeight,
     digest_of,
-    held,
+    weak_refs,
 )
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Has the model read matrices (those given), calls back with the moments of each, and returns what was read.
-Read = Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str]
-_TOGETHER = 4  # matmuls for each thread: those of a block or two, so that no thread waits long
-_REMEMBERED = 8  # times as many digests as a program has matmuls
+# Runs the model, calls back with the moments of each given weight, and returns the text in words.
+Stream = Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str]
+_TOGETHER = 4  # matmuls per thread: those of a block or two, so that no thread waits long
+_REMEMBERED = 8  # digests kept per matmul of a program
 _LOSS = "loss.json"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The quantizers' statistics of a model's matrices: observed, else from text of its own.
-
-    `ranks` share the model: they take statistics together or not at all.
-    """
+    """Sources of a model's statistics: observed texts, else text of its own."""
 
     observed: Observation | None = None
     own: SelfCalibration = field(default_factory=SelfCalibration)
-    ranks: Ranks = ALONE
+    ranks: Ranks = ALONE  # that share the model; they take statistics together or not at all
 
     @property
     def number(self) -> int:
-        """A number of the observation, whether it is still there or not."""
+        """The observation's number, also after it was cleared."""
         return 0 if self.observed is None else self.observed.number
 
-    def take(self, *, anew: bool = False) -> tuple[Observation | None, Read | None]:
-        """Returns what is known before a matrix is packed, and what has the model read text of its own meanwhile.
-
-        There is one of the two at most. Ranks run the model together, and may pack different matrices, so there the
-        text is read before. `anew`: of weights that changed.
-        """
+    def collect(self, *, refresh: bool = False) -> tuple[Observation | None, Stream | None]:
+        """Return known statistics, or a function that streams those of the model's own text."""
         if self.observed is not None and self.observed.moments:
             return self.observed, None
+        # Ranks run the model together, and may pack different weights, so they record all moments before.
         if self.ranks.several:
-            return self.own.observation(anew=anew), None
-        return None, functools.partial(self.own.visit, anew=anew)
+            return self.own.observation(resample=refresh), None
+        return None, functools.partial(self.own.stream_moments, resample=refresh)
 
 
 class TwinWeights:
-    """All packed weights of one model.
-
-    Attributes:
-        stores: whether they are left for other processes, and taken from them.
-        seconds: the time that making them took.
-        loss: what the latest twins lose together, None where that is not known.
-        changes: how often parameters were found changed.
-        changed: the number of twins' weights that were packed again the last time.
-    """
+    """All packed weights of one model. Thread-safe."""
 
     def __init__(self) -> None:
-        self._made_before: dict[tuple[object, ...], TwinWeight] = {}  # the latest by matmul, and how it is asked for
-        self._digests: dict[tuple[int, ...], tuple[ParameterStamp, str]] = {}  # by the parameters' addresses as objects
+        self._made_before: dict[tuple[object, ...], TwinWeight] = {}  # the latest by matmul and options
+        self._digests: dict[tuple[int, ...], tuple[ParameterStamp, str]] = {}  # by the parameters' ids
         self._programs: weakref.WeakSet[ProgramWeights] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._opened: TwinFile | None = None
         self._stored: Entry | None = None  # of the latest twins
-        self._not_judged = False
-        self.stores = True
-        self.seconds = 0.0
-        self.loss: TwinLoss | None = None
-        self.changes = self.changed = 0
+        self._loss_is_old = False
+        self.stores = True  # whether the compile cache is read and written
+        self.seconds = 0.0  # of making weights
+        self.loss: TwinLoss | None = None  # joint loss of the latest twins, None if not known
+        self.changes = 0  # times that parameters were found changed
+        self.changed = 0  # twins that were quantized again the last time
 
     def get(
         self,
-        matmuls: Sequence[Matmul],
-        inputs: Sequence[Any],
+        matmuls: Sequence[Matmul],  # of twins, and lossless ones of the backbone
+        inputs: Sequence[Any],  # of the graph, real tensors
         config: RiverConfig,
         statistics: Statistics,
-        device: torch.device,
-        every: Iterable[str] = (),
-        savable: Sequence[Matmul] = (),
-        anew: bool = False,
+        device: torch.device,  # of the packed weights
+        every: Iterable[str] = (),  # names of all matmuls that the model can have
+        savable: Sequence[Matmul] = (),  # contents of saved twins that are to be written
+        refresh: bool = False,  # parameters have changed: no file has their weights, and own text is sampled again
     ) -> ProgramWeights:
-        """Returns the packed weights of matmuls, making those that are missing.
-
-        Args:
-            matmuls: of twins, and of the backbone, whose weights are packed without loss.
-            inputs: of the graph, real tensors.
-            config: its `quantizer`, `artifact` and `on_missing_artifact` say how.
-            statistics: for "awq" and "gptq".
-            device: where the packed weights are to lie.
-            every: names of all matmuls that the model can have; an artifact may hold no other.
-            savable: what an artifact that is missing is to hold.
-            anew: parameters have changed: no file has their weights, and text of the model's own is another.
-
-        Raises:
-            ArtifactError: (a ``ValueError``) the artifact is damaged or not this model's; nothing of it is used.
-            OptionError: (a ``ValueError``) a matrix was read by nothing that was observed.
-        """
+        """Return the packed weights of matmuls; make missing ones. Raises an ArtifactError or OptionError."""
         with self._lock:
             start = time.perf_counter()
-            parameters = {matmul: Parameters.of(matmul, inputs) for matmul in (*matmuls, *savable)}
-            job = _Job(config, statistics, device, parameters, self._digests_of(parameters), anew)
-            if config.artifact is not None and not anew:
+            parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*matmuls, *savable)}
+            job = _Job(config, statistics, device, parameters, self._digests_of(parameters), refresh)
+            if config.artifact is not None and not refresh:
                 job.file = self._file_of(job, savable)
                 job.file.check_names(every)
             keys = {matmul: job.key(matmul) for matmul in matmuls}
@@ -148,11 +118,11 @@ class TwinWeights:
                 if (made := self._made_before.get(key)) is not None and made.digest == job.digests[matmul]
             }
             for matmul, made in there.items():
-                made.made_from = held(parameters[matmul].tensors)
+                made.made_from = weak_refs(parameters[matmul].tensors)
             found, ranks = dict(there), statistics.ranks
-            # (Ranks take statistics together, if one of them misses a weight that the others have.)
+            # Ranks take statistics together if one of them misses a weight that the others have.
             if ranks.several and job.observes and not ranks.every(all(x in there or x.lossless for x in matmuls)):
-                job.statistics = replace(statistics, observed=statistics.take(anew=anew)[0])
+                job.statistics = replace(statistics, observed=statistics.collect(refresh=refresh)[0])
             for lossless in (True, False):
                 some = [x for x in matmuls if x not in found and x.lossless == lossless]
                 if some:
@@ -165,40 +135,37 @@ class TwinWeights:
             self.seconds += time.perf_counter() - start
             return program
 
-    def judge(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
-        """Estimates the joint loss of a graph's twins, if some were made with statistics since the last time."""
-        if not statistics.ranks.every(not self._not_judged):
-            self.loss, self._not_judged = statistics.own.loss(twins), False
+    def estimate_loss(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
+        """Estimate the joint loss of a graph's twins, if statistics made some since the last time."""
+        if not statistics.ranks.every(not self._loss_is_old):
+            self.loss, self._loss_is_old = statistics.own.loss(twins), False
             if self._stored is not None and self.loss is not None and self._stored.folder.exists():
                 self._stored.write(_LOSS, json.dumps(asdict(self.loss)).encode())
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
-        """Inside, parameters may move to other addresses, with the values that they have."""
+        """Inside, parameters may move to other addresses with their values."""
         weights = {made for program in self._programs for made in program.packed.values()}
         there = [tensors for made in weights if len(tensors := made.parameters) == len(made.made_from)]
         known = [(tensors, self._known(tensors)) for tensors in there]
-        before = [(program, program.look_the_same) for program in self._programs]
+        before = [(program, program.is_unchanged) for program in self._programs]
         yield
         for tensors, digest in known:
             if digest is not None:
                 self._digests[tuple(map(id, tensors))] = ParameterStamp(tensors), digest
         for program, same in before:
-            program.moved(same)
+            program.accept_move(same)
 
-    def look_again(self) -> int:
-        """Has all digests compared before the next sequence; returns how many weights are not those they were.
-
-        It reads all parameters.
-        """
+    def compare_digests(self) -> int:
+        """Compare all digests; return the number of changed weights, which the next sequence replaces."""
         made = {made for program in self._programs for made in program.packed.values()}
         for program in self._programs:
-            program.look_again()
+            program.forget_stamp()
         self._digests.clear()
         return sum(not same for same in _in_threads(lambda weight: weight.is_current, made))
 
     def _digests_of(self, parameters: dict[Matmul, Parameters]) -> dict[Matmul, str]:
-        """Returns the digests of matmuls' parameters; those that look as they did are not read again."""
+        """Return the digests of matmuls' parameters; those with the known stamp are not read."""
 
         def digest(given: Parameters) -> str:
             known = self._known(given.tensors)
@@ -207,39 +174,39 @@ class TwinWeights:
                 self._digests[tuple(map(id, given.tensors))] = ParameterStamp(given.tensors), known
             return known
 
-        if len(self._digests) > _REMEMBERED * len(parameters):  # (of parameters that are gone)
+        if len(self._digests) > _REMEMBERED * len(parameters):  # most are of parameters that are gone
             self._digests.clear()
-        # (What a twin and the backbone make of the same parameters is hashed once.)
+        # A twin and the backbone may share parameters: hash them once.
         distinct = {tuple(map(id, given.tensors)): given for given in parameters.values()}
         found = dict(zip(distinct, _in_threads(digest, distinct.values()), strict=True))
         return {matmul: found[tuple(map(id, given.tensors))] for matmul, given in parameters.items()}
 
     def _known(self, tensors: Sequence[Tensor]) -> str | None:
-        """Returns the digest of tensors, None where they do not look as they did when it was taken."""
+        """Return the digest of tensors, None if their stamp has changed."""
         stamp, digest = self._digests.get(tuple(map(id, tensors)), (None, ""))
         return digest if stamp is not None and stamp == ParameterStamp(tensors) else None
 
     def _file_of(self, job: _Job, savable: Sequence[Matmul]) -> TwinFile:
-        """Returns the file that the options name, made where it is missing and the options say so."""
+        """Return the file that the options name; write it first if missing and the options say so."""
         ranks = job.statistics.ranks
         folder = ranks.folder(Path(job.config.artifact or ""))
         if job.config.on_missing_artifact == "save":
-            # Ranks run the model together, which a rank must not do while others wait for the file's lock.
+            # Ranks run the model together, so none may do so while others wait for the file's lock.
             if ranks.several and savable and job.observes and not ranks.every((folder / FILE).exists()):
-                job.statistics = replace(job.statistics, observed=job.statistics.take()[0])
+                job.statistics = replace(job.statistics, observed=job.statistics.collect()[0])
             write_missing(folder, lambda: [*self._made(job, savable, lossless=False).values()])
         if self._opened is None or self._opened.folder != folder:
             self._opened = TwinFile(folder)
         return self._opened
 
     def _loaded_or_made(self, job: _Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
-        """Takes weights from the options' file or from what an earlier process left in the store, or makes them."""
+        """Load weights from the options' file or the compile cache, or make them."""
         if job.file is not None and not lossless:
             return self._loaded(job, matmuls, job.file, str(job.file.folder))
         own = job.statistics.observed is not None and not lossless
-        if own or job.anew or not self.stores or job.statistics.ranks.several or not enabled():
+        if own or job.refresh or not self.stores or job.statistics.ranks.several or not enabled():
             return self._made(job, matmuls, lossless)
-        entry = stored(matmuls, job.digests, job.quantizer(lossless))
+        entry = entry_for(matmuls, job.digests, job.quantizer(lossless))
         if not lossless:
             self._stored = entry
         file = open_stored(entry)
@@ -250,29 +217,31 @@ class TwinWeights:
         if not lossless:
             known = entry.read(_LOSS)
             self.loss = None if known is None else TwinLoss(**json.loads(known))
-            self._not_judged = job.observes and self.loss is None
+            self._loss_is_old = job.observes and self.loss is None
         there = [matmul for matmul in matmuls if not lossless or matmul.name in file.names]
-        others = [matmul for matmul in matmuls if matmul not in there]  # (which a backbone's file leaves out)
+        others = [matmul for matmul in matmuls if matmul not in there]  # that a backbone's file omits
         return self._loaded(job, there, file, str(file.folder)) | (self._made(job, others, lossless) if others else {})
 
     def _loaded(self, job: _Job, matmuls: Sequence[Matmul], file: TwinFile, artifact: str) -> dict[Matmul, TwinWeight]:
-        """Takes weights from a file; all are looked up before the first is packed: a file fits as a whole or not."""
+        """Load weights from a file. All are looked up before the first is packed: all or none fit."""
         asked = {matmul: job.quantizer(matmul.lossless) for matmul in matmuls}
         saved = {matmul: file.find(matmul, asked[matmul], job.digests[matmul]) for matmul in matmuls}
 
         def load(matmul: Matmul) -> TwinWeight:
             grid, facts = saved[matmul]
-            made = packed(matmul, job.parameters[matmul], job.digests[matmul], asked[matmul], grid, facts, job.device)
+            made = pack_weight(
+                matmul, job.parameters[matmul], job.digests[matmul], asked[matmul], grid, facts, job.device
+            )
             return replace(made, artifact=artifact)
 
         return dict(zip(matmuls, _in_threads(load, matmuls), strict=True))
 
     def _made(self, job: _Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
-        """Makes weights in threads, in the order in which the model reads them where it is to."""
-        recorded, read = None, None
+        """Make weights in threads; with streamed statistics, in the order in which the model reads them."""
+        recorded, stream = None, None
         if job.observes and not lossless:
-            recorded, read = job.statistics.take(anew=job.anew)
-            self._not_judged = True
+            recorded, stream = job.statistics.collect(refresh=job.refresh)
+            self._loss_is_old = True
         known = {matmul: _moments(recorded, matmul, job.parameters[matmul]) for matmul in matmuls}
         found: dict[Matmul, TwinWeight] = {}
         weights = [job.parameters[matmul].weights[0] for matmul in matmuls]
@@ -282,7 +251,7 @@ class TwinWeights:
             def one(given: tuple[Matmul, Moments | None]) -> TwinWeight:
                 matmul, moments = given
                 asked = job.quantizer(lossless)
-                return make(matmul, job.parameters[matmul], job.digests[matmul], asked, moments, job.device)
+                return make_weight(matmul, job.parameters[matmul], job.digests[matmul], asked, moments, job.device)
 
             def work(jobs: Sequence[tuple[Matmul, Moments | None]]) -> None:
                 for (matmul, _), twin in zip(jobs, pool.map(one, jobs), strict=True):
@@ -290,8 +259,8 @@ class TwinWeights:
                     stage_reached(len(found) / len(matmuls))
 
             source = "" if recorded is None else recorded.source
-            if read is not None:
-                source = _while_read(read, matmuls, weights, work, _TOGETHER * threads)
+            if stream is not None:
+                source = _stream_and_make(stream, matmuls, weights, work, _TOGETHER * threads)
             work([(matmul, known[matmul]) for matmul in matmuls if matmul not in found])
         for twin in found.values():
             if twin.output_sqnr is not None:
@@ -301,14 +270,14 @@ class TwinWeights:
 
 @dataclass
 class _Job:
-    """What one call of `get` goes by."""
+    """The arguments of one call of `get`."""
 
     config: RiverConfig
     statistics: Statistics
     device: torch.device
     parameters: dict[Matmul, Parameters]
     digests: dict[Matmul, str]
-    anew: bool
+    refresh: bool
     file: TwinFile | None = None
 
     @property
@@ -320,7 +289,7 @@ class _Job:
         return LOSSLESS if lossless else self.config.quantizer
 
     def key(self, matmul: Matmul) -> tuple[object, ...]:
-        """Returns what a weight is found by, beside its digest."""
+        """Return the key of a weight besides its digest."""
         number = self.statistics.number if self.observes and not matmul.lossless else 0
         origin = "" if self.file is None or matmul.lossless else str(self.file.folder)
         how = self.quantizer(matmul.lossless), matmul.layout, matmul.group_size, matmul.scales_inputs
@@ -328,26 +297,26 @@ class _Job:
 
 
 def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameters) -> Moments | None:
-    """Returns the recorded moments of a matmul's inputs, None where nothing was recorded."""
+    """Return the recorded moments of a matmul's inputs, None without a record."""
     moments = None if recorded is None else recorded.moments_of(parameters.weights[0])
     if recorded is not None and moments is None and not recorded.own:
         raise OptionError(
-            f"a calibrated quantizer needs to know what the model's matrices read, and no observed text reached "
+            f"a calibrated quantizer needs statistics of every weight, and no observed text reached "
             f"{matmul.name}; give other texts as calibration_data= before the first generation, "
             "name an artifact=, or use quantizer='hqq'"
         )
     return moments
 
 
-def _while_read(
-    read: Read,
+def _stream_and_make(
+    stream: Stream,
     matmuls: Sequence[Matmul],
     weights: Sequence[Tensor],
     work: Callable[[Sequence[tuple[Matmul, Moments | None]]], None],
     together: int,
 ) -> str:
-    """Has the model read matrices, and works on some at a time in the middle of that, so that few moments are held."""
-    of_weight = defaultdict[int, list[Matmul]](list)  # by the matrix that stands for all of a matmul
+    """Stream weights' moments and work on a few at a time meanwhile, so that few moments are held."""
+    of_weight = defaultdict[int, list[Matmul]](list)  # by the first weight of a matmul
     for matmul, weight in zip(matmuls, weights, strict=True):
         of_weight[id(weight)].append(matmul)
     waiting: list[tuple[Matmul, Moments | None]] = []
@@ -358,11 +327,11 @@ def _while_read(
         if len(waiting) >= together and not failed:
             try:
                 work([*waiting])
-            except Exception as error:  # (which is not the model's)
+            except Exception as error:  # not of the model, so it must not end the text
                 failed.append(error)
             waiting.clear()
 
-    source = read(weights, see)
+    source = stream(weights, see)
     if failed:
         raise failed[0]
     work(waiting)

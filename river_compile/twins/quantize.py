@@ -1,7 +1,6 @@
-"""Makes packed weights: from a known grid, or from parameters and what is known of their inputs.
+"""Make packed weights: from known quantized ones, or from parameters and statistics of their inputs.
 
-Where a quantizer asks for statistics and there are none, one that looks at weights alone takes its place, and the
-weight says so. Not handled: which are made, and when; see :mod:`river_compile.twins.pack`.
+Not handled: which weights are made, and when (:mod:`river_compile.twins.pack`).
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from river_compile.kernels.quant.calibrated import OBSERVING, output_sqnr_db, qu
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_stack
 from river_compile.passes.program import Matmul
-from river_compile.twins.calibration_stats import ExpertMoments, InputMoments, Moments
-from river_compile.twins.weights import LOSSLESS, Parameters, TwinWeight, held
+from river_compile.twins.observe import ExpertMoments, InputMoments, Moments
+from river_compile.twins.weights import LOSSLESS, Parameters, TwinWeight, weak_refs
 from river_compile.upstream.tensors import as_ordinary
 
-UNOBSERVED = "hqq"  # what looks at weights alone, for those without statistics
-_STORED_AS = torch.bfloat16  # scale and zero, in the CPU's kernel; others store what is exact for them
-_ROWS_COMPARED = 256  # output features by which the outputs' ratio is known to a few hundredths of a dB
+UNOBSERVED = "hqq"  # reads weights alone: replaces a calibrated quantizer without statistics
+_STORED_AS = torch.bfloat16  # scale and zero-point in the CPU's kernel; others store an exact form
+_ROWS_COMPARED = 256  # output features that give the outputs' SQNR to a few hundredths of a dB
 
-# A matrix, and the fields of its `TwinWeight` that tell what was lost.
+# A quantized weight, and the fields of its `TwinWeight` about the loss.
 Grid = tuple[QuantizedWeight | PackedLinear, dict[str, Any]]
 
 
 @torch.no_grad()
-def make(
+def make_weight(
     matmul: Matmul,
     parameters: Parameters,
     digest: str,
@@ -40,29 +39,17 @@ def make(
     known: Moments | None,
     device: torch.device,
 ) -> TwinWeight:
-    """Quantizes and packs the weight of a matmul.
-
-    Args:
-        matmul: which.
-        parameters: what it is made from.
-        digest: of those.
-        asked: the quantizer, or `LOSSLESS`.
-        known: of its inputs.
-        device: where the packed weight is to lie.
-
-    Raises:
-        UnsupportedGraphError: the weights, or their inputs, are not finite.
-    """
+    """Quantize and pack a matmul's weight; raise an UnsupportedGraphError if values are not finite."""
     try:
         grid, facts = _grid(matmul, parameters, asked, known)
     except ValueError as error:
         names = zip(matmul.name.split("|"), parameters.weights, strict=not matmul.experts)
         name = next((name for name, weight in names if not weight.isfinite().all()), matmul.name)
         raise UnsupportedGraphError(f"no 4-bit twin can be made of {name}: {error}") from None
-    return packed(matmul, parameters, digest, asked, grid, facts, device)
+    return pack_weight(matmul, parameters, digest, asked, grid, facts, device)
 
 
-def packed(
+def pack_weight(
     matmul: Matmul,
     parameters: Parameters,
     digest: str,
@@ -71,13 +58,7 @@ def packed(
     facts: Mapping[str, Any],
     device: torch.device,
 ) -> TwinWeight:
-    """Returns a known grid as a matmul's kernel reads it: a file's own tensors where they are that on a CPU.
-
-    Args:
-        matmul, parameters, digest, asked, device: as :func:`make` has them.
-        grid: the matrix.
-        facts: of it, fields of :class:`TwinWeight`.
-    """
+    """Pack a known quantized weight for a matmul's kernel; on a CPU, a file's own tensors if they fit."""
     scale = facts.get("input_scale")
     scale = None if scale is None else scale.to(device)
     if isinstance(grid, PackedLinear):
@@ -92,7 +73,7 @@ def packed(
         extras=tuple(extra.to(device) for extra in _extras(matmul, parameters, scale)),
         asked=asked,
         digest=digest,
-        made_from=held(parameters.tensors),
+        made_from=weak_refs(parameters.tensors),
         **{**facts, "input_scale": scale},
     )
 
@@ -102,12 +83,13 @@ def _grid(matmul: Matmul, parameters: Parameters, asked: str, known: Moments | N
         return pack_lossless(parameters.weights, matmul.layout), {"quantizer": asked, "sqnr": math.inf}
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
     if matmul.experts:
-        return _of_stack(matmul, parameters.weights[0], quantizer, known if isinstance(known, ExpertMoments) else None)
-    return _of_matrix(matmul, parameters, quantizer, known if isinstance(known, InputMoments) else None)
+        moments = known if isinstance(known, ExpertMoments) else None
+        return _quantize_stack(matmul, parameters.weights[0], quantizer, moments)
+    return _quantize_matrix(matmul, parameters, quantizer, known if isinstance(known, InputMoments) else None)
 
 
-def _of_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inputs: InputMoments | None) -> Grid:
-    """Finds the grid of a matmul's weights; "awq" and "gptq" need the second moments of its inputs."""
+def _quantize_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inputs: InputMoments | None) -> Grid:
+    """Quantize a matmul's weight; "awq" and "gptq" need the second moments of its inputs."""
     weight = torch.cat([w.T if matmul.transposed else w for w in map(as_ordinary, parameters.weights)])
     if inputs is None:
         grid = quantize(weight, matmul.group_size, quantizer).rounded(_STORED_AS)
@@ -126,16 +108,16 @@ def _of_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inputs: I
     }
 
 
-def _of_stack(matmul: Matmul, stack: Tensor, quantizer: str, known: ExpertMoments | None) -> Grid:
-    """Finds the grids of experts, one after another, so that only one of them is held in float32."""
+def _quantize_stack(matmul: Matmul, stack: Tensor, quantizer: str, known: ExpertMoments | None) -> Grid:
+    """Quantize experts one after another, so that one at a time is in float32."""
     grids, signal, noise = [], [0.0, 0.0], [0.0, 0.0]  # of weights, of outputs
-    for expert, of_expert in enumerate(stack.detach().mT if matmul.transposed else stack.detach()):
-        matrix = of_expert.float()
+    for expert, weight in enumerate(stack.detach().mT if matmul.transposed else stack.detach()):
+        matrix = weight.float()
         if known is None:
             grid = quantize(matrix, matmul.group_size, quantizer).rounded(_STORED_AS)
         else:
-            inputs, tokens = known.of(expert, matrix.device)
-            few = tokens or math.inf  # (the moments of all experts are of many)
+            inputs, tokens = known.for_expert(expert, matrix.device)
+            few = tokens or math.inf  # all experts' moments are of many
             grid, _ = quantize_observed(matrix, matmul.group_size, quantizer, inputs, _STORED_AS, False, few)
             signal[1] += tokens * inputs.energy(matrix)
             noise[1] += tokens * inputs.energy(matrix - grid.dequantize())
@@ -148,7 +130,7 @@ def _of_stack(matmul: Matmul, stack: Tensor, quantizer: str, known: ExpertMoment
 
 
 def _extras(matmul: Matmul, parameters: Parameters, scale: Tensor | None) -> tuple[Tensor, ...]:
-    """Returns what a twin's graph takes beside the packed matrix (see `TwinWeight`)."""
+    """Return the operands of a twin's graph after the packed weight (see `TwinWeight`)."""
     like = parameters.weights[0]
     scale = None if scale is None else scale.to(like.device)
     extras: list[Tensor] = []

@@ -1,11 +1,7 @@
-"""A packed weight of a twin or a backbone, and the parameters that it is made from.
-
-    stamp    which tensors they are, PyTorch's count of their changes in place, their addresses, and a few of their
-             elements: about 5 microseconds for each matrix, before every sequence
-    digest   XXH3 (128 bits) of all their bytes, at the speed of memory: what packed weights are found by
+"""Packed weights of twins and backbones, and the parameters that they are made from.
 
 Not handled: a change of single elements through ``parameter.data`` or under ``torch.inference_mode()``, which no stamp
-shows; ``river_compile.requantize`` has the digests compared.
+shows; ``river_compile.requantize`` compares the digests.
 """
 
 from __future__ import annotations
@@ -26,8 +22,8 @@ from river_compile.upstream.tensors import parts_of, version_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-LOSSLESS = "lossless"  # stands for a quantizer where weights stay what they are
-_SAMPLE = 64  # elements of each matrix
+LOSSLESS = "lossless"  # the "quantizer" of weights that keep their values
+_SAMPLE = 64  # elements of each weight in a stamp
 
 
 class Parameters(NamedTuple):
@@ -38,8 +34,8 @@ class Parameters(NamedTuple):
     folds: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, matmul: Matmul, inputs: Sequence[Any]) -> Self:
-        """Returns them, given the real inputs of the graph."""
+    def from_inputs(cls, matmul: Matmul, inputs: Sequence[Any]) -> Self:
+        """Return them, given the graph's real inputs."""
         return cls(
             tuple(inputs[i] for i in matmul.weights),
             tuple(None if i is None else inputs[i] for i in matmul.biases),
@@ -53,35 +49,22 @@ class Parameters(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class TwinWeight:
-    """One matmul's weight as its kernel reads it; ratios are signal to quantization noise in dB.
-
-    Attributes:
-        matmul: which it is of.
-        weight: the packed matrix.
-        extras: what the graph takes after it: the bias [N], if any, and for scaled inputs the norm's parameters divided
-            by the scale, or its inverse.
-        asked, quantizer: the quantizer that the options ask for, and what found it.
-        sqnr: of the weights.
-        output_sqnr: of the outputs on the observed text, None where nothing was observed.
-        statistics: what the quantizer knew of the inputs, in words; empty where it looked at the weights alone.
-        input_scale: float32 [K], what its inputs are divided by; None: by nothing.
-        digest: of the parameters that it was made from.
-        made_from: those, held weakly.
-        artifact: the folder that it was read from, empty where it was quantized here.
-    """
+    """The packed weight of one matmul. SQNR in dB."""
 
     matmul: Matmul
-    weight: PackedLinear
+    weight: PackedLinear  # the packed weight
+    # operands after it: the bias [N], if any, and for scaled inputs the norm's parameters divided by the scale, or
+    # the scale's inverse
     extras: tuple[Tensor, ...]
-    asked: str
-    quantizer: str
-    sqnr: float
-    output_sqnr: float | None = None
-    statistics: str = ""
-    input_scale: Tensor | None = None
-    digest: str
-    made_from: tuple[TensorWeakRef, ...]
-    artifact: str = ""
+    asked: str  # the quantizer in the options
+    quantizer: str  # the one that was used
+    sqnr: float  # of the weights
+    output_sqnr: float | None = None  # of the outputs on the observed text, None without one
+    statistics: str = ""  # the quantizer's statistics in words, empty if it read the weights alone
+    input_scale: Tensor | None = None  # float32 [K], by which inputs are divided
+    digest: str  # of the parameters that it was made from
+    made_from: tuple[TensorWeakRef, ...]  # those parameters
+    artifact: str = ""  # the folder of its file, empty if it was quantized here
 
     @property
     def name(self) -> str:
@@ -93,7 +76,7 @@ class TwinWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the merged matrix."""
+        """(out_features, in_features) of the merged weight."""
         return self.matmul.shape
 
     @property
@@ -107,28 +90,28 @@ class TwinWeight:
 
     @property
     def quality(self) -> float:
-        """The ratio of the outputs if they were observed, else of the weights."""
+        """The SQNR of the outputs if known, else of the weights."""
         return self.sqnr if self.output_sqnr is None else self.output_sqnr
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameters that it was made from and that are still there, its weights first."""
+        """The parameters that it was made from, weights first; those that are gone are missing."""
         return [tensor for ref in self.made_from if (tensor := ref()) is not None]
 
     @property
     def is_current(self) -> bool:
-        """Whether those have the values that it was made from; reads them."""
+        """Whether the parameters still have the values that it was made from; reads them."""
         tensors = self.parameters
         return len(tensors) == len(self.made_from) and digest_of(tensors) == self.digest
 
     def dequantize(self) -> Tensor:
-        """Returns the matrix ``[N, K]`` that the twin multiplies its block's inputs by, float32."""
+        """Return the weight ``[N, K]`` that applies to the unscaled inputs, float32."""
         weight = self.weight.dequantize()
         return weight if self.input_scale is None else weight / self.input_scale
 
 
-def held(tensors: Iterable[Tensor]) -> tuple[TensorWeakRef, ...]:
-    """Returns weak references."""
+def weak_refs(tensors: Iterable[Tensor]) -> tuple[TensorWeakRef, ...]:
+    """Return weak references."""
     return tuple(map(TensorWeakRef, tensors))
 
 
@@ -139,7 +122,11 @@ def is_in(model: nn.Module, weight: TwinWeight) -> bool:
 
 
 class ParameterStamp:
-    """How tensors look without reading them: see the module's docstring. Holds none of them."""
+    """A fingerprint of tensors that reads a few elements; holds none of them."""
+
+    # It has the tensors' identities, PyTorch's counts of their changes in place, their addresses and some elements:
+    # about 5 microseconds for each, before every sequence. The digest reads all bytes, and packed weights are found
+    # by it.
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         parts = [part for tensor in tensors for part in parts_of(tensor)]
@@ -154,7 +141,8 @@ class ParameterStamp:
 
 
 def _samples(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    """Returns the bytes of a few elements of every vector, and of every matrix's middle row, by device and dtype."""
+    """Return the bytes of a few elements of every tensor, by device and dtype."""
+    # Of a weight, they are those of its middle row.
     rows: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     with torch.inference_mode():
         for tensor in tensors:
@@ -167,7 +155,7 @@ def _samples(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype]
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """Returns the XXH3 (128 bits) of dtypes, shapes and bytes of some tensors."""
+    """Return the XXH3 (128 bits) of the tensors' dtypes, shapes and bytes."""
     digest = xxh3_128()
     for part in (part for tensor in tensors for part in parts_of(tensor)):
         here = part.detach().cpu().contiguous()
@@ -177,52 +165,46 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
 
 
 class ProgramWeights:
-    """The packed weights of one program, and how the parameters looked that they stand for.
-
-    Args:
-        packed: of its matmuls.
-        inputs: of its graph, real tensors, in order.
-        digests: returns those of matmuls' parameters.
-        made: those of the packed that were not there before.
-    """
+    """The packed weights of one program, and the stamp of their parameters."""
 
     def __init__(
         self,
         packed: Mapping[Matmul, TwinWeight],
-        inputs: Sequence[Any],
+        inputs: Sequence[Any],  # of its graph, real tensors, in order
         digests: Callable[[dict[Matmul, Parameters]], dict[Matmul, str]],
         made: Sequence[TwinWeight],
     ) -> None:
-        self.packed, self.made, self._digests = packed, made, digests
+        self.packed, self._digests = packed, digests
+        self.made = made  # those of the packed that are new
         self._order = [number for matmul in packed for number in matmul.parameters]
         self._stamp: ParameterStamp | None = ParameterStamp([inputs[i] for i in self._order])
 
-    def stand_for(self, inputs: Sequence[Any]) -> bool:
-        """Whether they are made from the parameters among these inputs, by their digests where they look otherwise."""
+    def matches(self, inputs: Sequence[Any]) -> bool:
+        """Whether they are made from the parameters among these inputs; reads those whose stamp differs."""
         stamp = ParameterStamp([inputs[i] for i in self._order])
         if stamp == self._stamp:
             return True
-        parameters = {matmul: Parameters.of(matmul, inputs) for matmul in self.packed}
+        parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in self.packed}
         digests = self._digests(parameters)
         if any(digests[matmul] != made.digest for matmul, made in self.packed.items()):
             return False
         for matmul, made in self.packed.items():
-            made.made_from = held(parameters[matmul].tensors)
+            made.made_from = weak_refs(parameters[matmul].tensors)
         self._stamp = stamp
         return True
 
-    def look_again(self) -> None:
-        """Has the digests compared the next time, whatever the parameters look like."""
+    def forget_stamp(self) -> None:
+        """Have the next call of `matches` read the parameters."""
         self._stamp = None
 
-    def moved(self, unchanged: bool) -> None:
-        """Takes parameters that were put elsewhere for what they were, if they had not changed before."""
+    def accept_move(self, unchanged: bool) -> None:
+        """Accept the parameters' new addresses, if they had not changed before."""
         if unchanged:
             self._stamp = ParameterStamp(self._made_from)
 
     @property
-    def look_the_same(self) -> bool:
-        """Whether the parameters that they were made from look as they did."""
+    def is_unchanged(self) -> bool:
+        """Whether the parameters have the stamp that they had."""
         return self._stamp is not None and self._stamp == ParameterStamp(self._made_from)
 
     @property

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.bits import Product, allocate, correction
-from river_compile.twins.calibration_stats import InputMoments
+from river_compile.twins.observe import InputMoments
 
 
 def product(rows, columns, noise):

@@ -15,10 +15,8 @@ from transformers.generation import (
 )
 
 import river_compile
-from river_compile.decoding.lookup import SuffixAutomaton
-from river_compile.decoding.sampling import Sampler
-from river_compile.decoding.speculative import SpeculativeDecoder
-from river_compile.decoding.texts import Ends, Texts
+from river_compile.decoding.sampling import Sampler, SuffixAutomaton
+from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.runtime.draft_length import DraftLength
 from tests.support.examples import slow
 from tests.support.scripted import VOCABULARY, ScriptedRunner

@@ -159,7 +159,7 @@ class TestTheStore:
         content = bytearray(store[0].read_bytes())
         content[-100] ^= 1
         store[0].write_bytes(content)
-        with pytest.warns(RiverWarning, match="stored weights cannot be used and are packed anew"):
+        with pytest.warns(RiverWarning, match="cached weights cannot be used and are quantized again"):
             assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), store[1]))
         assert len(packed) > 5
         assert store[0].read_bytes() != content

@@ -9,7 +9,7 @@ from torch._inductor.exc import InductorError
 
 from river_compile import trace
 from river_compile.runtime.state import on_step
-from river_compile.twins import tensor_file
+from river_compile.twins import file as twin_file
 from tools.soak import __main__ as command
 from tools.soak import cases, compilers, damage, kill, memory, serving, stored, text, threads
 
@@ -114,8 +114,8 @@ def test_clients_of_a_server_get_their_texts_whoever_else_is_there(tmp_path, cap
 
 def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, capsys):
     """An artifact whose hash is not looked at: a damage goes through, and the file of this failure finds it again."""
-    real = tensor_file.is_whole
-    monkeypatch.setattr(tensor_file, "is_whole", lambda file, metadata: True)
+    real = twin_file.is_whole
+    monkeypatch.setattr(twin_file, "is_whole", lambda file, metadata: True)
     flips = iter(range(100))
 
     class Flips:
@@ -134,7 +134,7 @@ def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, cap
     assert len(json.loads(kept.read_text())["damages"]) == 1
     assert command.main(["--again", str(kept)]) == 1
     assert "a damaged artifact was taken for whole" in capsys.readouterr().out
-    monkeypatch.setattr(tensor_file, "is_whole", real)
+    monkeypatch.setattr(twin_file, "is_whole", real)
     assert command.main(["--again", str(kept)]) == 0
     assert not (tmp_path / "running.json").exists()
 

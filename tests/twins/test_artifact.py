@@ -19,8 +19,7 @@ from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.lowering.choose import Lowering
-from river_compile.twins import tensor_file
-from river_compile.twins.file import FILE, TwinFile, write_missing
+from river_compile.twins.file import FILE, TwinFile, write_missing, write_tensors
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 from tests.support.lowerings import lowered
@@ -79,7 +78,7 @@ def write_back(folder, tensors, metadata, matrices=None, **changes):
     if matrices is not None:
         changes["matrices"] = matrices if isinstance(matrices, str) else json.dumps(matrices)
     (folder / FILE).unlink()
-    tensor_file.write(folder / FILE, tensors, {**metadata, **changes})
+    write_tensors(folder / FILE, tensors, {**metadata, **changes})
 
 
 @pytest.mark.core
@@ -223,7 +222,7 @@ def test_an_artifact_that_lacks_a_matrix_is_refused(saved):
 
 @pytest.mark.parametrize("changed", [{"group_size": 64}, {"quantizer": "rtn"}])
 def test_other_ways_to_quantize_are_refused(saved, changed):
-    with pytest.raises(ArtifactError, match="was made with quantizer='hqq' group_size=32, and quantizer="):
+    with pytest.raises(ArtifactError, match="was made with quantizer='hqq' group_size=32; the options are quantizer="):
         run(start(), artifact=saved, **changed)
 
 
@@ -476,7 +475,7 @@ class TestFolder:
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("river_compile.twins.tensor_file.write", full)
+        monkeypatch.setattr("river_compile.twins.file.write_tensors", full)
         with pytest.raises(ArtifactError, match="No space left on device"):
             save_twins(packed, tmp_path / "twins")
         assert list(tmp_path.iterdir()) == []

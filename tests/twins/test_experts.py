@@ -10,7 +10,7 @@ import torch
 from river_compile import collect_statistics, report, save_twins
 from river_compile.kernels.quant.grid import decibels
 from river_compile.passes.experts import ROUTER
-from river_compile.twins.calibration_stats import ExpertMoments
+from river_compile.twins.observe import ExpertMoments
 from tests.support.families import prompt
 from tests.support.lowerings import FUSED, UNFUSED
 from tests.support.traced import TracedStep, dequantized
@@ -92,7 +92,7 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
     observed = collect_statistics(step.model, text, progress=False)
     stack = step.model.get_parameter(next(n for n, p in step.model.named_parameters() if p.dim() == 3))
     moments = observed.moments_of(stack)
-    tokens = [moments.of(expert)[1] for expert in range(4)]
+    tokens = [moments.for_expert(expert)[1] for expert in range(4)]
     assert sum(tokens) == 240 * step.model.config.num_experts_per_tok
     assert min(tokens) > 0
     step.run(quantizer="rtn")
@@ -104,7 +104,7 @@ def test_what_experts_read_makes_their_outputs_better(name, quantizer):
         weight = (weight.mT if site.matmul.transposed else weight).detach()
         signal = noise = 0.0
         for expert, near in enumerate(plain[site.name].dequantize().view(weight.shape)):
-            inputs, count = moments.of(expert)
+            inputs, count = moments.for_expert(expert)
             signal += count * inputs.energy(weight[expert])
             noise += count * inputs.energy(weight[expert] - near)
         assert site.output_sqnr > decibels(signal, noise) + 0.3
@@ -115,8 +115,8 @@ def test_experts_that_no_token_reached_count_what_the_others_read():
     x = torch.randn(6, 4)
     moments.add(0, x[:2])
     moments.add(2, x[2:])
-    torch.testing.assert_close(moments.of(1)[0].matrix(), x.T @ x / 6)
-    assert [moments.of(expert)[1] for expert in range(3)] == [2, 0, 4]
+    torch.testing.assert_close(moments.for_expert(1)[0].matrix(), x.T @ x / 6)
+    assert [moments.for_expert(expert)[1] for expert in range(3)] == [2, 0, 4]
 
 
 def test_experts_are_saved_and_read(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from river_compile.kernels.native import load
-from river_compile.twins.native_linear import NativeLinear
+from river_compile.twins.own_text import NativeLinear
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from river_compile.backend import river
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.calibrated import RowMoments, WholeMoments
 from river_compile.model_record import find_record
-from river_compile.twins.calibration_stats import InputMoments
-from river_compile.twins.observe import default_texts, record, visit
+from river_compile.twins.observe import InputMoments, default_texts, record, visit
 from tests.support.families import make, prompt
 
 
@@ -72,7 +71,7 @@ def test_a_visit_hands_over_what_a_record_keeps(family):
     weights = [weight for weight in model.parameters() if weight in recorded.moments]
 
     def see(weight, moments):
-        of = moments.of if weight.dim() == 3 else lambda _: (moments.cheapest(), moments.tokens)
+        of = moments.for_expert if weight.dim() == 3 else lambda _: (moments.cheapest(), moments.tokens)
         seen[weight] = [of(expert) for expert in range(len(weight) if weight.dim() == 3 else 1)]
         alive.append(weakref.ref(moments))
         assert sum(reference() is not None for reference in alive) <= 2  # (the two stacks of a block)
@@ -88,7 +87,7 @@ def test_a_visit_hands_over_what_a_record_keeps(family):
     for weight, found in seen.items():
         expected = recorded.moments_of(weight)
         for expert, (of_visit, tokens) in enumerate(found):
-            of = expected.of(expert) if weight.dim() == 3 else (expected.cheapest(), expected.tokens)
+            of = expected.for_expert(expert) if weight.dim() == 3 else (expected.cheapest(), expected.tokens)
             assert tokens == of[1]
             torch.testing.assert_close(of_visit.matrix(), of[0].matrix())
 

@@ -44,7 +44,7 @@ class Maker:
 def test_a_device_packs_one_matrix_after_the_other(device, threads, monkeypatch):
     """Each takes float32 copies of its weights there."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(pack, "make", maker := Maker())
+    monkeypatch.setattr(pack, "make_weight", maker := Maker())
     monkeypatch.setattr(pack, "digest_of", lambda tensors: str(id(tensors[0])))
     monkeypatch.setattr(pack.ParameterStamp, "__init__", lambda self, tensors: None)
     inputs = [torch.empty(4, 4, device=device) for _ in range(6)]

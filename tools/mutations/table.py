@@ -337,7 +337,7 @@ _EXACT = (
     Mutation(
         "accept-rule",
         "river_compile/decoding/speculative.py",
-        "if not (held and text.runs):",
+        "if not (accepted and text.runs):",
         "if not text.runs:",
         "what was verified after a rejected draft is kept",
         ("tests/decoding/test_exact_loop.py",),
@@ -352,7 +352,7 @@ _EXACT = (
     ),
     Mutation(
         "stop-length",
-        "river_compile/decoding/texts.py",
+        "river_compile/decoding/speculative.py",
         "self.length >= self.stops.max_length or",
         "self.length > self.stops.max_length or",
         "a text has one token more than was asked for",
@@ -400,7 +400,7 @@ _EXACT = (
     ),
     Mutation(
         "vocabulary-reset",
-        "river_compile/runtime/draft_vocab.py",
+        "river_compile/runtime/state.py",
         "            self._list = None\n",
         "",
         "tokens that the text brought are never drafted",

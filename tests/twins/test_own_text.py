@@ -14,10 +14,9 @@ from river_compile import RiverWarning, collect_statistics, report, save_twins
 from river_compile.backend import river
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import find_record, record_of
-from river_compile.twins import self_calibration
+from river_compile.twins import own_text
 from river_compile.twins.file import FILE
-from river_compile.twins.sampling import sample
-from river_compile.twins.twin_kl import SEED, TwinLoss, estimate_loss
+from river_compile.twins.own_text import LOSS_SEED, TwinLoss, estimate_loss, sample
 from tests.support.decoding import decode, new_cache
 from tests.support.families import VOCABULARY, make, prompt
 from tests.support.traced import TracedStep, dequantized
@@ -36,7 +35,7 @@ def started(family="llama", **options):
 def packed_by_default(family="llama", step=None, **options):
     """Does what `started` does with a step that was traced before, of which Dynamo would tell whose it is."""
     step = TracedStep(family) if step is None else step
-    record_of(step.model.parameters()).self_calibration.is_of(step.model)
+    record_of(step.model.parameters()).self_calibration.attach(step.model)
     step.run(**options)
     return step.model
 
@@ -85,7 +84,7 @@ def test_a_model_that_cannot_write_takes_hqq_and_says_so(monkeypatch):
     def fails(*_):
         raise TypeError("no text from me")
 
-    monkeypatch.setattr(self_calibration, "sample", fails)
+    monkeypatch.setattr(own_text, "sample", fails)
     model = packed_by_default()
     assert same(bytes_of(model), bytes_of(packed_by_default(quantizer="hqq")))
     assert {p.asked for p in report(model).packed} == {"gptq"}
@@ -135,7 +134,7 @@ def test_an_artifact_says_what_its_twins_knew(tmp_path):
 
 
 def test_an_artifact_keeps_what_took_the_place_of_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr(self_calibration, "sample", lambda *_: 1 / 0)
+    monkeypatch.setattr(own_text, "sample", lambda *_: 1 / 0)
     first = packed_by_default()
     save_twins(first, tmp_path / "twins")
     second = packed_by_default(artifact=tmp_path / "twins")
@@ -170,7 +169,7 @@ def test_the_loss_is_that_of_all_twins_together(family):
     step.run(quantizer="rtn")
     sites = report(step.model).packed
     loss = estimate_loss(step.model, sites)
-    ids = sample(step.model, 32, 4, SEED)
+    ids = sample(step.model, 32, 4, LOSS_SEED)
     other = make(family, layers=2)
     other.load_state_dict(dequantized(other, sites), strict=False)
     with torch.no_grad():

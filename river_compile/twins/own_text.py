@@ -1,0 +1,262 @@
+"""Self-calibration: statistics and the loss of the twins, on text that the model samples itself.
+
+Not handled: models that cannot be sampled from token ids and their cache alone (`refusal` has the reason; several ranks
+raise); rounding of activations in kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from river_compile.distributed.ranks import ranks_of
+from river_compile.errors import OptionError
+from river_compile.kernels.native.load import loaded
+from river_compile.kernels.portable import token_kl
+from river_compile.progress import stage_shown
+from river_compile.twins.observe import (
+    MatmulHook,
+    Moments,
+    Observation,
+    full_attention_mask,
+    one_expert_at_a_time,
+    record,
+    visit,
+)
+from river_compile.twins.weights import TwinWeight
+from river_compile.upstream.dynamo import uncompiled_forward
+from river_compile.upstream.transformers import cache_argument
+
+log = logging.getLogger("river_compile.twins")
+R = TypeVar("R")
+_ROWS = 32
+_STATISTICS_TOKENS, _LOSS_TOKENS = 32, 8  # most in a row: each further token of a row is one more step
+LOSS_SEED = 1  # not that of the statistics' text, so that nothing was fitted to it
+_LARGE = 0.2  # nats
+_ROWS_AT_ONCE = 16
+_KL_TOKENS = 64  # tokens at once: large vocabularies take memory in float32
+
+
+class SelfCalibration:
+    """Text that one model sampled, kept as token ids until its weights change."""
+
+    def __init__(self) -> None:
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._ids: Tensor | None = None
+        self.refusal = "torch.compile was not given a model"  # why there is no text, else empty
+        self.seconds = 0.0  # of sampling and reading it, including work done meanwhile
+
+    def attach(self, model: nn.Module) -> None:
+        """Set the model."""
+        if self._model() is not model:
+            self._model, self._ids, self.refusal = weakref.ref(model), None, ""
+
+    def stream_moments(
+        self, weights: Sequence[Tensor], see: Callable[[Tensor, Moments], None], *, resample: bool = False
+    ) -> str:
+        """Call `see` with the moments of each weight in the order of reading; return the text in words."""
+
+        def run(model: nn.Module) -> str:
+            ids = self._text(model, resample)
+            visit(model, ids, weights, see)
+            return f"{ids.numel()} tokens that the model sampled"
+
+        return self._run(run) or ""
+
+    def observation(self, *, resample: bool = False) -> Observation | None:
+        """Return the statistics of all weights; None if the model cannot be sampled."""
+        return self._run(lambda model: record(model, self._text(model, resample).split(_ROWS_AT_ONCE), own=True))
+
+    def _run(self, function: Callable[[nn.Module], R]) -> R | None:
+        """Call `function(model)` uncompiled; None if it raises."""
+        model = self._model()
+        if model is None or self.refusal:
+            return None
+        start = time.perf_counter()
+        try:
+            with NativeLinear():
+                return function(model)
+        except Exception as error:  # any model's code may fail here
+            _raise_on_ranks(model, error)
+            self.refusal = _why(error)
+            log.info("%s cannot sample text for its twins: %s", type(model).__name__, self.refusal)
+            return None
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _text(self, model: nn.Module, resample: bool) -> Tensor:
+        if resample or self._ids is None:
+            with stage_shown("reading own text"):
+                self._ids = sample(model, _ROWS, _row_length(model, _STATISTICS_TOKENS))
+        return self._ids
+
+    def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
+        """Estimate the joint loss of these twins on other text; None if the model cannot be sampled."""
+        model = self._model()
+        if model is None or self.refusal:
+            return None
+        try:
+            with NativeLinear():
+                return estimate_loss(model, packed)
+        except Exception as error:  # as above
+            _raise_on_ranks(model, error)
+            log.info("the loss of the twins of %s is not known: %s", type(model).__name__, _why(error))
+            return None
+
+
+def _raise_on_ranks(model: nn.Module, error: Exception) -> None:
+    """Raise if ranks share the model: one that went on with other twins would diverge."""
+    ranks = ranks_of(model.parameters())
+    if not ranks.several:
+        return
+    ranks.explain(error)
+    raise OptionError(
+        f"{type(model).__name__} on {ranks.size} ranks cannot sample the text for its twins' statistics "
+        f"({_why(error)}); use river_compile.collect_statistics, or quantizer='hqq'"
+    ) from error
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+
+
+@dataclass(frozen=True)
+class TwinLoss:
+    """The joint loss of all twins of a model."""
+
+    kl: float  # mean KL divergence from the backbone, in nats per token
+    agreement: float  # share of tokens with the same most likely successor
+    tokens: int  # sampled for it
+
+    @property
+    def large(self) -> bool:
+        """Whether early exits are likely to change tokens."""
+        return self.kl > _LARGE
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.3f}, {100 * self.agreement:.0f} % of next tokens, on {self.tokens} tokens of its own"
+
+
+@torch.no_grad()
+def estimate_loss(model: nn.Module, packed: Iterable[TwinWeight]) -> TwinLoss:
+    """Compare a model's logits with and without its twins on sampled text; raises as `sample`."""
+    # The estimate is for exits before the first block, after a prompt through the twins: an upper bound for all exits.
+    ids = sample(model, _ROWS, _row_length(model, _LOSS_TOKENS), LOSS_SEED)
+    forward, inputs = (
+        uncompiled_forward(model),
+        {"input_ids": ids, "use_cache": False, **full_attention_mask(model, ids)},
+    )
+    with one_expert_at_a_time(model):
+        reference = forward(**inputs).logits.flatten(0, 1)
+        with _InTwins(model.parameters(), list(packed)):
+            logits = forward(**inputs).logits.flatten(0, 1)
+    pairs = zip(reference.split(_KL_TOKENS), logits.split(_KL_TOKENS), strict=True)
+    kl = torch.cat([token_kl(a, b) for a, b in pairs]).mean().item()
+    agreement = (reference.argmax(-1) == logits.argmax(-1)).float().mean().item()
+    return TwinLoss(kl, agreement, ids.numel())
+
+
+class _InTwins(MatmulHook):
+    """Multiplies by the dequantized weights of twins."""
+
+    def __init__(self, parameters: Iterable[Tensor], packed: Sequence[TwinWeight]) -> None:
+        super().__init__(parameters)
+        self._parts: dict[int, tuple[TwinWeight, int]] = {}  # by parameter: its matmul, and the part
+        for twin in packed:
+            weights = twin.parameters[: len(twin.matmul.weights)]
+            self._parts |= {id(weight): (twin, i) for i, weight in enumerate(weights)}
+        self._last: tuple[TwinWeight, Tensor] | None = None
+
+    def substitute(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
+        found = self._parts.get(id(parameter))
+        if found is None:
+            return matrix
+        twin, part = found
+        whole = self._dequantized(twin)
+        if twin.matmul.experts:
+            stack = whole.unflatten(0, (twin.matmul.experts, -1))
+            weight = stack if index is None else stack[index]
+        else:
+            weight = whole.split(twin.matmul.out_features)[part]
+        weight = weight.to(matrix.dtype)
+        # A block may read its parameter transposed: it then has the strides of the transposed matrix.
+        as_stored = weight.mT if twin.matmul.transposed else weight
+        same = matrix.stride()[-2:] == parameter.stride()[-2:] and matrix.shape[-2:] == parameter.shape[-2:]
+        return as_stored if same else as_stored.mT
+
+    def _dequantized(self, twin: TwinWeight) -> Tensor:
+        if self._last is None or self._last[0] is not twin:
+            self._last = twin, twin.dequantize()
+        return self._last[1]
+
+
+@torch.no_grad()
+def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
+    """Sample token ids ``[rows, tokens]`` from a model, at temperature 1. Raises as the model does."""
+    # One batch of rows that begin with a uniformly drawn token, as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888). A
+    # generator of its own makes the text reproducible and leaves the caller's random state alone. Ranks take the first
+    # one's draws. The model runs uncompiled, also while Dynamo compiles it.
+    network: Any = model
+    forward, device = uncompiled_forward(model), next(model.parameters()).device
+    ranks = ranks_of(model.parameters())
+    draws = torch.Generator(device).manual_seed(seed)
+    vocabulary = network.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (rows, 1), generator=draws, device=device)
+    name = cache_argument(model)
+    cache: dict[str, Any] = {}
+    while ids.shape[1] < tokens:
+        outputs = forward(input_ids=ids[:, -1:], use_cache=True, **full_attention_mask(model, ids), **cache)
+        cache = {name: outputs[name]}
+        ids = torch.cat([ids, ranks.first(_draw(outputs.logits[:, -1], draws))], dim=1)
+    return ids
+
+
+def _draw(logits: Tensor, draws: torch.Generator) -> Tensor:
+    """Draw a token ``[B, 1]`` for each row of logits ``[B, V]``, with one random number each."""
+    up_to = logits.float().softmax(-1).cumsum(-1)
+    if not torch.isfinite(up_to).all():
+        raise ValueError("its logits are not finite")
+    points = torch.rand(len(logits), 1, generator=draws, device=logits.device) * up_to[:, -1:]
+    return torch.searchsorted(up_to, points, right=True).clamp(max=logits.shape[1] - 1)
+
+
+def _row_length(model: nn.Module, most: int) -> int:
+    """Returns tokens per row, 4 to `most`: in all rows two for each feature of the hidden state."""
+    network: Any = model
+    return min(most, max(4, 2 * network.config.get_text_config().hidden_size // _ROWS))
+
+
+# Without AVX-512, torch's own 16-bit linear takes ten times as long.
+class NativeLinear(TorchFunctionMode):
+    """Inside, `F.linear` of ordinary 16-bit tensors runs the C++ kernels, if loaded. No gradients."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and loaded():
+            x, weight, bias = _operands(*args, **kwargs)
+            if all(_is_supported(t) and t.dtype == x.dtype for t in (x, weight, bias) if t is not None):
+                return torch.ops.river_native.dense(x, [weight], [] if bias is None else [bias])
+        return func(*args, **kwargs)
+
+
+def _operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _is_supported(x: Tensor) -> bool:
+    plain = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.is_contiguous()
+    return plain and x.dtype in (torch.bfloat16, torch.float16) and not (torch.is_grad_enabled() and x.requires_grad)
