@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, depth in (("depth 0", 0), ("never", options.layers), ("asked at each block", None)):
         torch._dynamo.reset()
         model = random_llama(ModelShape("", options.layers, 64, 2, 1, 32, 128, 256))
-        river_compile.accelerate(model, "fast", store=False, **_OPTIONS)
+        river_compile.accelerate(model, "fast", compile_cache=False, **_OPTIONS)
         with recording(), contextlib.nullcontext() if depth is None else forced_depth(depth):
             rows[name] = measure(model, options.repeats)
     print(f"{options.layers} blocks, microseconds of the host per token\n")

@@ -21,8 +21,8 @@ _SUFFIX = "[a-z0-9_]" * 8  # that `tempfile` gives a name
 
 
 def cache_folder() -> Path:
-    """Returns ``$RIVER_COMPILE_CACHE`` or ~/.cache/river_compile (not created here)."""
-    return Path(os.environ.get("RIVER_COMPILE_CACHE") or "~/.cache/river_compile").expanduser()
+    """Returns ``$RIVER_COMPILE_HOME`` or ~/.cache/river_compile (not created here)."""
+    return Path(os.environ.get("RIVER_COMPILE_HOME") or "~/.cache/river_compile").expanduser()
 
 
 def in_cache(name: str, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
@@ -56,7 +56,7 @@ def _own_folder(instead_of: Path, error: OSError) -> Path:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             warnings.warn(
                 f"the cache folder {instead_of} cannot be written ({error}): what is compiled lasts for this process "
-                "alone; set RIVER_COMPILE_CACHE to a folder that can be",
+                "alone; set RIVER_COMPILE_HOME to a folder that can be",
                 stacklevel=4,
             )
         return _own_folders[instead_of]

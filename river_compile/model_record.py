@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
+from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
@@ -32,7 +33,6 @@ from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.stats import ExitStats
-from river_compile.store.programs import Origin, Programs
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.pack import Statistics, TwinWeights
 from river_compile.twins.self_calibration import SelfCalibration
@@ -151,7 +151,7 @@ class ModelRecord:
     prefixes: PrefixPool = field(default_factory=PrefixPool)
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls of generate that ran plainly, by reason
     call: OwnCall | None = None  # of an accelerated model: its own compiled call
-    programs: Programs | None = None  # that are stored, of an accelerated model
+    programs: ProgramCache | None = None  # that are stored, of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
     batch_sizes: set[int] = field(default_factory=set)  # of prompts that ran
 
@@ -183,7 +183,7 @@ class ModelRecord:
         """Returns what the passes of an accelerated model depend on now, None where that is not known."""
         return None if self.programs is None else model_state(model, self.programs.config)
 
-    def known_programs(self, model: PreTrainedModel, state: ModelState | None) -> Programs | None:
+    def known_programs(self, model: PreTrainedModel, state: ModelState | None) -> ProgramCache | None:
         """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
         if self.programs is None or state is None or not self.programs.begin(model, state.identity):
             return None

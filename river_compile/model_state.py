@@ -1,6 +1,6 @@
 """A model as a call of generate finds it: what its programs depend on, and what the entries of its texts depend on.
 
-    identity   code, configuration, attributes, hooks, shapes, dtypes, devices: `store/identity.py`
+    identity   code, configuration, attributes, hooks, shapes, dtypes, devices: `compile_cache/identity.py`
     weights    which tensors its parameters and buffers are, and how they look: `twins/weights.py`
 
 Not handled (a model without a state): ranks that share a model, tensors made of others, and other models without
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from river_compile.compile_cache.identity import identity_of
 from river_compile.config import RiverConfig
-from river_compile.store.identity import identity_of
 from river_compile.twins.weights import ParameterStamp
 
 

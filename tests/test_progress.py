@@ -34,7 +34,7 @@ def test_without_a_terminal_nothing_is_shown(capsys):
 
 def test_what_an_accelerated_model_waits_for_is_shown():
     model, ids = make("llama", layers=2), prompt()
-    river_compile.accelerate(model, store=False)
+    river_compile.accelerate(model, compile_cache=False)
     with redirect_stderr(Terminal()) as terminal:
         model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3)
     shown = terminal.getvalue()

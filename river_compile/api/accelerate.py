@@ -32,6 +32,7 @@ from river_compile.api.generation import generate_by, has_generate_of_its_own, r
 from river_compile.backend import river
 from river_compile.building import build, rebuild
 from river_compile.calibration.result import Calibration
+from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.decoding.mode import ExactMode, decode, exact
 from river_compile.decoding.session import check_paths
@@ -43,7 +44,6 @@ from river_compile.lowering.choose import begin_kernels
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.store.programs import Origin, Programs
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.upstream.dynamo import OwnCall, compiled_with, untraceable
 
@@ -61,7 +61,7 @@ def accelerate(
     quality: str = "exact",
     calibration: Calibration | str | os.PathLike[str] | None = None,
     *,
-    store: bool = True,
+    compile_cache: bool = True,
     **options: Any,
 ) -> Model:
     """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
@@ -75,7 +75,7 @@ def accelerate(
         model: a causal language model of transformers.
         quality: "exact", "strict", "calibrated" or "fast", as the module's table says.
         calibration: for "calibrated": what :func:`river_compile.calibrate` returned, or the file it was saved to.
-        store: whether what is built is left for other processes, and what they left is used (docs/usage.md).
+        compile_cache: whether other processes may use what this one builds, and the reverse (docs/usage.md).
         options: of the backend (such as ``artifact=``), and with "exact" and "strict" those of exact mode (such as
             ``max_draft=``).
 
@@ -96,7 +96,8 @@ def accelerate(
     why_not = untraceable(model)
     if why_not:
         raise OptionError(f"this {type(model).__name__} cannot be accelerated: {why_not}")
-    quality, store = _QUALITY("quality", quality, OptionError), FLAG("store", store, OptionError)
+    quality = _QUALITY("quality", quality, OptionError)
+    compile_cache = FLAG("compile_cache", compile_cache, OptionError)
     if quality in ("exact", "strict"):
         _nothing_of(quality, calibration=calibration, **{name: options.get(name) for name in _RULE})
         exact_mode, backend_options = _exact_mode(quality, options)
@@ -115,7 +116,7 @@ def accelerate(
         if not os.path.exists(artifact / FILE):
             TwinFile(artifact)  # (says what is wrong)
     record, call = record_of(model.parameters()), OwnCall(river, backend_options)
-    programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), store)
+    programs = ProgramCache(config, functools.partial(_built, weakref.ref(model), record, config), compile_cache)
     begin_kernels(config, model.device)
     # (The model changes last, so that whatever fails leaves it as it was.)
     if has_generate_of_its_own(model):
@@ -128,7 +129,7 @@ def accelerate(
     else:
         generate_by(model, exact_mode or decode)
     record.graphs.clear()
-    record.call, record.programs, record.twins.stores = call, programs, store
+    record.call, record.programs, record.twins.stores = call, programs, compile_cache
     return model
 
 

@@ -21,11 +21,13 @@ def cache(
 
     A process that is running keeps what it has mapped.
     """
-    from river_compile.store import folder
+    from river_compile.compile_cache import folder
 
-    found = [{"about": e.about, "folder": str(e.folder), "bytes": e.bytes, "used": e.used} for e in folder.entries()]
+    found = [
+        {"about": e.about, "folder": str(e.folder), "bytes": e.bytes, "used": e.used} for e in folder.list_entries()
+    ]
     freed = folder.clear() if clear else 0
-    result = {"folder": str(folder.store_folder()), "entries": found, "freed_bytes": freed}
+    result = {"folder": str(folder.compile_cache_folder()), "entries": found, "freed_bytes": freed}
     show("cache", result, as_json, lambda console: _page(console, result))
 
 

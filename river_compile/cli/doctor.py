@@ -118,10 +118,10 @@ def cache() -> Finding:
     folder = cache_folder()
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK):
-        return Finding("cache", BAD, f"{folder} cannot be written; set RIVER_COMPILE_CACHE to a folder that can")
+        return Finding("cache", BAD, f"{folder} cannot be written; set RIVER_COMPILE_HOME to a folder that can")
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
     free = shutil.disk_usage(parent).free
-    return Finding("cache", OK, f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_CACHE)")
+    return Finding("cache", OK, f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_HOME)")
 
 
 def try_out() -> Finding:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-from river_compile.store.inputs import named
+from river_compile.compile_cache.programs import named_arguments
 from river_compile.upstream.transformers import cache_of, is_of_transformers, masks_of
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
@@ -203,7 +203,7 @@ def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:
     own["attention_mask"] = masks if several else masks[None]
     if inputs.get("position_ids") is not None:
         own["position_ids"] = _copied(inputs["position_ids"])
-    for name, tensor in [*named(own)]:
+    for name, tensor in [*named_arguments(own)]:
         held = kept.get(name)
         if held is None or not isinstance(tensor, Tensor) or not _alike(held, tensor):
             continue

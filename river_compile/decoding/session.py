@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from river_compile.compile_cache.programs import Bindable, named_arguments
 from river_compile.config import RiverConfig
 from river_compile.decoding.inputs import (
     BY_SLOT,
@@ -52,8 +53,6 @@ from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor, last_token_alone
 from river_compile.runtime.kv_cache import KVCache, slots_for
 from river_compile.runtime.state import StepState
-from river_compile.store.inputs import named
-from river_compile.store.programs import Bindable
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
 
 _WORTH_GRAPHS = 200  # tokens of one row
@@ -391,7 +390,7 @@ class Session:
             logits = self._through_model(width, inputs, depth, last_token)
         else:
             if not last_token and not self._inputs[width].owns(inputs):
-                values = dict(named(inputs))
+                values = dict(named_arguments(inputs))
                 for name, held in state.inputs.items():
                     held.copy_(values[name])
             state.only_logits(None if tokens is None else tokens.blocks)
@@ -414,14 +413,14 @@ class Session:
     def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> StepState:
         """Binds a program to the cache; the state's inputs are those that are moved on in place, or copies."""
         if not self._inputs[width].owns(inputs):
-            given = {id(value) for _, value in named(inputs)}
+            given = {id(value) for _, value in named_arguments(inputs)}
             args = [arg.clone() if id(arg) in given and isinstance(arg, Tensor) else arg for arg in args]
         state = self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
         return state
 
     def _recalled(self, inputs: Inputs) -> Bindable | None:
         """Returns a pass that was traced before, in this process or another one."""
-        found = None if self._programs is None else self._programs.recall(self.model, inputs, self.kv.cache)
+        found = None if self._programs is None else self._programs.lookup(self.model, inputs, self.kv.cache)
         if found is not None:
             self._begin(*found)
         return found
@@ -449,7 +448,7 @@ class Session:
             executor, args, _ = calls[0]
             self._begun.add(executor)
             if self._programs is not None:
-                self._programs.keep(inputs, self.kv.cache, executor, graph.traced)
+                self._programs.insert(inputs, self.kv.cache, executor, graph.traced)
             if not last_token and width in self._inputs:
                 self._bind(width, executor, args, inputs)
         elif not last_token:
@@ -479,7 +478,7 @@ class Session:
 
 def _serves(state: StepState, inputs: Inputs, owned: bool) -> bool:
     """Whether a state may run with these inputs of another session: they are its own, or look as those do."""
-    values = dict(named(inputs))
+    values = dict(named_arguments(inputs))
     pairs = [(held, values.get(name)) for name, held in state.inputs.items()]
     if owned:
         return all(a is b for a, b in pairs)

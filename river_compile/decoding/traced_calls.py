@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from river_compile.compile_cache.codec import NotCacheable
+from river_compile.compile_cache.programs import with_sources
 from river_compile.model_record import GraphRecord
 from river_compile.runtime.executor import RiverExecutor, on_call
-from river_compile.store.codec import NotStorable
-from river_compile.store.inputs import located
 from river_compile.upstream.dynamo import OwnCall, runs_one_graph
 
 log = logging.getLogger("river_compile.decoding")
@@ -75,8 +75,8 @@ def locate(
     graph = next(graph for graph in graphs if graph.executor() is executor)
     assert graph.traced is not None, "Dynamo traced it in this process"
     try:
-        executor.locate(located(executor.program, graph.traced, model, args, inputs, cache, made))
-    except NotStorable as why:
+        executor.locate(with_sources(executor.program, graph.traced, model, args, inputs, cache, made))
+    except NotCacheable as why:
         log.info("a pass goes through the model each time: %s", why)
         return None
     return graph

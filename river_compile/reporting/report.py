@@ -34,7 +34,7 @@ _NEVER_RAN = (
     'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then '
     "generate"
 )
-_ORIGINS = {"traced": "", "stored": ", from the store", "derived": ", from the graph of several tokens"}
+_ORIGINS = {"traced": "", "stored": ", from the compile cache", "derived": ", from the graph of several tokens"}
 _BAR = 32
 
 

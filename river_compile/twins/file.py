@@ -35,13 +35,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from river_compile.compile_cache.folder import Entry, evict, is_trusted, warn_not_writable
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import appearing, making
 from river_compile.kernels.quant import bf12, bits8
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
-from river_compile.store.folder import Entry, cannot_write, is_trusted, keep_bound
 from river_compile.twins import tensor_file
 from river_compile.twins.weights import LOSSLESS, TwinWeight
 
@@ -316,7 +316,7 @@ def open_stored(entry: Entry) -> TwinFile | None:
         warnings.warn(f"stored weights cannot be used and are packed anew: {error}", RiverWarning, stacklevel=2)
         shutil.rmtree(entry.folder, ignore_errors=True)
         return None
-    entry.used()
+    entry.touch()
     return found
 
 
@@ -330,7 +330,7 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
         return
     folder = entry.folder / _PACKED
     try:
-        entry.make()
+        entry.make_folder()
         with making(folder):
             if not (folder / FILE).exists():
                 write(folder, weights)
@@ -338,8 +338,8 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
                 (folder / FILE).chmod(0o600)
                 entry.describe()
     except (ArtifactError, OSError) as error:
-        cannot_write(error)
-    keep_bound()
+        warn_not_writable(error)
+    evict()
 
 
 def _is_finite(tensor: Tensor) -> bool:

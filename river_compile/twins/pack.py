@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from river_compile.compile_cache.folder import Entry, is_enabled
 from river_compile.config import RiverConfig
 from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
@@ -29,7 +30,6 @@ from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
-from river_compile.store.folder import Entry, enabled
 from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.file import FILE, TwinFile, open_stored, stored, write_missing, write_stored
 from river_compile.twins.quantize import make, packed
@@ -237,7 +237,7 @@ class TwinWeights:
         if job.file is not None and not lossless:
             return self._loaded(job, matmuls, job.file, str(job.file.folder))
         own = job.statistics.observed is not None and not lossless
-        if own or job.anew or not self.stores or job.statistics.ranks.several or not enabled():
+        if own or job.anew or not self.stores or job.statistics.ranks.several or not is_enabled():
             return self._made(job, matmuls, lossless)
         entry = stored(matmuls, job.digests, job.quantizer(lossless))
         if not lossless:

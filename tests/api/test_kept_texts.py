@@ -25,7 +25,7 @@ MANY = 17  # tokens that run of a prompt, at least, and that a text shares, at l
 
 def accelerated(quality="exact", dtype=torch.float32, family="llama", config=None, **options):
     model = make(family, dtype, layers=2, config=config)
-    return river_compile.accelerate(model, quality, store=False, group_size=32, **QUALITIES[quality], **options)
+    return river_compile.accelerate(model, quality, compile_cache=False, group_size=32, **QUALITIES[quality], **options)
 
 
 @pytest.fixture

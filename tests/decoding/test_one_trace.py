@@ -11,7 +11,7 @@ from river_compile import accelerate, report
 from river_compile.runtime.state import on_step
 from tests.support.families import CONFIGS, VOCABULARY, make, prompt
 
-OPTIONS = {"group_size": 32, "quantizer": "rtn", "store": False}
+OPTIONS = {"group_size": 32, "quantizer": "rtn", "compile_cache": False}
 
 
 def generate(model, ids, tokens=12, **arguments):

@@ -135,7 +135,7 @@ def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_foll
     model = make("llama", layers=2, dtype=torch.bfloat16)
     model.model.rotary_emb.to(dtype)  # (float32 where a model is loaded, the model's where it was cast)
     options = {"quantizer": "rtn", "group_size": 32, "lowering": "native", "exit_depth": 0}
-    river_compile.accelerate(model, "fast", store=False, **options)
+    river_compile.accelerate(model, "fast", compile_cache=False, **options)
     model.generate(prompt(), max_new_tokens=4, do_sample=False, pad_token_id=0)
     graphs = [graph for graph in report(model).to_dict()["graphs"] if graph["captures"]["captures"]]
     assert all(graph["captures"]["uncaptured_units"] == {} for graph in graphs)

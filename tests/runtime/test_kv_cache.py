@@ -13,7 +13,7 @@ from river_compile.runtime.kv_cache import KVCache
 from tests.support.decoding import left_padded
 from tests.support.families import SLIDING_WINDOW, each, make, prompt
 
-OPTIONS = {"group_size": 32, "quantizer": "rtn", "store": False}
+OPTIONS = {"group_size": 32, "quantizer": "rtn", "compile_cache": False}
 QUALITIES = {"exact": {"max_draft": 3, "adaptive": False}, "fast": {"threshold": 1.0}}
 WINDOWS = ("gemma3", "mistral", "gpt_oss")
 

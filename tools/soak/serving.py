@@ -108,7 +108,12 @@ class _Served:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        quick = {"max_draft": 3, "lowering": "native", "group_size": 32, "store": False}  # (only then prompts join)
+        quick = {
+            "max_draft": 3,
+            "lowering": "native",
+            "group_size": 32,
+            "compile_cache": False,
+        }  # only so do prompts join
         where = (str(folder), "127.0.0.1", self.port, "float32")
         self.server = serve.make_server(*where, case["rows"], case["queue"], quality=case["quality"], **quick)
         for logger in ("uvicorn.access", "transformers.cli.serving.chat_completion"):
