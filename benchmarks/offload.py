@@ -83,7 +83,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
-    moved = report.offloaded.moved if report.offloaded else 0
+    moved = report.offloaded["moved"] if report.offloaded else 0
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
     return {
         "weights_bytes": weights,
@@ -99,7 +99,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
 def _brought_in(report: Any) -> int:
     """Returns the bytes of weights that had come in by a report."""
-    return report.offloaded.brought_in if report.offloaded else 0
+    return report.offloaded["brought_in"] if report.offloaded else 0
 
 
 def resident_bytes() -> int:

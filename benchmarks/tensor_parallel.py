@@ -35,7 +35,7 @@ failed: list[str] = []
 
 def claim(name: str, holds: bool, detail: str = "") -> None:
     """Prints a claim and whether it holds on all ranks; all of them call this."""
-    from river_compile.distributed.ranks import Ranks
+    from river_compile.runtime.tensor_parallel import Ranks
 
     holds = Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD).every(holds)
     if not holds:
@@ -57,7 +57,7 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
     from river_compile.exits import CRITERIA, forced_threshold
     from river_compile.model_record import find_record
     from river_compile.passes.moe_router import ROUTER
-    from tests.distributed.worker import DEPTHS, EAGER, LAYERS, decode, kept, load
+    from tests.runtime.rank_worker import DEPTHS, EAGER, LAYERS, decode, kept, load
 
     depths = (*DEPTHS, *range(LAYERS + 1))
     none = (None,) * len(depths)
@@ -105,7 +105,7 @@ def check_tools(folder: Path) -> None:
     """States what holds of what looks at a tiny model: observe, calibrate, trace, exact mode."""
     import river_compile
     from river_compile.backend import river
-    from tests.distributed.worker import EAGER, load
+    from tests.runtime.rank_worker import EAGER, load
     from tests.support.families import prompt
 
     model = load(folder, "llama")

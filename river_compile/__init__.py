@@ -56,7 +56,7 @@ _EXPORTS = {
     "restore": "api.accelerate",
     "river": "backend",
     "save": "api.twins",
-    "tensor_parallel_plan": "distributed.support",
+    "tensor_parallel_plan": "runtime.tensor_parallel",
     "trace": "reporting.trace",
 }
 __all__ = [*sorted(_EXPORTS)]

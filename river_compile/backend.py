@@ -19,9 +19,6 @@ from torch._inductor.compile_fx import compile_fx
 
 from river_compile.building import build
 from river_compile.config import RiverConfig, check_mode
-from river_compile.distributed.ranks import ranks_of
-from river_compile.distributed.support import called_on_shards
-from river_compile.distributed.support import check as check_supported
 from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.choose import Lowering, no_compiler
@@ -33,6 +30,7 @@ from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.tensor_parallel import check_supported, ranks_of, take_local_shards
 from river_compile.upstream.dynamo import (
     OwnCall,
     break_before,
@@ -42,9 +40,8 @@ from river_compile.upstream.dynamo import (
     traced_code,
     untraceable,
 )
-from river_compile.upstream.tensors import local_of
+from river_compile.upstream.tensors import local_of, warn_of_untested
 from river_compile.upstream.transformers import leave_compiled_models_alone
-from river_compile.upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
@@ -99,7 +96,7 @@ def river(
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         try:
-            return called_on_shards(build(program, values, lowering, model, graph), [*values], local)
+            return take_local_shards(build(program, values, lowering, model, graph), [*values], local)
         except CannotBuild as error:
             why = " ".join(str(error).split())
             program = unbuildable = Refusal(

@@ -24,7 +24,6 @@ from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slo
 from river_compile.lowering.compile import SegmentCompiler, StoredExamples, inductor_settings
 from river_compile.lowering.compile import lower as lower_segment
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
-from river_compile.offload.streaming import Streamer
 from river_compile.passes.freeze import freeze
 from river_compile.passes.linears import matrix_names
 from river_compile.passes.nodes import calls_flex_attention, value_of
@@ -37,11 +36,12 @@ from river_compile.reporting.structured_trace import trace_artifact, trace_pass,
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.draft_vocab import all_logits
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.offload import Streamer
 from river_compile.runtime.state import CompiledProgram
 from river_compile.runtime.units import Step, Units
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import ProgramWeights, TwinWeight
-from river_compile.upstream.memory import give_back
+from river_compile.upstream.tensors import advise_pageout
 
 log = logging.getLogger("river_compile.twins")
 
@@ -183,9 +183,8 @@ def _assembled(
         wanted,
         graph.captures,
         weights,
-        None if config.offload is None else streamer.forget,
+        None if config.offload is None else streamer.release_prefetched,
         ranks,
-        ranks.several and config.check_ranks,
     )
     return compiled, captures
 
@@ -263,7 +262,8 @@ def _packed(
             "are; load that with dtype='auto', or use backbone_weights='model'"
         )
     # (Every time: what was packed just now read the parameters again.)
-    graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values())
+    replaced = {id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}
+    graph.paged_out_bytes = advise_pageout(replaced.values())
     if graph.twins:
         warn()
         if model.ranks.several:  # (which judge together or not at all; else the first report does)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from river_compile.api.twins import packed_twins
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import appearing
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.model_record import unwrap
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.weights import TwinWeight
 
 FORMATS = ("compressed-tensors",)

@@ -11,11 +11,11 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError
 from river_compile.kernels.checks import PATH
 from river_compile.model_record import find_record, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.calibration_stats import Observation
 from river_compile.twins.file import write
 from river_compile.twins.observe import Tokenizer, record, windows_of

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 
 from river_compile.backend import river
 from river_compile.decoding.given_text import AfterPrompt, TextDecoder
-from river_compile.distributed.ranks import ranks_of
 from river_compile.exits import Criterion, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
 from river_compile.reporting.trace import trace
 from river_compile.runtime.stats import StepRecord
+from river_compile.runtime.tensor_parallel import ranks_of
 
 Rule = tuple[Threshold, int]  # threshold, first exit
 

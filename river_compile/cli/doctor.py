@@ -56,7 +56,7 @@ def versions() -> list[Finding]:
     """Compares installed versions with the tested ones."""
     from importlib import metadata
 
-    from river_compile.upstream.versions import TESTED, installed, untested
+    from river_compile.upstream.tensors import TESTED, installed, untested
 
     outside = {text.split()[0] for text in untested()}
     found = []

@@ -23,7 +23,7 @@ import river_compile
 from river_compile import kernels, passes
 from river_compile.kernels.native import isa
 from river_compile.passes.nodes import is_ordinary
-from river_compile.upstream.versions import installed
+from river_compile.upstream.tensors import installed
 
 # Modules of transformers that models call besides their own.
 _CALLED = ("masking_utils", "cache_utils", "modeling_rope_utils", "activations", "integrations.sdpa_attention")

@@ -31,7 +31,6 @@ from river_compile.decoding.sampling import STATELESS, Sampler
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder
 from river_compile.decoding.texts import Ends, Texts
-from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, optional
@@ -39,6 +38,7 @@ from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
 from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import KVCache
+from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
     argument_of_generate,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from river_compile.decoding.sampling import Sampler
-from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)

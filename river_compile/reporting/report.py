@@ -12,18 +12,18 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
-from river_compile.distributed.ranks import Ranks
 from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE, threshold_text
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
-from river_compile.offload.weights import OffloadLog
 from river_compile.passes.moe_router import ROUTER
 from river_compile.passes.program import Fusion, Program, SegmentSpec
 from river_compile.runtime.kv_cache import KeptTexts
 from river_compile.runtime.stats import ExactStats
+from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.self_calibration import SelfCalibration
 from river_compile.twins.twin_kl import TwinLoss
@@ -55,7 +55,7 @@ class Report:
     exact: ExactStats
     own_text: SelfCalibration = field(default_factory=SelfCalibration)
     loss: TwinLoss | None = None
-    offloaded: OffloadLog | None = None
+    offloaded: dict[str, Any] | None = None  # `OffloadedWeights.stats`
     kept_cache: int = 0  # bytes of keys and values
     kept_texts: KeptTexts = field(default_factory=KeptTexts)
     plain_calls: dict[str, int] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Report:
             "packed_bytes": sum(p.nbytes for p in self.packed),
             "packing_seconds": self.packing_seconds,
             "packed_again": self.packed_again[0],
-            "offloaded": self.offloaded and self.offloaded.to_dict(),
+            "offloaded": self.offloaded,
             "matrices": [
                 {
                     "name": p.name,
@@ -126,7 +126,7 @@ class Report:
         if self.packed:
             yield from _packed_lines(self)
         if self.offloaded:
-            yield from self.offloaded.lines()
+            yield from _offload_lines(self.offloaded)
         yield f"  recompiles     {self.recompiles}"
         if self.kept_cache:
             yield f"  kept cache     {self.kept_cache / 1e6:.1f} MB of keys and values, for the next call of generate"
@@ -163,7 +163,7 @@ def report(model: nn.Module) -> Report:
         exact=stats.exact,
         own_text=record.self_calibration,
         loss=packed.loss,
-        offloaded=record.offloaded.snapshot(),
+        offloaded=record.offloaded.sample() or None,
         kept_cache=record.prefixes.bytes,
         kept_texts=record.prefixes.texts,
         plain_calls=dict(record.fallbacks),
@@ -187,7 +187,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "other_group_sizes": _other_groups(graph),
         "packed_bytes": graph.packed_bytes,
         "lossless_bytes": graph.lossless_bytes,
-        "given_back_bytes": graph.given_back,
+        "given_back_bytes": graph.paged_out_bytes,
         "token_bytes": graph.token_bytes,
         "fused": dict(Counter(f.rule for f in graph.fusions if not f.missed)),
         "missed": [
@@ -222,7 +222,8 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
     if graph.kind == "decode" and config.deepest is not None:
         yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
     if graph.lossless_bytes:
-        back = f"; {graph.given_back / 1e6:.1f} MB of parameters lie in their file alone" if graph.given_back else ""
+        paged_out = graph.paged_out_bytes / 1e6
+        back = f"; {paged_out:.1f} MB of parameters lie in their file alone" if paged_out else ""
         yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights, packed without loss{back}"
     for reason, count in Counter(k.reason for k in graph.kept).items():
         yield f"    in 16 bits   {count} matrices: {reason}"
@@ -276,6 +277,16 @@ def _packed_lines(report: Report) -> Iterator[str]:
     observed = {p.name: p.output_sqnr for p in report.packed if p.output_sqnr is not None}
     if observed:
         yield _sqnr_line("SQNR of outputs", observed)
+
+
+def _offload_lines(stats: Mapping[str, Any]) -> Iterator[str]:
+    first, last = stats["blocks"]
+    sizes = ("moved", "resident", "weights", "peak_before", "peak_after", "brought_in")
+    moved, resident, weights, before, after, brought_in = (stats[name] / 1e6 for name in sizes)
+    yield f"  offloaded      blocks {first} to {last}, {moved:.1f} MB in {stats['where']}; {stats['policy']!r}"
+    share = 100 * resident / weights
+    yield f"    resident     {resident:.1f} of {weights:.1f} MB of weights and twins ({share:.0f} %)"
+    yield f"    peak memory  {before:.1f} MB before, {after:.1f} MB since; {brought_in:.1f} MB brought in"
 
 
 def _plain_call_lines(report: Report) -> Iterator[str]:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.exits import ExitPolicy, Memories, Memory, bars_of
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import (
@@ -31,6 +30,7 @@ from river_compile.runtime.captures import (
     copy_into,
 )
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.runtime.units import SCORE, WANTED, Unit, Units
 
 log = logging.getLogger("river_compile.runtime.captures")
@@ -70,7 +70,6 @@ class CompiledProgram:
         weights: its packed ones; None where it has none.
         on_close: called after each step; None: nothing is.
         ranks: that share the model; of each score the first one's counts.
-        checks_ranks: whether they compare what they are given and what they compute.
     """
 
     program: Program
@@ -85,12 +84,9 @@ class CompiledProgram:
     weights: Weights | None
     on_close: Callable[[], None] | None
     ranks: Ranks = ALONE
-    checks_ranks: bool = False
 
     def agreed(self, score: Tensor) -> Tensor:
         """Returns the first rank's score."""
-        if self.checks_ranks:
-            self.ranks.check_alike("a score", str(score.item()))
         return self.ranks.first(score)
 
 
@@ -208,7 +204,7 @@ class StepState:
         try:
             taken = self.run(policy)
         except BaseException as error:
-            compiled.ranks.explain(error)
+            compiled.ranks.raise_if_lost(error)
             raise
         compiled.stats.count(taken.depth, decodes)
         if _steps:

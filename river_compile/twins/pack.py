@@ -24,12 +24,12 @@ from torch import Tensor
 
 from river_compile.compile_cache.folder import Entry, is_enabled
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.file import FILE, TwinFile, open_stored, stored, write_missing, write_stored
 from river_compile.twins.quantize import make, packed

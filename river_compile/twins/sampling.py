@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from river_compile.distributed.ranks import ranks_of
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.upstream.dynamo import uncompiled_forward
 from river_compile.upstream.transformers import cache_argument
 

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
 from river_compile.progress import stage_shown
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.calibration_stats import Moments, Observation
 from river_compile.twins.native_linear import NativeLinear
 from river_compile.twins.observe import record, visit
@@ -118,7 +118,7 @@ def _tell_ranks(model: nn.Module, error: Exception) -> None:
     ranks = ranks_of(model.parameters())
     if not ranks.several:
         return
-    ranks.explain(error)
+    ranks.raise_if_lost(error)
     raise OptionError(
         f"{type(model).__name__} on {ranks.size} ranks cannot write the text that its twins' statistics are taken from "
         f"({_why(error)}); use river_compile.observe, or quantizer='hqq'"

@@ -283,7 +283,7 @@ def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
         cache.reset()
         for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert report(model).offloaded.moved > 0
+    assert report(model).offloaded["moved"] > 0
     (graph,) = report(model).to_dict()["graphs"]
     expected = run("llama")["graphs"][0]["fused"]
     if policy == "exit":  # every token leaves after block 1 at the latest, so nothing is asked there

@@ -1,6 +1,6 @@
 """Graphs as Dynamo traces them under tensor parallelism, written by hand: what becomes of shards and collectives.
 
-tests/distributed runs the real ones. Here stand spellings that transformers does not have, and what must stay.
+tests/runtime/test_tensor_parallel.py runs real ones. These cover spellings that transformers lacks, and what must stay.
 """
 
 from __future__ import annotations

@@ -467,11 +467,11 @@ _PROMISES = (
     ),
     Mutation(
         "offload-stale",
-        "river_compile/offload/streaming.py",
+        "river_compile/runtime/offload.py",
         "return same and self.versions == tuple(map(version_of, weights))",
         "return same",
         "a copy of weights that changed since is used",
-        ("tests/offload/test_offloading.py",),
+        ("tests/runtime/test_offload.py",),
     ),
     Mutation(
         "config-beyond",
