@@ -21,8 +21,7 @@ from river_compile.building import build
 from river_compile.config import RiverConfig, check_mode
 from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering.choose import Lowering, no_compiler
-from river_compile.lowering.compile import inductor_settings
+from river_compile.lowering.inductor import Lowering, inductor_settings, no_compiler
 from river_compile.model_record import BROKE, GraphRecord, find_record, record_of
 from river_compile.passes.dtensor_locals import on_local_shards
 from river_compile.passes.nodes import input_name, is_parameter

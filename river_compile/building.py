@@ -20,9 +20,15 @@ from river_compile.choices import Choices, choose, passes_for
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import CRITERIA
 from river_compile.kernels.native import load as native
-from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
-from river_compile.lowering.compile import SegmentCompiler, StoredExamples, inductor_settings
-from river_compile.lowering.compile import lower as lower_segment
+from river_compile.lowering.inductor import (
+    Lowering,
+    ProgramExamples,
+    SegmentCompiler,
+    choose_lowering,
+    inductor_settings,
+    lower_segment,
+    warn_of_slow_lowering,
+)
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.passes.freeze import freeze
 from river_compile.passes.linears import matrix_names
@@ -96,7 +102,7 @@ def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: 
     """
     if program.native:
         native.load()
-    return _executor(_assembled(program, StoredExamples(program), inputs, model, graph), model, graph)
+    return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
 
 
 Built = tuple[CompiledProgram, Capturing | None]
@@ -116,7 +122,7 @@ def _again(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Pro
     start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
     graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
-    built = _assembled(program, StoredExamples(program), inputs, model, graph, anew=True)
+    built = _assembled(program, ProgramExamples(program), inputs, model, graph, anew=True)
     weights = built[0].weights
     made = weights.made if isinstance(weights, ProgramWeights) else ()
     changed = [twin for twin in made if not twin.matmul.lossless]

@@ -15,7 +15,7 @@ from river_compile.errors import OptionError
 from river_compile.exits import ExitPolicy
 from river_compile.kernels.native.isa import chosen
 from river_compile.kernels.quant import bf12
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.passes.backbone import river_backbone
 from river_compile.passes.exit_checks import exit_checks, logits_entropy, logits_of
 from river_compile.passes.fusion.fuse import fuse_backbone, fuse_checks, fuse_twins

@@ -23,7 +23,7 @@ from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
-from river_compile.lowering.compile import Compiled
+from river_compile.lowering.inductor import Compiled
 from river_compile.model_state import ModelState, model_state
 from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
 from river_compile.progress import stage_shown

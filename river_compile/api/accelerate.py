@@ -39,7 +39,7 @@ from river_compile.decoding.session import check_paths
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, shown
-from river_compile.lowering.choose import begin_kernels
+from river_compile.lowering.inductor import begin_kernels
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor

@@ -12,7 +12,7 @@ import torch
 from river_compile import ExactModeError, OptionError, exact, report, river
 from river_compile.decoding.mode import decode as decode_loop
 from river_compile.kernels.triton.calls import linear as products
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.kernels.harness import dots_in_order
 from tests.support.decoding import cache_state, decode, left_padded, new_cache

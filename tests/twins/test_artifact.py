@@ -16,7 +16,7 @@ import river_compile.twins.quantize
 from river_compile import ArtifactError, OptionError, RiverWarning, report, river, save
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.twins import tensor_file
 from river_compile.twins.file import FILE, TwinFile, write_missing
 from tests.support.decoding import decode, new_cache
