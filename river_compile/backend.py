@@ -32,19 +32,19 @@ from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.tensor_parallel import check_supported, ranks_of, take_local_shards
 from river_compile.upstream.dynamo import (
     OwnCall,
-    break_before,
-    build_whole_files,
+    build_libraries_atomically,
     compiled_module,
     guard_model,
+    last_graph_break,
     traced_code,
     untraceable,
 )
 from river_compile.upstream.tensors import local_of, warn_of_untested
-from river_compile.upstream.transformers import leave_compiled_models_alone
+from river_compile.upstream.transformers import disable_auto_compile
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
-leave_compiled_models_alone()
+disable_auto_compile()
 
 
 def river(
@@ -70,7 +70,7 @@ def river(
     """
     config = RiverConfig.from_options(options)
     mode = check_mode(mode)
-    build_whole_files()
+    build_libraries_atomically()
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
@@ -118,7 +118,7 @@ def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: Own
     """Returns where Dynamo broke the model's code, for a graph that is a piece of it for that reason."""
     why = getattr(graph_module, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
-        why = None if model is None else break_before(model, own)
+        why = None if model is None else last_graph_break(model, own)
     if why is None:
         return ""
     line = f" ({Path(why.user_stack[-1].filename).name}:{why.user_stack[-1].lineno})" if why.user_stack else ""

@@ -74,7 +74,7 @@ def dumps(program: Program) -> bytes:
 
 
 def loads(data: bytes) -> Program:
-    """Deserialize a program; raise a NotCacheable for other content and for functions that this process lacks."""
+    """Deserialize a program; raise a NotCacheable for other content and for missing functions."""
     try:
         content = json.loads(data)
         reader = _Reader()

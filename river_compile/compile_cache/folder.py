@@ -34,7 +34,7 @@ def is_enabled() -> bool:
 
 
 def is_trusted(path: Path) -> bool:
-    """True if no other user can have written a file or folder, or it is missing; warn once about another one."""
+    """True if a path is missing or no other user can have written it; otherwise warn once."""
     try:
         found = path.stat()
     except OSError:

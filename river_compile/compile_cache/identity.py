@@ -35,7 +35,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def identity_of(model: PreTrainedModel, options: object) -> str | None:
-    """Return the hash for a model compiled with options, whose repr counts; None if the model has no identity."""
+    """Return the hash of a model and its options (their repr); None if the model has no identity."""
     parts: list[object] = [
         _versions(),
         _hash_code(frozenset(map(type, model.modules()))),

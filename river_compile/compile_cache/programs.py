@@ -32,7 +32,7 @@ from river_compile.passes.program import Example, Input, Program, Refusal, River
 from river_compile.passes.segments import recognise
 from river_compile.passes.sizes import with_size
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.upstream.transformers import is_of_transformers
+from river_compile.upstream.transformers import is_transformers_model
 
 log = logging.getLogger("river_compile.compile_cache")
 _ENDING = ".pass"
@@ -129,7 +129,7 @@ class ProgramCache:
 
     def _specialize(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Bindable | None:
         """Build the program for one token from a known one for several; None if that is not possible."""
-        if not _is_one_token(inputs) or not is_of_transformers(model):
+        if not _is_one_token(inputs) or not is_transformers_model(model):
             return None
         signature = _signature(inputs, cache)
         for known in self._known.get(_signature(inputs, cache, one_token=False), ()):
@@ -178,7 +178,7 @@ def _is_one_token(inputs: Mapping[str, Any]) -> bool:
 
 
 def _signature(inputs: Mapping[str, Any], cache: Cache, one_token: bool | None = None) -> str:
-    """Return a hash of the kinds of inputs, not of their sizes; `one_token` replaces whether they hold one token."""
+    """Return a hash of the kinds of inputs, not their sizes; `one_token` overrides that property of theirs."""
     one_token = _is_one_token(inputs) if one_token is None else one_token
 
     def kind(value: object) -> object:
@@ -210,11 +210,8 @@ def with_sources(
     cache: Cache,
     logits: int,
 ) -> Program:
-    """Return a program that ran with a source for each of its inputs `args`.
-
-    `inputs` are those of the model's forward with the cache among them, `logits` is the index of the logits among the
-    program's outputs. Raises a NotCacheable if an input has no source.
-    """
+    """Return a program with the sources of its inputs `args`; raise a NotCacheable if one has none."""
+    # `inputs` are the forward's, with the cache among them; `logits` is their index among the program's outputs.
     known: dict[int, Source] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         known[id(tensor)] = Source("model", name)
@@ -271,7 +268,7 @@ def decode_variant(program: Program, traced: RiverProgram) -> DecodeVariant | No
 
 
 def gather_inputs(program: Program, model: nn.Module, inputs: Mapping[str, Any], cache: Cache) -> list[Any] | None:
-    """Return the inputs of a program with sources for a call of a model; None if it does not accept their sizes."""
+    """Return the inputs of a program with sources for a call of a model; None if their sizes do not match."""
     call, sizes = dict(named_arguments(inputs)), dict[sympy.Symbol, sympy.Integer]()
     args: list[Any] = [None] * len(program.inputs)
     numbers: list[int] = []

@@ -41,11 +41,11 @@ from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
-    argument_of_generate,
     cache_argument,
     cache_of,
     callers_cache,
-    is_of_transformers,
+    generate_argument,
+    is_transformers_model,
 )
 
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
@@ -138,7 +138,7 @@ class Call:
             return None
         if strict and loaded() and not any_rows(model.dtype):
             return None
-        known = is_of_transformers(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
+        known = is_transformers_model(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
         if not known or self.config.prefill_chunk_size is not None or len(ids_BS) != 1 or not ids_BS.shape[1]:
             return None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -204,11 +204,11 @@ class Decode:
         config = generation_config
         given = {name: model_kwargs.pop(name, None) for name in self.per_call}
         mode = replace(self, **{name: value for name, value in given.items() if value is not None})
-        assistant = argument_of_generate("assistant_model")
+        assistant = generate_argument("assistant_model")
         obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
         if obstacle:
             raise self.refusal(obstacle)
-        streamer = streamer or argument_of_generate("streamer")
+        streamer = streamer or generate_argument("streamer")
         if input_ids.dtype == torch.int32:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)

@@ -53,7 +53,7 @@ from river_compile.runtime.draft_vocab import DraftVocab
 from river_compile.runtime.executor import RiverExecutor, last_token_alone
 from river_compile.runtime.kv_cache import KVCache, slots_for
 from river_compile.runtime.state import StepState
-from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
+from river_compile.upstream.transformers import cache_argument, cache_of, mark_dynamic
 
 _WORTH_GRAPHS = 200  # tokens of one row
 _LONGEST = 15  # tokens of a draft, where the caller does not say
@@ -182,7 +182,7 @@ class Session:
 
     def _called(self, inputs: Inputs) -> Any:
         """Returns the outputs of the model, through Dynamo if it is compiled."""
-        mark_growing(inputs)
+        mark_dynamic(inputs)
         return self._call(**inputs, return_dict=True)
 
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:

@@ -72,11 +72,7 @@ class Lowering:
 
 
 def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False) -> Lowering:
-    """Return the lowering of a graph on a device; `flex`: it calls flex attention.
-
-    Raises a CannotBuild if the C++ kernels cannot be compiled, an OptionError if the device or the installation lacks
-    the lowering.
-    """
+    """Return the lowering of a graph (`flex`: it calls flex attention); raise a CannotBuild or an OptionError."""
     compiler = "eager" if config.lowering == "eager" else "inductor"
     if flex and device.type == "cpu" and compiler != "eager":
         warn_once(
@@ -114,12 +110,10 @@ def begin_kernels(config: RiverConfig, device: torch.device) -> None:
 
 
 def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: bool) -> Refusal | None:
-    """Return why a graph cannot be compiled for a CPU, None if it can or need not.
-
-    An optimized (`rewritten`) graph needs no compiler if the wheel has the C++ kernels: other operators run one by one.
-    """
+    """Return why a graph cannot be compiled for a CPU, None if it can or need not."""
     if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
         return None
+    # With the wheel's C++ kernels an optimized graph needs no compiler: other operators run one by one.
     if rewritten and all_ready_made() and config.lowering in ("auto", "native") and config.quantizer != "none":
         return None
     try:
@@ -242,7 +236,7 @@ class SegmentCompiler:
         return callee
 
     def _guards_hold(self, known: Compiled, segment: SegmentSpec) -> bool:
-        """Evaluate a compiled segment's guards for another segment's sizes; true ones become guards of the graph."""
+        """Evaluate the guards for another segment's sizes; true ones become guards of the whole graph."""
         symbols = segment.code.fingerprint.symbols
         if not known.guards or known.fingerprint.symbols == symbols:
             return True
@@ -307,7 +301,7 @@ class ProgramExamples(dict[int, Any]):
 
 
 def _run_operators(graph_module: fx.GraphModule, device: torch.device) -> Callee:
-    """Return a graph as a callable, under the autocast in which it was traced; compiled code contains its casts."""
+    """Return a callable that runs a graph under the autocast of its trace; compiled code contains the casts."""
     if not torch.is_autocast_enabled(device.type):
         return lambda inputs: graph_module(*inputs)
     autocast = torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
@@ -317,17 +311,14 @@ def _run_operators(graph_module: fx.GraphModule, device: torch.device) -> Callee
 def _compile(
     graph_module: fx.GraphModule, inputs: Sequence[Any], operands: Sequence[Tensor], config_patches: dict[str, object]
 ) -> tuple[Callee, bool]:
-    """Compile a graph; return a callable and whether it is Inductor's code itself.
-
-    AOTAutograd's wrappers (for aliases, autocast, profiling) cost more than a small kernel, so they are left out if its
-    own analysis finds that none is needed.
-    """
+    """Compile a graph; return a callable and whether it is Inductor's code itself."""
     fake_mode = _fake_mode(inputs)
     inputs = [*inputs, *(fake_mode.from_tensor(t, static_shapes=True) for t in operands)]
     direct: list[Callee] = []
 
     def inner_compile(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         code: Any = compile_fx_inner(graph, example_inputs, **kwargs)
+        # AOTAutograd's wrappers (for aliases, autocast, profiling) cost more than a small kernel.
         if _needs_no_wrapper(len(example_inputs), len(inputs)):
             direct.append(code.current_callable)
         return code
@@ -356,7 +347,7 @@ def _hash_schemas() -> str:
 
 
 def _needs_no_wrapper(num_inner_inputs: int, num_inputs: int) -> bool:
-    """True if AOTAutograd found no aliases, merged arguments, mutations for the caller, effects or random state."""
+    """True if AOTAutograd found no aliases, merged arguments, mutations, effects or random state."""
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return (

@@ -185,7 +185,7 @@ def _is_plain_embedding(embedding: fx.Node) -> bool:
 
 
 def _angles(node: object) -> tuple[fx.Node, fx.Node] | None:
-    """Return positions and frequencies of ``cat((a, a), -1)`` with ``a = positions * frequencies`` in float32."""
+    """Return positions P and frequencies F of ``cat((a, a), -1)`` with ``a = P * F`` in float32."""
     if not called(node, torch.cat) or node.kwargs or node.args[1:] not in ((-1,), (2,)) or len({*node.args[0]}) != 1:
         return None
     angles = node.args[0][0]

@@ -57,7 +57,7 @@ class OffloadedWeights:
         self.stats: dict[str, Any] = {}
 
     def find(self, weight: Tensor) -> Stored | None:
-        """Return the store's tensors for a weight, None if it is in device memory (the caller may have moved it)."""
+        """Return the store's tensors for a weight, None if it is in device memory."""
         stored = self._stored.get(weight)
         return stored if stored is not None and stored.tensor.data_ptr() == weight.data_ptr() else None
 
@@ -77,10 +77,7 @@ class OffloadedWeights:
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
 
     def arrange(self, program: Program, inputs: Sequence[Any], config: RiverConfig, packed_bytes: int) -> None:
-        """Move the weights of a decode graph with these inputs out or back, as the options ask.
-
-        `packed_bytes` of twins are for the stats. Raises an OptionError if there is no room; nothing has moved then.
-        """
+        """Move weights of a decode graph out or back; raise an OptionError, before any moves, without room."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             weights = [value for i, value in enumerate(inputs) if program.is_parameter(i)]
             resident = program.num_blocks if config.offload is None else config.offload
@@ -260,7 +257,7 @@ def make_store(config: RiverConfig, plan: DecoderPlan) -> WeightStore:
 
 
 class MappedFiles(WeightStore):
-    """Unnamed files mapped into memory, for a model on the CPU; raises an OptionError if the folder takes no files."""
+    """Unnamed mapped files, for a model on the CPU; raises an OptionError if the folder takes none."""
 
     def __init__(self, folder: str | Path | None) -> None:
         self._folder = Path(folder or os.environ.get("TMPDIR") or "/var/tmp")  # /tmp may be in memory

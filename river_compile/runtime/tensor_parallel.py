@@ -70,7 +70,7 @@ class Ranks:
         return f"rank-{self.rank}-of-{self.size}"
 
     def first(self, value: Tensor) -> Tensor:
-        """Return the first rank's tensor, which has the same shape and dtype on all ranks; one rank returns its own."""
+        """Return the first rank's tensor, whose shape and dtype are the same on all ranks."""
         if not self.several:
             return value
         agreed = value.detach().clone(memory_format=torch.contiguous_format)
@@ -130,7 +130,7 @@ class Ranks:
             raise
 
     def folder(self, folder: str | Path) -> Path:
-        """Return the folder of this rank's saved twins; raise an ArtifactError for those of another number of ranks."""
+        """Return the folder of this rank's saved twins; raise an ArtifactError if their number of ranks differs."""
         whole = Path(folder)
         others = sorted(_saved_sizes(whole) - {str(self.size)})
         if others:
@@ -154,7 +154,7 @@ def _saved_sizes(folder: Path) -> set[str]:
 
 
 def ranks_of(tensors: Iterable[object]) -> Ranks:
-    """Return the ranks that share a model's parameters; raise an OptionError for a mesh of several dimensions."""
+    """Return the ranks that share parameters; raise an OptionError for a mesh of several dimensions."""
     if not dist.is_available() or not dist.is_initialized():
         return ALONE
     meshes: Iterator[Any] = (getattr(tensor, "device_mesh", None) for tensor in tensors)
@@ -203,21 +203,17 @@ def _unsupported_embeddings(nodes: Iterable[fx.Node]) -> Iterator[str]:
 def take_local_shards(
     executor: Callable[..., Any], placeholders: Sequence[fx.Node], local: frozenset[fx.Node]
 ) -> Callable[..., Any]:
-    """Wrap an executor of local shards for Dynamo, which passes whole parameters for the placeholders in `local`."""
+    """Wrap an executor of local shards for Dynamo, which passes DTensors for the placeholders in `local`."""
     if not local:
         return executor
     places = [i for i, node in enumerate(placeholders) if node in local]
-    unused = [
-        i
-        for i, node in enumerate(placeholders)
-        if not node.users and node not in local and isinstance(value_of(node), torch.Tensor)
-    ]
+    idle = [i for i, n in enumerate(placeholders) if not n.users and n not in local and isinstance(value_of(n), Tensor)]
 
     def call(*args: Any) -> Any:
         mine = list(args)
         for place in places:
             mine[place] = local_of(mine[place])
-        for place in unused:
+        for place in idle:
             mine[place] = None
         return executor(*mine)
 

@@ -49,10 +49,7 @@ def local_of(tensor: Any) -> Any:
 
 
 def advise_pageout(tensors: Iterable[Tensor]) -> int:
-    """Advise the kernel to page out tensors in mapped files; return their bytes.
-
-    A later read finds the same values, in the page cache or on disk.
-    """
+    """Advise the kernel to page out tensors in mapped files, which stay readable; return their bytes."""
     tensors = [*tensors]
     if sys.platform != "linux" or not tensors:
         return 0
@@ -77,7 +74,7 @@ def _mapped_files() -> list[tuple[int, int]]:
 
 
 def advise(storage: UntypedStorage, advice: int, inside: bool = False) -> None:
-    """Advise the kernel about a storage's pages: all (it must begin with one), or with `inside` its whole pages."""
+    """Advise the kernel about pages of a page-aligned storage, or with `inside` of any storage's whole pages."""
     _madvise(storage.data_ptr(), storage.data_ptr() + storage.nbytes(), advice, inside)
 
 
@@ -104,7 +101,7 @@ TESTED = {
 
 
 def installed(name: str) -> str:
-    """Return the version of Python or a distribution; raise `importlib.metadata.PackageNotFoundError` if missing."""
+    """Return the version of Python or a distribution; raise `metadata.PackageNotFoundError` if missing."""
     return platform.python_version() if name == PYTHON else metadata.version(name)
 
 
