@@ -151,7 +151,7 @@ class ModelRecord:
     prefixes: PrefixPool = field(default_factory=PrefixPool)
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls of generate that ran plainly, by reason
     call: OwnCall | None = None  # of an accelerated model: its own compiled call
-    programs: ProgramCache | None = None  # that are stored, of an accelerated model
+    programs: ProgramCache | None = None  # of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
     batch_sizes: set[int] = field(default_factory=set)  # of prompts that ran
 

@@ -98,7 +98,7 @@ class Session:
         self.record = record_of(model.parameters())
         self._call = model if self.record.call is None else functools.partial(self.record.call, model)
         self._state, self._keeps_text = state, keeps_text
-        # (None: passes cannot be stored.)
+        # None: passes cannot be cached.
         self._programs = self.record.known_programs(model, state)
         self.widths: tuple[int, ...] = (1,)
         self._graph: GraphRecord | None = None
