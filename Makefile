@@ -13,7 +13,7 @@
 # make families    every causal language model of transformers, tiny, against the plain model: writes docs/models.md.
 #              An hour or more; a stopped run goes on where it was. ARGS="--only llama mpt" tries these again.
 #
-# Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_CACHE (the folder
+# Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_HOME (the folder
 # of converted models and generated kernels), ARGS (arguments of the demo, the benchmark or the steps on a GPU, as in
 # `make demo ARGS="--new-tokens 64"`), WHEELS (a folder that `python -m tools.wheelhouse pack` has filled).
 # pip takes its settings from its own configuration and from PIP_* variables.
@@ -104,7 +104,7 @@ compat:
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	@echo "Converted models and generated kernels stay in $${RIVER_COMPILE_CACHE:-~/.cache/river_compile}; remove that folder by hand if you want."
+	@echo "Converted models and generated kernels stay in $${RIVER_COMPILE_HOME:-~/.cache/river_compile}; remove that folder by hand if you want."
 
 $(FOR_DEMO): $(CREATED) pyproject.toml
 	$(IN_VENV) -m pip install --disable-pip-version-check --editable ".[demo]"

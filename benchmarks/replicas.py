@@ -78,7 +78,7 @@ def _measure(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor"),
-            "RIVER_COMPILE_CACHE": str(Path(scratch) / "kernels"),
+            "RIVER_COMPILE_HOME": str(Path(scratch) / "kernels"),
         }
         artifact = "" if options.private else str(Path(scratch) / "twins")
         workers = [

@@ -1,4 +1,4 @@
-"""What a start costs: seconds from the call of `generate`, and memory, without a store and with what it keeps.
+"""What a start costs: seconds from the call of `generate`, and memory, without a compile cache and with what it keeps.
 
     python -m benchmarks.start
     python -m benchmarks.start --model DIR --rows plain exact --json start.json
@@ -6,8 +6,8 @@
 Rows, each in processes of their own:
 
     plain           transformers
-    exact, fast     `river_compile.accelerate`, cold: the store is empty; the model is traced, and its twins are packed
-    ... again       the same in another process, which finds both in the store
+    exact, fast     `river_compile.accelerate`, cold: the compile cache is empty: traces the model, quantizes its twins
+    ... again       the same in another process, which finds both in the compile cache
     llama_cpp       llama.cpp on the GGUF file that the model was made of, where its Python package is installed
 
 A process asks for the same text three times. The last time is steady; what the first two take longer is the row's
@@ -133,10 +133,12 @@ def _measure(options: argparse.Namespace) -> dict[str, dict]:
         if row == "llama_cpp":
             rows |= _llama_cpp(options, folder)
             continue
-        with tempfile.TemporaryDirectory() as store:
+        with tempfile.TemporaryDirectory() as cache:
             for name in (row,) if row == "plain" else (row, f"{row}, again"):
                 print(f"{name} ...", file=sys.stderr)
-                with closing(common.Worker(MODULE, name, options.threads, {"RIVER_COMPILE_STORE": store})) as worker:
+                with closing(
+                    common.Worker(MODULE, name, options.threads, {"RIVER_COMPILE_CACHE_DIR": cache})
+                ) as worker:
                     rows[name] = worker.ask("start", row=row, **given)
     return rows
 

@@ -35,7 +35,7 @@ failed: list[str] = []
 
 def claim(name: str, holds: bool, detail: str = "") -> None:
     """Prints a claim and whether it holds on all ranks; all of them call this."""
-    from river_compile.distributed.ranks import Ranks
+    from river_compile.runtime.tensor_parallel import Ranks
 
     holds = Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD).every(holds)
     if not holds:

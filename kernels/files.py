@@ -21,8 +21,8 @@ _SUFFIX = "[a-z0-9_]" * 8  # `tempfile` appends it to a prefix
 
 
 def cache_folder() -> Path:
-    """Returns ``$RIVER_COMPILE_CACHE`` or ~/.cache/river_compile (not created here)."""
-    return Path(os.environ.get("RIVER_COMPILE_CACHE") or "~/.cache/river_compile").expanduser()
+    """Returns ``$RIVER_COMPILE_HOME`` or ~/.cache/river_compile (not created here)."""
+    return Path(os.environ.get("RIVER_COMPILE_HOME") or "~/.cache/river_compile").expanduser()
 
 
 def cached_file(name: str, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
@@ -46,7 +46,7 @@ def _fallback_folder(cache: Path, error: OSError) -> Path:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             warnings.warn(
                 f"the cache folder {cache} cannot be written ({error}). Compiled files last for this process only. "
-                "To keep them, set RIVER_COMPILE_CACHE to a writable folder",
+                "To keep them, set RIVER_COMPILE_HOME to a writable folder",
                 stacklevel=4,
             )
         return _fallback_folders[cache]

@@ -39,7 +39,6 @@ if _TYPE_CHECKING:
     from river_compile.decoding.continuous import ContinuousBatch as ContinuousBatch
     from river_compile.decoding.mode import decode as decode
     from river_compile.decoding.mode import exact as exact
-    from river_compile.distributed.support import tensor_parallel_plan as tensor_parallel_plan
     from river_compile.errors import RiverError as RiverError
     from river_compile.errors import RiverWarning as RiverWarning
     from river_compile.evaluation.tune import tune_exit as tune_exit
@@ -48,6 +47,7 @@ if _TYPE_CHECKING:
     from river_compile.reporting.report import report as report
     from river_compile.reporting.trace import Trace as Trace
     from river_compile.reporting.trace import trace as trace
+    from river_compile.runtime.tensor_parallel import tensor_parallel_plan as tensor_parallel_plan
 
 # Public names and their modules. They load on first use. No module may share its name with one of them: importing the
 # module would take the name's place.

@@ -18,13 +18,9 @@ from torch._inductor.compile_fx import compile_fx
 
 from river_compile.building import build
 from river_compile.config import RiverConfig, check_mode
-from river_compile.distributed.ranks import ranks_of
-from river_compile.distributed.support import called_on_shards
-from river_compile.distributed.support import check as check_supported
 from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering.choose import Lowering, no_compiler
-from river_compile.lowering.compile import inductor_settings
+from river_compile.lowering.inductor import Lowering, inductor_settings, no_compiler
 from river_compile.model_record import BROKE, GraphRecord, find_record, record_of
 from river_compile.passes.dtensor_locals import on_local_shards
 from river_compile.passes.nodes import input_name, is_parameter
@@ -32,22 +28,22 @@ from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.tensor_parallel import check_supported, ranks_of, take_local_shards
 from river_compile.upstream.dynamo import (
     OwnCall,
-    break_before,
-    build_whole_files,
+    build_libraries_atomically,
     compiled_module,
     guard_model,
+    last_graph_break,
     traced_code,
     untraceable,
 )
-from river_compile.upstream.tensors import local_of
-from river_compile.upstream.transformers import leave_compiled_models_alone
-from river_compile.upstream.versions import warn_of_untested
+from river_compile.upstream.tensors import local_of, warn_of_untested
+from river_compile.upstream.transformers import disable_auto_compile
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
-leave_compiled_models_alone()
+disable_auto_compile()
 
 
 def river(
@@ -73,7 +69,7 @@ def river(
     """
     config = RiverConfig.from_options(options)
     mode = check_mode(mode)
-    build_whole_files()
+    build_libraries_atomically()
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
@@ -98,7 +94,7 @@ def river(
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         try:
-            return called_on_shards(build(program, values, lowering, model, graph), [*values], local)
+            return take_local_shards(build(program, values, lowering, model, graph), [*values], local)
         except CannotBuild as error:
             why = " ".join(str(error).split())
             program = unbuildable = Refusal(
@@ -121,7 +117,7 @@ def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: Own
     """Returns where Dynamo broke the model's code, if this graph is a piece of it."""
     why = getattr(graph_module, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
-        why = None if model is None else break_before(model, own)
+        why = None if model is None else last_graph_break(model, own)
     if why is None:
         return ""
     line = f" ({Path(why.user_stack[-1].filename).name}:{why.user_stack[-1].lineno})" if why.user_stack else ""

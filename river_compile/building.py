@@ -18,15 +18,19 @@ from typing import Any
 from torch import Tensor, fx
 
 from river_compile.choices import Choices, choose, passes_for
-from river_compile.distributed.ranks import Ranks
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import CRITERIA
 from river_compile.kernels.native import load as native
-from river_compile.lowering.choose import Lowering, choose_lowering, warn_of_slow_lowering
-from river_compile.lowering.compile import SegmentCompiler, StoredExamples, inductor_settings
-from river_compile.lowering.compile import lower as lower_segment
+from river_compile.lowering.inductor import (
+    Lowering,
+    ProgramExamples,
+    SegmentCompiler,
+    choose_lowering,
+    inductor_settings,
+    lower_segment,
+    warn_of_slow_lowering,
+)
 from river_compile.model_record import GraphRecord, ModelRecord, adopt
-from river_compile.offload.streaming import Streamer
 from river_compile.passes.edits import run_passes
 from river_compile.passes.experts import ROUTER
 from river_compile.passes.freeze import freeze
@@ -39,11 +43,13 @@ from river_compile.reporting.report import graph_lines
 from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.offload import Streamer
 from river_compile.runtime.state import CompiledProgram, all_logits
+from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.runtime.units import Step, Units
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import ProgramWeights, TwinWeight
-from river_compile.upstream.memory import give_back
+from river_compile.upstream.tensors import advise_pageout
 
 log = logging.getLogger("river_compile.twins")
 
@@ -82,7 +88,7 @@ def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: 
     """Builds a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
         native.load()
-    return _executor(_assembled(program, StoredExamples(program), inputs, model, graph), model, graph)
+    return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
 
 
 Built = tuple[CompiledProgram, Capturing | None]
@@ -102,7 +108,7 @@ def _rebuild(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: P
     start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
     graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
-    built = _assembled(program, StoredExamples(program), inputs, model, graph, anew=True)
+    built = _assembled(program, ProgramExamples(program), inputs, model, graph, anew=True)
     weights = built[0].weights
     made = weights.made if isinstance(weights, ProgramWeights) else ()
     changed = [twin for twin in made if not twin.matmul.lossless]
@@ -169,9 +175,8 @@ def _assembled(
         wanted,
         graph.captures,
         weights,
-        None if config.offload is None else streamer.forget,
+        None if config.offload is None else streamer.release_prefetched,
         ranks,
-        ranks.several and config.check_ranks,
     )
     return compiled, captures
 
@@ -249,7 +254,9 @@ def _packed(
             "are; load that with dtype='auto', or use backbone_weights='model'"
         )
     # Every time, since quantizing has just read the parameters again.
-    graph.given_back = give_back({id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values())
+    graph.paged_out_bytes = advise_pageout(
+        {id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values()
+    )
     if graph.twins:
         warn()
         if model.ranks.several:  # they estimate the loss together or not at all

@@ -14,7 +14,7 @@ from river_compile.errors import OptionError
 from river_compile.exits import ExitPolicy
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.passes.backbone import packed_backbone, river_backbone
 from river_compile.passes.edits import Pass
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins

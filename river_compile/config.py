@@ -14,7 +14,7 @@ from typing import Any
 
 from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA, WHOLE, ExitPolicy, Threshold
-from river_compile.kernels.checks import FLAG, PATH, Check, did_you_mean, integer, number, one_of, optional, short_repr
+from river_compile.kernels.checks import PATH, Check, did_you_mean, integer, number, one_of, optional, short_repr
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
 from river_compile.passes.program import DecoderPlan, Program
@@ -168,13 +168,6 @@ class RiverConfig:
         None,
         optional(PATH),
         "the folder for the offloaded weights of a model on the CPU; `None`: `TMPDIR`, else `/var/tmp`",
-        EXPERT,
-    )
-    check_ranks: bool = _option(
-        False,
-        FLAG,
-        "under tensor parallelism: an error if ranks are given other tokens or compute other scores, before they "
-        "agree on the first one's; slower ([docs/distributed.md](docs/distributed.md))",
         EXPERT,
     )
 

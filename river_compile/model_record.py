@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
+from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
 from river_compile.exits import Memories
-from river_compile.lowering.compile import Compiled
+from river_compile.lowering.inductor import Compiled
 from river_compile.model_state import ModelState, model_state
-from river_compile.offload.weights import OffloadedWeights
 from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
 from river_compile.progress import stage_shown
 from river_compile.runtime.captures import CaptureLog
 from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import PrefixPool
+from river_compile.runtime.offload import OffloadedWeights
 from river_compile.runtime.stats import ExitStats
-from river_compile.store.programs import Origin, Programs
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.twins.observe import Observation
 from river_compile.twins.own_text import SelfCalibration
 from river_compile.twins.pack import Statistics, TwinWeights
@@ -56,7 +56,7 @@ class GraphRecord:
         compiled: the distinct segments.
         seconds: by stage: rewriting, packing, compiling.
         token_bytes, packed_bytes: of its twins' packed weights, what a token reads where all blocks are twins, and all.
-        lossless_bytes, given_back: of its backbone's weights that are packed without loss, and of their parameters
+        lossless_bytes, paged_out_bytes: of its backbone's weights that are packed without loss, and of their parameters
             that a file holds, which leave the process's memory until somebody reads them.
         executor: returns what runs the graph while somebody keeps it, None for a graph that was refused.
         code: of the function that Dynamo traced; None where a call of it may do more than to run the graph.
@@ -77,7 +77,7 @@ class GraphRecord:
     token_bytes: int = 0
     packed_bytes: int = 0
     lossless_bytes: int = 0
-    given_back: int = 0
+    paged_out_bytes: int = 0
     executor: Callable[[], object | None] = field(default=lambda: None)
     code: CodeType | None = None
     ranks: Sequence[Mapping[str, Any]] = ()
@@ -151,7 +151,7 @@ class ModelRecord:
     prefixes: PrefixPool = field(default_factory=PrefixPool)
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls of generate that ran plainly, by reason
     call: OwnCall | None = None  # of an accelerated model: its own compiled call
-    programs: Programs | None = None  # that are stored, of an accelerated model
+    programs: ProgramCache | None = None  # of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
     batch_sizes: set[int] = field(default_factory=set)  # of prompts that ran
 
@@ -183,7 +183,7 @@ class ModelRecord:
         """Returns what the passes of an accelerated model depend on now, None where that is not known."""
         return None if self.programs is None else model_state(model, self.programs.config)
 
-    def known_programs(self, model: PreTrainedModel, state: ModelState | None) -> Programs | None:
+    def known_programs(self, model: PreTrainedModel, state: ModelState | None) -> ProgramCache | None:
         """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
         if self.programs is None or state is None or not self.programs.begin(model, state.identity):
             return None

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from river_compile.compile_cache.identity import identity_of
 from river_compile.config import RiverConfig
-from river_compile.store.identity import identity_of
 from river_compile.twins.weights import ParameterStamp
 
 

@@ -16,9 +16,9 @@ from hypothesis import settings
 from tests.support.examples import register_profiles
 from tools import demo_models
 
-# What one test built must not change what another one does; those of the store give it a folder of their own. (With a
-# folder in RIVER_TEST_STORE all tests share one: those that count graphs may fail then, and no text may differ.)
-os.environ["RIVER_COMPILE_STORE"] = os.environ.get("RIVER_TEST_STORE", "0")
+# No test uses another test's builds; tests of the compile cache set a folder of their own. With a folder in
+# RIVER_TEST_CACHE_DIR all tests share one: those that count graphs may fail then, and no text may differ.
+os.environ["RIVER_COMPILE_CACHE_DIR"] = os.environ.get("RIVER_TEST_CACHE_DIR", "0")
 
 # torch writes every graph on its way through Dynamo into a log of its own as soon as somebody listens, which is a sixth
 # of a compilation, and pytest (from 9.1 on) listens to each logger that it finds and that does not propagate.
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not os.access(Path.home(), os.W_OK):  # what is built and compiled lies where the next run finds it, all the same
         caches = Path(tempfile.gettempdir()) / f"river_compile_tests_{os.getuid()}"
-        for name in ("RIVER_COMPILE_CACHE", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+        for name in ("RIVER_COMPILE_HOME", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
             os.environ.setdefault(name, str(caches / name.lower()))
     register_profiles(config.option.shrink)
     if config.option.slow:  # (an option of Hypothesis, which is read after this, goes before)

@@ -37,7 +37,6 @@ from tools import options
         ({"lowering": "inductr"}, ["did you mean 'inductor'?"]),
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"artifact": 3}, ["artifact=3", "path"]),
-        ({"check_ranks": 1}, ["check_ranks=1", "True or False"]),
     ],
 )
 def test_bad_options_are_named(options, words):
@@ -109,7 +108,6 @@ class TestNumbersOfOtherLibraries:
             ("first_exit", np.int64(3), 3),
             ("exit_depth", torch.tensor(1), 1),
             ("group_size", np.int32(32), 32),
-            ("check_ranks", np.True_, True),
         ],
     )
     def test_numbers_are_kept_as_pythons(self, name, value, kept):

@@ -84,7 +84,7 @@ def run_corner(corner: Corner, folder: Path) -> Outcome:
         return outcome(FAILED, f"pip: {_last_line(made.stdout)}")
     versions = _versions(inside)
     tests = [inside, "-m", "pytest", "-m", "core", "--tools", "-p", "no:cacheprovider"]
-    environment = {"RIVER_COMPILE_CACHE": folder / "cache", "TORCHINDUCTOR_CACHE_DIR": folder / "inductor"}
+    environment = {"RIVER_COMPILE_HOME": folder / "cache", "TORCHINDUCTOR_CACHE_DIR": folder / "inductor"}
     ran = _call(tests, _MINUTES * 60, **{name: str(path) for name, path in environment.items()})
     (folder / "pytest.log").write_text(ran.stdout, encoding="utf-8")
     if ran.returncode:

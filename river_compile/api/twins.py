@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from river_compile.api.accelerate import accelerate, restore
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.model_record import find_record, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import write
 from river_compile.twins.weights import TwinWeight, is_in
 

@@ -75,7 +75,7 @@ def versions() -> list[Finding]:
     """Compares installed versions with the tested ones."""
     from importlib import metadata
 
-    from river_compile.upstream.versions import TESTED, installed, untested
+    from river_compile.upstream.tensors import TESTED, installed, untested
 
     outside = {text.split()[0] for text in untested()}
     found = []
@@ -136,10 +136,10 @@ def _cache_folder() -> Finding:
     folder = cache_folder()
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK):
-        return Finding("cache", BAD, f"{folder} cannot be written; set RIVER_COMPILE_CACHE to a folder that can")
+        return Finding("cache", BAD, f"{folder} cannot be written; set RIVER_COMPILE_HOME to a folder that can")
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
     free = shutil.disk_usage(parent).free
-    return Finding("cache", OK, f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_CACHE)")
+    return Finding("cache", OK, f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_HOME)")
 
 
 def try_out() -> Finding:
@@ -317,11 +317,13 @@ def cache(
 
     A running process keeps the files that it has mapped.
     """
-    from river_compile.store import folder
+    from river_compile.compile_cache import folder
 
-    found = [{"about": e.about, "folder": str(e.folder), "bytes": e.bytes, "used": e.used} for e in folder.entries()]
+    found = [
+        {"about": e.about, "folder": str(e.folder), "bytes": e.bytes, "used": e.used} for e in folder.list_entries()
+    ]
     freed = folder.clear() if clear else 0
-    result = {"folder": str(folder.store_folder()), "entries": found, "freed_bytes": freed}
+    result = {"folder": str(folder.compile_cache_folder()), "entries": found, "freed_bytes": freed}
     show("cache", result, as_json, lambda console: _cache_page(console, result))
 
 

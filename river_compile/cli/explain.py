@@ -62,7 +62,7 @@ def _run(
     from river_compile.reporting.report import report as report_of
     from river_compile.reporting.timing import Painter
 
-    accelerate(model, "fast", threshold=threshold, store=False)  # (a stored program has been through its passes)
+    accelerate(model, "fast", threshold=threshold, compile_cache=False)  # a cached program has no passes to run
     ids = encode(tokenizer, prompt)
     blocks = model.config.get_text_config().num_hidden_layers
     painter = Painter(

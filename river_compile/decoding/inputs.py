@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-from river_compile.store.inputs import named
-from river_compile.upstream.transformers import cache_of, is_of_transformers, masks_of
+from river_compile.compile_cache.programs import named_arguments
+from river_compile.upstream.transformers import cache_of, is_transformers_model, masks_of
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}
 
@@ -136,7 +136,7 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     # A prompt then looks like any pass of several tokens, so one graph serves both.
     ids_BS, cache = inputs["input_ids"], cache_of(inputs)
     missing = [kind for kind, mask in masks_of(inputs) if mask is None]
-    known = is_of_transformers(model) and prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
+    known = is_transformers_model(model) and prepares_as_most_do(model) and model.config._attn_implementation == "sdpa"
     if not missing or cache is None or not known:
         return inputs
     batch, width = ids_BS.shape
@@ -189,7 +189,7 @@ def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:
     own["attention_mask"] = masks if several else masks[None]
     if inputs.get("position_ids") is not None:
         own["position_ids"] = _copied(inputs["position_ids"])
-    for name, tensor in [*named(own)]:
+    for name, tensor in [*named_arguments(own)]:
         held = kept.get(name)
         if held is None or not isinstance(tensor, Tensor) or not _alike(held, tensor):
             continue

@@ -30,7 +30,6 @@ from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
 from river_compile.decoding.sampling import STATELESS, Sampler
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
-from river_compile.distributed.ranks import Ranks
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, one_of, optional
@@ -38,14 +37,15 @@ from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
 from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import KVCache
+from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
-    argument_of_generate,
     cache_argument,
     cache_of,
     callers_cache,
+    generate_argument,
     given_settings,
-    is_of_transformers,
+    is_transformers_model,
 )
 
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
@@ -139,7 +139,7 @@ class Call:
             return None
         if strict and loaded() and not any_rows(model.dtype):
             return None
-        known = is_of_transformers(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
+        known = is_transformers_model(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
         if not known or self.config.prefill_chunk_size is not None or len(ids_BS) != 1 or not ids_BS.shape[1]:
             return None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -205,11 +205,11 @@ class Decode:
         config = generation_config
         given = {name: model_kwargs.pop(name, None) for name in self.per_call}
         mode = self.for_call(**{name: value for name, value in given.items() if value is not None})
-        assistant = argument_of_generate("assistant_model")
+        assistant = generate_argument("assistant_model")
         obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
         if obstacle:
             raise self.refusal(obstacle)
-        streamer = streamer or argument_of_generate("streamer")
+        streamer = streamer or generate_argument("streamer")
         if input_ids.dtype == torch.int32:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList, logits_process
 
-from river_compile.distributed.ranks import ALONE, Ranks
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
 
 class Sampler:

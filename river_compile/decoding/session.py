@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from river_compile.compile_cache.codec import NotCacheable
+from river_compile.compile_cache.programs import Bindable, named_arguments, with_sources
 from river_compile.config import RiverConfig
 from river_compile.decoding.inputs import (
     BY_SLOT,
@@ -41,11 +43,8 @@ from river_compile.progress import stage_shown
 from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
 from river_compile.runtime.kv_cache import KVCache, slots_for
 from river_compile.runtime.state import DraftVocab, StepState
-from river_compile.store.codec import NotStorable
-from river_compile.store.inputs import located, named
-from river_compile.store.programs import Bindable
 from river_compile.upstream.dynamo import OwnCall, runs_one_graph
-from river_compile.upstream.transformers import cache_argument, cache_of, mark_growing
+from river_compile.upstream.transformers import cache_argument, cache_of, mark_dynamic
 
 log = logging.getLogger("river_compile.decoding")
 # A graph that ran in this thread: its executor, its inputs and its outputs.
@@ -154,7 +153,7 @@ class Session:
 
     def _call_model(self, inputs: Inputs) -> Any:
         """Call the model, through Dynamo if it is compiled."""
-        mark_growing(inputs)
+        mark_dynamic(inputs)
         return self._call(**inputs, return_dict=True)
 
     def allow_drafts(self, ids_BS: Tensor, logits_B1V: Tensor, max_draft: int | None, strict: bool) -> None:
@@ -326,7 +325,7 @@ class Session:
             logits = self._run_model(width, inputs, depth, last_token)
         else:
             if not last_token and not self._inputs[width].owns(inputs):
-                values = dict(named(inputs))
+                values = dict(named_arguments(inputs))
                 for name, tensor in state.inputs.items():
                     tensor.copy_(values[name])
             state.restrict_logits(None if vocab is None else vocab.blocks)
@@ -349,14 +348,14 @@ class Session:
     def _bind(self, width: int, executor: RiverExecutor, args: Sequence[Any], inputs: Inputs) -> StepState:
         """Bind a program to the cache; the state reads the inputs that are updated in place, or copies."""
         if not self._inputs[width].owns(inputs):
-            given = {id(value) for _, value in named(inputs)}
+            given = {id(value) for _, value in named_arguments(inputs)}
             args = [arg.clone() if id(arg) in given and isinstance(arg, Tensor) else arg for arg in args]
         state = self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
         return state
 
     def _recall(self, inputs: Inputs) -> Bindable | None:
         """Return a program that was traced before, in this process or another one, and its inputs."""
-        found = None if self._programs is None else self._programs.recall(self.model, inputs, self.kv.cache)
+        found = None if self._programs is None else self._programs.lookup(self.model, inputs, self.kv.cache)
         if found is not None:
             self._check_weights(*found)
         return found
@@ -384,7 +383,7 @@ class Session:
             executor, args, _ = calls[0]
             self._begun.add(executor)
             if self._programs is not None:
-                self._programs.keep(inputs, self.kv.cache, executor, graph.traced)
+                self._programs.insert(inputs, self.kv.cache, executor, graph.traced)
             if not last_token and width in self._inputs:
                 self._bind(width, executor, args, inputs)
         elif not last_token:
@@ -414,7 +413,7 @@ class Session:
 
 def _is_compatible(state: StepState, inputs: Inputs, owned: bool) -> bool:
     """Whether a state may run with these inputs: they are its own, or look like them."""
-    values = dict(named(inputs))
+    values = dict(named_arguments(inputs))
     pairs = [(tensor, values.get(name)) for name, tensor in state.inputs.items()]
     if owned:
         return all(a is b for a, b in pairs)
@@ -473,8 +472,8 @@ def locate(
     graph = next(graph for graph in graphs if graph.executor() is executor)
     assert graph.traced is not None, "Dynamo traced it in this process"
     try:
-        executor.locate(located(executor.program, graph.traced, model, args, inputs, cache, made))
-    except NotStorable as why:
+        executor.locate(with_sources(executor.program, graph.traced, model, args, inputs, cache, made))
+    except NotCacheable as why:
         log.info("a pass goes through the model each time: %s", why)
         return None
     return graph

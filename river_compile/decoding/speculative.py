@@ -17,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
 from river_compile.decoding.session import Session
-from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.kernels.native.load import entropies
 from river_compile.runtime.draft_length import LOOKUP, RIVER, Draft, DraftLength
 from river_compile.runtime.stats import CycleRecord
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
 
 class SpeculativeDecoder:

@@ -25,13 +25,13 @@ from transformers.cache_utils import Cache
 
 from river_compile.backend import river
 from river_compile.decoding.session import Session
-from river_compile.distributed.ranks import ranks_of
 from river_compile.exits import Criterion, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import record_of
 from river_compile.reporting.trace import trace
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.stats import StepRecord
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.observe import full_attention_mask
 from river_compile.upstream.transformers import cache_argument
 

@@ -1,10 +1,7 @@
 """Runs segments as calls of the C++ operators, without Inductor if nothing else is left to compute.
 
-A segment whose nodes are operators of the C++ kernels, an embedding, rotary tables, counters and views runs as those
-calls, and can be recorded (:mod:`river_compile.kernels.native.load`). In any other the operators stand among what
-Inductor compiles.
-
-Not handled: prompts at the speed of a library's wide products.
+Such a segment can be recorded by a :class:`Tape`. In other segments the operators are opaque calls for Inductor.
+Not handled: prompts at the speed of a library's wide matmuls.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
 from river_compile.passes.program import Segment
 
-# What hands on the memory of its input. (Where one of these has to copy, recording notices.)
+# Operators that return views of their input. If one of them has to copy, recording fails.
 _VIEWS = (
     torch.reshape,
     torch.flatten,
@@ -43,20 +40,19 @@ _VIEWS = (
     Tensor.view,
     operator.getitem,
 )
-# What makes a tensor from numbers alone, whose values stay what they were when they were recorded.
+# Operators that make a tensor of numbers alone; a recording keeps its values.
 _CONSTANTS = (torch.arange, torch.full, torch.zeros)
 
-
-# What a compiled segment is: a function of a list (which it may empty) that returns a sequence.
+# A compiled segment: a function of a list, which it may empty, that returns a sequence.
 Callee: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 
 
 class CannotRecord(RuntimeError):
-    """A segment computes something outside of the C++ operators with the tensors at hand."""
+    """With these tensors a segment computes something outside of the C++ operators."""
 
 
 class NativeSegment:
-    """A segment as calls of the C++ operators; called with a list of inputs, it returns its outputs."""
+    """A segment as calls of the C++ operators."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self._run = graph_module.forward
@@ -66,16 +62,12 @@ class NativeSegment:
         return self._run(*inputs)
 
     def record(self, inputs: list, tape: Tape) -> Sequence[Any]:
-        """Calls the operators while a tape is recorded; the outputs have no values yet.
-
-        Raises:
-            CannotRecord: a view turned out to be a copy, which would be made of values that are not there.
-        """
+        """Record the calls; the outputs have no values yet. Raise a CannotRecord if a view is a copy."""
         return self._recorded(tape, *inputs)
 
     @functools.cached_property
     def _recorded(self) -> Callable[..., Sequence[Any]]:
-        """The same calls with more between them: views must be views, and constants are kept as long as the tape."""
+        """The calls with checks of views between them; the tape keeps constants alive."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self._graph_module.graph, {}))
         first, *_ = graph.nodes
@@ -84,7 +76,7 @@ class NativeSegment:
         for node in [node for node in graph.nodes if node.op == "call_function"]:
             with graph.inserting_after(node):
                 if node.target is torch.zeros:
-                    graph.call_function(_refuse, (node.name,))
+                    graph.call_function(_reject_written, (node.name,))
                 elif node.target in _CONSTANTS:
                     graph.call_method("keep", (tape, node))
                 elif node.target in _VIEWS:
@@ -92,12 +84,12 @@ class NativeSegment:
         return fx.GraphModule(self._graph_module, graph, class_name="Recorded").forward
 
 
-def _refuse(name: str) -> None:
+def _reject_written(name: str) -> None:
     raise CannotRecord(f"{name} makes a tensor that is written")
 
 
 def _check_view(name: str, results: Tensor | Sequence[Any], *sources: object) -> None:
-    """Raises a CannotRecord for results of which one has other memory than what it was made from."""
+    """Raise a CannotRecord if a result does not share the memory of a source."""
     places = {source.untyped_storage().data_ptr() for source in sources if isinstance(source, Tensor)}
     for value in results if isinstance(results, (tuple, list)) else [results]:
         if isinstance(value, Tensor) and places and value.untyped_storage().data_ptr() not in places:
@@ -105,11 +97,11 @@ def _check_view(name: str, results: Tensor | Sequence[Any], *sources: object) ->
 
 
 def native_graph(segment: Segment) -> fx.GraphModule | None:
-    """Returns a segment as calls of the C++ operators, None if it computes something else."""
+    """Return a segment as calls of the C++ operators, None if it computes something else."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(segment.graph, {}))
     use_native(graph)
-    _use_native_bookkeeping(graph)
+    _use_native_counters(graph)
     _use_native_inputs(graph)
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and node.target in (torch.roll, torch._C._log_api_usage_once):
@@ -120,7 +112,7 @@ def native_graph(segment: Segment) -> fx.GraphModule | None:
 
 
 def use_native(graph: fx.Graph) -> None:
-    """Turns the river's operators into those of the C++ kernels, matmuls if their layout is a native one."""
+    """Replace the operators of `torch.ops.river` by the C++ ones, linears if their layout is native."""
     ours, native_ops = torch.ops.river, native.load()
     alike = {
         getattr(ours, name).default: getattr(native_ops, name).default
@@ -130,13 +122,13 @@ def use_native(graph: fx.Graph) -> None:
         if node.target in alike:
             node.target = alike[node.target]
         elif called(node, ours.linear.default):
-            _use_native_product(node, native_ops)
+            _use_native_linear(node, native_ops)
         elif called(node, ours.experts.default) and node.args[-1] == NATIVE_LAYOUT:
             *tensors, out_features, group_size, _ = node.args
             node.target, node.args = native_ops.experts.default, (*tensors, out_features, group_size)
 
 
-def _use_native_product(node: fx.Node, native_ops: Any) -> None:
+def _use_native_linear(node: fx.Node, native_ops: Any) -> None:
     x, weight, scale_zero, bias, out_features, group_size, layout = node.args
     if layout in (NATIVE_LAYOUT, lossless.LAYOUT_12BIT, lossless.LAYOUT_8BIT):
         node.target, node.args = native_ops.linear.default, (x, weight, scale_zero, bias, out_features, group_size)
@@ -146,27 +138,27 @@ def _use_native_product(node: fx.Node, native_ops: Any) -> None:
             drop_unused(joined)
 
 
-def _use_native_bookkeeping(graph: fx.Graph) -> None:
-    """Turns counters and scores of heads into operators that a tape can hold."""
+def _use_native_counters(graph: fx.Graph) -> None:
+    """Replace counters and scores of heads by operators that a tape can record."""
     native_ops = native.load()
     for node in list(graph.nodes):
         if called(node, largest_entropy):
             node.target = native_ops.largest_entropy.default
-        elif called(node, operator.add) and _are_slots(*node.args):
+        elif called(node, operator.add) and _are_positions(*node.args):
             node.target = native_ops.add.default
-        elif called(node, Tensor.to) and _changes_nothing(node):
+        elif called(node, Tensor.to) and _is_no_op_cast(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif called(node, Tensor.add_) and _counts(node.args[0]) and _is_number(node.args[1]) and not node.users:
+        elif called(node, Tensor.add_) and _is_counter(node.args[0]) and _is_number(node.args[1]) and not node.users:
             node.target = native_ops.advance.default
 
 
 def _use_native_inputs(graph: fx.Graph) -> None:
-    """Turns the embedding, and the tables of rotary embeddings in its dtype, into operators that a tape can hold."""
+    """Replace the embedding, and rotary tables in its dtype, by operators that a tape can record."""
     native_ops = native.load()
     table: fx.Node | None = None
     for node in list(graph.nodes):
-        if called(node, F.embedding) and _looks_up(node):
+        if called(node, F.embedding) and _is_plain_embedding(node):
             table = node.args[1]
             node.target, node.args, node.kwargs = native_ops.embed.default, node.args[:2], {}
         elif table is not None and (called(node, Tensor.cos) or called(node, Tensor.sin)):
@@ -186,27 +178,24 @@ def _is_int64(node: object) -> bool:
     return is_tensor(node) and value_of(node).dtype == torch.int64
 
 
-def _looks_up(embedding: fx.Node) -> bool:
-    """True for rows of a table as they are, without a norm that they may have at most."""
+def _is_plain_embedding(embedding: fx.Node) -> bool:
+    """True for an embedding without a maximal norm."""
     ids, table, *others = embedding.args
     return others[1:2] in ([], [None]) and not embedding.kwargs.get("max_norm") and _is_int64(ids) and rank(table) == 2
 
 
 def _angles(node: object) -> tuple[fx.Node, fx.Node] | None:
-    """Returns positions and frequencies of ``cat((a, a), -1)``, ``a`` being their product in float32.
-
-    (Frequencies are of another dtype where the whole model was cast.)
-    """
+    """Return positions P and frequencies F of ``cat((a, a), -1)`` with ``a = P * F`` in float32."""
     if not called(node, torch.cat) or node.kwargs or node.args[1:] not in ((-1,), (2,)) or len({*node.args[0]}) != 1:
         return None
-    product = node.args[0][0]
-    if len(node.args[0]) != 2 or not called(product, operator.mul) or value_of(product).dtype != torch.float32:
+    angles = node.args[0][0]
+    if len(node.args[0]) != 2 or not called(angles, operator.mul) or value_of(angles).dtype != torch.float32:
         return None
-    for cast, frequencies in (product.args, product.args[::-1]):
+    for cast, frequencies in (angles.args, angles.args[::-1]):
         if called(cast, Tensor.to) and cast.args[1:] == (torch.float32,) and called(cast.args[0], operator.getitem):
             positions, place = cast.args[0].args
             if called(frequencies, Tensor.to) and value_of(frequencies).dtype == torch.float32:
-                frequencies = frequencies.args[0]  # (of a model that was cast; the operator reads them so)
+                frequencies = frequencies.args[0]  # the whole model was cast; the operator reads them so
             if place == (..., None) and _is_int64(positions) and _is_row_of_floats(frequencies):
                 return positions, frequencies
     return None
@@ -220,7 +209,7 @@ def _is_row_of_floats(node: object) -> bool:
 
 
 def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
-    """Returns what a node is after it was multiplied by a number and cast, if it was, and that number."""
+    """Return the last node of an optional multiplication by a number and a cast, and the number."""
     scale = 1.0
     for target in (operator.mul, Tensor.to):
         user = next(iter(node.users), None)
@@ -233,21 +222,21 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
     return node, scale
 
 
-def _changes_nothing(cast: fx.Node) -> bool:
+def _is_no_op_cast(cast: fx.Node) -> bool:
     new, old = value_of(cast), value_of(cast.args[0])
     return (new.dtype, new.device) == (old.dtype, old.device) and not cast.kwargs
 
 
-def _counts(node: object) -> bool:
-    """True for a tensor of one int64."""
+def _is_counter(node: object) -> bool:
+    """True for a tensor of one int64, a counter."""
     return _is_int64(node) and shape(node) in [(1,) * n for n in range(9)]
 
 
-def _are_slots(a: object, b: object) -> bool:
-    """True for two counters, or a counter and a vector of int64."""
-    if not _counts(a):
+def _are_positions(a: object, b: object) -> bool:
+    """True for two counters, or a counter and a vector of positions."""
+    if not _is_counter(a):
         a, b = b, a
-    return _counts(a) and (_counts(b) or (_is_int64(b) and rank(b) == 1))
+    return _is_counter(a) and (_is_counter(b) or (_is_int64(b) and rank(b) == 1))
 
 
 def _is_number(argument: object) -> bool:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from river_compile.choices import choose
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,7 @@ _NEVER_RAN = (
     'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then '
     "generate"
 )
-_ORIGINS = {"traced": "", "stored": ", from the store", "derived": ", from the graph of several tokens"}
+_ORIGINS = {"traced": "", "stored": ", from the compile cache", "derived": ", from the graph of several tokens"}
 _BAR = 32
 
 
@@ -62,7 +63,7 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Returns the report as JSON's types; a number that does not exist is None."""
-        record, twins, offloaded = self.record, self.record.twins, self.record.offloaded.snapshot()
+        record, twins, offloaded = self.record, self.record.twins, self.record.offloaded.sample() or None
         return {
             "model": self.model,
             "ran": self.ran,
@@ -74,7 +75,7 @@ class Report:
             "packed_bytes": sum(twin.nbytes for twin in self.packed),
             "packing_seconds": twins.seconds,
             "packed_again": twins.changes,
-            "offloaded": offloaded and offloaded.to_dict(),
+            "offloaded": offloaded,
             "matrices": [_weight_dict(twin) for twin in self.packed],
             "own_text_refused": record.self_calibration.refusal or None,
             "twin_loss": twins.loss and {**asdict(twins.loss), "large": twins.loss.large},
@@ -97,8 +98,8 @@ class Report:
                 yield from graph_lines(graph)
             if self.packed:
                 yield from _twin_lines(record, self.packed)
-            if offloaded := record.offloaded.snapshot():
-                yield from offloaded.lines()
+            if offloaded := record.offloaded.sample():
+                yield from _offload_lines(offloaded)
             yield f"  recompiles     {self.recompiles}"
             yield from _cache_lines(record)
         for reason, count in record.fallbacks.items():
@@ -145,6 +146,16 @@ def _weight_dict(twin: TwinWeight) -> dict[str, object]:
     }
 
 
+def _offload_lines(stats: Mapping[str, Any]) -> Iterator[str]:
+    first, last = stats["blocks"]
+    sizes = ("moved", "resident", "weights", "peak_before", "peak_after", "brought_in")
+    moved, resident, weights, before, after, brought_in = (stats[name] / 1e6 for name in sizes)
+    yield f"  offloaded      blocks {first} to {last}, {moved:.1f} MB in {stats['where']}; {stats['policy']!r}"
+    share = 100 * resident / weights
+    yield f"    resident     {resident:.1f} of {weights:.1f} MB of weights and twins ({share:.0f} %)"
+    yield f"    peak memory  {before:.1f} MB before, {after:.1f} MB since; {brought_in:.1f} MB brought in"
+
+
 def _graph_dict(graph: GraphRecord) -> dict[str, object]:
     return {
         "kind": graph.kind,
@@ -162,7 +173,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "other_group_sizes": _other_groups(graph),
         "packed_bytes": graph.packed_bytes,
         "lossless_bytes": graph.lossless_bytes,
-        "given_back_bytes": graph.given_back,
+        "given_back_bytes": graph.paged_out_bytes,
         "token_bytes": graph.token_bytes,
         "fused": dict(Counter(f.rule for f in graph.fusions if not f.missed)),
         "missed": [
@@ -197,7 +208,8 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
     if graph.kind == "decode" and config.deepest is not None:
         yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
     if graph.lossless_bytes:
-        back = f"; {graph.given_back / 1e6:.1f} MB of parameters lie in their file alone" if graph.given_back else ""
+        paged_out = graph.paged_out_bytes / 1e6
+        back = f"; {paged_out:.1f} MB of parameters lie in their file alone" if paged_out else ""
         yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights, packed without loss{back}"
     for reason, count in Counter(k.reason for k in graph.kept).items():
         yield f"    in 16 bits   {count} matrices: {reason}"

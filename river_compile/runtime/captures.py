@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import Ranks
-from river_compile.distributed.support import NOT_CAPTURED
 from river_compile.errors import OptionError
 from river_compile.kernels.native.load import Tape, few_rows
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Program, Refusal
+from river_compile.runtime.tensor_parallel import NOT_CAPTURED, Ranks
 from river_compile.runtime.units import SCORE, Step, Unit
 
 _LOGGED = 512  # capture records that a log keeps

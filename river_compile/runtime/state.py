@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.exits import ExitPolicy, Memories, Memory, bars_of
 from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
@@ -29,6 +28,7 @@ from river_compile.runtime.captures import (
     copy_into,
 )
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
 log = logging.getLogger("river_compile.runtime.captures")
@@ -67,12 +67,9 @@ class CompiledProgram:
     weights: Weights | None  # the packed ones, None without any
     on_close: Callable[[], None] | None  # called after each step
     ranks: Ranks = ALONE  # that share the model; the first one's scores count
-    checks_ranks: bool = False  # whether they compare their inputs and scores
 
     def agreed(self, score: Tensor) -> Tensor:
         """Return the first rank's score."""
-        if self.checks_ranks:
-            self.ranks.check_alike("a score", str(score.item()))
         return self.ranks.first(score)
 
 
@@ -170,7 +167,7 @@ class StepState:
         try:
             path = self.run(policy)
         except BaseException as error:
-            compiled.ranks.explain(error)
+            compiled.ranks.raise_if_lost(error)
             raise
         compiled.stats.count(path.depth, decodes)
         if _steps:

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from xxhash import xxh3_128
 
+from river_compile.compile_cache.folder import Entry, evict, is_trusted, warn_not_writable
 from river_compile.errors import ArtifactError, RiverWarning
 from river_compile.kernels.files import atomic_write, locked
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
 from river_compile.passes.program import Matmul
-from river_compile.store.folder import Entry, cannot_write, is_trusted, keep_bound
 from river_compile.twins.weights import LOSSLESS, TwinWeight
 
 log = logging.getLogger("river_compile.twins")
@@ -296,7 +296,7 @@ def open_stored(entry: Entry) -> TwinFile | None:
         warnings.warn(f"cached weights cannot be used and are quantized again: {error}", RiverWarning, stacklevel=2)
         shutil.rmtree(entry.folder, ignore_errors=True)
         return None
-    entry.used()
+    entry.touch()
     return found
 
 
@@ -308,7 +308,7 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
         return
     folder = entry.folder / _PACKED
     try:
-        entry.make()
+        entry.make_folder()
         with locked(folder):
             if not (folder / FILE).exists():
                 write(folder, weights)
@@ -316,8 +316,8 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
                 (folder / FILE).chmod(0o600)
                 entry.describe()
     except (ArtifactError, OSError) as error:
-        cannot_write(error)
-    keep_bound()
+        warn_not_writable(error)
+    evict()
 
 
 def _is_finite(tensor: Tensor) -> bool:

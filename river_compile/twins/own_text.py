@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from river_compile.distributed.ranks import ranks_of
 from river_compile.errors import OptionError
 from river_compile.kernels.native.load import loaded
 from river_compile.kernels.portable import token_kl
 from river_compile.progress import stage_shown
+from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.observe import (
     MatmulHook,
     Moments,
@@ -117,7 +117,7 @@ def _raise_on_ranks(model: nn.Module, error: Exception) -> None:
     ranks = ranks_of(model.parameters())
     if not ranks.several:
         return
-    ranks.explain(error)
+    ranks.raise_if_lost(error)
     raise OptionError(
         f"{type(model).__name__} on {ranks.size} ranks cannot sample the text for its twins' statistics "
         f"({_why(error)}); use river_compile.collect_statistics, or quantizer='hqq'"

@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from river_compile.compile_cache.folder import Entry, is_enabled
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
-from river_compile.store.folder import Entry, enabled
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.twins.file import FILE, TwinFile, entry_for, open_stored, write_missing, write_stored
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration, TwinLoss
@@ -204,7 +204,7 @@ class TwinWeights:
         if job.file is not None and not lossless:
             return self._loaded(job, matmuls, job.file, str(job.file.folder))
         own = job.statistics.observed is not None and not lossless
-        if own or job.refresh or not self.stores or job.statistics.ranks.several or not enabled():
+        if own or job.refresh or not self.stores or job.statistics.ranks.several or not is_enabled():
             return self._made(job, matmuls, lossless)
         entry = entry_for(matmuls, job.digests, job.quantizer(lossless))
         if not lossless:

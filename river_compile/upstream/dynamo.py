@@ -1,14 +1,7 @@
 """All uses of TorchDynamo and Inductor beyond their public API.
 
-*Calls.* Dynamo's code for a call reads the graph's inputs from where they are kept, runs the graph, writes back what
-the function changed in Python, and builds what it returns. `code_without_effects` says whether that is all.
-
-*Builds.* Inductor lets the compiler write libraries where other processes look for them, under a lock that ends with
-the process that holds it; after a killed process the others fail at every start. `build_whole_files` makes the compiler
-write beside the place, and moves the result there.
-
-Not handled: code that Dynamo does not see, such as hooks that it skips, calls that go on in other threads, and command
-lines without ``-o``.
+Not handled: code that Dynamo does not see (hooks that it skips, calls that go on in other threads), and commands of
+Inductor's C++ builder without ``-o``.
 """
 
 from __future__ import annotations
@@ -39,11 +32,8 @@ from river_compile.kernels.files import atomic_write
 
 
 def code_without_effects(seen: tuple[type, ...]) -> CodeType | None:
-    """Returns the code of the function that Dynamo is compiling; None if it does more than to run one graph.
-
-    Args:
-        seen: classes of objects among the arguments whose attributes it may write: the caller looks after them.
-    """
+    """Return the code of the function that Dynamo is compiling; None if a call does more than run one graph."""
+    # Writes to attributes of arguments of the classes in `seen` are the caller's responsibility.
     tx = getattr(symbolic_convert.tls, "current_tx", None)
     if tx is None:
         return None
@@ -53,76 +43,63 @@ def code_without_effects(seen: tuple[type, ...]) -> CodeType | None:
     for variable in filter(effects.is_modified, list(effects.id_to_variable.values())):
         kind = type(variable.mutation_type).__name__
         if kind in ("AttributeMutationNew", "ValueMutationNew") or _is_own_keywords(variable, tx.f_code):
-            continue  # (what is new is returned, or written to what is not)
+            continue  # a new object is returned, or written to an old one
         names = effects.store_attr_mutations.get(variable)
         if kind != "AttributeMutationExisting" or not names:
-            return None  # (a list that grows, say)
+            return None  # a list that grows, for example
         owner = getattr(variable, "value", None)
-        if not ((_comes_with_arguments(variable.source) and isinstance(owner, seen)) or _is_there(owner, names)):
+        if not ((_is_argument(variable.source) and isinstance(owner, seen)) or _has_values(owner, names)):
             return None
     code: CodeType = tx.f_code
     return code
 
 
-def _is_there(owner: object, written: Mapping[str, Any]) -> bool:
-    """Whether an object's attributes are the constants that are written to them already, as a flag that is reset is."""
+def _has_values(owner: object, written: Mapping[str, Any]) -> bool:
+    """True if attributes already equal the constants that are written, such as a flag that is reset."""
     for name, value in written.items():
-        new = getattr(value, "value", owner)  # (of Dynamo's ConstantVariable)
+        new = getattr(value, "value", owner)  # of Dynamo's ConstantVariable
         if type(new) not in (type(None), bool, int, float, str) or getattr(owner, name, written) != new:
             return False
     return True
 
 
 def _is_own_keywords(variable: Any, code: CodeType) -> bool:
-    """Whether a variable is the function's own ``**kwargs``, a dict that its caller does not see."""
+    """True for the function's own ``**kwargs``, a dict that its caller does not see."""
     positional = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 0x04)
     own = code.co_varnames[positional] if code.co_flags & 0x08 else None
     return type(variable.source).__name__ == "LocalSource" and variable.source.local_name == own
 
 
-def _comes_with_arguments(source: Any) -> bool:
+def _is_argument(source: Any) -> bool:
     while hasattr(source, "base"):
         source = source.base
     return type(source).__name__ == "LocalSource"
 
 
-def break_before(model: nn.Module, own: OwnCall | None) -> GraphCompileReason | None:
-    """Returns why Dynamo last broke a graph, if it compiles a piece of a model's code; None otherwise."""
+def last_graph_break(model: nn.Module, own: OwnCall | None) -> GraphCompileReason | None:
+    """Return why Dynamo last broke a graph, None unless it compiles a piece of a model's code."""
     tx = getattr(symbolic_convert.tls, "current_tx", None)
     piece = tx is not None and tx.f_code not in (*_code_of_calls(model), None if own is None else own.code)
     return graph_break_reasons[-1] if piece and graph_break_reasons else None
 
 
 def runs_one_graph(model: nn.Module, code: CodeType | None, own: OwnCall | None) -> bool:
-    """Returns whether a call of a model, or its own compiled call, is one of the function with this `traced_code`."""
+    """True if a call of a model, or its own compiled call, runs only the function with this `traced_code`."""
     if code is None or model._forward_hooks or model._forward_pre_hooks:
         return False
     return code in (_code_of_calls(model) if own is None else [own.code])
 
 
 def _code_of_calls(model: nn.Module) -> list[CodeType | None]:
-    """Returns the code of the functions that a call of a model without hooks runs: its own call and its forward."""
+    """Return the code of a model's call and its forward."""
     return [getattr(function, "__code__", None) for function in (model._call_impl, model.forward)]
 
 
-# Objects that come with a call's arguments, which whoever runs a graph without Dynamo looks after.
-_LOOKED_AFTER = (Cache, CacheLayerMixin)
-
-
 class OwnCall:
-    """The compiled call of one model, ``(model, **inputs)``.
-
-    Dynamo keeps graphs with the code of the function that it compiled. This one's code and globals are its own, so no
-    other model's graphs count towards its limits, and they go with it. Hooks of modules are guarded.
-
-    Args:
-        backend, options: as ``torch.compile`` takes them.
-
-    Attributes:
-        code: of the function.
-    """
+    """The compiled call of one model, ``(model, **inputs)``, with hooks of modules guarded."""
 
     def __init__(self, backend: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        # With code and globals of its own, its graphs count towards no other model's recompile limit and die with it.
         self.code = _call.__code__.replace(co_name="call_of_one_model")
         own = FunctionType(self.code, {"__builtins__": builtins})
         self._compiled = torch.compile(own, backend=backend, options=dict(options))
@@ -132,32 +109,26 @@ class OwnCall:
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
                 return self._compiled(model, inputs)
         except TorchRuntimeError as error:
-            raise error_of_code(error) from None
+            raise _original_error(error) from None
 
 
 def _call(model: Any, inputs: dict[str, Any]) -> Any:
     return model._call_impl(**inputs)
 
 
-class _Nobody:
-    """Stands for a model in whose count an entry of another one is."""
+class _NoModel:
+    pass
 
 
-_NOBODY = _Nobody()
-# What Dynamo compares with a frame's locals, none of which this is: the entry then does not count for the frame.
-_COUNTS_FOR_NOBODY: dict[str, weakref.ref[Any]] = {"river_compile": weakref.ref(_NOBODY)}
+_NO_MODEL = _NoModel()
+# Dynamo compares these with a frame's locals and finds none of them, so the entry does not count for the frame.
+_UNCOUNTED: dict[str, weakref.ref[Any]] = {"river_compile": weakref.ref(_NO_MODEL)}
 
 
 def guard_model(parameter: fx.Node, counts: bool) -> None:
-    """Makes Dynamo trace every other model anew: it would run in the graph that is being compiled, with its twins.
-
-    Dynamo runs code without a backend that has ``recompile_limit`` graphs, those of models that are gone included, and
-    nearly all models share theirs. Outside of Dynamo there is nothing to guard.
-
-    Args:
-        parameter: a placeholder of the graph.
-        counts: whether this one is counted among them.
-    """
+    """Guard the model that a placeholder belongs to; `counts`: the graph counts towards ``recompile_limit``."""
+    # Most models share the code that Dynamo counts graphs of, those of freed models included. Beyond the limit it runs
+    # the code without a backend.
     context = TracingContext.try_get()
     if context is not None:
         source = parameter.meta["grapharg"].source
@@ -169,25 +140,25 @@ def guard_model(parameter: fx.Node, counts: bool) -> None:
 def _match(builder: Any, guard: Guard, counts: bool) -> None:
     builder.ID_MATCH(guard)
     if not counts:
-        builder.id_matched_objs.update(_COUNTS_FOR_NOBODY)
+        builder.id_matched_objs.update(_UNCOUNTED)
     owner: Any = guard.obj_weakref() if isinstance(guard.obj_weakref, weakref.ref) else None
     if owner is not None:
-        weakref.finalize(owner, _end, builder.check_fn_manager).atexit = False
+        weakref.finalize(owner, _invalidate, builder.check_fn_manager).atexit = False
 
 
-def _end(guards: Any) -> None:
-    """Ends an entry of Dynamo's cache; what is left there counts for nobody."""
-    guards.invalidate(obj_str="a model that is gone")
-    guards.guard_manager.id_matched_objs = _COUNTS_FOR_NOBODY
+def _invalidate(guards: Any) -> None:
+    """Invalidate an entry of Dynamo's cache; it no longer counts towards the limit."""
+    guards.invalidate(obj_str="a freed model")
+    guards.guard_manager.id_matched_objs = _UNCOUNTED
 
 
 def traced_code() -> CodeType | None:
-    """Returns the code of the function that Dynamo is compiling; None where a call does more than to run the graph."""
-    return code_without_effects(_LOOKED_AFTER)
+    """Return the code that Dynamo is compiling; None if a call does more than run one graph on a cache."""
+    return code_without_effects((Cache, CacheLayerMixin))
 
 
 def _model_source(source: Source) -> Source | None:
-    """Returns the source of the outermost module that a parameter was read through."""
+    """Return the source of the outermost module on the path to a parameter."""
     outermost: Source | None = None
     while isinstance(base := getattr(source, "base", None), Source):
         if "NNModuleSource" in type(source).__name__:
@@ -197,13 +168,13 @@ def _model_source(source: Source) -> Source | None:
 
 
 def compiled_with(backend: Callable[..., object], compiled: Callable[..., object] | None) -> bool:
-    """Returns whether a function was compiled by `torch.compile` for a backend."""
+    """True if `torch.compile` compiled a function for a backend."""
     held = {} if compiled is None else inspect.getclosurevars(compiled).nonlocals
     return hasattr(held.get("self"), "callback") and _backend_of(held["self"]) is backend
 
 
-def call_through(backend: Callable[..., object] | None) -> FrameType | None:
-    """Returns the frame of the innermost wrapper in this thread that compiles with a backend, None without one."""
+def _compiled_frame(backend: Callable[..., object] | None) -> FrameType | None:
+    """Return the innermost frame of this thread that compiles with a backend."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -215,18 +186,16 @@ def call_through(backend: Callable[..., object] | None) -> FrameType | None:
 
 
 def _backend_of(context: Any) -> object:
-    """Returns the function in Dynamo's entry of one `torch.compile`."""
+    """Return the function that one `torch.compile` was given."""
     compiler: Any = eval_frame.innermost_backend(context.callback)
     compiler = getattr(compiler, "compiler_fn", compiler)
     return getattr(compiler, "func", compiler)
 
 
 def compiled_module(backend: Callable[..., object] | None) -> nn.Module | None:
-    """Returns the module whose compiled call goes on in this thread, also while Dynamo traces a piece of its code.
-
-    It is the one whose method was compiled, or the first argument of a function that was; None where there is neither.
-    """
-    frame = call_through(backend)
+    """Return the module whose compiled call runs in this thread or is being traced; None without one."""
+    # That is the owner of a compiled method, or the first argument of a compiled function.
+    frame = _compiled_frame(backend)
     if frame is None:
         return None
     compiled, arguments = inspect.unwrap(frame.f_locals["fn"]), frame.f_locals["args"]
@@ -235,20 +204,18 @@ def compiled_module(backend: Callable[..., object] | None) -> nn.Module | None:
 
 
 def untraceable(model: nn.Module) -> str:
-    """Returns why Dynamo cannot trace a model whose layers are compressed-tensors' own, empty for others.
-
-    They are unpacked by the model's first call, and have a forward that changes their weights around the product.
-    """
+    """Return why Dynamo cannot trace a model: it has layers of compressed-tensors. Empty for other models."""
+    # The model's first call unpacks these layers, and their forward changes the weights around the matmul.
     layer = next((path for path, module in model.named_modules() if hasattr(module, "quantization_scheme")), "")
     return layer and (
-        f"{layer} is a layer of compressed-tensors, whose code cannot be traced; load the model with "
-        "quantization_config=CompressedTensorsConfig(dequantize=True), of transformers 5.21 or newer "
-        "(backbone_weights='8bit' reads weights of 8 bits in 8 bits all the same)"
+        f"{layer} is a layer of compressed-tensors, whose code cannot be traced. Load the model with "
+        "quantization_config=CompressedTensorsConfig(dequantize=True), of transformers 5.21 or newer; "
+        "backbone_weights='8bit' still reads 8-bit weights"
     )
 
 
-def error_of_code(error: TorchRuntimeError) -> RuntimeError:
-    """Returns the error of a model's code under Dynamo's tracing, without Dynamo's pages around it."""
+def _original_error(error: TorchRuntimeError) -> RuntimeError:
+    """Return the error of the model's code, without Dynamo's explanations, with the values of dynamic sizes."""
     own: BaseException = error
     while isinstance(own, TorchDynamoException) and (inner := own.__cause__ or own.__context__) is not None:
         own = inner
@@ -257,21 +224,19 @@ def error_of_code(error: TorchRuntimeError) -> RuntimeError:
 
 
 def drop_graphs(model: nn.Module) -> None:
-    """Has Dynamo forget the graphs of a model's class, which keep what was packed for it."""
+    """Drop Dynamo's graphs of a model's class, which hold packed weights."""
     for code in filter(None, _code_of_calls(model)):
         eval_frame.reset_code(code)
 
 
 def uncompiled_forward(model: nn.Module) -> Callable[..., Any]:
-    """Returns the forward pass of a model's class, which Dynamo never compiles, wherever it is called from.
-
-    What was put in the place of the method, such as a compiled one, and hooks on the model itself are not called.
-    """
+    """Return the forward of a model's class, never compiled, without the model's hooks and replaced methods."""
     return functools.partial(torch.compiler.disable(type(model).forward), model)
 
 
-def build_whole_files() -> None:
-    """Makes it so in this process, from now on; calling it again changes nothing."""
+def build_libraries_atomically() -> None:
+    """Patch Inductor's builder to write a library next to its place and to move it there; idempotent."""
+    # Inductor's lock ends with its process, so after a kill other processes would find half a library at every start.
     builder: Any = cpp_builder
     if not hasattr(builder.run_compile_cmd, "river_compile"):
         builder.run_compile_cmd = _moving_into_place(builder.run_compile_cmd)
@@ -279,7 +244,7 @@ def build_whole_files() -> None:
 
 def _moving_into_place(run: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
     @functools.wraps(run)
-    def run_beside(cmd_line: str, cwd: str) -> Any:
+    def run_and_move(cmd_line: str, cwd: str) -> Any:
         command = shlex.split(cmd_line)
         if "-o" not in command[:-1]:
             return run(cmd_line, cwd)
@@ -288,6 +253,6 @@ def _moving_into_place(run: Callable[[str, str], Any]) -> Callable[[str, str], A
             command[place] = str(scratch)
             return run(shlex.join(command), cwd)
 
-    marked: Any = run_beside
+    marked: Any = run_and_move
     marked.river_compile = True
-    return run_beside
+    return run_and_move

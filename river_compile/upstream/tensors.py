@@ -1,21 +1,31 @@
-"""The plain tensors inside a tensor, and whether it has changed.
+"""Tensors and the installed versions as torch does not describe them: parts, changes, pages in memory; tested versions.
 
-A parameter under tensor parallelism is a DTensor, which holds the rank's own part of it.
-
-Not handled: tensors without data (fake ones).
+Not handled: fake tensors; giving memory back on other systems than Linux; which versions go together, which pip knows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+import mmap
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
+from river_compile.errors import RiverWarning
 from river_compile.passes.nodes import is_ordinary
+
+MADV_PAGEOUT = 21  # Linux 5.4; changes no content, unlike MADV_DONTNEED on a private mapping
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """Returns the ordinary tensors that hold a tensor's data: itself, or the parts of a quantized one."""
+    """Return the ordinary tensors that hold a tensor's data: itself, or the parts of a quantized one."""
     if is_ordinary(tensor):
         return [tensor]
     subclass: Any = tensor
@@ -24,18 +34,99 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 
 
 def as_ordinary(tensor: Tensor) -> Tensor:
-    """Returns a tensor's values in its dtype, those of a quantized one read back."""
+    """Return a tensor's values in its dtype, dequantized if it is quantized."""
     return tensor.detach() if is_ordinary(tensor) else tensor.dequantize().to(tensor.dtype)
 
 
 def version_of(tensor: Tensor) -> int:
-    """Returns a number that grows with every change in place that PyTorch counts.
-
-    It counts none of inference tensors, such as the weights of a model made under ``torch.inference_mode()``.
-    """
+    """Return the number of in-place changes that PyTorch counted; it counts none of inference tensors."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def local_of(tensor: Any) -> Any:
-    """Returns this rank's part of a parameter that is spread over several, one tensor for good; others as they are."""
+    """Return this rank's part of a DTensor, always the same tensor; other values unchanged."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def advise_pageout(tensors: Iterable[Tensor]) -> int:
+    """Advise the kernel to page out tensors in mapped files, which stay readable; return their bytes."""
+    tensors = [*tensors]
+    if sys.platform != "linux" or not tensors:
+        return 0
+    files, paged_out = _mapped_files(), 0
+    for part in (part for tensor in tensors for part in parts_of(tensor)):
+        first, end = part.data_ptr(), part.data_ptr() + part.nbytes
+        if any(start <= first and end <= stop for start, stop in files):
+            paged_out += part.nbytes
+            _madvise(first, end, MADV_PAGEOUT, inside=True)
+    return paged_out
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return the address ranges of this process that map files."""
+    files = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, _, _, device, inode, *path = line.split(maxsplit=5)
+        if inode != "0" and path and device != "00:01":  # shared memory has no file to come back from
+            start, stop = addresses.split("-")
+            files.append((int(start, 16), int(stop, 16)))
+    return files
+
+
+def advise(storage: UntypedStorage, advice: int, inside: bool = False) -> None:
+    """Advise the kernel about pages of a page-aligned storage, or with `inside` of any storage's whole pages."""
+    _madvise(storage.data_ptr(), storage.data_ptr() + storage.nbytes(), advice, inside)
+
+
+def _madvise(start: int, end: int, advice: int, inside: bool) -> None:
+    if inside:
+        start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:  # an error (such as an old kernel's) is ignored: only memory and time depend on the advice
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+
+
+class Tested(NamedTuple):
+    oldest: str
+    newest: str
+
+
+PYTHON = "Python"
+# Oldest and newest version that `make compat` runs, as in pyproject.toml; patch releases are not told apart.
+TESTED = {
+    PYTHON: Tested("3.10", "3.13"),
+    "torch": Tested("2.11", "2.15"),
+    "transformers": Tested("5.17", "5.24"),
+    "triton": Tested("3.6", "3.9"),
+}
+
+
+def installed(name: str) -> str:
+    """Return the version of Python or a distribution; raise `metadata.PackageNotFoundError` if missing."""
+    return platform.python_version() if name == PYTHON else metadata.version(name)
+
+
+def untested(find_version: Callable[[str], str] = installed) -> Iterator[str]:
+    """Yield "torch 2.16.0 (tested: 2.11 to 2.15)" for each installed version outside of the tested range."""
+    for name, (oldest, newest) in TESTED.items():
+        try:
+            version = find_version(name)
+        except metadata.PackageNotFoundError:
+            continue  # Triton, on machines without a GPU
+        if not _numbers_of(oldest) <= _numbers_of(version) <= _numbers_of(newest):
+            yield f"{name} {version} (tested: {oldest} to {newest})"
+
+
+def warn_of_untested() -> None:
+    """Warn about untested versions; the backend calls it on import, so once in a process."""
+    found = ", ".join(untested())
+    if found:
+        warnings.warn(
+            f"river_compile was not tested with {found}. If something fails, install a tested version first.",
+            RiverWarning,
+            stacklevel=2,
+        )
+
+
+def _numbers_of(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

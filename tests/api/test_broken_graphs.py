@@ -7,7 +7,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 import river_compile
-from river_compile.lowering.choose import warn_once
+from river_compile.lowering.inductor import warn_once
 from tests.support.families import make, prompt
 
 OPTIONS = {

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from river_compile import accelerate, report
 from river_compile.backend import river
-from river_compile.upstream.transformers import mark_growing
+from river_compile.upstream.transformers import mark_dynamic
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
 
@@ -72,7 +72,7 @@ def test_what_grows_with_a_text_is_marked():
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
     for ids in (prompt(1), prompt(4)):
-        mark_growing({"input_ids": ids, "attention_mask": mask, "position_ids": places, "cache": cache})
+        mark_dynamic({"input_ids": ids, "attention_mask": mask, "position_ids": places, "cache": cache})
         assert getattr(ids, MARK, None) == ({1} if ids.shape[1] > 1 else None)
     assert not hasattr(places, MARK)
     assert getattr(mask, MARK) == {1}

@@ -12,6 +12,6 @@ def _own_cache(tmp_path_factory):
     own = tmp_path_factory.mktemp("river_compile")
     (own / "native").symlink_to(libraries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RIVER_COMPILE_CACHE", str(own))
+        patch.setenv("RIVER_COMPILE_HOME", str(own))
         patch.delenv("RIVER_COMPILE_TUNING", raising=False)
         yield

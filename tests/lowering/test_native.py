@@ -13,8 +13,8 @@ from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering import choose
-from river_compile.lowering.choose import Lowering, choose_lowering
+from river_compile.lowering import inductor
+from river_compile.lowering.inductor import Lowering, choose_lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow
@@ -155,17 +155,17 @@ def test_which_layout_is_chosen(monkeypatch):
     assert choose_lowering(RiverConfig(), CPU) == chosen
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose.warn_of_slow_lowering(chosen, CPU)
+        inductor.warn_of_slow_lowering(chosen, CPU)
 
 
 def test_products_in_plain_torch_are_announced_as_slow_once():
-    choose.warn_once.cache_clear()
+    inductor.warn_once.cache_clear()
     lowering = choose_lowering(RiverConfig(lowering="inductor"), CPU)
-    with pytest.warns(RiverWarning, match="in plain torch, which is right and slow; use lowering='auto'"):
-        choose.warn_of_slow_lowering(lowering, CPU)
+    with pytest.warns(RiverWarning, match=r"in plain torch, which is correct and slow\. Use lowering='auto'"):
+        inductor.warn_of_slow_lowering(lowering, CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose.warn_of_slow_lowering(lowering, CPU)
+        inductor.warn_of_slow_lowering(lowering, CPU)
 
 
 @pytest.mark.parametrize("quality", ["exact", "fast"])
@@ -175,7 +175,7 @@ def test_where_the_compiler_refuses_the_kernels_a_model_runs_plainly_and_it_is_s
 
     ids, plain = prompt(), make("llama", layers=2)
     expected = plain.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    monkeypatch.setattr(choose.native, "load", refuses)
+    monkeypatch.setattr(inductor.native_kernels, "load", refuses)
     monkeypatch.setattr("river_compile.backend.compile_fx", lambda graph, *_, **__: graph.forward)
     model = river_compile.accelerate(make("llama", layers=2), quality)
     with warnings.catch_warnings(record=True) as said:

@@ -119,9 +119,9 @@ def test_a_matrix_of_too_many_magnitudes_stays_in_16_bits():
 
 class TestTheStore:
     @pytest.fixture
-    def store(self, tmp_path, monkeypatch):
+    def saved(self, tmp_path, monkeypatch):
         """What a first process left, which packed each matrix but one; and its text and scores."""
-        monkeypatch.setenv("RIVER_COMPILE_STORE", str(tmp_path))
+        monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(tmp_path))
         model = self.model()
         outcome = generate(accelerated(model, "12bit"))
         (file,) = tmp_path.glob("backbone-*/packed/twins.safetensors")
@@ -143,26 +143,26 @@ class TestTheStore:
         )
         return numbers
 
-    def test_keeps_them_for_the_next_process(self, store, packed):
-        assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), store[1]))
+    def test_keeps_them_for_the_next_process(self, saved, packed):
+        assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), saved[1]))
         assert not packed
 
     @torch.no_grad()
-    def test_has_none_of_other_weights(self, store, packed):
+    def test_has_none_of_other_weights(self, saved, packed):
         changed, plain = self.model(), self.model()
         for model in (changed, plain):
             model.model.layers[0].mlp.up_proj.weight[3, 5] += 1
         assert_alike(accelerated(changed, "12bit"), accelerated(plain, "model"))
         assert len(packed) > 5
 
-    def test_that_is_damaged_is_written_anew(self, store, packed):
-        content = bytearray(store[0].read_bytes())
+    def test_that_is_damaged_is_written_anew(self, saved, packed):
+        content = bytearray(saved[0].read_bytes())
         content[-100] ^= 1
-        store[0].write_bytes(content)
+        saved[0].write_bytes(content)
         with pytest.warns(RiverWarning, match="cached weights cannot be used and are quantized again"):
-            assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), store[1]))
+            assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), saved[1]))
         assert len(packed) > 5
-        assert store[0].read_bytes() != content
+        assert saved[0].read_bytes() != content
 
 
 @pytest.mark.parametrize("start", ["that packs", "that finds changed weights"])

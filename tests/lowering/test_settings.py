@@ -7,8 +7,8 @@ import torch
 
 from river_compile import building
 from river_compile.backend import river
-from river_compile.lowering import compile as compile_module
-from river_compile.lowering.compile import inductor_settings
+from river_compile.lowering import inductor
+from river_compile.lowering.inductor import inductor_settings
 from tests.support.families import make, prompt
 from tools.recorder import recording
 
@@ -33,7 +33,7 @@ def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
         tags.append(torch.compiler.config.cache_key_tag)
         return graph_module
 
-    monkeypatch.setattr(compile_module, "compile_fx", note)
+    monkeypatch.setattr(inductor, "compile_fx", note)
 
     def compiled():
         torch._dynamo.reset()

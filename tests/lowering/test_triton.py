@@ -22,9 +22,8 @@ from river_compile.backend import executors_of, river
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import forced_depth
-from river_compile.lowering import choose as lowering_choice
-from river_compile.lowering.choose import Lowering, choose_lowering
-from river_compile.lowering.compile import SegmentCompiler
+from river_compile.lowering import inductor
+from river_compile.lowering.inductor import Lowering, SegmentCompiler, choose_lowering
 from river_compile.passes.program import SegmentSpec
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow, slow_but
@@ -356,19 +355,19 @@ def test_which_lowering_is_chosen(monkeypatch):
     assert not choose_lowering(RiverConfig(lowering="triton", quantizer="none"), cpu).fuse
     with pytest.raises(OptionError, match="no 4-bit kernels for a model on xpu"):
         choose_lowering(RiverConfig(), torch.device("xpu"))
-    monkeypatch.setattr(lowering_choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match="lowering='triton' needs Triton here, which is not installed"):
         choose_lowering(RiverConfig(lowering="triton"), cpu)
 
 
 def test_the_interpreter_is_announced_once():
-    lowering_choice.warn_once.cache_clear()
+    inductor.warn_once.cache_clear()
     with pytest.warns(RiverWarning, match="Triton's interpreter"):
-        lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cpu"))
+        inductor.warn_of_slow_lowering(FUSED, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cpu"))
-        lowering_choice.warn_of_slow_lowering(FUSED, torch.device("cuda"))
+        inductor.warn_of_slow_lowering(FUSED, torch.device("cpu"))
+        inductor.warn_of_slow_lowering(FUSED, torch.device("cuda"))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from river_compile.decoding.mode import decode as decode_loop
 from river_compile.decoding.mode import exact
 from river_compile.errors import ExactModeError, OptionError
 from river_compile.kernels.triton import calls_linear
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.kernels.harness import dots_in_order
 from tests.support.decoding import cache_state, decode, left_padded, new_cache

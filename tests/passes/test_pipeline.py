@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from river_compile.choices import choose, passes_for
 from river_compile.config import RiverConfig
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.passes.edits import PassRecord, run_passes, table
 from river_compile.passes.program import RiverProgram
 from tests.passes.graphs import SHAPE, planned, texts

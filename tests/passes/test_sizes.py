@@ -11,7 +11,7 @@ from river_compile.passes.decoder import with_size
 from river_compile.passes.normalize import normalized
 from river_compile.passes.segments import recognise
 from river_compile.runtime.kv_cache import KVCache
-from river_compile.upstream.transformers import mark_growing
+from river_compile.upstream.transformers import mark_dynamic
 from tests.support.decoding import cache_argument, cache_state, new_cache, run_plainly
 from tests.support.families import FAMILIES, each, make, prompt
 
@@ -46,7 +46,7 @@ def test_one_of_several_tokens_is_what_the_model_makes_of_one(family):
         return graph.forward
 
     several = given(PROMPT, TOKENS)
-    mark_growing({**several, **held})
+    mark_dynamic({**several, **held})
     torch.compile(model.forward, backend=keep, fullgraph=True)(**several, **held)
     ((graph, inputs),) = traced
     length = recognise(graph, twins=False).plan.query_length.node.expr

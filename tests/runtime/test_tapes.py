@@ -13,7 +13,7 @@ import torch
 import river_compile
 from river_compile import report
 from river_compile.exits import forced_threshold
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.runtime.captures import CaptureLog
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make

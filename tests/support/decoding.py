@@ -17,7 +17,7 @@ from river_compile.exits import forced_depth
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.state import StepState, on_step
 from river_compile.runtime.stats import StepRecord
-from river_compile.upstream.transformers import cache_argument, cache_of, full_static_cache, mark_growing
+from river_compile.upstream.transformers import cache_argument, cache_of, full_static_cache, mark_dynamic
 from tests.support.families import prompt
 
 CAPACITY = 24
@@ -91,7 +91,7 @@ def decode(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         position = (mask.cumsum(-1) - 1)[:, -1:].clone()  # (a view would have another stride in each step)
         arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
-        mark_growing(arguments)  # one graph serves all steps, over static caches too
+        mark_dynamic(arguments)  # one graph serves all steps, over static caches too
         with depth if isinstance(depth, AbstractContextManager) else forced_depth(depth):
             logits.append(run(**arguments, **held).logits)
     return logits

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from river_compile.backend import river
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 
 FUSED = Lowering("eager", "triton", fuse=True)
 UNFUSED = Lowering("eager", "plain", fuse=False)  # with products in plain torch of the same 4-bit grids

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from river_compile.backend import river
 from river_compile.exits import forced_depth
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.twins.weights import TwinWeight
 from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.families import VOCABULARY, make, prompt

@@ -161,7 +161,7 @@ def here(monkeypatch):
 
 def test_the_checks_themselves(here, tmp_path, monkeypatch):
     """Those that need no driver, as they are run on a card."""
-    monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
     assert check_gpu.cache_is_written() == str(tmp_path)
     assert not list(tmp_path.iterdir())
     assert check_gpu.backend_is_registered()

@@ -19,7 +19,7 @@ def conversions(tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(bytes(1000))
 
-    monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
     monkeypatch.setattr(demo_models, "gguf_path", lambda name: tmp_path / "unused.gguf")
     monkeypatch.setattr(demo_models, "convert", convert)
     return runs

@@ -53,7 +53,7 @@ def test_without_a_compiler_the_text_is_the_plain_models(tmp_path, monkeypatch):
     case = {"compiler": "dies", "family": "llama", "quality": "exact", "seed": 0, "lengths": [3]}
     case["lowering"] = "inductor"
     assert compilers.run(case, tmp_path) == "passed"
-    monkeypatch.setattr("river_compile.lowering.choose.working_compiler", lambda: None)
+    monkeypatch.setattr("river_compile.lowering.inductor.working_compiler", lambda: None)
     with pytest.raises(InductorError):
         compilers.run(case, tmp_path)
 

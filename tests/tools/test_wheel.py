@@ -77,6 +77,6 @@ def test_it_has_the_kernels_of_each_instruction_set_and_a_machine_without_a_comp
     built = {file.name for file in (installed / "river_compile" / "kernels" / "native" / "built").iterdir()}
     names = {f"{kind}_{isa.name}.so" for kind in ("kernels", "packing") for isa in ISAS}
     assert built == {*names, "operators.so", "sources.sha256"}
-    done = run_python(GENERATES, tmp_path, installed, CXX="false", RIVER_COMPILE_CACHE=str(tmp_path / "cache"))
+    done = run_python(GENERATES, tmp_path, installed, CXX="false", RIVER_COMPILE_HOME=str(tmp_path / "cache"))
     assert done.stdout.split(maxsplit=1) == ["True", "['decode', 'prefill']\n"], done.stdout + done.stderr
     assert not [*(tmp_path / "cache").rglob("*.so")]

@@ -18,7 +18,7 @@ from river_compile.backend import river
 from river_compile.errors import ArtifactError, OptionError
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
-from river_compile.lowering.choose import Lowering
+from river_compile.lowering.inductor import Lowering
 from river_compile.twins.file import FILE, TwinFile, write_missing, write_tensors
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make

@@ -6,7 +6,7 @@ import pytest
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError
 
-from river_compile.upstream.dynamo import build_whole_files
+from river_compile.upstream.dynamo import build_libraries_atomically
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def run(monkeypatch):
     """Inductor's function as it is after the call; what it was before comes back."""
     original = getattr(cpp_builder.run_compile_cmd, "__wrapped__", cpp_builder.run_compile_cmd)
     monkeypatch.setattr(cpp_builder, "run_compile_cmd", original)
-    build_whole_files()
+    build_libraries_atomically()
     return cpp_builder.run_compile_cmd
 
 
@@ -48,5 +48,5 @@ def test_half_a_file_is_not_left_behind(run, tmp_path):
 
 
 def test_it_is_done_once(run):
-    build_whole_files()
+    build_libraries_atomically()
     assert cpp_builder.run_compile_cmd is run

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from river_compile.upstream.memory import give_back
+from river_compile.upstream.tensors import advise_pageout
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
 
@@ -39,7 +39,7 @@ def test_what_a_file_holds_leaves_the_process_and_comes_back(mapped):
     path, weight = mapped
     before = weight.clone()
     assert resident(path) >= weight.nbytes
-    assert give_back([weight]) == weight.nbytes
+    assert advise_pageout([weight]) == weight.nbytes
     assert resident(path) < weight.nbytes / 2
     assert torch.equal(weight, before)
 
@@ -48,12 +48,12 @@ def test_what_was_changed_stays_changed(mapped):
     _, weight = mapped
     weight.mul_(2)
     expected = weight.clone()
-    give_back([weight])
+    advise_pageout([weight])
     assert torch.equal(weight, expected)
 
 
 def test_what_no_file_holds_stays():
     weight = torch.randn(1024, 1024)
     expected = weight.clone()
-    assert give_back([weight]) == 0
+    assert advise_pageout([weight]) == 0
     assert torch.equal(weight, expected)

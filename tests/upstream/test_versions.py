@@ -8,8 +8,8 @@ import pytest
 
 import river_compile.backend  # (the first import reads versions of others)
 from river_compile import RiverWarning
-from river_compile.upstream import versions
-from river_compile.upstream.versions import PYTHON, TESTED
+from river_compile.upstream import tensors
+from river_compile.upstream.tensors import PYTHON, TESTED
 from tools import compat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,9 +25,9 @@ def newest(monkeypatch):
 
 
 def test_tested_versions_are_not_mentioned(newest, recwarn):
-    versions.warn_of_untested()
+    tensors.warn_of_untested()
     newest.update({name: tested.oldest for name, tested in TESTED.items()})
-    versions.warn_of_untested()
+    tensors.warn_of_untested()
     assert not recwarn.list
 
 
@@ -44,7 +44,7 @@ def import_anew(module):
 def test_the_import_of_the_backend_names_what_lies_outside(name, version, newest):
     newest[name] = version
     oldest, last = TESTED[name]
-    wanted = rf"not tested with {name} {re.escape(version)} \(tested: {oldest} to {re.escape(last)}\); "
+    wanted = rf"not tested with {name} {re.escape(version)} \(tested: {oldest} to {re.escape(last)}\)\. "
     with pytest.warns(RiverWarning, match=wanted) as caught:
         import_anew(river_compile.backend)
     assert len(caught) == 1
@@ -54,7 +54,7 @@ def test_what_is_not_installed_is_not_mentioned(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    assert list(versions.untested(missing)) == []
+    assert list(tensors.untested(missing)) == []
 
 
 def test_the_floors_of_pyproject_are_the_oldest_tested_versions():

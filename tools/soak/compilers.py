@@ -57,7 +57,7 @@ def run(case: Case, folder: Path) -> str:
     river_compile.accelerate(ours, case["quality"], lowering=case["lowering"])
     with (
         inductor.patch({"cpp.cxx": (None, str(compiler))}),
-        mock.patch.dict(os.environ, RIVER_COMPILE_CACHE=str(folder)),
+        mock.patch.dict(os.environ, RIVER_COMPILE_HOME=str(folder)),
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")

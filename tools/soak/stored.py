@@ -19,13 +19,13 @@ import torch
 
 import river_compile
 from river_compile.backend import executors_of, river
-from river_compile.exit_rule import Calibration, Candidate
+from river_compile.compile_cache import codec
+from river_compile.compile_cache.folder import Entry
+from river_compile.exit_rule import Candidate, ExitRule
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.cache import ExitScoreSpec
 from river_compile.kernels.triton.linear import LinearTile, form_key, read_table, tuning_key, untiled
 from river_compile.passes.program import Program
-from river_compile.store import codec
-from river_compile.store.folder import Entry
 from river_compile.twins.file import FILE, TwinFile
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
@@ -87,8 +87,8 @@ def _read_artifact(folder: Path) -> None:
 @contextmanager
 def _cache(folder: Path) -> Iterator[None]:
     """Puts river_compile's cache into a folder, and what is known of kernels out of mind."""
-    before = os.environ.get("RIVER_COMPILE_CACHE")
-    os.environ["RIVER_COMPILE_CACHE"] = str(folder)
+    before = os.environ.get("RIVER_COMPILE_HOME")
+    os.environ["RIVER_COMPILE_HOME"] = str(folder)
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
     loader.load_for.cache_clear()
     try:
@@ -97,9 +97,9 @@ def _cache(folder: Path) -> Iterator[None]:
         loader.load_for.cache_clear()
         sys.dont_write_bytecode = bytecode
         if before is None:
-            del os.environ["RIVER_COMPILE_CACHE"]
+            del os.environ["RIVER_COMPILE_HOME"]
         else:
-            os.environ["RIVER_COMPILE_CACHE"] = before
+            os.environ["RIVER_COMPILE_HOME"] = before
 
 
 def _use_kernel(folder: Path) -> None:
@@ -130,38 +130,38 @@ def _read_tiles(folder: Path) -> None:
         dataclasses.replace(LINEAR, tile=LinearTile(*found))
 
 
-def _calibration() -> Calibration:
+def _calibration() -> ExitRule:
     rule = Candidate(0.5, 2, kl=0.1, agreement=0.9, loss=0.1, mean_depth=3.0, cost=0.5, texts=4, passed=True)
-    return Calibration("kl", 0.1, 0.9, 5.0, 4, 0.01, rule, (rule,), {"criterion": "similarity"})
+    return ExitRule("kl", 0.1, 0.9, 5.0, 4, 0.01, rule, (rule,), {"criterion": "similarity"})
 
 
 def _read_calibration(folder: Path) -> None:
     """What loads is what was saved."""
-    if Calibration.load(folder / "calibration.json") != _calibration():
+    if ExitRule.load(folder / "calibration.json") != _calibration():
         raise Failure("a damaged calibration was taken for whole")
 
 
 @functools.cache
 def _program() -> tuple[bytes, list[str]]:
-    """Returns a program as the store has it, and what its segments are."""
+    """Returns a program as the compile cache has it, and what its segments are."""
     program = _built()[1]
     return codec.dumps(program), [segment.code.fingerprint.digest for segment in program.segments]
 
 
 @contextmanager
 def _entry(folder: Path) -> Iterator[Entry]:
-    """An entry of a store in a folder."""
-    before = os.environ.get("RIVER_COMPILE_STORE")
-    os.environ["RIVER_COMPILE_STORE"] = str(folder)
+    """An entry of a compile cache in a folder."""
+    before = os.environ.get("RIVER_COMPILE_CACHE_DIR")
+    os.environ["RIVER_COMPILE_CACHE_DIR"] = str(folder)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is damaged and is made anew")
+            warnings.filterwarnings("ignore", message=".*is damaged and is rebuilt")
             yield Entry("entry")
     finally:
         if before is None:
-            del os.environ["RIVER_COMPILE_STORE"]
+            del os.environ["RIVER_COMPILE_CACHE_DIR"]
         else:
-            os.environ["RIVER_COMPILE_STORE"] = before
+            os.environ["RIVER_COMPILE_CACHE_DIR"] = before
 
 
 def _write_program(folder: Path) -> None:

@@ -22,7 +22,7 @@ def sources(tmp_path, monkeypatch):
         '#include "answer.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
     )
     monkeypatch.setattr(build, "SOURCES", folder)
-    monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path / "cache"))
     return folder
 
 
@@ -124,8 +124,8 @@ def test_a_cache_of_inductors_that_cannot_be_written_is_named(monkeypatch):
 @pytest.mark.usefixtures("sources")
 def test_where_the_cache_cannot_be_written_a_process_builds_for_itself(monkeypatch):
     """With one warning for any number of libraries; a read-only cache that has the files works."""
-    monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
-    with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE") as said:
+    monkeypatch.setenv("RIVER_COMPILE_HOME", f"{__file__}/cache")
+    with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_HOME") as said:
         libraries = [built("answer.cpp", name, ()) for name in ("answer", "another", "answer")]
     assert len(said) == 1
     assert libraries[0] == libraries[2]
@@ -167,7 +167,7 @@ assert not load.loaded()
 load.load()
 assert load.loaded()
 """
-    where = {"RIVER_COMPILE_CACHE": str(tmp_path / "cache"), "RIVER_COMPILE_ISA": "portable"}
+    where = {"RIVER_COMPILE_HOME": str(tmp_path / "cache"), "RIVER_COMPILE_ISA": "portable"}
     run_python(code, tmp_path, ROOT, CXX=compiler, **where)
     asked = [word for line in log.read_text().splitlines() for word in line.split() if word.endswith(".cpp")]
     assert sorted(asked) == ["bindings.cpp", "kernels.cpp", "packing.cpp"]

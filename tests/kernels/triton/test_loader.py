@@ -22,7 +22,7 @@ SPEC = ExitScoreSpec(2, 48, "float32")
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
     loader.load_for.cache_clear()
     yield tmp_path / "kernels"
     loader.load_for.cache_clear()
@@ -61,8 +61,8 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(empty_cache, damage):
 
 def test_where_the_cache_cannot_be_written_a_kernel_is_written_for_the_process(monkeypatch):
     """Without tuned tiles."""
-    monkeypatch.setenv("RIVER_COMPILE_CACHE", f"{__file__}/cache")
-    with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_CACHE"):
+    monkeypatch.setenv("RIVER_COMPILE_HOME", f"{__file__}/cache")
+    with pytest.warns(UserWarning, match="cannot be written.*set RIVER_COMPILE_HOME"):
         assert loader.source_file(SPEC).read_text() == render(SPEC)
     assert read_table(tuning_file()) == {}
 

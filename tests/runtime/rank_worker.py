@@ -1,4 +1,4 @@
-"""What the tests of tensor parallelism run on each of two ranks: ``python -m tests.distributed.worker FOLDER``.
+"""What the tests of tensor parallelism run on each of two ranks: ``python -m tests.runtime.rank_worker FOLDER``.
 
 Every case writes what it found to ``FOLDER/RANK.pt`` under its name; the tests compare. All ranks run all cases in one
 order. The first case that fails ends its rank, and with it the other one.
@@ -24,13 +24,13 @@ import river_compile
 from river_compile.backend import river
 from river_compile.decoding import mode
 from river_compile.decoding.session import Session
-from river_compile.distributed.ranks import ALONE, Ranks
 from river_compile.errors import ArtifactError, OptionError, RankError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
 from river_compile.model_record import find_record
 from river_compile.runtime.executor import on_call
 from river_compile.runtime.state import on_step
+from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
 from tools.ranks import Wire
@@ -152,33 +152,24 @@ def quantized(folder: Path) -> dict[str, Any]:
 def scores(folder: Path) -> dict[str, Any]:
     """Raises the second rank's scores above a threshold that the first one's do not reach.
 
-    What both do then, what they would do if each went by its own score, and what a check of the ranks says.
+    What both do then, and what they would do if each went by its own score.
     """
     measured = portable.smallest_cosine
 
     def raised(*states: torch.Tensor) -> torch.Tensor:
         return measured(*states) + 5 * dist.get_rank()
 
-    def compiled(**options: object) -> PreTrainedModel:
-        model = load(folder, "llama")
-        model.compile(backend=river, options={**EAGER, "quantizer": "rtn", **options})
-        return model
-
+    model = load(folder, "llama")
     with mock.patch.object(portable, "smallest_cosine", raised):  # (graphs are made with what stands there)
-        model, checked, told = compiled(), compiled(check_ranks=True), ""
+        model.compile(backend=river, options={**EAGER, "quantizer": "rtn"})
         with forced_threshold(2.0):
             logits, depths, _ = decode(model, (None,) * 3, plain_prompt=True)
-            try:
-                decode(checked, (None,), plain_prompt=True)
-            except RankError as error:
-                told = str(error)
     with forced_threshold(-2.0):
         _, leaving, _ = decode(model, (None,) * 2, plain_prompt=True)
     with forced_threshold(2.0), mock.patch.object(Ranks, "first", lambda ranks, value: value):
         parted_logits, parted, _ = decode(model, (None,) * 3, plain_prompt=True)
     return {
-        "logits": logits, "depths": depths, "leaving": leaving, "told": told,
-        "parted": parted, "parted logits": parted_logits,
+        "logits": logits, "depths": depths, "leaving": leaving, "parted": parted, "parted logits": parted_logits,
     }  # fmt: skip
 
 

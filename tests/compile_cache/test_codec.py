@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from river_compile import accelerate
 from river_compile.backend import executors_of
+from river_compile.compile_cache.codec import NotCacheable, dumps, loads
 from river_compile.passes.program import Code, Fingerprint, Input, Program
-from river_compile.store.codec import NotStorable, dumps, loads
 from tests.support.examples import slow
 from tests.support.families import FAMILIES, each, make, prompt
 
@@ -66,13 +66,13 @@ def test_a_graph_with_a_tensor_of_its_own_is_refused(program):
     owner.constant = torch.ones(2)
     graph.output((graph.get_attr("constant"),))
     head = dataclasses.replace(program.head, code=code(graph, owner))
-    with pytest.raises(NotStorable, match="reads constant"):
+    with pytest.raises(NotCacheable, match="reads constant"):
         dumps(dataclasses.replace(program, head=head))
 
 
 def test_an_input_that_is_like_nothing_is_refused(program):
     inputs = (Input("a_quantized_weight", None, True, True), *program.inputs[1:])
-    with pytest.raises(NotStorable, match="a_quantized_weight is neither an ordinary tensor nor an integer"):
+    with pytest.raises(NotCacheable, match="a_quantized_weight is neither an ordinary tensor nor an integer"):
         dumps(dataclasses.replace(program, inputs=inputs))
 
 
@@ -94,7 +94,7 @@ def test_a_file_names_no_other_functions_than_models_call(target, program):
     nodes = content["codes"][0]["module"]["graph"]
     place = next(i for i, node in enumerate(nodes) if node[0] == "call_function")
     nodes[place][1] = target
-    with pytest.raises(NotStorable):
+    with pytest.raises(NotCacheable):
         loads(json.dumps(content).encode())
 
 
@@ -102,5 +102,5 @@ def test_a_file_names_no_other_functions_than_models_call(target, program):
     "content", [b"", b"{}", b"[1]", b"\x80\x05N.", b'{"codes": [], "program": 3}', b'{"codes": 7}']
 )
 def test_what_is_no_program_is_refused(content):
-    with pytest.raises(NotStorable):
+    with pytest.raises(NotCacheable):
         loads(content)

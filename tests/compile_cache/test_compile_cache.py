@@ -19,9 +19,9 @@ from transformers.models.llama import modeling_llama
 
 from river_compile import RiverWarning, accelerate, report, restore
 from river_compile.cli.app import main
+from river_compile.compile_cache import folder
+from river_compile.compile_cache.identity import identity_of
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.store import folder
-from river_compile.store.identity import identity_of
 from tests.support.examples import slow_but
 from tests.support.families import FAMILIES, each, make, prompt
 
@@ -29,9 +29,9 @@ OPTIONS = {"lowering": "native", "group_size": 32, "quantizer": "rtn"}
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("RIVER_COMPILE_STORE", str(tmp_path / "store"))
-    return tmp_path / "store"
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(tmp_path / "compile_cache"))
+    return tmp_path / "compile_cache"
 
 
 def generate(model, ids, **arguments):
@@ -57,23 +57,23 @@ def start(name: str = "llama", quality: str = "exact", ids=None, change=None, ma
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """What the first process left, and the text that it wrote."""
-    folder = tmp_path_factory.mktemp("first") / "store"
+    folder = tmp_path_factory.mktemp("first") / "compile_cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RIVER_COMPILE_STORE", str(folder))
+        patch.setenv("RIVER_COMPILE_CACHE_DIR", str(folder))
         text, traced, _ = start()
     assert traced > 0
     return folder, text
 
 
 @pytest.fixture
-def used(store, first) -> Path:
-    """A store that a first process has filled."""
-    shutil.copytree(first[0], store)
-    return store
+def used(cache, first) -> Path:
+    """A compile cache that a first process has filled."""
+    shutil.copytree(first[0], cache)
+    return cache
 
 
-def files(store: Path) -> list[Path]:
-    return sorted(path for path in store.rglob("*") if path.is_file() and path.name[0] != ".")
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file() and path.name[0] != ".")
 
 
 class TestASecondStart:
@@ -82,21 +82,21 @@ class TestASecondStart:
         assert none == 0
         assert torch.equal(first[1], second)
         assert {graph.origin for graph in found.graphs} == {"stored"}
-        assert "prefill        3 blocks, static cache, from the store;" in str(found)
+        assert "prefill        3 blocks, static cache, from the compile cache;" in str(found)
         assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {
             str(next(used.glob("twins-*/packed")))
         }
 
-    def test_leaves_at_the_same_depths(self, store):
-        """By the default rule of "fast", with twins from the store."""
+    def test_leaves_at_the_same_depths(self, cache):
+        """By the default rule of "fast", with twins from the cache."""
         (text, traced, found), (again, none, later) = start(quality="fast"), start(quality="fast")
         assert traced > 0 == none
         assert torch.equal(text, again)
         assert found.decode_depths == later.decode_depths
 
     @pytest.mark.parametrize("name", each(FAMILIES, quick=["gpt2"]))
-    def test_of_each_family(self, store, name):
-        """Windows that fill up on the way, experts: whatever is recalled, the text is plain generation's."""
+    def test_of_each_family(self, cache, name):
+        """Windows that fill up on the way, experts: whatever is read, the text is plain generation's."""
         start(name)
         second, _, _ = start(name)
         assert torch.equal(second, generate(make(name, layers=3), prompt()))
@@ -124,7 +124,7 @@ class TestASecondStart:
         assert traced > 0
         assert torch.equal(text, generate(make("llama", layers=3), prompt(9, batch=3)))
 
-    def test_frees_the_model_with_all_that_was_recalled(self, used):
+    def test_frees_the_model_with_all_that_was_read(self, used):
         torch._dynamo.reset()
         model = accelerate(make("llama", layers=3), **OPTIONS)
         generate(model, prompt())
@@ -152,7 +152,7 @@ HOOKED = {
 
 
 class TestAnotherModel:
-    def test_gets_twins_of_its_own_after_one_element_changed(self, store):
+    def test_gets_twins_of_its_own_after_one_element_changed(self, cache):
         """The programs are the same, so only the weights' hash can tell."""
 
         def change(model):
@@ -163,7 +163,7 @@ class TestAnotherModel:
         text, none, found = start(quality="fast", exit_depth=0, change=change)
         assert none == 0
         assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {""}
-        os.environ["RIVER_COMPILE_STORE"] = "0"
+        os.environ["RIVER_COMPILE_CACHE_DIR"] = "0"
         assert torch.equal(text, start(quality="fast", exit_depth=0, change=change)[0])
 
     def test_of_other_code_is_traced_anew(self, used, monkeypatch):
@@ -213,9 +213,9 @@ class TestAnotherModel:
 
 def _forget_code():
     """As a new process: code and versions are looked at once in one."""
-    from river_compile.store import identity
+    from river_compile.compile_cache import identity
 
-    identity._codes_of.cache_clear()
+    identity._hash_code.cache_clear()
     identity._versions.cache_clear()
 
 
@@ -227,12 +227,12 @@ DAMAGE = {
 }
 
 
-class TestADamagedStore:
+class TestADamagedCache:
     @pytest.mark.parametrize("damage", slow_but(["one byte"], DAMAGE))
     def test_costs_a_warning_and_a_fresh_build(self, used, first, damage):
         for file in files(used):
             file.write_bytes(DAMAGE[damage](file.read_bytes()))
-        with pytest.warns(match="made anew"):
+        with pytest.warns(match="is rebuilt"):
             second, traced, _ = start()
         assert traced > 0
         assert torch.equal(first[1], second)
@@ -250,75 +250,73 @@ class TestADamagedStore:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 start(max_new_tokens=1)
-            told.append(any("made anew" in str(warning.message) for warning in caught))
+            told.append(any("is rebuilt" in str(warning.message) for warning in caught))
             file.write_bytes(whole)
         assert sorted(told) == [False, True]
 
     def test_that_cannot_be_written_is_told_once(self, tmp_path, monkeypatch, recwarn):
         blocked = tmp_path / "a file"
         blocked.write_text("")
-        monkeypatch.setenv("RIVER_COMPILE_STORE", str(blocked))
+        monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(blocked))
         for name in "ab":
             folder.Entry("entry").write(name, b"content")
-        (told,) = [str(warning.message) for warning in recwarn if "the store" in str(warning.message)]
-        assert "RIVER_COMPILE_STORE=0" in told
+        (told,) = [str(warning.message) for warning in recwarn if "the compile cache" in str(warning.message)]
+        assert "RIVER_COMPILE_CACHE_DIR=0" in told
 
 
 class TestWithoutIt:
     def test_nothing_is_written_if_the_environment_says_so(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("RIVER_COMPILE_CACHE", str(tmp_path))
-        monkeypatch.setenv("RIVER_COMPILE_STORE", "0")
+        monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
+        monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", "0")
         start(lowering="auto")
-        assert not (tmp_path / "store").exists()
+        assert not (tmp_path / "compile_cache").exists()
 
-    def test_nothing_is_written_if_the_call_says_so(self, store):
+    def test_nothing_is_written_if_the_call_says_so(self, cache):
         start(compile_cache=False)
-        assert not store.exists()
+        assert not cache.exists()
 
 
-class TestAStoreThatOthersMayWriteTo:
+class TestACacheThatOthersMayWriteTo:
     """What lies there is not read, and nothing is written: one warning names the fix."""
 
-    @pytest.mark.parametrize("what", ["the store", "an entry", "a file"])
-    def test_is_left_alone(self, used, first, what):
+    @pytest.mark.parametrize("what", ["the cache", "an entry", "a file"])
+    def test_is_ignored(self, used, first, what):
         entries = {file.parent for file in used.rglob("*.pass")}
-        paths = {"the store": [used], "an entry": entries, "a file": [*used.rglob("*.pass")]}[what]
+        paths = {"the cache": [used], "an entry": entries, "a file": [*used.rglob("*.pass")]}[what]
         for path in paths:
             path.chmod(0o777)
-        with pytest.warns(
-            RiverWarning, match=r"is left alone: others may write to it \(mode 0777\); run chmod -R go-w"
-        ):
+        with pytest.warns(RiverWarning, match=r"is ignored: others may write to it \(mode 0777\)\. Run chmod -R go-w"):
             text, traced, _ = start()
         assert torch.equal(text, first[1])
         assert traced > 0
 
-    def test_of_another_user_is_left_alone(self, used, first, monkeypatch):
+    def test_of_another_user_is_ignored(self, used, first, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        with pytest.warns(RiverWarning, match=r"is left alone: it is of another user .*; set RIVER_COMPILE_CACHE"):
+        with pytest.warns(RiverWarning, match=r"is ignored: it belongs to another user .*\. Set RIVER_COMPILE_HOME"):
             text, traced, _ = start()
         assert torch.equal(text, first[1])
         assert traced > 0
 
 
-def test_nobody_else_may_write_to_what_is_stored(store):
+def test_no_other_user_may_write_to_entries(cache):
     """Whatever the process's mask says."""
     before = os.umask(0)
     try:
         start()
     finally:
         os.umask(before)
-    modes = {path.stat().st_mode & 0o777 for path in (store, *store.rglob("*")) if path.name[0] != "."}
+    modes = {path.stat().st_mode & 0o777 for path in (cache, *cache.rglob("*")) if path.name[0] != "."}
     assert modes <= {0o700, 0o600}
-    assert {path.stat().st_mode & 0o777 for path in store.rglob("*.pass")} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in cache.rglob("*.pass")} == {0o600}
 
 
-def test_the_oldest_entries_give_way(store, monkeypatch):
+def test_the_oldest_entries_are_evicted(cache, monkeypatch):
     for number in range(4):
         folder.Entry(f"entry{number}").write("x", bytes(1000))
-        os.utime(store / f"entry{number}", (number, number))
-    monkeypatch.setenv("RIVER_COMPILE_STORE_GB", str(2500 / 1e9))
-    folder.keep_bound()
-    assert sorted(path.name for path in store.iterdir()) == ["entry2", "entry3"]
+        os.utime(cache / f"entry{number}", (number, number))
+    monkeypatch.setenv("RIVER_COMPILE_CACHE_SIZE_GB", str(2500 / 1e9))
+    folder.evict()
+    assert sorted(path.name for path in cache.iterdir()) == ["entry2", "entry3"]
 
 
 def test_the_command_lists_sizes_and_clears(used, capsys):

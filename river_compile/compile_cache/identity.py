@@ -1,12 +1,7 @@
-"""What decides whether a program that an earlier process traced is this model's.
+"""A hash of what a model's programs depend on except weights: what Dynamo's guards check at every call.
 
-Dynamo checks thousands of guards, each of which reads an attribute, a global or a tensor that the traced code read.
-Here all of that is hashed: versions, the code of the model's classes and of the modules of transformers that they call,
-the configuration, every module's own attributes, the names, sizes, dtypes and devices of all parameters, and what of
-PyTorch's state changes what is traced. Weights are not among it (twins are compared with them by themselves).
-
-Not handled: functions that are replaced after a class of models was first looked at in this process. A model has no
-identity where modules have hooks or are in training, or where tensors are made of others.
+Not handled: functions that are replaced after this process first hashed a model's classes. Models have no identity with
+hooks, in training, or with quantized or sharded tensors.
 """
 
 from __future__ import annotations
@@ -24,15 +19,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import river_compile
 from river_compile import kernels, passes
 from river_compile.kernels.native.build import choose_isa
 from river_compile.passes.nodes import is_ordinary
-from river_compile.upstream.versions import installed
+from river_compile.upstream.tensors import installed
 
-# What models call beside their own module.
+# Modules of transformers that models call besides their own.
 _CALLED = ("masking_utils", "cache_utils", "modeling_rope_utils", "activations", "integrations.sdpa_attention")
-# What no forward calls, or what the versions tell.
+# No forward calls these, or the versions cover them.
 _NOT_TRACED = ("torch.", "builtins", "transformers.generation.")
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
 _NESTED = {tuple, list, dict}
@@ -40,15 +34,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def identity_of(model: PreTrainedModel, options: object) -> str | None:
-    """Returns a hash of what a model's programs depend on, None for a model that has none.
-
-    Args:
-        model: the model.
-        options: what it is compiled with; its repr counts.
-    """
+    """Return the hash of a model and its options (their repr); None if the model has no identity."""
     parts: list[object] = [
         _versions(),
-        _codes_of(frozenset(map(type, model.modules()))),
+        _hash_code(frozenset(map(type, model.modules()))),
         options,
         _torch_state(),
         _settings(model.config),
@@ -68,10 +57,10 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _plain(held: Mapping[str, object]) -> list[tuple[str, object]]:
-    """Returns attributes that traced code may read as they are; of a function that was put there, its code."""
+def _plain(attributes: Mapping[str, object]) -> list[tuple[str, object]]:
+    """Return the attributes that traced code may read as constants, and the bytecode of replaced functions."""
     found: list[tuple[str, object]] = []
-    for name, value in held.items():
+    for name, value in attributes.items():
         kind = type(value)
         if kind in _PLAIN or (kind in _NESTED and _is_plain(value)):
             found.append((name, value))
@@ -96,22 +85,22 @@ def _is_plain(value: object) -> bool:
 def _settings(config: PreTrainedConfig) -> list[object]:
     held = vars(config)
     inner = [_settings(value) for value in held.values() if isinstance(value, PreTrainedConfig)]
-    attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # (which anybody may register)
+    attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # users may register their own
     return [_plain(held), inner, getattr(getattr(attention, "__code__", None), "co_code", None)]
 
 
 @functools.cache
 def _versions() -> tuple[str, ...]:
     libraries = (str(installed(name)) for name in ("torch", "transformers"))
-    return (platform.python_version(), *libraries, platform.machine(), choose_isa().name, _own_sources())
+    return (platform.python_version(), *libraries, platform.machine(), choose_isa().name, _hash_own_sources())
 
 
 @functools.cache
-def _own_sources() -> str:
-    """Returns a hash of this package's sources."""
+def _hash_own_sources() -> str:
     digest = hashlib.sha256()
-    for package in (river_compile, kernels, passes):
-        for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    folders = (Path(__file__).parents[1], *(Path(str(package.__file__)).parent for package in (kernels, passes)))
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -127,8 +116,8 @@ def _torch_state() -> tuple[object, ...]:
 
 
 @functools.cache
-def _codes_of(kinds: frozenset[type[nn.Module]]) -> str:
-    """Returns a hash of every function of the modules that classes are from, and their bases, as they are now."""
+def _hash_code(kinds: frozenset[type[nn.Module]]) -> str:
+    """Return a hash of every function of the modules that define these classes and their bases."""
     names = {base.__module__ for kind in kinds for base in kind.__mro__}
     names = {name for name in names if not name.startswith(_NOT_TRACED)}
     names |= {f"transformers.{name}" for name in _CALLED}
@@ -150,7 +139,7 @@ def _codes_in(values: Iterable[object], home: str) -> Iterator[CodeType]:
 
 
 def _constant(value: object) -> str:
-    """Returns a constant in the same words in every process."""
+    """Return a constant's repr, the same in every process."""
     if isinstance(value, frozenset):
         return repr(sorted(map(repr, value)))
     return "code" if isinstance(value, CodeType) else repr(value)

@@ -1,10 +1,6 @@
-"""Programs as JSON, and back: numbers, names and the operators of their graphs.
+"""Programs as JSON: numbers, names and the operators of their graphs.
 
-Reading builds the types below and nothing else: a name that is neither an operator nor one of the functions that traced
-models call is refused, so a damaged or foreign file is an error at worst.
-
-Not handled (a :class:`NotStorable`): graphs with attributes or submodules, such as constants of tensors, and inputs
-that have no example.
+Not handled (a :class:`NotCacheable`): graphs with attributes or submodules, and inputs without an example.
 """
 
 from __future__ import annotations
@@ -35,7 +31,7 @@ _TYPES: dict[str, type] = {
         *(values.LastToken, values.Fingerprint, values.Matmul, values.Refusal, values.KeptLinear, values.Fusion),
     )
 }
-# What sizes are made of, and what is assumed of them.
+# Expressions of sizes, and conditions on them.
 _EXPRESSIONS: dict[str, Callable[..., Any]] = {
     name: getattr(sympy, name)
     for name in ("Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or", "Not")
@@ -52,7 +48,8 @@ _NAMES = {kind: name for name, kind in _EXPRESSIONS.items()} | {
     sympy.LessThan: "Le",
     sympy.StrictLessThan: "Lt",
 }
-# Modules whose functions traced models call. (Of `torch`, only what its extension module defines: no `torch.load`.)
+# Modules whose functions traced models call. Any other name in a file is an error, so a damaged or foreign file runs no
+# code. Of `torch` itself only functions of its extension module are allowed, so `torch.load` is not.
 _MODULES = (
     *("torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch._C._fft"),
     *("torch._C._linalg", "torch._tensor", "torch.amp.autocast_mode", "torch.fx.experimental.symbolic_shapes"),
@@ -62,30 +59,22 @@ _MODULES = (
 _BUILTINS = ("abs", "float", "getattr", "int", "len", "max", "min", "round", "slice")
 
 
-class NotStorable(ValueError):
-    """Why a value cannot be written, or what was read is no program."""
+class NotCacheable(ValueError):
+    """A value cannot be written, or the content of a file is no program."""
 
 
 def dumps(program: Program) -> bytes:
-    """Returns a program as bytes.
-
-    Raises:
-        NotStorable: (a ``ValueError``) something in it cannot be written.
-    """
+    """Serialize a program; raise a NotCacheable if a part of it cannot be written."""
     if any(given.example is None for given in program.inputs):
         name = next(given.name for given in program.inputs if given.example is None)
-        raise NotStorable(f"{name} is neither an ordinary tensor nor an integer")
+        raise NotCacheable(f"{name} is neither an ordinary tensor nor an integer")
     writer = _Writer()
     content = writer.write(program)
     return json.dumps({"codes": writer.codes, "program": content}, separators=(",", ":")).encode()
 
 
 def loads(data: bytes) -> Program:
-    """Returns what was written.
-
-    Raises:
-        NotStorable: (a ``ValueError``) it is no program, or calls what this process does not have.
-    """
+    """Deserialize a program; raise a NotCacheable for other content and for missing functions."""
     try:
         content = json.loads(data)
         reader = _Reader()
@@ -93,14 +82,14 @@ def loads(data: bytes) -> Program:
             reader.codes.append(reader.read(code))
         program = reader.read(content["program"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RuntimeError) as error:
-        raise NotStorable(f"{type(error).__name__}: {error}") from error
+        raise NotCacheable(f"{type(error).__name__}: {error}") from error
     if not isinstance(program, Program):
-        raise NotStorable(f"a {type(program).__name__} is no program")
+        raise NotCacheable(f"it is a {type(program).__name__}, not a program")
     return program
 
 
 class _Writer:
-    """Writes a value; codes that segments share are written once."""
+    """Turns values into JSON; a code that segments share is written once."""
 
     def __init__(self) -> None:
         self.codes: list[Any] = []
@@ -129,14 +118,14 @@ class _Writer:
         if isinstance(value, slice):
             return {"slice": [self.write(bound) for bound in (value.start, value.stop, value.step)]}
         if isinstance(value, sympy.Basic):
-            return {"size": _expression(value)}
+            return {"size": _write_size(value)}
         if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
             return {"torch": str(value).removeprefix("torch.")}
         if isinstance(value, torch.device):
             return {"device": str(value)}
         if value is Ellipsis:
             return {"ellipsis": True}
-        raise NotStorable(f"a {type(value).__name__} is no part of a program")
+        raise NotCacheable(f"a {type(value).__name__} cannot be part of a program")
 
     def _dataclass(self, value: Any) -> dict[str, Any]:
         held = {field.name: self.write(getattr(value, field.name)) for field in fields(value)}
@@ -146,15 +135,15 @@ class _Writer:
         written = []
         for number, node in enumerate(graph.nodes):
             if node.op in ("get_attr", "call_module"):
-                raise NotStorable(f"{node.name} reads {node.target}")
-            target = node.target if isinstance(node.target, str) else _target(node.target)
+                raise NotCacheable(f"{node.name} reads {node.target}")
+            target = node.target if isinstance(node.target, str) else _name_of(node.target)
             written.append([node.op, target, self.write(node.args), self.write(dict(node.kwargs)), node.name])
             self._nodes[node] = number
         return written
 
 
 class _Reader:
-    """Reads a value that a writer has written."""
+    """Builds values from the JSON of a `_Writer`."""
 
     def __init__(self) -> None:
         self.codes: list[Any] = []
@@ -175,8 +164,8 @@ class _Reader:
             "list": lambda held: list(map(self.read, held)),
             "dict": lambda held: {self.read(key): self.read(item) for key, item in held},
             "slice": lambda held: slice(*map(self.read, held)),
-            "size": _size,
-            "torch": _of_torch,
+            "size": _read_size,
+            "torch": _torch_constant,
             "device": torch.device,
             "ellipsis": lambda held: Ellipsis,
         }
@@ -191,12 +180,12 @@ class _Reader:
             elif op not in ("placeholder", "output", "call_method") or (
                 op == "call_method" and not hasattr(Tensor, target)
             ):
-                raise NotStorable(f"{op} {target} is no part of a program")
+                raise NotCacheable(f"{op} {target} cannot be part of a program")
             self._nodes.append(graph.create_node(op, target, self.read(args), self.read(kwargs), name))
         return fx.GraphModule(nn.Module(), graph, class_name="Segment")
 
 
-def _expression(value: sympy.Basic) -> Any:
+def _write_size(value: sympy.Basic) -> Any:
     if isinstance(value, sympy.Symbol):
         return value.name
     if value in (sympy.true, sympy.false):
@@ -205,11 +194,11 @@ def _expression(value: sympy.Basic) -> Any:
         return int(value)
     name = _NAMES.get(type(value))
     if name is None:
-        raise NotStorable(f"the size {value} is made by {type(value).__name__}")
-    return [name, *map(_expression, value.args)]
+        raise NotCacheable(f"the size {value} is a {type(value).__name__}, which is not supported")
+    return [name, *map(_write_size, value.args)]
 
 
-def _size(held: Any) -> sympy.Basic:
+def _read_size(held: Any) -> sympy.Basic:
     if isinstance(held, str):
         return sympy.Symbol(held, integer=True, positive=True)
     if isinstance(held, bool):
@@ -217,18 +206,18 @@ def _size(held: Any) -> sympy.Basic:
     if isinstance(held, int):
         return sympy.Integer(held)
     name, *arguments = held
-    made: sympy.Basic = _EXPRESSIONS[name](*map(_size, arguments))
+    made: sympy.Basic = _EXPRESSIONS[name](*map(_read_size, arguments))
     return made
 
 
-def _of_torch(name: str) -> Any:
+def _torch_constant(name: str) -> Any:
     found = getattr(torch, name)
     if not isinstance(found, (torch.dtype, torch.memory_format, torch.layout)):
-        raise NotStorable(f"torch.{name} is no dtype")
+        raise NotCacheable(f"torch.{name} is not a dtype, layout or memory format")
     return found
 
 
-def _target(target: Any) -> str:
+def _name_of(target: Any) -> str:
     if isinstance(target, OpOverload):
         return f"{target._schema.name}::{target._overloadname}"
     if isinstance(target, OpOverloadPacket):
@@ -236,12 +225,11 @@ def _target(target: Any) -> str:
     name = getattr(target, "__name__", "")
     name = f"torch.Tensor.{name}" if getattr(Tensor, name, None) is target else _get_qualified_name(target)
     if _function(name) is not target:
-        raise NotStorable(f"{name} is another function than {target!r}")
+        raise NotCacheable(f"{name} is not the name of {target!r}")
     return name
 
 
 def _function(name: str) -> Any:
-    """Returns an operator or a function by its name."""
     if "::" in name:
         space, short, overload = name.split("::")
         packet: OpOverloadPacket = getattr(getattr(torch.ops, space), short)
@@ -252,9 +240,9 @@ def _function(name: str) -> Any:
     if module == "torch.Tensor":
         return getattr(Tensor, attribute)
     if module not in _MODULES:
-        raise NotStorable(f"{name} is not a function that programs call")
+        raise NotCacheable(f"{name} is not a function that programs call")
     function = operator.attrgetter(attribute)(importlib.import_module(module))
     own = module not in ("torch", "torch._C") or not hasattr(function, "__code__") or attribute.startswith("sym_")
     if isinstance(function, type) or not callable(function) or not own:
-        raise NotStorable(f"{name} is not a function that programs call")
+        raise NotCacheable(f"{name} is not a function that programs call")
     return function

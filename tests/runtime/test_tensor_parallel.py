@@ -1,6 +1,6 @@
 """Two ranks run one model together: the same answers as without River, one decision, shards in 4 bits.
 
-One pair of processes runs all cases of :mod:`tests.distributed.worker`. That takes half a minute: nothing else has two
+One pair of processes runs all cases of :mod:`tests.runtime.rank_worker`. That takes half a minute: nothing else has two
 ranks, which alone show that they come to one decision. `python -m benchmarks.tensor_parallel` does the same with more
 families, prompts and SmolLM2.
 """
@@ -12,11 +12,10 @@ import torch
 
 import river_compile
 from river_compile.config import RiverConfig
-from river_compile.distributed.ranks import ALONE, Ranks
-from river_compile.distributed.support import check
 from river_compile.errors import OptionError
-from river_compile.passes.experts import ROUTER
-from tests.distributed.worker import CASES, DEPTHS, LAYERS, SLOW
+from river_compile.passes.moe_router import ROUTER
+from river_compile.runtime.tensor_parallel import ALONE, Ranks, check_supported
+from tests.runtime.rank_worker import CASES, DEPTHS, LAYERS, SLOW
 from tests.support.examples import slow
 from tests.support.families import CONFIGS, HIDDEN
 from tools.ranks import run_ranks
@@ -30,7 +29,7 @@ def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     all_of_them = any("slow" in item.keywords for item in request.session.items if item.path == request.path)
     cases = [name for name in CASES if all_of_them or name not in SLOW]
-    states, printed = run_ranks(["-m", "tests.distributed.worker", str(folder), *cases], timeout=400)
+    states, printed = run_ranks(["-m", "tests.runtime.rank_worker", str(folder), *cases], timeout=400)
     files = [folder / "0.pt", folder / "1.pt"]
     assert all(file.exists() for file in files), printed
     found = [torch.load(file, weights_only=False) for file in files]
@@ -146,10 +145,6 @@ class TestOneDecision:
         assert [rank["scores"]["parted"] for rank in both] == [[LAYERS] * 3, [1] * 3]
         assert not torch.equal(both[0]["scores"]["parted logits"], both[0]["scores"]["logits"])
 
-    def test_a_check_names_what_each_rank_computed(self, both):
-        for rank in both:
-            assert "disagree about a score: rank 0: " in rank["scores"]["told"]
-
     def test_sampled_text_is_the_first_ranks(self, both):
         """In exact mode and in the package's own loop, whatever the seed of the others."""
         assert same(both, "exact", "sampled")
@@ -181,10 +176,10 @@ class TestRefusals:
     )
     def test_what_is_not_done(self, options, mode, name):
         with pytest.raises(OptionError, match=f"^{name}.*2 ranks"):
-            check(TWO, RiverConfig.from_options(options), mode, torch.fx.Graph())
+            check_supported(TWO, RiverConfig.from_options(options), mode, torch.fx.Graph())
 
     def test_the_default_options_are_done(self):
-        check(TWO, RiverConfig(), None, torch.fx.Graph())
+        check_supported(TWO, RiverConfig(), None, torch.fx.Graph())
 
 
 class TestThePlan:

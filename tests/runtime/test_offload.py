@@ -1,7 +1,7 @@
 """Backbone offloading: the same bits with less memory, on files here and on pinned memory where there is a GPU.
 
-A store of the tests' own stands for a GPU: its weights cannot be computed with where they lie (NaN), arrive only when
-they are waited for, and are spoilt once they were used.
+The tests' own `WeightStore` stands for a GPU: its weights are NaN where they lie, arrive only when they are waited for,
+and are spoilt once they were used.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from river_compile.backend import river
 from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
 from river_compile.exits import forced_depth
-from river_compile.offload import disk as offload_file
-from river_compile.offload.disk import MappedFiles
-from river_compile.offload.store import Arrival, Stored, WeightStore
 from river_compile.reporting.trace import trace
+from river_compile.runtime import offload
+from river_compile.runtime.offload import Arrival, MappedFiles, Stored, WeightStore
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep
@@ -63,7 +62,7 @@ class Elsewhere(WeightStore):
     def discard(self, tensor):
         tensor.fill_(float("nan"))
 
-    def settle(self):
+    def trim(self):
         pass
 
     def start(self, weights):
@@ -96,7 +95,7 @@ class Elsewhere(WeightStore):
 def elsewhere(monkeypatch) -> Elsewhere:
     """Models that are offloaded inside the test go there."""
     store = Elsewhere()
-    monkeypatch.setattr("river_compile.offload.weights.make_store", lambda config, plan: store)
+    monkeypatch.setattr("river_compile.runtime.offload.make_store", lambda config, plan: store)
     return store
 
 
@@ -147,7 +146,7 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     elsewhere.started.clear()
     cache = new_cache(model, kind)
     assert_same(reference[kind, tuple(DEPTHS)], (decode(model, cache, DEPTHS), cache))
-    block = report(model).record.offloaded.snapshot().moved // (LAYERS - 1)
+    block = report(model).offloaded["moved"] // (LAYERS - 1)
     through, to_the_second = [block, block, 0], [block, block]  # (0: nothing comes after the last block)
     assert elsewhere.started == [*through, *through, *to_the_second, *through]
     assert elsewhere.brought == [block] * (2 + 2 + 1 + 2)
@@ -198,7 +197,7 @@ def test_parameters_stay_usable(device, tmp_path):
         plain = model.forward(ids).logits
     model.compile(backend=river, options={**OPTIONS, **FETCH})
     model.generate(ids, max_new_tokens=3, do_sample=False)
-    moved = report(model).record.offloaded.snapshot().moved
+    moved = report(model).offloaded["moved"]
     assert moved > 0
     assert_same_weights(before, model.state_dict())
     model.save_pretrained(tmp_path)
@@ -288,18 +287,18 @@ def test_shared_weights_stay(elsewhere):
     stay = {"layers.1.mlp.up_proj", "layers.2.self_attn.k_proj", "layers.2.self_attn.v_proj"}
     expected = {n for n in matrices if ".layers.0." not in n and not any(s in n for s in stay)}
     assert away == expected
-    assert report(model).record.offloaded.snapshot().kept > 0
+    assert report(model).offloaded["kept"] > 0
 
 
 @pytest.mark.slow
 def test_other_options_move_weights_back(elsewhere):
     model = compiled({"offload": 1, "offload_policy": "fetch"})
     decode(model, new_cache(model, "static"), [1])
-    far = report(model).record.offloaded.snapshot().moved
+    far = report(model).offloaded["moved"]
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, "offload": 2})
     decode(model, new_cache(model, "static"), [1])
-    assert report(model).record.offloaded.snapshot().moved == far // 2
+    assert report(model).offloaded["moved"] == far // 2
     torch._dynamo.reset()
     model.compile(backend=river, options=OPTIONS)
     decode(model, new_cache(model, "static"), [1])
@@ -308,18 +307,16 @@ def test_other_options_move_weights_back(elsewhere):
 
 
 def test_exact_mode_streams_the_backbone_once_for_many_tokens(elsewhere):
-    """Weights come in once for each verifying pass, as the log says, and drafts may be long."""
+    """Weights come in once for each verifying pass, as the report says, and drafts may be long."""
     model = make("llama", layers=LAYERS)
     with torch.no_grad():
         model.model.norm.weight.zero_()  # every token is the first of the vocabulary, so every draft holds
     model.compile(backend=river, options={**OPTIONS, **FETCH})
-    model.generate(
-        prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, num_assistant_tokens_schedule="constant"
-    )
-    log, cycles = report(model).record.offloaded.snapshot(), report(model).exact.cycles
+    model.generate(prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, adaptive=False)
+    stats, cycles = report(model).offloaded, report(model).exact.cycles
     assert cycles == 2, "63 drafted tokens and the backbone's own"
-    assert log.brought_in == sum(elsewhere.started)
-    assert log.brought_in == cycles * log.moved, "the prompt ran before they left"
+    assert stats["brought_in"] == sum(elsewhere.started)
+    assert stats["brought_in"] == cycles * stats["moved"], "the prompt ran before they left"
 
 
 @pytest.mark.slow
@@ -373,13 +370,13 @@ def test_depths_and_folders_are_checked_before_anything_is_packed(tmp_path, monk
     assert "offload=3 leaves none of 3 blocks" in message(offload=3)
     absent = tmp_path / "absent"
     assert f"offload_dir='{absent}' takes no files" in message(offload=2, offload_dir=absent)
-    monkeypatch.setattr(offload_file.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(offload.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert "has 0.0 MB free, and the weights take 0.1 MB" in message(offload=2, offload_dir=tmp_path)
 
 
 def test_a_disk_that_fills_up_moves_nothing(monkeypatch, tmp_path):
     """Another process takes the room between the check and the last matrix."""
-    reserve, calls = offload_file.os.posix_fallocate, []
+    reserve, calls = offload.os.posix_fallocate, []
 
     def fallocate(*arguments):
         calls.append(arguments)
@@ -389,17 +386,17 @@ def test_a_disk_that_fills_up_moves_nothing(monkeypatch, tmp_path):
 
     step = TracedStep(layers=LAYERS)
     before = [p.data_ptr() for p in step.model.parameters()]
-    monkeypatch.setattr(offload_file.os, "posix_fallocate", fallocate)
-    with pytest.raises(OptionError, match="make room, or name another folder"):
+    monkeypatch.setattr(offload.os, "posix_fallocate", fallocate)
+    with pytest.raises(OptionError, match="Make room, or name another folder"):
         step.run(quantizer="rtn", offload=2, offload_dir=tmp_path)
     assert [p.data_ptr() for p in step.model.parameters()] == before
     assert report(step.model).record.offloaded.snapshot() is None
 
 
 def test_a_folder_in_memory_is_reported(monkeypatch, tmp_path):
-    assert offload_file.file_system(Path("/proc")) == "proc"
-    monkeypatch.setattr(offload_file, "file_system", lambda folder: "tmpfs")
-    with pytest.warns(RiverWarning, match="lies in memory itself"):
+    assert offload.file_system(Path("/proc")) == "proc"
+    monkeypatch.setattr(offload, "file_system", lambda folder: "tmpfs")
+    with pytest.warns(RiverWarning, match="is in memory"):
         MappedFiles(tmp_path).check_room(0)
 
 
@@ -408,16 +405,16 @@ def test_the_report_tells_what_left(tmp_path):
     model = step.model
     step.run(depth=1, quantizer="rtn", offload=1, offload_dir=tmp_path)
     reported = report(model)
-    log = reported.offloaded
+    stats = reported.offloaded
     matrices = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
     everything = sum(p.nbytes for p in {*model.parameters()}) + sum(p.nbytes for p in reported.packed)
-    assert log.moved == matrices * 2 // 3
-    assert abs(log.weights - everything) < 1000  # (the rotary embedding's frequencies count too)
-    assert log.peak_before > log.moved
-    assert log.peak_after > 0
-    assert f"blocks 2 to 3, {log.moved / 1e6:.1f} MB in memory-mapped files in {tmp_path}; 'exit'" in str(reported)
+    assert stats["moved"] == matrices * 2 // 3
+    assert abs(stats["weights"] - everything) < 1000  # (the rotary embedding's frequencies count too)
+    assert stats["peak_before"] > stats["moved"]
+    assert stats["peak_after"] > 0
+    assert f"blocks 2 to 3, {stats['moved'] / 1e6:.1f} MB in memory-mapped files in {tmp_path}; 'exit'" in str(reported)
     assert "at latest    after block 1" in str(reported)
-    assert json.loads(json.dumps(reported.to_dict()))["offloaded"]["resident"] == log.resident
+    assert json.loads(json.dumps(reported.to_dict()))["offloaded"]["resident"] == stats["resident"]
 
 
 @pytest.mark.slow
@@ -463,9 +460,9 @@ model.compile(backend=river, options={**options, **eval(sys.argv[1])})
 ids = torch.ones(1, 4, dtype=torch.long)
 for _ in range(2):
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, cache_implementation="static")
-log = report(model).record.offloaded.snapshot()
+stats = report(model).offloaded
 ctypes.CDLL(None).malloc_trim(0)
-print(*resident(), log.moved if log else 0, log.peak_after if log else 0)
+print(*resident(), stats["moved"] if stats else 0, stats["peak_after"] if stats else 0)
 """
 
 
@@ -507,14 +504,15 @@ def test_device_memory_shrinks_by_what_left():
     settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
     settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
     model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    log = report(model).record.offloaded.snapshot()
+    stats = report(model).offloaded
     packed = sum(p.nbytes for p in report(model).packed)
     torch.cuda.synchronize()
-    assert log.moved > 5.9 * block
-    assert torch.cuda.memory_allocated() < before + packed - 0.9 * log.moved
+    assert stats["moved"] > 5.9 * block
+    assert torch.cuda.memory_allocated() < before + packed - 0.9 * stats["moved"]
     torch.cuda.reset_peak_memory_stats()
     model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    assert torch.cuda.max_memory_allocated() < before + packed - 0.9 * log.moved + 3.5 * block  # two or three stream
+    # Two or three blocks stream.
+    assert torch.cuda.max_memory_allocated() < before + packed - 0.9 * stats["moved"] + 3.5 * block
     with forced_depth(2):
         assert model.generate(ids, attention_mask=torch.ones_like(ids), **settings).shape == (1, 20)
 

@@ -1,0 +1,188 @@
+"""The compile cache: a folder of what earlier processes built, with one entry for each model or set of weights.
+
+    $RIVER_COMPILE_CACHE_DIR/<key>/<name>    a file: the SHA-256 of its content in 64 hexadecimal digits, the content
+
+Not handled: a parent folder that other users may write to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from river_compile.errors import RiverWarning
+from river_compile.kernels.files import atomic_write, cache_folder
+
+log = logging.getLogger("river_compile.compile_cache")
+_HASH = 64  # hexadecimal digits
+_DEFAULT_GB = 20.0
+_VARIABLE = "RIVER_COMPILE_CACHE_DIR"
+_ABOUT = "about"
+_FOLDER, _FILE = 0o700, 0o600  # modes
+_warned: set[str] = set()  # paths
+
+
+def is_enabled() -> bool:
+    """True if the environment allows a compile cache and no other user may write to it."""
+    return os.environ.get(_VARIABLE) != "0" and is_trusted(compile_cache_folder())
+
+
+def is_trusted(path: Path) -> bool:
+    """True if a path is missing or no other user can have written it; otherwise warn once."""
+    try:
+        found = path.stat()
+    except OSError:
+        return True
+    own, mode = found.st_uid == os.geteuid(), found.st_mode & 0o777
+    if own and not mode & 0o022:
+        return True
+    if str(path) not in _warned:
+        _warned.add(str(path))
+        why = f"others may write to it (mode {mode:04o})" if own else f"it belongs to another user ({found.st_uid})"
+        fix = f"Run chmod -R go-w {compile_cache_folder()}, or set" if own else "Set"
+        warnings.warn(
+            f"{path} is ignored: {why}. {fix} RIVER_COMPILE_HOME to a folder of your own.", RiverWarning, stacklevel=4
+        )
+    return False
+
+
+def compile_cache_folder() -> Path:
+    """Return the folder of all entries (not created here)."""
+    value = os.environ.get(_VARIABLE, "")
+    return cache_folder() / "compile_cache" if value in ("", "0", "1") else Path(value).expanduser()
+
+
+class Entry:
+    """One entry: its folder, which may be missing, and a description for users."""
+
+    def __init__(self, key: str, about: str = "") -> None:
+        self.folder = compile_cache_folder() / key
+        self._about = about
+
+    def names(self, ending: str) -> list[str]:
+        """Return the names of its files with an ending, sorted."""
+        if not is_trusted(self.folder):
+            return []
+        try:
+            return sorted(file.name for file in self.folder.glob(f"*{ending}"))
+        except OSError:
+            return []
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's content, None if it is missing, damaged or not trusted."""
+        file = self.folder / name
+        if not (is_trusted(self.folder) and is_trusted(file)):
+            return None
+        try:
+            whole = file.read_bytes()
+        except OSError:
+            return None
+        content = whole[_HASH:]
+        if hashlib.sha256(content).hexdigest().encode() != whole[:_HASH]:
+            self.remove_damaged(name, "its content does not have the hash that it begins with")
+            return None
+        return content
+
+    def remove_damaged(self, name: str, why: object) -> None:
+        """Remove a file that cannot be used, with a warning."""
+        warnings.warn(f"{self.folder / name} is damaged and is rebuilt: {why}", RiverWarning, stacklevel=3)
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            log.info("%s: cannot be removed (%s)", self.folder / name, error)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file unless it exists; warn once in a process if it cannot."""
+        file = self.folder / name
+        try:
+            if file.exists():
+                return
+            self.make_folder()
+            with atomic_write(file) as scratch:
+                scratch.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+                scratch.chmod(_FILE)
+            self.describe()
+        except OSError as error:
+            warn_not_writable(error)
+
+    def make_folder(self) -> None:
+        """Make its folder, for this user alone; raise an OSError if it cannot."""
+        compile_cache_folder().mkdir(_FOLDER, parents=True, exist_ok=True)
+        self.folder.mkdir(_FOLDER, exist_ok=True)
+
+    def describe(self) -> None:
+        if self._about and not (self.folder / _ABOUT).exists():
+            (self.folder / _ABOUT).write_text(self._about, encoding="utf-8")
+            (self.folder / _ABOUT).chmod(_FILE)
+
+    def touch(self) -> None:
+        """Mark it as used now."""
+        try:
+            os.utime(self.folder)
+        except OSError:
+            log.debug("%s cannot be marked as used", self.folder)
+
+
+def warn_not_writable(error: Exception) -> None:
+    """Warn, once in a process, about a compile cache that cannot be written."""
+    folder = str(compile_cache_folder())
+    if folder not in _warned:
+        _warned.add(folder)
+        warnings.warn(
+            f"the compile cache {folder} cannot be written ({error}), so the next process builds this model again. Set "
+            "RIVER_COMPILE_HOME to a folder that can be written, or RIVER_COMPILE_CACHE_DIR=0.",
+            RiverWarning,
+            stacklevel=4,
+        )
+
+
+class EntryInfo(NamedTuple):
+    about: str
+    folder: Path
+    bytes: int
+    used: float  # seconds since the epoch
+
+
+def list_entries() -> Iterator[EntryInfo]:
+    """Yield all entries, the most recently used first."""
+    try:
+        folders = [folder for folder in compile_cache_folder().iterdir() if folder.is_dir()]
+        found = [
+            EntryInfo(_read_about(f), f, sum(x.stat().st_size for x in f.rglob("*") if x.is_file()), f.stat().st_mtime)
+            for f in folders
+        ]
+    except OSError:
+        return
+    yield from sorted(found, key=lambda entry: -entry.used)
+
+
+def _read_about(folder: Path) -> str:
+    try:
+        return (folder / _ABOUT).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return folder.name
+
+
+def clear() -> int:
+    """Remove all entries; return their bytes."""
+    freed = 0
+    for entry in list_entries():
+        shutil.rmtree(entry.folder, ignore_errors=True)
+        freed += entry.bytes
+    return freed
+
+
+def evict() -> None:
+    """Remove the least recently used entries until the rest takes at most RIVER_COMPILE_CACHE_SIZE_GB."""
+    limit, size = float(os.environ.get("RIVER_COMPILE_CACHE_SIZE_GB") or _DEFAULT_GB) * 1e9, 0
+    for entry in list_entries():
+        size += entry.bytes
+        if size > limit:
+            log.info("%s is evicted (%.1f MB)", entry.folder, entry.bytes / 1e6)
+            shutil.rmtree(entry.folder, ignore_errors=True)
