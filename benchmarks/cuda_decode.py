@@ -9,7 +9,7 @@ in the order in which they are measured (`--only` names some):
     river       never leaving, and leaving at each of `--depths`; static cache, captured
     asked       the same, with the check of every block on the way read
     inductor    torch.compile(mode="reduce-overhead"), static cache; an error where it leaves out its CUDA graphs
-    exact       exact mode by generated kernels of all widths (backbone="river"), and the same without drafts; see below
+    exact       exact mode by generated kernels of all widths, with and without drafts; see below
     int4        "inductor" with torch's own 4-bit products in the linear layers (`benchmarks.int4_baseline`)
     tuned       "inductor" with coordinate_descent_tuning and max_autotune
     eager       transformers as it is, a cache that grows

@@ -49,7 +49,7 @@ INDUCTOR = {
 #: forces its depth. "exact" is what `accelerate(strict=True)` needs.
 RIVER: dict[str, dict[str, object]] = {
     "river": {"threshold": 2.0, "first_exit": 1},
-    "exact": {"first_exit": WHOLE, "backbone": "river", "backbone_weights": "model"},
+    "exact": {"first_exit": WHOLE, "target_kernels": "river", "target_weights": "model"},
 }
 
 

@@ -64,18 +64,18 @@ ROWS = {
     "eager": Row("eager"),
     "inductor": Row("inductor"),
     "inductor_fp16": Row("inductor", dtype="float16"),
-    "river_never": Row("river", options={"exit_depth": NEVER, "backbone_weights": "model"}),
-    "river_never_12bit": Row("river", options={"exit_depth": NEVER, "backbone_weights": "12bit"}),
+    "river_never": Row("river", options={"exit_depth": NEVER, "target_weights": "model"}),
+    "river_never_12bit": Row("river", options={"exit_depth": NEVER, "target_weights": "12bit"}),
     "river_never_checks": Row("river", options={"threshold": 1.0}),  # checks run after every block and never fire
     "river_depth0": Row("river", options={"exit_depth": 0}),
     "river": Row("river"),
     "llama_cpp": Row("llama_cpp"),
     "llama_cpp_bf16": Row("llama_cpp", file="BF16"),
     "llama_cpp_q8": Row("llama_cpp", file="Q8_0"),
-    "river_exact": Row("exact", options={"backbone_weights": "model"}),
-    "river_exact_12bit": Row("exact", options={"backbone_weights": "12bit"}),
-    "river_never_q8": Row("river", "float32", {"exit_depth": NEVER, "backbone_weights": "8bit"}, "Q8_0"),
-    "river_exact_q8": Row("exact", "float32", {"backbone_weights": "8bit"}, "Q8_0"),
+    "river_exact": Row("exact", options={"target_weights": "model"}),
+    "river_exact_12bit": Row("exact", options={"target_weights": "12bit"}),
+    "river_never_q8": Row("river", "float32", {"exit_depth": NEVER, "target_weights": "8bit"}, "Q8_0"),
+    "river_exact_q8": Row("exact", "float32", {"target_weights": "8bit"}, "Q8_0"),
 }
 SPEED_RATIOS = (
     ("river", "river_never"),
@@ -317,7 +317,7 @@ def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
     """Returns what a worker must know to prepare a row."""
     row = ROWS[name]
     own = row.backend in ("river", "exact") and not row.file
-    twins = {"artifact": options.artifact} if own and options.artifact else {}
+    twins = {"twins": options.twins} if own and options.twins else {}
     return {
         **asdict(row),
         "options": row.options | twins,
@@ -348,7 +348,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--prompts", nargs="+", type=common.number(1), default=[], metavar="N", help="lengths of prompts to read, too"
     )
     parser.add_argument(
-        "--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
+        "--twins", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
     )
     parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")

@@ -123,8 +123,8 @@ def check_row(roofline: Roofline, bandwidth: float) -> dict:
 def schedule_rows(blocks: int, depths: list[int | None]) -> list[dict]:
     """Returns what the recorder saw of one captured token at every depth, of a random Llama with so many blocks."""
     model = schedule.small_llama(blocks)
-    settings = {"cudagraphs": True, "first_exit": 1}
-    model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
+    settings = {"graphs": True, "first_exit": 1}
+    model.compile(backend=river, options={**settings, "kernels": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=_CAPACITY)
     depths = [depth for depth in depths if depth is None or depth < blocks]
     whole = [blocks if depth is None else depth for depth in depths]

@@ -104,12 +104,12 @@ class Bench:
         self.model, tokenizer = demo_models.load(options.model, dtype=options.dtype)
         self.ends = set(tokenizer.convert_tokens_to_ids([tokenizer.eos_token])) if options.own_ends else set()
         self.model.generation_config.eos_token_id = list(self.ends) or None
-        options_of = {"artifact": options.artifact, "backbone_weights": "model"}
+        options_of = {"twins": options.twins, "target_weights": "model"}
         self.model.compile(backend=river, options=options_of)
         self.packed = None
         if options.twelve:
             self.packed = copy.deepcopy(self.model)
-            self.packed.compile(backend=river, options={**options_of, "backbone_weights": "12bit"})
+            self.packed.compile(backend=river, options={**options_of, "target_weights": "12bit"})
         if options.batch:
             self.rows = BATCH_ROWS
             texts = {f"batches of {n} mixed": [list(itertools.islice(mixed(), n))] for n in options.batch}
@@ -315,7 +315,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")
-    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them")
+    parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     return parser.parse_args(arguments)
 
 

@@ -53,10 +53,10 @@ def _eager(model: Any) -> Generate:
     return _transformers(model)
 
 
-def _river_exact(model: Any, artifact: str | None) -> Generate:
+def _river_exact(model: Any, twins: str | None) -> Generate:
     import river_compile
 
-    return _transformers(river_compile.accelerate(model, artifact=artifact), cache_implementation="static")
+    return _transformers(river_compile.accelerate(model, twins=twins), cache_implementation="static")
 
 
 def _lookup_compiled(model: Any) -> Generate:
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
     for name, (model, _) in loaded.items():
         # One cache size, so one decode graph; transformers' prompt lookup drafts beyond the end of the text.
         model._previous_max_cache_length = longest + options.new_tokens + LOOKUP + 1
-        given = {"artifact": options.artifact} if name == "river_exact" else {}
+        given = {"twins": options.twins} if name == "river_exact" else {}
         generators[name] = PEERS[name][1](model, **given)
     outcome = {**common.setting("exact_peers", options), "kinds": _measure(generators, kinds, options)}
     _show(outcome)

@@ -146,7 +146,7 @@ def _rows(depths: list[int], threshold: float) -> dict[str, dict]:
 
 def _measured(name: str, fields: dict, folder: Path, options: argparse.Namespace) -> dict:
     job = {"folder": str(folder), "new_tokens": options.new_tokens, "threads": options.threads}
-    twins = {"artifact": options.artifact} if options.artifact else {}
+    twins = {"twins": options.twins} if options.twins else {}
     with closing(common.Worker("benchmarks.offload", name, options.threads)) as worker:
         return worker.ask("measure", options={**twins, **fields}, exact=name.endswith("exact"), **job)
 
@@ -155,7 +155,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "new-tokens", "threads", "json", "worker", new_tokens=64)
     parser.add_argument("--offload", nargs="+", type=common.number(0), default=[4], help="blocks that stay (4)")
     parser.add_argument("--threshold", type=float, default=0.7, help="of the similarity criterion (%(default)s)")
-    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them")
+    parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     return parser.parse_args(arguments)
 
 

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json", repeats=12)
     rows = {"type": common.number(1), "default": [1, 2, 4, 8]}
     parser.add_argument("--rows", nargs="+", metavar="N", help="of a batch (1 2 4 8)", **rows)
-    parser.add_argument("--artifact", metavar="DIR", help="packed twins, as `river quantize` writes them")
+    parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     options = parser.parse_args(arguments)
     seconds = common.attempted(_measure, options)
     if seconds is None:
@@ -105,7 +105,7 @@ def _measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
     torch.set_num_threads(options.threads)
     shared.quiet()
     model, _ = demo_models.load(options.model, dtype=options.dtype)
-    model.compile(backend="river", options={"artifact": options.artifact})
+    model.compile(backend="river", options={"twins": options.twins})
     return {rows: passes(model, rows, options.repeats) for rows in options.rows}
 
 

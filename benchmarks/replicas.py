@@ -2,9 +2,9 @@
 
     python -m benchmarks.replicas
     python -m benchmarks.replicas --processes 8 --model DIR --json replicas.json
-    python -m benchmarks.replicas --private            # without an artifact: each packs twins of its own
+    python -m benchmarks.replicas --private            # without saved twins: each quantizes its own
 
-All start with empty caches and a missing artifact: one packs the twins, compiles the kernels and what Inductor makes,
+All start with empty caches and no saved twins: one quantizes, compiles the kernels and what Inductor makes,
 and the others wait for it. When all have generated, each says what it holds: RSS, its share of it (PSS), and of the
 mapped twins and weights both. The kernels' cache and Inductor's are folders of this run.
 """
@@ -27,7 +27,7 @@ MODULE = "benchmarks.replicas"
 NAMES = ("rss", "pss", "anonymous")
 
 
-def start(folder: str, artifact: str, dtype: str, new_tokens: int) -> dict:
+def start(folder: str, twins: str, dtype: str, new_tokens: int) -> dict:
     """Loads a model and generates; returns the tokens and the seconds since the beginning."""
     began = time.perf_counter()
     from transformers import AutoTokenizer
@@ -36,8 +36,8 @@ def start(folder: str, artifact: str, dtype: str, new_tokens: int) -> dict:
     from river_compile.reporting.timing import generate
 
     shared.quiet()
-    twins = {"artifact": artifact, "on_missing_artifact": "save"} if artifact else {}
-    model = river_compile.from_pretrained(folder, dtype=dtype, **twins)
+    saved = {"twins": twins, "on_missing_twins": "save"} if twins else {}
+    model = river_compile.from_pretrained(folder, dtype=dtype, **saved)
     prompt = shared.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
     made = generate(model, prompt, new_tokens, static_cache=False)
     _alive.append(model)
@@ -47,12 +47,12 @@ def start(folder: str, artifact: str, dtype: str, new_tokens: int) -> dict:
 _alive: list[object] = []  # the model stays until the process ends
 
 
-def holds(folder: str, artifact: str) -> dict:
+def holds(folder: str, twins: str) -> dict:
     """Returns bytes of the process, of its mapped twins and of its mapped weights."""
-    twins = memory.of_file(Path(artifact) / "twins.safetensors") if artifact else dict.fromkeys(NAMES, 0)
+    mapped = memory.of_file(Path(twins) / "twins.safetensors") if twins else dict.fromkeys(NAMES, 0)
     files = [memory.of_file(file) for file in Path(folder).glob("*.safetensors")]
     weights = {name: sum(file[name] for file in files) for name in NAMES}
-    return {"process": memory.of_process(), "twins": twins, "weights": weights}
+    return {"process": memory.of_process(), "twins": mapped, "weights": weights}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=16)
     parser.set_defaults(threads=1)
     parser.add_argument("--processes", type=common.number(1), default=4, help="started at once (%(default)s)")
-    parser.add_argument("--private", action="store_true", help="without an artifact")
+    parser.add_argument("--private", action="store_true", help="without saved twins")
     options: argparse.Namespace = parser.parse_args(arguments)
     if options.worker:
         common.serve({"start": start, "holds": holds})
@@ -80,15 +80,15 @@ def _measure(options: argparse.Namespace) -> dict:
             "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor"),
             "RIVER_COMPILE_HOME": str(Path(scratch) / "kernels"),
         }
-        artifact = "" if options.private else str(Path(scratch) / "twins")
+        twins = "" if options.private else str(Path(scratch) / "twins")
         workers = [
             stack.enter_context(closing(common.Worker(MODULE, f"process {i + 1}", options.threads, caches)))
             for i in range(options.processes)
         ]
         for worker in workers:
-            worker.tell("start", folder=folder, artifact=artifact, dtype=options.dtype, new_tokens=options.new_tokens)
+            worker.tell("start", folder=folder, twins=twins, dtype=options.dtype, new_tokens=options.new_tokens)
         started = [worker.answer() for worker in workers]
-        held = [worker.ask("holds", folder=folder, artifact=artifact) for worker in workers]
+        held = [worker.ask("holds", folder=folder, twins=twins) for worker in workers]
     if any(process["tokens"] != started[0]["tokens"] for process in started):
         raise common.WorkerFailed("the processes generated different texts")
     return {

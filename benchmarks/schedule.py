@@ -87,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
     """Prints what one captured step at every exit depth does."""
-    settings = {"cudagraphs": True, "exit_every": options.every, "first_exit": options.first}
-    model.compile(backend=river, options={**settings, "lowering": "eager", "quantizer": "rtn"})
+    settings = {"graphs": True, "exit_every": options.every, "first_exit": options.first}
+    model.compile(backend=river, options={**settings, "kernels": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
     with recording(), watching() as watch:
         generate(model, cache)  # (compiles)

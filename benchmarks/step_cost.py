@@ -28,8 +28,8 @@ from tools.kernels.shapes import ModelShape
 from tools.recorder import Recorder, recording
 
 _PROMPT = 4
-_OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "threshold": 2.0, "first_exit": 1}
-_OPTIONS["cudagraphs"] = True
+_OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "threshold": 2.0, "first_exit": 1}
+_OPTIONS["graphs"] = True
 
 
 @contextlib.contextmanager

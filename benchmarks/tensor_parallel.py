@@ -177,7 +177,7 @@ def check_smollm2(new_tokens: int) -> None:
     torch._dynamo.reset()
     model = load(folder, "float32")
     _, plain = rate(model, None)
-    model.compile(backend="river", options={"lowering": "eager", "quantizer": "rtn"})
+    model.compile(backend="river", options={"kernels": "eager", "quantizer": "rtn"})
     text = model.generate(
         ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, custom_generate=exact
     )

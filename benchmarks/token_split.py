@@ -122,12 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--own-loop", action="store_true", help="the loop is decode")
     parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
-    parser.add_argument("--lowering", default="auto", help="of the compiled model (default auto)")
+    parser.add_argument("--kernels", default="auto", help="of the compiled model (default auto)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = demo_models.load(options.model)
     ids = shared.encode(tokenizer, PROMPT)
-    model.compile(backend=river, options={"lowering": options.lowering})
+    model.compile(backend=river, options={"kernels": options.lowering})
     marks = Marks()
     loop = {"custom_generate": decode} if options.own_loop else {}
     with torch.no_grad(), forced_depth(options.depth):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from river_compile.runtime.stats import CycleRecord
 
 PROMPT = "Explain in a few sentences why the sky is blue."
-BRACKETS = {"river": "{}", "lookup": "({})", "backbone": "[{}]"}
+BRACKETS = {"river": "{}", "lookup": "({})", "target_kernels": "[{}]"}
 
 
 def main(arguments: list[str] | None = None) -> int:

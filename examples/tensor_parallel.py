@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--lowering", default="auto", help="of the backend (default: %(default)s)")
+    parser.add_argument("--kernels", default="auto", help="of the backend (default: %(default)s)")
     options = parser.parse_args(arguments)
     if "WORLD_SIZE" not in os.environ:
         parser.error("start it as: torchrun --nproc-per-node 2 examples/tensor_parallel.py")
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     how |= {"attention_mask": torch.ones_like(ids), "disable_compile": True}
     for way in ("plain", "exact", "fast"):
         if way == "exact":
-            model.compile(backend="river", options={"lowering": options.lowering})
+            model.compile(backend="river", options={"kernels": options.lowering})
         extra = {"custom_generate": exact} if way == "exact" else {}
         model.generate(ids, **how, **extra)  # packs and compiles, so that what is timed does not
         start = time.perf_counter()

@@ -107,7 +107,7 @@ def river(
     if graph.refusal not in {other.refusal for other in model.graphs if other is not graph}:
         does = "runs a model uncompiled" if plainly else "leaves a graph to Inductor"
         warnings.warn(f"backend 'river' {does}: {graph.refusal}", RiverWarning, stacklevel=1)
-    if plainly or config.lowering == "eager":
+    if plainly or config.kernels == "eager":
         return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled

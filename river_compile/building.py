@@ -65,10 +65,9 @@ def build(
     config, plan = graph.config, found.plan
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     choices = choose(found, config, how)
-    if choices.backbone_weights != "model" and model.ranks.several:
+    if choices.target_weights != "model" and model.ranks.several:
         raise OptionError(
-            f"backbone_weights={config.backbone_weights!r} is not for ranks that share a model; use "
-            "backbone_weights='model'"
+            f"target_weights={config.target_weights!r} is not for ranks that share a model; use target_weights='model'"
         )
     check_captures(plan.device, config, how.native)
     model.offloaded.check(plan, config)
@@ -187,16 +186,16 @@ def _nothing(_: object) -> None:
 
 def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
     """Returns why a token's bits may depend on the tokens in its pass at full depth; empty if they do not."""
-    config, how = choices.config, choices.backbone_weights
+    config, how = choices.config, choices.target_weights
     if not choices.own_backbone:
-        return "its backbone's matmuls are not River's own, which sum alike in all passes; use backbone='river'"
+        return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
     if choices.lowering.native:
         return ""
     missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
     if missed is not None:
         return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"
     if how != "model":
-        return f"one row of weights in {how} has a kernel of its own; use backbone_weights='model'"
+        return f"one row of weights in {how} has a kernel of its own; use target_weights='model'"
     checks = config.first_exit < program.plan.num_blocks and CRITERIA[config.criterion].reads == "block"
     if config.exit_depth is None and checks:
         return (
@@ -224,15 +223,15 @@ def _packed(
     anew: bool,
 ) -> ProgramWeights | None:
     """Returns the packed weights of the matmuls that the passes made and tokens can reach."""
-    twins, how = model.twins, graph.config.backbone_weights
+    twins, how = model.twins, graph.config.target_weights
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
         reached = [linear for linear in packable if linear.lossless or program.twins]
         if how == "12bit" and not any(linear.lossless for linear in packable):
             raise OptionError(
-                "backbone_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
-                "model.to(torch.bfloat16), or use backbone_weights='model'"
+                "target_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
+                "model.to(torch.bfloat16), or use target_weights='model'"
             )
         savable = [linear for linear in every if not linear.lossless]
         names = program.matrices
@@ -249,9 +248,9 @@ def _packed(
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
     if how == "8bit" and not smaller:
         raise OptionError(
-            "backbone_weights='8bit' is for weights that are numbers of 8 bits times a scale of their row or group, as "
+            "target_weights='8bit' is for weights that are numbers of 8 bits times a scale of their row or group, as "
             "those of a file in Q8_0 or of compressed-tensors are in the dtype of its scales, and none of this model's "
-            "are; load that with dtype='auto', or use backbone_weights='model'"
+            "are; load that with dtype='auto', or use target_weights='model'"
         )
     # Every time, since quantizing has just read the parameters again.
     graph.paged_out_bytes = advise_pageout(

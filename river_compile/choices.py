@@ -36,7 +36,7 @@ class Choices:
     twinning: TwinSpec | None  # of the blocks; None: twins keep the 16-bit weights
     head_twinning: TwinSpec | None  # None: tokens that exited use the 16-bit head
     own_backbone: bool  # whether the 16-bit blocks use River's kernels
-    backbone_weights: str  # that these read: the "model"'s, or packed as "12bit" or "8bit"
+    target_weights: str  # that these read: the "model"'s, or packed as "12bit" or "8bit"
 
 
 def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Choices:
@@ -55,7 +55,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
         twinning=twinning,
         head_twinning=twinning if head == "w4" else None,
         own_backbone=own_backbone,
-        backbone_weights=_backbone_weights(program, config, lowering, own_backbone),
+        target_weights=_backbone_weights(program, config, lowering, own_backbone),
     )
 
 
@@ -88,8 +88,8 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         passes.append(rescored_head)
         if lowering.native and plan.is_decode:
             passes.append(draft_vocab)
-    if choices.own_backbone and (lowering.native or choices.backbone_weights != "model"):
-        passes.append(packed_backbone(choices.backbone_weights))
+    if choices.own_backbone and (lowering.native or choices.target_weights != "model"):
+        passes.append(packed_backbone(choices.target_weights))
     return passes
 
 
@@ -106,20 +106,20 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
 
 def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowering, own_backbone: bool) -> str:
     """Returns "model", "12bit" or "8bit"; raises an OptionError if the kernels cannot read what was asked for."""
-    asked = config.backbone_weights
+    asked = config.target_weights
     if asked == "auto":
         pays = lowering.native and own_backbone and _is_bfloat16(program) and lossless.speedup_12bit() >= _LEAST_GAIN
         return "12bit" if pays else "model"
     if asked == "12bit" and own_backbone and not lowering.native:
         return asked
     if asked != "model" and not (own_backbone and lowering.native):
-        on_gpu = ", and on a GPU for backbone='river'" if asked == "12bit" else ""
+        on_gpu = ", and on a GPU for target_kernels='river'" if asked == "12bit" else ""
         raise OptionError(
-            f"backbone_weights={asked!r} is for the C++ kernels on a CPU{on_gpu}, and this backbone multiplies by "
-            "others; use backbone_weights='model'"
+            f"target_weights={asked!r} is for the C++ kernels on a CPU{on_gpu}, and this backbone multiplies by "
+            "others; use target_weights='model'"
         )
     if asked == "12bit" and choose_isa().name == "portable":
-        raise OptionError("backbone_weights='12bit' needs a processor with AVX2; use backbone_weights='model'")
+        raise OptionError("target_weights='12bit' needs a processor with AVX2; use target_weights='model'")
     return asked
 
 
@@ -130,11 +130,11 @@ def _is_bfloat16(program: RiverProgram) -> bool:
 def _uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
     """Whether the 16-bit blocks use River's kernels; raises an OptionError if they are asked for and missing."""
     # By default on a CPU only: the generated kernels sum in another order than the model.
-    if config.backbone == "river" and not lowering.fuse:
+    if config.target_kernels == "river" and not lowering.fuse:
         raise OptionError(
-            f"backbone='river' needs the kernels in C++ or the generated ones, and the lowering is {lowering.compiler} "
-            f"with layout {lowering.layout}; use backbone='model'"
+            "target_kernels='river' needs the kernels in C++ or the generated ones, and the lowering is "
+            f"{lowering.compiler} with layout {lowering.layout}; use target_kernels='model'"
         )
     if config.offload is not None:
         return False
-    return config.backbone != "model" if lowering.native else config.backbone == "river"
+    return config.target_kernels != "model" if lowering.native else config.target_kernels == "river"

@@ -98,15 +98,15 @@ class RiverConfig:
         'the head of tokens that left: `"keep"` in 16 bits, or `"w4"`, its largest logits computed anew in 16 bits; '
         "`None`: w4 with the C++ kernels, else keep ([docs/quality.md](docs/quality.md))",
     )
-    artifact: str | Path | None = _option(
+    twins: str | Path | None = _option(
         None,
         optional(PATH),
         "a folder written by `river_compile.save_twins`: its packed twins are read instead of made",
     )
-    on_missing_artifact: str = _option(
+    on_missing_twins: str = _option(
         "raise",
         one_of("raise", "save"),
-        '`"save"`: if `artifact` does not exist, one process packs the twins and writes it, and those that start at '
+        '`"save"`: if `twins` does not exist, one process packs the twins and writes it, and those that start at '
         "the same time wait; all of them map it ([docs/twins.md](docs/twins.md#many-processes))",
     )
     offload: int | None = _option(
@@ -132,7 +132,7 @@ class RiverConfig:
         "the largest power of two that does, or stays in 16 bits below 32",
         EXPERT,
     )
-    backbone: str | None = _option(
+    target_kernels: str | None = _option(
         None,
         one_of(None, "model", "river"),
         'the matmuls of the 16-bit blocks: the `"model"`\'s own operators, or `"river"`: the C++ '
@@ -140,7 +140,7 @@ class RiverConfig:
         "twins are C++ ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
     )
-    backbone_weights: str = _option(
+    target_weights: str = _option(
         "model",
         one_of("auto", "model", "12bit", "8bit"),
         'how the kernels read the weights of the 16-bit blocks: the `"model"`\'s own tensors, or packed without loss: '
@@ -148,7 +148,7 @@ class RiverConfig:
         "measured to be faster on this machine ([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
     )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
-    lowering: str = _option(
+    kernels: str = _option(
         "auto",
         one_of("auto", "inductor", "triton", "native"),
         '`"native"`: matmuls are C++ kernels, the default on a CPU; `"triton"`: twins become generated kernels, the '
@@ -157,7 +157,7 @@ class RiverConfig:
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
     )
-    cudagraphs: bool | None = _option(
+    graphs: bool | None = _option(
         None,
         one_of(None, True, False),
         "whether passes of a few tokens on a static cache are captured and replayed; `None`: on a GPU "
@@ -202,10 +202,10 @@ class RiverConfig:
                 f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's "
                 "weights; use 'hqq'"
             )
-        if self.artifact is None and self.on_missing_artifact == "save":
-            yield "on_missing_artifact='save' needs artifact=, the folder to write; name one"
-        if self.artifact is not None and self.quantizer == "none":
-            yield "artifact= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
+        if self.twins is None and self.on_missing_twins == "save":
+            yield "on_missing_twins='save' needs twins=, the folder to write; name one"
+        if self.twins is not None and self.quantizer == "none":
+            yield "twins= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
 
     def _unreachable(self) -> Iterator[str]:
         """Yields what asks for blocks that no token may reach."""

@@ -40,7 +40,7 @@ class UnsupportedGraphError(_GraphError):
     """A graph is unsupported and ``on_unsupported="raise"``, or a weight is not finite."""
 
 
-class ArtifactError(_GraphError):
+class TwinsError(_GraphError):
     """Saved twins cannot be read, written or used for this model; the message names the file and the reason."""
 
 

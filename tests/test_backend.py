@@ -31,7 +31,7 @@ from tests.support.tokenizers import byte_tokenizer
 from tests.support.traced import TracedStep
 
 ROOT = Path(__file__).parent.parent
-EAGER = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+EAGER = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 ALWAYS = {**EAGER, "threshold": -1.0}
 
 
@@ -127,7 +127,7 @@ def test_a_model_made_in_inference_mode_is_observed_packed_and_decoded():
     model, texts = make("llama", layers=2), [prompt(8, seed=seed) for seed in range(2)]
     assert next(model.parameters()).is_inference()
     assert collect_statistics(model, texts, progress=False).tokens == 16
-    model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "gptq"})
+    model.compile(backend=river, options={"kernels": "eager", "group_size": 32, "quantizer": "gptq"})
     logits = decode(model, new_cache(model, "static"), [2, 0], plain_prompt=True)
     expected = decode(model, new_cache(model, "static"), [None, None], compiled=False)
     torch.testing.assert_close(logits[1], expected[1])
@@ -358,7 +358,7 @@ class TestReport:
     def test_caches_that_were_let_go_are_freed_but_for_a_few(self, fresh_dynamo):
         """A captured step holds its cache: the latest four that generate has made stay, and none of those before."""
         model, caches = make("llama", layers=2), []
-        model.compile(backend=river, options={**ALWAYS, "lowering": "native"})
+        model.compile(backend=river, options={**ALWAYS, "kernels": "native"})
         how = {"cache_implementation": "static", "disable_compile": True, "return_dict_in_generate": True}
         for _ in range(7):
             made = model.generate(prompt(), max_new_tokens=5, do_sample=False, **how).past_key_values

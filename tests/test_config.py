@@ -34,9 +34,9 @@ from tools import options
         ({"quantizer": "hqqq"}, ["quantizer='hqqq'", "did you mean 'hqq'?"]),
         ({"prefill": "Exit"}, ["prefill='Exit'", "'backbone', 'exit'"]),
         ({"lm_head": "w3"}, ["lm_head='w3'", "'keep', 'w4'"]),
-        ({"lowering": "inductr"}, ["did you mean 'inductor'?"]),
+        ({"kernels": "inductr"}, ["did you mean 'inductor'?"]),
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
-        ({"artifact": 3}, ["artifact=3", "path"]),
+        ({"twins": 3}, ["twins=3", "path"]),
     ],
 )
 def test_bad_options_are_named(options, words):
@@ -124,10 +124,10 @@ class TestNumbersOfOtherLibraries:
             ("exit_every", np.True_),
             ("threshold", np.array([])),
             ("threshold", np.float32("nan")),
-            ("cudagraphs", 0),
-            ("artifact", b"folder"),
-            ("artifact", ""),
-            ("artifact", "a\0b"),
+            ("graphs", 0),
+            ("twins", b"folder"),
+            ("twins", ""),
+            ("twins", "a\0b"),
             ("quantizer", ["hqq"]),
         ],
     )

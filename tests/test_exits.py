@@ -23,7 +23,7 @@ from tests.support.examples import examples
 from tests.support.families import COMMON, make, prompt
 
 LAYERS = 3
-OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 STEPS = 6
 
 

@@ -120,7 +120,7 @@ def _replay(recording: Recording, own: list[Any]) -> None:
 
 
 def recording() -> AbstractContextManager[None]:
-    """Inside, models on a CPU with ``cudagraphs=True`` are captured by recorders."""
+    """Inside, models on a CPU with ``graphs=True`` are captured by recorders."""
     return captured_by(Recorder)
 
 

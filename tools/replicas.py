@@ -1,10 +1,10 @@
 """Rounds of processes that start at once from nothing and share what they make, one of which is killed.
 
     python -m tools.replicas --rounds 20
-    python -m tools.replicas --rounds 2 --lowering eager     # no compiler: quick
+    python -m tools.replicas --rounds 2 --kernels eager     # no compiler: quick
 
 Each round begins with an empty folder: no artifact, no C++ kernels, no Inductor cache, no precompiled header. Several
-processes load the same tiny model with ``on_missing_artifact="save"`` and decode. At a random moment one is killed,
+processes load the same tiny model with ``on_missing_twins="save"`` and decode. At a random moment one is killed,
 alone (its compiler goes on) or with all that it started. The round is clean where
 
     * the others end by themselves with the logits of a round in which nobody was killed,
@@ -42,7 +42,7 @@ from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 
 TIMEOUT_S = 900
-OPTIONS = {"quantizer": "rtn", "group_size": 32, "exit_depth": 1, "on_missing_artifact": "save"}
+OPTIONS = {"quantizer": "rtn", "group_size": 32, "exit_depth": 1, "on_missing_twins": "save"}
 
 
 class Unclean(Exception):
@@ -118,7 +118,7 @@ class Round:
         write = file.write
         file.write = lambda *arguments: self._note("packed") or write(*arguments)
         model = make("llama", layers=2)
-        model.compile(backend=river, options={**OPTIONS, "artifact": self.folder / "twins", "lowering": self._lowering})
+        model.compile(backend=river, options={**OPTIONS, "twins": self.folder / "twins", "kernels": self._lowering})
         logits = torch.stack(decode(model, new_cache(model, "static"), [1, 1])[1:])
         return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
 
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.replicas", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20, help="in which a process is killed (%(default)s)")
     parser.add_argument("--processes", type=int, default=4, help="that start at once (%(default)s)")
-    parser.add_argument("--lowering", choices=("native", "inductor", "eager"), default="native")
+    parser.add_argument("--kernels", choices=("native", "inductor", "eager"), default="native")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments (%(default)s)")
     options = parser.parse_args(arguments)
     rng, unclean = random.Random(options.seed), 0

@@ -77,7 +77,7 @@ def accelerate(
             ("gptq" and "awq"). None: text that the model samples.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/usage.md).
-        options: of the backend (such as ``artifact=``), and with "exact" transformers' ``num_assistant_tokens``,
+        options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule`` and ``prompt_lookup_num_tokens`` (docs/options.md).
 
     Returns:
@@ -86,7 +86,7 @@ def accelerate(
     Raises:
         OptionError: (a ``ValueError``) an unknown or bad argument, one that does not go with the quality, or a model
             that Dynamo cannot trace.
-        ArtifactError: (a ``ValueError``) there are no saved twins. (Those of another model raise at the first token.)
+        TwinsError: (a ``ValueError``) there are no saved twins. (Those of another model raise at the first token.)
         ValueError: the exit rule's file cannot be read.
         After an error the model is as it was before the call.
     """
@@ -105,10 +105,10 @@ def accelerate(
     else:
         backend_options = _fast_options(calibration, options)
     config = RiverConfig.from_options(backend_options)
-    if config.artifact is not None and config.on_missing_artifact == "raise":
-        artifact = ranks_of(model.parameters()).folder(Path(config.artifact))
-        if not os.path.exists(artifact / FILE):
-            TwinFile(artifact)  # raises the error that says what is wrong
+    if config.twins is not None and config.on_missing_twins == "raise":
+        folder = ranks_of(model.parameters()).folder(Path(config.twins))
+        if not os.path.exists(folder / FILE):
+            TwinFile(folder)  # raises the error that says what is wrong
     if tokenizer is not None and calibration_data is None:
         raise OptionError("tokenizer= is for the texts of calibration_data=; give both or none")
     if calibration_data is not None:
@@ -217,7 +217,7 @@ def from_pretrained(
     *,
     strict: bool = False,
     calibration: Rule | None = None,
-    artifact: str | os.PathLike[str] | None = None,
+    twins: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a causal language model in eval mode and accelerates it.
@@ -225,7 +225,7 @@ def from_pretrained(
     Args:
         name: a model folder, or the name of a hub repository.
         quality, strict, calibration: as for :func:`river_compile.accelerate`.
-        artifact: a folder of :func:`river_compile.save_twins` or ``river quantize``; None: the first token quantizes.
+        twins: a folder of :func:`river_compile.save_twins` or ``river quantize``; None: the first token quantizes.
         kwargs: River's other arguments and options, and arguments of ``from_pretrained`` of transformers; ``dtype`` is
             the checkpoint's by default.
 
@@ -242,7 +242,7 @@ def from_pretrained(
             f'{name} needs a package that is not installed ({error}). pip install ".[gguf]" in the clone brings those '
             'for GGUF files, ".[accelerate]" that for device_map='
         ) from error
-    return accelerate(model, quality, strict=strict, calibration=calibration, artifact=artifact, **options)
+    return accelerate(model, quality, strict=strict, calibration=calibration, twins=twins, **options)
 
 
 def collect_statistics(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from river_compile.api.accelerate import accelerate, restore
-from river_compile.errors import ArtifactError, OptionError
+from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
@@ -30,7 +30,7 @@ FORMATS = ("compressed-tensors",)
 
 
 def save_twins(model: nn.Module, folder: str | Path) -> Path:
-    """Saves the 4-bit twins of a model; ``accelerate(model, artifact=folder)`` reads them.
+    """Saves the 4-bit twins of a model; ``accelerate(model, twins=folder)`` reads them.
 
     An accelerated model that has no twins yet is quantized first. With tensor parallelism each rank calls this and
     writes its own part, ``rank-0-of-2`` and so on.
@@ -43,10 +43,10 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ArtifactError: (a ``ValueError``) the model has no twins, its weights changed since, or the folder cannot be
+        TwinsError: (a ``ValueError``) the model has no twins, its weights changed since, or the folder cannot be
             written.
     """
-    folder = Path(PATH("folder", folder, ArtifactError))
+    folder = Path(PATH("folder", folder, TwinsError))
     plain, record = unwrap(model), find_record(model)
     if record is not None and record.call is not None and not record.packed:
         _generate_a_token(plain)
@@ -63,18 +63,18 @@ def _generate_a_token(model: Any) -> None:
 
 
 def _current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
-    """Returns a model's twins; raises an ArtifactError if there are none, or if their weights changed."""
+    """Returns a model's twins; raises an TwinsError if there are none, or if their weights changed."""
     record = find_record(model)
     made = record.packed if record else []
     if not made:
-        raise ArtifactError(
+        raise TwinsError(
             f"cannot save to {folder}: this model has no twins. Call river_compile.accelerate(model) first, or "
             'generate a token with model.compile(backend="river")'
         )
     made = [twin for twin in made if is_in(model, twin)] or made  # without those of removed adapters
     stale = next((twin.name for twin in made if not twin.is_current), None)
     if stale is not None:
-        raise ArtifactError(
+        raise TwinsError(
             f"cannot save to {folder}: the weights of {stale} changed after they were quantized; call "
             "river_compile.requantize(model) and generate a token first"
         )
@@ -121,19 +121,19 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
 
     Raises:
         OptionError: (a ``ValueError``) an unknown format.
-        ArtifactError: (a ``ValueError``) the format cannot hold the twins (stacked experts, GPT-2's transposed weights,
+        TwinsError: (a ``ValueError``) the format cannot hold the twins (stacked experts, GPT-2's transposed weights,
             several group sizes), or the folder cannot be written.
     """
-    folder = Path(PATH("folder", folder, ArtifactError))
+    folder = Path(PATH("folder", folder, TwinsError))
     if format not in FORMATS:
         raise OptionError(f"format={format!r} is unknown; use {FORMATS[0]!r}")
     if ranks_of(unwrap(model).parameters()).several:
-        raise ArtifactError(
+        raise TwinsError(
             f"cannot export to {folder}: each rank holds a part of the twins. Load the model without "
             "distributed_config= to export it"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"cannot export to {folder}: it exists and is not an empty folder; name another")
+        raise TwinsError(f"cannot export to {folder}: it exists and is not an empty folder; name another")
     plain: Any = unwrap(model)
     with _symmetric_twins(plain, folder) as twins:
         _check(twins, folder)
@@ -151,7 +151,7 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
             config["quantization_config"] = _quantization(group_size, left)
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ArtifactError(f"cannot export to {folder}: {error}") from error
+        raise TwinsError(f"cannot export to {folder}: {error}") from error
     return folder
 
 
@@ -187,7 +187,7 @@ def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
 
 
 def _check(twins: Sequence[TwinWeight], folder: Path) -> None:
-    """Raises an ArtifactError for twins that the format cannot hold."""
+    """Raises an TwinsError for twins that the format cannot hold."""
     why = ""
     for twin in twins:
         if twin.matmul.experts or twin.matmul.transposed:
@@ -197,7 +197,7 @@ def _check(twins: Sequence[TwinWeight], folder: Path) -> None:
             sizes = sorted({twin.group_size for twin in twins})
             why = f"groups of {sizes[0]} and {sizes[-1]} weights in one model; use group_size={sizes[0]}"
         if why:
-            raise ArtifactError(f"cannot export to {folder}: {why}")
+            raise TwinsError(f"cannot export to {folder}: {why}")
 
 
 def _linears(twin: TwinWeight) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -213,7 +213,7 @@ def _tensors(name: str, grid: QuantizedWeight, dtype: torch.dtype, folder: Path)
     """Returns the tensors of one linear; `dtype` is that of its weight in the model."""
     scale = grid.scale.to(dtype)
     if not torch.equal(scale.float(), grid.scale):
-        raise ArtifactError(
+        raise TwinsError(
             f"cannot export to {folder}: {dtype} does not hold the scales of {name}; load the model in bfloat16"
         )
     return {

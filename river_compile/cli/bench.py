@@ -75,7 +75,7 @@ def bench(
     tests = [("pp", n_prompt)] * bool(n_prompt) + [("tg", n_gen)] * bool(n_gen)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        packed_once: dict[str, Any] = {"artifact": f"{folder}/twins", "on_missing_artifact": "save"}
+        packed_once: dict[str, Any] = {"twins": f"{folder}/twins", "on_missing_twins": "save"}
         for row in wanted:
             options = {} if row == CALIBRATED else packed_once.copy()  # (a calibration says what its twins are)
             if row in (EXACT, STRICT):

@@ -39,7 +39,7 @@ def chat(
     from river_compile.cli.shared import start
 
     network, tokenizer = start(model, dtype, threads)
-    accelerate(network, quality, strict=strict, calibration=calibration, artifact=twins)
+    accelerate(network, quality, strict=strict, calibration=calibration, twins=twins)
     quality = quality or ("exact" if calibration is None else "fast")
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature or None}
     person = prompt is None and not as_json and sys.stdin.isatty()

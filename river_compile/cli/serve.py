@@ -48,7 +48,7 @@ def serve(
     quiet()
     folder = resolve(model)
     config_of(folder)
-    acceleration = {"quality": quality, "strict": strict, "calibration": calibration, "artifact": twins}
+    acceleration = {"quality": quality, "strict": strict, "calibration": calibration, "twins": twins}
     quality = quality or ("exact" if calibration is None else "fast")
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}

@@ -53,7 +53,7 @@ class ProgramCache:
     """The programs of one model, compiled with `config`; `on_disk`: shared with other processes."""
 
     def __init__(self, config: RiverConfig, build: Build, on_disk: bool) -> None:
-        self.config = replace(config, artifact=None, on_missing_artifact="raise")  # programs do not depend on these
+        self.config = replace(config, twins=None, on_missing_twins="raise")  # programs do not depend on these
         self._build, self._on_disk = build, on_disk
         self._usable = config.offload is None
         self._identity: str | None = None

@@ -72,7 +72,7 @@ class Lowering:
 
 def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False) -> Lowering:
     """Return the lowering of a graph (`flex`: it calls flex attention); raise a CannotBuild or an OptionError."""
-    compiler = "eager" if config.lowering == "eager" else "inductor"
+    compiler = "eager" if config.kernels == "eager" else "inductor"
     if flex and device.type == "cpu" and compiler != "eager":
         warn_once(
             "attn_implementation='flex_attention' is not fully supported by Inductor on a CPU, so this model runs "
@@ -86,34 +86,34 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
         raise OptionError(
             f"there are no 4-bit kernels for a model on {device}. Move it to a CPU or a GPU, or use quantizer='none'."
         )
-    if config.lowering == "native" and on_gpu:
-        raise OptionError("lowering='native' has no kernel for a model on a GPU. Use lowering='auto'.")
-    if config.lowering == "native" or (config.lowering == "auto" and not on_gpu):
+    if config.kernels == "native" and on_gpu:
+        raise OptionError("kernels='native' has no kernel for a model on a GPU. Use kernels='auto'.")
+    if config.kernels == "native" or (config.kernels == "auto" and not on_gpu):
         native_kernels.load()
         return Lowering("inductor", NATIVE_LAYOUT, fuse=True)
-    if config.lowering != "triton" and not on_gpu:
+    if config.kernels != "triton" and not on_gpu:
         return Lowering(compiler, PLAIN_LAYOUT, fuse=False)
     if importlib.util.find_spec("triton") is None:
         raise OptionError(
-            f"lowering={config.lowering!r} needs Triton here, which is not installed. Run pip install triton, or move "
-            "the model to a CPU and use lowering='auto'."
+            f"kernels={config.kernels!r} needs Triton here, which is not installed. Run pip install triton, or move "
+            "the model to a CPU and use kernels='auto'."
         )
-    return Lowering(compiler, TRITON_LAYOUT, fuse=config.lowering in ("auto", "triton"))
+    return Lowering(compiler, TRITON_LAYOUT, fuse=config.kernels in ("auto", "triton"))
 
 
 def begin_kernels(config: RiverConfig, device: torch.device) -> None:
     """Start to compile missing C++ kernels in the background, while a model is traced."""
-    if device.type == "cpu" and config.lowering in ("auto", "native") and config.quantizer != "none":
+    if device.type == "cpu" and config.kernels in ("auto", "native") and config.quantizer != "none":
         with contextlib.suppress(CannotBuild):  # `choose_lowering` raises it
             native_kernels.begin()
 
 
 def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: bool) -> Refusal | None:
     """Return why a graph cannot be compiled for a CPU, None if it can or need not."""
-    if config.lowering == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+    if config.kernels == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
         return None
     # With the wheel's C++ kernels an optimized graph needs no compiler: other operators run one by one.
-    if rewritten and has_prebuilt() and config.lowering in ("auto", "native") and config.quantizer != "none":
+    if rewritten and has_prebuilt() and config.kernels in ("auto", "native") and config.quantizer != "none":
         return None
     try:
         working_compiler()
@@ -125,13 +125,13 @@ def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: b
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
     if lowering.layout == PLAIN_LAYOUT and lowering.compiler == "inductor":
         warn_once(
-            "lowering='inductor' on a CPU computes 4-bit matmuls in plain torch, which is correct and slow. Use "
-            "lowering='auto' except for tests."
+            "kernels='inductor' on a CPU computes 4-bit matmuls in plain torch, which is correct and slow. Use "
+            "kernels='auto' except for tests."
         )
     elif lowering.layout == TRITON_LAYOUT and device.type == "cpu":
         warn_once(
-            "lowering='triton' on a CPU runs the generated kernels in Triton's interpreter. Results are a GPU's up to "
-            "rounding and take thousands of times longer. Use lowering='auto' except for tests."
+            "kernels='triton' on a CPU runs the generated kernels in Triton's interpreter. Results are a GPU's up to "
+            "rounding and take thousands of times longer. Use kernels='auto' except for tests."
         )
 
 

@@ -142,7 +142,7 @@ def _weight_dict(twin: TwinWeight) -> dict[str, object]:
         "sqnr_db": _finite(twin.sqnr),
         "output_sqnr_db": _finite(twin.output_sqnr),
         "bytes": twin.nbytes,
-        "artifact": twin.artifact or None,
+        "folder": twin.folder or None,
     }
 
 
@@ -249,8 +249,8 @@ def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[s
     yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {twins.seconds:.1f} s"
     if twins.changes:
         yield f"    packed again {twins.changes} times after weights changed, {twins.changed} matrices the last time"
-    for folder, count in Counter(p.artifact for p in packed if p.artifact).items():
-        yield f"    artifact     {count} matrices read from {folder}"
+    for folder, count in Counter(p.folder for p in packed if p.folder).items():
+        yield f"    saved twins  {count} matrices read from {folder}"
     for source, count in Counter(p.statistics for p in packed if p.statistics).items():
         yield f"    statistics   {count} matrices were calibrated on {source}"
     without = sum(p.asked != p.quantizer for p in packed)

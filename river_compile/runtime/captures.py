@@ -273,7 +273,7 @@ class _StandIn:
 
 @contextlib.contextmanager
 def captured_by(kind: type[CaptureDevice] | None) -> Iterator[None]:
-    """Inside, `kind` captures for models on a CPU with ``cudagraphs=True``, in all threads: for tests."""
+    """Inside, `kind` captures for models on a CPU with ``graphs=True``, in all threads: for tests."""
     before, _StandIn.kind = _StandIn.kind, kind
     try:
         yield
@@ -296,23 +296,23 @@ def _stand_in(asked: bool | None, device: torch.device) -> Capturing | None:
 
 def check_captures(device: torch.device, config: RiverConfig, native: bool) -> None:
     """Raise an OptionError if captures are requested on a device without them."""
-    if config.cudagraphs is True and not native and device.type != "cuda" and _stand_in(True, device) is None:
+    if config.graphs is True and not native and device.type != "cuda" and _stand_in(True, device) is None:
         raise OptionError(
-            f"cudagraphs=True needs a model on a GPU or lowering='native', and this one lies on {device}; move it "
-            "there, or leave cudagraphs out"
+            f"graphs=True needs a model on a GPU or kernels='native', and this one lies on {device}; move it "
+            "there, or leave graphs out"
         )
 
 
 def choose_captures(program: Program, config: RiverConfig, log: CaptureLog, ranks: Ranks) -> Capturing | None:
     """Return the capture devices for a program's narrow passes; None, with the reason logged, if none."""
     device = program.device
-    found = _stand_in(config.cudagraphs, device)
+    found = _stand_in(config.graphs, device)
     if ranks.several:
         log.not_captured = NOT_CAPTURED
-    elif config.cudagraphs is False:
-        log.not_captured = "cudagraphs=False"
+    elif config.graphs is False:
+        log.not_captured = "graphs=False"
     elif found is None and device.type != "cuda" and not program.native:
-        log.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes lowering='native'"
+        log.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes kernels='native'"
     else:
         log.not_captured = program.not_captured
     if log.not_captured:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from transformers import PretrainedConfig
 
 from river_compile.config import RiverConfig
-from river_compile.errors import ArtifactError, OptionError, RankError
+from river_compile.errors import OptionError, RankError, TwinsError
 from river_compile.passes.dtensor_locals import is_shard
 from river_compile.passes.nodes import called, value_of
 from river_compile.upstream.tensors import local_of
@@ -130,13 +130,13 @@ class Ranks:
             raise
 
     def folder(self, folder: str | Path) -> Path:
-        """Return the folder of this rank's saved twins; raise an ArtifactError if their number of ranks differs."""
+        """Return the folder of this rank's saved twins; raise an TwinsError if their number of ranks differs."""
         whole = Path(folder)
         others = sorted(_saved_sizes(whole) - {str(self.size)})
         if others:
-            raise ArtifactError(
+            raise TwinsError(
                 f"{whole} holds the twins of a model on {others[0]} ranks, and this one runs on {self.size}. Start "
-                f"{others[0]} processes, or save its twins to another folder without artifact=."
+                f"{others[0]} processes, or save its twins to another folder without twins=."
             )
         return whole / self.name if self.several else whole
 
@@ -182,8 +182,8 @@ def _unsupported_options(config: RiverConfig, mode: str | None) -> Iterator[str]
             f"offload={config.offload} is not available under tensor parallelism, where each rank holds a share of "
             "every block. Leave it out, or use more ranks."
         )
-    if config.cudagraphs or mode in ("reduce-overhead", "max-autotune"):
-        asked = f"cudagraphs={config.cudagraphs!r}" if config.cudagraphs else f"mode={mode!r}"
+    if config.graphs or mode in ("reduce-overhead", "max-autotune"):
+        asked = f"graphs={config.graphs!r}" if config.graphs else f"mode={mode!r}"
         yield f"{asked} is not available under {NOT_CAPTURED}. Leave it out."
 
 

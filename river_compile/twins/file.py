@@ -25,7 +25,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from river_compile.compile_cache.folder import Entry, evict, is_trusted, warn_not_writable
-from river_compile.errors import ArtifactError, RiverWarning
+from river_compile.errors import RiverWarning, TwinsError
 from river_compile.kernels.files import atomic_write, locked
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES
@@ -48,7 +48,7 @@ FILE = "twins.safetensors"
 _PACKED = "packed"  # the folder in a cache entry
 _MANIFEST_2 = "river.json"  # the manifest of version 2
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_hash")}
-_NEW = "leave artifact= out and save a new one"
+_NEW = "leave twins= out and save a new one"
 _INFINITIES = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # all bits of the exponent
 _DTYPES = {
     torch.float32: "F32",
@@ -114,13 +114,13 @@ class _Saved:
 
 
 def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
-    """Write current weights to a new folder, completely or not at all; raise an ArtifactError if it fails."""
+    """Write current weights to a new folder, completely or not at all; raise an TwinsError if it fails."""
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot save to {folder!s:.200}: {error}") from error
+        raise TwinsError(f"cannot save to {folder!s:.200}: {error}") from error
     if taken:
-        raise ArtifactError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
+        raise TwinsError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
     for twin in weights:
@@ -146,7 +146,7 @@ def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
             scratch.mkdir()
             write_tensors(scratch / FILE, tensors, metadata)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot save to {folder}: {error}") from error
+        raise TwinsError(f"cannot save to {folder}: {error}") from error
 
 
 def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> None:
@@ -159,11 +159,11 @@ def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> Non
             if not (folder / FILE).exists():
                 write(folder, make())
     except OSError as error:
-        raise ArtifactError(f"cannot save to {folder!s:.200}: {error}") from error
+        raise TwinsError(f"cannot save to {folder!s:.200}: {error}") from error
 
 
 class TwinFile:
-    """A checked file of saved twins; its tensors are memory-mapped. Raises an ArtifactError."""
+    """A checked file of saved twins; its tensors are memory-mapped. Raises an TwinsError."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -172,9 +172,7 @@ class TwinFile:
             self._matrices = self._read_matrices()
             self._tensors = map_tensors(self._file)
         except FileNotFoundError as error:
-            raise self._refusal(
-                "No such file", "artifact= takes a folder that river_compile.save_twins wrote"
-            ) from error
+            raise self._refusal("No such file", "twins= takes a folder of river_compile.save_twins") from error
         except (OSError, SafetensorError) as error:
             raise self._refusal(f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
@@ -185,22 +183,22 @@ class TwinFile:
         return {matrix.name for matrix in self._matrices}
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise an ArtifactError for a weight of none of these linears, merged or not."""
+        """Raise an TwinsError for a weight of none of these linears, merged or not."""
         linears = {linear for name in names for linear in name.split("|")}
         for matrix in self._matrices:
             if not linears.issuperset(matrix.name.split("|")):
                 raise self._refusal(
                     f"it holds a matrix {matrix.name}, which this model does not have",
-                    f"name the artifact of this model, or {_NEW}",
+                    f"name the saved twins of this model, or {_NEW}",
                 )
 
     def find(self, matmul: Matmul, quantizer: str, digest: str) -> tuple[PackedLinear, dict[str, Any]]:
-        """Return a matmul's saved weight and its `TwinWeight` fields; raise an ArtifactError without one."""
+        """Return a matmul's saved weight and its `TwinWeight` fields; raise an TwinsError without one."""
         matrices = [matrix for matrix in self._matrices if matrix.name == matmul.name]
         if not matrices:
             raise self._refusal(
                 f"it holds no matrix {matmul.name}",
-                "it is another model's or was saved with an exit_depth that leaves this one out. Leave artifact= out "
+                "it is another model's or was saved with an exit_depth that leaves this one out. Leave twins= out "
                 "and save a new one",
             )
         ways = {(matrix.asked, matrix.group_size): matrix for matrix in matrices}
@@ -215,7 +213,7 @@ class TwinFile:
         if matrix.weights_hash != digest or matrix.shape != matmul.shape:
             raise self._refusal(
                 f"{matmul.name} was made from other weights than this model's",
-                f"name the artifact of this model, or {_NEW}",
+                f"name the saved twins of this model, or {_NEW}",
             )
         input_scale = self._tensors.get(f"{matrix.key}.input_scale")
         if input_scale is not None and not matmul.scales_inputs:
@@ -237,7 +235,7 @@ class TwinFile:
             raise self._refusal(_other_version("2"))
         metadata = read_metadata(self._file)
         if metadata.get("format") != FORMAT:
-            raise self._refusal("it holds no saved twins", "artifact= takes a folder of river_compile.save_twins")
+            raise self._refusal("it holds no saved twins", "twins= takes a folder of river_compile.save_twins")
         if metadata.get("version") != str(VERSION):
             raise self._refusal(_other_version(metadata.get("version")))
         if not is_whole(self._file, metadata):
@@ -272,8 +270,8 @@ class TwinFile:
         if left:
             raise self._refusal(f"{next(iter(left))} belongs to no matrix")
 
-    def _refusal(self, why: str, fix: str = "save the artifact again") -> ArtifactError:
-        return ArtifactError(f"{self._file}: {why}; {fix}")
+    def _refusal(self, why: str, fix: str = "save the twins again") -> TwinsError:
+        return TwinsError(f"{self._file}: {why}; {fix}")
 
 
 def entry_for(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: str) -> Entry:
@@ -292,7 +290,7 @@ def open_stored(entry: Entry) -> TwinFile | None:
         return None
     try:
         found = TwinFile(folder)
-    except ArtifactError as error:
+    except TwinsError as error:
         warnings.warn(f"cached weights cannot be used and are quantized again: {error}", RiverWarning, stacklevel=2)
         shutil.rmtree(entry.folder, ignore_errors=True)
         return None
@@ -315,7 +313,7 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
                 folder.chmod(0o700)
                 (folder / FILE).chmod(0o600)
                 entry.describe()
-    except (ArtifactError, OSError) as error:
+    except (TwinsError, OSError) as error:
         warn_not_writable(error)
     evict()
 

@@ -103,12 +103,12 @@ class TwinWeights:
         savable: Sequence[Matmul] = (),  # contents of saved twins that are to be written
         refresh: bool = False,  # parameters have changed: no file has their weights, and own text is sampled again
     ) -> ProgramWeights:
-        """Return the packed weights of matmuls; make missing ones. Raises an ArtifactError or OptionError."""
+        """Return the packed weights of matmuls; make missing ones. Raises an TwinsError or OptionError."""
         with self._lock:
             start = time.perf_counter()
             parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*matmuls, *savable)}
             job = _Job(config, statistics, device, parameters, self._digests_of(parameters), refresh)
-            if config.artifact is not None and not refresh:
+            if config.twins is not None and not refresh:
                 job.file = self._file_of(job, savable)
                 job.file.check_names(every)
             keys = {matmul: job.key(matmul) for matmul in matmuls}
@@ -189,8 +189,8 @@ class TwinWeights:
     def _file_of(self, job: _Job, savable: Sequence[Matmul]) -> TwinFile:
         """Return the file that the options name; write it first if missing and the options say so."""
         ranks = job.statistics.ranks
-        folder = ranks.folder(Path(job.config.artifact or ""))
-        if job.config.on_missing_artifact == "save":
+        folder = ranks.folder(Path(job.config.twins or ""))
+        if job.config.on_missing_twins == "save":
             # Ranks run the model together, so none may do so while others wait for the file's lock.
             if ranks.several and savable and job.observes and not ranks.every((folder / FILE).exists()):
                 job.statistics = replace(job.statistics, observed=job.statistics.collect()[0])
@@ -222,7 +222,7 @@ class TwinWeights:
         others = [matmul for matmul in matmuls if matmul not in there]  # that a backbone's file omits
         return self._loaded(job, there, file, str(file.folder)) | (self._made(job, others, lossless) if others else {})
 
-    def _loaded(self, job: _Job, matmuls: Sequence[Matmul], file: TwinFile, artifact: str) -> dict[Matmul, TwinWeight]:
+    def _loaded(self, job: _Job, matmuls: Sequence[Matmul], file: TwinFile, folder: str) -> dict[Matmul, TwinWeight]:
         """Load weights from a file. All are looked up before the first is packed: all or none fit."""
         asked = {matmul: job.quantizer(matmul.lossless) for matmul in matmuls}
         saved = {matmul: file.find(matmul, asked[matmul], job.digests[matmul]) for matmul in matmuls}
@@ -232,7 +232,7 @@ class TwinWeights:
             made = pack_weight(
                 matmul, job.parameters[matmul], job.digests[matmul], asked[matmul], grid, facts, job.device
             )
-            return replace(made, artifact=artifact)
+            return replace(made, folder=folder)
 
         return dict(zip(matmuls, _in_threads(load, matmuls), strict=True))
 
@@ -303,7 +303,7 @@ def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameter
         raise OptionError(
             f"a calibrated quantizer needs statistics of every weight, and no observed text reached "
             f"{matmul.name}; give other texts as calibration_data= before the first generation, "
-            "name an artifact=, or use quantizer='hqq'"
+            "name a folder of saved twins (twins=), or use quantizer='hqq'"
         )
     return moments
 

@@ -64,7 +64,7 @@ class TwinWeight:
     input_scale: Tensor | None = None  # float32 [K], by which inputs are divided
     digest: str  # of the parameters that it was made from
     made_from: tuple[TensorWeakRef, ...]  # those parameters
-    artifact: str = ""  # the folder of its file, empty if it was quantized here
+    folder: str = ""  # the folder of its file, empty if it was quantized here
 
     @property
     def name(self) -> str:

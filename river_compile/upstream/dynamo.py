@@ -210,7 +210,7 @@ def untraceable(model: nn.Module) -> str:
     return layer and (
         f"{layer} is a layer of compressed-tensors, whose code cannot be traced. Load the model with "
         "quantization_config=CompressedTensorsConfig(dequantize=True), of transformers 5.21 or newer; "
-        "backbone_weights='8bit' still reads 8-bit weights"
+        "target_weights='8bit' still reads 8-bit weights"
     )
 
 

@@ -23,7 +23,7 @@ from tests.support.families import make, prompt
 from tests.support.tokenizers import byte_tokenizer
 from tools.families.tiny import tiny_model
 
-OPTIONS = {"lowering": "eager", "group_size": 32}
+OPTIONS = {"kernels": "eager", "group_size": 32}
 EXACT = {**OPTIONS, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"}
 
 
@@ -369,7 +369,7 @@ def test_strict_is_an_error_where_it_cannot_be_kept():
             "num_assistant_tokens=3 is about drafts, .* use quality='exact'",
         ),
         ({"calibration": 3}, "calibration=3 is not allowed; it must be a path"),
-        ({"artifact": "/nope"}, "/nope/twins.safetensors: No such file"),
+        ({"twins": "/nope"}, "/nope/twins.safetensors: No such file"),
     ],
 )
 def test_bad_arguments_are_named_and_change_nothing(arguments, message):
@@ -462,11 +462,11 @@ def test_from_pretrained_loads_and_accelerates(tmp_path):
     plain().save_pretrained(folder)
     first = river_compile.from_pretrained(folder, **EXACT)
     expected = generate(first)
-    artifact = river_compile.save_twins(first, tmp_path / "twins")
-    model = river_compile.from_pretrained(folder, artifact=artifact, **EXACT)
+    twins = river_compile.save_twins(first, tmp_path / "twins")
+    model = river_compile.from_pretrained(folder, twins=twins, **EXACT)
     assert torch.equal(generate(model), expected)
     assert model.dtype == torch.float32
-    assert all(matrix["artifact"] for matrix in river_compile.report(model).to_dict()["matrices"])
+    assert all(matrix["folder"] for matrix in river_compile.report(model).to_dict()["matrices"])
     half = river_compile.from_pretrained(folder, quality="fast", dtype="bfloat16", **OPTIONS)
     assert half.dtype == torch.bfloat16
 
@@ -488,7 +488,7 @@ def test_whatever_is_no_model_is_named_by_its_type(wrong):
 
 
 @pytest.mark.parametrize(
-    "name", ["quality", "calibration", "artifact", "group_size", "threshold", "num_assistant_tokens", "strict"]
+    "name", ["quality", "calibration", "twins", "group_size", "threshold", "num_assistant_tokens", "strict"]
 )
 def test_a_wrong_value_is_shown_in_short(name):
     for wrong in (Huge(), plain(), {i: i for i in range(5000)}):
@@ -512,7 +512,7 @@ def test_calibration_data_is_what_the_twins_are_calibrated_on(given):
     if given == "texts":
         data = ["a text like mine", "and another one"]
         tokenizer = lambda text: {"input_ids": [ord(c) % 100 for c in text]}  # noqa: E731
-    options = {"quantizer": "gptq", "lowering": "eager", "group_size": 32, "compile_cache": False}
+    options = {"quantizer": "gptq", "kernels": "eager", "group_size": 32, "compile_cache": False}
     model = river_compile.accelerate(plain(), calibration_data=data, tokenizer=tokenizer, **options)
     generate(model)
     assert {twin.statistics.partition(" ")[2] for twin in river_compile.report(model).packed} == {"observed tokens"}

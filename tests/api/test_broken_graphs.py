@@ -11,7 +11,7 @@ from river_compile.lowering.inductor import warn_once
 from tests.support.families import make, prompt
 
 OPTIONS = {
-    "lowering": "eager",
+    "kernels": "eager",
     "group_size": 32,
     "num_assistant_tokens": 1,
     "num_assistant_tokens_schedule": "constant",

@@ -17,7 +17,7 @@ from tests.support.families import make, prompt
 from tools.recorder import recording
 
 # (The recorder stands for a device that captures, so that a static cache is what pays.)
-OPTIONS = {"lowering": "eager", "group_size": 32, "cudagraphs": True}
+OPTIONS = {"kernels": "eager", "group_size": 32, "graphs": True}
 QUALITIES = {
     "exact": {"num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"},
     "fast": {"quantizer": "none", "threshold": 2.0},

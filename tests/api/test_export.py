@@ -13,7 +13,7 @@ import river_compile
 from river_compile import RiverError, export, report
 from river_compile.api.twins import FORMATS
 from river_compile.backend import river
-from river_compile.errors import ArtifactError, OptionError
+from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.quant.grid import quantize
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
@@ -66,7 +66,7 @@ def test_the_folder_holds_nibbles_and_says_so(tmp_path):
 )
 def test_what_the_format_cannot_hold_is_refused(family, words, tmp_path):
     model = packed(family)
-    with pytest.raises(ArtifactError, match=words):
+    with pytest.raises(TwinsError, match=words):
         export(model, tmp_path / "w4")
     assert list(tmp_path.iterdir()) == []
 
@@ -75,11 +75,11 @@ def test_arguments(tmp_path):
     with pytest.raises(OptionError, match=f"format='gguf' is unknown; use {FORMATS[0]!r}"):
         export(make("llama"), tmp_path / "w4", format="gguf")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="it exists and is not an empty folder"):
+    with pytest.raises(TwinsError, match="it exists and is not an empty folder"):
         river_compile.export(make("llama"), tmp_path)
 
 
-QUICK = {"lowering": "eager", "group_size": 32, "quantizer": "rtn", "compile_cache": False}
+QUICK = {"kernels": "eager", "group_size": 32, "quantizer": "rtn", "compile_cache": False}
 
 
 @pytest.mark.parametrize("state", ["plain", "accelerated", "compiled"])
@@ -89,7 +89,7 @@ def test_any_model_is_exported_in_one_step_and_left_as_it_was(state, tmp_path):
     if state == "accelerated":
         river_compile.accelerate(model, **QUICK)
     elif state == "compiled":
-        model.compile(backend=river, options={"lowering": "eager", "group_size": 32, "quantizer": "rtn"})
+        model.compile(backend=river, options={"kernels": "eager", "group_size": 32, "quantizer": "rtn"})
     settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     text = model.generate(prompt(), **settings)
     twins = report(model).packed
@@ -108,9 +108,9 @@ def test_twins_are_saved_before_and_after_the_first_token(ran, tmp_path):
     if ran:
         model.generate(prompt(), max_new_tokens=2, do_sample=False)
     folder = river_compile.save_twins(model, tmp_path / "twins")
-    again = river_compile.accelerate(make("llama", layers=2), artifact=folder, **QUICK)
+    again = river_compile.accelerate(make("llama", layers=2), twins=folder, **QUICK)
     assert torch.equal(*(m.generate(prompt(), max_new_tokens=6, do_sample=False) for m in (model, again)))
-    assert {twin.artifact for twin in report(again).packed} == {str(folder)}
+    assert {twin.folder for twin in report(again).packed} == {str(folder)}
 
 
 def test_a_model_that_was_never_accelerated_has_no_twins_to_save(tmp_path):

@@ -32,7 +32,7 @@ def accelerated(quality="exact", dtype=torch.float32, family="llama", config=Non
 def eager():
     """Returns a model whose blocks run operator by operator, with the bits of the plain model."""
     with recording():
-        yield lambda quality="exact", **more: accelerated(quality, lowering="eager", cudagraphs=True, **more)
+        yield lambda quality="exact", **more: accelerated(quality, kernels="eager", graphs=True, **more)
 
 
 class Scores(LogitsProcessor):
@@ -146,7 +146,7 @@ def test_saved_texts_are_bounded_and_the_oldest_goes(eager, monkeypatch):
 def one():
     """A model for tests that change nothing of it."""
     with recording():
-        yield accelerated(lowering="eager", cudagraphs=True)
+        yield accelerated(kernels="eager", graphs=True)
 
 
 @pytest.mark.parametrize(

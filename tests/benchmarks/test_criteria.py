@@ -17,7 +17,7 @@ NAMES = ("similarity", "confidence")
 @pytest.fixture(scope="module")
 def rows():
     samples = [prompt(CONTEXT + TOKENS, seed=seed) for seed in range(2)]
-    base = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}
+    base = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
     with torch.inference_mode():
         return criteria.measure(make("llama", layers=LAYERS), samples, CONTEXT, False, base)
 

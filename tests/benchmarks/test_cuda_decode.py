@@ -215,7 +215,7 @@ def eagerly(monkeypatch):
     compile_model = torch.nn.Module.compile
 
     def compiled(model, **settings):
-        settings["options"] |= {"lowering": "eager", "cudagraphs": True}
+        settings["options"] |= {"kernels": "eager", "graphs": True}
         return compile_model(model, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
@@ -255,7 +255,7 @@ def test_exact_mode_s_rows(tiny, monkeypatch, no_grad):
     compile_model = torch.nn.Module.compile
 
     def compiled(model, options, backend):
-        compile_model(model, backend=lowered(FUSED), options={**options, "cudagraphs": True})
+        compile_model(model, backend=lowered(FUSED), options={**options, "graphs": True})
 
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     monkeypatch.setattr(cuda_worker, "_REPEATS", 1)

@@ -58,7 +58,7 @@ def test_nothing_is_learned_from_the_texts_that_are_tested():
 def test_a_tiny_model_is_measured_by_kind_of_text(monkeypatch):
     monkeypatch.setattr(fitted, "TOKENS", 8)
     kinds = {"one": [prompt(11, seed=seed) for seed in range(4)], "other": [prompt(11, seed=9) for _ in range(4)]}
-    base = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}
+    base = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
     with torch.inference_mode():
         found = fitted.measure(make("llama", layers=3), kinds, False, base)
     assert found.keys() == kinds.keys()

@@ -13,7 +13,7 @@ from benchmarks.quality import entries, run
 from benchmarks.quality.plots import draw, plot
 from tests.support.families import VOCABULARY, make
 
-BASE = {"lowering": "eager", "group_size": 32}
+BASE = {"kernels": "eager", "group_size": 32}
 
 
 class Letters:

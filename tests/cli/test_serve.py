@@ -43,7 +43,7 @@ class Served:
         options = {
             "num_assistant_tokens": 1,
             "num_assistant_tokens_schedule": "constant",
-            "lowering": "auto",
+            "kernels": "auto",
             "group_size": 32,
         }
         self.server = serve.make_server(folder, "127.0.0.1", self.port, "float32", **more, **options)

@@ -54,7 +54,7 @@ def fields(value):
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return programs_of("llama", lowering="eager")[0]
+    return programs_of("llama", kernels="eager")[0]
 
 
 def code(graph: fx.Graph, owner: nn.Module | None = None) -> Code:

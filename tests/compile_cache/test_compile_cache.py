@@ -25,7 +25,7 @@ from river_compile.kernels.native.build import CannotBuild
 from tests.support.examples import slow_but
 from tests.support.families import FAMILIES, each, make, prompt
 
-OPTIONS = {"lowering": "native", "group_size": 32, "quantizer": "rtn"}
+OPTIONS = {"kernels": "native", "group_size": 32, "quantizer": "rtn"}
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ class TestASecondStart:
         assert torch.equal(first[1], second)
         assert {graph.origin for graph in found.graphs} == {"stored"}
         assert "prefill        3 blocks, static cache, from the compile cache;" in str(found)
-        assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {
+        assert {twin.folder for graph in found.graphs for twin in graph.twins} == {
             str(next(used.glob("twins-*/packed")))
         }
 
@@ -162,7 +162,7 @@ class TestAnotherModel:
         start(quality="fast", exit_depth=0)
         text, none, found = start(quality="fast", exit_depth=0, change=change)
         assert none == 0
-        assert {twin.artifact for graph in found.graphs for twin in graph.twins} == {""}
+        assert {twin.folder for graph in found.graphs for twin in graph.twins} == {""}
         os.environ["RIVER_COMPILE_CACHE_DIR"] = "0"
         assert torch.equal(text, start(quality="fast", exit_depth=0, change=change)[0])
 
@@ -268,7 +268,7 @@ class TestWithoutIt:
     def test_nothing_is_written_if_the_environment_says_so(self, tmp_path, monkeypatch):
         monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
         monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", "0")
-        start(lowering="auto")
+        start(kernels="auto")
         assert not (tmp_path / "compile_cache").exists()
 
     def test_nothing_is_written_if_the_call_says_so(self, cache):

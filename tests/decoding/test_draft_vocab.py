@@ -15,7 +15,7 @@ from river_compile.runtime.state import DraftVocab
 from tests.support.decoding import session_on
 
 VOCABULARY = 10_010  # (of a length that no block divides)
-OPTIONS = {"lowering": "native", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": "native", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 
 
 def model_of(seed: int = 0) -> LlamaForCausalLM:

@@ -32,7 +32,7 @@ from tools.families.tiny import tiny_model
 NEW_TOKENS = 24
 LAYERS = 2
 MAX_DRAFT = 3
-OPTIONS = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}  # drafts need not be good
+OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}  # drafts need not be good
 BY_DEFAULT = ("llama", "gemma3", "mixtral")  # full attention, windows among it, experts
 SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
 
@@ -181,7 +181,7 @@ class Seen(LogitsProcessor, BaseStreamer):
 def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype):
     """On River's own kernels: ids, logits and cache. (Several rows do not draft.)"""
     ids, mask = padded_row(length=7) if batch == 1 else padded(batch, length=7)
-    model = compiled(name, dtype=dtype, lowering="native", first_exit=1)
+    model = compiled(name, dtype=dtype, kernels="native", first_exit=1)
     options = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
     with river_compile.trace() as trace:
         ours = exactly(model, ids, mask, strict=True, **options)
@@ -196,7 +196,7 @@ def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype)
     assert any(cycle.width > 1 for cycle in trace.cycles) == (batch == 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"lowering": "native", "backbone": "model"}])
+@pytest.mark.parametrize("options", [{}, {"kernels": "native", "target_kernels": "model"}])
 def test_what_strict_cannot_keep_is_an_error(options):
     reason = "strict=True cannot be kept for this LlamaForCausalLM: .*not River's own"
     with pytest.raises(ExactModeError, match=reason):
@@ -340,7 +340,7 @@ def test_an_assistant_model_is_refused_by_name(shared):
 def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
     """CPM-Ant's positions attend to those that follow, so a pass of several tokens gives others than several passes."""
     model = tiny_model("cpmant")
-    model.compile(backend=river, options={"lowering": "eager", "group_size": 32})
+    model.compile(backend=river, options={"kernels": "eager", "group_size": 32})
     with pytest.raises(ValueError, match="CpmAntForCausalLM takes the whole text in every pass"):
         exactly(model, prompt(), static=False)
 
@@ -410,7 +410,7 @@ def counting(*args):
 
 ids = prompt(12)
 model = make("llama").to("cuda")
-model.compile(backend=river, options={**OPTIONS, "cudagraphs": True})
+model.compile(backend=river, options={**OPTIONS, "graphs": True})
 options = {"prompt_lookup_num_tokens": 0, "max_new_tokens": 30}
 exactly(model, ids.cuda(), **options)
 with mock.patch.multiple(card, _refuse=refusing), mock.patch.object(card.Clock, "run", running):

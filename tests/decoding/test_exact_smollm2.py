@@ -155,7 +155,7 @@ def test_bfloat16_texts_of_weights_in_12_bits_are_those_of_16():
     accelerated = []
     for weights in ("model", "12bit"):
         model, tokenizer = demo_models.load("smollm2", dtype="bfloat16")
-        accelerated.append(river_compile.accelerate(model, strict=True, quantizer="rtn", backbone_weights=weights))
+        accelerated.append(river_compile.accelerate(model, strict=True, quantizer="rtn", target_weights=weights))
     for chat in CHATS:
         ids = shared.encode(tokenizer, chat)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}

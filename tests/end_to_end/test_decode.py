@@ -116,7 +116,7 @@ def test_options_mean_the_same(options):
 def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     """The prompt and one step of each kind go through it and Dynamo; later ones run its graph alone."""
     model = make(name, layers=2)
-    model.compile(backend=river, options={"lowering": "eager", "quantizer": "none"})
+    model.compile(backend=river, options={"kernels": "eager", "quantizer": "none"})
     theirs = generate(model)
     calls = counts_calls(model)
     ours = generate(model, custom_generate=decode)

@@ -25,7 +25,7 @@ DYNAMIC = [
     "mixtral",
     "mpt",
 ]  # every form of block; the cache code is one for all
-EAGER = {"lowering": "eager", "quantizer": "none", "first_exit": 1}
+EAGER = {"kernels": "eager", "quantizer": "none", "first_exit": 1}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_generating_under_autocast(family):
 def test_half_precision_models_keep_their_dtype(dtype):
     """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to never leaving."""
     model = make("qwen2", dtype=dtype, layers=2)
-    model.compile(backend=river, options={"lowering": "eager", "quantizer": "rtn", "group_size": 32})
+    model.compile(backend=river, options={"kernels": "eager", "quantizer": "rtn", "group_size": 32})
     never, left = (decode(model, new_cache(model, "static"), [depth], plain_prompt=True)[-1] for depth in (2, 1))
     assert left.dtype == never.dtype == dtype
     assert left.isfinite().all()

@@ -19,7 +19,7 @@ TEXT = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "pad_token_id": 0,
 }  # fmt: skip
-EAGER = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+EAGER = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 NEW_TOKENS = 10
 
 

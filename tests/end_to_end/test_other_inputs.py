@@ -20,7 +20,7 @@ from tests.support.decoding import new_cache
 from tests.support.families import COMMON, make, prompt
 
 NEW_TOKENS = 4
-EAGER = {"lowering": "eager", "quantizer": "none", "first_exit": 1, "on_unsupported": "raise"}
+EAGER = {"kernels": "eager", "quantizer": "none", "first_exit": 1, "on_unsupported": "raise"}
 
 
 def lfm2() -> PreTrainedModel:

@@ -20,7 +20,7 @@ from river_compile.evaluation.meter import TextDecoder
 from tests.support.families import make
 from tests.support.tokenizers import byte_tokenizer
 
-QUICK = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}
+QUICK = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
 CHOICES = ["a b", "cd", " efg"]
 TEXTS = [f"question {n}, and what follows it:" for n in "abcd"]
 

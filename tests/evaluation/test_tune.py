@@ -19,7 +19,7 @@ from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
 
 CONTEXT, TOKENS = 4, 4
-OPTIONS = {"lowering": "eager", "group_size": 32, "quantizer": "rtn"}
+OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
 TEXTS = [" ".join(map(str, prompt(CONTEXT + TOKENS, seed=seed)[0].tolist())) for seed in range(40)]
 
 

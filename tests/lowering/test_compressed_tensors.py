@@ -84,14 +84,14 @@ def test_their_numbers_are_read_as_they_are(tmp_path, form):
     """Scores are as near to those of the file's values as the plain model's, whose weights are rounded to 16 bits."""
     exact = generate(written(tmp_path, *FORMATS[form]))[1]
     own = generate(loaded(tmp_path))[1]
-    packed, plain = accelerated(loaded(tmp_path), backbone_weights="8bit"), loaded(tmp_path)
+    packed, plain = accelerated(loaded(tmp_path), target_weights="8bit"), loaded(tmp_path)
     text, scores = generate(packed)
     matrices = [p for n, p in plain.named_parameters() if p.dim() == 2 and "layers" in n]
     assert sum(p.numel() for p in matrices) <= bytes_in_8_bits(packed) < sum(p.nbytes for p in plain.parameters())
     length = plain.config.vocab_size
     mine, theirs = ((x[:length].float() - exact[:length]).abs().mean() for x in (scores, own))
     assert mine <= 1.2 * theirs
-    undrafted = accelerated(loaded(tmp_path), "fast", threshold=1.0, backbone_weights="8bit")
+    undrafted = accelerated(loaded(tmp_path), "fast", threshold=1.0, target_weights="8bit")
     assert torch.equal(generate(undrafted)[0], text)
 
 
@@ -107,7 +107,7 @@ def test_the_text_is_the_plain_models(tmp_path, form, weights):
     exact = written(tmp_path, *FORMATS[form], torch.float32)
     expected, expected_scores = generate(loaded(tmp_path))
     assert torch.equal(generate(exact)[0], expected)
-    text, scores = generate(accelerated(loaded(tmp_path), "exact", backbone_weights=weights))
+    text, scores = generate(accelerated(loaded(tmp_path), "exact", target_weights=weights))
     assert torch.equal(text, expected)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-4)
 

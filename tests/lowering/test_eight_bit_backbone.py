@@ -32,7 +32,7 @@ def quantized(family="llama", config=CONFIGS[0]):
 
 
 def accelerated(model, quality="strict", **options):
-    return river_compile.accelerate(model, quality, quantizer="rtn", group_size=32, lowering="native", **options)
+    return river_compile.accelerate(model, quality, quantizer="rtn", group_size=32, kernels="native", **options)
 
 
 def dequantized(model):
@@ -91,7 +91,7 @@ def test_what_a_file_in_q8_0_is_loaded_to_has_the_text_of_its_float32(family):
     """A prompt in float32 is a library's, so scores differ by rounding."""
     models = [as_of_q8_0(make(family, layers=2)) for _ in range(2)]
     packed, plain = (
-        accelerated(model, backbone_weights=weights) for model, weights in zip(models, ("8bit", "model"), strict=True)
+        accelerated(model, target_weights=weights) for model, weights in zip(models, ("8bit", "model"), strict=True)
     )
     (text, scores), (expected, expected_scores) = generate(packed), generate(plain)
     assert torch.equal(text, expected)
@@ -106,7 +106,7 @@ def test_a_file_in_q8_0_may_be_loaded_in_16_bits():
     exact, plain, packed = (as_of_q8_0(make("llama", layers=2)) for _ in range(3))
     scores = [
         generate(model)[1][: exact.config.vocab_size].float()
-        for model in (exact, plain.bfloat16(), accelerated(packed.bfloat16(), backbone_weights="8bit"))
+        for model in (exact, plain.bfloat16(), accelerated(packed.bfloat16(), target_weights="8bit"))
     ]
     size = sum(p.numel() for n, p in packed.named_parameters() if p.dim() == 2 and "layers" in n)
     assert all(graph["lossless_bytes"] >= size for graph in report(packed).to_dict()["graphs"])
@@ -121,7 +121,7 @@ def test_a_matrix_is_packed_by_what_it_is_when_a_text_begins():
     for model in models:
         weight = model.get_submodule(DOWN).weight
         weight.mul_(torch.linspace(0.5, 1.5, weight.shape[1]))
-    packed, plain = (accelerated(models[i], backbone_weights=how) for i, how in enumerate(("8bit", "model")))
+    packed, plain = (accelerated(models[i], target_weights=how) for i, how in enumerate(("8bit", "model")))
     assert torch.equal(generate(packed)[0], generate(plain)[0])
     for model in models:
         model.get_submodule(DOWN).weight.copy_(model.model.layers[0].mlp.down_proj.weight)
@@ -133,5 +133,5 @@ def test_a_matrix_is_packed_by_what_it_is_when_a_text_begins():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_weights_are_no_such_file(dtype):
-    with pytest.raises(OptionError, match="backbone_weights='8bit' is for weights that are numbers of 8 bits"):
-        generate(accelerated(make("llama", layers=2, dtype=dtype), backbone_weights="8bit"))
+    with pytest.raises(OptionError, match="target_weights='8bit' is for weights that are numbers of 8 bits"):
+        generate(accelerated(make("llama", layers=2, dtype=dtype), target_weights="8bit"))

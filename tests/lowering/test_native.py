@@ -65,7 +65,7 @@ def test_the_option_reaches_the_kernels_through_inductor():
     ids, mask = left_padded(2)
     for backend in (river, lowered(Lowering("eager", "native", False))):
         torch._dynamo.reset()
-        model.compile(backend=backend, options={**OPTIONS, "lowering": "native", "exit_depth": 0})
+        model.compile(backend=backend, options={**OPTIONS, "kernels": "native", "exit_depth": 0})
         cache = new_cache(model, "full")
         model.forward(input_ids=ids, attention_mask=mask, past_key_values=cache)
         longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -124,7 +124,7 @@ def test_passes_of_several_tokens_compute_what_the_model_does(name, compiler):
 def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
     """Nothing but the prologue of a step goes through Inductor; up to eight rows no sum depends on the others."""
     model = make(name, layers=2, dtype=torch.bfloat16)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
+    model.compile(backend=river, options={**OPTIONS, "kernels": "native"})
     found = [torch.cat(passes(model, widths, batch=1)[1:], 1) for widths in ([1] * 8, [8], [3, 5], [2, 4, 2])]
     assert all(torch.equal(logits, found[0]) for logits in found[1:])
     for graph in report(model).to_dict()["graphs"]:
@@ -137,7 +137,7 @@ def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_foll
     """Every unit of a step is captured; with another prologue that would be one of its own, which is not."""
     model = make("llama", layers=2, dtype=torch.bfloat16)
     model.model.rotary_emb.to(dtype)  # (float32 where a model is loaded, the model's where it was cast)
-    options = {"quantizer": "rtn", "group_size": 32, "lowering": "native", "exit_depth": 0}
+    options = {"quantizer": "rtn", "group_size": 32, "kernels": "native", "exit_depth": 0}
     river_compile.accelerate(model, "fast", compile_cache=False, **options)
     model.generate(prompt(), max_new_tokens=4, do_sample=False, pad_token_id=0)
     graphs = [graph for graph in report(model).to_dict()["graphs"] if graph["captures"]["captures"]]
@@ -146,11 +146,11 @@ def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_foll
 
 
 def test_which_layout_is_chosen(monkeypatch):
-    chosen = choose_lowering(RiverConfig(lowering="native"), CPU)
+    chosen = choose_lowering(RiverConfig(kernels="native"), CPU)
     assert chosen == Lowering("inductor", "native", True)
-    assert choose_lowering(RiverConfig(lowering="native", quantizer="none"), CPU).layout == "plain"
-    with pytest.raises(OptionError, match="lowering='native' has no kernel for a model on a GPU"):
-        choose_lowering(RiverConfig(lowering="native"), torch.device("cuda", 0))
+    assert choose_lowering(RiverConfig(kernels="native", quantizer="none"), CPU).layout == "plain"
+    with pytest.raises(OptionError, match="kernels='native' has no kernel for a model on a GPU"):
+        choose_lowering(RiverConfig(kernels="native"), torch.device("cuda", 0))
     monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
     assert choose_lowering(RiverConfig(), CPU) == chosen
     with warnings.catch_warnings():
@@ -160,8 +160,8 @@ def test_which_layout_is_chosen(monkeypatch):
 
 def test_products_in_plain_torch_are_announced_as_slow_once():
     inductor.warn_once.cache_clear()
-    lowering = choose_lowering(RiverConfig(lowering="inductor"), CPU)
-    with pytest.warns(RiverWarning, match=r"in plain torch, which is correct and slow\. Use lowering='auto'"):
+    lowering = choose_lowering(RiverConfig(kernels="inductor"), CPU)
+    with pytest.warns(RiverWarning, match=r"in plain torch, which is correct and slow\. Use kernels='auto'"):
         inductor.warn_of_slow_lowering(lowering, CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -190,7 +190,7 @@ def test_where_the_compiler_refuses_the_kernels_a_model_runs_plainly_and_it_is_s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lowering": "eager", "backbone": "river"}, "backbone='river' needs the kernels in C"),
+        ({"kernels": "eager", "target_kernels": "river"}, "target_kernels='river' needs the kernels in C"),
     ],
 )
 def test_what_needs_the_kernels_says_so(options, message):
@@ -208,7 +208,7 @@ def test_passes_of_gemma_are_recorded_whole(kv_heads):
     config = CONFIGS["gemma3"](2)
     config.sliding_window, config.num_key_value_heads = 2 * CAPACITY, kv_heads
     model = make("gemma3", dtype=torch.bfloat16, config=config)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "native", "criterion": "confidence", "threshold": 0.0})
+    model.compile(backend=river, options={**OPTIONS, "kernels": "native", "criterion": "confidence", "threshold": 0.0})
     passes(model, [1, 4, 2, 1], batch=1)
     for graph in report(model).to_dict()["graphs"]:
         assert graph["missed"] == []
@@ -220,7 +220,7 @@ def test_passes_of_gemma_are_recorded_whole(kv_heads):
 def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch):
     """In bfloat16, on the C++ kernels: the scores too, with drafts of one row that are verified several at a time."""
     model = make(name, layers=2, dtype=torch.bfloat16)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "native"})
+    model.compile(backend=river, options={**OPTIONS, "kernels": "native"})
     options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     options["disable_compile"] = True
     outputs = {"return_dict_in_generate": True, "output_logits": True}
@@ -251,7 +251,7 @@ def test_a_head_of_4_bits_gives_the_models_logits():
     for head in ("keep", "w4"):
         torch._dynamo.reset()
         model = make("llama", layers=2)
-        model.compile(backend=river, options={**OPTIONS, "lowering": "native", "exit_depth": 0, "lm_head": head})
+        model.compile(backend=river, options={**OPTIONS, "kernels": "native", "exit_depth": 0, "lm_head": head})
         cache = new_cache(model, "full")
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache)

@@ -27,8 +27,8 @@ def model_of(family="llama", **options):
 
 
 def accelerated(model, weights, quality="exact", **options):
-    options = {"quantizer": "rtn", "group_size": 32, "lowering": "native", **options}
-    return river_compile.accelerate(model, quality, backbone_weights=weights, **options)
+    options = {"quantizer": "rtn", "group_size": 32, "kernels": "native", **options}
+    return river_compile.accelerate(model, quality, target_weights=weights, **options)
 
 
 class Recorder(LogitsProcessor):
@@ -212,8 +212,8 @@ def test_other_qualities_have_it_too(quality):
 @pytest.mark.parametrize(
     ("options", "dtype", "message"),
     [
-        ({"lowering": "eager"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
-        ({"backbone": "model"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
+        ({"kernels": "eager"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
+        ({"target_kernels": "model"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
         ({}, torch.float32, r"is for weights in bfloat16, .* call model.to\(torch.bfloat16\)"),
     ],
 )

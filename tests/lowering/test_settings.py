@@ -38,7 +38,7 @@ def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
     def compiled():
         torch._dynamo.reset()
         model = make("llama", layers=2)
-        model.compile(backend=river, options={"lowering": "inductor", "quantizer": "none"})
+        model.compile(backend=river, options={"kernels": "inductor", "quantizer": "none"})
         with torch.no_grad():
             model(prompt())
         return {*tags}
@@ -67,7 +67,7 @@ def test_the_backend_asks_for_none_whether_it_captures_or_not(captures, monkeypa
 
     monkeypatch.setattr(building, "SegmentCompiler", note)
     model = make("llama", layers=2)
-    options = {"lowering": "eager", "quantizer": "none", "cudagraphs": captures}
+    options = {"kernels": "eager", "quantizer": "none", "graphs": captures}
     model.compile(backend=functools.partial(river, options=options, mode="reduce-overhead"))
     ids = prompt()
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)

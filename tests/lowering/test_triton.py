@@ -218,7 +218,7 @@ def test_through_inductor_and_captured(name):
     """
     expected = run(name)["results"][False]
     model = make(name, layers=LAYERS)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "cudagraphs": True})
+    model.compile(backend=river, options={**OPTIONS, "kernels": "triton", "graphs": True})
     cache = new_cache(model, "full")
     for _ in range(2):  # what ran once is captured the second time
         cache.reset()
@@ -249,7 +249,7 @@ def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch)
     monkeypatch.setattr(SegmentCompiler, "compile", counting)
     torch._dynamo.reset()
     model = make(name, layers=LAYERS)
-    model.compile(backend=river, options={**OPTIONS, "lowering": "triton", "exit_depth": 0})
+    model.compile(backend=river, options={**OPTIONS, "kernels": "triton", "exit_depth": 0})
     steps(model, new_cache(model, "full"), [0], batch)
     assert {counts for name, counts in found.items() if name.startswith("twin")} == {(5, 0)}
     shape = ModelShape("tiny", LAYERS, 64, 4, 2, 16, 128, 96)
@@ -258,7 +258,7 @@ def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch)
 
 @pytest.mark.slow
 def test_generated_products_alone():
-    """A GPU's lowering="inductor": no rule is asked, each 4-bit product is a kernel, all else Inductor's code."""
+    """A GPU's kernels="inductor": no rule is asked, each 4-bit product is a kernel, all else Inductor's code."""
     model = make("llama", layers=LAYERS)
     backend = lowered(Lowering("inductor", "triton", fuse=False))
     model.compile(backend=backend, options={**OPTIONS, "exit_depth": 0})
@@ -276,7 +276,7 @@ def test_generated_products_alone():
 @recording()
 def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     model = make("llama", layers=LAYERS)
-    options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "cudagraphs": True}
+    options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "graphs": True}
     model.compile(backend=lowered(FUSED), options=options)
     cache = new_cache(model, "full")
     for _ in range(2):  # what ran once is captured the second time
@@ -317,12 +317,12 @@ def test_two_rows_of_a_prompt_leave_through_fused_twins():
 
 
 def test_saved_twins_serve_both_layouts(tmp_path):
-    """An artifact holds grids: whichever lowering saved it, the other one packs the same weights from it."""
+    """Saved twins are grids: whichever lowering saved them, the other one packs the same weights."""
     grids = {}
     for lowering, source in ((FUSED, None), (UNFUSED, "triton"), (FUSED, "plain")):
         torch._dynamo.reset()
         model = make("qwen2", layers=LAYERS)
-        options = {**OPTIONS, "exit_depth": 1, "artifact": tmp_path / source if source else None}
+        options = {**OPTIONS, "exit_depth": 1, "twins": tmp_path / source if source else None}
         model.compile(backend=lowered(lowering), options=options)
         steps(model, new_cache(model, "full"), [1])
         grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
@@ -338,7 +338,7 @@ def test_which_lowering_is_chosen(monkeypatch):
     """By option and device; HIP devices are torch's "cuda" and need no word of their own."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     chosen = {
-        (option, device.type): choose_lowering(RiverConfig(lowering=option), device)
+        (option, device.type): choose_lowering(RiverConfig(kernels=option), device)
         for option in ("auto", "inductor", "triton", "eager")
         for device in (cpu, gpu)
     }
@@ -352,12 +352,12 @@ def test_which_lowering_is_chosen(monkeypatch):
         ("eager", "cpu"): Lowering("eager", "plain", False),
         ("eager", "cuda"): Lowering("eager", "triton", False),
     }
-    assert not choose_lowering(RiverConfig(lowering="triton", quantizer="none"), cpu).fuse
+    assert not choose_lowering(RiverConfig(kernels="triton", quantizer="none"), cpu).fuse
     with pytest.raises(OptionError, match="no 4-bit kernels for a model on xpu"):
         choose_lowering(RiverConfig(), torch.device("xpu"))
     monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="lowering='triton' needs Triton here, which is not installed"):
-        choose_lowering(RiverConfig(lowering="triton"), cpu)
+    with pytest.raises(OptionError, match="kernels='triton' needs Triton here, which is not installed"):
+        choose_lowering(RiverConfig(kernels="triton"), cpu)
 
 
 def test_the_interpreter_is_announced_once():
@@ -397,7 +397,7 @@ def test_tokens_of_smollm2(smollm2_folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt_neox", "mixtral"])
 def test_compiled_kernels_on_the_card(name, dtype):
-    """lowering="auto", captured: logits and caches of every depth are the CPU's; the report lists the same kernels."""
+    """kernels="auto", captured: logits and caches of every depth are the CPU's; the report lists the same kernels."""
     expected = run(name)
     model = make(name, layers=LAYERS).to("cuda", dtype)
     model.compile(backend=river, options=OPTIONS)

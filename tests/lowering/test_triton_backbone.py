@@ -1,4 +1,4 @@
-"""``backbone="river"`` with the generated kernels: 16-bit blocks multiply and attend by them, in passes of all widths.
+"""``target_kernels="river"`` with the generated kernels: 16-bit blocks run by them, in passes of all widths.
 
 Run in Triton's interpreter on CPU tensors, against the model as it is, and exact mode to the bit against decoding
 without drafts.
@@ -26,7 +26,7 @@ from tools.recorder import recording
 
 LAYERS = 2
 NEVER = [LAYERS] * 3
-OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "backbone": "river"}
+OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "target_kernels": "river"}
 
 
 def compiled(name: str, lowering: Lowering = FUSED, dtype: torch.dtype = torch.float32, **options):
@@ -92,7 +92,7 @@ def test_weights_in_12_bits(name):
     """Blocks and the head, with their norms, biases, gates and residuals; prompts unpack what they read."""
     outcomes = []
     for weights in ("model", "12bit"):
-        model = compiled(name, dtype=torch.bfloat16, backbone_weights=weights)
+        model = compiled(name, dtype=torch.bfloat16, target_weights=weights)
         outcomes.append(decode(model, new_cache(model, "full"), NEVER))
         packed = {g["kind"]: g["lossless_bytes"] > 0 for g in report(model).to_dict()["graphs"]}
         assert packed == dict.fromkeys(("prefill", "decode"), weights == "12bit")
@@ -103,7 +103,7 @@ def test_weights_in_12_bits(name):
 def test_a_matrix_that_12_bits_would_hold_badly_is_read_in_16():
     outcomes = []
     for weights in ("model", "12bit"):
-        model = compiled("llama", dtype=torch.bfloat16, backbone_weights=weights)
+        model = compiled("llama", dtype=torch.bfloat16, target_weights=weights)
         weight = model.model.layers[1].mlp.down_proj.weight
         weight.mul_(torch.logspace(-30, 0, weight.numel()).view_as(weight).bfloat16())
         outcomes.append(decode(model, new_cache(model, "full"), NEVER))
@@ -155,7 +155,7 @@ def generated(model, rows: int, **how):
 def test_verified_text_has_the_bits_of_decoding_without_drafts(name, rows, dtype):
     """Every token's logits, in passes of one position and of several, captured as one launch a pass."""
     with recording(), dots_in_order():
-        check_verified_text(compiled(name, dtype=dtype, cudagraphs=True, **VERIFIES), rows)
+        check_verified_text(compiled(name, dtype=dtype, graphs=True, **VERIFIES), rows)
 
 
 @pytest.mark.gpu
@@ -186,9 +186,9 @@ def check_verified_text(model, rows: int) -> None:
     ("name", "options", "reason"),
     [
         ("gemma3", {}, "not all of block_1 is the generated kernels'"),
-        ("llama", {"backbone_weights": "12bit"}, "one row of weights in 12bit has a kernel of its own"),
+        ("llama", {"target_weights": "12bit"}, "one row of weights in 12bit has a kernel of its own"),
         ("llama", {"criterion": "similarity"}, "exit checks by criterion='similarity'"),
-        ("llama", {"backbone": "model"}, "matmuls are not River's own"),
+        ("llama", {"target_kernels": "model"}, "matmuls are not River's own"),
     ],
 )
 def test_what_strict_cannot_keep_is_an_error(name, options, reason):
@@ -199,5 +199,5 @@ def test_what_strict_cannot_keep_is_an_error(name, options, reason):
 
 def test_without_such_kernels_the_option_is_refused():
     model = compiled("llama", UNFUSED)
-    with pytest.raises(OptionError, match="backbone='river' needs the kernels in C\\+\\+ or the generated ones"):
+    with pytest.raises(OptionError, match="target_kernels='river' needs the kernels in C\\+\\+ or the generated ones"):
         decode(model, new_cache(model, "full"), NEVER)

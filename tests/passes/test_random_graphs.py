@@ -58,7 +58,7 @@ def run_both(
     names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
     plain, rewritten = clones(inputs), clones(inputs)
     expected = graph_module(*plain)
-    executor = river(graph_module, inputs, options={"lowering": "eager", "first_exit": 1, **options})
+    executor = river(graph_module, inputs, options={"kernels": "eager", "first_exit": 1, **options})
     with torch.no_grad(), forced_depth(depth):
         actual = executor(*rewritten)
     return dict(zip(names, inputs, strict=True)), (expected, plain), (actual, rewritten)

@@ -24,7 +24,7 @@ import river_compile
 from river_compile.backend import river
 from river_compile.decoding import mode
 from river_compile.decoding.session import Session
-from river_compile.errors import ArtifactError, OptionError, RankError
+from river_compile.errors import OptionError, RankError, TwinsError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
 from river_compile.model_record import find_record
@@ -38,7 +38,7 @@ from tools.ranks import Wire
 SECONDS = 120  # after which a rank that waits for another one gives up
 LAYERS, CAPACITY, PROMPT = 2, 40, 7
 DEPTHS = (0, 1, LAYERS, 0)
-EAGER = {"lowering": "eager", "group_size": 32, "first_exit": 1}
+EAGER = {"kernels": "eager", "group_size": 32, "first_exit": 1}
 
 found: dict[str, Any] = {}
 held: dict[str, PreTrainedModel] = {}  # the model of several cases
@@ -232,20 +232,20 @@ def changed(folder: Path) -> dict[str, Any]:
     return {"changes": find_record(model).twins.changes}
 
 
-def artifact(folder: Path) -> dict[str, Any]:
+def saved_twins(folder: Path) -> dict[str, Any]:
     """Twins saved by both ranks and read again by a model of the same weights; and by another number of ranks."""
     model = held["model"]
     logits, _, _ = decode(model, DEPTHS)
     river_compile.save_twins(model, folder / "twins")
     dist.barrier()
     again = on_ranks(folder / "llama", river_compile.tensor_parallel_plan(model.config, dist.get_world_size()))
-    again.compile(backend=river, options={**EAGER, "artifact": folder / "twins"})
+    again.compile(backend=river, options={**EAGER, "twins": folder / "twins"})
     read, _, _ = decode(again, DEPTHS)
     refusals = []
     for size in (1, 4):
         try:
             type(ALONE)(size=size).folder(folder / "twins")
-        except ArtifactError as error:
+        except TwinsError as error:
             refusals.append(str(error))
     names = sorted(path.name for path in (folder / "twins").glob("rank*"))
     return {"same": torch.equal(logits, read), "names": names, "refusals": refusals}
@@ -286,12 +286,12 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wire": wire,
     "lengths": lengths,
     "changed": changed,
-    "artifact": artifact,
+    "saved twins": saved_twins,
     "whole plan": whole_plan,
     "gone": gone,
 }
 
-SLOW = ("traced", "replicated attention", "experts", "artifact")  # that tests ask for with --slow
+SLOW = ("traced", "replicated attention", "experts", "saved twins")  # that tests ask for with --slow
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -108,7 +108,7 @@ class TestSameBits:
     @pytest.mark.core
     def test_inductor(self):
         """Compiled segments, called without AOTAutograd's wrappers and with strides that they check."""
-        check(Decoder(lowering="inductor", layers=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
+        check(Decoder(kernels="inductor", layers=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
 
     @pytest.mark.core
     def test_exact_mode(self):
@@ -296,11 +296,11 @@ class TestReported:
         assert f"captured     {decoder.log.made} graphs" in str(report(decoder.model))
 
     def test_cuda_graphs_on_a_cpu_are_an_error(self):
-        wanted = pytest.raises(OptionError, match="cudagraphs=True needs a model on a GPU or lowering=")
+        wanted = pytest.raises(OptionError, match="graphs=True needs a model on a GPU or kernels=")
         with captured_by(None), wanted:
             Decoder(compiled_prompts=True).start()
 
-    @pytest.mark.parametrize(("name", "value"), [("cudagraphs", "yes"), ("cudagraphs", 1)])
+    @pytest.mark.parametrize(("name", "value"), [("graphs", "yes"), ("graphs", 1)])
     def test_bad_values(self, name, value):
         with pytest.raises(OptionError, match=f"{name}={value!r} is not allowed"):
             RiverConfig.from_options({name: value})
@@ -386,7 +386,7 @@ class TestSizes:
         model.compile(backend=river, options=OPTIONS)
         decode(model, new_cache(model, "static"), [None])
         assert {g.captures.not_captured for g in report(model).graphs} == {
-            "the model lies on cpu; CUDA graphs need a GPU, tapes lowering='native'"
+            "the model lies on cpu; CUDA graphs need a GPU, tapes kernels='native'"
         }
 
 

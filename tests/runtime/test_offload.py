@@ -34,7 +34,7 @@ from tools.recorder import recording
 
 LAYERS = 3
 DEPTHS = [LAYERS, 0, 1, 2, LAYERS]
-OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 FETCH = {"offload": 1, "offload_policy": "fetch"}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -227,7 +227,7 @@ def test_weights_can_be_loaded_into_an_offloaded_model():
 
 @pytest.mark.parametrize(
     "options",
-    [{"threshold": 2.0}, {"criterion": "confidence", "threshold": 0, "cudagraphs": True}],
+    [{"threshold": 2.0}, {"criterion": "confidence", "threshold": 0, "graphs": True}],
     ids=["similarity", "confidence, captured"],
 )
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_blocks_that_move_are_not_captured(elsewhere, fresh_dynamo):
     options |= {"return_dict_in_generate": True}
     logits = {}
     for graphs in (False, True):
-        model = compiled({**FETCH, "offload": 2, "threshold": 2.0, "exit_every": 2, "cudagraphs": graphs})
+        model = compiled({**FETCH, "offload": 2, "threshold": 2.0, "exit_every": 2, "graphs": graphs})
         logits[graphs] = [*model.generate(prompt(), **options).logits]
         for depth in (LAYERS, 2):
             with forced_depth(depth):
@@ -455,7 +455,7 @@ torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
                      num_key_value_heads=8, eos_token_id=None, pad_token_id=0)
 model = LlamaForCausalLM(config).eval()
-options = {"lowering": "eager", "quantizer": "rtn", "first_exit": 1}
+options = {"kernels": "eager", "quantizer": "rtn", "first_exit": 1}
 model.compile(backend=river, options={**options, **eval(sys.argv[1])})
 ids = torch.ones(1, 4, dtype=torch.long)
 for _ in range(2):
@@ -524,7 +524,7 @@ def test_streams_give_the_bits_of_a_model_in_memory(graphs):
 
     def run(options: dict):
         torch._dynamo.reset()
-        model = compiled({**options, "threshold": 2.0, "cudagraphs": graphs}, "cuda")
+        model = compiled({**options, "threshold": 2.0, "graphs": graphs}, "cuda")
         settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static"}
         settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
         texts = [model.generate(prompt().cuda(), **settings) for _ in range(2)]

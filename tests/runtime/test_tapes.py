@@ -33,7 +33,7 @@ class Pair:
         self.models = []
         for captured in (None, False):
             model = make(name, layers=LAYERS, dtype=dtype)
-            settings = {**OPTIONS, **options, "cudagraphs": captured}
+            settings = {**OPTIONS, **options, "graphs": captured}
             model.compile(backend=lowered(NATIVE), options=settings)
             self.models.append(model)
         self.kept = [[], []]
@@ -84,7 +84,7 @@ def test_replays_are_the_uncaptured_steps(name, dtype, batch):
     assert pair.log.device == "tapes of C++ calls"
     assert {"tail 0", "tail 1"} <= {c.unit for c in pair.log.captures}
     assert "by tapes of C++ calls" in str(report(pair.models[0]))
-    assert report(pair.models[1]).graphs[-1].captures.not_captured == "cudagraphs=False"
+    assert report(pair.models[1]).graphs[-1].captures.not_captured == "graphs=False"
     assert pair.check(CHOSEN, batch, threshold=-1.0, caches=second) == {1}
     assert pair.check(CHOSEN, batch, threshold=2.0) == {LAYERS}
     pair.check(CHOSEN, batch, threshold=0.9)

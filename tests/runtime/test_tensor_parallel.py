@@ -127,7 +127,7 @@ class TestFourBits:
 
     @pytest.mark.slow
     def test_artifacts_are_of_a_rank_and_of_a_number_of_ranks(self, both):
-        found = both[0]["artifact"]
+        found = both[0]["saved twins"]
         assert found["same"]
         assert found["names"] == ["rank-0-of-2", "rank-1-of-2"]
         assert "on 2 ranks, and this one runs on 1" in found["refusals"][0]
@@ -170,7 +170,7 @@ class TestRefusals:
         ("options", "mode", "name"),
         [
             ({"offload": 2}, None, "offload=2"),
-            ({"cudagraphs": True}, None, "cudagraphs=True"),
+            ({"graphs": True}, None, "graphs=True"),
             ({}, "reduce-overhead", "mode='reduce-overhead'"),
         ],
     )

@@ -25,12 +25,12 @@ from tests.support.families import make, prompt
 
 LAYERS = 4
 CAPACITY = 40
-OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def capturing(**options) -> dict[str, object]:
-    return {**OPTIONS, "cudagraphs": True, **options}
+    return {**OPTIONS, "graphs": True, **options}
 
 
 class Decoder:

@@ -103,14 +103,14 @@ class TracedStep:
     def run(self, depth: int = 0, lowering: Lowering | None = None, **options) -> Tensor:
         """Rewrites the step with these options, leaves after `depth` blocks and returns the logits ``[1, 1, V]``.
 
-        `lowering` takes the place of the one that the options choose.
+        `kernels` takes the place of the one that the options choose.
         """
         return self.run_on(self.inputs(), depth, lowering, **options)
 
     @torch.no_grad()
     def run_on(self, inputs: list, depth: int = 0, lowering: Lowering | None = None, **options) -> Tensor:
         """Like `run`, on inputs of the caller."""
-        settings = {"lowering": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        settings = {"kernels": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
         executor = river(self._graph, inputs, options={**settings, **options}, lowering=lowering)
         with forced_depth(depth):
             return _logits(executor(*inputs))
@@ -118,7 +118,7 @@ class TracedStep:
     @torch.no_grad()
     def compiled(self, **options) -> Callable:
         """Rewrites the step with these options."""
-        settings = {"lowering": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        settings = {"kernels": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
         return river(self._graph, self.inputs(), options={**settings, **options})
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class TracedStep:
     @torch.no_grad()
     def rewrite(self, mode: str) -> None:
         """Rewrites the step as ``torch.compile(mode=...)`` has it done, every segment through Inductor."""
-        river(self._graph, self.inputs(), options={"lowering": "inductor"}, mode=mode)
+        river(self._graph, self.inputs(), options={"kernels": "inductor"}, mode=mode)
 
     @torch.no_grad()
     def reference(self, weights: Mapping[str, Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ def test_files(kind, what, tmp_path):
         folder.mkdir()
         if kind is damage:
             case["file"] = stored.STORED[what].files[0]
-        assert kind.run(case, folder) in ("passed", "refused (ArtifactError)", "refused (ValueError)")
+        assert kind.run(case, folder) in ("passed", "refused (TwinsError)", "refused (ValueError)")
 
 
 def test_cases_are_data_and_their_seed_alone_decides():
@@ -113,7 +113,7 @@ def test_clients_of_a_server_get_their_texts_whoever_else_is_there(tmp_path, cap
 
 
 def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, capsys):
-    """An artifact whose hash is not looked at: a damage goes through, and the file of this failure finds it again."""
+    """Saved twins whose hash is not checked: a damage goes through, and the file of this failure finds it again."""
     real = twin_file.is_whole
     monkeypatch.setattr(twin_file, "is_whole", lambda file, metadata: True)
     flips = iter(range(100))
@@ -125,7 +125,7 @@ def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, cap
         @staticmethod
         def draw(rng):
             damages = [{"how": "flip", "at": 0.9, "seed": next(flips)}, {"how": "flip", "at": 0.95, "seed": 1}]
-            return {"what": "artifact", "file": stored.STORED["artifact"].files[0], "damages": damages}
+            return {"what": "twins", "file": stored.STORED["twins"].files[0], "damages": damages}
 
     tally = cases.soak({"damage": (Flips, 1.0)}, seed=0, seconds=0.3, failures=tmp_path)
     kept = tally.failures[0]
@@ -133,7 +133,7 @@ def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, cap
     assert "FAILED (Failure)" in str(tally)
     assert len(json.loads(kept.read_text())["damages"]) == 1
     assert command.main(["--again", str(kept)]) == 1
-    assert "a damaged artifact was taken for whole" in capsys.readouterr().out
+    assert "damaged twins were taken for whole" in capsys.readouterr().out
     monkeypatch.setattr(twin_file, "is_whole", real)
     assert command.main(["--again", str(kept)]) == 0
     assert not (tmp_path / "running.json").exists()

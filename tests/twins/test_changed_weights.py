@@ -219,12 +219,12 @@ class TestWhatElseTheyAreMadeFrom:
         hqq = step.compiled(quantizer="hqq")
         step.call(hqq)
         folder = save_twins(step.model, tmp_path / "old")
-        executor = step.compiled(quantizer="hqq", artifact=folder)
+        executor = step.compiled(quantizer="hqq", twins=folder)
         step.call(executor)
         in_place(step.model.get_submodule(DOWN))
         logits = step.call(executor)
         assert torch.equal(logits, step.call(hqq))
-        kept = {site.artifact for site in report(step.model).packed if site.name == DOWN}
+        kept = {site.folder for site in report(step.model).packed if site.name == DOWN}
         assert kept == {""}
         save_twins(step.model, tmp_path / "new")
 
@@ -270,7 +270,7 @@ class TestGenerate:
     @pytest.fixture(scope="class")
     def model(self):
         model = make("qwen2", layers=2)  # with biases
-        options = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
         model.compile(backend=river, options=options)
         return model
 

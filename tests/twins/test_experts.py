@@ -120,14 +120,14 @@ def test_experts_that_no_token_reached_count_what_the_others_read():
 
 
 def test_experts_are_saved_and_read(tmp_path):
-    """An artifact holds the matrices of stacks, transposed ones too, and gives the same bytes and logits."""
+    """Saved twins hold stacks, transposed ones too, and give the same bytes and logits."""
     first = traced("gpt_oss")
     logits = first.run(quantizer="rtn")
     save_twins(first.model, tmp_path / "twins")
     second = TracedStep("gpt_oss")
-    assert torch.equal(second.run(quantizer="rtn", artifact=tmp_path / "twins"), logits)
+    assert torch.equal(second.run(quantizer="rtn", twins=tmp_path / "twins"), logits)
     sites = {site.name: site for site in report(second.model).graphs[-1].twins}
-    assert sum(site.matmul.experts == 4 and str(tmp_path) in site.artifact for site in sites.values()) == 4
+    assert sum(site.matmul.experts == 4 and str(tmp_path) in site.folder for site in sites.values()) == 4
 
 
 def _sites(step):

@@ -21,7 +21,7 @@ from tests.support.decoding import decode, new_cache
 from tests.support.families import VOCABULARY, make, prompt
 from tests.support.traced import TracedStep, dequantized
 
-OPTIONS = {"lowering": "eager", "group_size": 32, "threshold": -1.0}
+OPTIONS = {"kernels": "eager", "group_size": 32, "threshold": -1.0}
 
 
 def started(family="llama", **options):
@@ -127,7 +127,7 @@ def test_an_artifact_says_what_its_twins_knew(tmp_path):
     assert {(m["asked"], m["quantizer"], m["statistics"]) for m in matrices} == {
         ("gptq", "gptq", "128 tokens that the model sampled")
     }
-    second = packed_by_default(artifact=tmp_path / "twins")
+    second = packed_by_default(twins=tmp_path / "twins")
     assert same(bytes_of(first), bytes_of(second))
     assert {p.statistics for p in report(second).packed} == {"128 tokens that the model sampled"}
     assert find_record(second).self_calibration.seconds == 0
@@ -137,7 +137,7 @@ def test_an_artifact_keeps_what_took_the_place_of_statistics(tmp_path, monkeypat
     monkeypatch.setattr(own_text, "sample", lambda *_: 1 / 0)
     first = packed_by_default()
     save_twins(first, tmp_path / "twins")
-    second = packed_by_default(artifact=tmp_path / "twins")
+    second = packed_by_default(twins=tmp_path / "twins")
     assert same(bytes_of(first), bytes_of(second))
     assert {(p.asked, p.quantizer, p.statistics) for p in report(second).packed} == {("gptq", "hqq", "")}
 

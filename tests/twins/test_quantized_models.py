@@ -15,7 +15,7 @@ from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 
 torchao = pytest.importorskip("torchao.quantization")
-OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
 
 
 @pytest.fixture(scope="module", params=["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])

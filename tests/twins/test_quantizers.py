@@ -9,7 +9,7 @@ import torch
 
 import river_compile.twins.quantize
 from river_compile import collect_statistics, report, save_twins
-from river_compile.errors import ArtifactError, OptionError
+from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.quant import calibrated
 from tests.support.families import prompt
 from tests.support.traced import TracedStep, dequantized
@@ -102,7 +102,7 @@ class TestArtifacts:
             river_compile.twins.quantize, "quantize_observed", lambda *_, **__: pytest.fail("quantized")
         )
         second = TracedStep("gpt2")
-        assert torch.equal(second.run(quantizer=quantizer, artifact=tmp_path / "twins"), logits)
+        assert torch.equal(second.run(quantizer=quantizer, twins=tmp_path / "twins"), logits)
         after = twins_of(second)
         for name, a in twins_of(first).items():
             b = after[name]
@@ -119,8 +119,8 @@ class TestArtifacts:
         second = TracedStep()
         with torch.no_grad():
             second.model.model.layers[1].input_layernorm.weight[3] += 1
-        with pytest.raises(ArtifactError, match=r"layers.1.self_attn.q_proj.* was made from other weights"):
-            second.run(quantizer="awq", artifact=tmp_path / "twins")
+        with pytest.raises(TwinsError, match=r"layers.1.self_attn.q_proj.* was made from other weights"):
+            second.run(quantizer="awq", twins=tmp_path / "twins")
 
 
 def test_the_report_names_quantizer_and_both_ratios():

@@ -12,7 +12,7 @@ from river_compile.backend import river
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import REFUSED, REWRITTEN, each, make
 
-OPTIONS = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 
 
 @functools.cache

@@ -33,8 +33,8 @@ from .tiny import VOCABULARY, tiny_model
 NEW_TOKENS = 6
 TOLERANCE = 1e-4  # of logits whose spread is about one; more only where the plain model's own rounding is more
 CACHES = ("static", "dynamic")
-UNQUANTIZED = {"quantizer": "none", "lowering": "eager", "first_exit": 1}
-FOUR_BITS = {"quantizer": "rtn", "group_size": 32, "lowering": "eager", "first_exit": 1}
+UNQUANTIZED = {"quantizer": "none", "kernels": "eager", "first_exit": 1}
+FOUR_BITS = {"quantizer": "rtn", "group_size": 32, "kernels": "eager", "first_exit": 1}
 
 
 @dataclass

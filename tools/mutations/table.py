@@ -439,7 +439,7 @@ _PROMISES = (
         "if matrix.weights_hash != digest or matrix.shape",
         "if matrix.shape",
         "twins of other weights are used",
-        ("tests/twins/test_artifact.py",),
+        ("tests/twins/test_file.py",),
     ),
     Mutation(
         "cache-identity",

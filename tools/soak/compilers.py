@@ -37,7 +37,7 @@ def draw(rng: random.Random) -> Case:
         "compiler": rng.choice([*COMPILERS]),
         "family": rng.choice(REWRITTEN),
         "quality": rng.choice(("exact", "fast")),
-        "lowering": rng.choice(("auto", "inductor")),
+        "kernels": rng.choice(("auto", "inductor")),
         "seed": rng.randrange(1000),
         "lengths": [rng.choice((1, 5, 9)) for _ in range(rng.choice((1, 2)))],
     }
@@ -54,7 +54,7 @@ def run(case: Case, folder: Path) -> str:
     ids, mask = padded(case["lengths"], case["seed"])
     arguments = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "disable_compile": True}
     expected = plain.generate(ids, **arguments)
-    river_compile.accelerate(ours, case["quality"], lowering=case["lowering"])
+    river_compile.accelerate(ours, case["quality"], kernels=case["kernels"])
     with (
         inductor.patch({"cpp.cxx": (None, str(compiler))}),
         mock.patch.dict(os.environ, RIVER_COMPILE_HOME=str(folder)),
@@ -76,4 +76,4 @@ def smaller(case: Case) -> Iterator[Case]:
     if case["quality"] != "exact":
         yield {**case, "quality": "exact"}
     if case["lowering"] != "auto":
-        yield {**case, "lowering": "auto"}
+        yield {**case, "kernels": "auto"}

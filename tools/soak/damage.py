@@ -2,8 +2,8 @@
 
 The next use either gives what an undamaged file gives, or raises a ValueError of this package.
 
-Not handled: damage while a file is read, and an artifact that was edited and given a hash that is right (the tests of
-artifacts do those).
+Not handled: damage while a file is read, and saved twins that were edited and given a hash that is right
+(`tests/twins/test_file.py` does those).
 """
 
 from __future__ import annotations

@@ -69,6 +69,6 @@ def _write_forever(case: Case, folder: Path, started: Path) -> None:
             target = folder / f"place{place}"
             target.mkdir(exist_ok=True)
             STORED[case["what"]].write(target)
-            place += 1 if case["what"] == "artifact" or not case["again"] else 0
+            place += 1 if case["what"] == "twins" or not case["again"] else 0
     finally:
         os._exit(1)

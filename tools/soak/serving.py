@@ -110,7 +110,7 @@ class _Served:
             self.port = free.getsockname()[1]
         quick = {
             "num_assistant_tokens": 3,
-            "lowering": "native",
+            "kernels": "native",
             "group_size": 32,
             "compile_cache": False,
         }  # (only then prompts join)

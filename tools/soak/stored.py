@@ -62,7 +62,7 @@ def _built() -> tuple[torch.nn.Module, Program]:
     """Returns it with a program of its own, which lasts longer than what Dynamo keeps."""
     torch._dynamo.reset()
     model = make("llama", layers=2)
-    options = {"lowering": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
+    options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
     model.compile(backend=river, options=options)
     decode(model, new_cache(model, "static"), [1])
     return model, executors_of(model)[-1].program
@@ -81,7 +81,7 @@ def _read_artifact(folder: Path) -> None:
     matrices, tensors = _artifact_contents()
     same = artifact._matrices == matrices and artifact._tensors.keys() == tensors.keys()
     if not same or not all(torch.equal(artifact._tensors[name], tensors[name]) for name in tensors):
-        raise Failure("a damaged artifact was taken for whole")
+        raise Failure("damaged twins were taken for whole")
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def _read_program(folder: Path) -> None:
 
 STORED = {
     "program": Stored(_write_program, _read_program, ("entry/a.pass",)),
-    "artifact": Stored(
+    "twins": Stored(
         lambda folder: river_compile.save_twins(packed_model(), folder / "twins"), _read_artifact, (f"twins/{FILE}",)
     ),
     "kernel": Stored(_use_kernel, _use_kernel, ("kernels/**/*.py*",)),

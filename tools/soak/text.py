@@ -35,7 +35,7 @@ from tools.recorder import recording
 from tools.soak.cases import Case, Failure, refused_by_us
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-6}
-ALWAYS = {"quantizer": "none", "lowering": "eager"}
+ALWAYS = {"quantizer": "none", "kernels": "eager"}
 HELD = ("static", "dynamic", "mine")  # caches: transformers' two, and a static one of the caller's
 WAYS = ("in place", "data", "parameter", "load")
 
@@ -63,7 +63,7 @@ def _options(rng: random.Random, layers: int) -> dict[str, Any]:
     if rng.random() < 0.2 and criterion == "similarity":
         options["prefill"] = "exit"
     if rng.random() < 0.2:
-        options["cudagraphs"] = True
+        options["graphs"] = True
     if rng.random() < 0.1:
         options["exit_every"] = 2
     return options

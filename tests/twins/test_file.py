@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import river_compile.twins.quantize
 from river_compile import RiverWarning, report, save_twins
 from river_compile.backend import river
-from river_compile.errors import ArtifactError, OptionError
+from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.lowering.inductor import Lowering
@@ -26,7 +26,7 @@ from tests.support.lowerings import lowered
 from tests.support.mappings import lies_in
 from tests.support.traced import TracedStep
 
-OPTIONS = {"lowering": "eager", "quantizer": "hqq", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+OPTIONS = {"kernels": "eager", "quantizer": "hqq", "group_size": 32, "first_exit": 1, "threshold": -1.0}
 
 
 def start_anew(model, **options):
@@ -62,19 +62,19 @@ def whole(packed, tmp_path_factory):
 
 @pytest.fixture
 def saved(whole, tmp_path):
-    """An artifact of one's own to damage."""
+    """A folder of saved twins of one's own to damage."""
     return shutil.copytree(whole, tmp_path / "twins")
 
 
 def contents(folder):
-    """Returns tensors, metadata and matrices of an artifact, to change and write back."""
+    """Returns tensors, metadata and matrices of a folder of saved twins, to change and write back."""
     with safe_open(folder / FILE, "pt") as file:
         metadata = file.metadata()
     return load_file(folder / FILE), metadata, json.loads(metadata["matrices"])
 
 
 def write_back(folder, tensors, metadata, matrices=None, **changes):
-    """Writes an artifact by hand, with a hash that is right. Text for `matrices` is written as it is."""
+    """Writes a folder of saved twins by hand, with a hash that is right. Text for `matrices` is written as it is."""
     if matrices is not None:
         changes["matrices"] = matrices if isinstance(matrices, str) else json.dumps(matrices)
     (folder / FILE).unlink()
@@ -90,13 +90,13 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
     save_twins(first, tmp_path / "twins")
     monkeypatch.setattr(river_compile.twins.quantize, "quantize", lambda *_: pytest.fail("a matrix was quantized"))
     second = start(family)
-    assert torch.equal(start_anew(second, quantizer=quantizer, artifact=tmp_path / "twins"), logits)
+    assert torch.equal(start_anew(second, quantizer=quantizer, twins=tmp_path / "twins"), logits)
     before, after = report(first).packed, report(second).packed
     assert len(after) == len(before) > 0
     for a, b in zip(before, after, strict=True):
         assert (a.name, a.shape, a.group_size, a.sqnr) == (b.name, b.shape, b.group_size, b.sqnr)
         assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
-        assert (a.artifact, b.artifact) == ("", str(tmp_path / "twins"))
+        assert (a.folder, b.folder) == ("", str(tmp_path / "twins"))
     assert f"{len(after)} matrices read from {tmp_path / 'twins'}" in str(report(second))
 
 
@@ -105,7 +105,7 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
 def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
     """All packed bytes, the head's too; a change of the weights is packed in the process's own pages."""
     how, logits, models = lowered(Lowering("eager", "native", False)), [], []
-    for options in ({}, {"artifact": tmp_path / "twins"}):
+    for options in ({}, {"twins": tmp_path / "twins"}):
         torch._dynamo.reset()
         model = start()
         model.compile(backend=how, options={**OPTIONS, "lm_head": "w4", **options})
@@ -148,7 +148,7 @@ def test_every_layout_says_what_its_tensors_are(name, n, k, group):
 
 
 class TestMissing:
-    """``on_missing_artifact="save"``: the first start writes what all later ones map."""
+    """``on_missing_twins="save"``: the first start writes what all later ones map."""
 
     def test_it_is_made_once_by_those_that_ask_at_once(self, packed, tmp_path):
         """Threads here, processes in tests/tools/test_replicas.py."""
@@ -165,27 +165,27 @@ class TestMissing:
 
     def test_what_is_made_is_read(self, tmp_path):
         model = start()
-        logits = run(model, artifact=tmp_path / "twins", on_missing_artifact="save")
+        logits = run(model, twins=tmp_path / "twins", on_missing_twins="save")
         assert torch.equal(logits, run(start()))
-        assert {site.artifact for site in report(model).packed} == {str(tmp_path / "twins")}
+        assert {site.folder for site in report(model).packed} == {str(tmp_path / "twins")}
 
     def test_it_holds_the_blocks_that_this_start_does_not_need(self, tmp_path):
-        run(start(), depths=[1], artifact=tmp_path / "twins", on_missing_artifact="save", exit_depth=1)
-        logits = run(start(), depths=[0], artifact=tmp_path / "twins", exit_depth=0)
+        run(start(), depths=[1], twins=tmp_path / "twins", on_missing_twins="save", exit_depth=1)
+        logits = run(start(), depths=[0], twins=tmp_path / "twins", exit_depth=0)
         assert torch.equal(logits, run(start(), depths=[0], exit_depth=0))
 
     def test_one_that_is_there_is_used_or_refused(self, saved):
         file = saved / FILE
         before = file.stat().st_mtime_ns
-        run(start(), artifact=saved, on_missing_artifact="save")
-        with pytest.raises(ArtifactError, match="made from other weights"):
-            run(start(seed=1), artifact=saved, on_missing_artifact="save")
+        run(start(), twins=saved, on_missing_twins="save")
+        with pytest.raises(TwinsError, match="made from other weights"):
+            run(start(seed=1), twins=saved, on_missing_twins="save")
         assert file.stat().st_mtime_ns == before
 
     def test_a_place_that_cannot_be_written_is_named(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(ArtifactError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
-            run(start(), artifact=tmp_path / "file" / "twins", on_missing_artifact="save")
+        with pytest.raises(TwinsError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
+            run(start(), twins=tmp_path / "file" / "twins", on_missing_twins="save")
 
 
 def test_what_is_stored_is_no_longer_than_the_grid(saved):
@@ -200,43 +200,41 @@ def test_other_weights_are_refused(saved):
     other = start()
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight[3, 5] += 1
-    with pytest.raises(ArtifactError, match=rf"{FILE}: model.layers.1.mlp.down_proj was made from other weights"):
-        run(other, artifact=saved)
+    with pytest.raises(TwinsError, match=rf"{FILE}: model.layers.1.mlp.down_proj was made from other weights"):
+        run(other, twins=saved)
     assert report(other).packed == ()
 
 
 def test_an_artifact_of_another_model_is_refused(saved):
-    with pytest.raises(
-        ArtifactError, match=r"it holds a matrix model.layers.0.* which this model does not have; name th"
-    ):
-        run(start("gpt2"), family="gpt2", artifact=saved)
+    with pytest.raises(TwinsError, match=r"it holds a matrix model.layers.0.* which this model does not have; name th"):
+        run(start("gpt2"), family="gpt2", twins=saved)
 
 
 def test_an_artifact_that_lacks_a_matrix_is_refused(saved):
     tensors, metadata, matrices = contents(saved)
     gone = matrices.pop()["name"]
     write_back(saved, {k: t for k, t in tensors.items() if gone not in k}, metadata, matrices)
-    with pytest.raises(ArtifactError, match=r"it holds no matrix model.layers.* saved with an exit_depth that leaves"):
-        run(start(), artifact=saved)
+    with pytest.raises(TwinsError, match=r"it holds no matrix model.layers.* saved with an exit_depth that leaves"):
+        run(start(), twins=saved)
 
 
 @pytest.mark.parametrize("changed", [{"group_size": 64}, {"quantizer": "rtn"}])
 def test_other_ways_to_quantize_are_refused(saved, changed):
-    with pytest.raises(ArtifactError, match="was made with quantizer='hqq' group_size=32; the options are quantizer="):
-        run(start(), artifact=saved, **changed)
+    with pytest.raises(TwinsError, match="was made with quantizer='hqq' group_size=32; the options are quantizer="):
+        run(start(), twins=saved, **changed)
 
 
 def test_another_version_is_refused(saved):
     tensors, metadata, _ = contents(saved)
     write_back(saved, tensors, metadata, version="7")
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it has version 7, this release reads 8; save"):
-        run(start(), artifact=saved)
+    with pytest.raises(TwinsError, match=rf"{FILE}: it has version 7, this release reads 8; save"):
+        run(start(), twins=saved)
 
 
 def test_version_2_with_its_two_files_is_refused(saved):
     save_file(load_file(saved / FILE), saved / FILE)
     (saved / "river.json").write_text(json.dumps({"format": "river-twins", "version": 2}))
-    with pytest.raises(ArtifactError, match=r"river.json: it has version 2, this release reads 8; save"):
+    with pytest.raises(TwinsError, match=r"river.json: it has version 2, this release reads 8; save"):
         TwinFile(saved)
 
 
@@ -244,7 +242,7 @@ def test_version_2_with_its_two_files_is_refused(saved):
 def test_a_truncated_file_is_refused(saved, keep):
     file = saved / FILE
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it is damaged .*save the artifact again"):
+    with pytest.raises(TwinsError, match=rf"{FILE}: it is damaged .*save the twins again"):
         TwinFile(saved)
 
 
@@ -258,7 +256,7 @@ def test_one_changed_bit_is_refused_wherever_it_is(saved):
         changed = bytearray(content)
         changed[position] ^= 1
         file.write_bytes(changed)
-        with pytest.raises(ArtifactError, match=rf"{FILE}: it (is damaged|holds no saved twins|has version)"):
+        with pytest.raises(TwinsError, match=rf"{FILE}: it (is damaged|holds no saved twins|has version)"):
             TwinFile(saved)
     file.write_bytes(content)
     assert TwinFile(saved).folder == saved
@@ -269,22 +267,20 @@ def test_nothing_of_a_damaged_artifact_is_used(saved):
     content[-1] ^= 1
     (saved / FILE).write_bytes(content)
     other = start()
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it is damaged \(its hash differs"):
-        run(other, artifact=saved)
+    with pytest.raises(TwinsError, match=rf"{FILE}: it is damaged \(its hash differs"):
+        run(other, twins=saved)
     assert report(other).packed == ()
 
 
 def test_a_missing_file_is_named(saved):
     (saved / FILE).unlink()
-    with pytest.raises(
-        ArtifactError, match=rf"{FILE}: No such file; artifact= takes a folder of river_compile.save_twins"
-    ):
+    with pytest.raises(TwinsError, match=rf"{FILE}: No such file; twins= takes a folder of river_compile.save_twins"):
         TwinFile(saved)
 
 
 def test_safetensors_of_something_else_are_refused(saved):
     save_file({"weight": torch.zeros(2)}, saved / FILE, {"format": "pt"})
-    with pytest.raises(ArtifactError, match=rf"{FILE}: it holds no saved twins"):
+    with pytest.raises(TwinsError, match=rf"{FILE}: it holds no saved twins"):
         TwinFile(saved)
 
 
@@ -310,8 +306,8 @@ class TestEdited:
         name = f"{self.KEY}.{part}"
         tensors[name] = change(tensors.get(name))
         write_back(saved, {name: t for name, t in tensors.items() if t is not None}, metadata)
-        with pytest.raises(ArtifactError, match=rf"{FILE}: .*{words}.*save the artifact again"):
-            run(start(), artifact=saved)
+        with pytest.raises(TwinsError, match=rf"{FILE}: .*{words}.*save the twins again"):
+            run(start(), twins=saved)
 
     @pytest.mark.parametrize(
         "changes",
@@ -334,20 +330,20 @@ class TestEdited:
     def test_matrices(self, saved, changes):
         tensors, metadata, matrices = contents(saved)
         write_back(saved, tensors, metadata, [matrices[0] | changes, *matrices[1:]])
-        with pytest.raises(ArtifactError, match=rf"{FILE}: its list of matrices is wrong"):
+        with pytest.raises(TwinsError, match=rf"{FILE}: its list of matrices is wrong"):
             TwinFile(saved)
 
     def test_a_list_nested_beyond_reading(self, saved):
         tensors, metadata, _ = contents(saved)
         write_back(saved, tensors, metadata, matrices="[" * 100_000)
-        with pytest.raises(ArtifactError, match=rf"{FILE}: its list of matrices is wrong"):
+        with pytest.raises(TwinsError, match=rf"{FILE}: its list of matrices is wrong"):
             TwinFile(saved)
 
     def test_a_matrix_that_is_listed_twice(self, saved):
         """The second entry would decide."""
         tensors, metadata, matrices = contents(saved)
         write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "sqnr": "1.0"}])
-        with pytest.raises(ArtifactError, match=r"/hqq/32 is in its list of matrices twice; save the artifact again"):
+        with pytest.raises(TwinsError, match=r"/hqq/32 is in its list of matrices twice; save the twins again"):
             TwinFile(saved)
 
     def test_a_matrix_that_the_model_does_not_have(self, saved):
@@ -358,16 +354,14 @@ class TestEdited:
             k.replace(matrices[0]["name"], name): t.clone() for k, t in tensors.items() if matrices[0]["name"] in k
         }
         write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "name": name}])
-        with pytest.raises(
-            ArtifactError, match=r"holds a matrix model.layers.7.*, which this model does not have; name"
-        ):
-            run(start(), artifact=saved)
+        with pytest.raises(TwinsError, match=r"holds a matrix model.layers.7.*, which this model does not have; name"):
+            run(start(), twins=saved)
 
     def test_values_that_are_no_numbers(self, saved):
         tensors, metadata, _ = contents(saved)
         tensors[f"{self.KEY}.scale_zero"][3, 0, 0] = torch.nan
         write_back(saved, tensors, metadata)
-        with pytest.raises(ArtifactError, match=r"down_proj/hqq/32.scale_zero holds infinite or NaN values; save"):
+        with pytest.raises(TwinsError, match=r"down_proj/hqq/32.scale_zero holds infinite or NaN values; save"):
             TwinFile(saved)
 
     def test_a_matrix_of_another_shape_with_tensors_to_fit(self, saved):
@@ -376,20 +370,20 @@ class TestEdited:
         matrix["shape"][0] -= 16
         tensors |= {name: t[:-16].contiguous() for name, t in tensors.items() if name.startswith(self.KEY)}
         write_back(saved, tensors, metadata, matrices)
-        with pytest.raises(ArtifactError, match=r"down_proj was made from other weights"):
-            run(start(), artifact=saved)
+        with pytest.raises(TwinsError, match=r"down_proj was made from other weights"):
+            run(start(), twins=saved)
 
     def test_an_input_scale_that_no_twin_applies(self, saved):
         tensors, metadata, matrices = contents(saved)
         (matrix,) = (m for m in matrices if f"{m['name']}/hqq/32" == self.KEY)
         tensors[f"{self.KEY}.input_scale"] = torch.ones(matrix["shape"][1])
         write_back(saved, tensors, metadata)
-        with pytest.raises(ArtifactError, match=r"down_proj has an input_scale that its twin does not apply"):
-            run(start(), artifact=saved)
+        with pytest.raises(TwinsError, match=r"down_proj has an input_scale that its twin does not apply"):
+            run(start(), twins=saved)
 
 
 def test_a_model_without_twins_cannot_be_saved(tmp_path):
-    with pytest.raises(ArtifactError, match="no twin of this model is packed; generate a token"):
+    with pytest.raises(TwinsError, match="no twin of this model is packed; generate a token"):
         save_twins(start(), tmp_path / "twins")
     assert list(tmp_path.iterdir()) == []
 
@@ -403,18 +397,18 @@ def test_weights_that_changed_since_are_not_saved(tmp_path):
     with torch.no_grad():
         layer.weight.mul_(2)
     stale = r"the weights of .*up_proj changed after they were quantized; call river_compile.requantize\(model\)"
-    with pytest.raises(ArtifactError, match=stale):
+    with pytest.raises(TwinsError, match=stale):
         save_twins(model, tmp_path / "twins")
     logits = run(model)
     folder = save_twins(model, tmp_path / "twins")
-    assert torch.equal(run(model, artifact=folder), logits)
+    assert torch.equal(run(model, twins=folder), logits)
     layer.weight = torch.nn.Parameter(layer.weight.detach() / 2)
-    with pytest.raises(ArtifactError, match=stale):
+    with pytest.raises(TwinsError, match=stale):
         save_twins(model, tmp_path / "later")
 
 
 def test_layers_that_are_gone_are_not_saved(tmp_path):
-    """As those of an adapter that was merged: an artifact with their names would fit no model."""
+    """As those of an adapter that was merged: a folder of saved twins with their names would fit no model."""
     model = start()
     down = model.model.layers[1].mlp.down_proj
     model.model.layers[1].mlp.down_proj = torch.nn.Sequential(down)
@@ -430,7 +424,7 @@ class TestFolder:
 
     def test_an_existing_folder_stays_as_it_is(self, packed, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(ArtifactError, match="it exists and is not an empty folder"):
+        with pytest.raises(TwinsError, match="it exists and is not an empty folder"):
             save_twins(packed, tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -442,7 +436,7 @@ class TestFolder:
 
     def test_a_place_that_cannot_be_written(self, packed, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(ArtifactError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
+        with pytest.raises(TwinsError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
             save_twins(packed, tmp_path / "file" / "twins")
 
     @pytest.mark.parametrize(
@@ -458,7 +452,7 @@ class TestFolder:
     )
     def test_names_that_no_folder_can_have(self, packed, tmp_path, monkeypatch, name, words):
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ArtifactError, match=words):
+        with pytest.raises(TwinsError, match=words):
             save_twins(packed, name)
         assert list(tmp_path.iterdir()) == []
 
@@ -467,7 +461,7 @@ class TestFolder:
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr("pathlib.Path.iterdir", refuse)
-        with pytest.raises(ArtifactError, match=r"cannot save to .*Permission denied"):
+        with pytest.raises(TwinsError, match=r"cannot save to .*Permission denied"):
             save_twins(packed, tmp_path)
 
     def test_a_disk_that_fills_up_leaves_nothing(self, packed, tmp_path, monkeypatch):
@@ -476,11 +470,11 @@ class TestFolder:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("river_compile.twins.file.write_tensors", full)
-        with pytest.raises(ArtifactError, match="No space left on device"):
+        with pytest.raises(TwinsError, match="No space left on device"):
             save_twins(packed, tmp_path / "twins")
         assert list(tmp_path.iterdir()) == []
 
 
 def test_an_artifact_needs_a_quantizer():
-    with pytest.raises(OptionError, match="artifact= holds 4-bit twins, which quantizer='none' does not use"):
-        run(start(), artifact="anywhere", quantizer="none")
+    with pytest.raises(OptionError, match="twins= holds 4-bit twins, which quantizer='none' does not use"):
+        run(start(), twins="anywhere", quantizer="none")
