@@ -169,7 +169,7 @@ def _assembled(
         None if captures is None else Units(program, steps, captures.kind.obstacle),
         policy,
         model.exit_stats,
-        model.exit_memories,
+        model.sequences,
         policy.criterion.reads == "previous" and program.head.has_score,
         wanted,
         graph.captures,

@@ -1,21 +1,8 @@
-"""When a token leaves the backbone: criteria, the policy of one graph, and what is remembered of a sequence.
+"""Early exit: criteria, the exit policy of a graph, and the state of a sequence between steps.
 
-A token leaves where its *score* is above a bar. A criterion says which score is read, and turns its threshold into a
-bar:
-
-===========  ===========================================  =======================  ==========
-criterion    score                                        read                     bar
-===========  ===========================================  =======================  ==========
-similarity   cosine of a block's input and output         after every candidate    threshold
-confidence   minus the entropy of the previous logits     before the first block   -threshold
-===========  ===========================================  =======================  ==========
-
-NaN is above no bar, and nothing is above a bar of NaN.
-
-"confidence" remembers the entropy of a sequence, found again by the tensor that holds the sequence's KV cache.
-
-Not handled: rows that decide for themselves. A batch leaves when its least sure row may. Beam search puts other tensors
-in the cache's place at every step, which look like a new sequence: "confidence" then never leaves.
+A token exits if its *score* is above a threshold. "similarity": the cosine of a block's input and output, read after
+each candidate block. "confidence": minus the entropy of the previous logits, read before the first block. NaN is above
+no threshold. Not handled: rows that exit alone (the batch waits for its least sure row); beam search with "confidence".
 """
 
 from __future__ import annotations
@@ -34,35 +21,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.passes.program import Program, SegmentSpec
 
-WHOLE = sys.maxsize  # a forced depth, or a first exit: all blocks, however many there are
+WHOLE = sys.maxsize  # as a depth: all blocks of any model
 
-Threshold = float | tuple[float, ...]  # a tuple has one for each depth, see threshold_after
+Threshold = float | tuple[float, ...]  # a tuple has one per depth, see threshold_after
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """Which score is read, and what it must be above for a token to leave.
-
-    Attributes:
-        name: how the option ``criterion=`` calls it.
-        threshold: the default.
-        never, always: thresholds at which no token leaves, and every one that has a score.
-        reads: the score: of a "block", or of the "previous" step's logits.
-    """
+    """Which score decides whether a token exits."""
 
     name: str
-    threshold: float
-    never: float
-    always: float
-    reads: Literal["block", "previous"]
+    threshold: float  # default
+    never: float  # threshold at which no token exits
+    always: float  # threshold at which each token with a score exits
+    reads: Literal["block", "previous"]  # the score: of a block, or of the previous step's logits
 
-    def bar(self, threshold: float) -> float:
-        """Returns what a score must be above."""
+    def score_threshold(self, threshold: float) -> float:
+        """Returns the value that a score must exceed, for a threshold as users give it."""
         return threshold if self.reads == "block" else -threshold
 
 
-# "similarity" is the paper's: leave once a block hardly turns the hidden state. "confidence" leaves at the first exit
-# when the model was sure of the token that it is now given.
+# "similarity" is the paper's: exit when a block hardly turns the hidden state. "confidence": exit at the first exit if
+# the model was sure of its previous prediction.
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
@@ -73,64 +53,48 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def threshold_after(threshold: Threshold, depth: int) -> float:
-    """Returns the threshold after `depth` blocks: of a tuple the depth's own, its last for all greater depths."""
+    """Returns the threshold after `depth` blocks; a tuple's last value holds for all greater depths."""
     return threshold[min(depth, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold
 
 
 def threshold_text(threshold: Threshold) -> str:
-    """Returns a threshold as people read it."""
+    """Formats a threshold for users."""
     if not isinstance(threshold, tuple):
         return f"{threshold:.4g}"
     return f"{min(threshold):.4g} to {max(threshold):.4g} by block"
 
 
-class ExitBars(NamedTuple):
-    """When the token of one step leaves.
+class ExitThresholds(NamedTuple):
+    """The exit checks of one step."""
 
-    Attributes:
-        last: the depth at which it leaves where no score let it leave before.
-        stops: depths with a check, each with the bar of its score, None where the score is not read.
-        early: a depth, and the bar above which the score of the previous logits sends the token there; None: no score
-            of those is read.
-    """
-
-    last: int
-    stops: tuple[tuple[int, float | None], ...] = ()
-    early: tuple[int, float] | None = None
+    last: int  # depth at which a token exits if no check let it exit earlier
+    stops: tuple[tuple[int, float | None], ...] = ()  # depth of each check, threshold of its score (None: not read)
+    early: tuple[int, float] | None = None  # depth and threshold of the check before the first block
 
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """When the tokens of one graph leave.
-
-    Attributes:
-        criterion: decides, where no depth is fixed.
-        threshold: of the criterion.
-        first_exit: smallest exit depth.
-        exit_every: distance between depths with a check.
-        fixed_depth: blocks that every token executes, None where the criterion decides.
-        deepest: depth at which every token leaves at the latest, None where it may go through all blocks.
-    """
+    """When the tokens of one graph exit."""
 
     criterion: Criterion
     threshold: Threshold
-    first_exit: int
-    exit_every: int
-    fixed_depth: int | None
-    deepest: int | None
+    first_exit: int  # smallest exit depth
+    exit_every: int  # distance between depths with a check
+    fixed_depth: int | None  # blocks that every token executes; None: the criterion decides
+    deepest: int | None  # largest exit depth; None: all blocks
 
     def may_leave(self, num_blocks: int) -> bool:
-        """Says whether tokens may leave before the last of so many blocks."""
+        """Whether tokens may exit before the last block."""
         return self.fixed_depth != num_blocks
 
     def candidates(self, num_blocks: int) -> tuple[int, ...]:
-        """Returns the depths after which a check stands. Depth 0 has nothing to compare and is not one of them."""
+        """Returns the depths with a check; never 0, where there is nothing to compare."""
         if self.fixed_depth is not None or self.criterion.reads != "block":
             return ()
         return tuple(range(max(self.first_exit, 1), self.last(num_blocks), self.exit_every))
 
     def reachable(self, program: Program) -> list[SegmentSpec]:
-        """Returns the segments that some token may run through: all of them, but where depths are fixed or bounded."""
+        """Returns the segments that a token may run through: all of them, unless depths are fixed or bounded."""
         if self.fixed_depth is None and self.deepest is None:
             return list(program.segments)
         first, last = (0, self.deepest) if self.fixed_depth is None else (self.fixed_depth, self.fixed_depth)
@@ -138,15 +102,11 @@ class ExitPolicy:
         return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 
     def last(self, num_blocks: int) -> int:
-        """Returns the depth at which a token leaves that no check sent away before, with so many blocks to run."""
+        """Returns the depth at which a token exits that passed no check."""
         return num_blocks if self.deepest is None else min(num_blocks, self.deepest)
 
     def at(self, depth: int) -> ExitPolicy:
-        """Returns the policy by which every token leaves after `depth` blocks.
-
-        Raises:
-            ValueError: the program lacks the segments for that.
-        """
+        """Returns the policy with a fixed depth; raises a ValueError if the program lacks the segments for it."""
         made = self._at.get(depth)
         if made is None:
             self._check_depth(depth)
@@ -158,11 +118,7 @@ class ExitPolicy:
         return {}
 
     def in_this_thread(self) -> ExitPolicy:
-        """Returns the policy with what this thread forces on it.
-
-        Raises:
-            ValueError: the program lacks the segments or the checks for that.
-        """
+        """Applies `forced_depth` and `forced_threshold` of this thread; raises a ValueError if they cannot hold."""
         if _forced.depth is not None:
             return self.at(_forced.depth)
         if _forced.rule is None:
@@ -190,26 +146,26 @@ class ExitPolicy:
 
 
 @functools.lru_cache(maxsize=256)
-def bars_of(policy: ExitPolicy, candidates: tuple[int, ...], num_blocks: int) -> ExitBars:
-    """Returns the bars of a policy for a graph with checks after `candidates`."""
+def thresholds_of(policy: ExitPolicy, candidates: tuple[int, ...], num_blocks: int) -> ExitThresholds:
+    """Returns the thresholds of a policy for a graph with checks after `candidates`."""
     if policy.fixed_depth is not None:
-        return ExitBars(min(policy.fixed_depth, num_blocks))
+        return ExitThresholds(min(policy.fixed_depth, num_blocks))
     last, first = policy.last(num_blocks), policy.first_exit
 
-    def bar(depth: int) -> float:
-        return policy.criterion.bar(threshold_after(policy.threshold, depth))
+    def threshold(depth: int) -> float:
+        return policy.criterion.score_threshold(threshold_after(policy.threshold, depth))
 
     if policy.criterion.reads == "previous":
-        return ExitBars(last, early=(min(first, last), bar(first)))
-    # (A check before the first exit ends a span too, so that captured spans are the same for all first exits.)
-    return ExitBars(last, tuple((d, bar(d) if d >= first else None) for d in candidates))
+        return ExitThresholds(last, early=(min(first, last), threshold(first)))
+    # A check before the first exit ends a span too, so captured spans are the same for all first exits.
+    return ExitThresholds(last, tuple((d, threshold(d) if d >= first else None) for d in candidates))
 
 
 class _Forced(threading.local):
-    """What a thread forces on its decode steps: a depth, or a threshold and a first exit."""
+    """A thread's settings for its decode steps."""
 
     depth: int | None = None
-    rule: tuple[Threshold, int] | None = None
+    rule: tuple[Threshold, int] | None = None  # threshold and first exit
 
 
 _forced = _Forced()
@@ -217,10 +173,10 @@ _forced = _Forced()
 
 @contextlib.contextmanager
 def forced_depth(depth: int | None) -> Iterator[None]:
-    """Makes every decode step that this thread runs inside leave after `depth` blocks, whatever its exit policy.
+    """Makes every decode step of this thread exit after `depth` blocks, whatever its exit policy.
 
     Args:
-        depth: blocks to execute, from 0 (all twins) to the number of blocks or `WHOLE` (the plain model); None forces
+        depth: blocks to execute, from 0 (all twins) to the number of blocks or `WHOLE` (full depth); None changes
             nothing.
 
     Raises (from the decode step):
@@ -235,9 +191,9 @@ def forced_depth(depth: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None]:
-    """Makes every decode step that this thread runs inside use another threshold and first exit than were compiled.
+    """Makes every decode step of this thread use another threshold and first exit than those it was compiled with.
 
-    Checks stay where they were compiled. Inside :func:`forced_depth` the depth wins.
+    Checks stay at their depths. Inside :func:`forced_depth` the depth wins.
 
     Args:
         threshold: of the compiled criterion: a cosine or, for "confidence", an entropy in nats; a tuple has one for
@@ -255,36 +211,29 @@ def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None
 
 
 @dataclass
-class Memory:
-    """What is known of a KV cache.
+class SequenceState:
+    """The state of a KV cache's sequence between steps."""
 
-    Attributes:
-        entropy: of its latest logits, in nats, a scalar; None where none is known.
-        filled: tokens in it once all steps launched so far have run; None where that is not known.
-        version: how often PyTorch had seen the tensor change that counts them on the device.
-        left: how often it had seen the keys change when a decode step left them; None after a prompt.
-    """
-
-    entropy: Tensor | None = None
-    filled: int | None = None
-    version: int = 0
-    left: int | None = None
+    entropy: Tensor | None = None  # of the latest logits, nats, a scalar; None: unknown
+    filled: int | None = None  # tokens in the cache after all launched steps; None: unknown
+    version: int = 0  # PyTorch's version of the tensor that counts them on the device
+    left: int | None = None  # version of the keys after the last decode step; None after a prompt
 
 
-class Memories:
-    """The memories of a model's KV caches, each kept as long as a tensor of the cache is."""
+class SequenceStates:
+    """The states of a model's sequences, found by a tensor of the KV cache and kept as long as it lives."""
 
     def __init__(self) -> None:
         self._by_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
-    def of(self, cache: Tensor) -> Memory:
-        """Returns the memory of the cache that a tensor belongs to, a new one where there is none yet."""
+    def get(self, cache: Tensor) -> SequenceState:
+        """Returns the state of the cache that a tensor belongs to, a new one if there is none."""
         with self._lock:
-            memory: Memory = self._by_cache.setdefault(cache, Memory())
-            return memory
+            state: SequenceState = self._by_cache.setdefault(cache, SequenceState())
+            return state
 
-    def keep(self, cache: Tensor, memory: Memory) -> None:
-        """Makes a memory that of the pass which will bring this tensor, another one each time where a cache grows."""
+    def put(self, cache: Tensor, state: SequenceState) -> None:
+        """Sets the state of a cache by another of its tensors: a cache that grows has a new one at each step."""
         with self._lock:
-            self._by_cache[cache] = memory
+            self._by_cache[cache] = state

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
-from river_compile.exits import Memories
+from river_compile.exits import SequenceStates
 from river_compile.lowering.inductor import Compiled
 from river_compile.model_state import ModelState, model_state
 from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
@@ -146,7 +146,7 @@ class ModelRecord:
     self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
     exit_stats: ExitStats = field(default_factory=ExitStats)
-    exit_memories: Memories = field(default_factory=Memories)
+    sequences: SequenceStates = field(default_factory=SequenceStates)
     drafts: dict[bool, DraftLength] = field(default_factory=dict)  # by whether tokens are sampled
     prefixes: PrefixPool = field(default_factory=PrefixPool)
     fallbacks: Counter[str] = field(default_factory=Counter)  # calls of generate that ran plainly, by reason

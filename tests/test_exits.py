@@ -16,7 +16,7 @@ from river_compile import RiverConfig, report, trace
 from river_compile.backend import river
 from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
-from river_compile.exits import CRITERIA, Memories, forced_threshold
+from river_compile.exits import CRITERIA, SequenceStates, forced_threshold
 from river_compile.kernels.portable import largest_entropy
 from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.examples import examples
@@ -133,7 +133,7 @@ class TestEntropy:
         logits = torch.zeros(2, 1, 8)
         logits[1, 0, 0] = torch.nan
         assert math.isnan(largest_entropy(logits).item())
-        assert not any(math.nan > criterion.bar(criterion.always) for criterion in CRITERIA.values())
+        assert not any(math.nan > criterion.score_threshold(criterion.always) for criterion in CRITERIA.values())
 
 
 class TestConfidence:
@@ -189,10 +189,10 @@ class TestSimilarity:
 
 
 def test_memories_die_with_the_cache():
-    memories, cache = Memories(), torch.zeros(1)
-    memory = memories.of(cache)
-    assert memories.of(cache) is memory
-    assert memories.of(torch.zeros(1)) is not memory
+    memories, cache = SequenceStates(), torch.zeros(1)
+    memory = memories.get(cache)
+    assert memories.get(cache) is memory
+    assert memories.get(torch.zeros(1)) is not memory
     kept = weakref.ref(memory)
     del cache, memory
     assert kept() is None

@@ -193,7 +193,7 @@ class TextDecoder:
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self._model = model
-        self._memories = record_of(model.parameters()).exit_memories
+        self._sequences = record_of(model.parameters()).sequences
         self._kv = KVCache.of(model, capacity)
 
     @property
@@ -205,7 +205,7 @@ class TextDecoder:
         """Runs a prompt on the emptied KV cache; returns its logits ``[S, V]``."""
         self.cache.reset()
         self._kv.take_in()
-        self._memories.of(self.cache.layers[0].keys).entropy = None  # a prompt of one token would read it
+        self._sequences.get(self.cache.layers[0].keys).entropy = None  # a prompt of one token would read it
         kwargs = {
             cache_argument(self._model): self.cache,
             "use_cache": True,
@@ -232,7 +232,7 @@ class TextDecoder:
     def save(self) -> AfterPrompt:
         """Copies the state after the prompt that just ran."""
         layers = [{name: _copied(v) for name, v in vars(layer).items() if _counts(v)} for layer in self.cache.layers]
-        return AfterPrompt(self._session, layers, self._memories.of(self.cache.layers[0].keys).entropy)
+        return AfterPrompt(self._session, layers, self._sequences.get(self.cache.layers[0].keys).entropy)
 
     def resume(self, saved: AfterPrompt) -> None:
         """Restores the state after a prompt."""
@@ -244,7 +244,7 @@ class TextDecoder:
                 else:
                     setattr(layer, name, value)
         self._session.kv.filled = int(self.cache.get_seq_length())
-        self._memories.of(self.cache.layers[0].keys).entropy = saved.entropy
+        self._sequences.get(self.cache.layers[0].keys).entropy = saved.entropy
 
 
 def _counts(value: object) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.errors import CacheFullError
-from river_compile.exits import ExitPolicy, Memory
+from river_compile.exits import ExitPolicy, SequenceState
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import Capturing, buffer_like
 from river_compile.runtime.state import CompiledProgram, StepState
@@ -97,8 +97,8 @@ class RiverExecutor:
             self.begin(args)
         held = None if last_token else self._state_of(args)
         state = held or self.bind(args, captured=False, last_token=last_token)
-        memory = state.memory
-        filled = self._check_room(args, memory)
+        sequence = state.sequence
+        filled = self._check_room(args, sequence)
         if held is not None:
             held.load(args, self._varying)
         state.step()
@@ -112,7 +112,7 @@ class RiverExecutor:
         before, _ = self.program.keys
         if before is None or not self.decodes:
             return False
-        return self.compiled.memories.of(args[before]).left == version_of(args[before])
+        return self.compiled.sequences.get(args[before]).left == version_of(args[before])
 
     def _may_capture(self, args: Sequence[Any]) -> bool:
         if self.captures is None or self.decodes:
@@ -155,7 +155,7 @@ class RiverExecutor:
         """Return the states of live caches that Dynamo's calls use, in the order of their making."""
         return [state for states in self._states.values() for state in states.values() if state is not None]
 
-    def _check_room(self, args: Sequence[Any], memory: Memory) -> int | None:
+    def _check_room(self, args: Sequence[Any], sequence: SequenceState) -> int | None:
         """Return the tokens in a static cache after a pass; None without a limit."""
         # The filled length lies on the device, and reading it waits for all launched work. So on a GPU it is counted
         # here while PyTorch counts no other change of it: replays are the changes that PyTorch does not count, nor
@@ -173,9 +173,9 @@ class RiverExecutor:
         filled = 0  # if the pass makes the cache
         if capacity.length < inputs:
             length = args[capacity.length]
-            known, memory.filled = memory.filled, None  # a step that fails leaves nothing known
+            known, sequence.filled = sequence.filled, None  # a step that fails leaves nothing known
             counted = known is not None and not (length.is_cpu or length.is_inference())
-            if known is not None and counted and memory.version == version_of(length) and known + new <= size:
+            if known is not None and counted and sequence.version == version_of(length) and known + new <= size:
                 filled = known
             else:
                 filled = int(length)
@@ -188,12 +188,12 @@ class RiverExecutor:
 
     def _note(self, state: StepState, filled: int | None) -> None:
         """Record the cache's version and length after a pass."""
-        (_, after), capacity, memory = self.program.keys, self.program.capacity, state.memory
+        (_, after), capacity, sequence = self.program.keys, self.program.capacity, state.sequence
         if filled is not None and capacity is not None and capacity.length < len(state.args):
-            memory.filled, memory.version = filled, version_of(state.slots[capacity.length])
+            sequence.filled, sequence.version = filled, version_of(state.slots[capacity.length])
         if after is not None:
-            memory.left = version_of(state.slots[after]) if self.decodes else None
-            self.compiled.memories.keep(state.slots[after], memory)
+            sequence.left = version_of(state.slots[after]) if self.decodes else None
+            self.compiled.sequences.put(state.slots[after], sequence)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from river_compile.exits import ExitPolicy, Memories, Memory, bars_of
+from river_compile.exits import ExitPolicy, SequenceState, SequenceStates, thresholds_of
 from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import (
@@ -60,7 +60,7 @@ class CompiledProgram:
     units: Units | None  # cut for the capture device, None without one
     policy: ExitPolicy  # when tokens exit
     stats: ExitStats  # of the model
-    memories: Memories  # per KV cache, shared by the model's programs
+    sequences: SequenceStates  # per KV cache, shared by the model's programs
     remembers: bool  # whether exits read the entropy of the previous logits
     all_logits: Tensor | None  # see `all_logits` below
     log: CaptureLog  # of captures
@@ -100,7 +100,7 @@ class StepState:
         before, _ = program.keys
         # The keys that identify the KV cache; None if the pass makes the cache.
         self.cache: Tensor | None = None if before is None else self.slots[before]
-        self.memory = Memory() if self.cache is None else compiled.memories.of(self.cache)
+        self.sequence = SequenceState() if self.cache is None else compiled.sequences.get(self.cache)
         # Host float32 [L + 1]: the scores of exit checks, by depth, and of the head (at L).
         self.flags = torch.empty(0) if device is None else device.flags(program.num_blocks + 1)
 
@@ -178,40 +178,40 @@ class StepState:
 
     def run(self, policy: ExitPolicy) -> StepPath:
         """Run a pass; the policy decides the exit."""
-        program, memory = self.compiled.program, self.memory if self.compiled.remembers else None
-        bars = bars_of(policy, program.candidates, program.num_blocks)
-        if not bars.stops and memory is None:
-            units = self._units_by_depth.get(bars.last)
+        program, sequence = self.compiled.program, self.sequence if self.compiled.remembers else None
+        thresholds = thresholds_of(policy, program.candidates, program.num_blocks)
+        if not thresholds.stops and sequence is None:
+            units = self._units_by_depth.get(thresholds.last)
             if units is None:
-                units = self._units_by_depth[bars.last] = self._units.units_for(bars.last)
+                units = self._units_by_depth[thresholds.last] = self._units.units_for(thresholds.last)
             if self._late:
                 self._begin()
             self._launch(units)
             if self._late:
                 self._end()
-            return StepPath(bars.last)
-        last, done, entropy = bars.last, 0, None
+            return StepPath(thresholds.last)
+        last, done, entropy = thresholds.last, 0, None
         scores: list[float] = []
-        if memory is not None and bars.early is not None:
-            depth, least = bars.early
-            entropy = None if memory.entropy is None else memory.entropy.item()
+        if sequence is not None and thresholds.early is not None:
+            depth, least = thresholds.early
+            entropy = None if sequence.entropy is None else sequence.entropy.item()
             if entropy is not None and -entropy > least:
                 last = depth
         self._begin()
-        for depth, bar in bars.stops:
+        for depth, threshold in thresholds.stops:
             self._launch(self._units.span(done, depth))
             done = depth
-            if bar is None:
+            if threshold is None:
                 continue
             scores.append(self._score(depth))
-            if scores[-1] > bar:
+            if scores[-1] > threshold:
                 last = depth
                 break
         else:
             self._launch(self._units.span(done, last))
         self._launch(self._units.tail(last))
-        if memory is not None:
-            memory.entropy = self._kept_score()
+        if sequence is not None:
+            sequence.entropy = self._kept_score()
         self._end()
         return StepPath(last, tuple(scores), entropy)
 

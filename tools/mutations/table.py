@@ -300,10 +300,10 @@ _TRITON = (
 
 _EXITS = (
     Mutation(
-        "exit-at-bar",
+        "exit-at-threshold",
         "river_compile/runtime/state.py",
-        "if scores[-1] > bar:",
-        "if scores[-1] >= bar:",
+        "if scores[-1] > threshold:",
+        "if scores[-1] >= threshold:",
         "a token leaves at the threshold, though only those above it may",
         ("tests/test_exits.py",),
     ),

@@ -75,5 +75,5 @@ def smaller(case: Case) -> Iterator[Case]:
         yield {**case, "lengths": case["lengths"][:1]}
     if case["quality"] != "exact":
         yield {**case, "quality": "exact"}
-    if case["lowering"] != "auto":
+    if case["kernels"] != "auto":
         yield {**case, "kernels": "auto"}
