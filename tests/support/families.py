@@ -4,7 +4,7 @@ Every model has hidden size 64, a vocabulary of 128, and matrix dimensions divis
 exist. Weights are drawn anew from a seed (`tools.families.tiny.draw_weights`). Sliding windows are 8 tokens long,
 shorter than most prompts in the tests. Generation never ends early (no end-of-sequence token).
 
-These models say nothing about quality or speed; `river_compile/cli/models.py` has real ones for that.
+These models say nothing about quality or speed; `river_compile/cli/shared.py` has real ones for that.
 """
 
 from __future__ import annotations

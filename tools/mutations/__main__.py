@@ -1,7 +1,7 @@
 """Breaks the product in one place at a time, in a copy of the checkout, and shows which tests notice.
 
     python -m tools.mutations --list
-    python -m tools.mutations --only exit-at-bar kv-bound          # these
+    python -m tools.mutations --only exit-at-threshold kv-bound          # these
     python -m tools.mutations --whole --report docs/testing.md     # all; survivors meet the whole default run
 
 Every mutation (`table.py`) first meets the tests that are likely to notice it. The report stands between two marks of a

@@ -419,19 +419,19 @@ _EXACT = (
 _PROMISES = (
     Mutation(
         "risk-bets",
-        "river_compile/calibration/risk.py",
+        "river_compile/evaluation/risk.py",
         "math.fsum(math.exp(w - most) for w in wealths) / len(_BETS))",
         "math.fsum(math.exp(w - most) for w in wealths))",
         "the evidence for a rule is five times too strong",
-        ("tests/calibration/test_risk.py",),
+        ("tests/evaluation/test_risk.py",),
     ),
     Mutation(
-        "calibrate-chosen",
-        "river_compile/calibration/calibrate.py",
+        "tune-chosen",
+        "river_compile/evaluation/tune.py",
         "chosen=min(results[:passed], key=lambda c: c.cost)",
         "chosen=min(results, key=lambda c: c.cost)",
         "a rule that failed its test is chosen",
-        ("tests/calibration/test_calibrate.py",),
+        ("tests/evaluation/test_tune.py",),
     ),
     Mutation(
         "artifact-weights",
@@ -495,7 +495,7 @@ _TRIALS = (  # faults that trial found: their mends, taken back
     Mutation(
         "trial-half-accelerated",
         "river_compile/api/accelerate.py",
-        "    # (The model changes last, so that whatever fails leaves it as it was.)\n",
+        "    # The model changes last, so any error above leaves it as it was.\n",
         '    vars(model)["generate"] = call\n',
         "an accelerate that fails leaves another generate",
         ("tests/api/test_accelerate.py",),
@@ -510,7 +510,7 @@ _TRIALS = (  # faults that trial found: their mends, taken back
     ),
     Mutation(
         "trial-loaders",
-        "river_compile/cli/models.py",
+        "river_compile/cli/shared.py",
         "except Exception as error:  # (each library has its own)",
         "except OSError as error:",
         "a file that was cut is a traceback",
