@@ -374,7 +374,8 @@ class ExactMode(Decode):
             length = DraftLength(adaptive=False)
         else:
             length = session.record.drafts.setdefault(call.config.do_sample, DraftLength())
-        return SpeculativeDecoder(session, length.carry_over(session.widths), self.prompt_lookup_num_tokens != 0)
+        copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
+        return SpeculativeDecoder(session, length.carry_over(session.widths), copied)
 
 
 exact = ExactMode()
