@@ -84,7 +84,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
-    moved = report.record.offloaded.snapshot().moved if report.record.offloaded.snapshot() else 0
+    moved = report.record.offloaded.stats.get("moved", 0)
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
     return {
         "weights_bytes": weights,
@@ -100,7 +100,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
 def _brought_in(report: Any) -> int:
     """Returns the bytes of weights that had come in by a report."""
-    return report.record.offloaded.snapshot().brought_in if report.record.offloaded.snapshot() else 0
+    return report.record.offloaded.stats.get("brought_in", 0)
 
 
 def resident_bytes() -> int:

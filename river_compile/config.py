@@ -126,15 +126,15 @@ class RiverConfig:
     target_kernels: str | None = _option(
         None,
         one_of(None, "model", "river"),
-        'matmuls of the 16-bit layers: the `"model"`\'s operators, or `"river"`: River\'s kernels, which give a row the '
-        "same bits among any number of rows; `None`: river with C++ kernels ([docs/lowering.md](docs/lowering.md))",
+        'matmuls of the 16-bit layers: the `"model"`\'s operators, or `"river"`: River\'s kernels, which give a row '
+        "the same bits among any number of rows; `None`: river with C++ kernels ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
     )
     target_weights: str = _option(
         "model",
         one_of("auto", "model", "12bit", "8bit"),
-        'weights of the 16-bit layers: the `"model"`\'s tensors, or packed without loss: `"12bit"` for bfloat16, `"8bit"` '
-        'for weights loaded from an 8-bit file; `"auto"`: 12bit if it is faster on this machine '
+        'weights of the 16-bit layers: the `"model"`\'s tensors, or packed without loss: `"12bit"` for bfloat16, '
+        '`"8bit"` for weights loaded from an 8-bit file; `"auto"`: 12bit if it is faster on this machine '
         "([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
     )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
