@@ -198,7 +198,7 @@ class RiverConfig:
             yield "twins= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
 
     def _unreachable(self) -> Iterator[str]:
-        """Yields options that ask for layers which no token reaches."""
+        """Yield options that ask for layers which no token reaches."""
         k = self.deepest
         if k is None:
             return
@@ -221,7 +221,7 @@ class RiverConfig:
         return self.offload if self.offload_policy == "exit" else None
 
     def exit_policy(self, plan: DecoderPlan | Program) -> ExitPolicy:
-        """Returns when the tokens of a graph exit."""
+        """Return when the tokens of a graph exit."""
         assert self.threshold is not None, "checking an option without a value sets the criterion's own"
         leaves = plan.is_decode or self.prefill == "exit"
         return ExitPolicy(
@@ -235,17 +235,17 @@ class RiverConfig:
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """Returns the options' properties by name."""
+        """Return the options' properties by name."""
         return {field.name: field.metadata["option"] for field in dataclasses.fields(cls)}
 
     @classmethod
     def choices(cls, name: str) -> tuple[Any, ...]:
-        """Returns the allowed values of an option that has a fixed set, without those for tests."""
+        """Return the allowed values of an option that has a fixed set, without those for tests."""
         return cls.options()[name].check.choices
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:
-        """Builds a config from the ``options`` of ``torch.compile``.
+        """Build a config from the ``options`` of ``torch.compile``.
 
         Raises:
             OptionError: (a ``ValueError``) an unknown name or a bad value.
@@ -261,7 +261,7 @@ class RiverConfig:
         return cls(**given)
 
     def check_depths(self, num_blocks: int) -> None:
-        """Raises an OptionError for depths that a model with `num_blocks` layers does not have."""
+        """Raise an OptionError for depths that a model with `num_blocks` layers does not have."""
         if self.offload is not None and self.offload >= num_blocks:
             raise OptionError(
                 f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
@@ -276,6 +276,6 @@ class RiverConfig:
 
 
 def check_mode(mode: str | None) -> str | None:
-    """Returns ``torch.compile``'s mode as Inductor takes it, None for the default; raises an OptionError."""
+    """Return ``torch.compile``'s mode as Inductor takes it, None for the default; raise an OptionError."""
     mode = _MODE("mode", mode, OptionError)
     return None if mode == "default" else mode
