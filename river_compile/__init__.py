@@ -70,7 +70,7 @@ _EXPORTS = {
     "requantize": "api.twins",
     "restore": "api.accelerate",
     "save_twins": "api.twins",
-    "tensor_parallel_plan": "distributed.support",
+    "tensor_parallel_plan": "runtime.tensor_parallel",
     "trace": "reporting.trace",
     "tune_exit": "evaluation.tune",
 }

@@ -107,7 +107,7 @@ def _rebuild(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: P
     start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
     graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
-    built = _assembled(program, ProgramExamples(program), inputs, model, graph, anew=True)
+    built = _assembled(program, ProgramExamples(program), inputs, model, graph, refresh=True)
     weights = built[0].weights
     made = weights.made if isinstance(weights, ProgramWeights) else ()
     changed = [twin for twin in made if not twin.matmul.lossless]
@@ -143,14 +143,14 @@ def _assembled(
     model: ModelRecord,
     graph: GraphRecord,
     warn: Callable[[], object] = lambda: None,
-    anew: bool = False,
+    refresh: bool = False,
 ) -> Built:
-    """Quantize a program's twins, compile its segments and put them together; `anew`: its parameters changed."""
+    """Quantize a program's twins, compile its segments and put them together; `refresh`: its parameters changed."""
     config, ranks = graph.config, model.ranks
     graph.program = program
     policy = config.exit_policy(program)
     segments = policy.reachable(program)
-    weights = _packed(program, segments, inputs, model, graph, warn, anew)
+    weights = _packed(program, segments, inputs, model, graph, warn, refresh)
     packed = {} if weights is None else weights.packed
     if program.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
@@ -220,7 +220,7 @@ def _packed(
     model: ModelRecord,
     graph: GraphRecord,
     warn: Callable[[], object],
-    anew: bool,
+    refresh: bool,
 ) -> ProgramWeights | None:
     """Return the packed weights of the matmuls that the passes made and tokens can reach."""
     twins, how = model.twins, graph.config.target_weights
@@ -238,7 +238,7 @@ def _packed(
         weights = None
         if reached:
             config, device = graph.config, program.device
-            weights = twins.get(reached, inputs, config, model.statistics, device, names, savable, anew)
+            weights = twins.get(reached, inputs, config, model.statistics, device, names, savable, refresh)
     packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}

@@ -200,3 +200,9 @@ def test_torch_logs_takes_the_package_name(tmp_path):
     """TORCH_LOGS walks all submodules before torch is imported: that ends, and sets the level of our loggers."""
     code = "import logging, torch; print(logging.getLogger('river_compile.passes').isEnabledFor(logging.DEBUG))"
     assert run_python(code, tmp_path, ROOT, TORCH_LOGS="+river_compile").stdout.split()[-1] == "True"
+
+
+def test_every_public_name_loads():
+    import river_compile
+
+    assert all(getattr(river_compile, name) is not None for name in river_compile.__all__)

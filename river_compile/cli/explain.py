@@ -161,7 +161,7 @@ Made by river_compile {{ version }}.</p>
 <h2 id="{{ graph.name }}">Graph {{ graph.name }}</h2>
 <details open><summary>the plan</summary><pre>{{ graph.plan }}</pre></details>
 {% for number, block, twin in graph.pairs %}
-<details><summary>block {{ number }} beside its twin</summary>
+<details><summary>block {{ number }} and its twin</summary>
 {{ pair("the block, 16 bits", block, "its twin, 4 bits", twin) }}</details>
 {% endfor %}
 {% for pass in graph.passes %}

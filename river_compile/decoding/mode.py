@@ -1,12 +1,7 @@
-"""The values of ``model.generate(**inputs, custom_generate=...)``: `decode`, and `exact` with drafts.
+"""`decode` and `exact`, the values of ``model.generate(**inputs, custom_generate=...)``, and one call's arguments.
 
-`decode` generates what transformers' own loop does, in less time for each step. With `exact` the river drafts, the
-backbone verifies, and the text is the plain model's (docs/exact.md): greedy text token for token, sampled text for the
-same seed likewise.
-
-Not handled (an error that says so): beams and transformers' own assisted modes, encoder-decoder models, attention
-weights and hidden states as outputs, generation that is synchronized over processes; for drafts also models with a
-recurrent state.
+Not handled (an error that says so): beams and transformers' assisted modes, encoder-decoder models, attention weights
+and hidden states as outputs, generation that is synchronized over processes; with drafts, recurrent states.
 """
 
 from __future__ import annotations
@@ -58,13 +53,13 @@ _CHECKS = {
     "strict": FLAG,
 }
 
-# (The last one is what stands for the result of a call that joined a batch.)
+# The last one is the placeholder of a call that joined a batch.
 Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput | object
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of ``generate``, as it is handed to a callable ``custom_generate``."""
+    """The arguments of a ``custom_generate`` callable."""
 
     model: PreTrainedModel
     ids_BS: Tensor
@@ -74,13 +69,7 @@ class Call:
     streamer: Any | None
 
     def texts(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Texts:
-        """Return the call's texts, as yet its prompt.
-
-        Args:
-            ranks: that share the model.
-            drafting: whether drafts are verified.
-            generator: of random numbers; None for PyTorch's.
-        """
+        """Return the call's rows, with their prompt; without a generator, sampling uses PyTorch's."""
         config, criteria, wanted = self.config, self.criteria, bool(self.config.return_dict_in_generate)
         ends = getattr(config, "_eos_token_tensor", None)
         sampler = Sampler(
@@ -97,7 +86,7 @@ class Call:
             prompt=self.ids_BS,
             sampler=sampler,
             stops=_ends(criteria) or criteria,
-            max_length=math.ceil(min(config.max_length, sys.maxsize)),  # (generate takes 17.5 and inf too)
+            max_length=math.ceil(min(config.max_length, sys.maxsize)),  # generate takes 17.5 and inf too
             pad_token=self.pad_token,
             put=None if self.streamer is None else self.streamer.put,
             rows_are_independent=self._row_by_row and not wanted,
@@ -107,32 +96,22 @@ class Call:
 
     @property
     def _row_by_row(self) -> bool:
-        """Whether processors and criteria are known to look at each row alone, and to remember nothing.
-
-        Without an end token there is no padding: a row that a stop string ended goes on for as long as the others do.
-        """
+        """Whether processors and criteria see each row alone, without memory."""
+        # Without an end token there is no padding, so a row that a stop string ended continues with the others.
         kinds = {type(criterion) for criterion in self.criteria}
         ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds
         return ends_alone and kinds <= _ROW_BY_ROW and all(type(p) in STATELESS for p in self.processors)
 
     @property
     def pad_token(self) -> int | None:
-        """What rows receive that have ended while others go on; None if none can end before the others."""
+        """The token of ended rows while others run; None if rows end together."""
         ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
         pad = self.config._pad_token_tensor
         return int(pad) if ends and pad is not None else None
 
     def prefix_ids(self, kwargs: Mapping[str, object], strict: bool) -> Tensor | None:
-        """Return the ids of a prompt that may begin with a kept text and leave one, None where it must be a fresh one.
-
-        Its entries must depend on its ids alone, beside what the model is at the moment. With `strict` they must have
-        the bits that a fresh prompt gives them, so no library may multiply its rows: sums then depend on how many there
-        are.
-
-        Args:
-            kwargs: of the model's forward passes.
-            strict: as above.
-        """
+        """Return the ids of a prompt that may use the prefix cache; None if its KV entries depend on more than ids."""
+        # With `strict`, entries have the bits of a fresh prompt, so no library may multiply: its sums depend on rows.
         model, ids_BS = self.model, self.ids_BS
         programs = record_of(model.parameters()).programs
         if programs is None or programs.config.prefill != "backbone":
@@ -151,14 +130,7 @@ class Call:
         return ids_BS[0].cpu()
 
     def result(self, ids_BS: Tensor, sampler: Sampler, kv: KVCache, made: Cache | None) -> Generated:
-        """Return the result of ``generate`` for texts that have ended with these ids.
-
-        Args:
-            ids_BS: the ids.
-            sampler: of the call.
-            kv: in which it was generated.
-            made: the cache that generate made, to hand back.
-        """
+        """Return the result of ``generate``; `made` is the KV cache that generate made, to return."""
         if not self.config.return_dict_in_generate:
             return ids_BS
         if kv.is_full and made is not None:
@@ -173,16 +145,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Decode:
-    """Greedy decoding and sampling; the callable for ``custom_generate``.
-
-    The same processors, stopping criteria and streamers in the same order with the same arguments as in transformers'
-    loop, and the same tokens.
-    """
+    """Greedy decoding and sampling with transformers' processors, stopping criteria and streamers."""
 
     __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[Exception]] = DecodeError
-    depth: ClassVar[int | None] = None  # of decode steps: by the exit policy
-    per_call: ClassVar[tuple[str, ...]] = ()  # options that ``generate`` itself takes too
+    depth: ClassVar[int | None] = None  # of decode steps; None: by the exit policy
+    per_call: ClassVar[tuple[str, ...]] = ()  # options that ``generate`` takes too
 
     def __call__(
         self,
@@ -196,12 +164,7 @@ class Decode:
         tokenizer: object | None = None,  # of stop_strings; taking it makes generate keep it
         **model_kwargs: Any,
     ) -> Generated:
-        """Called by ``generate`` in place of its own loop, with its arguments, `per_call` options among them.
-
-        Raises:
-            DecodeError, ExactModeError: (a ``ValueError``) something that this loop does not handle.
-            OptionError: (a ``ValueError``) a bad option.
-        """
+        """Run ``generate``'s loop; raise `refusal` for an unsupported call, an OptionError for a bad option."""
         config = generation_config
         given = {name: model_kwargs.pop(name, None) for name in self.per_call}
         mode = self.for_call(**{name: value for name, value in given.items() if value is not None})
@@ -225,7 +188,7 @@ class Decode:
             texts = call.texts(session.ranks, decoder.drafts)
             with model._optimize_model_for_decode():
                 ids = decoder.run(texts, logits)
-            # (Where tokens may leave, some entries of new ones are twins'.)
+            # With early exits, some entries of new tokens are the twins'.
             text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
             record.write_programs()
             if streamer is not None:
@@ -235,17 +198,17 @@ class Decode:
             session.release(text, input_ids.shape[1])
 
     def session(self, call: Call, kwargs: Mapping[str, Any]) -> Session:
-        """Return a session for a call, on a cache that may hold the first tokens of its prompt."""
+        """Return a session on a KV cache that may hold a prefix of the prompt."""
         model, ids_BS = call.model, call.ids_BS
         record = record_of(model.parameters())
         state = record.state_of(model)
         ids = call.prefix_ids(kwargs, isinstance(self, ExactMode) and self.strict)
-        embeds = kwargs.get("inputs_embeds")  # (in place of ids, or of some before them)
+        embeds = kwargs.get("inputs_embeds")  # in place of ids, or of ids before them
         tokens = max(given.shape[1] for given in (ids_BS, embeds) if given is not None)
         made = cache_of(kwargs)
         assert made is not None, "a generation without a cache is refused"
         kv = KVCache(made)
-        if model._can_compile_fullgraph or prepares_as_most_do(model):  # (CPM-Ant's masks are for caches that grow)
+        if model._can_compile_fullgraph or prepares_as_most_do(model):  # CPM-Ant's masks are for caches that grow
             entries = None if state is None else state.of_entries
             ours, _ = record.prefixes.acquire(model, len(ids_BS), tokens, ids, entries)
             kv = ours if ours.is_full else kv
@@ -260,7 +223,7 @@ class Decode:
         assistant_model: object,
         model_kwargs: Mapping[str, object],
     ) -> str:
-        """Return the request that the loop does not handle, with the fix; empty if there is none."""
+        """Return an unsupported request and its fix, or an empty string."""
         mode = config.get_generation_mode()
         if assistant_model is not None:
             return f"assistant_model={type(assistant_model).__name__} is not available here; leave it out"
@@ -283,16 +246,7 @@ class Decode:
         return _other_rows(rows, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
-        """Return what generates after the prompt.
-
-        Args:
-            call: whose prompt has run.
-            session: in which it did.
-            logits: of its last position.
-
-        Raises:
-            ExactModeError: drafts cannot be verified.
-        """
+        """Return the decoder for a call whose prompt ran; raise an ExactModeError if drafts cannot be verified."""
         return SpeculativeDecoder(session)
 
     def for_call(self, **options: Any) -> Decode:
@@ -382,7 +336,7 @@ exact = ExactMode()
 
 
 def _ends(criteria: StoppingCriteriaList) -> Ends | None:
-    """Return the ends that stopping criteria amount to, None if they must be asked."""
+    """Return stopping criteria as length and end tokens, None if they must be called."""
     if not criteria or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria):
         return None
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
@@ -391,7 +345,7 @@ def _ends(criteria: StoppingCriteriaList) -> Ends | None:
 
 
 def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:
-    """Return a message if inputs have another number of rows than the ids: the plain model reports the error."""
+    """Return a message if inputs and ids have different numbers of rows."""
     for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
         given = model_kwargs.get(name)
         if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:

@@ -16,7 +16,7 @@ from torch import Tensor
 from river_compile.lowering.native import Callee
 from river_compile.passes.program import Program, Refusal, SegmentSpec
 
-# Slots beside the graph's values: the latest score, and the vocabulary blocks whose logits the head computes.
+# Slots in addition to the graph's values: the latest score, and the vocabulary blocks whose logits the head computes.
 SCORE, VOCAB_BLOCKS = -1, -2
 
 

@@ -29,10 +29,10 @@ def programs_of(name: str, **options) -> list[Program]:
 
 
 @pytest.mark.parametrize("name", each(FAMILIES, quick=["llama", "gemma2"]))
-@pytest.mark.parametrize("lowering", ["native", slow("eager")])
-def test_what_is_read_is_what_was_written(name, lowering):
+@pytest.mark.parametrize("kernels", ["native", slow("eager")])
+def test_what_is_read_is_what_was_written(name, kernels):
     """Targets, arguments and names of every graph, and every other field; segments that share code share it again."""
-    for program in programs_of(name, lowering=lowering):
+    for program in programs_of(name, kernels=kernels):
         again = loads(dumps(program))
         assert fields(again) == fields(program)
         for alike in filter(None, (program.blocks, program.twins)):
