@@ -165,7 +165,7 @@ class TestTable:
         user, expert, tests = options.tables(options.DOCS).split("\nFor ")
         named = {name: (f"| `{name}` |" in user, f"| `{name}` |" in expert) for name in RiverConfig.options()}
         assert all(in_user != in_expert for in_user, in_expert in named.values())
-        for name, value in [("quantizer", "none"), ("lowering", "eager")]:
+        for name, value in [("quantizer", "none"), ("kernels", "eager")]:
             assert f'`{name}="{value}"`' in tests
             assert value not in RiverConfig.choices(name)
             assert getattr(RiverConfig(**{name: value}), name) == value
