@@ -4,8 +4,8 @@
     python -m tools.replicas --rounds 2 --kernels eager     # no compiler: quick
 
 Each round begins with an empty folder: no saved twins, no C++ kernels, no Inductor cache, no precompiled header.
-Several processes load the same tiny model with ``on_missing_twins="save"`` and decode. At a random moment one is killed,
-alone (its compiler goes on) or with all that it started. The round is clean where
+Several processes load the same tiny model with ``on_missing_twins="save"`` and decode. At a random moment one is
+killed, alone (its compiler goes on) or with all that it started. The round is clean where
 
     * the others end by themselves with the logits of a round in which nobody was killed,
     * one more process starts from what is there, has these logits, and packs nothing.
