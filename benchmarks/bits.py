@@ -69,23 +69,23 @@ class Product:
     noise: dict[int, float]
 
     def bits(self, group: int) -> float:
-        """Returns what it takes in all."""
+        """Return what it takes in all."""
         each = 4 + _PARAMETER_BITS / group if group else 16
         return each * self.weight.numel()
 
     def fitting(self, group: int) -> int:
-        """Returns the largest group size of its own that is at most this one."""
+        """Return the largest group size of its own that is at most this one."""
         return max(size for size in self.found if size <= group)
 
     def parts(self, model: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
-        """Returns weights by name from the merged matrix."""
+        """Return weights by name from the merged matrix."""
         weights = [model.get_parameter(name) for name in self.names]
         pieces = matrix.split([len(weight) for weight in weights])
         return {name: part.to(w.dtype) for name, part, w in zip(self.names, pieces, weights, strict=True)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     shared.quiet()
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(model: PreTrainedModel, texts: Mapping[str, Sequence[Tensor]], judged: int) -> list[dict]:
-    """Returns a row for each mixture; products are judged alone on so many sampled texts."""
+    """Return a row for each mixture; products are judged alone on so many sampled texts."""
     products = quantized(model)
     total = sum(product.weight.numel() for product in products)
     judge = sample(model, judged, 32, seed=1)
@@ -140,7 +140,7 @@ def measure(model: PreTrainedModel, texts: Mapping[str, Sequence[Tensor]], judge
 
 
 def quantized(model: PreTrainedModel) -> list[Product]:
-    """Returns the products of a model's blocks, quantized in every group size that divides them."""
+    """Return the products of a model's blocks, quantized in every group size that divides them."""
     observed = record(model, sample(model, 32, 32).split(16), own=True)
     by_inputs: dict[int, list[str]] = {}
     head = model.get_output_embeddings()
@@ -164,7 +164,7 @@ def quantized(model: PreTrainedModel) -> list[Product]:
 
 
 def allocate(products: Sequence[Product], alone: Sequence[float], budget: float) -> list[int]:
-    """Returns a group size for each product, or 16 bits: the greedy choice by KL saved for each bit."""
+    """Return a group size for each product, or 16 bits: the greedy choice by KL saved for each bit."""
     chosen = [max(product.found) for product in products]
     steps = []
     for i, (product, cost) in enumerate(zip(products, alone, strict=True)):
@@ -181,7 +181,7 @@ def allocate(products: Sequence[Product], alone: Sequence[float], budget: float)
 
 
 def correction(product: Product, matrix: Tensor, rank: int) -> Tensor:
-    """Returns the matrix of this rank, in bfloat16 parts, that makes up for most of the output's error."""
+    """Return the matrix of this rank, in bfloat16 parts, that makes up for most of the output's error."""
     moments = product.inputs.matrix()
     moments.diagonal().add_(0.2 * moments.diagonal().mean())
     root = torch.linalg.cholesky(moments)  # E |e x|^2 = |e root|^2
@@ -192,7 +192,7 @@ def correction(product: Product, matrix: Tensor, rank: int) -> Tensor:
 
 
 def kl(model: nn.Module, weights: Mapping[str, Tensor], texts: Iterable[Tensor], reference: Sequence[Tensor]) -> float:
-    """Returns the mean KL of the logits with these weights from the model's own."""
+    """Return the mean KL of the logits with these weights from the model's own."""
     pairs = zip(reference, _logits(model, weights, texts), strict=True)
     return torch.cat([token_kl(a, b) for a, b in pairs]).mean().item()
 

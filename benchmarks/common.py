@@ -70,7 +70,7 @@ class Worker:
             )
 
     def ask(self, command: str, **arguments) -> dict:
-        """Sends a command and waits for its answer.
+        """Send a command and waits for its answer.
 
         Raises:
             WorkerFailed: the worker raised an exception or ended.
@@ -79,13 +79,13 @@ class Worker:
         return self.answer()
 
     def tell(self, command: str, **arguments) -> None:
-        """Sends a command, whose answer :meth:`answer` waits for."""
+        """Send a command, whose answer :meth:`answer` waits for."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
 
     def answer(self) -> dict:
-        """Waits for the answer to the last command.
+        """Wait for the answer to the last command.
 
         Raises:
             WorkerFailed: the worker raised an exception or ended.
@@ -99,7 +99,7 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """Ends the process and removes its files."""
+        """End the process and remove its files."""
         self._process.stdin.close()  # the worker's loop ends at end of file
         try:
             self._process.wait(timeout=20)
@@ -114,7 +114,7 @@ class Worker:
 
 
 def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
-    """Answers the commands of a :class:`Worker` until its end of the pipe closes.
+    """Answer the commands of a :class:`Worker` until its end of the pipe closes.
 
     Args:
         handlers: a function per command; it takes the command's arguments and returns what JSON can hold.
@@ -134,7 +134,7 @@ def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """Returns the largest resident memory of this process so far, memory-mapped files included."""
+    """Return the largest resident memory of this process so far, memory-mapped files included."""
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):
@@ -145,7 +145,7 @@ def peak_rss_bytes() -> int:
 
 
 def attempted(measure: Callable[..., T], *arguments: object) -> T | None:
-    """Returns what a measurement gives; says in one line why there is none where an argument or a worker was bad."""
+    """Return what a measurement gives; says in one line why there is none where an argument or a worker was bad."""
     try:
         return measure(*arguments)
     except (ValueError, demo_models.ModelUnavailable, WorkerFailed) as error:
@@ -155,7 +155,7 @@ def attempted(measure: Callable[..., T], *arguments: object) -> T | None:
 
 @contextlib.contextmanager
 def busy_process() -> Iterator[None]:
-    """Keeps one other process busy for as long as the block runs."""
+    """Keep one other process busy for as long as the block runs."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -165,7 +165,7 @@ def busy_process() -> Iterator[None]:
 
 
 def machine_facts(threads: int) -> dict:
-    """Returns what a reader needs to judge a number: processor, threads, versions."""
+    """Return what a reader needs to judge a number: processor, threads, versions."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -177,7 +177,7 @@ def machine_facts(threads: int) -> dict:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints rows under headers: text to the left, numbers to the right with two decimals, None as a dash."""
+    """Print rows under headers: text to the left, numbers to the right with two decimals, None as a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
     numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headers))]
@@ -193,7 +193,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def command_line(doc: str, *names: str, **defaults: object) -> argparse.ArgumentParser:
-    """Returns a parser with some of the options that several benchmarks have.
+    """Return a parser with some of the options that several benchmarks have.
 
     Args:
         doc: text of the help, such as the module's own; its command, in the third line, names the program.
@@ -221,7 +221,7 @@ def command_line(doc: str, *names: str, **defaults: object) -> argparse.Argument
 
 
 def number(least: int) -> Callable[[str], int]:
-    """Returns a parser of integers of `least` or more, for command lines."""
+    """Return a parser of integers of `least` or more, for command lines."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -233,14 +233,14 @@ def number(least: int) -> Callable[[str], int]:
 
 
 def setting(benchmark: str, options: argparse.Namespace) -> dict:
-    """Returns what an outcome begins with: the benchmark, what was measured and on which machine."""
+    """Return what an outcome begins with: the benchmark, what was measured and on which machine."""
     fields = {name: getattr(options, name) for name in ("model", "dtype", "new_tokens", "repeats") if name in options}
     machine = machine_facts(options.threads)
     return {"benchmark": benchmark, **fields, "model": str(options.model), "machine": machine}
 
 
 def print_setting(outcome: dict) -> None:
-    """Prints what :func:`setting` returned."""
+    """Print what :func:`setting` returned."""
     machine = outcome["machine"]
     tokens = f"{outcome['new_tokens']} tokens, " if "new_tokens" in outcome else ""
     print(f"\n{outcome['model']}, {outcome['dtype']}, {tokens}{machine['threads']} threads")
@@ -248,14 +248,14 @@ def print_setting(outcome: dict) -> None:
 
 
 def write_outcome(outcome: object, path: Path | None) -> None:
-    """Writes an outcome as JSON where a file was named."""
+    """Write an outcome as JSON where a file was named."""
     if path:
         write_json(path, outcome)
         print(f"\nWritten to {path}")
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Writes a JSON file that appears whole or not at all."""
+    """Write a JSON file that appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -267,7 +267,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def ratios(values: Mapping[str, float], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Returns ``{"a/b": values[a] / values[b]}`` for the pairs of which both were measured."""
+    """Return ``{"a/b": values[a] / values[b]}`` for the pairs of which both were measured."""
     return {f"{a}/{b}": values[a] / values[b] for a, b in pairs if a in values and b in values}
 
 

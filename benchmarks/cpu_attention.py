@@ -25,14 +25,14 @@ SHAPES = {"smollm2-135m": (9, 3, 64), "gemma-2-2b": (8, 4, 256)}  # query heads,
 def aten(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
 ) -> torch.Tensor:
-    """Returns attention ``[B, T, H, D]`` of q ``[B, T, H, D]`` to k and v ``[B, J, S, D]``."""
+    """Return attention ``[B, T, H, D]`` of q ``[B, T, H, D]`` to k and v ``[B, J, S, D]``."""
     k, v = (cache.repeat_interleave(q.shape[2] // k.shape[1], 1) for cache in (k, v))
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
 def subjects(heads: int, kv_heads: int, dim: int, positions: int, slots: int) -> dict[str, list[Call]]:
-    """Returns the call of each subject, in bfloat16."""
+    """Return the call of each subject, in bfloat16."""
     q = torch.randn(1, positions, heads, dim).bfloat16()
     k, v = torch.randn(2, 1, kv_heads, slots, dim).bfloat16()
     mask = torch.ones(1, 1, positions, slots, dtype=torch.bool).tril()

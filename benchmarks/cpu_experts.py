@@ -31,20 +31,20 @@ Call = Callable[[], object]
 
 
 def stack_of(n: int, k: int, experts: int) -> PackedLinear:
-    """Returns a stack whose matrices are one random matrix, each in memory of its own."""
+    """Return a stack whose matrices are one random matrix, each in memory of its own."""
     one = pack(quantize(torch.randn(n, k), 64, "rtn"), "native")
     qweight, scale_zero = (t.expand(experts, *t.shape).contiguous() for t in (one.qweight, one.scale_zero))
     return replace(one, qweight=qweight, scale_zero=scale_zero, experts=experts)
 
 
 def choices(tokens: int, experts: int, chosen: int) -> list[torch.Tensor]:
-    """Returns the experts of the rows of a call, ascending as transformers sorts them, for calls that share none."""
+    """Return the experts of the rows of a call, ascending as transformers sorts them, for calls that share none."""
     order = torch.arange(experts).split(chosen)
     return [part.repeat_interleave(tokens) for part in order if len(part) == chosen]
 
 
 def subjects(n: int, k: int, experts: int, chosen: int, tokens: int) -> dict[str, list[Call]]:
-    """Returns the calls of each subject, which differ in the experts that they choose."""
+    """Return the calls of each subject, which differ in the experts that they choose."""
     routes = choices(tokens, experts, chosen)
     x = torch.randn(chosen * tokens, k).bfloat16()
     calls: dict[str, list[Call]] = {}
@@ -65,7 +65,7 @@ def _one_by_one(x: torch.Tensor, dense: torch.Tensor, numbers: Sequence[int]) ->
 
 
 def least_seconds(calls: dict[str, list[Call]], repeats: int) -> dict[str, float]:
-    """Returns the least seconds of one call of each subject."""
+    """Return the least seconds of one call of each subject."""
     best = dict.fromkeys(calls, float("inf"))
     with torch.inference_mode():
         for repeat, (name, every) in itertools.product(range(repeats), calls.items()):

@@ -42,7 +42,7 @@ class CpuTiming:
 
 
 def measure(group_size: int, threads: Sequence[int], repeats: int) -> list[CpuTiming]:
-    """Times ATen's product and the C++ kernels for all shapes, rows and numbers of threads."""
+    """Time ATen's product and the C++ kernels for all shapes, rows and numbers of threads."""
     load.load()
     before, timings = torch.get_num_threads(), []
     for n, k in SHAPES:
@@ -70,7 +70,7 @@ class _Subject:
 
 
 def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
-    """Yields a plain sum first, and then each kernel at each number of rows."""
+    """Yield a plain sum first, and then each kernel at each number of rows."""
     weight = torch.randn(n, k) * k**-0.5
     grid, in_16_bits = quantize(weight, group_size, "rtn"), weight.bfloat16()
     ops = torch.ops.river_native
@@ -126,7 +126,7 @@ def _least(subjects: Sequence[_Subject], repeats: int) -> list[float]:
 
 
 def print_table(timings: list[CpuTiming]) -> None:
-    """Prints one line for each kernel, shape and number of threads; its rows stand side by side."""
+    """Print one line for each kernel, shape and number of threads; its rows stand side by side."""
     heads = " | ".join(f"{rows} row{'s' * (rows > 1)}, us" for rows in ROWS)
     print(f"| kernel | shape | threads | {heads} | GB/s, 1 row | of a sum | 4 rows / 1 |")
     print("|---|---|---:|" + "---:|" * (len(ROWS) + 3))

@@ -45,7 +45,7 @@ COLUMNS = ("criterion", "first_exit", "threshold", "left", "depth", "time", "kl"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     shared.quiet()
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _samples(
     model: PreTrainedModel, tokenizer: Callable, options: argparse.Namespace
 ) -> tuple[Sequence[torch.Tensor], int]:
-    """Returns texts ``[1, context + tokens]`` and how many tokens of each run as its prompt."""
+    """Return texts ``[1, context + tokens]`` and how many tokens of each run as its prompt."""
     if options.own_text:
         texts = collect(model, tokenizer, options.texts, options.tokens, calibration=0)
         return texts.own, texts.context
@@ -88,7 +88,7 @@ def measure(
     progress: bool,
     base: Mapping[str, object] = {"group_size": 64},
 ) -> list[dict]:
-    """Returns a row for each rule of each criterion, and for chance and oracle; `base` holds further options."""
+    """Return a row for each rule of each criterion, and for chance and oracle; `base` holds further options."""
     found: list[tuple[str, Measured]] = []
     prices = None
     for criterion in CRITERIA.values():
@@ -106,7 +106,7 @@ def measure(
 
 
 def _rules(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[Rule]:
-    """Returns thresholds under which shares of the tokens leave, and some other first exits."""
+    """Return thresholds under which shares of the tokens leave, and some other first exits."""
     if criterion.reads == "block":
         scores = [s.similarities[FIRST_EXIT - 1] for i in texts for s in meter.references[i].steps]
         later = [round(meter.num_blocks * part) for part in (0.25, 0.5, 0.75)]
@@ -122,7 +122,7 @@ def _rules(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[Rul
 
 
 def _reference_lines(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[tuple[str, Measured]]:
-    """Measures tokens that leave by chance, and those that lose least when all leave."""
+    """Measure tokens that leave by chance, and those that lose least when all leave."""
     all_left = meter.measure((criterion.always, FIRST_EXIT), texts, "oracle")
     losses = [loss for text in all_left.kl for loss in text]
     chance = random.Random(0)
@@ -159,14 +159,14 @@ def _row(name: str, measured: Measured, meter: Meter) -> dict:
 
 
 def at_equal_time(rows: Sequence[dict]) -> dict[str, list[float | None]]:
-    """Returns each criterion's KL at :data:`TIMES`, None where none of its rules is that quick."""
+    """Return each criterion's KL at :data:`TIMES`, None where none of its rules is that quick."""
     names = dict.fromkeys(row["criterion"] for row in rows)
     points = {name: [(r["time"], r["kl"]) for r in rows if r["criterion"] == name] for name in names}
     return {name: [least_kl([*found, (1.0, 0.0)], time) for time in TIMES] for name, found in points.items()}
 
 
 def least_kl(points: Sequence[tuple[float, float]], time: float) -> float | None:
-    """Returns the least KL at a mean time, of rules (time, KL) or of two of them mixed by chance."""
+    """Return the least KL at a mean time, of rules (time, KL) or of two of them mixed by chance."""
     quicker = [p for p in points if p[0] <= time]
     slower = [p for p in points if p[0] > time]
     mixed = [a[1] + (b[1] - a[1]) * (time - a[0]) / (b[0] - a[0]) for a in quicker for b in slower]
@@ -174,7 +174,7 @@ def least_kl(points: Sequence[tuple[float, float]], time: float) -> float | None
 
 
 def show(name: str, rows: Sequence[dict]) -> None:
-    """Prints the rows, and the frontiers at equal time."""
+    """Print the rows, and the frontiers at equal time."""
     print(f"\n{name}")
     common.print_table(COLUMNS, [[_shown(row[column]) for column in COLUMNS] for row in rows])
     print("\nKL at equal time per token (share of never exit's)")
@@ -189,14 +189,14 @@ def _shown(value: object) -> object:
 
 
 def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
-    """Draws :func:`draw`'s figure to criteria.png; returns its path."""
+    """Draw :func:`draw`'s figure to criteria.png; return its path."""
     from benchmarks import figures
 
     return figures.save(draw(results), Path(folder) / "criteria.png", dpi=90)
 
 
 def draw(results: dict[str, list[dict]]) -> Figure:
-    """Returns KL against time, a panel for each model: a criterion's rules as points, its frontier as a line."""
+    """Return KL against time, a panel for each model: a criterion's rules as points, its frontier as a line."""
     from benchmarks import figures
 
     figure, panels = figures.panels((6 * len(results), 4.6), len(results))

@@ -69,7 +69,7 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark to those of `benchmarks.decode`."""
+    """Add the options of this benchmark to those of `benchmarks.decode`."""
     gpu = parser.add_argument_group("on a GPU, with random weights")
     gpu.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (%(default)s)")
     gpu.add_argument("--random", nargs="+", metavar="MODEL", help="llama-3.2-1b, llama-3.1-8b: built, not loaded")
@@ -87,12 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted(options: argparse.Namespace) -> bool:
-    """Tells whether a command line asks for this benchmark."""
+    """Tell whether a command line asks for this benchmark."""
     return options.random is not None or options.device == "cuda" or options.estimate
 
 
 def check(options: argparse.Namespace) -> None:
-    """Checks a command line that asks for this benchmark.
+    """Check a command line that asks for this benchmark.
 
     Raises:
         ValueError: something is missing, unknown or not there.
@@ -123,7 +123,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measures (or estimates) the models of a command line that :func:`check` passed; returns the exit status."""
+    """Measure (or estimates) the models of a command line that :func:`check` passed; return the exit status."""
     if options.estimate:
         from benchmarks import estimate
 
@@ -160,7 +160,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
-    """Returns the rows that a command line asks for, those of one process side by side."""
+    """Return the rows that a command line asks for, those of one process side by side."""
     from benchmarks.roofline import depth_name
 
     rows = []
@@ -184,7 +184,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
 
 
 def measured(name: str, options: argparse.Namespace, until: float, found: dict) -> Iterator[dict]:
-    """Measures one model, every backend in a process of its own; yields each row after putting it into `found`.
+    """Measure one model, every backend in a process of its own; yield each row after putting it into `found`.
 
     Args:
         name: of the model.
@@ -221,7 +221,7 @@ def measured(name: str, options: argparse.Namespace, until: float, found: dict) 
 
 
 def _failure(work) -> str | None:
-    """Does something with a worker; returns what went wrong, None where nothing did."""
+    """Do something with a worker; return what went wrong, None where nothing did."""
     try:
         work()
     except common.WorkerFailed as error:
@@ -230,7 +230,7 @@ def _failure(work) -> str | None:
 
 
 def check_cost(rows: list[dict], name: str) -> dict | None:
-    """Returns what one exit check costs a token that never leaves, and how many there are.
+    """Return what one exit check costs a token that never leaves, and how many there are.
 
     Its seconds come with their error, which is that of the difference of two means of a few rounds. None where no row
     with checks or none without was measured.
@@ -247,12 +247,12 @@ def check_cost(rows: list[dict], name: str) -> dict | None:
 
 
 def _error(times: list[float]) -> float:
-    """Returns the standard error of the mean of a few measurements."""
+    """Return the standard error of the mean of a few measurements."""
     return statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else 0.0
 
 
 def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
-    """Prints one model's tables and what they say about the targets; rates in bytes per second."""
+    """Print one model's tables and what they say about the targets; rates in bytes per second."""
     from benchmarks.roofline import CHECK_TARGET, SPEEDUP_TARGET, TARGETS
 
     print(f"\n{name}\n")
@@ -290,7 +290,7 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
 
 
 def show_exact(rows: list[dict]) -> None:
-    """Prints what was measured of exact mode, beside what is modelled."""
+    """Print what was measured of exact mode, beside what is modelled."""
     for row in rows:
         text = "the same" if row["parts_at"] is None else f"parts at token {row['parts_at']}"
         print(f"\n{row['name']}: {row['drafted']} tokens drafted, verified {row['width']} wide; text: {text}\n")
@@ -314,7 +314,7 @@ def _percent(share: float | None) -> str | None:
 
 
 def depth(text: str) -> int | None:
-    """Returns an exit depth of a command line, None for never leaving."""
+    """Return an exit depth of a command line, None for never leaving."""
     return None if text == NEVER else common.number(0)(text)
 
 

@@ -27,7 +27,7 @@ _SHOWN = 12  # gaps of each trace
 
 
 def gaps(events: Iterable[Any]) -> list[tuple[float, str, str]]:
-    """Returns the times in microseconds in which nothing runs on the device, with what ends before and begins after."""
+    """Return the times in microseconds in which nothing runs on the device, with what ends before and begins after."""
     found, reached, last = [], None, ""
     for event in sorted(
         (event for event in events if event.device_type == DeviceType.CUDA), key=lambda event: event.time_range.start
@@ -41,7 +41,7 @@ def gaps(events: Iterable[Any]) -> list[tuple[float, str, str]]:
 
 
 def show(title: str, events: Iterable[Any]) -> dict:
-    """Prints the largest gaps of a trace; returns them with the time that the device worked, in microseconds."""
+    """Print the largest gaps of a trace; return them with the time that the device worked, in microseconds."""
     events = list(events)
     found = gaps(events)
     ranges = [(e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA]
@@ -52,7 +52,7 @@ def show(title: str, events: Iterable[Any]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns 1 where there is no GPU."""
+    """Run the command line; return 1 where there is no GPU."""
     parser = common.command_line(__doc__)
     parser.add_argument("--random", default="llama-3.1-8b", help="llama-3.2-1b or llama-3.1-8b (%(default)s)")
     parser.add_argument("--depths", nargs="+", type=cuda_decode.depth, default=[None, 0, 3], help="(never 0 3)")

@@ -63,7 +63,7 @@ class Bench:
     def prepare(
         self, name: str, backend: str, context: int, group_size: int, new_tokens: int, device: str = "cuda"
     ) -> dict:
-        """Builds the model and sends the prompt; returns the seconds that this took.
+        """Build the model and send the prompt; return the seconds that this took.
 
         Args:
             name: a Llama of ``tools.kernels.shapes.MODELS``.
@@ -90,7 +90,7 @@ class Bench:
         return {"seconds": time.perf_counter() - start}
 
     def row(self, depth: int | None, asked: bool = False, generates: bool = True) -> dict:
-        """Measures one row.
+        """Measure one row.
 
         Args:
             depth: River's exit depth, None for never leaving and for other backends.
@@ -128,7 +128,7 @@ class Bench:
         }
 
     def exact_row(self, drafted: int, holds: Sequence[float]) -> dict:
-        """Measures exact mode with drafts of one length, all of them the river's.
+        """Measure exact mode with drafts of one length, all of them the river's.
 
         Args:
             drafted: tokens of a draft; the loop's new tokens are at least three more.
@@ -201,7 +201,7 @@ class Bench:
 
     @contextlib.contextmanager
     def leaving(self, depth: int | None, asked: bool) -> Iterator[None]:
-        """Makes River's tokens leave at a depth."""
+        """Make River's tokens leave at a depth."""
         if self.backend != "river":
             yield
             return
@@ -222,7 +222,7 @@ class Bench:
                 executor.policy = policy
 
     def _against_plain(self) -> dict:
-        """Compares logits with those of plain transformers: equal choices, least cosine, whether any is no number."""
+        """Compare logits with those of plain transformers: equal choices, least cosine, whether any is no number."""
         ours, plain = self.loop.logits().double(), self._plain.double()
         cosine = torch.nn.functional.cosine_similarity(ours, plain, dim=-1).amin().item()
         same = (ours.argmax(-1) == plain.argmax(-1)).double().mean().item()
@@ -234,7 +234,7 @@ class Bench:
             raise NotGraphed(f"Inductor left out CUDA graphs {skips} times, so this is no baseline")
 
     def _captured(self) -> tuple[float, int, int]:
-        """Returns seconds, bytes and number of the captures so far."""
+        """Return seconds, bytes and number of the captures so far."""
         logs = self._logs()
         return sum(log.seconds for log in logs), sum(log.bytes for log in logs), sum(log.made for log in logs)
 
@@ -276,13 +276,13 @@ class Loop:
         self._call(self._prompt, 0, plain=True)
 
     def seconds_per_token(self) -> list[float]:
-        """Returns those of a few rounds, ascending; compiles, warms up and captures first."""
+        """Return those of a few rounds, ascending; compiles, warms up and captures first."""
         self.round(min(_WARM_UP, self.new_tokens))
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return sorted(self.round(self.new_tokens) / self.new_tokens for _ in range(_REPEATS))
 
     def logits(self, plain: bool = False) -> Tensor:
-        """Returns those of given tokens after the prompt, ``[tokens, V]``; `plain`: by the model as it is."""
+        """Return those of given tokens after the prompt, ``[tokens, V]``; `plain`: by the model as it is."""
         start = self._prompt.shape[1]
         steps = [self._call(ids, start + i, plain)[0, -1:] for i, ids in enumerate(self._fed.split(1, 1))]
         self._take_back(_COMPARED)
@@ -295,7 +295,7 @@ class Loop:
             self.cache.crop(-tokens)
 
     def profiled(self) -> dict:
-        """Returns kernels, graph launches, waits and the device's seconds per token; None for each without a GPU."""
+        """Return kernels, graph launches, waits and the device's seconds per token; None for each without a GPU."""
         if not self.on_gpu:
             return dict.fromkeys(("kernels", "graphs", "waits", "device_seconds"))
         tokens = min(_PROFILED, self.new_tokens)
@@ -304,13 +304,13 @@ class Loop:
         return counted(found.events(), tokens)
 
     def text(self, **how: Any) -> list[int]:
-        """Returns the new tokens of `model.generate` after the same prompt."""
+        """Return the new tokens of `model.generate` after the same prompt."""
         how |= {"max_new_tokens": self.new_tokens, "do_sample": False, "disable_compile": True}
         ids = self.model.generate(self._prompt, attention_mask=torch.ones_like(self._prompt), **how)
         return ids[0, self._prompt.shape[1] :].tolist()
 
     def text_in_steps(self, **how: Any) -> tuple[list[int], float]:
-        """Returns a text without drafts, and the seconds per token from its first decode step on."""
+        """Return a text without drafts, and the seconds per token from its first decode step on."""
         at: list[float] = []
         with on_step(lambda state, step: at.append(time.perf_counter())):
             text = self.text(**how)
@@ -318,7 +318,7 @@ class Loop:
         return text, (last - first) / (len(at) - 2)
 
     def text_in_cycles(self, **how: Any) -> tuple[list[int], list[CycleRecord], float]:
-        """Returns a text, its cycles of exact mode, and the seconds per token from the end of the first one on."""
+        """Return a text, its cycles of exact mode, and the seconds per token from the end of the first one on."""
         seen: list[tuple[CycleRecord, float]] = []
         with cycles.added(lambda cycle: seen.append((cycle, time.perf_counter()))):
             text = self.text(**how)
@@ -326,7 +326,7 @@ class Loop:
         return text, [cycle for cycle, _ in seen], (seen[-1][1] - seen[0][1]) / tokens
 
     def profiled_cycles(self, **how: Any) -> dict:
-        """Returns what :meth:`profiled` does per cycle of exact mode."""
+        """Return what :meth:`profiled` does per cycle of exact mode."""
         nothing = dict.fromkeys(("kernels", "graphs", "waits", "device_seconds"))
         if not self.on_gpu:
             return nothing
@@ -348,14 +348,14 @@ class Loop:
         return counted(found.events(), count, own=0)
 
     def generate_rates(self, kept: bool) -> tuple[float, float | None]:
-        """Returns the decode tokens/s of `model.generate` after the same prompt, the second time.
+        """Return the decode tokens/s of `model.generate` after the same prompt, the second time.
 
         First with the cache that it makes in every call, then (`kept`) with one that both calls share.
         """
         return self._generate_rate(), self._generate_rate(self._new_cache()) if kept else None
 
     def round(self, tokens: int) -> float:
-        """Decodes so many tokens, takes them back, and returns the seconds that decoding took."""
+        """Decode so many tokens, take them back, and return the seconds that decoding took."""
         ids, filled = self._prompt[:, -1:], self._prompt.shape[1]
         self._synchronize()
         start = time.perf_counter()
@@ -381,7 +381,7 @@ class Loop:
         return StaticCache(config=self.model.config, max_cache_len=self._slots) if self._static else DynamicCache()
 
     def _call(self, ids: Tensor, start: int, plain: bool = False) -> Tensor:
-        """Runs ids that begin at a position and returns their logits."""
+        """Run ids that begin at a position and return their logits."""
         stop = start + ids.shape[1]
         mask = self._masks[start:stop][None, None] if self._static else None
         positions = torch.arange(start, stop, device=self._device)[None]
@@ -395,7 +395,7 @@ class Loop:
 
 
 def counted(events: Iterable[Any], tokens: int, own: int = 2) -> dict:
-    """Returns what a profile of so many tokens says per token: kernels, graph launches, waits, the device's seconds.
+    """Return what a profile of so many tokens says per token: kernels, graph launches, waits, the device's seconds.
 
     `own` waits are the measurement's, such as two of the loop.
     """
@@ -410,7 +410,7 @@ def counted(events: Iterable[Any], tokens: int, own: int = 2) -> dict:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of what intervals cover together."""
+    """Return the length of what intervals cover together."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))
@@ -419,7 +419,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Answers what `benchmarks.cuda_decode` asks; returns 0."""
+    """Answer what `benchmarks.cuda_decode` asks; return 0."""
     bench = Bench()
     common.serve({"prepare": bench.prepare, "row": bench.row, "exact": bench.exact_row})
     return 0

@@ -97,7 +97,7 @@ FIRST_TOKEN_RATIOS = (("river", "inductor"),)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     if options.worker:
         bench = Bench()
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _files(rows: list[str], folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Path]:
-    """Returns the GGUF file or the model folder of each row, writing those that need it."""
+    """Return the GGUF file or the model folder of each row, writing those that need it."""
     written: dict[str, Path] = {}
     if any(map(needs_llama_cpp, rows)):
         written[""] = llama_cpp_runner.gguf_file(options.gguf, options.model)
@@ -146,7 +146,7 @@ def needs_llama_cpp(name: str) -> bool:
 
 
 def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace) -> dict[str, dict]:
-    """Prepares all rows one after another, then lets them take turns; returns the raw results of each."""
+    """Prepare all rows one after another, then lets them take turns; return the raw results of each."""
     from tqdm import tqdm
 
     results: dict[str, dict] = {}
@@ -175,7 +175,7 @@ def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace)
 
 
 def summarize(results: dict[str, dict], options: argparse.Namespace, absent: dict[str, str]) -> dict:
-    """Returns the outcome as the JSON file holds it."""
+    """Return the outcome as the JSON file holds it."""
     rows = {name: {**result, **_medians(result)} for name, result in results.items()}
     speeds = {name: row["decode_tokens_per_s"] for name, row in rows.items()}
     first = {name: row["first_token_s"] for name, row in rows.items()}
@@ -199,7 +199,7 @@ def _medians(result: dict) -> dict[str, float]:
 
 
 def show(outcome: dict) -> None:
-    """Prints the table, why rows are absent, and the ratios."""
+    """Print the table, why rows are absent, and the ratios."""
     common.print_setting(outcome)
     print()
     columns = {
@@ -235,14 +235,14 @@ class Bench:
     """One row inside its worker process."""
 
     def prepare(self, **job) -> dict:
-        """Loads, compiles and warms up; returns the times of the first tokens and the mean exit depth."""
+        """Load, compiles and warms up; return the times of the first tokens and the mean exit depth."""
         self.run = llama_cpp_runner.build(job) if job["backend"] == "llama_cpp" else _torch_runner(job)
         first, second = self.run.first_call()
         self._prompt_rates(job["prompts"])
         return {"first_token_s": first, "second_token_s": second, "mean_depth": self.run.warm_up()}
 
     def measure(self, prompts: list[int]) -> dict:
-        """Reads prompts of these lengths and generates, once; returns the speeds and the peak memory so far."""
+        """Read prompts of these lengths and generates, once; return the speeds and the peak memory so far."""
         rates = self._prompt_rates(prompts)
         return {"tokens_per_s": self.run.rate(), "prompts": rates, "peak_rss_bytes": common.peak_rss_bytes()}
 
@@ -260,7 +260,7 @@ class TorchRunner:
         self.model, self.prompt, self.text, self.job = model, prompt, text, job
 
     def first_call(self) -> tuple[float, float]:
-        """Compiles and returns the seconds from there to the first and to the second new token."""
+        """Compile and return the seconds from there to the first and to the second new token."""
         start = time.perf_counter()
         options = {k: self.model.config.num_hidden_layers if v == NEVER else v for k, v in self.job["options"].items()}
         if self.job["backend"] == "exact":
@@ -274,7 +274,7 @@ class TorchRunner:
         return setup + first, setup + second
 
     def warm_up(self) -> float:
-        """Generates once untimed and returns the mean exit depth, which greedy repeats share."""
+        """Generate once untimed and return the mean exit depth, which greedy repeats share."""
         if self.job["backend"] != "river":
             self._generate()
             return float(self.model.config.num_hidden_layers)
@@ -285,11 +285,11 @@ class TorchRunner:
         return trace.mean_depth
 
     def rate(self) -> float:
-        """Returns the decode tokens/s of one generation."""
+        """Return the decode tokens/s of one generation."""
         return self._generate().decode_tokens_per_s * self.prompt.shape[0]
 
     def prompt_seconds(self, length: int) -> float:
-        """Returns the seconds to the first new token after a prompt of so many tokens."""
+        """Return the seconds to the first new token after a prompt of so many tokens."""
         return self._generate(stop_after=1, prompt=self.text[:, :length]).first_token_s
 
     def _generate(self, stop_after: int | None = None, prompt=None):
@@ -314,7 +314,7 @@ def _torch_runner(job: dict) -> TorchRunner:
 
 
 def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
-    """Returns what a worker must know to prepare a row."""
+    """Return what a worker must know to prepare a row."""
     row = ROWS[name]
     own = row.backend in ("river", "exact") and not row.file
     twins = {"twins": options.twins} if own and options.twins else {}
@@ -333,7 +333,7 @@ def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
 
 
 def _absent_rows(options: argparse.Namespace) -> dict[str, str]:
-    """Returns the wanted rows that cannot run here, each with the reason."""
+    """Return the wanted rows that cannot run here, each with the reason."""
     reason = llama_cpp_runner.why_not(options.gguf, options.model, options.batch)
     return {name: reason for name in options.rows if reason and needs_llama_cpp(name)}
 

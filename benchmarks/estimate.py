@@ -40,7 +40,7 @@ _PASS_SECONDS, _READ_SECONDS = 5e-6, 30e-6  # from one captured pass to the next
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the estimate for the models of the command line; returns the exit status."""
+    """Print the estimate for the models of the command line; return the exit status."""
     bandwidth = options.bandwidth * 1e9
     print(f"Nothing was run on a GPU. Bytes at {options.bandwidth:g} GB/s; batch 1, context {options.context},")
     print(f"groups of {options.group_size}, 16-bit head. A backbone block launches {BLOCK_LAUNCHES} kernels or more.")
@@ -60,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def token_row(roofline: Roofline, depth: int | None, bandwidth: float) -> dict:
-    """Returns what a token at an exit depth costs, and what its target asks for (None where there is none)."""
+    """Return what a token at an exit depth costs, and what its target asks for (None where there is none)."""
     cost = roofline.token(depth)
     seconds = cost.seconds(bandwidth)
     target = TARGETS.get((roofline.shape.name, depth))
@@ -79,7 +79,7 @@ def token_row(roofline: Roofline, depth: int | None, bandwidth: float) -> dict:
 
 
 def exact_rows(roofline: Roofline, holds: list[float]) -> list[dict]:
-    """Returns what exact mode makes of a model, for each probability that a drafted token holds, backbone and head."""
+    """Return what exact mode makes of a model, for each probability that a drafted token holds, backbone and head."""
     return [
         max(
             (exact_cycle(roofline, hold, weights, head, n) for n in range(_MAX_DRAFT + 1)),
@@ -92,7 +92,7 @@ def exact_rows(roofline: Roofline, holds: list[float]) -> list[dict]:
 
 
 def exact_cycle(roofline: Roofline, hold: float, weights: str, head: str, drafted: int) -> dict:
-    """Returns one cycle of exact mode with so many drafted tokens; without any it is plain decoding.
+    """Return one cycle of exact mode with so many drafted tokens; without any it is plain decoding.
 
     Args:
         roofline: the model's.
@@ -111,7 +111,7 @@ def exact_cycle(roofline: Roofline, hold: float, weights: str, head: str, drafte
 
 
 def check_row(roofline: Roofline, bandwidth: float) -> dict:
-    """Returns what the checks of a token that never leaves cost in bytes, and what their target leaves for each."""
+    """Return what the checks of a token that never leaves cost in bytes, and what their target leaves for each."""
     checks, token = roofline.shape.layers - 1, roofline.token(None)
     return {
         "checks": checks,
@@ -121,7 +121,7 @@ def check_row(roofline: Roofline, bandwidth: float) -> dict:
 
 
 def schedule_rows(blocks: int, depths: list[int | None]) -> list[dict]:
-    """Returns what the recorder saw of one captured token at every depth, of a random Llama with so many blocks."""
+    """Return what the recorder saw of one captured token at every depth, of a random Llama with so many blocks."""
     model = schedule.small_llama(blocks)
     settings = {"graphs": True, "first_exit": 1}
     model.compile(backend=river, options={**settings, "kernels": "eager", "quantizer": "rtn"})
@@ -140,14 +140,14 @@ def schedule_rows(blocks: int, depths: list[int | None]) -> list[dict]:
 
 
 def _counts(model: PreTrainedModel, cache: StaticCache, watch: schedule.Watch, depth: int) -> dict:
-    """Counts what a captured step does: the first one warms up, the second one captures."""
+    """Count what a captured step does: the first one warms up, the second one captures."""
     *_, events = (schedule.step(model, cache, watch, depth) for _ in range(3))
     kinds = [event.what for event in events]
     return {"graphs": kinds.count("launch"), "flags": kinds.count("wait"), "calls": kinds.count("run")}
 
 
 def show(name: str, found: dict) -> None:
-    """Prints one model's tables."""
+    """Print one model's tables."""
     print(f"\n{name}\n")
     headers = ["", "launches", "MB", "us", "tokens/s", "x never", "target", "needs", "us/launch", "modelled"]
     rows = []

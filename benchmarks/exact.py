@@ -130,7 +130,7 @@ class Bench:
         self.new_tokens = options.new_tokens
 
     def run(self, row: str, kind: str) -> dict:
-        """Generates from every prompt of a kind; returns tokens, seconds, texts and the cycles of exact mode."""
+        """Generate from every prompt of a kind; return tokens, seconds, texts and the cycles of exact mode."""
         import river_compile
 
         tokens, seconds, texts = 0, 0.0, []
@@ -143,7 +143,7 @@ class Bench:
         return {"tokens": tokens, "seconds": seconds, "texts": texts, "cycles": trace.cycles}
 
     def _until_end(self, text: list[int]) -> list[int]:
-        """Returns a text without the padding after its end."""
+        """Return a text without the padding after its end."""
         return text[: next((i + 1 for i, token in enumerate(text) if token in self.ends), None)]
 
     def _generate(self, row: str, batch: Batch, clock: Clock) -> list[list[int]]:
@@ -176,7 +176,7 @@ class Bench:
 
 
 def _batch(tokenizer, texts: list[str]) -> Batch:
-    """Returns prompts of one call, as a user's messages."""
+    """Return prompts of one call, as a user's messages."""
     import torch
 
     rows = [shared.encode(tokenizer, text)[0] for text in texts]
@@ -190,7 +190,7 @@ def _batch(tokenizer, texts: list[str]) -> Batch:
 
 
 def _documents(tokenizer, tokens: int) -> Batch:
-    """Returns a prompt of so many tokens: the project's documents, one after the other."""
+    """Return a prompt of so many tokens: the project's documents, one after the other."""
     import torch
 
     folder = Path(__file__).parents[1] / "docs"
@@ -200,7 +200,7 @@ def _documents(tokenizer, tokens: int) -> Batch:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     if options.peers:
         from benchmarks import exact_peers
@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> dict[tuple[str, str], list[dict]]:
-    """Returns the results of the repeats by kind of prompt and row; the first round warms up and is dropped."""
+    """Return the results of the repeats by kind of prompt and row; the first round warms up and is dropped."""
     from tqdm import tqdm
 
     results: dict[tuple[str, str], list[dict]] = {}
@@ -236,7 +236,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[tuple[str, str], 
 
 
 def summarize(results: dict[tuple[str, str], list[dict]], options: argparse.Namespace) -> dict:
-    """Returns the outcome as the JSON file holds it."""
+    """Return the outcome as the JSON file holds it."""
     kinds: dict[str, dict] = {}
     for kind in dict.fromkeys(kind for kind, _ in results):
         rows = {row: _row(r, results[kind, "plain"][0]["texts"]) for (of, row), r in results.items() if of == kind}
@@ -269,12 +269,12 @@ def _row(repeats: list[dict], plain_texts: list[list[int]]) -> dict:
 
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:
-    """Returns the first position where two texts differ, None where they are equal."""
+    """Return the first position where two texts differ, None where they are equal."""
     return next((i for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y), None)
 
 
 def show(outcome: dict) -> None:
-    """Prints a table and the ratios for each kind of prompt."""
+    """Print a table and the ratios for each kind of prompt."""
     common.print_setting(outcome)
     for kind, result in outcome["kinds"].items():
         print(f"\n{kind}")

@@ -125,7 +125,7 @@ PEERS: dict[str, tuple[str, Callable[..., Generate]]] = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures every peer that is installed and returns the exit status."""
+    """Measure every peer that is installed and return the exit status."""
     torch.set_num_threads(options.threads)
     shared.quiet()
     generators: dict[str, Generate] = {}
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
 def _measure(
     generators: dict[str, Generate], kinds: dict[str, list[Tensor]], options: argparse.Namespace
 ) -> dict[str, dict]:
-    """Returns, by group and row, tokens/s and how many texts are eager's."""
+    """Return, by group and row, tokens/s and how many texts are eager's."""
     seconds: dict[tuple[str, str], list[float]] = {}
     texts: dict[tuple[str, str], list[list[int]]] = {}
     for turn in range(options.repeats + 1):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, FigureBase
 
 
 def panels(size: tuple[float, float], count: int) -> tuple[Figure, list[Axes]]:
-    """Returns a figure of some inches and its panels, side by side."""
+    """Return a figure of some inches and its panels, side by side."""
     figure, ((_, axes),) = rows(size, count, [""])
     return figure, axes
 
@@ -19,7 +19,7 @@ def panels(size: tuple[float, float], count: int) -> tuple[Figure, list[Axes]]:
 def rows(
     size: tuple[float, float], count: int, titles: Sequence[str]
 ) -> tuple[Figure, list[tuple[FigureBase, list[Axes]]]]:
-    """Returns a figure whose rows are figures of some inches with panels side by side, each with its title.
+    """Return a figure whose rows are figures of some inches with panels side by side, each with its title.
 
     A single row is the figure itself and has no title.
     """
@@ -35,12 +35,12 @@ def rows(
 
 
 def plain(panel: Axes) -> None:
-    """Takes the frame's upper and right line away."""
+    """Take the frame's upper and right line away."""
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, path: Path, dpi: int) -> Path:
-    """Writes a figure as a PNG; returns its path."""
+    """Write a figure as a PNG; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=dpi)
     return path

@@ -36,7 +36,7 @@ STAYING = (0.1, 0.2, 0.3, 0.5)
 
 
 def texts(model: PreTrainedModel, tokenizer: Callable, count: int) -> dict[str, list[Tensor]]:
-    """Returns `count` texts ``[1, CONTEXT + TOKENS]`` of each kind: sampled, Python's documentation, HumanEval."""
+    """Return `count` texts ``[1, CONTEXT + TOKENS]`` of each kind: sampled, Python's documentation, HumanEval."""
     kinds = {"own text": list(sample(model, count, CONTEXT + TOKENS, seed=1).split(1))}
     code = [problem["prompt"] + problem["canonical_solution"] for problem in humaneval.problems()]
     for kind, passages in (("documentation", topics()), ("code", code)):
@@ -46,7 +46,7 @@ def texts(model: PreTrainedModel, tokenizer: Callable, count: int) -> dict[str, 
 
 
 def features(ids: Sequence[int], logs_TV: Tensor, left: Sequence[bool]) -> Tensor:
-    """Returns what is known before a token's first block, ``[T, features]``, the entropy of the step before first.
+    """Return what is known before a token's first block, ``[T, features]``, the entropy of the step before first.
 
     Args:
         ids: of the text up to the last of the T tokens.
@@ -67,7 +67,7 @@ def features(ids: Sequence[int], logs_TV: Tensor, left: Sequence[bool]) -> Tenso
 
 
 def fit(features_NF: Tensor, hard_N: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns a logistic model of which tokens are hard, fitted by Newton's method: features to scores."""
+    """Return a logistic model of which tokens are hard, fitted by Newton's method: features to scores."""
     mean, spread = features_NF.mean(0), features_NF.std(0) + 1e-6
 
     def design(x: Tensor) -> Tensor:
@@ -83,13 +83,13 @@ def fit(features_NF: Tensor, hard_N: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def kl_left(scores: Tensor, kl: Tensor) -> list[float]:
-    """Returns the share of the KL that is left when the tokens of the highest scores stay."""
+    """Return the share of the KL that is left when the tokens of the highest scores stay."""
     kept = kl[scores.argsort(descending=True, stable=True)]
     return [(kept[int(share * len(kept)) :].sum() / kept.sum()).item() for share in STAYING]
 
 
 def compare(found: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:
-    """Returns the shares of KL left by order of staying; each of `found` has the tokens of one text that left."""
+    """Return the shares of KL left by order of staying; each of `found` has the tokens of one text that left."""
     halves, fitted = (found[::2], found[1::2]), []
     for learnt, tested in (halves[::-1], halves):
         x, kl = (torch.cat([text[name] for text in learnt]) for name in ("features", "kl"))
@@ -103,7 +103,7 @@ def compare(found: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:
 
 
 def measure(model: PreTrainedModel, kinds: dict[str, list[Tensor]], progress: bool, base: dict) -> dict[str, dict]:
-    """Returns by kind of text what :func:`compare` finds; `base` holds further options of the backend."""
+    """Return by kind of text what :func:`compare` finds; `base` holds further options of the backend."""
     criterion, samples = CRITERIA["confidence"], [ids for found in kinds.values() for ids in found]
     with compiled(model, {**base, "criterion": criterion.name, "threshold": criterion.never, "first_exit": 1}):
         meter = Meter(model, criterion, samples, samples[0].shape[1] - TOKENS, progress)
@@ -112,7 +112,7 @@ def measure(model: PreTrainedModel, kinds: dict[str, list[Tensor]], progress: bo
 
 
 def _text(meter: Meter, index: int, ids: Sequence[int]) -> dict[str, Tensor]:
-    """Returns KL and features of the tokens that left, but for the first of the text."""
+    """Return KL and features of the tokens that left, but for the first of the text."""
     draw = random.Random(index)
     left = [draw.random() < LEFT for _ in range(TOKENS)]
     run = meter.run_at(index, [0 if leaves else meter.num_blocks for leaves in left])
@@ -131,7 +131,7 @@ def _measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "model", "dtype", "threads", "no-progress", "json")
     parser.add_argument("--texts", type=common.number(2), default=40, help="texts of each kind (%(default)s)")
     options = parser.parse_args(arguments)

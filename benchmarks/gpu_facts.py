@@ -37,7 +37,7 @@ _STATE = {
 
 
 def facts(index: int = 0) -> dict[str, Any]:
-    """Returns the card, its driver, the versions of everything that makes its code, and who else uses it."""
+    """Return the card, its driver, the versions of everything that makes its code, and who else uses it."""
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
     return {
@@ -57,12 +57,12 @@ def facts(index: int = 0) -> dict[str, Any]:
 
 
 def clocks(index: int = 0) -> dict[str, str | None]:
-    """Returns clocks in MHz, degrees, watts and the driver's mask of reasons for a lower clock, at this moment."""
+    """Return clocks in MHz, degrees, watts and the driver's mask of reasons for a lower clock, at this moment."""
     return asked(_CLOCKS, index)
 
 
 def doubts(found: dict[str, Any], need: int = 0) -> list[str]:
-    """Returns what of these facts is likely to spoil a measurement; `need` are bytes of memory that it takes."""
+    """Return what of these facts is likely to spoil a measurement; `need` are bytes of memory that it takes."""
     lines = []
     if found["device"] not in DEVICES:
         lines.append(f"{found['device']} is not in the table of devices: kernels get the tiles of an older card")
@@ -78,13 +78,13 @@ def doubts(found: dict[str, Any], need: int = 0) -> list[str]:
 
 
 def others(index: int) -> list[str]:
-    """Returns the processes that compute on the card, but for this one."""
+    """Return the processes that compute on the card, but for this one."""
     lines = _nvidia_smi("--query-compute-apps=pid,used_memory", index) or []
     return [f"{pid} ({memory} MiB)" for pid, memory in lines if pid != str(os.getpid())]
 
 
 def asked(fields: dict[str, str], index: int) -> dict[str, str | None]:
-    """Returns what nvidia-smi says of these fields, by our names; None for all where it says nothing."""
+    """Return what nvidia-smi says of these fields, by our names; None for all where it says nothing."""
     lines = _nvidia_smi(f"--query-gpu={','.join(fields.values())}", index)
     if not lines or len(lines[0]) != len(fields):
         return dict.fromkeys(fields)
@@ -103,7 +103,7 @@ def _nvidia_smi(query: str, index: int) -> list[list[str]] | None:
 
 
 def version_of(package: str) -> str | None:
-    """Returns the version of a distribution, None where there is none."""
+    """Return the version of a distribution, None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -111,7 +111,7 @@ def version_of(package: str) -> str | None:
 
 
 def pinned(package: str, needed: str) -> str | None:
-    """Returns the version of a distribution that another one asks for with ``==``, None where it asks for none."""
+    """Return the version of a distribution that another one asks for with ``==``, None where it asks for none."""
     try:
         requirements = metadata.requires(package) or []
     except metadata.PackageNotFoundError:

@@ -48,7 +48,7 @@ class Judged:
     held: list[int] = field(default_factory=list)
 
     def add(self, position: int, held: bool) -> None:
-        """Takes in a token at a position from 0 on."""
+        """Take in a token at a position from 0 on."""
         while len(self.judged) <= position:
             self.judged.append(0)
             self.held.append(0)
@@ -62,7 +62,7 @@ class Judged:
 
 
 def judge(cycles: Sequence[CycleRecord]) -> dict[str, Judged]:
-    """Returns what became of drafted tokens, by source.
+    """Return what became of drafted tokens, by source.
 
     A token is judged where all before it held and the text went on: the backbone's own token ends each such cycle.
     """
@@ -75,7 +75,7 @@ def judge(cycles: Sequence[CycleRecord]) -> dict[str, Judged]:
 
 
 def tokens_per_cycle(rates: Sequence[float], drafted: int) -> float:
-    """Returns the tokens that a draft of some length brings in the mean, the backbone's own included."""
+    """Return the tokens that a draft of some length brings in the mean, the backbone's own included."""
     tokens = chance = 1.0
     for rate in rates[:drafted]:
         chance *= rate
@@ -84,7 +84,7 @@ def tokens_per_cycle(rates: Sequence[float], drafted: int) -> float:
 
 
 def best(rates: Sequence[float], seconds: Mapping[str, float]) -> tuple[int, float]:
-    """Returns the draft length that is the fastest, and its speed over plain decoding.
+    """Return the draft length that is the fastest, and its speed over plain decoding.
 
     Args:
         rates: that a token holds whose predecessors did, by position.
@@ -102,7 +102,7 @@ def best(rates: Sequence[float], seconds: Mapping[str, float]) -> tuple[int, flo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     shared.quiet()
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
 def held(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> dict[str, dict[str, dict[str, list]]]:
-    """Returns rates and counts by group of prompts and source of the draft."""
+    """Return rates and count by group of prompts and source of the draft."""
     import river_compile
     from river_compile.runtime.stats import cycles
 
@@ -147,7 +147,7 @@ def held(
 
 
 def timed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, float]:
-    """Returns the seconds of the model's passes for one row."""
+    """Return the seconds of the model's passes for one row."""
 
     torch._dynamo.reset()
     twins = {"quantizer": "rtn", "group_size": options.group_size}  # (the bytes are those of any quantizer)
@@ -156,7 +156,7 @@ def timed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, floa
 
 
 def predicted(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Returns the seconds of a known model's passes, by those of some of its blocks with random weights."""
+    """Return the seconds of a known model's passes, by those of some of its blocks with random weights."""
     shape, few = MODELS[name], options.blocks
     short, twice = (timed(random_llama(replace(shape, layers=blocks)), options) for blocks in (few, 2 * few))
     each = {kind: (twice[kind] - short[kind]) / few for kind in short}
@@ -164,7 +164,7 @@ def predicted(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def show(outcome: dict, measured: Sequence[str]) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     common.print_setting(outcome)
     print("\nshare of drafted tokens that held, by position, the ones before having held")
     rows = [

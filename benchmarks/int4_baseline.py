@@ -22,7 +22,7 @@ def fits(out_features: int, in_features: int) -> bool:
 
 
 def packed_for_cuda(grid: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Returns the weights in the kernel's order, and scales and zeros ``[K / G, N, 2]`` in bfloat16."""
+    """Return the weights in the kernel's order, and scales and zeros ``[K / G, N, 2]`` in bfloat16."""
     q = grid.q.to(torch.uint8)
     pairs = q[:, ::2] << 4 | q[:, 1::2]  # two weights in a byte, the first one in the high half
     weight = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), _INNER_K_TILES)
@@ -30,12 +30,12 @@ def packed_for_cuda(grid: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 
 def packed_for_cpu(grid: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Returns the same for the kernel of a CPU, whose order of weights differs by processor; N is a multiple of 16."""
+    """Return the same for the kernel of a CPU, whose order of weights differs by processor; N is a multiple of 16."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(grid.q.int(), 1), scales_and_zeros(grid)
 
 
 def scales_and_zeros(grid: QuantizedWeight) -> Tensor:
-    """Returns ``[K / G, N, 2]`` in bfloat16; the kernel computes ``(q - 8) * scale + zero``, as our grid does."""
+    """Return ``[K / G, N, 2]`` in bfloat16; the kernel computes ``(q - 8) * scale + zero``, as our grid does."""
     return torch.stack([grid.scale, grid.zero], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
@@ -51,14 +51,14 @@ class Int4Linear(nn.Module):
         self.register_buffer("scale_zero", scale_zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x W^T``, ``[..., N]`` in bfloat16, for x ``[..., K]``."""
+        """Return ``x W^T``, ``[..., N]`` in bfloat16, for x ``[..., K]``."""
         aten, flat = torch.ops.aten, x.reshape(-1, x.shape[-1])
         product = aten._weight_int4pack_mm if self._on_gpu else aten._weight_int4pack_mm_for_cpu
         return product(flat, self.qweight, self._group_size, self.scale_zero).unflatten(0, x.shape[:-1])
 
 
 def use_int4(model: nn.Module, group_size: int) -> int:
-    """Puts 4-bit products in the place of a model's linear layers, all but its head; returns how many."""
+    """Put 4-bit products in the place of a model's linear layers, all but its head; return how many."""
     found = [
         (parent, name, child)
         for parent in model.modules()

@@ -54,13 +54,13 @@ class Timing:
 
 
 def copy_bandwidth(size: int = 2**30) -> float:
-    """Returns bytes per second of a device-to-device copy, counting the read and the write."""
+    """Return bytes per second of a device-to-device copy, counting the read and the write."""
     source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
     return 2 * size / time_calls([lambda: target.copy_(source)] * 3)
 
 
 def torch_linear_seconds(spec: LinearSpec) -> float | None:
-    """Times `F.linear` in bfloat16 with all rows of the spec's weights, without norm and epilogue; None for experts."""
+    """Time `F.linear` in bfloat16 with all rows of the spec's weights, without norm and epilogue; None for experts."""
     if spec.experts:
         return None
     x = torch.randn(rows_of(spec), spec.in_features, device="cuda", dtype=torch.bfloat16)
@@ -71,7 +71,7 @@ def torch_linear_seconds(spec: LinearSpec) -> float | None:
 
 
 def gemlite_seconds(spec: LinearSpec) -> float | None:
-    """Times GemLite in float16 on the spec's 4-bit shape; None where it is not installed or the weights are dense."""
+    """Time GemLite in float16 on the spec's 4-bit shape; None where it is not installed or the weights are dense."""
     if spec.weights != "w4" or spec.experts or importlib.util.find_spec("gemlite") is None:
         return None
     from gemlite.core import DType, GemLiteLinear
@@ -89,7 +89,7 @@ def gemlite_seconds(spec: LinearSpec) -> float | None:
 
 
 def int4_seconds(spec: LinearSpec) -> float | None:
-    """Times torch's own 4-bit product, with all rows of the spec's weights; None where it does not take the shape."""
+    """Time torch's own 4-bit product, with all rows of the spec's weights; None where it does not take the shape."""
     n, k, group = spec.out_features * len(spec.streams), spec.in_features, spec.group_size
     if spec.weights != "w4" or spec.experts or not fits(n, k):
         return None
@@ -106,7 +106,7 @@ def int4_seconds(spec: LinearSpec) -> float | None:
 
 
 def attention_timing(label: str, spec: DecodeAttentionSpec) -> Timing:
-    """Times the attention kernel, with what it does before, and SDPA alone, over a full cache."""
+    """Time the attention kernel, with what it does before, and SDPA alone, over a full cache."""
     copies = copies_beyond_cache(spec)
     shape = (spec.batch, spec.kv_heads, spec.slots, spec.head_dim)
     caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
@@ -120,14 +120,14 @@ def attention_timing(label: str, spec: DecodeAttentionSpec) -> Timing:
 
 
 def _some(buffer: Buffer) -> torch.Tensor:
-    """Makes a tensor for a buffer: random numbers, a mask of which all is True, slot 1."""
+    """Make a tensor for a buffer: random numbers, a mask of which all is True, slot 1."""
     dtype = getattr(torch, buffer.dtype)
     make = torch.randn if dtype.is_floating_point else torch.ones
     return make(buffer.shape, device="cuda", dtype=dtype)
 
 
 def timing(label: str, spec: KernelSpec) -> Timing | None:
-    """Times one kernel; None for those whose few bytes make a bandwidth meaningless."""
+    """Time one kernel; None for those whose few bytes make a bandwidth meaningless."""
     if isinstance(spec, DecodeAttentionSpec):
         return attention_timing(label, spec)
     if not isinstance(spec, LinearSpec):
@@ -147,7 +147,7 @@ def timing(label: str, spec: KernelSpec) -> Timing | None:
 
 
 def timings(kernels: Mapping[str, KernelSpec]) -> Iterator[Timing]:
-    """Times kernels one by one; names those that fail."""
+    """Time kernels one by one; names those that fail."""
     for label, spec in kernels.items():
         try:
             found = timing(label, spec)
@@ -159,13 +159,13 @@ def timings(kernels: Mapping[str, KernelSpec]) -> Iterator[Timing]:
 
 
 def print_head() -> None:
-    """Prints the table's head."""
+    """Print the table's head."""
     print("| kernel | shape | us | by bytes | expected | GB/s | of copy | x torch bf16 | x torch int4 | x GemLite |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
 
 
 def print_row(t: Timing, copy: float) -> None:
-    """Prints one row; `copy` is the bandwidth of copies in bytes per second."""
+    """Print one row; `copy` is the bandwidth of copies in bytes per second."""
     others = (t.torch_seconds, t.int4_seconds, t.gemlite_seconds)
     against = [f"{other / t.seconds:.2f}" if other else "" for other in others]
     rate, expected = t.bytes / t.seconds, f"{t.expected_seconds * 1e6:.1f}" if t.expected_seconds else ""

@@ -55,7 +55,7 @@ def no_launches() -> Iterator[None]:
 
 
 def calls(shape: ModelShape) -> dict[str, Callable[[], object]]:
-    """Returns a call of each operator of one twin and the exit score, at batch 1."""
+    """Return a call of each operator of one twin and the exit score, at batch 1."""
     river, bf16, d = torch.ops.river, torch.bfloat16, shape.head_dim
 
     def random(*size: int) -> torch.Tensor:
@@ -86,7 +86,7 @@ def calls(shape: ModelShape) -> dict[str, Callable[[], object]]:
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Returns the seconds of the first call, and the median of later ones."""
+    """Return the seconds of the first call, and the median of later ones."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -96,7 +96,7 @@ def seconds_of(call: Callable[[], object], repeats: int) -> tuple[float, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name, shape in MODELS.items() if not shape.experts]
     parser.add_argument("--model", choices=names, default="llama-3.1-8b", help="whose shapes (%(default)s)")

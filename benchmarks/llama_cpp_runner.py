@@ -15,7 +15,7 @@ from tools import demo_models
 
 
 def build(job: dict) -> LlamaCppRunner:
-    """Returns the runner of a job of `benchmarks.decode`."""
+    """Return the runner of a job of `benchmarks.decode`."""
     from llama_cpp import Llama
     from transformers import AutoTokenizer
 
@@ -41,26 +41,26 @@ class LlamaCppRunner:
         self.llama, self.prompt, self.text, self.job = llama, prompt, text, job
 
     def first_call(self) -> tuple[float, float]:
-        """Returns the seconds to the first and to the second new token; nothing is compiled."""
+        """Return the seconds to the first and to the second new token; nothing is compiled."""
         first, second = self._generate(2)
         return first, second
 
     def warm_up(self) -> None:
-        """Generates once untimed; there are no exits to report."""
+        """Generate once untimed; there are no exits to report."""
         self._generate(self.job["new_tokens"])
 
     def rate(self) -> float:
-        """Returns the decode tokens/s of one generation."""
+        """Return the decode tokens/s of one generation."""
         from river_compile.reporting.timing import decode_rate
 
         return decode_rate(self._generate(self.job["new_tokens"]))
 
     def prompt_seconds(self, length: int) -> float:
-        """Returns the seconds to the first new token after a prompt of so many tokens."""
+        """Return the seconds to the first new token after a prompt of so many tokens."""
         return self._generate(1, self.text[:length])[0]
 
     def _generate(self, new_tokens: int, prompt: list[int] | None = None) -> list[float]:
-        """Generates greedily, past any end-of-sequence token; returns the seconds to each new token."""
+        """Generate greedily, past any end-of-sequence token; return the seconds to each new token."""
         self.llama.reset()
         start = time.perf_counter()
         stream = self.llama.generate(prompt or self.prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
@@ -68,7 +68,7 @@ class LlamaCppRunner:
 
 
 def why_not(gguf: Path | None, model: str, batch: int) -> str:
-    """Returns why a row cannot run here, "" where it can."""
+    """Return why a row cannot run here, "" where it can."""
     if batch > 1:
         return "llama-cpp-python decodes one text at a time"
     if importlib.util.find_spec("llama_cpp") is None:
@@ -79,7 +79,7 @@ def why_not(gguf: Path | None, model: str, batch: int) -> str:
 
 
 def gguf_file(named: Path | None, model: str) -> Path:
-    """Returns the GGUF file that the model was made of.
+    """Return the GGUF file that the model was made of.
 
     Raises:
         ValueError: the named file is not there.
@@ -92,7 +92,7 @@ def gguf_file(named: Path | None, model: str) -> Path:
 
 
 def requantize(gguf: Path, target: Path, kind: str) -> Path:
-    """Lets llama.cpp write a GGUF file's weights as another kind ("BF16", "Q4_1", ...); returns the target.
+    """Let llama.cpp write a GGUF file's weights as another kind ("BF16", "Q4_1", ...); return the target.
 
     Raises:
         ValueError: llama.cpp cannot.

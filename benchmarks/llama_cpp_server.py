@@ -12,7 +12,7 @@ CONTEXT = 2048  # of each slot
 
 
 def main() -> None:
-    """Serves until the process ends."""
+    """Serve until the process ends."""
     import xllamacpp
 
     file, port, slots, threads = sys.argv[1], *map(int, sys.argv[2:])

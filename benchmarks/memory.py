@@ -14,12 +14,12 @@ FIELDS = {"Rss:": "rss", "Pss:": "pss", "Anonymous:": "anonymous"}
 
 
 def of_process() -> dict[str, int]:
-    """Returns bytes by the names above; raises an OSError where the system has no /proc."""
+    """Return bytes by the names above; raise an OSError where the system has no /proc."""
     return _sum(Path("/proc/self/smaps_rollup").read_text().splitlines())
 
 
 def of_file(file: str | os.PathLike[str]) -> dict[str, int]:
-    """Returns bytes of the mappings of a file by the names above, zeros for a file that is not mapped."""
+    """Return bytes of the mappings of a file by the names above, zeros for a file that is not mapped."""
     name, inside, lines = str(Path(file).resolve()), False, []
     for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
         field = line.split(maxsplit=1)[0]

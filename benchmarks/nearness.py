@@ -34,7 +34,7 @@ ROWS = ("eager", "inductor", "river")
 
 
 def forced_logits(model: Any, texts: Sequence[Tensor], prompts: Sequence[int]) -> list[Tensor]:
-    """Returns each text's logits ``[T - prompt, V]`` for the tokens of ids ``[1, T]`` behind its prompt."""
+    """Return each text's logits ``[T - prompt, V]`` for the tokens of ids ``[1, T]`` behind its prompt."""
     from river_compile.evaluation.meter import TextDecoder
 
     decoder = TextDecoder(model, max(ids.shape[1] for ids in texts))  # (another capacity would be another graph)
@@ -42,7 +42,7 @@ def forced_logits(model: Any, texts: Sequence[Tensor], prompts: Sequence[int]) -
 
 
 def compare(reference: Tensor, logits: Tensor) -> tuple[float, int]:
-    """Returns the sum of KL divergences in nats, and how many most likely tokens are the reference's."""
+    """Return the sum of KL divergences in nats, and how many most likely tokens are the reference's."""
     from river_compile.kernels.portable import token_kl
 
     agreed = int((reference.argmax(-1) == logits.argmax(-1)).sum())
@@ -50,7 +50,7 @@ def compare(reference: Tensor, logits: Tensor) -> tuple[float, int]:
 
 
 def measure(name: str, count: int, tokens: int, dtype: str) -> dict[str, dict[str, float]]:
-    """Returns KL and agreement of each row."""
+    """Return KL and agreement of each row."""
     import torch
 
     import river_compile
@@ -83,7 +83,7 @@ def measure(name: str, count: int, tokens: int, dtype: str) -> dict[str, dict[st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", new_tokens=24)
     parser.add_argument("--texts", type=common.number(1), default=12, help="how many texts (%(default)s)")
     options: argparse.Namespace = parser.parse_args(arguments)

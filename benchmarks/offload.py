@@ -42,7 +42,7 @@ PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     if options.worker:
         common.serve({"measure": measure})
@@ -66,7 +66,7 @@ def _measure(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bool) -> dict:
-    """Measures one row, inside its process."""
+    """Measure one row, inside its process."""
     import torch
 
     import river_compile
@@ -84,7 +84,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
-    moved = report.record.offloaded.snapshot().moved if report.record.offloaded.snapshot() else 0
+    moved = report.record.offloaded.stats.get("moved", 0)
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
     return {
         "weights_bytes": weights,
@@ -99,18 +99,18 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
 
 def _brought_in(report: Any) -> int:
-    """Returns the bytes of weights that had come in by a report."""
-    return report.record.offloaded.snapshot().brought_in if report.record.offloaded.snapshot() else 0
+    """Return the bytes of weights that had come in by a report."""
+    return report.record.offloaded.stats.get("brought_in", 0)
 
 
 def resident_bytes() -> int:
-    """Returns the resident memory of this process."""
+    """Return the resident memory of this process."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
 
 
 def show(outcome: dict) -> None:
-    """Prints the table."""
+    """Print the table."""
     machine = outcome["machine"]
     print(f"\n{outcome['model']}, bfloat16, {outcome['new_tokens']} tokens")
     print(f"{machine['cpu']}, {machine['threads']} threads\n")
@@ -128,12 +128,12 @@ def show(outcome: dict) -> None:
 
 
 def _never(row: str) -> str:
-    """Returns the name of the row that generates the plain model's text with the same blocks offloaded."""
+    """Return the name of the row that generates the plain model's text with the same blocks offloaded."""
     return f"{row.partition(', ')[0]}, never"
 
 
 def _rows(depths: list[int], threshold: float) -> dict[str, dict]:
-    """Returns the options of the rows by their names."""
+    """Return the options of the rows by their names."""
     usual = {"threshold": threshold}
     rows: dict[str, dict] = {"in memory": usual}
     for depth in depths:

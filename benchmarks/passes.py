@@ -30,7 +30,7 @@ NOT_THE_MODELS = ("logits_processor", "stopping_criteria", "synced_gpus", "strea
 
 
 def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
-    """Returns seconds by kind of pass: "draft", and each width of the backbone."""
+    """Return seconds by kind of pass: "draft", and each width of the backbone."""
     measured: dict[str, float] = {}
 
     def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
@@ -79,7 +79,7 @@ def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json", repeats=12)
     rows = {"type": common.number(1), "default": [1, 2, 4, 8]}
     parser.add_argument("--rows", nargs="+", metavar="N", help="of a batch (1 2 4 8)", **rows)

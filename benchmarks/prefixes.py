@@ -48,7 +48,7 @@ class Conversation:
         self._first, self._message = text[:, : job["tokens"]], text[:, job["tokens"] :]
 
     def turns(self) -> dict:
-        """Returns the seconds to the first token of the second turn, kept (None for plain) and fresh."""
+        """Return the seconds to the first token of the second turn, kept (None for plain) and fresh."""
         import torch
 
         import river_compile
@@ -87,7 +87,7 @@ class LlamaCppConversation:
         return {"kept_s": kept, "fresh_s": fresh, "kept_tokens": None, "same": kept_token == fresh_token}
 
     def _answer(self, ids: list[int], tokens: int) -> tuple[float, list[int]]:
-        """Returns the seconds to the first token, and so many tokens."""
+        """Return the seconds to the first token, and so many tokens."""
         start, seconds, found = time.perf_counter(), 0.0, []
         for token in self._runner.llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True):
             seconds = seconds or time.perf_counter() - start
@@ -101,18 +101,18 @@ _conversations: list[Conversation | LlamaCppConversation] = []  # of a worker
 
 
 def begin(job: dict) -> dict:
-    """Makes a worker's conversation, and runs it once."""
+    """Make a worker's conversation, and run it once."""
     _conversations.append(LlamaCppConversation(job) if job["row"] == "llama_cpp" else Conversation(job))
     return _conversations[-1].turns()
 
 
 def turns() -> dict:
-    """Runs it again."""
+    """Run it again."""
     return _conversations[-1].turns()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     shared = ("model", "dtype", "new-tokens", "repeats", "threads", "json", "worker")
     parser = common.command_line(__doc__, *shared, new_tokens=64)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="which rows (all)")
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def summary(measured: list[dict]) -> dict:
-    """Returns a row's medians."""
+    """Return a row's medians."""
     kept = [turn["kept_s"] for turn in measured]
     fresh = [turn["fresh_s"] for turn in measured]
     keeps = None not in kept

@@ -138,7 +138,7 @@ GROUPS = tuple(_TEMPLATES)
 
 
 def prompts(group: str, count: int) -> list[str]:
-    """Returns the first prompts of a group.
+    """Return the first prompts of a group.
 
     Raises:
         ValueError: it has fewer.
@@ -151,7 +151,7 @@ def prompts(group: str, count: int) -> list[str]:
 
 
 def mixed() -> Iterator[str]:
-    """Yields prompts of the groups in turn, as many of each as the smallest has."""
+    """Yield prompts of the groups in turn, as many of each as the smallest has."""
     shortest = min(len(_FIRST.get(g, ())) + len(_SUBJECTS[g]) * len(_TEMPLATES[g]) for g in GROUPS)
     for row in zip(*(prompts(group, shortest) for group in GROUPS), strict=True):
         yield from row

@@ -33,7 +33,7 @@ _GGUF_NAMES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__)
     parser.add_argument("shape", choices=[name for name in MODELS if "llama" in name or "smollm" in name])
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def random_llama(shape: ModelShape, device: str = "cpu") -> PreTrainedModel:
-    """Builds a model on the device from its shape, with random bfloat16 weights, in eval mode; no text ends early."""
+    """Build a model on the device from its shape, with random bfloat16 weights, in eval mode; no text ends early."""
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -70,7 +70,7 @@ def random_llama(shape: ModelShape, device: str = "cpu") -> PreTrainedModel:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer whose tokens are bytes, for models that know no words."""
+    """Return a tokenizer whose tokens are bytes, for models that know no words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -81,7 +81,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_gguf(model: PreTrainedModel, path: Path) -> None:
-    """Writes a Llama as a GGUF file without a vocabulary: matrices in float16, norms in float32."""
+    """Write a Llama as a GGUF file without a vocabulary: matrices in float16, norms in float32."""
     import gguf
 
     config = model.config
@@ -107,7 +107,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
 
 
 def _gguf_name(name: str) -> str:
-    """Returns what GGUF calls a parameter of a Llama."""
+    """Return what GGUF calls a parameter of a Llama."""
     ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     module = name.removesuffix(".weight")
     if module in ends:

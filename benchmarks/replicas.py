@@ -28,7 +28,7 @@ NAMES = ("rss", "pss", "anonymous")
 
 
 def start(folder: str, twins: str, dtype: str, new_tokens: int) -> dict:
-    """Loads a model and generates; returns the tokens and the seconds since the beginning."""
+    """Load a model and generates; return the tokens and the seconds since the beginning."""
     began = time.perf_counter()
     from transformers import AutoTokenizer
 
@@ -48,7 +48,7 @@ _alive: list[object] = []  # the model stays until the process ends
 
 
 def holds(folder: str, twins: str) -> dict:
-    """Returns bytes of the process, of its mapped twins and of its mapped weights."""
+    """Return bytes of the process, of its mapped twins and of its mapped weights."""
     mapped = memory.of_file(Path(twins) / "twins.safetensors") if twins else dict.fromkeys(NAMES, 0)
     files = [memory.of_file(file) for file in Path(folder).glob("*.safetensors")]
     weights = {name: sum(file[name] for file in files) for name in NAMES}
@@ -56,7 +56,7 @@ def holds(folder: str, twins: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=16)
     parser.set_defaults(threads=1)
     parser.add_argument("--processes", type=common.number(1), default=4, help="started at once (%(default)s)")

@@ -63,18 +63,18 @@ class Roofline:
         self._block = TokenCost(BLOCK_LAUNCHES, _DTYPE_BYTES * block_weights(self.shape) + cache.bytes)
 
     def token(self, depth: int | None) -> TokenCost:
-        """Returns the cost of a token that leaves after `depth` blocks (None: all) without a check on the way."""
+        """Return the cost of a token that leaves after `depth` blocks (None: all) without a check on the way."""
         blocks = self.shape.layers if depth is None else depth
         return blocks * self._block + (self.shape.layers - blocks) * self._twin + self._head
 
     def seconds(self, depth: int | None) -> float:
-        """Returns how long the cost model takes that token for; backbone blocks are bytes and launches."""
+        """Return how long the cost model takes that token for; backbone blocks are bytes and launches."""
         blocks = self.shape.layers if depth is None else depth
         block = self._block.seconds(self._device.bandwidth) + self._block.launches * LAUNCH_SECONDS
         return blocks * block + (self.shape.layers - blocks) * self._twin_seconds + self._head_seconds
 
     def verification(self, positions: int, weights: str) -> float:
-        """Returns the modelled seconds of a pass of the backbone over `positions` new tokens of one sequence.
+        """Return the modelled seconds of a pass of the backbone over `positions` new tokens of one sequence.
 
         Its matmuls are the generated kernels, with "dense" weights or those in 12 bits ("bf12"), of which one token is
         verified as two: their kernel of one row sums in another order, and a row's bits are to be the same.
@@ -86,19 +86,19 @@ class Roofline:
         return self.shape.layers * sum(estimate_of(k, self._device, rows=rows).total for k in kernels.values()) + head
 
     def draft(self, head: str) -> float:
-        """Returns the modelled seconds of a drafted token: all twins, a head in 16 bits ("dense") or 4 ("w4")."""
+        """Return the modelled seconds of a drafted token: all twins, a head in 16 bits ("dense") or 4 ("w4")."""
         packed = untiled(1, self.shape.hidden, self.shape.vocabulary, norm="rms", group_size=self._group_size)
         small = estimate_of(best_tile(packed, self._device.name), self._device).total
         return self.shape.layers * self._twin_seconds + (small if head == "w4" else self._head_seconds)
 
 
 def block_weights(shape: ModelShape) -> int:
-    """Returns the number of weights that a token reads of one backbone block."""
+    """Return the number of weights that a token reads of one backbone block."""
     products = shape.hidden * shape.qkv + shape.heads * shape.head_dim * shape.hidden
     products += 3 * shape.hidden * shape.intermediate * max(1, shape.chosen) + shape.hidden * shape.experts
     return products + 2 * shape.hidden + (shape.qkv if shape.qkv_bias else 0)
 
 
 def depth_name(depth: int | None) -> str:
-    """Returns an exit depth for people."""
+    """Return an exit depth for people."""
     return "never" if depth is None else f"depth {depth}"

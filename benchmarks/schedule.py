@@ -48,7 +48,7 @@ class Watch:
 
 
 def leaving_at(depth: int) -> tuple[float, ...]:
-    """Returns thresholds for each depth at which a token is asked after every block and leaves after `depth` of them.
+    """Return thresholds for each depth at which a token is asked after every block and leaves after `depth` of them.
 
     (Or after the first one where that is 0; at the number of blocks it never leaves.)
     """
@@ -58,7 +58,7 @@ def leaving_at(depth: int) -> tuple[float, ...]:
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Notes every captured step inside, and what the recorder saw of it."""
+    """Note every captured step inside, and what the recorder saw of it."""
     watch = Watch()
 
     def note(state: StepState, record: StepRecord) -> None:
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
-    """Prints what one captured step at every exit depth does."""
+    """Print what one captured step at every exit depth does."""
     settings = {"graphs": True, "exit_every": options.every, "first_exit": options.first}
     model.compile(backend=river, options={**settings, "kernels": "eager", "quantizer": "rtn"})
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
@@ -123,13 +123,13 @@ def _model(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def small_llama(layers: int) -> PreTrainedModel:
-    """Returns a small Llama with random weights, of which Dynamo knows nothing yet."""
+    """Return a small Llama with random weights, of which Dynamo knows nothing yet."""
     torch._dynamo.reset()
     return random_llama(ModelShape("small", layers, 256, 4, 2, 64, 512, 1024))
 
 
 def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -> list[Event]:
-    """Decodes one token that leaves at a depth; returns what the recorder saw."""
+    """Decode one token that leaves at a depth; return what the recorder saw."""
     compiled = watch.state.compiled
     compiled.policy = replace(compiled.policy, threshold=leaving_at(depth))
     generate(model, cache)
@@ -137,7 +137,7 @@ def step(model: PreTrainedModel, cache: StaticCache, watch: Watch, depth: int) -
 
 
 def generate(model: PreTrainedModel, cache: StaticCache) -> None:
-    """Runs a prompt and one decode step."""
+    """Run a prompt and one decode step."""
     cache.reset()
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
@@ -196,7 +196,7 @@ def _steps(compiled: CompiledProgram) -> Iterator[Step]:
 
 
 def timeline(title: str, events: Iterable[Event], runs: Mapping[str, Sequence[Step]]) -> list[str]:
-    """Draws one step as two lines: when the host launches and waits, and when the device runs what, by unit."""
+    """Draw one step as two lines: when the host launches and waits, and when the device runs what, by unit."""
     now, free = 0, 0
     host, device = {}, {}
     ends: dict[str, int] = {}

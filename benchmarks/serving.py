@@ -81,7 +81,7 @@ class Server:
             )
 
     def wait(self) -> None:
-        """Waits until it is healthy.
+        """Wait until it is healthy.
 
         Raises:
             WorkerFailed: it has ended, or takes too long.
@@ -98,7 +98,7 @@ class Server:
         raise common.WorkerFailed(f"{self.name} did not start:\n{said}")
 
     def ask(self, question: str, new_tokens: int) -> Answer:
-        """Asks one question and reads the answer as it is streamed.
+        """Ask one question and read the answer as it is streamed.
 
         Raises:
             WorkerFailed: it has refused the request.
@@ -145,13 +145,13 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict]:
 
 
 def arrivals(clients: int, rate: float, seed: int) -> list[float]:
-    """Returns the seconds at which clients come, of a Poisson process of so many a second."""
+    """Return the seconds at which clients come, of a Poisson process of so many a second."""
     gaps = random.Random(seed)
     return [0.0, *itertools.accumulate(gaps.expovariate(rate) for _ in range(clients - 1))]
 
 
 def visit(server: Server, questions: Sequence[Sequence[str]], times: Sequence[float], new_tokens: int) -> list[Answer]:
-    """Lets clients come to a server at these times, each with its questions; returns all answers."""
+    """Let clients come to a server at these times, each with its questions; return all answers."""
     began = time.perf_counter()
 
     def client(own: Sequence[str], comes: float) -> list[Answer]:
@@ -163,7 +163,7 @@ def visit(server: Server, questions: Sequence[Sequence[str]], times: Sequence[fl
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
-    """Returns tokens/s of all answers together, and the median and 95th percentile of seconds to a first token."""
+    """Return tokens/s of all answers together, and the median and 95th percentile of seconds to a first token."""
     waits = sorted(answer.first - answer.asked for answer in answers)
     span = max(answer.ended for answer in answers) - min(answer.asked for answer in answers)
     return {
@@ -175,7 +175,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", new_tokens=48)
     parser.add_argument("--clients", type=common.number(1), nargs="+", default=[1, 4, 8, 16], help="(%(default)s)")
     parser.add_argument("--requests", type=common.number(1), default=2, help="of each client (%(default)s)")
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
-    """Returns the command of each server that can run here."""
+    """Return the command of each server that can run here."""
     river = [sys.executable, "-m", "river_compile", "serve", demo_models.resolve(options.model), "--host", "127.0.0.1"]
     river += ["--port", "PORT", "--dtype", options.dtype, "--threads", str(options.threads), "--queue", "64"]
     found = {"river": [*river, "--max-num-seqs", str(options.rows)], "river_1": [*river, "--max-num-seqs", "1"]}

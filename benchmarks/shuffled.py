@@ -36,7 +36,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "dtype")
     parser.add_argument("model", help=f"{', '.join(demo_models.MODELS)} or a folder")
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def shuffle_channels(model: PreTrainedModel, seed: int = 0) -> None:
-    """Puts a model's channels in a random order, in place.
+    """Put a model's channels in a random order, in place.
 
     Raises:
         ValueError: it is not built like a Llama, and was not changed.
@@ -84,7 +84,7 @@ def shuffle_channels(model: PreTrainedModel, seed: int = 0) -> None:
 
 
 def _blocks(model: PreTrainedModel) -> Iterable[nn.Module]:
-    """Returns a model's blocks.
+    """Return a model's blocks.
 
     Raises:
         ValueError: some have other parameters than Llama's.
@@ -105,7 +105,7 @@ def _blocks(model: PreTrainedModel) -> Iterable[nn.Module]:
 
 
 def _head_orders(attention: nn.Module, heads: int, kv_heads: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns the order of the values' rows, and that of the output projection's columns, which read them."""
+    """Return the order of the values' rows, and that of the output projection's columns, which read them."""
     size = attention.v_proj.out_features // kv_heads
     orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(kv_heads)])
     values = orders + size * torch.arange(kv_heads)[:, None]

@@ -35,7 +35,7 @@ _CALLS = 3
 
 
 def start(folder: str, row: str, dtype: str, tokens: int) -> dict:
-    """Loads a model and generates; returns seconds from the calls of `generate`, and memory."""
+    """Load a model and generates; return seconds from the calls of `generate`, and memory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import river_compile
@@ -74,13 +74,13 @@ def _seconds(calls: list[tuple[float, ...]]) -> dict:
 
 
 def pays_from(row: dict, plain: dict) -> float:
-    """Returns the tokens of a process from which a row takes less time than plain; infinite if it never does."""
+    """Return the tokens of a process from which a row takes less time than plain; infinite if it never does."""
     saved = 1 / plain["tokens_per_s"] - 1 / row["tokens_per_s"]
     return max(row["start_s"] - plain["start_s"], 0.0) / saved if saved > 0 else math.inf
 
 
 def compile_kernels() -> dict:
-    """Compiles the C++ kernels where the cache does not have them and there is a compiler."""
+    """Compile the C++ kernels where the cache does not have them and there is a compiler."""
     from river_compile.kernels.native import load
     from river_compile.kernels.native.build import CannotBuild
 
@@ -92,7 +92,7 @@ def compile_kernels() -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=48)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="which rows (all)")
     options: argparse.Namespace = parser.parse_args(arguments)

@@ -47,7 +47,7 @@ def silent() -> Iterator[None]:
 
 
 def measure(model: PreTrainedModel, repeats: int) -> dict[str, float]:
-    """Returns the median microseconds of a step of an accelerated model."""
+    """Return the median microseconds of a step of an accelerated model."""
     ids = torch.ones(1, _PROMPT, dtype=torch.long)
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     seconds: list[float] = []
@@ -65,7 +65,7 @@ def measure(model: PreTrainedModel, repeats: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "json")
     parser.add_argument("--layers", type=common.number(1), default=32, help="blocks (%(default)s)")
     parser.add_argument("--repeats", type=common.number(2), default=400, help="steps (%(default)s)")

@@ -68,7 +68,7 @@ class Rule:
 
 
 def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
-    """Yields the rows that were asked for, of a model with so many blocks; those with twins once for each quantizer."""
+    """Yield the rows that were asked for, of a model with so many blocks; those with twins once for each quantizer."""
     if "plain" in options.rules:
         yield Rule("plain", PLAIN)
     if "never" in options.rules:
@@ -89,7 +89,7 @@ def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; returns the exit status."""
+    """Run the benchmark; return the exit status."""
     options = _parse(arguments)
     try:
         model, tokenizer = shared.start(demo_models.resolve(options.model), options.dtype, options.threads)
@@ -148,14 +148,14 @@ def _answers(
     batch: int,
     mark: str = "",
 ) -> list[Answer]:
-    """Returns the answers of a rule; `mark` sets them apart from those of the same rule that were asked otherwise."""
+    """Return the answers of a rule; `mark` sets them apart from those of the same rule that were asked otherwise."""
     at_once = 1 if rule.leaves or rule.way == PLAIN else batch
     run = mark + run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
     return ask(model, problems, file, run, at_once, f"{rule.name}, {mark}{at_once} at once")
 
 
 def show(outcome: dict) -> None:
-    """Prints the table."""
+    """Print the table."""
     common.print_setting(outcome)
     print(outcome["task"])
     rows = outcome["rows"]

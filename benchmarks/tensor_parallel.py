@@ -34,7 +34,7 @@ failed: list[str] = []
 
 
 def claim(name: str, holds: bool, detail: str = "") -> None:
-    """Prints a claim and whether it holds on all ranks; all of them call this."""
+    """Print a claim and whether it holds on all ranks; all of them call this."""
     from river_compile.runtime.tensor_parallel import Ranks
 
     holds = Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD).every(holds)
@@ -45,14 +45,14 @@ def claim(name: str, holds: bool, detail: str = "") -> None:
 
 
 def alike(value: object) -> bool:
-    """Tells whether all ranks have this value."""
+    """Tell whether all ranks have this value."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return all(other == values[0] for other in values)
 
 
 def check_family(name: str, folder: Path, lengths: int) -> None:
-    """States what holds of a tiny model of a family."""
+    """State what holds of a tiny model of a family."""
     from river_compile.backend import river
     from river_compile.exits import CRITERIA, forced_threshold
     from river_compile.model_record import find_record
@@ -102,7 +102,7 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
 
 
 def check_tools(folder: Path) -> None:
-    """States what holds of what looks at a tiny model: collect_statistics, tune_exit, trace, exact mode."""
+    """State what holds of what looks at a tiny model: collect_statistics, tune_exit, trace, exact mode."""
     import river_compile
     from river_compile.backend import river
     from river_compile.decoding.mode import exact
@@ -145,7 +145,7 @@ def check_tools(folder: Path) -> None:
 
 
 def check_smollm2(new_tokens: int) -> None:
-    """States what holds of SmolLM2's texts, and prints its tokens per second."""
+    """State what holds of SmolLM2's texts, and print its tokens per second."""
     from transformers import AutoTokenizer
 
     import river_compile
@@ -185,7 +185,7 @@ def check_smollm2(new_tokens: int) -> None:
 
 
 def run_rank(options: Any) -> int:
-    """Runs on each rank; returns its exit status."""
+    """Run on each rank; return its exit status."""
     shared.quiet()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
@@ -200,7 +200,7 @@ def run_rank(options: Any) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "new-tokens", new_tokens=24)
     parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES, help="tiny models (default: all)")
     parser.add_argument("--lengths", type=int, default=100, help="prompts of each family (default: %(default)s)")

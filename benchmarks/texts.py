@@ -110,7 +110,7 @@ class Answer:
 
 
 def collect(model: PreTrainedModel, tokenizer: Callable, count: int, tokens: int, calibration: int) -> Texts:
-    """Returns `count` samples of each kind, `tokens` of each to be measured.
+    """Return `count` samples of each kind, `tokens` of each to be measured.
 
     Args:
         model: compiled so that it never exits, or not compiled.
@@ -130,7 +130,7 @@ def collect(model: PreTrainedModel, tokenizer: Callable, count: int, tokens: int
 
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt: Tensor, length: int) -> Tensor:
-    """Returns the prompt with the model's greedy text after it, ``[1, length]`` in all, whatever it ends with."""
+    """Return the prompt with the model's greedy text after it, ``[1, length]`` in all, whatever it ends with."""
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
     held = {cache_argument(model): cache, "use_cache": True}
     ids, step = prompt, prompt
@@ -142,7 +142,7 @@ def greedy(model: PreTrainedModel, prompt: Tensor, length: int) -> Tensor:
 
 
 def exact_match(disagreement: Sequence[Sequence[float]]) -> float:
-    """Returns how many tokens of the model's own text come out unchanged, in the mean over texts.
+    """Return how many tokens of the model's own text come out unchanged, in the mean over texts.
 
     A text that is fed and one that is generated are the same up to the first token that comes out otherwise.
     """
@@ -153,7 +153,7 @@ def exact_match(disagreement: Sequence[Sequence[float]]) -> float:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], new_tokens: int
 ) -> list[Answer]:
-    """Answers questions greedily, as one batch and without compiled code; an answer may end early."""
+    """Answer questions greedily, as one batch and without compiled code; an answer may end early."""
     prompts = [shared.encode(tokenizer, question)[0] for question in questions]
     length = max(map(len, prompts))
     padding = [length - len(prompt) for prompt in prompts]

@@ -60,11 +60,11 @@ class Marks:
         self.steps: list[tuple[float, float]] = []  # when each ended, and its seconds
 
     def step(self, state: object, record: StepRecord) -> None:
-        """Notes a step of an executor."""
+        """Note a step of an executor."""
         self.steps.append((time.perf_counter(), record.seconds))
 
     def around(self, function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
-        """Returns a function that marks when it begins and when it is done."""
+        """Return a function that marks when it begins and when it is done."""
 
         @functools.wraps(function)
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ class Marks:
         return marked
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function that notes its seconds under a name."""
+        """Return a function that notes its seconds under a name."""
         seconds = self.parts.setdefault(name, [])
 
         def run(*args: Any) -> Any:
@@ -88,7 +88,7 @@ class Marks:
         return run
 
     def time_segments(self, executor: RiverExecutor) -> None:
-        """Makes the segments of an executor note their seconds, each kind by itself.
+        """Make the segments of an executor note their seconds, each kind by itself.
 
         Segments that are replayed together, from a tape, run one by one for that.
         """
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(marks: Marks) -> None:
-    """Prints the parts of a token: how often each runs, and its median in microseconds."""
+    """Print the parts of a token: how often each runs, and its median in microseconds."""
     stages: dict[str, list[float]] = {}
     for (name, start), (following, end) in itertools.pairwise(marks.times):
         if (name, following) in STAGES:

@@ -86,7 +86,7 @@ class Decoder:
         self._cache = StaticCache(config=model.config.get_text_config(), max_cache_len=longest)
 
     def run(self, depth: int, kinds: Sequence[str] = KINDS) -> Passes:
-        """Decodes every text of some kinds at one exit depth."""
+        """Decode every text of some kinds at one exit depth."""
         found = [kind for kind in kinds if kind in self._texts]
         return {kind: [self._decode(text, depth) for text in self._texts[kind]] for kind in found}
 
@@ -105,7 +105,7 @@ class Decoder:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     shared.quiet()
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def other_texts(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> dict[str, list[Answer]]:
-    """Returns passages of Python's documentation and problems of HumanEval, as long as the longest answers."""
+    """Return passages of Python's documentation and problems of HumanEval, as long as the longest answers."""
     kinds = {"docs": topics()[::-1]}
     try:
         kinds["code"] = [problem["prompt"] + problem["canonical_solution"] for problem in humaneval.problems()]
@@ -148,7 +148,7 @@ def measure(
     texts: Mapping[str, Sequence[Answer]],
     options: argparse.Namespace,
 ) -> list[dict]:
-    """Returns a row for each quantizer."""
+    """Return a row for each quantizer."""
     judged = river_compile.collect_statistics(model, [text.ids for text in texts["own"]], progress=False)
     rows, reference = [], None
     for name, lm_head in itertools.product(options.quantizer, options.lm_head or [None]):
@@ -174,7 +174,7 @@ def measure(
 def _observe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, options: argparse.Namespace
 ) -> None:
-    """Has a model's matrices observed on a row's text; on that of its own it is the backend that does it."""
+    """Have a model's matrices observed on a row's text; on that of its own it is the backend that does it."""
     if source == PACKAGE:
         river_compile.collect_statistics(model, tokenizer=tokenizer, progress=False)
     elif source == ANSWERS:
@@ -188,14 +188,14 @@ def _observe(
 def decoding(
     model: PreTrainedModel, texts: Mapping[str, Sequence[Answer]], settings: dict[str, object]
 ) -> Iterator[Decoder]:
-    """Compiles the model for the time of a with statement."""
+    """Compile the model for the time of a with statement."""
     torch._dynamo.reset()
     with compiled(model, settings), torch.inference_mode():
         yield Decoder(model, texts)
 
 
 def quality(decoder: Decoder, reference: Passes) -> dict:
-    """Compares logits at depth 0, and cache entries at depth 2, with never exit's."""
+    """Compare logits at depth 0, and cache entries at depth 2, with never exit's."""
     row = {}
     for kind, river in decoder.run(0).items():
         pairs = list(zip(reference[kind], river, strict=True))
@@ -210,7 +210,7 @@ def quality(decoder: Decoder, reference: Passes) -> dict:
 
 
 def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
-    """Returns signal-to-noise ratios, seconds and bytes of the twins of some graphs."""
+    """Return signal-to-noise ratios, seconds and bytes of the twins of some graphs."""
     sites = graphs[-1].twins
     outputs = []
     for site in sites:
@@ -229,7 +229,7 @@ def packing(graphs: Sequence[GraphRecord], observation: Observation) -> dict:
 
 @torch.no_grad()
 def block_errors(model: PreTrainedModel, graph: GraphRecord, texts: Sequence[Tensor]) -> list[dict]:
-    """Replaces one block at a time by its twin, read back from what is packed, and compares the logits.
+    """Replace one block at a time by its twin, read back from what is packed, and compare the logits.
 
     Args:
         model: runs as it is, not compiled.
@@ -252,7 +252,7 @@ def block_errors(model: PreTrainedModel, graph: GraphRecord, texts: Sequence[Ten
 
 
 def _twin_weights(model: PreTrainedModel, packed: Sequence[TwinWeight]) -> dict[str, Tensor]:
-    """Returns the weights of a twin by parameter name, in the model's dtype."""
+    """Return the weights of a twin by parameter name, in the model's dtype."""
     names, weights = {id(parameter): name for name, parameter in model.named_parameters()}, {}
     for site in packed:
         parts = site.dequantize().split(site.matmul.out_features)

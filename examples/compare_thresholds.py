@@ -24,7 +24,7 @@ THRESHOLDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Compares thresholds on one prompt.")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")

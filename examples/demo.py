@@ -52,7 +52,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     shared.quiet()
     import torch
@@ -96,7 +96,7 @@ def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
 
 
 def side_by_side(texts: dict[str, str], marks: bool = False) -> Table:
-    """Returns a table with a column for each text, whose title says how it compares with the plain one.
+    """Return a table with a column for each text, whose title says how it compares with the plain one.
 
     Args:
         texts: "plain" and others, by name.
@@ -127,7 +127,7 @@ def _verdict(same: bool, changed: int) -> str:
 
 
 def compared(plain: str, text: str) -> Iterator[tuple[str, bool]]:
-    """Yields a text's words and the spaces between them, each with whether the plain text has another word there."""
+    """Yield a text's words and the spaces between them, each with whether the plain text has another word there."""
     before, after = (_pieces(t) for t in (plain, text))
     for kind, _, _, start, end in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         for piece in after[start:end]:
@@ -139,7 +139,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def speeds(runs: dict[str, Run]) -> Table:
-    """Returns a table of the speeds."""
+    """Return a table of the speeds."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("")
     for title in ("tokens/s", "times plain", "first token, s", "the first call's, s"):

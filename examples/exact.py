@@ -28,7 +28,7 @@ BRACKETS = {"river": "{}", "lookup": "({})", "backbone": "[{}]"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Shows exact mode's cycles beside plain generation.")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def cycle_lines(cycles: Sequence[CycleRecord], texts: Sequence[str]) -> list[str]:
-    """Returns a table of cycles.
+    """Return a table of cycles.
 
     Args:
         cycles: of one text of batch 1.

@@ -29,7 +29,7 @@ _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (No
 
 
 def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = None) -> Path:
-    """Draws a trace's tokens above their texts as a PNG; returns the path.
+    """Draw a trace's tokens above their texts as a PNG; return the path.
 
     Bars are exit depths. Where cycles of exact mode were recorded, they are the tokens' places in their cycles,
     coloured by where the tokens came from.
@@ -49,7 +49,7 @@ def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = Non
 
 
 def plot_calibration(found: ExitRule, path: str | Path) -> Path:
-    """Draws loss against cost of all candidates, with the budget, as a PNG; returns the path."""
+    """Draw loss against cost of all candidates, with the budget, as a PNG; return the path."""
     is_kl = found.metric == "kl"
     figure = _new_figure(8, 5)
     axes = figure.subplots()
@@ -69,14 +69,14 @@ def plot_calibration(found: ExitRule, path: str | Path) -> Path:
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    """Returns an empty figure of a size in inches that no window will show."""
+    """Return an empty figure of a size in inches that no window will show."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure as a PNG without the frames' upper and right edges; returns the path."""
+    """Write a figure as a PNG without the frames' upper and right edges; return the path."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(Path(path), format="png", dpi=110)
@@ -84,7 +84,7 @@ def _save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[StepRecord], num_blocks: int) -> Path:
-    """Draws each decode step's exit depth, above the text of its token."""
+    """Draw each decode step's exit depth, above the text of its token."""
     if not steps:
         raise ValueError("nothing to draw: the trace holds no decode step (generate inside `with trace() as t:`)")
     names = _names(texts, len(steps), "decode steps", first=1)
@@ -102,7 +102,7 @@ def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[
 
 
 def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[CycleRecord]) -> Path:
-    """Draws each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
+    """Draw each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
 
     Each cycle climbs like a staircase; grey outlines on its last step are drafted tokens that did not hold.
     """
@@ -129,7 +129,7 @@ def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence
 
 
 def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> list[str]:
-    """Returns each bar's label: its token's text, cut to a dozen characters, or its number."""
+    """Return each bar's label: its token's text, cut to a dozen characters, or its number."""
     if texts is None:
         return [str(first + i) for i in range(count)]
     if len(texts) != count:
@@ -139,7 +139,7 @@ def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> li
 
 
 def _lines_of_tokens(names: Sequence[str], highest: int, room: float) -> Figure:
-    """Returns a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
+    """Return a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
     lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
     figure = _new_figure(14, 1 + 1.2 * len(lines))
     for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):

@@ -29,7 +29,7 @@ PROMPT = "Explain in a few sentences why the sky is blue."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Generates with a model that several processes share.")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
-    """Returns this process's part of a model: transformers' own plan, changed where River's compilation needs it."""
+    """Return this process's part of a model: transformers' own plan, changed where River's compilation needs it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 

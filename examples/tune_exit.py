@@ -29,7 +29,7 @@ PROMPT = "Explain how a refrigerator works."
 
 
 def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:
-    """Measures an exit rule again: its quality on other texts, and its speed beside full depth."""
+    """Measure an exit rule again: its quality on other texts, and its speed beside full depth."""
     from river_compile.evaluation.meter import Meter, compiled
     from river_compile.exits import CRITERIA
 
@@ -59,7 +59,7 @@ def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: in
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Finds the fastest exit rule within a quality budget.")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--kl", type=float, default=0.1, help="budget: mean KL in nats per token (default 0.1)")

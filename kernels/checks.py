@@ -26,7 +26,7 @@ class Check:
     choices: tuple[object, ...] = ()  # the allowed values if they are few, for the closest match
 
     def __call__(self, name: str, value: object, error: type[ValueError] = ValueError) -> Any:
-        """Returns the value as plain Python (lists and arrays as tuples); raises `error` if it is not allowed."""
+        """Return the value as plain Python (lists and arrays as tuples); raise `error` if it is not allowed."""
         plain = _plain(value)
         if not self.allows(plain):
             hint = did_you_mean(value, self.choices)
@@ -45,13 +45,13 @@ def short_repr(value: object) -> str:
 
 
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
-    """Returns the end of a message that names the closest choice, empty if none is close."""
+    """Return the end of a message that names the closest choice, empty if none is close."""
     match = difflib.get_close_matches(str(value), [c for c in choices if isinstance(c, str)], n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def one_of(*choices: object) -> Check:
-    """Allows values that equal a choice and have its type: 1 is not True."""
+    """Allow values that equal a choice and have its type: 1 is not True."""
 
     def allows(value: object) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in choices)
@@ -65,7 +65,7 @@ def integer(least: int, requirement: str = "") -> Check:
 
 
 def number(requirement: str, least: float = -math.inf) -> Check:
-    """Allows integers and floats of `least` or more, never NaN."""
+    """Allow integers and floats of `least` or more, never NaN."""
 
     def allows(value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least
@@ -74,7 +74,7 @@ def number(requirement: str, least: float = -math.inf) -> Check:
 
 
 def optional(check: Check) -> Check:
-    """Allows None too."""
+    """Allow None too."""
     requirement = check.requirement.replace("it must be ", "it must be None or ")
     return Check(requirement, lambda value: value is None or check.allows(value), check.choices)
 
@@ -88,12 +88,12 @@ _POSITIVE = integer(1)
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raises a ValueError unless `value` is one of `choices`."""
+    """Raise a ValueError unless `value` is one of `choices`."""
     if value not in choices:
         one_of(*choices)(name, value)
 
 
 def check_positive(**values: object) -> None:
-    """Raises a ValueError for a value that is not an integer of 1 or more."""
+    """Raise a ValueError for a value that is not an integer of 1 or more."""
     for name, value in values.items():
         _POSITIVE(name, value)

@@ -21,12 +21,12 @@ _SUFFIX = "[a-z0-9_]" * 8  # `tempfile` appends it to a prefix
 
 
 def cache_folder() -> Path:
-    """Returns ``$RIVER_COMPILE_HOME`` or ~/.cache/river_compile (not created here)."""
+    """Return ``$RIVER_COMPILE_HOME`` or ~/.cache/river_compile (not created here)."""
     return Path(os.environ.get("RIVER_COMPILE_HOME") or "~/.cache/river_compile").expanduser()
 
 
 def cached_file(name: str, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
-    """Returns the cache folder's file `name`, made unless `is_whole(path)`; raises OSError if no folder is writable."""
+    """Return the cache folder's file `name`, made unless `is_whole(path)`; raise OSError if no folder is writable."""
     folder = cache_folder()
     try:
         if not is_whole(folder / name):
@@ -39,7 +39,7 @@ def cached_file(name: str, is_whole: Callable[[Path], bool], make: Callable[[Pat
 
 
 def _fallback_folder(cache: Path, error: OSError) -> Path:
-    """Returns a temporary folder of this process, with one warning for each unwritable cache folder."""
+    """Return a temporary folder of this process, with one warning for each unwritable cache folder."""
     with _fallback_lock:
         if cache not in _fallback_folders:
             folder = _fallback_folders[cache] = Path(tempfile.mkdtemp(prefix="river-compile-"))
@@ -54,7 +54,7 @@ def _fallback_folder(cache: Path, error: OSError) -> Path:
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yields a scratch path for a file or folder that replaces `target` on success; a folder replaces no full one."""
+    """Yield a scratch path for a file or folder that replaces `target` on success; a folder replaces no full one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))  # on the same disk
     try:
@@ -66,7 +66,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Locks a file or folder for one thread of one process; check inside whether it exists by now."""
+    """Lock a file or folder for one thread of one process; check inside whether it exists by now."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # The operating system releases the lock of a killed process; the next holder removes its scratch folders.
     with FileLock(target.with_name(f".{target.name}.lock")):

@@ -44,7 +44,7 @@ def linear(
     gated: bool = False,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """Returns ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
+    """Return ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
 
     Gated, the first half of ``h W^T + bias`` is the gate and the second half is up.
 
@@ -110,7 +110,7 @@ def _is_few(x: Tensor) -> bool:
 
 
 def _activated(parts: Sequence[Tensor], activation: str) -> Tensor:
-    """Applies an activation to one part, or to a gate, which multiplies the other part."""
+    """Apply an activation to one part, or to a gate, which multiplies the other part."""
     y = _ACTIVATIONS[activation](parts[0])
     return y * parts[1] if len(parts) > 1 else y
 
@@ -153,7 +153,7 @@ def merged(
     activation: str = "none",
     gated: bool = False,
 ) -> Tensor:
-    """Returns `linear` in layout "triton" for weights one below the other.
+    """Return `linear` in layout "triton" for weights one below the other.
 
     Args:
         x: ``[..., K]``.
@@ -179,7 +179,7 @@ def _(x: Tensor, weights: Sequence[Tensor], _biases: Any, *fused: Any) -> Tensor
 
 @torch.library.custom_op("river::norm", mutates_args=())
 def norm(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
-    """Returns ``norm(x) + residual``, ``[..., K]`` in x.dtype, computed in float32.
+    """Return ``norm(x) + residual``, ``[..., K]`` in x.dtype, computed in float32.
 
     Args:
         x: ``[..., K]``.
@@ -212,7 +212,7 @@ def rescore(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Recomputes the largest logits of each row as ``norm(x) W^T + bias`` in x.dtype.
+    """Recompute the largest logits of each row as ``norm(x) W^T + bias`` in x.dtype.
 
     A 4-bit head rarely misplaces the largest logit by more than `RESCORED` places, so tokens are chosen as well as with
     the 16-bit head, at a quarter of its bytes.
@@ -248,7 +248,7 @@ def experts(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """Returns ``x[m] W[expert[m]]^T`` for every row m. Weights that no row chose are not read.
+    """Return ``x[m] W[expert[m]]^T`` for every row m. Weights that no row chose are not read.
 
     Args:
         x: ``[M, K]``.
@@ -318,7 +318,7 @@ def _(
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
 ) -> Tensor:
-    """Attends from several query positions to the slots of a static cache.
+    """Attend from several query positions to the slots of a static cache.
 
     Args:
         q: ``[B, T, H, D]``.
@@ -343,7 +343,7 @@ def _(
 
 @torch.library.custom_op("river::exit_score", mutates_args=())
 def exit_score(hidden: Tensor, previous: Tensor) -> Tensor:
-    """Runs `smallest_cosine` as one operator, the mark of an exit check in a graph."""
+    """Run `smallest_cosine` as one operator, the mark of an exit check in a graph."""
     return smallest_cosine(hidden, previous)
 
 

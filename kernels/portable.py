@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Returns ``softmax(scale q k^T + mask) v``, ``[B, H, 1, D]`` in q's dtype, computed in float32 or wider."""
+    """Return ``softmax(scale q k^T + mask) v``, ``[B, H, 1, D]`` in q's dtype, computed in float32 or wider."""
     # q [B, H, 1, D]; k, v [B, H_kv, S, D], where head h reads h // (H / H_kv); mask [B or 1, H or 1, 1, S], bool or
     # added.
     batch, heads, _, dim = q.shape
@@ -41,7 +41,7 @@ def cache_attention(
     softcap: float = 0.0,
     causal: bool = False,
 ) -> Tensor:
-    """Runs ``river::attention``, with all scores in memory, in float32."""
+    """Run ``river::attention``, with all scores in memory, in float32."""
     k, v = (cache.float().repeat_interleave(q.shape[2] // cache.shape[1], 1) for cache in (k_cache, v_cache))
     scores = q.transpose(1, 2).float() @ k.mT * scale
     if softcap:
@@ -55,7 +55,7 @@ def cache_attention(
 
 
 def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns ``x W^T + bias`` for x ``[..., K]`` with one row, in x's dtype, computed in float32 or wider."""
+    """Return ``x W^T + bias`` for x ``[..., K]`` with one row, in x's dtype, computed in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = (weight.to(wide) * x.reshape(1, -1).to(wide)).sum(-1)
     y = y if bias is None else y + bias
@@ -63,7 +63,7 @@ def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:
-    """Returns the smallest cosine of the rows of ``[..., D]``, float32 ``[]``; NaN for a zero or non-finite row."""
+    """Return the smallest cosine of the rows of ``[..., D]``, float32 ``[]``; NaN for a zero or non-finite row."""
     hidden, previous = hidden.float(), previous.float()
     norms = hidden.norm(dim=-1) * previous.norm(dim=-1)
     cosines: Tensor = (hidden * previous).sum(-1) / norms
@@ -71,12 +71,12 @@ def smallest_cosine(hidden: Tensor, previous: Tensor) -> Tensor:
 
 
 def largest_entropy(logits: Tensor) -> Tensor:
-    """Returns the largest entropy in nats of softmax(logits ``[B, T, V]``) at the last position, float32 ``[]``."""
+    """Return the largest entropy in nats of softmax(logits ``[B, T, V]``) at the last position, float32 ``[]``."""
     return entropies(logits[:, -1]).amax()
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """Returns the entropies in nats ``[N]`` of rows of logits ``[N, V]``; NaN for a row with a NaN."""
+    """Return the entropies in nats ``[N]`` of rows of logits ``[N, V]``; NaN for a row with a NaN."""
     rows = logits.to(torch.float32)
     shifted = rows - rows.amax(-1, keepdim=True)
     weights = shifted.exp()
@@ -87,11 +87,11 @@ def entropies(logits: Tensor) -> Tensor:
 
 
 def fused_width(out_features: int, fused: Sequence[object]) -> int:
-    """Returns the columns of a linear's output; `fused`: the operator's given arguments from `residual` on."""
+    """Return the columns of a linear's output; `fused`: the operator's given arguments from `residual` on."""
     return out_features // 2 if any(fused[6:7]) else out_features  # fused[6] is `gated`
 
 
 def token_kl(reference: Tensor, other: Tensor) -> Tensor:
-    """Returns KL(reference || other) in nats of each row of logits ``[tokens, V]``."""
+    """Return KL(reference || other) in nats of each row of logits ``[tokens, V]``."""
     p, q = reference.float().log_softmax(-1), other.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

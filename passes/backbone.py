@@ -23,7 +23,7 @@ _MERGED_ROWS = 16  # a generated kernel merges weights whose rows are a multiple
 
 
 def river_backbone(layout: str) -> Pass:
-    """Makes the pass below; `layout` is that of 16-bit weights: "dense" (C++) or "triton" (decode steps)."""
+    """Make the pass below; `layout` is that of 16-bit weights: "dense" (C++) or "triton" (decode steps)."""
 
     def river_backbone(program: RiverProgram) -> RiverProgram:
         """Linear layers of blocks and head are operators of the package."""
@@ -34,7 +34,7 @@ def river_backbone(layout: str) -> Pass:
 
 
 def packed_backbone(weights: str) -> Pass:
-    """Makes the pass below; `weights`: "12bit", "8bit", or "model" (only torchao's 8-bit weights are packed)."""
+    """Make the pass below; `weights`: "12bit", "8bit", or "model" (only torchao's 8-bit weights are packed)."""
 
     def packed_backbone(program: RiverProgram) -> RiverProgram:
         """Blocks and head read weights packed without loss."""
@@ -45,7 +45,7 @@ def packed_backbone(weights: str) -> Pass:
 
 
 def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
-    """Returns the parameters that a matmul's weight or bias is concatenated from; of None, none."""
+    """Return the parameters that a matmul's weight or bias is concatenated from; of None, none."""
     if parameter is None:
         return []
     return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
@@ -64,7 +64,7 @@ def _with_river_linears(segment: Segment, layout: str) -> Segment:
 
 
 def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
-    """Returns a key, equal for linear layers that can be merged; None for one that stays as it is."""
+    """Return a key, equal for linear layers that can be merged; None for one that stays as it is."""
     parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
     if linear.transposed or not all(is_parameter(p) and same_dtype(p, linear.x) for p in parameters):
         return None
@@ -79,7 +79,7 @@ def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
 
 
 def _merge(graph: fx.Graph, linears: Sequence[Linear], layout: str) -> None:
-    """Replaces linear layers by one matmul; its weight is a ``torch.cat``, which the lowering splits again."""
+    """Replace linear layers by one matmul; its weight is a ``torch.cat``, which the lowering splits again."""
     first = linears[0]
     with graph.inserting_before(first.node):
         weight = _joined([linear.weight for linear in linears], first.node)
@@ -139,7 +139,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
 
 
 def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
-    """Returns the packed layout of a matmul's weights, None if they stay; `kernels` is the 16-bit layout."""
+    """Return the packed layout of a matmul's weights, None if they stay; `kernels` is the 16-bit layout."""
     if all(lossless.torchao_parts(weight) is not None for weight in weights):
         return lossless.LAYOUT_8BIT
     dtypes = {weight.dtype for weight in weights}

@@ -21,7 +21,7 @@ from river_compile.passes.program import DecoderPlan, Refusal, Segment
 
 
 def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
-    """Returns the placeholders of parameters and of tensors written in place; others may be copied into buffers."""
+    """Return the placeholders of parameters and of tensors written in place; others may be copied into buffers."""
     graph, marked = plan.graph, "_dynamo_static_input_type"
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     placeholders = graph.find_nodes(op="placeholder")
@@ -29,7 +29,7 @@ def fixed_inputs(plan: DecoderPlan) -> frozenset[fx.Node]:
 
 
 def obstacle(segment: Segment, home: torch.device) -> Refusal | None:
-    """Returns why a segment cannot be captured, None if it can; `home` is the device of the hidden state."""
+    """Return why a segment cannot be captured, None if it can; `home` is the device of the hidden state."""
     for node in (n for n in segment.graph.nodes if n.op != "output"):
         value = value_of(node)
         if isinstance(value, (torch.Tensor, torch.SymInt)) and free_unbacked_symbols(value):

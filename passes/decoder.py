@@ -75,7 +75,7 @@ def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -
 
 
 def _module_lists(graph: fx.Graph) -> list[tuple[str, int]]:
-    """Returns path and length of the outermost module lists, the last to run first."""
+    """Return path and length of the outermost module lists, the last to run first."""
     # A mixture of experts has a list inside each block; a vision tower runs before the decoder.
     seen: dict[str, set[int]] = {}
     last: dict[str, int] = {}
@@ -89,7 +89,7 @@ def _module_lists(graph: fx.Graph) -> list[tuple[str, int]]:
 
 
 def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int, str]]:
-    """Yields index and list path of each module on a node's stack that is a numbered child."""
+    """Yield index and list path of each module on a node's stack that is a numbered child."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         match = _CHILD.match(path)
         if match and (list_path is None or match["list"] == list_path):
@@ -97,7 +97,7 @@ def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int
 
 
 def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
-    """Assigns each node to prologue (0), block (1..L) or head (L + 1): by its module, else by its inputs."""
+    """Assign each node to prologue (0), block (1..L) or head (L + 1): by its module, else by its inputs."""
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     part_of: dict[fx.Node, int] = {}
     reached = 0
@@ -132,7 +132,7 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
 
 
 def _inseparable(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Yields the operations in order: one by one, but those of an autocast or a ``vmap`` together."""
+    """Yield the operations in order: one by one, but those of an autocast or a ``vmap`` together."""
     together: list[fx.Node] = []
     depth = 0
     for node in graph.nodes:
@@ -145,7 +145,7 @@ def _inseparable(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _hidden_flows(graph: fx.Graph, part_of: dict[fx.Node, int], num_blocks: int) -> tuple[fx.Node, ...] | Refusal:
-    """Returns the L + 1 hidden states ``[B, T, D]``, or else several streams in one tensor each."""
+    """Return the L + 1 hidden states ``[B, T, D]``, or else several streams in one tensor each."""
     one = _flows(graph, part_of, num_blocks, is_hidden)
     several = _flows(graph, part_of, num_blocks, is_streams) if isinstance(one, Refusal) else one
     return one if isinstance(several, Refusal) else several
@@ -184,7 +184,7 @@ def _flows(
 
 
 def _token_axis(hidden: fx.Node) -> int | None:
-    """Returns the axis of tokens in the first hidden state, right after that of rows; None if it is ambiguous."""
+    """Return the axis of tokens in the first hidden state, right after that of rows; None if it is ambiguous."""
     if is_hidden(hidden):
         return 1
     # [S, B, T, D] or [B, T, S, D]: compare with the embedding [B, T, D] that the streams are made of.
@@ -195,7 +195,7 @@ def _token_axis(hidden: fx.Node) -> int | None:
 
 
 def _kv_slot(nodes: list[fx.Node], hidden_in: fx.Node, hidden_out: fx.Node) -> KVSlot:
-    """Returns a block's cache: tensors of the caller that it writes, or longer ones that it returns."""
+    """Return a block's cache: tensors of the caller that it writes, or longer ones that it returns."""
     static = [
         (node, memory)
         for node in nodes
@@ -228,7 +228,7 @@ _EXAMPLE = "example_value"
 
 
 def with_size(graph: fx.Graph, symbol: sympy.Symbol, size: int) -> fx.GraphModule:
-    """Returns a copy of a traced graph in which a dynamic size is a constant; raises what its operators raise.
+    """Return a copy of a traced graph in which a dynamic size is a constant; raise what its operators raise.
 
     Inputs and nodes that are constants then are dropped. The model's Python code must not have branched on the size.
     """
@@ -255,7 +255,7 @@ def with_size(graph: fx.Graph, symbol: sympy.Symbol, size: int) -> fx.GraphModul
 
 @contextlib.contextmanager
 def _propagating(graph: fx.Graph) -> Iterator[None]:
-    """Runs operators on the graph's fake tensors and records what they assume of sizes."""
+    """Run operators on the graph's fake tensors and record what they assume of sizes."""
     examples = (value_of(node) for node in graph.nodes if _EXAMPLE in node.meta)
     mode: FakeTensorMode = next(value.fake_mode for value in examples if isinstance(value, FakeTensor))
     shapes: ShapeEnv | None = mode.shape_env
@@ -269,7 +269,7 @@ def _propagating(graph: fx.Graph) -> Iterator[None]:
 
 
 def _fixed(value: Any, symbol: sympy.Symbol, size: int) -> Any:
-    """Returns an input's example with the size substituted; the same object if nothing changes."""
+    """Return an input's example with the size substituted; the same object if nothing changes."""
     if isinstance(value, torch.SymInt):
         return _number(value, symbol, size)
     if not isinstance(value, FakeTensor):

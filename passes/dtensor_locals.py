@@ -30,7 +30,7 @@ def is_collective(node: Argument, name: str) -> bool:
 
 
 def on_local_shards(traced: fx.GraphModule, ranks: int, group: str) -> frozenset[fx.Node]:
-    """Rewrites a normalized graph in place; returns the placeholders that are local shards of the inputs now."""
+    """Rewrite a normalized graph in place; return the placeholders that are local shards of the inputs now."""
     graph = traced.graph
     local = frozenset(node for node in graph.find_nodes(op="placeholder") if _read_as_local(node))
     for node in list(graph.nodes):
@@ -43,7 +43,7 @@ def on_local_shards(traced: fx.GraphModule, ranks: int, group: str) -> frozenset
 
 
 def _read_as_local(parameter: fx.Node) -> bool:
-    """Replaces ``to_local(p)`` by p, if p has no other users; returns whether it did."""
+    """Replace ``to_local(p)`` by p, if p has no other users; return whether it did."""
     if not is_parameter(parameter) or not is_shard(value_of(parameter)) or not parameter.users:
         return False
     reads = list(parameter.users)
@@ -58,7 +58,7 @@ def _read_as_local(parameter: fx.Node) -> bool:
 
 
 def _aliases(node: fx.Node) -> Iterator[fx.Node]:
-    """Yields aliases of the same memory and shape, the last ones first."""
+    """Yield aliases of the same memory and shape, the last ones first."""
     for user in list(node.users):
         alias = called(user, *_ALIASES) or is_reshape(user)
         if alias and user.args[0] is node and shape(user) == shape(node):
@@ -67,7 +67,7 @@ def _aliases(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _without_copy(wait: fx.Node) -> None:
-    """Replaces x after ``x.copy_(wait(all_reduce(x)))`` by the sum, and erases the copy."""
+    """Replace x after ``x.copy_(wait(all_reduce(x)))`` by the sum, and erase the copy."""
     reduced = wait.args[0]
     if not is_collective(reduced, "all_reduce") or len(wait.users) != 1:
         return
@@ -83,7 +83,7 @@ def _without_copy(wait: fx.Node) -> None:
 
 
 def _as_gather(shards: fx.Node, ranks: int, group: str) -> None:
-    """Replaces ``from_local(x, Shard(-1)).redistribute(Replicate).to_local()`` by an all-gather of equal shards."""
+    """Replace ``from_local(x, Shard(-1)).redistribute(Replicate).to_local()`` by an all-gather of equal shards."""
     whole = _only_user(shards, "redistribute")
     result = None if whole is None else _only_user(whole, "to_local")
     if whole is None or result is None:

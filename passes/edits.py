@@ -35,7 +35,7 @@ class PassRecord:
 def run_passes(
     program: RiverProgram, passes: Sequence[Pass], observe: Callable[[PassRecord], None] | None = None
 ) -> RiverProgram:
-    """Runs the passes in order; calls `observe` after each."""
+    """Run the passes in order; call `observe` after each."""
     records = []
     for step in passes:
         start = time.perf_counter()
@@ -51,7 +51,7 @@ def run_passes(
 
 
 def table(records: Sequence[PassRecord]) -> str:
-    """Returns a table of milliseconds, number of operations after the pass, its change, description."""
+    """Return a table of milliseconds, number of operations after the pass, its change, description."""
     lines = [f"{'pass':<18} {'ms':>8} {'ops':>7} {'change':>7}  what it does"]
     for record in records:
         ops = _num_ops(record.after)
@@ -74,7 +74,7 @@ class NoMatch(Exception):
 
 
 def require(condition: bool, reason: str, node: fx.Node | None = None) -> None:
-    """Raises `NoMatch` unless the condition holds."""
+    """Raise `NoMatch` unless the condition holds."""
     if not condition:
         raise NoMatch(reason, node)
 
@@ -88,7 +88,7 @@ def add_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
 
 
 def replace_node(target: Callable, arguments: tuple, value: torch.Tensor, old: fx.Node, **kwargs: object) -> fx.Node:
-    """Replaces a node by a call in its shape, and erases nodes that only it read.
+    """Replace a node by a call in its shape, and erases nodes that only it read.
 
     `value` is the call's example, of as many elements. Raises `NoMatch` if several sizes of `old` are dynamic.
     """
@@ -103,14 +103,14 @@ def replace_node(target: Callable, arguments: tuple, value: torch.Tensor, old: f
 
 
 def call(target: Callable, arguments: tuple, value: object, like: fx.Node, **kwargs: object) -> fx.Node:
-    """Adds a call with an example value and the source location of `like`."""
+    """Add a call with an example value and the source location of `like`."""
     node = like.graph.call_function(target, arguments, kwargs)
     node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta} | {"example_value": value}
     return node
 
 
 def cast_like(matmul: fx.Node, operand: fx.Node) -> fx.Node:
-    """Casts a floating operand to the dtype of a matmul's result, since autocast casts without a node."""
+    """Cast a floating operand to the dtype of a matmul's result, since autocast casts without a node."""
     dtype, value = value_of(matmul).dtype, value_of(operand)
     if not value.is_floating_point() or value.dtype == dtype:
         return operand
@@ -125,7 +125,7 @@ def reshape_like(node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def drop_unused(last: fx.Node) -> None:
-    """Erases an unused operation, and nodes without side effects that only it read."""
+    """Erase an unused operation, and nodes without side effects that only it read."""
     stack = [last]
     erased: set[fx.Node] = set()
     while stack:
@@ -139,7 +139,7 @@ def drop_unused(last: fx.Node) -> None:
 
 
 def follow_uses(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Follows a value through views and no-ops; returns the last and its only user, else raises `NoMatch`."""
+    """Follow a value through views and no-ops; return the last and its only user, else raises `NoMatch`."""
     while True:
         require(len(node.users) == 1, "its result is used more than once", node)
         (user,) = node.users

@@ -59,7 +59,7 @@ class ExpertMatmul:
 
 
 def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
-    """Recognises ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
+    """Recognise ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
     if not is_tensor(node) or node.op != "call_function" or len(node.args) != 2:
         return None
     left, right = node.args
@@ -81,7 +81,7 @@ def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
 
 
 def replace_expert_matmul(graph: fx.Graph, found: ExpertMatmul, linear: Matmul, index: int) -> None:
-    """Replaces a matmul by one ``river::experts``, the `index`-th matmul of its twin."""
+    """Replace a matmul by one ``river::experts``, the `index`-th matmul of its twin."""
     node, x = found.node, found.x
     experts, out_features, in_features = found.shape
     qweight, scale_zero = add_placeholders(graph, [f"river_{index}_{name}" for name in ("qweight", "scale_zero")])
@@ -108,7 +108,7 @@ def is_router(matmul: fx.Node) -> bool:
 
 
 def experts_per_token(segment: Segment) -> dict[fx.Node, int]:
-    """Returns k of the nearest top-k before each placeholder of experts, packed or not, that has one."""
+    """Return k of the nearest top-k before each placeholder of experts, packed or not, that has one."""
     counts = {stack: _top_k(node) for node in segment.graph.nodes for stack in _stacks(node)}
     return {stack: count for stack, count in counts.items() if count is not None}
 
@@ -118,12 +118,12 @@ def as_chosen(_rows: Tensor, chosen: Tensor, _experts: int) -> Tensor:
 
 
 def by_group(rows: Tensor, ends: Tensor, _experts: int) -> Tensor:
-    """Returns the group of each row, E after the last one; `ends` of the groups are ``[E]``."""
+    """Return the group of each row, E after the last one; `ends` of the groups are ``[E]``."""
     return torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype), right=True)
 
 
 def by_place(rows: Tensor, _route: None, experts: int) -> Tensor:
-    """Returns the expert of each row, by its position; E for a row of zeros, whose result is zero anyway."""
+    """Return the expert of each row, by its position; E for a row of zeros, whose result is zero anyway."""
     places = torch.arange(experts, device=rows.device)[:, None].expand(experts, rows.shape[0] // experts)
     return torch.where((rows != 0).any(-1), places.reshape(-1), experts)
 
@@ -167,7 +167,7 @@ def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _top_k(node: fx.Node) -> int | None:
-    """Returns k of the nearest top-k before a node, None if there is none."""
+    """Return k of the nearest top-k before a node, None if there is none."""
     seen, latest = {node}, [node]
     while latest:
         for found in latest:

@@ -50,7 +50,7 @@ def freeze(
     native: bool,
     width_matters: str,
 ) -> Program:
-    """Returns the program without its traced graph; calls `lower` once for each graph that segments share."""
+    """Return the program without its traced graph; call `lower` once for each graph that segments share."""
     plan, slots, fixed = program.plan, program.slots, fixed_inputs(program.plan)
     shared: dict[fx.Graph, tuple[Code, Refusal | None, tuple[tuple[int, int], ...]]] = {}
 
@@ -118,7 +118,7 @@ def to_size(size: int | torch.SymInt) -> Size:
 
 
 def to_example(value: Any) -> Example:
-    """Returns metadata of a fake tensor or integer, None for other values."""
+    """Return metadata of a fake tensor or integer, None for other values."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return to_size(value)
     if not isinstance(value, Tensor) or not is_ordinary(value):
@@ -128,7 +128,7 @@ def to_example(value: Any) -> Example:
 
 
 def size_conditions(values: Iterable[object]) -> tuple[sympy.Basic, ...]:
-    """Returns the guards and ranges of a graph's dynamic sizes; `values` are the examples of its inputs."""
+    """Return the guards and ranges of a graph's dynamic sizes; `values` are the examples of its inputs."""
     sizes = [size.node for size in _sizes(values) if isinstance(size, torch.SymInt)]
     if not sizes:
         return ()
@@ -161,7 +161,7 @@ def _hints(values: Iterable[object]) -> dict[sympy.Symbol, int]:
 
 
 def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
-    """Returns the slots of the first KV cache tensor before and after a forward; they are one if written in place."""
+    """Return the slots of the first KV cache tensor before and after a forward; they are one if written in place."""
     plan, slots = program.plan, program.slots
     block = next(b for b in plan.blocks if b.kv.writes)
     kv, part = block.kv, block.index + 1
@@ -181,7 +181,7 @@ def _keys(program: RiverProgram) -> tuple[int | None, int | None]:
 
 
 def _capacity(program: RiverProgram) -> CacheRoom | None:
-    """Returns the room of the first static cache filled from the front, None if it cannot be read."""
+    """Return the room of the first static cache filled from the front, None if it cannot be read."""
     slots = program.slots
     found = (block.kv for block in program.plan.blocks if block.kv.capacity is not None and block.kv.lengths)
     kv = next(found, None)
@@ -196,7 +196,7 @@ def _capacity(program: RiverProgram) -> CacheRoom | None:
 
 
 def _last_token(program: RiverProgram) -> LastToken | None:
-    """Returns None if a head reads more of a token than its hidden state, or the caller reads that too."""
+    """Return None if a head reads more of a token than its hidden state, or the caller reads that too."""
     plan, hidden = program.plan, program.plan.blocks[-1].hidden_out
     length = plan.query_length
     symbol = None if isinstance(length, int) else length.node.expr
@@ -210,7 +210,7 @@ def _last_token(program: RiverProgram) -> LastToken | None:
 
 
 def _not_captured(program: RiverProgram) -> str | None:
-    """Returns why no segment can be captured, None if some can."""
+    """Return why no segment can be captured, None if some can."""
     plan = program.plan
     for block in plan.blocks:
         if block.kv.kind != "static":

@@ -21,7 +21,7 @@ _NORM = {"norm": "none", "norm_weight": None, "norm_bias": None, "eps": 1e-6}
 
 
 def exit_checks(candidates: tuple[int, ...]) -> Pass:
-    """Makes the pass that adds a float32 exit score to the blocks of these depths."""
+    """Make the pass that adds a float32 exit score to the blocks of these depths."""
 
     def exit_checks(program: RiverProgram) -> RiverProgram:
         """Blocks at candidate depths return the similarity of their input and output."""
@@ -63,7 +63,7 @@ def rescored_head(program: RiverProgram) -> RiverProgram:
 
 
 def find_logits(program: RiverProgram) -> fx.Node | None:
-    """Returns the graph's last output ``[B, T, V]`` after the blocks that is not as wide as the hidden state."""
+    """Return the graph's last output ``[B, T, V]`` after the blocks that is not as wide as the hidden state."""
     plan = program.plan
     width = value_of(plan.blocks[-1].hidden_out).shape[-1]
     found = [
@@ -75,7 +75,7 @@ def find_logits(program: RiverProgram) -> fx.Node | None:
 
 
 def _with_score(segment: Segment, function: Callable, *values: fx.Node) -> Segment:
-    """Appends an output: a function of some of the segment's inputs and outputs."""
+    """Append an output: a function of some of the segment's inputs and outputs."""
     scored = replace(segment.copy(), has_score=True)
     output = scored.graph.output_node()
     with scored.graph.inserting_before(output):
@@ -85,7 +85,7 @@ def _with_score(segment: Segment, function: Callable, *values: fx.Node) -> Segme
 
 
 def _change_head(program: RiverProgram, rule: str, change: Callable[[Segment], Segment], fallback: str) -> RiverProgram:
-    """Applies `change` to a copy of the 4-bit head, if there is one, and records the outcome."""
+    """Apply `change` to a copy of the 4-bit head, if there is one, and record the outcome."""
     head = program.river_head
     if head is None or not head.packed:
         return program
@@ -130,7 +130,7 @@ def _head_linear(head: Segment) -> fx.Node:
 
 
 def _with_input(head: Segment, source: fx.Node) -> tuple[Segment, fx.Node]:
-    """Returns the segment with `source` among its inputs, and the placeholder of that."""
+    """Return the segment with `source` among its inputs, and the placeholder of that."""
     placeholders = head.graph.find_nodes(op="placeholder")
     if source in head.inputs:
         return head, placeholders[head.inputs.index(source)]

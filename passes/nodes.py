@@ -36,12 +36,12 @@ _IN_PLACE_OPERATORS = (
 
 
 def value_of(node: fx.Node) -> Any:
-    """Returns the fake tensor or number that Dynamo recorded, None if it recorded none."""
+    """Return the fake tensor or number that Dynamo recorded, None if it recorded none."""
     return node.meta.get("example_value")
 
 
 def hints_of(shapes: ShapeEnv) -> Mapping[sympy.Symbol, int]:
-    """Returns the values of dynamic sizes at trace time."""
+    """Return the values of dynamic sizes at trace time."""
     # `var_to_val` is the name up to torch 2.12.
     known: Mapping[sympy.Symbol, int] = getattr(shapes, "backed_var_to_val", None) or shapes.var_to_val
     return known
@@ -76,7 +76,7 @@ def is_ordinary(tensor: object) -> bool:
 
 
 def input_name(node: fx.Node) -> str:
-    """Returns a graph input's name in the user's code: ``model.layers.0.mlp.experts.gate_up_proj``."""
+    """Return a graph input's name in the user's code: ``model.layers.0.mlp.experts.gate_up_proj``."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     if source is None:  # Dynamo drops it when the graph is compiled
         return re.sub(r"_(?:modules|parameters|buffers)_", ".", node.name.strip("_")).removeprefix("l_self.")
@@ -85,7 +85,7 @@ def input_name(node: fx.Node) -> str:
 
 
 def mutated_inputs(node: fx.Node) -> list[fx.Node]:
-    """Returns the arguments that a node writes in place: by its operator's schema, its name, or ``out=``."""
+    """Return the arguments that a node writes in place: by its operator's schema, its name, or ``out=``."""
     if node.op not in ("call_function", "call_method"):
         return []
     if isinstance(node.target, torch._ops.OpOverload):
@@ -107,7 +107,7 @@ def _writes_first(node: fx.Node) -> bool:
 
 
 def memory_of(node: fx.Node) -> fx.Node:
-    """Follows views and in-place writes back to the value whose memory a node shares, or may share."""
+    """Follow views and in-place writes back to the value whose memory a node shares, or may share."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _shows_first(node.target):
         node = node.args[0]
     return node
@@ -139,7 +139,7 @@ def calls_flex_attention(nodes: Iterable[fx.Node]) -> bool:
 
 
 def nesting(node: fx.Node) -> int:
-    """Returns 1 if a node enters an autocast or a ``vmap``, -1 if it leaves one, else 0."""
+    """Return 1 if a node enters an autocast or a ``vmap``, -1 if it leaves one, else 0."""
     return _NESTING.get(getattr(node.target, "__name__", ""), 0)
 
 
@@ -148,7 +148,7 @@ def rank(node: object) -> int | None:
 
 
 def shape(node: fx.Node) -> tuple[int | str, ...]:
-    """Returns a tensor's sizes, dynamic ones as text, since comparing text adds no guard."""
+    """Return a tensor's sizes, dynamic ones as text, since comparing text adds no guard."""
     return sizes_of(value_of(node))
 
 
@@ -173,24 +173,24 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Returns the other nodes that `nodes` read, in order of appearance."""
+    """Return the other nodes that `nodes` read, in order of appearance."""
     inside = set(nodes)
     return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
 
 def module_path(node: fx.Node) -> str:
-    """Returns the path of the innermost module that a node was traced in, "" if there is none."""
+    """Return the path of the innermost module that a node was traced in, "" if there is none."""
     stack = node.meta.get("nn_module_stack")
     return clean_path(list(stack.values())[-1][0]) if stack else ""
 
 
 def clean_path(path: str) -> str:
-    """Strips the root from a path of Dynamo's: ``L['self'].model.layers.5`` becomes ``model.layers.5``."""
+    """Strip the root from a path of Dynamo's: ``L['self'].model.layers.5`` becomes ``model.layers.5``."""
     return re.sub(r"^L\[[^\]]*\](\[\d+\])?(\._modules\[[^\]]*\])*\.?", "", path)
 
 
 def source_of(node: fx.Node) -> str:
-    """Returns a node's name and source line: ``add_, cache_utils.py:483``."""
+    """Return a node's name and source line: ``add_, cache_utils.py:483``."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return node.name
@@ -208,7 +208,7 @@ def operands(node: Argument, *functions: Callable) -> tuple[Argument, Argument] 
 
 
 def either_way(node: Argument, function: Callable) -> Iterator[tuple[Argument, Argument]]:
-    """Yields the operands of a commutative operation in both orders."""
+    """Yield the operands of a commutative operation in both orders."""
     found = operands(node, function)
     if found:
         yield found
@@ -216,12 +216,12 @@ def either_way(node: Argument, function: Callable) -> Iterator[tuple[Argument, A
 
 
 def other_operand(node: Argument, function: Callable, number: float) -> Argument | None:
-    """Returns x of ``function(x, number)`` or ``function(number, x)``, None for other nodes."""
+    """Return x of ``function(x, number)`` or ``function(number, x)``, None for other nodes."""
     return next((other for value, other in either_way(node, function) if value == number), None)
 
 
 def skip_casts(node: Argument) -> Argument:
-    """Skips casts between floating dtypes."""
+    """Skip casts between floating dtypes."""
     while _is_cast(node):
         node = node.args[0]
     return node
@@ -235,7 +235,7 @@ def _is_cast(node: Argument) -> TypeGuard[fx.Node]:
 
 
 def skip_noops(node: Argument) -> Argument:
-    """Skips operations that change no value: dropout at inference, casts to the same dtype, ``x[:]``."""
+    """Skip operations that change no value: dropout at inference, casts to the same dtype, ``x[:]``."""
     while (
         called(node, Tensor.contiguous)
         or (called(node, F.dropout) and node.args[2] is False)
@@ -270,7 +270,7 @@ def _takes_all(node: fx.Node) -> bool:
 
 
 def skip_views(node: Argument) -> Argument:
-    """Skips no-ops and views that keep the order of the elements."""
+    """Skip no-ops and views that keep the order of the elements."""
     while _keeps_order(node := skip_noops(node)):
         node = node.args[0]
     return node
@@ -318,7 +318,7 @@ class Linear:
 
 
 def as_linear(node: fx.Node) -> Linear | None:
-    """Recognises a linear layer of parameters: ``F.linear``, ``addmm``, ``x @ weight.T`` (Falcon)."""
+    """Recognise a linear layer of parameters: ``F.linear``, ``addmm``, ``x @ weight.T`` (Falcon)."""
     bias = None
     if called(node, F.linear) and len(node.args) == 3:
         x, weight, bias = node.args
@@ -352,6 +352,6 @@ def as_sdpa(node: fx.Node) -> Sdpa | None:
 
 
 def inference_sdpa(node: Argument) -> Sdpa | None:
-    """Recognises attention over heads ``[B, H, T, D]`` without dropout."""
+    """Recognise attention over heads ``[B, H, T, D]`` without dropout."""
     found = as_sdpa(node) if isinstance(node, fx.Node) else None
     return found if found and not found.dropout and rank(found.q) == 4 else None

@@ -20,7 +20,7 @@ Form = Callable[[tuple, Mapping[str, object]], Arguments | None]
 
 
 def normalized(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Returns a copy of a traced graph in the normal form, with the same nodes, names and metadata."""
+    """Return a copy of a traced graph in the normal form, with the same nodes, names and metadata."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in graph_module.graph.nodes:
@@ -45,7 +45,7 @@ def _normalize(node: fx.Node) -> None:
 
 
 def _function(node: fx.Node) -> Callable | None:
-    """Returns the function that a node calls, as a function or as a tensor's method; None for other nodes."""
+    """Return the function that a node calls, as a function or as a tensor's method; None for other nodes."""
     if node.op == "call_method" and is_tensor(node.args[0]):
         return getattr(Tensor, node.target, None)
     if node.op != "call_function":
@@ -56,7 +56,7 @@ def _function(node: fx.Node) -> Callable | None:
 
 
 def _like(example: Callable) -> Form:
-    """Binds arguments to the parameters and defaults of `example`."""
+    """Bind arguments to the parameters and defaults of `example`."""
     signature = inspect.signature(example)
 
     def form(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
@@ -71,7 +71,7 @@ def _like(example: Callable) -> Form:
 
 
 def _sizes(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
-    """Joins sizes or dimensions that are given one by one; a view as another dtype has none."""
+    """Join sizes or dimensions that are given one by one; a view as another dtype has none."""
     given: list[object] = [*args, *kwargs.values()]
     x, *sizes = given
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
@@ -81,7 +81,7 @@ def _sizes(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
 
 
 def _to(args: tuple, kwargs: Mapping[str, object]) -> Arguments | None:
-    """Makes device and dtype positional if there are no other arguments."""
+    """Make device and dtype positional if there are no other arguments."""
     named = [value for name in ("device", "dtype") if (value := kwargs.get(name)) is not None]
     together = len(args) == 1 if "device" in kwargs else len(args) <= 2
     known = set(kwargs) <= {"device", "dtype"} and (together or not kwargs) and len(args) + len(named) > 1
@@ -93,7 +93,7 @@ def _with(value: object) -> Form:
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    """Has the signature of ``scaled_dot_product_attention``, a builtin that `inspect` cannot read."""
+    """Have the signature of ``scaled_dot_product_attention``, a builtin that `inspect` cannot read."""
 
 
 _unary = _like(lambda input: input)

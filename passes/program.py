@@ -114,13 +114,13 @@ class Segment:
         return dict(zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=False))
 
     def node_of(self, value: fx.Node) -> fx.Node:
-        """Returns the node of the segment's graph for one of its inputs or outputs."""
+        """Return the node of the segment's graph for one of its inputs or outputs."""
         if value in self.outputs:
             return self.graph.output_node().args[0][self.outputs.index(value)]
         return self.graph.find_nodes(op="placeholder")[self.inputs.index(value)]
 
     def copy(self, kind: str | None = None) -> Segment:
-        """Returns the segment with a copy of its graph, which a pass may change."""
+        """Return the segment with a copy of its graph, which a pass may change."""
         graph = fx.Graph(owning_module=self.graph.owning_module)
         graph.output(graph.graph_copy(self.graph, {}))
         return replace(self, graph=graph, kind=kind or self.kind, fingerprint=None)
@@ -344,7 +344,7 @@ class Program:
         return slot < len(self.inputs) and self.inputs[slot].is_parameter
 
     def size_of(self, size: Size, args: Any) -> int | None:
-        """Evaluates a size for the inputs `args`; None if they do not determine it."""
+        """Evaluate a size for the inputs `args`; None if they do not determine it."""
         if isinstance(size, int):
             return size
         numbers = {example: i for i, example in enumerate(self.examples[: len(self.inputs)]) if _is_symbol(example)}
@@ -358,5 +358,5 @@ def _is_symbol(example: Example) -> bool:
 
 
 def segment_name(kind: str, depth: int) -> str:
-    """Returns the kind, with the depth if there are several: "head", "block_3"."""
+    """Return the kind, with the depth if there are several: "head", "block_3"."""
     return kind if kind in ("prologue", "head", "river_head") else f"{kind}_{depth}"

@@ -25,7 +25,7 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refusal:
-    """Returns the decoder in a normalized graph, split into segments; with `twins`, a Refusal if it can have none."""
+    """Return the decoder in a normalized graph, split into segments; with `twins`, a Refusal if it can have none."""
     plan = find_decoder(normal)
     program = plan if isinstance(plan, Refusal) else split_segments(plan)
     if twins and isinstance(program, RiverProgram):
@@ -34,7 +34,7 @@ def recognise(normal: fx.GraphModule, twins: bool = True) -> RiverProgram | Refu
 
 
 def _without_matmuls(program: RiverProgram) -> Refusal | None:
-    """Returns why no block can have a 4-bit twin: no matmul reads ordinary weights."""
+    """Return why no block can have a 4-bit twin: no matmul reads ordinary weights."""
     nodes = [node for block in program.blocks for node in block.graph.nodes]
     if any(as_linear(node) or as_expert_matmul(node) for node in nodes):
         return None
@@ -86,7 +86,7 @@ def subgraph(
 
 
 def with_shared_graphs(program: RiverProgram) -> RiverProgram:
-    """Returns the program with one graph for segments of equal fingerprints."""
+    """Return the program with one graph for segments of equal fingerprints."""
     graphs: dict[Fingerprint, fx.Graph] = {}
 
     def shared(segment: Segment) -> Segment:
@@ -104,7 +104,7 @@ def with_shared_graphs(program: RiverProgram) -> RiverProgram:
 
 
 def fingerprint(segment: Segment) -> Fingerprint:
-    """Digests targets, arguments and metadata of inputs; nodes and dynamic sizes are numbered, not named."""
+    """Digest targets, arguments and metadata of inputs; nodes and dynamic sizes are numbered, not named."""
     symbols: dict[str, str] = {}
 
     def rename(match: re.Match) -> str:
@@ -119,7 +119,7 @@ def fingerprint(segment: Segment) -> Fingerprint:
 
 
 def graph_lines(graph: fx.Graph) -> list[str]:
-    """Returns a line for each node; nodes are numbered in order."""
+    """Return a line for each node; nodes are numbered in order."""
     number: dict[fx.Node, str] = {}
     lines = []
     for i, node in enumerate(graph.nodes):
@@ -154,12 +154,12 @@ def _describe(value: object) -> str:
 
 
 def number_inputs(nodes: Iterable[fx.Node]) -> dict[sympy.Expr, fx.Node]:
-    """Maps symbols to the inputs that are dynamic numbers."""
+    """Map symbols to the inputs that are dynamic numbers."""
     return {value_of(n).node.expr: n for n in nodes if isinstance(value_of(n), torch.SymInt)}
 
 
 def _sizes_of(plan: DecoderPlan, inputs: list[fx.Node], nodes: list[fx.Node]) -> list[fx.Node]:
-    """Returns the placeholders of the dynamic sizes in a segment, in order of appearance."""
+    """Return the placeholders of the dynamic sizes in a segment, in order of appearance."""
     values = [v for n in [*inputs, *nodes] if isinstance(v := value_of(n), (torch.Tensor, torch.SymInt))]
     symbols = dict.fromkeys(s for v in values for s in sorted(free_symbols(v), key=str))
     holders = number_inputs(plan.graph.find_nodes(op="placeholder"))

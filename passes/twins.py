@@ -48,7 +48,7 @@ class TwinSpec:
 
 
 def river_twins(how: TwinSpec | None) -> Pass:
-    """Makes the pass that adds twins; without `how`, all weights stay in 16 bits."""
+    """Make the pass that adds twins; without `how`, all weights stay in 16 bits."""
 
     def river_twins(program: RiverProgram) -> RiverProgram:
         """Every block has a twin with 4-bit matmuls, for tokens that exited early."""
@@ -62,7 +62,7 @@ def river_twins(how: TwinSpec | None) -> Pass:
 
 
 def river_head(how: TwinSpec) -> Pass:
-    """Makes the pass that adds a 4-bit head."""
+    """Make the pass that adds a 4-bit head."""
 
     def river_head(program: RiverProgram) -> RiverProgram:
         """Tokens that exited early use a head with a quantized weight."""
@@ -73,7 +73,7 @@ def river_head(how: TwinSpec) -> Pass:
 
 
 def one_row_head(fuse: bool) -> Pass:
-    """Makes the pass that adds a 16-bit head; with `fuse`, fusion rules replace its matmul later."""
+    """Make the pass that adds a 16-bit head; with `fuse`, fusion rules replace its matmul later."""
 
     def one_row_head(program: RiverProgram) -> RiverProgram:
         """Tokens that exited early use a head whose matmul is made for one row."""
@@ -90,7 +90,7 @@ def linear_names(program: RiverProgram) -> set[str]:
 
 
 def _twin(block: Segment, kind: str, how: TwinSpec, slots: Mapping[fx.Node, int]) -> tuple[Segment, list[KeptLinear]]:
-    """Returns a segment's twin, and its weights that stay in 16 bits."""
+    """Return a segment's twin, and its weights that stay in 16 bits."""
     twin = block.copy(kind)
     graph, source_of = twin.graph, twin.origins
     number_of = {placeholder: slots[value] for placeholder, value in source_of.items()}
@@ -149,7 +149,7 @@ class _Linears:
     reason: str  # why they stay in 16 bits; "" if they do not
 
     def replace(self, graph: fx.Graph, index: int) -> None:
-        """Replaces them by one ``river::linear``, the `index`-th matmul of its twin."""
+        """Replace them by one ``river::linear``, the `index`-th matmul of its twin."""
         matmul, scale, first = self.matmul, self.scale, self.linears[0].node
         names = ["qweight", "scale_zero", *(["bias"] if matmul.has_bias else [])]
         scaled = [f"scaled_{i}" for i in range(max(1, len(matmul.folds)))] if scale else []
@@ -195,14 +195,14 @@ def _merged(linears: tuple[Linear, ...], number_of: Mapping[fx.Node, int], how: 
 
 
 def _too_narrow(matmul: Matmul) -> str:
-    """Returns why a matmul cannot be quantized, "" if it can."""
+    """Return why a matmul cannot be quantized, "" if it can."""
     if matmul.group_size >= MIN_GROUP_SIZE:
         return ""
     return f"{matmul.in_features} input features have no group of {MIN_GROUP_SIZE} or more"
 
 
 def group_by_input(graph: fx.Graph, alike: Callable[[Linear], Hashable | None]) -> list[list[Linear]]:
-    """Groups linear layers of one input for which `alike` is equal; None leaves one out."""
+    """Group linear layers of one input for which `alike` is equal; None leaves one out."""
     groups: dict[tuple[fx.Node, Hashable], list[Linear]] = {}
     for linear in filter(None, map(as_linear, graph.nodes)):
         key = alike(linear)
@@ -212,14 +212,14 @@ def group_by_input(graph: fx.Graph, alike: Callable[[Linear], Hashable | None]) 
 
 
 def current_input(linears: Sequence[Linear]) -> fx.Node:
-    """Returns the input of linear layers by now, since a rewrite may have replaced the node."""
+    """Return the input of linear layers by now, since a rewrite may have replaced the node."""
     current = as_linear(linears[0].node)
     assert current is not None, "it was one when it was listed"
     return current.x
 
 
 def replace_linears(linears: Sequence[Linear], x: fx.Node, *operands: object) -> None:
-    """Replaces linear layers that share an input by one ``river::linear`` and splits its result.
+    """Replace linear layers that share an input by one ``river::linear`` and split its result.
 
     `linears` are in the order of the merged rows; `operands` are weight, scale_zero, bias, group_size, layout.
     """
@@ -248,7 +248,7 @@ class InputScale:
 
 
 def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) -> InputScale | None:
-    """Returns how inputs `x` ``[..., features]`` of the `readers` can be scaled, None if that costs an operation."""
+    """Return how inputs `x` ``[..., features]`` of the `readers` can be scaled, None if that costs an operation."""
     if set(x.users) != set(readers):
         return None
     node = x
@@ -266,7 +266,7 @@ def find_input_scale(x: fx.Node, readers: Collection[fx.Node], features: int) ->
 
 
 def scale_inputs(x: fx.Node, scale: InputScale, placeholders: Sequence[fx.Node]) -> fx.Node:
-    """Replaces the norm's parameters by placeholders, or multiplies the inputs by one; returns the inputs."""
+    """Replace the norm's parameters by placeholders, or multiplies the inputs by one; return the inputs."""
     if not scale.parameters:
         with x.graph.inserting_after(x):
             return call(operator.mul, (x, placeholders[0]), value_of(x), x)
@@ -282,7 +282,7 @@ def _is_norm_parameter(node: object, features: int) -> bool:
 
 
 def simplify_attention(graph: fx.Graph) -> None:
-    """Replaces attention of one query position, unless it is causal, by one without repeated KV heads."""
+    """Replace attention of one query position, unless it is causal, by one without repeated KV heads."""
     for node in list(graph.nodes):
         found = inference_sdpa(node)
         if found is not None and not found.causal and shape(found.q)[2] == 1:
@@ -296,7 +296,7 @@ def simplify_attention(graph: fx.Graph) -> None:
 
 
 def simplify_linears(graph: fx.Graph) -> int:
-    """Replaces 16-bit linear layers of one input row by `one_row_linear`; returns their number."""
+    """Replace 16-bit linear layers of one input row by `one_row_linear`; return their number."""
     linears = graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
     known = [n for n in linears if value_of(n.args[0]) is not None and is_ordinary(value_of(n.args[1]))]
     one_row = [n for n in known if set(shape(n.args[0])[:-1]) == {1}]

@@ -114,7 +114,7 @@ def river(
 
 
 def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: OwnCall | None) -> str:
-    """Returns where Dynamo broke the model's code, if this graph is a piece of it."""
+    """Return where Dynamo broke the model's code, if this graph is a piece of it."""
     why = getattr(graph_module, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
         why = None if model is None else last_graph_break(model, own)
@@ -125,7 +125,7 @@ def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: Own
 
 
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
-    """Returns the live executors of a model, in the order of their compilation."""
+    """Return the live executors of a model, in the order of their compilation."""
     record = find_record(model)
     graphs = [] if record is None else record.graphs
     return [executor for graph in graphs if isinstance(executor := graph.executor(), RiverExecutor)]

@@ -61,7 +61,7 @@ def build(
     model: ModelRecord,
     graph: GraphRecord,
 ) -> RiverExecutor:
-    """Builds a recognised decoder on its real inputs, in order, and fills in the records."""
+    """Build a recognised decoder on its real inputs, in order, and fill in the records."""
     config, plan = graph.config, found.plan
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     choices = choose(found, config, how)
@@ -84,7 +84,7 @@ def build(
 
 
 def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
-    """Builds a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
+    """Build a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
         native.load()
     return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
@@ -94,14 +94,14 @@ Built = tuple[CompiledProgram, Capturing | None]
 
 
 def _executor(built: Built, model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
-    """Returns a program's executor, which rebuilds it when its parameters change."""
+    """Return a program's executor, which rebuilds it when its parameters change."""
     executor = RiverExecutor(*built, graph.code, functools.partial(_rebuild, weakref.ref(model), graph))
     graph.executor = weakref.ref(executor)
     return executor
 
 
 def _rebuild(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
-    """Rebuilds a program whose parameters changed."""
+    """Rebuild a program whose parameters changed."""
     model = model_ref()
     assert model is not None, "the model whose parameters these are is there"
     start = time.perf_counter()
@@ -117,7 +117,7 @@ def _rebuild(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: P
 
 
 def _tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: float) -> None:
-    """Reports requantized weights: the first time as a warning, later in the log, for training loops."""
+    """Report requantized weights: the first time as a warning, later in the log, for training loops."""
     twins = model.twins
     twins.loss, twins.changes, twins.changed = None, twins.changes + 1, len(changed)
     others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -145,7 +145,7 @@ def _assembled(
     warn: Callable[[], object] = lambda: None,
     anew: bool = False,
 ) -> Built:
-    """Quantizes a program's twins, compiles its segments and puts them together; `anew`: its parameters changed."""
+    """Quantize a program's twins, compile its segments and put them together; `anew`: its parameters changed."""
     config, ranks = graph.config, model.ranks
     graph.program = program
     policy = config.exit_policy(program)
@@ -185,7 +185,7 @@ def _nothing(_: object) -> None:
 
 
 def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
-    """Returns why a token's bits may depend on the tokens in its pass at full depth; empty if they do not."""
+    """Return why a token's bits may depend on the tokens in its pass at full depth; empty if they do not."""
     config, how = choices.config, choices.target_weights
     if not choices.own_backbone:
         return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
@@ -206,7 +206,7 @@ def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
 
 
 def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
-    """Runs the passes and traces their changes; equal blocks share a graph afterwards."""
+    """Run the passes and trace their changes; equal blocks share a graph afterwards."""
     kind, numbers = found.plan.kind, itertools.count(1)
     result = run_passes(found, passes_for(choices, found.plan), lambda record: trace_pass(kind, next(numbers), record))
     trace_program(kind, result)
@@ -222,7 +222,7 @@ def _packed(
     warn: Callable[[], object],
     anew: bool,
 ) -> ProgramWeights | None:
-    """Returns the packed weights of the matmuls that the passes made and tokens can reach."""
+    """Return the packed weights of the matmuls that the passes made and tokens can reach."""
     twins, how = model.twins, graph.config.target_weights
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
@@ -272,7 +272,7 @@ def _compiled(
     streamer: Streamer,
     graph: GraphRecord,
 ) -> dict[SegmentSpec, Step]:
-    """Compiles the segments, each with the operands that follow its inputs."""
+    """Compile the segments, each with the operands that follow its inputs."""
     settings = inductor_settings(graph.mode, whole=False)
     compiler = SegmentCompiler(examples, program.device, program.native, settings)
     steps: dict[SegmentSpec, Step] = {}
@@ -293,7 +293,7 @@ def _compiled(
 
 
 def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
-    """Records each rank's weights of a graph; warns of weights in 16 bits, routers aside."""
+    """Record each rank's weights of a graph; warn of weights in 16 bits, routers aside."""
     if not ranks.several or not program.twins:
         return
     packed = record.twins
@@ -316,7 +316,7 @@ def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
 
 
 def _bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:
-    """Returns the bytes that a token reads of a segment's placeholders, from number `first` on."""
+    """Return the bytes that a token reads of a segment's placeholders, from number `first` on."""
     chosen = dict(segment.experts)
     return sum(
         (value[: chosen[place]] if place in chosen else value).nbytes

@@ -40,7 +40,7 @@ class Choices:
 
 
 def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Choices:
-    """Decides how to build a program; raises an OptionError for options that contradict each other or the model."""
+    """Decide how to build a program; raise an OptionError for options that contradict each other or the model."""
     plan = program.plan
     config.check_depths(plan.num_blocks)
     twinning = None
@@ -60,7 +60,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
 
 
 def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
-    """Returns the passes in order."""
+    """Return the passes in order."""
     lowering, policy = choices.lowering, choices.policy
     leaves, candidates = policy.may_leave(plan.num_blocks), policy.candidates(plan.num_blocks)
     passes: list[Pass] = []
@@ -94,7 +94,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
 
 
 def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
-    """Returns when tokens exit; raises an OptionError if the criterion reads logits and the model has none."""
+    """Return when tokens exit; raise an OptionError if the criterion reads logits and the model has none."""
     policy = config.exit_policy(program.plan)
     if policy.criterion.reads == "previous" and find_logits(program) is None:
         raise OptionError(
@@ -105,7 +105,7 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
 
 
 def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowering, own_backbone: bool) -> str:
-    """Returns "model", "12bit" or "8bit"; raises an OptionError if the kernels cannot read what was asked for."""
+    """Return "model", "12bit" or "8bit"; raise an OptionError if the kernels cannot read what was asked for."""
     asked = config.target_weights
     if asked == "auto":
         pays = lowering.native and own_backbone and _is_bfloat16(program) and lossless.speedup_12bit() >= _LEAST_GAIN

@@ -1,7 +1,7 @@
 """The options of the backend: ``torch.compile(model, backend="river", options={...})``.
 
-Each option stands once, in :class:`RiverConfig`: its default, what is allowed, one sentence, and who it is for.
-The tables of README and docs/options.md are made from there (``python -m tools.options``).
+Each option is defined once: default, allowed values, one sentence and audience. ``python -m tools.options`` writes the
+tables of README and docs/options.md from here.
 """
 
 from __future__ import annotations
@@ -26,19 +26,12 @@ _MODE = optional(one_of("default", "reduce-overhead", "max-autotune", "max-autot
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option beside its name, type and default.
-
-    Attributes:
-        check: what it may be, whatever the other options are.
-        text: what it does, in Markdown.
-        audience: "user", or "expert" for what few will need.
-        for_tests: another value that is for tests and debugging, and what it does; messages do not list it.
-    """
+    """An option's properties beyond its name, type and default."""
 
     check: Check
-    text: str
+    text: str  # its effect, in Markdown
     audience: str = USER
-    for_tests: tuple[str, str] | None = None
+    for_tests: tuple[str, str] | None = None  # a value for tests and its effect; messages do not list it
 
 
 def _option(
@@ -53,7 +46,7 @@ def _one_or_several(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class RiverConfig:
-    """Options of the backend, checked; ``RiverConfig.options()`` says what each one does.
+    """Options of the backend, checked; ``RiverConfig.options()`` describes them.
 
     Raises:
         OptionError: (a ``ValueError``) a value that is not allowed, or does not go with another one.
@@ -62,22 +55,20 @@ class RiverConfig:
     criterion: str = _option(
         "similarity",
         one_of(*CRITERIA),
-        'which tokens leave: `"similarity"` (of a block\'s output to its input) or `"confidence"` (the previous '
-        "step's logits were sure) ([docs/criteria.md](docs/criteria.md))",
+        'exit criterion: `"similarity"` of a layer\'s output to its input, or `"confidence"` of the last prediction '
+        "([docs/criteria.md](docs/criteria.md))",
     )
     threshold: Threshold | None = _option(
         None,
         optional(Check(_A_SCORE.requirement, _one_or_several)),
-        "0.7 for similarity: a cosine to exceed (1 never leaves), or a list with one for each depth from 1 on; "
-        "0.5 for confidence: nats of entropy to stay below (0 never leaves)",
+        "0.7 for similarity: a cosine to exceed (1: full depth), or a list with one for each depth from 1 on; "
+        "0.5 for confidence: entropy in nats to stay below (0: full depth)",
     )
-    first_exit: int = _option(
-        2, integer(0), "smallest exit depth, in backbone blocks executed; may be 0 for confidence"
-    )
+    first_exit: int = _option(2, integer(0), "smallest exit depth, in 16-bit layers executed; may be 0 for confidence")
     exit_depth: int | None = _option(
         None,
         optional(integer(0, "it must be an integer from 0 to the number of blocks")),
-        "one depth for every token: 0 (all blocks in 4 bits) to L (never leave)",
+        "one exit depth for every token: 0 (all layers in 4 bits) to L (full depth)",
     )
     quantizer: str = _option(
         "gptq",
@@ -85,17 +76,17 @@ class RiverConfig:
         '4-bit quantization method: `"gptq"` and `"awq"` calibrate on text that the model samples, or on '
         '`calibration_data=`; `"hqq"` and `"rtn"` need no data; `"symmetric"` is for `river_compile.export` '
         "([docs/twins.md](docs/twins.md))",
-        for_tests=("none", "twins keep the backbone's 16-bit weights"),
+        for_tests=("none", "twins keep the 16-bit weights"),
     )
     prefill: str = _option(
         "backbone",
         one_of("backbone", "exit"),
-        '`"exit"`: the whole prompt leaves at the first depth where its least similar token passes the threshold',
+        '`"exit"`: the whole prompt exits at the first depth where its least similar token passes the threshold',
     )
     lm_head: str | None = _option(
         None,
         one_of(None, "keep", "w4"),
-        'the head of tokens that left: `"keep"` in 16 bits, or `"w4"`, its largest logits computed anew in 16 bits; '
+        'head of tokens that exited: `"keep"` in 16 bits, `"w4"` in 4 bits with the largest logits recomputed in 16; '
         "`None`: w4 with the C++ kernels, else keep ([docs/quality.md](docs/quality.md))",
     )
     twins: str | Path | None = _option(
@@ -106,68 +97,67 @@ class RiverConfig:
     on_missing_twins: str = _option(
         "raise",
         one_of("raise", "save"),
-        '`"save"`: if `twins` does not exist, one process packs the twins and writes it, and those that start at '
-        "the same time wait; all of them map it ([docs/twins.md](docs/twins.md#many-processes))",
+        '`"save"`: if `twins` does not exist, one process writes it, and others that start at the same time wait; all '
+        "of them map it ([docs/twins.md](docs/twins.md#many-processes))",
     )
     offload: int | None = _option(
         None,
         optional(integer(0, "it must be an integer from 0 to the number of blocks - 1")),
-        "backbone blocks that stay in device memory; the weights of those after them leave it "
+        "16-bit layers that stay in device memory; the weights of later ones are offloaded "
         "([docs/offloading.md](docs/offloading.md))",
     )
     offload_policy: str = _option(
         "exit",
         one_of("exit", "fetch"),
-        'every token leaves by that depth; `"fetch"`: blocks are streamed in for tokens that go on',
+        'every token exits by that depth; `"fetch"`: layers are streamed in for tokens that continue',
     )
     on_unsupported: str = _option(
         "inductor",
         one_of("inductor", "raise"),
-        'a graph that cannot be rewritten runs as Inductor runs it, with a warning; `"raise"`: it is an error',
+        'an unsupported graph goes to Inductor, with a warning; `"raise"`: it is an error',
     )
     group_size: int = _option(
         64,
         one_of(*GROUP_SIZES),
-        "weights of a row that share a scale and a zero: 32, 64 or 128; a matrix that it does not divide takes "
+        "weights of a row that share a scale and zero-point: 32, 64 or 128; a weight that it does not divide takes "
         "the largest power of two that does, or stays in 16 bits below 32",
         EXPERT,
     )
     target_kernels: str | None = _option(
         None,
         one_of(None, "model", "river"),
-        'the matmuls of the 16-bit blocks: the `"model"`\'s own operators, or `"river"`: the C++ '
-        "kernels, which give a row the same bits among any number of rows, or the generated ones; `None`: river if "
-        "twins are C++ ([docs/lowering.md](docs/lowering.md))",
+        'matmuls of the 16-bit layers: the `"model"`\'s operators, or `"river"`: River\'s kernels, which give a row '
+        "the same bits among any number of rows; `None`: river with C++ kernels ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
     )
     target_weights: str = _option(
         "model",
         one_of("auto", "model", "12bit", "8bit"),
-        'how the kernels read the weights of the 16-bit blocks: the `"model"`\'s own tensors, or packed without loss: '
-        '`"12bit"`, of bfloat16, and `"8bit"`, of what a file in 8 bits was loaded to; `"auto"`: 12bit where it was '
-        "measured to be faster on this machine ([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
+        'weights of the 16-bit layers: the `"model"`\'s tensors, or packed without loss: `"12bit"` for bfloat16, '
+        '`"8bit"` for weights loaded from an 8-bit file; `"auto"`: 12bit if it is faster on this machine '
+        "([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
     )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
     kernels: str = _option(
         "auto",
         one_of("auto", "inductor", "triton", "native"),
-        '`"native"`: matmuls are C++ kernels, the default on a CPU; `"triton"`: twins become generated kernels, the '
-        'default on a GPU (on a CPU in Triton\'s interpreter, very slow); `"inductor"`: 4-bit matmuls are operators of '
-        "their own (on a CPU in plain torch, slow) ([docs/lowering.md](docs/lowering.md))",
+        '`"auto"`: native on x86 with AVX2 or AVX-512, triton on a GPU, else inductor; `"native"`: C++ kernels; '
+        '`"triton"`: generated kernels (on a CPU in Triton\'s interpreter, very slow); `"inductor"`: 4-bit matmuls as '
+        "operators (on a CPU slow) ([docs/lowering.md](docs/lowering.md))",
         EXPERT,
-        for_tests=("eager", "the rewritten graph runs operator by operator, with the bits of the model run eagerly"),
+        for_tests=("eager", "the rewritten graph runs operator by operator, bit-identical to the eager model"),
     )
     graphs: bool | None = _option(
         None,
         one_of(None, True, False),
-        "whether passes of a few tokens on a static cache are captured and replayed; `None`: on a GPU "
-        "([docs/cuda.md](docs/cuda.md))",
+        "whether passes of a few tokens are captured and replayed: CUDA graphs, or kernel lists on a CPU; "
+        "`None`: by device ([docs/cuda.md](docs/cuda.md))",
         EXPERT,
     )
     offload_dir: str | Path | None = _option(
         None,
         optional(PATH),
-        "the folder for the offloaded weights of a model on the CPU; `None`: `TMPDIR`, else `/var/tmp`",
+        "folder for the offloaded weights of a model on the CPU; `None`: `TMPDIR`, else `/var/tmp`",
         EXPERT,
     )
 
@@ -208,7 +198,7 @@ class RiverConfig:
             yield "twins= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
 
     def _unreachable(self) -> Iterator[str]:
-        """Yields what asks for blocks that no token may reach."""
+        """Yield options that ask for layers which no token reaches."""
         k = self.deepest
         if k is None:
             return
@@ -227,11 +217,11 @@ class RiverConfig:
 
     @property
     def deepest(self) -> int | None:
-        """Blocks that a token which may leave executes at most; None if that is all of them."""
+        """Largest exit depth; None: full depth."""
         return self.offload if self.offload_policy == "exit" else None
 
     def exit_policy(self, plan: DecoderPlan | Program) -> ExitPolicy:
-        """Returns when the tokens of a graph leave. With a fixed depth no criterion plays a part."""
+        """Return when the tokens of a graph exit."""
         assert self.threshold is not None, "checking an option without a value sets the criterion's own"
         leaves = plan.is_decode or self.prefill == "exit"
         return ExitPolicy(
@@ -245,17 +235,17 @@ class RiverConfig:
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """Returns what is known of each option, by name."""
+        """Return the options' properties by name."""
         return {field.name: field.metadata["option"] for field in dataclasses.fields(cls)}
 
     @classmethod
     def choices(cls, name: str) -> tuple[Any, ...]:
-        """Returns the values that an option with a fixed set of them takes, but those for tests."""
+        """Return the allowed values of an option that has a fixed set, without those for tests."""
         return cls.options()[name].check.choices
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> RiverConfig:
-        """Builds a config from the ``options`` of ``torch.compile``.
+        """Build a config from the ``options`` of ``torch.compile``.
 
         Raises:
             OptionError: (a ``ValueError``) an unknown name or a bad value.
@@ -271,11 +261,7 @@ class RiverConfig:
         return cls(**given)
 
     def check_depths(self, num_blocks: int) -> None:
-        """Checks the depths against a model with `num_blocks` blocks.
-
-        Raises:
-            OptionError: an exit depth beyond the last block, or no block that could be offloaded.
-        """
+        """Raise an OptionError for depths that a model with `num_blocks` layers does not have."""
         if self.offload is not None and self.offload >= num_blocks:
             raise OptionError(
                 f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
@@ -290,10 +276,6 @@ class RiverConfig:
 
 
 def check_mode(mode: str | None) -> str | None:
-    """Returns the ``mode`` of ``torch.compile`` as Inductor takes it, None for the default one.
-
-    Raises:
-        OptionError: an unknown mode.
-    """
+    """Return ``torch.compile``'s mode as Inductor takes it, None for the default; raise an OptionError."""
     mode = _MODE("mode", mode, OptionError)
     return None if mode == "default" else mode

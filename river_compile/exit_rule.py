@@ -41,7 +41,7 @@ def _candidate(entry: dict[str, Any]) -> Candidate:
 
 
 def _content_hash(content: dict[str, Any]) -> str:
-    """Returns the SHA-256 of the fields, whatever their order and spaces in the file."""
+    """Return the SHA-256 of the fields, whatever their order and spaces in the file."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -83,7 +83,7 @@ class ExitRule:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Writes the rule as JSON with its hash; returns the path. The file appears complete or not at all."""
+        """Write the rule as JSON with its hash; return the path. The file appears complete or not at all."""
         path = Path(path)
         content = dataclasses.asdict(self)
         whole = {"version": VERSION, "sha256": _content_hash(content), **content}
@@ -93,7 +93,7 @@ class ExitRule:
 
     @classmethod
     def load(cls, path: str | Path) -> ExitRule:
-        """Reads a file of :meth:`save`.
+        """Read a file of :meth:`save`.
 
         Raises:
             ValueError: the file cannot be read, holds no exit rule, is of another version, or was changed.

@@ -37,7 +37,7 @@ class Criterion:
     reads: Literal["block", "previous"]  # the score: of a block, or of the previous step's logits
 
     def score_threshold(self, threshold: float) -> float:
-        """Returns the value that a score must exceed, for a threshold as users give it."""
+        """Return the value that a score must exceed, for a threshold as users give it."""
         return threshold if self.reads == "block" else -threshold
 
 
@@ -53,12 +53,12 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def threshold_after(threshold: Threshold, depth: int) -> float:
-    """Returns the threshold after `depth` blocks; a tuple's last value holds for all greater depths."""
+    """Return the threshold after `depth` blocks; a tuple's last value holds for all greater depths."""
     return threshold[min(depth, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold
 
 
 def threshold_text(threshold: Threshold) -> str:
-    """Formats a threshold for users."""
+    """Format a threshold for users."""
     if not isinstance(threshold, tuple):
         return f"{threshold:.4g}"
     return f"{min(threshold):.4g} to {max(threshold):.4g} by block"
@@ -88,13 +88,13 @@ class ExitPolicy:
         return self.fixed_depth != num_blocks
 
     def candidates(self, num_blocks: int) -> tuple[int, ...]:
-        """Returns the depths with a check; never 0, where there is nothing to compare."""
+        """Return the depths with a check; never 0, where there is nothing to compare."""
         if self.fixed_depth is not None or self.criterion.reads != "block":
             return ()
         return tuple(range(max(self.first_exit, 1), self.last(num_blocks), self.exit_every))
 
     def reachable(self, program: Program) -> list[SegmentSpec]:
-        """Returns the segments that a token may run through: all of them, unless depths are fixed or bounded."""
+        """Return the segments that a token may run through: all of them, unless depths are fixed or bounded."""
         if self.fixed_depth is None and self.deepest is None:
             return list(program.segments)
         first, last = (0, self.deepest) if self.fixed_depth is None else (self.fixed_depth, self.fixed_depth)
@@ -102,11 +102,11 @@ class ExitPolicy:
         return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 
     def last(self, num_blocks: int) -> int:
-        """Returns the depth at which a token exits that passed no check."""
+        """Return the depth at which a token exits that passed no check."""
         return num_blocks if self.deepest is None else min(num_blocks, self.deepest)
 
     def at(self, depth: int) -> ExitPolicy:
-        """Returns the policy with a fixed depth; raises a ValueError if the program lacks the segments for it."""
+        """Return the policy with a fixed depth; raise a ValueError if the program lacks the segments for it."""
         made = self._at.get(depth)
         if made is None:
             self._check_depth(depth)
@@ -118,7 +118,7 @@ class ExitPolicy:
         return {}
 
     def in_this_thread(self) -> ExitPolicy:
-        """Applies `forced_depth` and `forced_threshold` of this thread; raises a ValueError if they cannot hold."""
+        """Apply `forced_depth` and `forced_threshold` of this thread; raise a ValueError if they cannot hold."""
         if _forced.depth is not None:
             return self.at(_forced.depth)
         if _forced.rule is None:
@@ -147,7 +147,7 @@ class ExitPolicy:
 
 @functools.lru_cache(maxsize=256)
 def thresholds_of(policy: ExitPolicy, candidates: tuple[int, ...], num_blocks: int) -> ExitThresholds:
-    """Returns the thresholds of a policy for a graph with checks after `candidates`."""
+    """Return the thresholds of a policy for a graph with checks after `candidates`."""
     if policy.fixed_depth is not None:
         return ExitThresholds(min(policy.fixed_depth, num_blocks))
     last, first = policy.last(num_blocks), policy.first_exit
@@ -173,7 +173,7 @@ _forced = _Forced()
 
 @contextlib.contextmanager
 def forced_depth(depth: int | None) -> Iterator[None]:
-    """Makes every decode step of this thread exit after `depth` blocks, whatever its exit policy.
+    """Make every decode step of this thread exit after `depth` blocks, whatever its exit policy.
 
     Args:
         depth: blocks to execute, from 0 (all twins) to the number of blocks or `WHOLE` (full depth); None changes
@@ -191,7 +191,7 @@ def forced_depth(depth: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None]:
-    """Makes every decode step of this thread use another threshold and first exit than those it was compiled with.
+    """Make every decode step of this thread use another threshold and first exit than those it was compiled with.
 
     Checks stay at their depths. Inside :func:`forced_depth` the depth wins.
 
@@ -228,12 +228,12 @@ class SequenceStates:
         self._lock = threading.Lock()
 
     def get(self, cache: Tensor) -> SequenceState:
-        """Returns the state of the cache that a tensor belongs to, a new one if there is none."""
+        """Return the state of the cache that a tensor belongs to, a new one if there is none."""
         with self._lock:
             state: SequenceState = self._by_cache.setdefault(cache, SequenceState())
             return state
 
     def put(self, cache: Tensor, state: SequenceState) -> None:
-        """Sets the state of a cache by another of its tensors: a cache that grows has a new one at each step."""
+        """Set the state of a cache by another of its tensors: a cache that grows has a new one at each step."""
         with self._lock:
             self._by_cache[cache] = state

@@ -1,7 +1,7 @@
-"""The record of each model that the backend has seen: its graphs, and what is known of it, in named fields.
+"""The record of each model that River has seen: its graphs, and what is known of it.
 
-A model is recognised by its parameters, which are held weakly: when they go, so does its record. This registry is the
-package's only global state of models.
+A model is found by its parameters, which are held weakly, so its record goes with them. This registry is the package's
+only global state of models.
 """
 
 from __future__ import annotations
@@ -39,59 +39,40 @@ from river_compile.twins.pack import Statistics, TwinWeights
 from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.dynamo import OwnCall, drop_graphs
 
-BROKE = "Dynamo broke the graph here"  # stands in the refusal of a piece of a model
+BROKE = "Dynamo broke the graph here"  # in the refusal of a piece of a model
 
 
 @dataclass(eq=False)
 class GraphRecord:
-    """What became of one traced graph.
-
-    Attributes:
-        config, mode: what it was compiled with.
-        inputs: how the user's code names its inputs, in order.
-        refusal: why it was not rewritten, empty where it was.
-        origin: "traced" by Dynamo, "stored" by an earlier process, or "derived" from a graph of several tokens.
-        program: what it became, None for a graph that was refused.
-        traced: the decoder that Dynamo traced, before it was rewritten; None where an earlier process traced it.
-        compiled: the distinct segments.
-        seconds: by stage: rewriting, packing, compiling.
-        token_bytes, packed_bytes: of its twins' packed weights, what a token reads where all blocks are twins, and all.
-        lossless_bytes, paged_out_bytes: of its backbone's weights that are packed without loss, and of their parameters
-            that a file holds, which leave the process's memory until somebody reads them.
-        executor: returns what runs the graph while somebody keeps it, None for a graph that was refused.
-        code: of the function that Dynamo traced; None where a call of it may do more than to run the graph.
-        ranks: of each of the ranks that share the model, what is packed for it; none where it has no others.
-        captures: what was captured of it.
-        twins: the packed matrices of its twins.
-    """
+    """What became of one traced graph."""
 
     config: RiverConfig
     mode: str | None = None
-    inputs: tuple[str, ...] = ()
-    refusal: str = ""
-    origin: Origin = "traced"
-    program: Program | None = None
-    traced: RiverProgram | None = None
-    compiled: tuple[Compiled, ...] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    token_bytes: int = 0
-    packed_bytes: int = 0
-    lossless_bytes: int = 0
-    paged_out_bytes: int = 0
-    executor: Callable[[], object | None] = field(default=lambda: None)
-    code: CodeType | None = None
-    ranks: Sequence[Mapping[str, Any]] = ()
+    inputs: tuple[str, ...] = ()  # names in the user's code, in order
+    refusal: str = ""  # why it is unsupported; empty if it was rewritten
+    origin: Origin = "traced"  # by Dynamo; "stored" by an earlier process; "derived" from a graph of several tokens
+    program: Program | None = None  # None if it is unsupported
+    traced: RiverProgram | None = None  # before its passes; None if an earlier process traced it
+    compiled: tuple[Compiled, ...] = ()  # the distinct segments
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    token_bytes: int = 0  # of its twins' packed weights, read by a token at depth 0
+    packed_bytes: int = 0  # of its twins' packed weights
+    lossless_bytes: int = 0  # of its 16-bit layers' packed weights
+    paged_out_bytes: int = 0  # of the parameters that these replace, which are only in their file until they are read
+    executor: Callable[[], object | None] = field(default=lambda: None)  # weak: None if nothing keeps it
+    code: CodeType | None = None  # that Dynamo traced; None if a call may do more than run the graph
+    ranks: Sequence[Mapping[str, Any]] = ()  # by rank, what is packed for it
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[TwinWeight, ...] = ()
 
     @property
     def kind(self) -> str:
-        """ "decode", "prefill", or "other" for a graph that was refused."""
+        """ "decode", "prefill", or "other" for an unsupported graph."""
         return "other" if self.program is None else self.program.kind
 
     @property
     def cache(self) -> str:
-        """ "static" or "dynamic"; empty for a graph that was refused."""
+        """ "static" or "dynamic"; empty for an unsupported graph."""
         return "" if self.program is None else self.program.cache
 
     @property
@@ -105,22 +86,22 @@ class GraphRecord:
 
     @property
     def kept(self) -> tuple[KeptLinear, ...]:
-        """Matrices of the twins that stay in 16 bits."""
+        """Weights of the twins that stay in 16 bits."""
         return () if self.program is None else self.program.kept
 
     @property
     def fusions(self) -> tuple[Fusion, ...]:
-        """What became of each fusion rule in each segment that it is for."""
+        """The outcome of each fusion rule in each segment."""
         return () if self.program is None else self.program.fusions
 
     @property
     def options(self) -> tuple[RiverConfig, str | None]:
-        """What the user compiled the model with."""
+        """The user's options."""
         return self.config, self.mode
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the seconds that its body takes to a stage, and shows it as a part of the model's start."""
+        """Time a stage of the model's start and show it in the progress bar."""
         start = time.perf_counter()
         with stage_shown(name):
             yield
@@ -131,33 +112,33 @@ class Joinable(Protocol):
     """A batch that calls of generate may join."""
 
     def join(self, call: Any, mode: Any, kwargs: Mapping[str, Any]) -> object | None:
-        """Takes over a call of the batch's own thread, and returns what stands for its result; None if it does not."""
+        """Take over a call of the batch's thread; return its placeholder, or None if it cannot."""
         ...
 
 
 @dataclass(eq=False)
 class ModelRecord:
-    """What is known of one model; `graphs` in the order of their compilation."""
+    """What is known of one model."""
 
-    graphs: list[GraphRecord] = field(default_factory=list)
+    graphs: list[GraphRecord] = field(default_factory=list)  # in the order of compilation
     ranks: Ranks = ALONE  # that share it
     twins: TwinWeights = field(default_factory=TwinWeights)
-    observation: Observation | None = None  # of texts that a user gave
+    observation: Observation | None = None  # statistics of calibration data
     self_calibration: SelfCalibration = field(default_factory=SelfCalibration)
     offloaded: OffloadedWeights = field(default_factory=OffloadedWeights)
     exit_stats: ExitStats = field(default_factory=ExitStats)
     sequences: SequenceStates = field(default_factory=SequenceStates)
-    drafts: dict[bool, DraftLength] = field(default_factory=dict)  # by whether tokens are sampled
+    drafts: dict[bool, DraftLength] = field(default_factory=dict)  # by do_sample
     prefixes: PrefixPool = field(default_factory=PrefixPool)
-    fallbacks: Counter[str] = field(default_factory=Counter)  # calls of generate that ran plainly, by reason
+    fallbacks: Counter[str] = field(default_factory=Counter)  # generate calls without River or drafts, by reason
     call: OwnCall | None = None  # of an accelerated model: its own compiled call
     programs: ProgramCache | None = None  # of an accelerated model
     batch: Joinable | None = None  # that calls of generate may join
-    batch_sizes: set[int] = field(default_factory=set)  # of prompts that ran
+    batch_sizes: set[int] = field(default_factory=set)  # of prompts so far
 
     @property
     def statistics(self) -> Statistics:
-        """What quantizers may know of the inputs of its matrices."""
+        """Statistics for calibrated quantizers."""
         return Statistics(self.observation, self.self_calibration, self.ranks)
 
     @property
@@ -167,12 +148,12 @@ class ModelRecord:
 
     @property
     def prepared(self) -> int:
-        """How many of its graphs were compiled and captured so far."""
+        """Graphs compiled and captured so far."""
         return len(self.graphs) + sum(graph.captures.made for graph in self.graphs)
 
     @property
     def why_not(self) -> str:
-        """Why a prompt ran in none of the model's rewritten graphs, given that it did."""
+        """Why a prompt ran in none of the model's rewritten graphs."""
         if not self.graphs:
             return 'this model never reached it; call model.compile(backend="river")'
         refusals = [graph.refusal for graph in reversed(self.graphs) if graph.refusal]
@@ -180,22 +161,22 @@ class ModelRecord:
         return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
 
     def state_of(self, model: PreTrainedModel) -> ModelState | None:
-        """Returns what the passes of an accelerated model depend on now, None where that is not known."""
+        """Return the state of an accelerated model, None if it has no identity."""
         return None if self.programs is None else model_state(model, self.programs.config)
 
     def known_programs(self, model: PreTrainedModel, state: ModelState | None) -> ProgramCache | None:
-        """Returns the programs that a call of `generate` may recall and keep; None where there can be none."""
+        """Return the programs that a generate call may use and add to, None if there can be none."""
         if self.programs is None or state is None or not self.programs.begin(model, state.identity):
             return None
         return self.programs
 
     def write_programs(self) -> None:
-        """Writes what was traced, for other processes."""
+        """Write new programs to the compile cache."""
         if self.programs is not None:
             self.programs.write()
 
     def add(self, graph: GraphRecord) -> None:
-        """Adds a graph that is being compiled; rewritten ones that nobody runs any more go."""
+        """Add a graph; drop rewritten ones without an executor."""
         self.graphs[:] = [g for g in self.graphs if g.refusal or g.executor() is not None]
         self.graphs.append(graph)
 
@@ -205,7 +186,7 @@ _lock = threading.Lock()
 
 
 def record_of(parameters: Iterable[object]) -> ModelRecord:
-    """Returns the record of the model that owns these parameters, a new one where there is none yet."""
+    """Return the record of the model that owns these parameters, a new one if there is none."""
     tensors = [p for p in parameters if isinstance(p, Tensor)]
     with _lock:
         record = _find(tensors) or ModelRecord()
@@ -215,14 +196,14 @@ def record_of(parameters: Iterable[object]) -> ModelRecord:
 
 
 def adopt(record: ModelRecord, parameters: Iterable[Tensor]) -> None:
-    """Notes parameters that were put in the place of some of a model's."""
+    """Add parameters that replaced some of a model's."""
     with _lock:
         for tensor in parameters:
             _records[tensor] = record
 
 
 def forget(model: nn.Module) -> None:
-    """Forgets a model, and lets Dynamo drop its graphs; what was packed for it is freed with them."""
+    """Drop a model's record and Dynamo's graphs of it, and with them its twins."""
     tensors = [*model.parameters(), *model.buffers()]
     record = _find(tensors)
     if record is not None and record.call is None:
@@ -233,17 +214,13 @@ def forget(model: nn.Module) -> None:
 
 
 def find_record(model: nn.Module) -> ModelRecord | None:
-    """Returns the record of a model, or of the one in torch.compile's wrapper; None if the backend never saw it."""
+    """Return the record of a model or of the model in torch.compile's wrapper, None if there is none."""
     module = unwrap(model)
     return _find([*module.parameters(), *module.buffers()])
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module in the wrapper that ``torch.compile(model)`` returns, any other module as it is.
-
-    Raises:
-        OptionError: (a ``ValueError``) it is no module.
-    """
+    """Return the module in torch.compile's wrapper, or the module itself; raise an OptionError for other objects."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"a model is needed here, a torch.nn.Module, not a {type(model).__name__}")
     return getattr(model, "_orig_mod", model)

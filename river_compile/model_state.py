@@ -30,7 +30,7 @@ class ModelState(NamedTuple):
 
 
 def model_state(model: PreTrainedModel, config: RiverConfig) -> ModelState | None:
-    """Returns a model's state, or None if it has no identity."""
+    """Return a model's state, or None if it has no identity."""
     identity = identity_of(model, config)
     if identity is None:
         return None

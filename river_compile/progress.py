@@ -34,6 +34,6 @@ def _show() -> None:
 
 
 def stage_reached(share: float) -> None:
-    """Sets the progress of the innermost stage, from 0 to 1."""
+    """Set the progress of the innermost stage, from 0 to 1."""
     for bar in _bars[:]:
         bar.update(share - bar.n)

@@ -302,12 +302,12 @@ class TestRuntime:
 
 
 class TestReport:
-    def test_bars_are_in_proportion_and_name_tokens_that_never_left(self):
+    def test_bars_are_in_proportion_and_name_full_depth(self):
         lines = histogram({30: 2, 2: 8}, num_blocks=30)
         assert [line.count("#") for line in lines] == [32, 8]
         assert "8 (80 %)" in lines[0]
-        assert not lines[0].endswith("never left")
-        assert lines[1].endswith("never left")
+        assert not lines[0].endswith("full depth")
+        assert lines[1].endswith("full depth")
 
     def test_report_is_json_and_names_what_was_done(self):
         model = make("deepseek_v3", layers=2)

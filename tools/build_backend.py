@@ -33,12 +33,12 @@ Settings = Mapping[str, Any] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    """Returns what a wheel's build needs beside setuptools."""
+    """Return what a wheel's build needs beside setuptools."""
     return [*build_meta.get_requires_for_build_wheel(config_settings), *(_NEEDED if _compiles() else ())]
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
-    """Builds the wheel; returns its name."""
+    """Build the wheel; return its name."""
     settings = dict(config_settings or {})
     if not _compiles():
         return build_meta.build_wheel(wheel_directory, settings, metadata_directory)

@@ -34,7 +34,7 @@ _DEVICE = "cuda"
 
 
 def cache_is_written() -> str:
-    """Writes a file to the folder of generated kernels."""
+    """Write a file to the folder of generated kernels."""
     folder = cache_folder()
     with atomic_write(folder / "check_gpu.txt") as scratch:
         scratch.write_text("written by tools.check_gpu")
@@ -43,7 +43,7 @@ def cache_is_written() -> str:
 
 
 def backend_is_registered() -> str:
-    """Looks for the entry point: a bare checkout has none, and torch then knows no such backend."""
+    """Look for the entry point: a bare checkout has none, and torch then knows no such backend."""
     found = torch._dynamo.list_backends(exclude_tags=None)
     if "river" not in found:
         raise RuntimeError(
@@ -53,7 +53,7 @@ def backend_is_registered() -> str:
 
 
 def triton_compiles() -> str:
-    """Compiles and launches the smallest of our kernels."""
+    """Compile and launch the smallest of our kernels."""
     x, hidden = torch.ones(1, 64, device=_DEVICE), torch.empty(1, 64, device=_DEVICE)
     score = torch.empty(1, device=_DEVICE)
     load(ExitScoreSpec(1, 64, "float32"), interpret=_DEVICE == "cpu")(
@@ -65,7 +65,7 @@ def triton_compiles() -> str:
 
 
 def kernels_are_right(model: str) -> str:
-    """Compares every kernel of a decode step with a float64 reference on the card."""
+    """Compare every kernel of a decode step with a float64 reference on the card."""
     from tests.kernels.checks import check_kernel
 
     kernels = model_kernels(MODELS[model], rows=_ROWS, context=_SLOTS, device=device_name(0))
@@ -95,7 +95,7 @@ def graphs_replay() -> str:
 
 
 def pinned_memory_is_addressable() -> str:
-    """Lets the card read pinned memory of the host, as offloaded weights are read."""
+    """Let the card read pinned memory of the host, as offloaded weights are read."""
     from river_compile.runtime.offload import PinnedMemory
 
     stored = PinnedMemory(torch.device(_DEVICE, torch.cuda.current_device())).put(torch.arange(8, device=_DEVICE))
@@ -105,7 +105,7 @@ def pinned_memory_is_addressable() -> str:
 
 
 def a_model_generates() -> str:
-    """Generates with a tiny Llama in float32, captured; never leaving, its text is the plain model's."""
+    """Generate with a tiny Llama in float32, captured; never leaving, its text is the plain model's."""
     from benchmarks.random_llama import random_llama
     from river_compile import report
     from river_compile.exits import forced_depth
@@ -133,7 +133,7 @@ def a_model_generates() -> str:
 
 
 def checks(model: str) -> dict[str, Callable[[], str]]:
-    """Returns the checks by name, in order."""
+    """Return the checks by name, in order."""
     return {
         "cache folder": cache_is_written,
         "entry point": backend_is_registered,
@@ -146,7 +146,7 @@ def checks(model: str) -> dict[str, Callable[[], str]]:
 
 
 def run(named: dict[str, Callable[[], str]], keep: Callable[[dict], object]) -> int:
-    """Runs checks, prints each and gives it to `keep` as soon as it is known; returns how many failed."""
+    """Run checks, print each and give it to `keep` as soon as it is known; return how many failed."""
     failed = 0
     for name, check in named.items():
         start = time.perf_counter()
@@ -163,7 +163,7 @@ def run(named: dict[str, Callable[[], str]], keep: Callable[[dict], object]) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns how many checks failed, 1 where torch sees no GPU."""
+    """Run the command line; return how many checks failed, 1 where torch sees no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write facts and outcomes there, one by one")
     names = [name for name, shape in MODELS.items() if not shape.experts]

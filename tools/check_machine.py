@@ -13,7 +13,7 @@ OLDEST = (3, 10)
 
 
 def problems():
-    """Yields one line for each thing that is missing."""
+    """Yield one line for each thing that is missing."""
     if sys.version_info < OLDEST:
         version = ".".join(str(number) for number in sys.version_info[:3])
         yield f"{sys.executable} is Python {version}; choose 3.10 or newer with `make PYTHON=/path/to/python3`"

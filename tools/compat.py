@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
 
 
 def find_python(version: str) -> str | None:
-    """Returns an interpreter of a version ("3.10"): from PATH, or one that pyenv or uv keeps; None without one."""
+    """Return an interpreter of a version ("3.10"): from PATH, or one that pyenv or uv keeps; None without one."""
     homes = {"PYENV_ROOT": "~/.pyenv", "UV_PYTHON_INSTALL_DIR": "~/.local/share/uv/python"}
     kept = [Path(os.environ.get(name) or default).expanduser() for name, default in homes.items()]
     patterns = (f"versions/{version}.*/bin/python{version}", f"cpython-{version}.*/bin/python{version}")
@@ -67,7 +67,7 @@ def find_python(version: str) -> str | None:
 
 
 def run_corner(corner: Corner, folder: Path) -> Outcome:
-    """Makes a corner's environment in a folder and runs the tests there."""
+    """Make a corner's environment in a folder and run the tests there."""
     start = time.perf_counter()
 
     def outcome(status: str, says: str, versions: dict[str, str] | None = None) -> Outcome:
@@ -93,7 +93,7 @@ def run_corner(corner: Corner, folder: Path) -> Outcome:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Returns the outcomes as a Markdown table."""
+    """Return the outcomes as a Markdown table."""
     head = ("corner", "Python", *PACKAGES, "outcome", "seconds", "")
     rows = [
         (corner.name, corner.python, *(versions.get(p, "") for p in PACKAGES), status, f"{seconds:.0f}", says)
@@ -103,7 +103,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:
-    """Returns how many corners failed; 1 where not one ran, which shows nothing."""
+    """Return how many corners failed; 1 where not one ran, which shows nothing."""
     failed = sum(outcome.status == FAILED for outcome in outcomes)
     return failed or int(all(outcome.status == SKIPPED for outcome in outcomes))
 
@@ -127,7 +127,7 @@ def _versions(python: str) -> dict[str, str]:
 
 
 def _call(command: list[str], limit: float | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the checkout; what it printed is one text. Running out of time is a failure like others."""
+    """Run a command in the checkout; what it printed is one text. Running out of time is a failure like others."""
     try:
         return subprocess.run(
             command,
@@ -148,7 +148,7 @@ def _last_line(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Runs the core of the tests with other versions.")
     parser.add_argument("corners", nargs="*", metavar="corner", help=f"of {', '.join(c.name for c in CORNERS)}; all")
     parser.add_argument("--keep", type=Path, help="a folder that the environments stay in")

@@ -84,7 +84,7 @@ MODELS = {
 
 
 def resolve(name: str | Path) -> str:
-    """Returns the folder of a demo model, or what a command makes of another name.
+    """Return the folder of a demo model, or what a command makes of another name.
 
     Raises:
         ValueError: there is no such model.
@@ -93,14 +93,14 @@ def resolve(name: str | Path) -> str:
 
 
 def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a demo model, or one that a command would load."""
+    """Load a demo model, or one that a command would load."""
     return shared.load(resolve(name), dtype)
 
 
 def load_or_exit(
     name: str | Path, dtype: torch.dtype | str = "bfloat16"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model as `load` does; if there is none, ends the program with the reason and exit status 1."""
+    """Load a model as `load` does; if there is none, end the program with the reason and exit status 1."""
     try:
         return load(name, dtype)
     except (ModelUnavailable, ValueError) as error:
@@ -108,7 +108,7 @@ def load_or_exit(
 
 
 def fetch(name: str) -> Path:
-    """Returns the folder of the converted model `name`, making it on first use (seconds to minutes)."""
+    """Return the folder of the converted model `name`, making it on first use (seconds to minutes)."""
     source = _source(name)
     folder = cache_folder() / "models" / name
     if not folder.exists():
@@ -119,7 +119,7 @@ def fetch(name: str) -> Path:
 
 
 def gguf_path(name: str) -> Path:
-    """Returns the path of the GGUF file of `name`, installing its package into the cache if it is missing.
+    """Return the path of the GGUF file of `name`, installing its package into the cache if it is missing.
 
     Raises:
         ModelUnavailable: pip could not install the package, or the package lacks the file.
@@ -141,7 +141,7 @@ def _source(name: str) -> Source:
 
 
 def _package_file(package: str, file: str) -> Path:
-    """Returns `file` of a PyPI package, from the environment or from the cache, where pip installs it if missing."""
+    """Return `file` of a PyPI package, from the environment or from the cache, where pip installs it if missing."""
     module, _, inner = file.partition("/")
     spec = importlib.util.find_spec(module)  # finds the folder without running the package's own code
     for root in spec.submodule_search_locations or () if spec else ():
@@ -170,7 +170,7 @@ def _pip_install(package: str, target: Path) -> None:
 
 
 def _concatenate(pieces: list[Path], whole: Path) -> None:
-    """Joins the pieces of one file; the whole appears at once or not at all."""
+    """Join the pieces of one file; the whole appears at once or not at all."""
     with atomic_write(whole) as scratch, scratch.open("wb") as joined:
         for piece in pieces:
             with piece.open("rb") as part:
@@ -178,7 +178,7 @@ def _concatenate(pieces: list[Path], whole: Path) -> None:
 
 
 def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
-    """Writes the model in `gguf` to `folder`: config, weights in `dtype`, tokenizer.
+    """Write the model in `gguf` to `folder`: config, weights in `dtype`, tokenizer.
 
     Raises:
         ModelUnavailable: a package that this takes is not installed.
@@ -211,14 +211,14 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
 
 
 def _as_umask_allows(file: Path) -> None:
-    """Gives a private file the permissions that a new one gets."""
+    """Give a private file the permissions that a new one gets."""
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)
 
 
 def _dense_gguf(filename: str) -> dict:
-    """Returns the arguments with which `from_pretrained` unpacks a GGUF file instead of keeping its blocks."""
+    """Return the arguments with which `from_pretrained` unpacks a GGUF file instead of keeping its blocks."""
     import transformers
 
     arguments = {"gguf_file": filename}
@@ -228,7 +228,7 @@ def _dense_gguf(filename: str) -> dict:
 
 
 def _plain_copy(packed: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a model to save, with the weights of `packed` and no sign in its config that they were quantized.
+    """Return a model to save, with the weights of `packed` and no sign in its config that they were quantized.
 
     Buffers that are no part of a checkpoint have no values in it.
     """
@@ -249,7 +249,7 @@ def _plain_copy(packed: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Gives an empty folder that becomes `target` at the end; if another process was first, its copy stays."""
+    """Give an empty folder that becomes `target` at the end; if another process was first, its copy stays."""
     try:
         with atomic_write(target) as scratch:
             scratch.mkdir()
@@ -285,7 +285,7 @@ def reading_once() -> Iterator[None]:
 
 
 def copy_to(folder: Path, destination: Path) -> None:
-    """Copies a model folder to `destination`, which must not exist or be empty.
+    """Copy a model folder to `destination`, which must not exist or be empty.
 
     Raises:
         ValueError: `destination` holds something already.
@@ -297,7 +297,7 @@ def copy_to(folder: Path, destination: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Makes a plain Hugging Face model folder from a packaged GGUF file.")
     parser.add_argument("name", choices=list(MODELS), help="the model")
     parser.add_argument("--to", type=Path, metavar="DIR", help="also copy the folder to DIR (must be new or empty)")

@@ -106,7 +106,7 @@ STEPS = (
 
 
 def run_step(step: Step, out: Path) -> dict:
-    """Runs a step's commands; returns its name, what became of it ("ok", "failed" or "stopped") and its seconds."""
+    """Run a step's commands; return its name, what became of it ("ok", "failed" or "stopped") and its seconds."""
     start = time.monotonic()
     environment = dict(os.environ, RIVER_COMPILE_TUNING=str(out / "tuning.json"), PYTHONUNBUFFERED="1")
     state = "ok"
@@ -128,7 +128,7 @@ def _filled(command: Sequence[str], out: Path) -> list[str]:
 
 
 def _run(command: list[str], environment: dict[str, str], log, seconds: float) -> int | None:
-    """Runs a command in a group of its own, its output shown and kept; returns its status, None at the limit."""
+    """Run a command in a group of its own, its output shown and kept; return its status, None at the limit."""
     print("+", *command[1:], file=log, flush=True)
     tee = subprocess.Popen(["tee", "-a", log.name], stdin=subprocess.PIPE)
     process = subprocess.Popen(command, env=environment, stdout=tee.stdin, stderr=tee.stdin, start_new_session=True)
@@ -143,7 +143,7 @@ def _run(command: list[str], environment: dict[str, str], log, seconds: float) -
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process and what it started, which else would keep the card."""
+    """End a process and what it started, which else would keep the card."""
     for ending in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, ending)
@@ -157,7 +157,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def rehearse(steps: Sequence[Step], out: Path) -> int:
-    """Runs steps without a card; returns how many failed, or would take longer than they may on one."""
+    """Run steps without a card; return how many failed, or would take longer than they may on one."""
     from tools import rehearsal
 
     rehearsal.prepare(out)
@@ -180,7 +180,7 @@ def rehearse(steps: Sequence[Step], out: Path) -> int:
 
 
 def listing(steps: Sequence[Step], out: Path) -> str:
-    """Returns the steps as text: name, limit, what they answer, and their commands."""
+    """Return the steps as text: name, limit, what they answer, and their commands."""
     lines = []
     for step in steps:
         lines.append(f"{step.name:14} {step.minutes:4g} min  {step.answers}")
@@ -189,7 +189,7 @@ def listing(steps: Sequence[Step], out: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns how many steps did not end well."""
+    """Run the command line; return how many steps did not end well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {step.name: step for step in STEPS}
     parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(known)}; all of them")

@@ -16,7 +16,7 @@ BEGIN, END = "<!-- options: python -m tools.options -->\n", "<!-- end of options
 
 
 def tables(document: Path) -> str:
-    """Returns a document's tables: README's has what most users set, the page in docs/ everything, with types."""
+    """Return a document's tables: README's has what most users set, the page in docs/ everything, with types."""
     if document == README:
         return _table(USER, typed=False)
     whole = "\n".join(
@@ -35,7 +35,7 @@ def tables(document: Path) -> str:
 
 
 def replaced(document: Path) -> str:
-    """Returns a document's text with its tables between the marks."""
+    """Return a document's text with its tables between the marks."""
     before, rest = document.read_text(encoding="utf-8").split(BEGIN)
     return before + BEGIN + "\n" + tables(document) + "\n" + END + rest.split(END)[1]
 
@@ -65,7 +65,7 @@ def _text(value: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     argparse.ArgumentParser(description="Writes the tables of the backend's options.").parse_args(arguments)
     for document in (README, DOCS):
         document.write_text(replaced(document), encoding="utf-8")

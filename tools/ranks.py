@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def run_ranks(
     arguments: Sequence[str], ranks: int = 2, timeout: float = 600, environment: Mapping[str, str] | None = None
 ) -> tuple[list[int], str]:
-    """Runs ``python ARGUMENTS`` once for each rank, with the variables that torch.distributed reads, and one thread.
+    """Run ``python ARGUMENTS`` once for each rank, with the variables that torch.distributed reads, and one thread.
 
     Args:
         arguments: such as ``["-m", "module", "argument"]``.

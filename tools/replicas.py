@@ -67,7 +67,7 @@ class Round:
         compiler.chmod(0o755)
 
     def start(self, name: str) -> int:
-        """Forks a process, in a group of its own, that decodes and leaves a hash of its logits; returns its id."""
+        """Fork a process, in a group of its own, that decodes and leaves a hash of its logits; return its id."""
         child = os.fork()
         if child == 0:
             status = 1
@@ -82,7 +82,7 @@ class Round:
         return child
 
     def result(self, name: str, process: int) -> str:
-        """Waits for a process and returns its hash; raises an `Unclean` where it failed or hangs."""
+        """Wait for a process and return its hash; raise an `Unclean` where it failed or hangs."""
         deadline = time.monotonic() + TIMEOUT_S
         while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
             if time.monotonic() > deadline:
@@ -95,11 +95,11 @@ class Round:
         return (self.folder / name).read_text()
 
     def packed(self) -> int:
-        """Returns how often the twins were packed."""
+        """Return how often the twins were packed."""
         return len(self._lines("packed"))
 
     def compiled(self) -> collections.Counter[str]:
-        """Returns how often each file of the shared folder was compiled."""
+        """Return how often each file of the shared folder was compiled."""
         commands = [shlex.split(line) for line in self._lines("compiled")]
         targets = [Path(command[command.index("-o") + 1]) for command in commands if "-o" in command]
         return collections.Counter(target.name for target in targets if self.folder in target.parents)
@@ -128,7 +128,7 @@ class Round:
 
 
 def undisturbed(shared: Round, processes: int) -> tuple[str, float]:
-    """Lets processes start at once; returns the hash of their logits and the seconds that they took."""
+    """Let processes start at once; return the hash of their logits and the seconds that they took."""
     began = time.monotonic()
     running = {f"process {i + 1}": shared.start(f"process {i + 1}") for i in range(processes)}
     results = {shared.result(name, process) for name, process in running.items()}
@@ -143,7 +143,7 @@ def undisturbed(shared: Round, processes: int) -> tuple[str, float]:
 
 
 def disturbed(shared: Round, processes: int, expected: str, wait_s: float, victim: int, alone: bool) -> str:
-    """Lets processes start at once and kills one of them; returns what it was told by then."""
+    """Let processes start at once and kill one of them; return what it was told by then."""
     names = [f"process {i + 1}" for i in range(processes)]
     running = {name: shared.start(name) for name in names}
     time.sleep(wait_s)  # the random moment
@@ -162,7 +162,7 @@ def disturbed(shared: Round, processes: int, expected: str, wait_s: float, victi
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.replicas", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20, help="in which a process is killed (%(default)s)")
     parser.add_argument("--processes", type=int, default=4, help="that start at once (%(default)s)")

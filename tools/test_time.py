@@ -51,7 +51,7 @@ class _Clock:
         self._since = now
 
     def take(self) -> dict[str, float]:
-        """Returns the seconds since the last call."""
+        """Return the seconds since the last call."""
         self._charge()
         taken, self.seconds = dict(self.seconds), Counter()
         return taken
@@ -94,7 +94,7 @@ class _Plugin:
 
 
 def pytest_configure(config: Any) -> None:
-    """Registers the clock in each process that runs tests."""
+    """Register the clock in each process that runs tests."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
         FOLDER.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ def _table(title: str, seconds: dict[str, float], rows: int = 1000) -> None:
 
 
 def main() -> int:
-    """Prints the tables of the last run."""
+    """Print the tables of the last run."""
     lines = [json.loads(line) for file in sorted(FOLDER.glob("*.jsonl")) for line in file.read_text().splitlines()]
     if not lines:
         print(f"{FOLDER} is empty: run python -m pytest -p tools.test_time first", file=sys.stderr)

@@ -32,14 +32,14 @@ folder: str
 
 
 def examples() -> Iterator[tuple[str, str]]:
-    """Yields a module name and the Python of each example in the README and the documentation."""
+    """Yield a module name and the Python of each example in the README and the documentation."""
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for number, block in enumerate(_BLOCK.findall(document.read_text(encoding="utf-8")), start=1):
             yield f"{document.stem.lower().replace('-', '_')}_example_{number}", block
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns mypy's exit status; paths in its messages are those of the checkout."""
+    """Return mypy's exit status; paths in its messages are those of the checkout."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "river_compile")
         package.mkdir()

@@ -24,7 +24,7 @@ _SYSTEM = ("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x
 
 
 def pack(folder: Path, python: str) -> int:
-    """Fills a folder with wheels for a version of Python; returns its bytes.
+    """Fill a folder with wheels for a version of Python; return its bytes.
 
     Raises:
         ValueError: it is larger than may be carried.
@@ -42,7 +42,7 @@ def pack(folder: Path, python: str) -> int:
 
 
 def alone() -> tuple[str, ...]:
-    """Returns what is packed by itself: what it needs is large, and there."""
+    """Return what is packed by itself: what it needs is large, and there."""
     from river_compile.upstream.tensors import TESTED
 
     return f"transformers=={TESTED['transformers'].newest}.*", "torchao>=0.15"
@@ -64,7 +64,7 @@ def install(folder: Path) -> Path:
 
 
 def wheels(folder: Path) -> list[Path]:
-    """Returns the wheels of a folder."""
+    """Return the wheels of a folder."""
     return sorted(folder.glob("*.whl"))
 
 
@@ -73,7 +73,7 @@ def _pip(*arguments: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pack", "install"))
     parser.add_argument("folder", type=Path)

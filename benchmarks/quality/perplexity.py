@@ -18,7 +18,7 @@ _CONTEXT = 16  # tokens of a text that run as its prompt
 
 
 def samples_of(tokenizer: PreTrainedTokenizerBase, limit: int, tokens: int) -> list[Tensor]:
-    """Returns ids ``[1, _CONTEXT + tokens]`` of those of the first `limit` passages that are long enough."""
+    """Return ids ``[1, _CONTEXT + tokens]`` of those of the first `limit` passages that are long enough."""
     length = _CONTEXT + tokens
     rows = [tokenizer(text)["input_ids"][:length] for text in topics()[:limit]]
     samples = [torch.tensor([ids]) for ids in rows if len(ids) == length]
@@ -28,7 +28,7 @@ def samples_of(tokenizer: PreTrainedTokenizerBase, limit: int, tokens: int) -> l
 
 
 def perplexity(model: PreTrainedModel, samples: Sequence[Tensor]) -> dict[str, float | None]:
-    """Returns the perplexity of samples under a model as it runs now, and the mean depth of the decode steps."""
+    """Return the perplexity of samples under a model as it runs now, and the mean depth of the decode steps."""
     decoder, losses = TextDecoder(model, samples[0].shape[1]), []
     with trace() as steps:
         for ids in samples:

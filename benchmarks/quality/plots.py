@@ -15,12 +15,12 @@ GRAY = "#666666"
 
 
 def plot(outcomes: Mapping[str, dict], folder: str | Path) -> list[Path]:
-    """Writes the figures of the parts that were measured, by model, as PNGs; returns their paths."""
+    """Write the figures of the parts that were measured, by model, as PNGs; return their paths."""
     return [figures.save(f, Path(folder) / f"quality_{name}.png", dpi=100) for name, f in draw(outcomes).items()]
 
 
 def draw(outcomes: Mapping[str, dict]) -> dict[str, Figure]:
-    """Returns the figures of the parts that were measured by their names."""
+    """Return the figures of the parts that were measured by their names."""
     drawings: dict[str, tuple[Callable, str, tuple[float, float], int]] = {
         "entries": (_entries, "entries", (9, 3.6), 2),
         "similarity": (_similarity, "entries", (9, 3.6), 2),

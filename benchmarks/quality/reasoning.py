@@ -26,7 +26,7 @@ class Problem:
 
 
 def problems(count: int, seed: int = 0, generators: Sequence[str] = TASKS["reasoning"]) -> list[Problem]:
-    """Returns so many problems, each generator's in turn, always the same for one seed."""
+    """Return so many problems, each generator's in turn, always the same for one seed."""
     from reasoning_gym import create_dataset
 
     each = -(-count // len(generators))
@@ -36,6 +36,6 @@ def problems(count: int, seed: int = 0, generators: Sequence[str] = TASKS["reaso
 
 
 def solved(problem: Problem, text: str) -> bool:
-    """Returns whether the last number of an answer is the right one."""
+    """Return whether the last number of an answer is the right one."""
     numbers: Sequence[str] = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return bool(numbers) and problem.source.score_answer(numbers[-1].replace(",", ""), problem.entry) == 1

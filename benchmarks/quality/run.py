@@ -43,7 +43,7 @@ FIRST_EXIT = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     shared.quiet()
@@ -68,7 +68,7 @@ def measure(
     options: argparse.Namespace,
     base: Mapping[str, object] = {"group_size": 64},
 ) -> dict:
-    """Returns everything that was measured, as values that JSON can hold.
+    """Return everything that was measured, as values that JSON can hold.
 
     Args:
         model: in eval mode; it is compiled again and again.
@@ -127,12 +127,12 @@ class _Run:
         more: Mapping[str, object],
         texts: Callable[[], Texts] | None = None,
     ) -> contextlib.AbstractContextManager[Session]:
-        """Returns a session with more options."""
+        """Return a session with more options."""
         options, given = {**self.base, **more}, texts or self.texts
         return session(self.model, options, given, self.options.progress, self.first)
 
     def quantizer(self, name: str) -> list[Row]:
-        """Measures another quantizer."""
+        """Measure another quantizer."""
         with self.session({"quantizer": name}) as other:
             rule = (PAPER, FIRST_EXIT)
             return [
@@ -141,7 +141,7 @@ class _Run:
             ]
 
     def calibrated(self) -> tuple[str, list[Row]]:
-        """Calibrates on texts of their own and measures the rule on those of the other rows."""
+        """Calibrate on texts of their own and measure the rule on those of the other rows."""
         torch._dynamo.reset()
         options, more = self.options, {"quantizer": self.options.quantizers[0]}
         found = river_compile.tune_exit(
@@ -159,7 +159,7 @@ class _Run:
 
 
 def show(outcome: dict) -> None:
-    """Prints a table for each part that was measured."""
+    """Print a table for each part that was measured."""
     print(f"{outcome['texts']} texts of {outcome['tokens']} tokens of each kind, {outcome['blocks']} blocks")
     if "rows" in outcome:
         _show_rows(outcome)

@@ -75,11 +75,11 @@ class Session:
         return Meter(self.model, self._criterion, samples, self._texts.context, self._progress, known)
 
     def rule(self, name: str, rule: Rule) -> Row:
-        """Measures (threshold, first exit) on both kinds of text."""
+        """Measure (threshold, first exit) on both kinds of text."""
         return self._row(name, [m.measure(rule, range(len(m.references)), name) for m in (self.own, self.held_out)])
 
     def depth(self, name: str, depth: int) -> Row:
-        """Measures one depth for every token on both kinds of text."""
+        """Measure one depth for every token on both kinds of text."""
         return self._row(name, [at_depth(m, depth, name) for m in (self.own, self.held_out)], depth)
 
     def _row(self, name: str, measured: Sequence[Measured], depth: int | None = None) -> Row:
@@ -98,7 +98,7 @@ class Session:
 
 
 def at_depth(meter: Meter, depth: int, title: str) -> Measured:
-    """Decodes all texts with one depth for every token."""
+    """Decode all texts with one depth for every token."""
     texts = range(len(meter.references))
     return meter.measure_at([[depth] * len(meter.references[i].steps) for i in texts], texts, title)
 
@@ -111,7 +111,7 @@ def session(
     progress: bool,
     first: Session | None = None,
 ) -> Iterator[Session]:
-    """Compiles the model for the time of a with statement.
+    """Compile the model for the time of a with statement.
 
     Args:
         model: the model.

@@ -93,7 +93,7 @@ ISAS = (
 
 
 def choose_isa() -> Isa:
-    """Returns ``RIVER_COMPILE_ISA``, else the best instruction set; raises ValueError if it does not run here."""
+    """Return ``RIVER_COMPILE_ISA``, else the best instruction set; raise ValueError if it does not run here."""
     by_name = {isa.name: isa for isa in supported_isas()}
     name = os.environ.get("RIVER_COMPILE_ISA")
     return by_name[one_of(*by_name)("RIVER_COMPILE_ISA", name)] if name else supported_isas()[0]
@@ -101,7 +101,7 @@ def choose_isa() -> Isa:
 
 @functools.cache
 def supported_isas() -> tuple[Isa, ...]:
-    """Returns the instruction sets of this machine, best first."""
+    """Return the instruction sets of this machine, best first."""
     found = _capabilities()
     if "amx_tile" in found and not (hasattr(torch.cpu, "_init_amx") and torch.cpu._init_amx()):
         found.discard("amx_tile")  # the system must permit tiles for each process
@@ -118,17 +118,17 @@ def _capabilities() -> set[str]:
 
 
 def kernels_library(isa: Isa) -> Path:
-    """Returns the library of an instruction set's kernels; raises as :func:`build`."""
+    """Return the library of an instruction set's kernels; raise as :func:`build`."""
     return _library("kernels.cpp", f"kernels_{isa.name}", [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"])
 
 
 def packing_library(isa: Isa) -> Path:
-    """Returns the library that packs weights; raises as :func:`build`."""
+    """Return the library that packs weights; raise as :func:`build`."""
     return _library("packing.cpp", f"packing_{isa.name}", [*isa.flags, *_PACKING_FLAGS])
 
 
 def operators_library() -> Path:
-    """Returns the library of the operators ``torch.ops.river_native.*``; raises as :func:`build`."""
+    """Return the library of the operators ``torch.ops.river_native.*``; raise as :func:`build`."""
     return _library("bindings.cpp", "operators", [*torch_flags(), _STABLE_ABI])
 
 
@@ -138,7 +138,7 @@ def has_prebuilt() -> bool:
 
 
 def build_all(folder: Path) -> int:
-    """Compiles every library into a wheel's folder and returns their bytes; raises as :func:`build`."""
+    """Compile every library into a wheel's folder and return their bytes; raise as :func:`build`."""
     with ThreadPoolExecutor(2) as pool:
         made = [pool.submit(operators_library)]
         made += [pool.submit(function, isa) for isa in ISAS for function in (kernels_library, packing_library)]
@@ -178,7 +178,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """Returns the compiler that Inductor uses with the calling thread's settings; raises CannotBuild if none works."""
+    """Return the compiler that Inductor uses with the calling thread's settings; raise CannotBuild if none works."""
     from torch._inductor import config
     from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
 
@@ -193,7 +193,7 @@ def find_compiler() -> Compiler:
 
 
 def working_compiler() -> Compiler:
-    """Returns the same compiler after a test build in Inductor's cache; raises CannotBuild if that fails."""
+    """Return the same compiler after a test build in Inductor's cache; raise CannotBuild if that fails."""
     compiler = find_compiler()
     _try_out(compiler)
     return compiler
@@ -218,7 +218,7 @@ def _try_out(compiler: Compiler) -> None:
 
 
 def build(compiler: Compiler, source: str, name: str, flags: Sequence[str]) -> Path:
-    """Returns the cached library `name` of a file in `SOURCES`; raises CannotBuild."""
+    """Return the cached library `name` of a file in `SOURCES`; raise CannotBuild."""
     command = [compiler.command, *_FLAGS, source, *flags]
     inputs = [*command, compiler.version, torch.__version__, sys.platform]
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
@@ -259,7 +259,7 @@ def _is_whole(library: Path) -> bool:
 
 
 def _run(command: list[str]) -> None:
-    """Runs a compiler's command, whose last argument is the file to write."""
+    """Run a compiler's command, whose last argument is the file to write."""
     try:
         done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True)
     except OSError as error:

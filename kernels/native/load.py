@@ -44,7 +44,7 @@ _LANES = 16
 
 
 def load(isa: Isa | None = None) -> Any:
-    """Returns ``torch.ops.river_native``, compiled if needed; raises as `choose_isa` and `build`."""
+    """Return ``torch.ops.river_native``, compiled if needed; raise as `choose_isa` and `build`."""
     isa = isa or choose_isa()  # the last call decides for the whole process
     with _loading:
         if isa.name not in _tables:
@@ -59,7 +59,7 @@ def load(isa: Isa | None = None) -> Any:
 
 
 def begin() -> None:
-    """Compiles missing libraries in the background; raises as `choose_isa` and `find_compiler`."""
+    """Compile missing libraries in the background; raise as `choose_isa` and `find_compiler`."""
     if not has_prebuilt():
         find_compiler()
     with _loading:
@@ -67,7 +67,7 @@ def begin() -> None:
 
 
 def _making(isa: Isa, *others: Callable[[Isa], Path]) -> tuple[Future[Path], Future[Path]]:
-    """Starts or finds the builds of an instruction set's kernels and of the operators; `others` run after them."""
+    """Start or finds the builds of an instruction set's kernels and of the operators; `others` run after them."""
     if any(made.done() and made.exception() for made in _begun.get(isa.name, ())):
         del _begun[isa.name]  # retry: the cause may be gone
     if isa.name not in _begun:
@@ -84,7 +84,7 @@ def loaded() -> bool:
 
 
 def few_rows(dtype: torch.dtype, positions: int = 1) -> int:
-    """Returns the most rows of a dtype that `dense` runs itself and records; `positions`: per sequence."""
+    """Return the most rows of a dtype that `dense` runs itself and records; `positions`: per sequence."""
     rows: int = torch.ops.river_native.few_rows(dtype.itemsize == 2, positions)
     return rows
 
@@ -95,7 +95,7 @@ def any_rows(dtype: torch.dtype) -> bool:
 
 
 def entropies(logits_NV: Tensor) -> Tensor:
-    """Returns each row's entropy ``[N]`` in nats: in C++ for CPU logits if the kernels are loaded, else in torch."""
+    """Return each row's entropy ``[N]`` in nats: in C++ for CPU logits if the kernels are loaded, else in torch."""
     if _tables and logits_NV.is_cpu:
         return torch.stack([torch.ops.river_native.largest_entropy(logits_V[None, None]) for logits_V in logits_NV])
     return portable.entropies(logits_NV)
@@ -164,7 +164,7 @@ class Tape:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Replaces the tape by the calls made inside; raises RuntimeError if the thread records already."""
+        """Replace the tape by the calls made inside; raise RuntimeError if the thread records already."""
         address = torch.ops.river_native.record()
         self._drop()
         self._address = address
@@ -174,11 +174,11 @@ class Tape:
             torch.ops.river_native.recorded()
 
     def keep(self, tensor: object) -> None:
-        """Keeps a tensor alive that recorded operators read."""
+        """Keep a tensor alive that recorded operators read."""
         self._kept.append(tensor)
 
     def replay(self) -> None:
-        """Runs the tape with ``torch.get_num_threads()`` threads; raises RuntimeError if nothing was recorded."""
+        """Run the tape with ``torch.get_num_threads()`` threads; raise RuntimeError if nothing was recorded."""
         torch.ops.river_native.replay(self._address)
 
     @property
@@ -240,14 +240,14 @@ def round_block(
 
 
 def count_upper(weight: Tensor) -> Tensor:
-    """Counts each upper byte in a contiguous bfloat16 tensor, int64 ``[256]``."""
+    """Count each upper byte in a contiguous bfloat16 tensor, int64 ``[256]``."""
     counts = torch.zeros(256, dtype=torch.int64)
     _call("river_count_upper", weight, ctypes.c_int64(weight.numel()), counts)
     return counts
 
 
 def pack_bf12(weight: Tensor, palette: Tensor, units: Tensor, first: Tensor, patches: Tensor) -> None:
-    """Packs a contiguous bfloat16 weight ``[N, K]`` into the buffers of `quant.lossless.pack_12bit`."""
+    """Pack a contiguous bfloat16 weight ``[N, K]`` into the buffers of `quant.lossless.pack_12bit`."""
     rows, features = map(ctypes.c_int64, weight.shape)
     _call("river_pack_bf12", weight, rows, features, palette, units, ctypes.c_int64(len(first) - 1), first, patches)
 

@@ -51,7 +51,7 @@ def quantize_observed(
     may_scale: bool = True,  # False: AWQ without input scales, an activation-weighted fit
     tokens: float = math.inf,  # of the calibration text; GPTQ damps the moments of few
 ) -> tuple[QuantizedWeight, Tensor | None]:
-    """Quantizes a weight ``[N, K]`` by its inputs' moments; AWQ also returns s ``[K]``, which divides the inputs."""
+    """Quantize a weight ``[N, K]`` by its inputs' moments; AWQ also returns s ``[K]``, which divides the inputs."""
     check_choice("quantizer", quantizer, OBSERVING)
     weight = check_matrix(weight, group_size)
     features = weight.shape[1]
@@ -67,7 +67,7 @@ def quantize_observed(
 
 
 def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: SecondMoments) -> float:
-    """Returns the outputs' signal-to-noise ratio in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
+    """Return the outputs' signal-to-noise ratio in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
     weight = weight.detach().float()
     return decibels(moments.energy(weight), moments.energy(weight - approximation.float()))
 
@@ -75,7 +75,7 @@ def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: SecondMoments
 def fit_grid(
     weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Fits scale and zero-point, float32 ``[N, K / group_size]``, by least squares with weights importance ``[K]``."""
+    """Fit scale and zero-point, float32 ``[N, K / group_size]``, by least squares with weights importance ``[K]``."""
     weights_G = importance.reshape(1, -1, group_size)
     # Without any input, all columns of a group count alike.
     weights_G = torch.where(weights_G.sum(-1, keepdim=True) > 0, weights_G, torch.ones_like(weights_G))
@@ -126,14 +126,14 @@ def awq(
 def round_to_grid(
     weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
 ) -> QuantizedWeight:
-    """Rounds every weight to the nearest point of the grid of `fit_grid`."""
+    """Round every weight to the nearest point of the grid of `fit_grid`."""
     return rounded_to(weight, *fit_grid(weight, group_size, importance, dtype), group_size)
 
 
 def round_compensating(
     weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, compensation: Compensation
 ) -> Tensor:
-    """Rounds the columns of a weight ``[N, K]`` in order, to q uint8 ``[N, K]``; `group_of`: each column's group."""
+    """Round the columns of a weight ``[N, K]`` in order, to q uint8 ``[N, K]``; `group_of`: each column's group."""
     # After columns 0..j the others move to the least output error: column k by -e_j U_jk / U_jj.
     round_block = native.round_block if native.can_pack(weight) else _round_block
     group_of = group_of.contiguous()
@@ -162,7 +162,7 @@ def _round_block(
     errors_KN: Tensor,
     q_KN: Tensor,
 ) -> None:
-    """Rounds a block of columns; overwrites left_KN, fills q_KN and the errors for later columns, errors_KN."""
+    """Round a block of columns; overwrites left_KN, fills q_KN and the errors for later columns, errors_KN."""
     for i, group in enumerate(group_of.tolist()):
         q = nearest(left_KN[i], scale_GN[group], zero_GN[group])
         errors_KN[i] = (left_KN[i] - (q * scale_GN[group] + zero_GN[group])) / factor[i, i]
@@ -171,7 +171,7 @@ def _round_block(
 
 
 def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Fits groups ``[n, K / G, G]`` with importance ``[1, K / G, G]`` that sums to one in each group."""
+    """Fit groups ``[n, K / G, G]`` with importance ``[1, K / G, G]`` that sums to one in each group."""
     low, high = groups.amin(-1), groups.amax(-1)
     best = spanning_grid(groups, dtype)
     least = _noise(groups, *best, importance)
@@ -190,7 +190,7 @@ def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _least_squares(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves for the best scale and zero-point of a grid's integers, by weighted least squares."""
+    """Solve for the best scale and zero-point of a grid's integers, by weighted least squares."""
     q = nearest(groups, scale[..., None], zero[..., None])
     mean_q, mean_w = (q * importance).sum(-1), (groups * importance).sum(-1)
     spread = q - mean_q[..., None]
@@ -206,7 +206,7 @@ def _noise(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> T
 
 
 def _input_scale(squares: Tensor, alpha: float) -> Tensor:
-    """Returns s_k = (E x_k^2)^(alpha / 2), centred on 1; inputs that are always zero count as the least other one."""
+    """Return s_k = (E x_k^2)^(alpha / 2), centred on 1; inputs that are always zero count as the least other one."""
     smallest = squares[squares > 0].min() if (squares > 0).any() else squares.new_ones(())
     scale = squares.clamp(min=smallest).pow(alpha / 2)
     return scale / (scale.max() * scale.min()).sqrt()
@@ -217,11 +217,11 @@ class Compensation(ABC):
 
     @abstractmethod
     def inside(self, block: slice) -> Tensor:
-        """Returns the block's own part of U, with contiguous rows."""
+        """Return the block's own part of U, with contiguous rows."""
 
     @abstractmethod
     def carrier(self, left_KN: Tensor) -> Carry:
-        """Returns a function to call after each block in order, which updates later columns before their own block."""
+        """Return a function to call after each block in order, which updates later columns before their own block."""
 
 
 class SecondMoments(ABC):
@@ -240,18 +240,18 @@ class SecondMoments(ABC):
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """Returns H ``[K, K]``."""
+        """Return H ``[K, K]``."""
 
     @abstractmethod
     def energy(self, matrix: Tensor) -> float:
-        """Returns tr(M H M^T), the mean squared length of M x, for M ``[N, K]``."""
+        """Return tr(M H M^T), the mean squared length of M x, for M ``[N, K]``."""
 
     @abstractmethod
     def compensation(self, damping: float, order: Tensor) -> Compensation:
-        """Returns U of H damped by a share of the mean square, with columns in this order."""
+        """Return U of H damped by a share of the mean square, with columns in this order."""
 
     def added(self, damping: float) -> float:
-        """Returns the damping that is added to H's diagonal; 1 if all inputs were zero."""
+        """Return the damping that is added to H's diagonal; 1 if all inputs were zero."""
         mean = self.diagonal.mean().item()
         return damping * mean if mean > 0 else 1.0
 
@@ -360,13 +360,13 @@ class RowCompensation(Compensation):
 
 
 def inverse_factor(moments: Tensor) -> Tensor:
-    """Returns the upper triangular U with ``H^-1 = U^T U``."""
+    """Return the upper triangular U with ``H^-1 = U^T U``."""
     # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U is R's inverse.
     return _upper_inverse(torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1))
 
 
 def _upper_inverse(upper: Tensor) -> Tensor:
-    """Inverts an upper triangular matrix by halves: a solver takes three times the operations."""
+    """Invert an upper triangular matrix by halves: a solver takes three times the operations."""
     size = len(upper)
     if size <= BLOCK:
         eye = torch.eye(size, dtype=upper.dtype, device=upper.device)

@@ -42,7 +42,7 @@ class QuantizedWeight:
         return self.q.shape[0], self.q.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the weight ``[N, K]``, computed in `dtype`."""
+        """Return the weight ``[N, K]``, computed in `dtype`."""
         n, k = self.shape
         groups = self.q.to(dtype).reshape(n, k // self.group_size, self.group_size)
         w = (groups - MID_POINT) * self.scale.to(dtype)[..., None] + self.zero.to(dtype)[..., None]
@@ -53,30 +53,30 @@ class QuantizedWeight:
         return replace(self, q=q, scale=scale, zero=zero)
 
     def split(self, matrices: int) -> list[QuantizedWeight]:
-        """Splits a stack of equal weights, one below the other."""
+        """Split a stack of equal weights, one below the other."""
         parts = (tensor.chunk(matrices) for tensor in (self.q, self.scale, self.zero))
         return [QuantizedWeight(q, scale, zero, self.group_size) for q, scale, zero in zip(*parts, strict=True)]
 
     @staticmethod
     def stacked(grids: Sequence[QuantizedWeight]) -> QuantizedWeight:
-        """Stacks grids with equal columns, one below the other."""
+        """Stack grids with equal columns, one below the other."""
         if len(grids) == 1:
             return grids[0]
         q, scale, zero = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("q", "scale", "zero"))
         return QuantizedWeight(q, scale, zero, grids[0].group_size)
 
     def rounded(self, dtype: torch.dtype) -> QuantizedWeight:
-        """Returns the grid with scale and zero-point rounded to `dtype`, as a kernel stores them."""
+        """Return the grid with scale and zero-point rounded to `dtype`, as a kernel stores them."""
         return replace(self, scale=self.scale.to(dtype).float(), zero=self.zero.to(dtype).float())
 
 
 def fitting_group_size(in_features: int, requested: int) -> int:
-    """Returns the largest power of two that divides `in_features` and is at most `requested`."""
+    """Return the largest power of two that divides `in_features` and is at most `requested`."""
     return math.gcd(in_features, 1 << (requested.bit_length() - 1))
 
 
 def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> QuantizedWeight:
-    """Quantizes a finite weight ``[N, K]``; `group_size` divides K. Raises ValueError as `check_matrix`."""
+    """Quantize a finite weight ``[N, K]``; `group_size` divides K. Raises ValueError as `check_matrix`."""
     check_choice("quantizer", quantizer, QUANTIZERS)
     solve = {"hqq": _hqq, "rtn": _rtn, "symmetric": _symmetric}[quantizer]
 
@@ -91,13 +91,13 @@ def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> Quantiz
 
 
 def threads_for(weight: Tensor) -> int:
-    """Returns how many threads quantize weights like this one: torch's on a CPU, one on a GPU."""
+    """Return how many threads quantize weights like this one: torch's on a CPU, one on a GPU."""
     # A GPU's stream serializes kernels, and each thread's float32 copies would fill its memory.
     return max(1, torch.get_num_threads()) if weight.device.type == "cpu" else 1
 
 
 def check_matrix(weight: Tensor, group_size: int) -> Tensor:
-    """Returns a weight in float32; raises ValueError if it is not a finite matrix or `group_size` does not divide K."""
+    """Return a weight in float32; raise ValueError if it is not a finite matrix or `group_size` does not divide K."""
     if weight.dim() != 2:
         raise ValueError(f"a weight to quantize has 2 dimensions, this one has shape {tuple(weight.shape)}")
     if group_size < 1 or weight.shape[1] % group_size:
@@ -109,7 +109,7 @@ def check_matrix(weight: Tensor, group_size: int) -> Tensor:
 
 
 def sqnr_db(weight: Tensor, approximation: Tensor) -> float:
-    """Returns the signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - approximation)^2)."""
+    """Return the signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - approximation)^2)."""
     signal = noise = 0.0
     for part, other in zip(_slabs(weight.detach()), _slabs(approximation.detach()), strict=True):
         part, other = part.float(), other.float()
@@ -119,21 +119,21 @@ def sqnr_db(weight: Tensor, approximation: Tensor) -> float:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Returns 10 log10(signal / noise), infinite without noise."""
+    """Return 10 log10(signal / noise), infinite without noise."""
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def spanning_grid(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero-point from the least to the largest weight of each group ``[..., G]``."""
+    """Return scale and zero-point from the least to the largest weight of each group ``[..., G]``."""
     low, high = groups.amin(-1), groups.amax(-1)
     scale = (high - low) / MAX_Q
     return storable_grid(scale, low + MID_POINT * scale, low, dtype)
 
 
 def storable_grid(scale: Tensor, zero: Tensor, low: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rounds a grid to `dtype`; in a constant group, of weights `low`, q = 8 is exact."""
+    """Round a grid to `dtype`; in a constant group, of weights `low`, q = 8 is exact."""
     scale = scale.to(dtype).float()
     constant = scale < torch.finfo(torch.float32).tiny
     zero = torch.where(constant, low, zero).to(dtype).float()
@@ -141,25 +141,25 @@ def storable_grid(scale: Tensor, zero: Tensor, low: Tensor, dtype: torch.dtype) 
 
 
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Returns q - 8 of the nearest grid points, in the weight's dtype."""
+    """Return q - 8 of the nearest grid points, in the weight's dtype."""
     return ((weight - zero) / scale).round_().clamp_(-MID_POINT, MAX_Q - MID_POINT)
 
 
 def rounded_to(weight: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> QuantizedWeight:
-    """Rounds every weight to the nearest point of its group's grid."""
+    """Round every weight to the nearest point of its group's grid."""
     q = nearest(weight.unflatten(1, (-1, group_size)), scale[..., None], zero[..., None])
     return QuantizedWeight((q + MID_POINT).flatten(1).to(torch.uint8), scale, zero, group_size)
 
 
 def _slabs(weight: Tensor) -> Sequence[Tensor]:
-    """Splits a matrix by rows, to copy a few in higher precision at a time; other tensors stay whole."""
+    """Split a matrix by rows, to copy a few in higher precision at a time; other tensors stay whole."""
     if weight.dim() != 2 or weight.device.type != "cpu":
         return [weight]
     return weight.split(max(1, _SLAB_ELEMENTS // max(1, weight.shape[1])))
 
 
 def pieces(weight: Tensor) -> Sequence[Tensor]:
-    """Splits a weight by rows for solvers that sweep over their input dozens of times."""
+    """Split a weight by rows for solvers that sweep over their input dozens of times."""
     # Pieces that fit a core's cache are several times faster. Below the size at which ATen starts threads, they leave
     # the other cores to other weights.
     rows = max(1, _PIECE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
@@ -171,7 +171,7 @@ def _rtn(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 
 def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
-    """Runs torchao's solver (Badri and Shaji 2023); a contract test pins its private function."""
+    """Run torchao's solver (Badri and Shaji 2023); a contract test pins its private function."""
     how = {"nbits": 4, "group_size": group_size, "axis": 1, "compute_dtype": torch.float32}
     q, scale, zero, _shape = _torchao_hqq()(weight, device=weight.device.type, **how)
     start = _rtn(weight, group_size)
@@ -188,7 +188,7 @@ def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 
 def _symmetric(weight: Tensor, group_size: int) -> QuantizedWeight:
-    """Rounds to multiples -8..7 of a scale, whose sign maps the largest weight to -8; zero-point 0."""
+    """Round to multiples -8..7 of a scale, whose sign maps the largest weight to -8; zero-point 0."""
     groups = weight.unflatten(1, (-1, group_size))
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
     # Each group takes the clipping of its largest weights with the least squared error.

@@ -52,7 +52,7 @@ class PackedLinear:
     experts: int = 0  # E, the weights of a stack; 0 for a single one
 
     def unpack(self) -> QuantizedWeight:
-        """Returns the grid with its padding, a stack one below the other."""
+        """Return the grid with its padding, a stack one below the other."""
         if not self.experts:
             return layout(self.layout).unpack(self)
         return QuantizedWeight.stacked([self.matrix(i).unpack() for i in range(self.experts)])
@@ -72,11 +72,11 @@ class PackedLinear:
         return pack_stack(grid, name, self.experts) if self.experts else pack(grid, name, self.in_features)
 
     def matrix(self, index: int) -> PackedLinear:
-        """Returns one weight of a stack."""
+        """Return one weight of a stack."""
         return replace(self, qweight=self.qweight[index], scale_zero=self.scale_zero[index], experts=0)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the weight ``[N, K]`` in `dtype`, a stack as ``[E N, K]``."""
+        """Return the weight ``[N, K]`` in `dtype`, a stack as ``[E N, K]``."""
         if self.unpacked:
             return self.qweight.to(dtype)
         if self.layout == lossless.LAYOUT_8BIT:
@@ -87,7 +87,7 @@ class PackedLinear:
 
 
 def pack_lossless(weights: Sequence[Tensor], layout_name: str = lossless.LAYOUT_12BIT) -> PackedLinear:
-    """Packs weights ``[N_i, K]``, one below the other, in a layout of `LOSSLESS` on the CPU; see `unpacked`."""
+    """Pack weights ``[N_i, K]``, one below the other, in a layout of `LOSSLESS` on the CPU; see `unpacked`."""
     n, k = sum(map(len, weights)), weights[0].shape[1]
     if layout_name == lossless.LAYOUT_8BIT:
         found = lossless.pack_8bit(weights)
@@ -104,7 +104,7 @@ def pack_lossless(weights: Sequence[Tensor], layout_name: str = lossless.LAYOUT_
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Returns shapes and allowed dtypes of the tensors of a weight ``[N, K]``, for layouts that files may hold."""
+    """Return shapes and allowed dtypes of the tensors of a weight ``[N, K]``, for layouts that files may hold."""
     if name in lossless.LAYOUTS_12BIT:
         units, side = lossless.shapes_12bit(n, k)
         return {"qweight": (units, (torch.uint8,)), "scale_zero": (side, (torch.int32,))}
@@ -119,7 +119,7 @@ def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[i
 
 
 def linear_by_dequantizing(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    """Returns x W^T + bias in plain torch, for layouts without a kernel of their own."""
+    """Return x W^T + bias in plain torch, for layouts without a kernel of their own."""
     return F.linear(x, packed.dequantize(x.dtype), bias)
 
 
@@ -134,13 +134,13 @@ class Layout:
 
 
 def layout(name: str) -> Layout:
-    """Returns the layout of a name; raises ValueError with the known ones."""
+    """Return the layout of a name; raise ValueError with the known ones."""
     check_choice("layout", name, tuple(LAYOUTS))
     return LAYOUTS[name]
 
 
 def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = None) -> PackedLinear:
-    """Packs a grid ``[N, K]``; `in_features`: without padding. Raises ValueError for sizes that no kernel has."""
+    """Pack a grid ``[N, K]``; `in_features`: without padding. Raises ValueError for sizes that no kernel has."""
     chosen = layout(layout_name)
     n, k = weight.shape
     in_features = k if in_features is None else in_features
@@ -152,7 +152,7 @@ def pack(weight: QuantizedWeight, layout_name: str, in_features: int | None = No
 
 
 def pack_stack(weight: QuantizedWeight, layout_name: str, experts: int) -> PackedLinear:
-    """Packs a grid of E weights ``[N, K]``, one below the other, as a stack of E; raises as `pack`."""
+    """Pack a grid of E weights ``[N, K]``, one below the other, as a stack of E; raise as `pack`."""
     packed = [pack(matrix, layout_name) for matrix in weight.split(experts)]
     if len({matrix.scale_zero.dtype for matrix in packed}) > 1:  # float16 holds the parameters of some only
         return pack_stack(weight.rounded(torch.bfloat16), layout_name, experts)
@@ -165,7 +165,7 @@ def _pairs(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def parameter_dtype(weight: QuantizedWeight) -> torch.dtype:
-    """Returns the 16-bit dtype of scales and zero-points: bfloat16 if it is exact or float16 overflows."""
+    """Return the 16-bit dtype of scales and zero-points: bfloat16 if it is exact or float16 overflows."""
     # Twins round their grids to bfloat16 in every layout, so that all layouts have the same weights.
     if all(torch.equal(t.bfloat16().float(), t) for t in (weight.scale, weight.zero)):
         return torch.bfloat16

@@ -71,7 +71,7 @@ _NAN = 0x7F  # the magnitude of float8_e4m3fn that is no number
 
 
 def pack_12bit(weight: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns units and side of a bfloat16 weight ``[N, K]`` on the CPU (else ValueError); `counts` if known."""
+    """Return units and side of a bfloat16 weight ``[N, K]`` on the CPU (else ValueError); `counts` if known."""
     if weight.dim() != 2 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         raise ValueError(
             f"12-bit packing takes a bfloat16 weight on the CPU, not {weight.dtype} {tuple(weight.shape)} on "
@@ -92,7 +92,7 @@ def pack_12bit(weight: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def unpack_12bit(units: Tensor, side: Tensor, n: int, k: int) -> Tensor:
-    """Returns the bfloat16 weight ``[N, K]``."""
+    """Return the bfloat16 weight ``[N, K]``."""
     fours, across = units.shape[:2]
     codes, lower = units[:, :, :2], units[:, :, 2:]
     codes = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2, 3)
@@ -107,17 +107,17 @@ def unpack_12bit(units: Tensor, side: Tensor, n: int, k: int) -> Tensor:
 
 
 def count_upper_bytes(weight: Tensor) -> Tensor:
-    """Counts each upper byte of a bfloat16 weight, int64 ``[256]``."""
+    """Count each upper byte of a bfloat16 weight, int64 ``[256]``."""
     return native.count_upper(weight.detach().contiguous())
 
 
 def patched_share(counts: Tensor) -> float:
-    """Returns the share of weights that would be patches, from `count_upper_bytes`."""
+    """Return the share of weights that would be patches, from `count_upper_bytes`."""
     return 1 - counts.topk(_PALETTE).values.sum().item() / max(1, counts.sum().item())
 
 
 def shapes_12bit(n: int, k: int, patches: int = 0) -> tuple[tuple[int, ...], tuple[int]]:
-    """Returns the shapes of units and side, with space for at least MAX_PATCHED_SHARE of patches."""
+    """Return the shapes of units and side, with space for at least MAX_PATCHED_SHARE of patches."""
     # Changed weights can be repacked in place then. Memory that is not written costs nothing.
     fours, space = -(-n // BLOCK) * BLOCK // FOUR, max(patches, int(MAX_PATCHED_SHARE * n * k))
     return (fours, -(-k // UNIT), 6, UNIT), (4 + fours + 1 + 2 * space,)
@@ -135,7 +135,7 @@ def has_valid_patches(side: Tensor, n: int, k: int) -> bool:
 
 @functools.cache
 def speedup_12bit() -> float:
-    """Returns the speedup of a 12-bit over a 16-bit linear on one row, measured once per machine; 0 without kernels."""
+    """Return the speedup of a 12-bit over a 16-bit linear on one row, measured once per machine; 0 without kernels."""
     isa, threads = choose_isa().name, torch.get_num_threads()
     if isa == "portable" or not native.has_packing():
         return 0.0
@@ -180,7 +180,7 @@ def _measure(file: Path) -> None:
 
 
 def pack_8bit(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Copies weights ``[N_i, K]``, one below the other, to qweight and scale; None unless all are of one 8-bit kind."""
+    """Copy weights ``[N_i, K]``, one below the other, to qweight and scale; None unless all are of one 8-bit kind."""
     parts = [_from_torchao(weight) or _from_floats(weight) for weight in weights]
     found = [part for part in parts if part is not None]
     if len(found) < len(parts) or len({(q.dtype, scale.shape[1]) for q, scale in found}) > 1:
@@ -191,13 +191,13 @@ def pack_8bit(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def dequantize_8bit(qweight: Tensor, scale: Tensor) -> Tensor:
-    """Returns the weight ``[N, K]`` in float32."""
+    """Return the weight ``[N, K]`` in float32."""
     values = qweight.to(torch.float32)
     return (values.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
 
 
 def torchao_parts(tensor: object) -> tuple[Tensor, Tensor] | None:
-    """Returns qweight and scale of torchao's weight-only tensor (real or fake), not copied; None for others."""
+    """Return qweight and scale of torchao's weight-only tensor (real or fake), not copied; None for others."""
     qweight, scale = getattr(tensor, "qdata", None), getattr(tensor, "scale", None)
     if not isinstance(qweight, Tensor) or not isinstance(scale, Tensor) or qweight.dim() != 2:
         return None
@@ -230,7 +230,7 @@ def _from_floats(weight: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _recover(weight: Tensor, kind: torch.dtype, group: int) -> tuple[Tensor, Tensor] | None:
-    """Returns numbers of a dtype and a scale for each `group` of a row, None if the weight is not of that form."""
+    """Return numbers of a dtype and a scale for each `group` of a row, None if the weight is not of that form."""
     n, k = weight.shape
     qweight, scales = torch.empty(n, k, dtype=kind), torch.empty(n, k // group)
     rows = max(1, _CHUNK // k)
@@ -245,7 +245,7 @@ def _recover(weight: Tensor, kind: torch.dtype, group: int) -> tuple[Tensor, Ten
 
 
 def _scales(grouped: Tensor, kind: torch.dtype) -> Tensor | None:
-    """Returns a scale for each row, float32 ``[M, 1]``, that gives it numbers of a dtype; None if a row has none."""
+    """Return a scale for each row, float32 ``[M, 1]``, that gives it numbers of a dtype; None if a row has none."""
     scales, largest = torch.zeros(len(grouped), 1), grouped.abs().amax(1, keepdim=True)
     left = largest.squeeze(1).nonzero().squeeze(1)
     for thorough in (False, True):
@@ -263,7 +263,7 @@ def _scales(grouped: Tensor, kind: torch.dtype) -> Tensor | None:
 
 
 def _guess_scale(some: Tensor, largest: Tensor, number: int, kind: torch.dtype, thorough: bool) -> Tensor:
-    """Returns each row's scale, float32 ``[M, 1]``, on the premise that its largest magnitude is `number`."""
+    """Return each row's scale, float32 ``[M, 1]``, on the premise that its largest magnitude is `number`."""
     # A value is the rounding of an interval, so a value with a known number bounds the scale. The largest value's
     # bounds tell the numbers of small values, whose bounds tell those of more. Among the scales left, one of bfloat16
     # or float16 is likely. With `thorough` the bounds end so close that they tell all numbers.
@@ -286,7 +286,7 @@ def _guess_scale(some: Tensor, largest: Tensor, number: int, kind: torch.dtype, 
 
 
 def _rounding_interval(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the bounds of the reals that round to each magnitude."""
+    """Return the bounds of the reals that round to each magnitude."""
     wide = torch.float64 if magnitudes.dtype == torch.float32 else torch.float32
     bits = magnitudes.view(_BITS[magnitudes.dtype])
     below, value, above = ((bits + step).view(magnitudes.dtype).to(wide) for step in (-1, 0, 1))
@@ -296,13 +296,13 @@ def _rounding_interval(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(grouped: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
-    """Returns the nearest numbers of a dtype, as float32, for values with a scale for each row."""
+    """Return the nearest numbers of a dtype, as float32, for values with a scale for each row."""
     numbers = _nearest(grouped.float() / scale.where(scale > 0, 1.0), kind)
     return numbers.clamp_(-128, 127) if kind == torch.int8 else numbers
 
 
 def _numbers_within(least: Tensor, most: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns the first and the last number of a dtype between bounds; first > last if there is none."""
+    """Return the first and the last number of a dtype between bounds; first > last if there is none."""
     if kind == torch.int8:
         return least.ceil(), most.floor()
     return _nearest(least, kind), _nearest(most, kind)  # the bounds are too close for both to be numbers

@@ -111,7 +111,7 @@ class DecodeAttentionSpec(CacheSpec):
         return self.program_positions * self.group
 
     def groups(self, rows: int | None = None) -> int:
-        """Returns the groups of `splits` programs, each for one key-value head and some positions."""
+        """Return the groups of `splits` programs, each for one key-value head and some positions."""
         return self.kv_heads * self.batch * math.ceil(self.at_once(rows) / self.program_positions)
 
     def stages(self) -> tuple[Stage, ...]:
@@ -169,7 +169,7 @@ class KvFillSpec(CacheSpec):
         return self.heads + 2 * self.kv_heads
 
     def parts(self, head: str) -> tuple[Part, ...]:
-        """Returns the parts of head "q", "k" or "v" for the rotation, which combines first and second."""
+        """Return the parts of head "q", "k" or "v" for the rotation, which combines first and second."""
         half, rest = self.rotary_dim // 2, self.head_dim - self.rotary_dim
         if not half or head == "v":
             return (Part(head, 0, self.head_dim),)
@@ -200,7 +200,7 @@ class KvFillSpec(CacheSpec):
         return self.lines(rows) * (self.heads + self.kv_heads) * per_head
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns the cost of a call, which writes one slot of the caches for each position."""
+        """Return the cost of a call, which writes one slot of the caches for each position."""
         untouched = 2 * self.cache.bytes // self.slots * (self.slots - self.at_once(rows))
         return Cost(super().cost(rows).bytes - untouched, self.flops(rows))
 

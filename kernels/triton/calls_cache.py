@@ -35,7 +35,7 @@ def kv_fill(
     eps: float,
     interleaved: bool,
 ) -> Tensor:
-    """Splits q|k|v, transforms the heads, writes a slot of the caches for each position and returns the query.
+    """Split q|k|v, transform the heads, write a slot of the caches for each position and return the query.
 
     Args:
         qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements; for several positions ``[B, T, (H + 2 J) D]``.
@@ -61,7 +61,7 @@ def kv_fill(
 
 
 def _fill(made: _Filling, how: tuple[object, ...]) -> Tensor:
-    """Fills the slots of a call, which depends on `how` and its tensors, and returns the query ``[B T, H, D]``."""
+    """Fill the slots of a call, which depends on `how` and its tensors, and return the query ``[B T, H, D]``."""
     describe, given, q = made
     given["q"] = q
     positions = len(q) // len(given["k_cache"])
@@ -88,7 +88,7 @@ def attend(
     several: bool = False,
     causal: bool = False,
 ) -> Tensor:
-    """Runs `kv_fill` and then attention, and may advance a token counter.
+    """Run `kv_fill` and then attention, and may advance a token counter.
 
     Args:
         qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as in `kv_fill`; with `several`
@@ -136,7 +136,7 @@ def _attend_from_several(
     counter: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Attends from q ``[B, T, H, D]`` to filled slots, and advances the counter; see `attend`."""
+    """Attend from q ``[B, T, H, D]`` to filled slots, and advances the counter; see `attend`."""
     b, positions = q.shape[:2]
     if b * positions > MAX_EXACT_ROWS:
         if counter is not None:
@@ -179,7 +179,7 @@ def _filling(
     counts: bool = False,
     several: bool = False,
 ) -> _Filling:
-    """Prepares a call that fills slots; the empty query is ``[B T, H, D]``."""
+    """Prepare a call that fills slots; the empty query is ``[B T, H, D]``."""
     b, kv_heads, slots, d = k_cache.shape
     heads = qkv.shape[-1] // d - 2 * kv_heads
     positions = qkv.shape[1] if several else 1
@@ -221,7 +221,7 @@ def decode_attention(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Attends from one query position to the slots of a static cache.
+    """Attend from one query position to the slots of a static cache.
 
     Args:
         q: ``[B, H, D]``.
@@ -282,7 +282,7 @@ def _attention(
 
 
 def _cache_strides(k_cache: Tensor, v_cache: Tensor) -> tuple[int, ...]:
-    """Returns the strides of sequence, head and slot that both caches share, empty for contiguous ones."""
+    """Return the strides of sequence, head and slot that both caches share, empty for contiguous ones."""
     if k_cache.shape != v_cache.shape or k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise ValueError(
             "the caches must have one shape and stride with contiguous features; these have "

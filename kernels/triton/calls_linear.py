@@ -30,7 +30,7 @@ def linear(
     activation: str = "none",
     gated: bool = False,
 ) -> Tensor:
-    """Runs a linear kernel, else as `ops.linear`; several dense weights are stacked, and all have a bias or none."""
+    """Run a linear kernel, else as `ops.linear`; several dense weights are stacked, and all have a bias or none."""
     matrix: dict[str, Tensor]
     if isinstance(weight, PackedLinear):
         matrix, weight_rows = _packed(weight), weight.out_features
@@ -97,7 +97,7 @@ def _named(name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
-    """Runs a linear kernel of stacked weights in the layout "triton", as `ops.experts`."""
+    """Run a linear kernel of stacked weights in the layout "triton", as `ops.experts`."""
     (rows, k), n, stack = x.shape, weight.out_features, weight.experts
     y = x.new_empty((rows, n))
     if rows == 0:
@@ -117,7 +117,7 @@ def experts(x: Tensor, weight: PackedLinear, expert: Tensor) -> Tensor:
 
 
 def rows_by_expert(expert: Tensor, experts: int, blocks: int, block_m: int) -> dict[str, Tensor]:
-    """Sorts rows, by `expert` int64 ``[M]``, into blocks of one expert's rows, without a device sync."""
+    """Sort rows, by `expert` int64 ``[M]``, into blocks of one expert's rows, without a device sync."""
     # Returns "row" int64 [blocks * block_m], M in a gap, and "expert" int64 [blocks], E for a block without rows.
     # `blocks` suffices for any choice of experts (`LinearSpec.blocks`); rows with an invalid expert go to blocks of E.
     rows = len(expert)
@@ -136,7 +136,7 @@ def rows_by_expert(expert: Tensor, experts: int, blocks: int, block_m: int) -> d
 
 
 def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds a residual and measures the exit score, in one launch (on the CPU: in Triton's interpreter).
+    """Add a residual and measure the exit score, in one launch (on the CPU: in Triton's interpreter).
 
     Args:
         update, residual, previous: ``[..., D]`` of one shape and dtype.

@@ -49,7 +49,7 @@ Table: TypeAlias = dict[str, dict[str, dict[Shape, tuple[int, ...]]]]
 
 
 def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
-    """Returns the form of a matmul from the fields of a spec: "groups", "row" or "dot"."""
+    """Return the form of a matmul from the fields of a spec: "groups", "row" or "dot"."""
     # "groups" (4-bit weights, any number of rows): a `tl.dot` for each group, on the bits as they are. Triton before
     # 3.9 would pass each weight of groups of 32 through shared memory again. "row": multiply-adds, for one row. "dot":
     # `tl.dot` on unpacked weights.
@@ -59,13 +59,13 @@ def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
 
 
 def min_columns(weights: str, form: str) -> int:
-    """Returns the least output features of a tile: one, or a dot's 16, times a unit's of 12-bit weights."""
+    """Return the least output features of a tile: one, or a dot's 16, times a unit's of 12-bit weights."""
     one = FOUR if weights == "bf12" else 1
     return one if form == "row" else 16 * one
 
 
 def part_name(name: str, index: int) -> str:
-    """Returns the name of the buffer of one of several weights, or of its bias."""
+    """Return the name of the buffer of one of several weights, or of its bias."""
     return f"{name}_{index}" if index else name
 
 
@@ -268,7 +268,7 @@ class LinearSpec(KernelSpec):
         return {**found, "y": Buffer(self.dtype, (m, n))}
 
     def blocks(self, rows: int) -> int:
-        """Returns the row tiles of a launch; the last ones of experts may have gaps."""
+        """Return the row tiles of a launch; the last ones of experts may have gaps."""
         m = self.rows or rows
         if self.row_by_row:
             return m
@@ -276,7 +276,7 @@ class LinearSpec(KernelSpec):
         return m // self.tile.block_m + gaps if gaps else math.ceil(m / self.tile.block_m)
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns the cost of a call in which as many experts as possible are read."""
+        """Return the cost of a call in which as many experts as possible are read."""
         whole = super().cost(rows)
         if not self.experts:
             return whole
@@ -320,7 +320,7 @@ class LinearSpec(KernelSpec):
 
 
 def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> LinearSpec:
-    """Returns a spec for `rows` rows with a placeholder tile, the input of `best_tile`; many rows stay open."""
+    """Return a spec for `rows` rows with a placeholder tile, the input of `best_tile`; many rows stay open."""
     step = max(128, fields.get("group_size", 64))
     fields = {"weights": "w4", "group_size": 64, "dtype": "bfloat16", **fields}
     exact = rows if rows <= {"w4": MAX_EXACT_ROWS, "bf12": 1, "dense": 0}[fields["weights"]] else None
@@ -331,7 +331,7 @@ def untiled(rows: int, in_features: int, out_features: int, **fields: Any) -> Li
 
 
 def best_tile(spec: LinearSpec, device: str = DEFAULT_DEVICE) -> LinearSpec:
-    """Returns `spec` with the tile measured for its shape on this device, else with that of the nearest shape."""
+    """Return `spec` with the tile measured for its shape on this device, else with that of the nearest shape."""
     form, shape = form_key(spec), (spec.out_features, spec.in_features)
     measured = read_table(tuning_file()).get(tuning_key(device), {}).get(form, {})
     shipped = _shipped(device)[form]
@@ -350,14 +350,14 @@ def form_key(spec: LinearSpec) -> str:
 
 
 def min_rows(spec: LinearSpec) -> int:
-    """Returns the least rows of a tile: a dot has at least 8 columns, for any number of rows."""
+    """Return the least rows of a tile: a dot has at least 8 columns, for any number of rows."""
     if spec.form == "groups":
         return 8 if spec.row_by_row or (spec.rows or 16) <= 8 else 16
     return 1 if spec.row_by_row else 16
 
 
 def _adapt(tile: LinearTile, spec: LinearSpec) -> LinearTile:
-    """Changes another shape's tile for a spec: weights are whole tiles, no split is empty."""
+    """Change another shape's tile for a spec: weights are whole tiles, no split is empty."""
     splits = 1 if spec.matrices and spec.bias else min(tile.split_k, math.ceil(spec.in_features / tile.block_k))
     width = tile.block_n
     if spec.matrices and not spec.gated:
@@ -366,7 +366,7 @@ def _adapt(tile: LinearTile, spec: LinearSpec) -> LinearTile:
 
 
 def interpreter_tile(spec: LinearSpec) -> LinearSpec:
-    """Returns `spec` with a large tile for Triton's interpreter, whose time depends on the number of operations."""
+    """Return `spec` with a large tile for Triton's interpreter, whose time depends on the number of operations."""
     width = max(16, min_columns(spec.weights, spec.form), min(512, next_power_of_two(spec.out_features)))
     if spec.matrices and not spec.gated:
         width = math.gcd(width, *spec.matrices)
@@ -375,7 +375,7 @@ def interpreter_tile(spec: LinearSpec) -> LinearSpec:
 
 
 def attention_splits(heads: int, slots: int, head_dim: int, device: str = DEFAULT_DEVICE) -> int:
-    """Returns how many programs share the cache of one of all `heads` KV heads."""
+    """Return how many programs share the cache of one of all `heads` KV heads."""
     sizes = {int(form.split()[1]): form for form in _shipped(device) if form.startswith("attention")}
     form = sizes[min(sizes, key=lambda size: (abs(math.log2(size / head_dim)), size))]
     entries = _shipped(device)[form]
@@ -384,7 +384,7 @@ def attention_splits(heads: int, slots: int, head_dim: int, device: str = DEFAUL
 
 
 def nearest_architecture(name: str, known: Collection[str]) -> str:
-    """Returns the same architecture, else the newest older one of its vendor, else the oldest, else the default."""
+    """Return the same architecture, else the newest older one of its vendor, else the oldest, else the default."""
     vendor, number = _numbered(name)
     of_vendor = sorted((other for other in known if _numbered(other)[0] == vendor), key=_numbered)
     older = [other for other in of_vendor if _numbered(other)[1] <= number]
@@ -392,7 +392,7 @@ def nearest_architecture(name: str, known: Collection[str]) -> str:
 
 
 def _numbered(architecture: str) -> tuple[str, int]:
-    """Parses "sm_90" or "gfx90a" to the vendor's prefix and an increasing number; ("", 0) for anything else."""
+    """Parse "sm_90" or "gfx90a" to the vendor's prefix and an increasing number; ("", 0) for anything else."""
     found = re.fullmatch(r"(sm_)(\d+)|(gfx)([0-9a-f]+)", architecture)
     if found is None:
         return "", 0
@@ -401,7 +401,7 @@ def _numbered(architecture: str) -> tuple[str, int]:
 
 
 def nearest(shapes: Collection[Shape], shape: Shape) -> Shape:
-    """Returns the nearest shape by the logarithms of both sizes; of equally near ones the least."""
+    """Return the nearest shape by the logarithms of both sizes; of equally near ones the least."""
 
     def distance(other: Shape) -> tuple[float, Shape]:
         return math.log2(other[0] / shape[0]) ** 2 + math.log2(other[1] / shape[1]) ** 2, other
@@ -416,7 +416,7 @@ def _shipped(device: str) -> dict[str, dict[Shape, tuple[int, ...]]]:
 
 
 def tuning_file() -> Path:
-    """Returns the path of measured tiles: $RIVER_COMPILE_TUNING, or ``tuning.json`` in the cache folder."""
+    """Return the path of measured tiles: $RIVER_COMPILE_TUNING, or ``tuning.json`` in the cache folder."""
     return Path(os.environ.get("RIVER_COMPILE_TUNING") or cache_folder() / "tuning.json")
 
 
@@ -431,7 +431,7 @@ def tuning_key(device: str) -> str:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a table; a missing one is empty, a damaged one is empty with a warning."""
+    """Read a table; a missing one is empty, a damaged one is empty with a warning."""
     try:
         return _read(path, path.stat().st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
@@ -460,7 +460,7 @@ def _shape(text: str) -> Shape:
 
 
 def _values(form: str, found: Sequence[int]) -> tuple[int, ...]:
-    """Returns the fields of a tile, or splits; raises a ValueError or TypeError for anything else."""
+    """Return the fields of a tile, or splits; raise a ValueError or TypeError for anything else."""
     if not form.startswith("attention"):
         LinearTile(*found)
     return tuple(map(operator.index, found))

@@ -32,7 +32,7 @@ _kept: dict[tuple[object, ...], Tensor] = {}
 
 
 def source_file(spec: KernelSpec) -> Path:
-    """Returns the path of a spec's source, written if needed; a damaged file is rebuilt with a warning."""
+    """Return the path of a spec's source, written if needed; a damaged file is rebuilt with a warning."""
     source = render(spec)
 
     def is_whole(path: Path) -> bool:
@@ -60,14 +60,14 @@ class Kernel:
     interpret: bool
 
     def __call__(self, *, rows: int = 1, **tensors: Tensor | None) -> None:
-        """Launches every stage and allocates missing workspaces; raises ValueError as `Launch.check`."""
+        """Launch every stage and allocates missing workspaces; raise ValueError as `Launch.check`."""
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         launch = self.launch(rows)
         launch.check(given)
         launch(given)
 
     def launch(self, rows: int) -> Launch:
-        """Returns the unchecked launches for a number of rows."""
+        """Return the unchecked launches for a number of rows."""
         return Launch(self, rows)
 
 
@@ -86,7 +86,7 @@ class Launch:
         ]
 
     def __call__(self, given: dict[str, Any]) -> None:
-        """Launches on tensors by name, which :meth:`check` accepts."""
+        """Launch on tensors by name, which :meth:`check` accepts."""
         like = next(iter(given.values()))
         for name, shape, dtype, kept_for in self._spaces:
             if name not in given:
@@ -108,7 +108,7 @@ class Launch:
                 launch(*[given[name] for name in arguments])
 
     def check(self, given: dict[str, Tensor]) -> None:
-        """Raises ValueError for a missing or unknown buffer, and for a wrong dtype, shape, device or stride."""
+        """Raise ValueError for a missing or unknown buffer, and for a wrong dtype, shape, device or stride."""
         kernel, buffers = f"{self._kernel.spec.family} kernel", self._buffers
         missing = sorted(name for name, buffer in buffers.items() if name not in given and not buffer.workspace)
         unknown = sorted(set(given) - set(buffers))
@@ -128,7 +128,7 @@ class Launch:
 
 
 def kept_zeros(owner: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns int32 zeros that belong to the memory of `owner`: the same tensor at every call."""
+    """Return int32 zeros that belong to the memory of `owner`: the same tensor at every call."""
     # Launches on different memory may run concurrently, on several streams or from several graphs; those on the same
     # memory must not, since they write there. Tensors are never freed, because captured graphs hold their addresses. In
     # a capture without an earlier run the zeros belong to its graph, at the cost of one more launch.
@@ -142,18 +142,18 @@ def kept_zeros(owner: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes a tensor's device the current one, to which Triton launches."""
+    """Make a tensor's device the current one, to which Triton launches."""
     here = tensor.get_device()
     return contextlib.nullcontext() if here == torch.cuda.current_device() else torch.cuda.device(here)
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Returns "bfloat16" for a tensor of torch.bfloat16 and so on."""
+    """Return "bfloat16" for a tensor of torch.bfloat16 and so on."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
-    """Returns `load_for` the interpreter or this machine's kind of GPU."""
+    """Return `load_for` the interpreter or this machine's kind of GPU."""
     if interpret:
         return load_for(spec, "interpreter")
     return load_for(spec, "hip" if torch.version.hip else "cuda")
@@ -161,7 +161,7 @@ def load(spec: KernelSpec, *, interpret: bool) -> Kernel:
 
 @functools.cache
 def load_for(spec: KernelSpec, target: str) -> Kernel:
-    """Returns the kernel of `spec` for "cuda", "hip" or the "interpreter"; the same object for equal arguments."""
+    """Return the kernel of `spec` for "cuda", "hip" or the "interpreter"; the same object for equal arguments."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -181,7 +181,7 @@ def load_for(spec: KernelSpec, target: str) -> Kernel:
 
 
 def compile_for(spec: KernelSpec, backend: str, arch: int | str) -> list[Any]:
-    """Compiles every stage for "cuda" (arch 90) or "hip" (arch "gfx942"), without a GPU; returns Triton's kernels."""
+    """Compile every stage for "cuda" (arch 90) or "hip" (arch "gfx942"), without a GPU; return Triton's kernels."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -233,7 +233,7 @@ def _range(*limits: Any) -> range:
 
 @functools.cache
 def _interpreter_language() -> object:
-    """Returns `triton.language` as an interpreted kernel sees it."""
+    """Return `triton.language` as an interpreted kernel sees it."""
     # Triton implements a few functions (`tl.sum`, `tl.max`) as kernels, which the interpreter calls only if the whole
     # process runs under TRITON_INTERPRET. Here they are plain Python. `dot` multiplies bfloat16 as float32, which is
     # exact: the interpreter would multiply the bit patterns. (Its cast to bfloat16 truncates, a GPU rounds; tolerances
@@ -276,7 +276,7 @@ def forget_launches() -> None:
 def find_launch(
     how: tuple[object, ...], given: dict[str, Tensor], rows: int, describe: Callable[[], KernelSpec]
 ) -> Launch:
-    """Returns the launch for a call; describes, tiles and checks only the first of each kind. Raises ValueError."""
+    """Return the launch for a call; describes, tiles and checks only the first of each kind. Raises ValueError."""
     # `how`: the kernel's name and what `describe` depends on besides the tensors. A tuning file that is written later
     # applies to the next process.
     key = (how, *[(name, t.shape, t.stride(), t.dtype, t.device) for name, t in given.items()])

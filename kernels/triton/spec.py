@@ -79,7 +79,7 @@ class Cost:
     flops: int
 
     def seconds(self, bandwidth: float, flops_per_second: float) -> float:
-        """Returns the roofline: the longer of the two times, at bytes/s and operations/s."""
+        """Return the roofline: the longer of the two times, at bytes/s and operations/s."""
         return max(self.bytes / bandwidth, self.flops / flops_per_second)
 
 
@@ -91,7 +91,7 @@ class KernelSpec:
 
     # `rows` is required if the spec leaves the number of rows open, else ignored.
     def buffers(self, rows: int | None = None) -> dict[str, Buffer]:
-        """Returns every buffer of a call, in the order of the parameters."""
+        """Return every buffer of a call, in the order of the parameters."""
         raise NotImplementedError
 
     def stages(self) -> tuple[Stage, ...]:
@@ -101,7 +101,7 @@ class KernelSpec:
         raise NotImplementedError
 
     def cost(self, rows: int | None = None) -> Cost:
-        """Returns the cost of a call; a workspace is written and read, kept counters do not count."""
+        """Return the cost of a call; a workspace is written and read, kept counters do not count."""
         buffers = [buffer for buffer in self.buffers(rows).values() if not buffer.kept_for]
         moved = sum((2 if buffer.workspace else 1) * buffer.bytes for buffer in buffers)
         return Cost(moved, self.flops(rows))
@@ -135,11 +135,11 @@ class CacheSpec(KernelSpec):
         return self.cache_strides or (self.kv_heads * line, line, self.head_dim)
 
     def lines(self, rows: int | None) -> int:
-        """Returns the positions of all sequences."""
+        """Return the positions of all sequences."""
         return self.batch * self.at_once(rows)
 
     def at_once(self, rows: int | None) -> int:
-        """Returns the positions of a sequence: one, or `rows` (else ValueError) if the spec leaves them open."""
+        """Return the positions of a sequence: one, or `rows` (else ValueError) if the spec leaves them open."""
         if self.positions is None and rows is None:
             raise ValueError(f"this {self.family} kernel takes any number of positions; pass the number as rows")
         return self.positions or rows or 1
@@ -171,7 +171,7 @@ def _templates() -> jinja2.Environment:
 
 
 def masked(*conditions: str | None, other: str | None = "0.0") -> str:
-    """Returns the mask arguments of a load or (`other` None) a store; conditions that always hold are None."""
+    """Return the mask arguments of a load or (`other` None) a store; conditions that always hold are None."""
     # Without conditions there is no mask: Triton does not detect that one is always true.
     used = [f"({condition})" for condition in conditions if condition]
     if not used:
@@ -181,7 +181,7 @@ def masked(*conditions: str | None, other: str | None = "0.0") -> str:
 
 
 def render(spec: KernelSpec) -> str:
-    """Returns the Triton source of a spec: its fields as a header, then a function per stage. Equal for equal specs."""
+    """Return the Triton source of a spec: its fields as a header, then a function per stage. Equal for equal specs."""
     template = _templates().get_template(f"{spec.family}.py.jinja")
     text = template.render(spec=spec, stages=spec.stages(), fields=dataclasses.asdict(spec))
     text = re.sub(r"\n\s*\n(?= )", "\n", text)  # a call of a macro leaves an empty line,

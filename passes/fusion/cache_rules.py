@@ -94,7 +94,7 @@ def fuse_attention(view: BlockView) -> fx.Node:
 
 
 def fuse_write(attention: fx.Node) -> fx.Node:
-    """Fuses one-position attention with the write before it, if nothing is between; returns the attention's node."""
+    """Fuse one-position attention with the write before it, if nothing is between; return the attention's node."""
     query, *caches, mask, scale, softcap = attention.args
     write = skip_views(query)
     if not _directly_precedes(write, attention, caches):
@@ -134,7 +134,7 @@ def _positions(heads: fx.Node) -> int | str:
 
 
 def _skip_transpose(node: fx.Node, transposes: list[fx.Node]) -> fx.Node:
-    """Skips views and one transpose of positions and heads, which is appended to `transposes`."""
+    """Skip views and one transpose of positions and heads, which is appended to `transposes`."""
     node = skip_views(node)
     swapped = called(node, torch.transpose) and {d % 4 for d in node.args[1:]} == {1, 2}
     if rank(node) == 4 and (swapped or (called(node, torch.permute) and tuple(node.args[1]) == (0, 2, 1, 3))):
@@ -152,7 +152,7 @@ def _keeps_positions(node: fx.Node, transposes: list[fx.Node], matmul: fx.Node) 
 
 
 def _cached_attention(view: BlockView) -> tuple[fx.Node, Attention]:
-    """Returns the attention over the static cache and its node, else raises `NoMatch`."""
+    """Return the attention over the static cache and its node, else raises `NoMatch`."""
     if view.grown:
         raise NoMatch("the cache grows with every token", view.grown[0])
     for node in view.graph.nodes:
@@ -163,13 +163,13 @@ def _cached_attention(view: BlockView) -> tuple[fx.Node, Attention]:
 
 
 def _fixed_sizes(cache: fx.Node) -> tuple[int, int]:
-    """Returns a cache's heads and features. A guard fixes them if dynamic, since they vary with the model only."""
+    """Return a cache's heads and features. A guard fixes them if dynamic, since they vary with the model only."""
     _, heads, _, features = value_of(cache).shape
     return int(heads), int(features)
 
 
 def _query(node: fx.Node, k: _Heads) -> _Heads:
-    """Returns the query heads: the value nearest to attention that `_heads` finds in the keys' matmul."""
+    """Return the query heads: the value nearest to attention that `_heads` finds in the keys' matmul."""
     inputs = [node]
     while inputs and inputs[0].op != "placeholder":
         found = _heads(inputs[0])
@@ -198,7 +198,7 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, entries: tuple[CacheEntry, Cac
 
 
 def _users_before(node: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """Returns all users of a value before `last`, in order; they have to move after it."""
+    """Return all users of a value before `last`, in order; they have to move after it."""
     changed = {m for n in node.graph.nodes if n < last for m in mutated_inputs(n)}
     early = sorted(closure([node], lambda n: (user for user in n.users if user < last)) - {node})
     bad = next((user for user in early if mutated_inputs(user) or changed & set(user.all_input_nodes)), None)
@@ -254,7 +254,7 @@ def _transpose(node: fx.Node) -> fx.Node:
 
 
 def _fuse_any_width(view: BlockView, node: fx.Node, found: Attention) -> fx.Node:
-    """Fuses attention of any number of positions with the write before it."""
+    """Fuse attention of any number of positions with the write before it."""
     write, caches = _skip_transpose(found.q, []), [found.k, found.v]
     require(_directly_precedes(write, node, caches), "its query and slots are not computed right before it", node)
     matmul = write.args[0]
@@ -283,7 +283,7 @@ def _directly_precedes(write: fx.Node, attention: fx.Node, caches: list[fx.Node]
 
 
 def _attend(write: fx.Node, caches: list[fx.Node], how: tuple, value: Tensor) -> tuple[fx.Node, fx.Node | None]:
-    """Adds the operator of write and attention; returns it and the counter's update that it replaces, if any."""
+    """Add the operator of write and attention; return it and the counter's update that it replaces, if any."""
     *made_of, slot, _, _, norm, eps, interleaved = write.args
     step = _counter_update(slot, write)
     where = (slot, None) if step is None else (None, step.args[0])
@@ -292,7 +292,7 @@ def _attend(write: fx.Node, caches: list[fx.Node], how: tuple, value: Tensor) ->
 
 
 def _counter_update(slot: fx.Node, write: fx.Node) -> fx.Node | None:
-    """Returns the node that advances the counter if slots are ``counter + arange(n)`` and nothing else reads it."""
+    """Return the node that advances the counter if slots are ``counter + arange(n)`` and nothing else reads it."""
     inner = skip_views(slot)
     for zero, counter in either_way(inner, operator.add):
         if not (called(zero, torch.arange) and is_tensor(counter) and shape(zero) == shape(inner)):
@@ -313,12 +313,12 @@ def _advances(node: fx.Node, counter: fx.Node, by: Argument) -> bool:
 
 
 def _same_sizes(keys: Tensor, values: Tensor) -> bool:
-    """Compares sizes, of which Dynamo may have traced one cache's as dynamic; equality becomes a guard."""
+    """Compare sizes, of which Dynamo may have traced one cache's as dynamic; equality becomes a guard."""
     return all(bool(a == b) for a, b in zip(keys.shape, values.shape, strict=True))
 
 
 def _mask_of_several(found: Attention) -> fx.Node | None:
-    """Returns the mask of several positions, ``[B or 1, 1, T, S]``."""
+    """Return the mask of several positions, ``[B or 1, 1, T, S]``."""
     mask, batch = found.mask, shape(found.k)[0]
     if mask is None:
         return None
@@ -331,7 +331,7 @@ def _mask_of_several(found: Attention) -> fx.Node | None:
 
 
 def _mask(found: Attention, node: fx.Node) -> fx.Node | None:
-    """Returns the mask as ``[B, S]``."""
+    """Return the mask as ``[B, S]``."""
     mask, batch = found.mask, shape(found.k)[0]
     if mask is None:
         return None

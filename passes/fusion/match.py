@@ -31,7 +31,7 @@ class BlockView:
         self.grown = tuple(node for node in graph.nodes if _grows_a_cache(node))
 
     def matmuls(self, role: str) -> list[fx.Node]:
-        """Returns the matmuls that feed the "cache", follow "attention", or are an MLP's "up" or "down"."""
+        """Return the matmuls that feed the "cache", follow "attention", or are an MLP's "up" or "down"."""
         values = [entry.value for entry in self.entries.values()] or [node.args[0][1] for node in self.grown]
         caches = {*self.entries, *(node.args[0][0] for node in self.grown)}
         into_cache = sources(values)
@@ -66,7 +66,7 @@ class CacheEntry:
 
 
 def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Returns the nearest matmuls, placeholders and new tensors that values are computed from."""
+    """Return the nearest matmuls, placeholders and new tensors that values are computed from."""
     reached = closure(nodes, lambda n: () if is_river_linear(n) or _is_start(n) else n.all_input_nodes)
     return {n for n in reached if is_river_linear(n) or _is_start(n)}
 
@@ -84,7 +84,7 @@ class Columns:
 
 
 def columns(node: Argument) -> Columns | None:
-    """Returns the columns that a value consists of, in any view with the rows first; None for other values."""
+    """Return the columns that a value consists of, in any view with the rows first; None for other values."""
     inner = skip_views(node)
     if not is_tensor(node) or not is_tensor(inner) or shape(inner)[0] != shape(node)[0]:
         return None
@@ -117,7 +117,7 @@ class Part:
 
 
 def part(node: Argument) -> Part | None:
-    """Recognises ``x[..., a:b:c]``, ``x.split(...)[i]`` and ``x.chunk(...)[i]``."""
+    """Recognise ``x[..., a:b:c]``, ``x.split(...)[i]`` and ``x.chunk(...)[i]``."""
     if not called(node, operator.getitem):
         return None
     source, index = node.args

@@ -44,7 +44,7 @@ class Normed:
 
 
 def norm(node: Argument) -> Normed | None:
-    """Recognises RMSNorm (with 1 + weight too) and LayerNorm, called or written out, of one dtype."""
+    """Recognise RMSNorm (with 1 + weight too) and LayerNorm, called or written out, of one dtype."""
     node = skip_noops(node)
     found = _called_norm(skip_casts(node)) or _written_rms(skip_casts(node))
     if found is None or not same_dtype(found.x, node):
@@ -77,7 +77,7 @@ def _written_rms(node: Argument) -> Normed | None:
 
 
 def _reciprocal_root(node: Argument, x: Argument) -> float | None:
-    """Returns eps of ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
+    """Return eps of ``rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
     if not called(node, torch.rsqrt):
         return None
     for mean, eps in either_way(node.args[0], operator.add):
@@ -90,7 +90,7 @@ def _reciprocal_root(node: Argument, x: Argument) -> float | None:
 
 
 def activation(node: Argument) -> tuple[fx.Node, str] | None:
-    """Returns input and kernel name of SiLU, ReLU or GELU (exact or tanh, called or written out)."""
+    """Return input and kernel name of SiLU, ReLU or GELU (exact or tanh, called or written out)."""
     node = skip_noops(node)
     if called(node, F.silu, F.relu):
         return skip_noops(node.args[0]), node.target.__name__
@@ -124,7 +124,7 @@ class Rotation:
 
 
 def rotation(node: Argument) -> Rotation | None:
-    """Recognises ``x * cos + rotate_half(x) * sin`` of whole heads or their first features."""
+    """Recognise ``x * cos + rotate_half(x) * sin`` of whole heads or their first features."""
     node = skip_casts(skip_noops(node))
     joined = _pair(node, torch.cat)
     if joined is None:
@@ -162,7 +162,7 @@ def _is_table(node: Argument, x: fx.Node) -> bool:
 
 
 def _rotates_half(node: Argument, x: Argument) -> bool | None:
-    """Returns whether pairs are interleaved if a node is x with each pair rotated by 90 degrees, else None."""
+    """Return whether pairs are interleaved if a node is x with each pair rotated by 90 degrees, else None."""
     if not is_tensor(x):
         return None
     *others, features = shape(x)
@@ -197,7 +197,7 @@ class Attention:
 
 
 def attention(node: Argument) -> Attention | None:
-    """Recognises `portable.grouped_attention`, torch's, and attention written out as matmuls and softmax."""
+    """Recognise `portable.grouped_attention`, torch's, and attention written out as matmuls and softmax."""
     found = inference_sdpa(node)
     if found is not None:
         k, v = skip_repeat(found.k), skip_repeat(found.v)
@@ -228,7 +228,7 @@ def _scaled(
 
 
 def _capped(node: Argument) -> tuple[Argument, float]:
-    """Returns x and c of ``c tanh(x / c)``, else the node and 0."""
+    """Return x and c of ``c tanh(x / c)``, else the node and 0."""
     for tanh, cap in either_way(node, operator.mul):
         if called(tanh, torch.tanh) and isinstance(cap, float):
             x, divisor = operands(tanh.args[0], operator.truediv) or (None, None)
@@ -238,7 +238,7 @@ def _capped(node: Argument) -> tuple[Argument, float]:
 
 
 def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
-    """Returns the cache of ``cache[:, :, :slots]``, else the node."""
+    """Return the cache of ``cache[:, :, :slots]``, else the node."""
     cache, index = operands(node, operator.getitem) or (node, None)
     if not isinstance(index, tuple) or len(index) != 4 or not isinstance(index[2], slice) or shape(node)[2] != slots:
         return node
@@ -247,7 +247,7 @@ def _before_first_slots(node: fx.Node, slots: int | str) -> fx.Node:
 
 
 def skip_repeat(node: fx.Node) -> fx.Node:
-    """Returns ``[B, H_kv, S, D]`` before its repetition to ``[B, H, S, D]``, else the node."""
+    """Return ``[B, H_kv, S, D]`` before its repetition to ``[B, H, S, D]``, else the node."""
     if not called(node, torch.reshape) or not called(node.args[0], Tensor.expand):
         return node
     cache, index = operands(node.args[0].args[0], operator.getitem) or (node, None)

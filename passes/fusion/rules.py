@@ -48,7 +48,7 @@ from river_compile.passes.segments import fingerprint
 
 
 def fuse_backbone(dense_layout: str) -> Pass:
-    """Makes the pass below; `dense_layout` is that of 16-bit weights."""
+    """Make the pass below; `dense_layout` is that of 16-bit weights."""
 
     def fuse_backbone(program: RiverProgram) -> RiverProgram:
         """Blocks and head use fused operators if a rule matches."""
@@ -61,7 +61,7 @@ def fuse_backbone(dense_layout: str) -> Pass:
 
 
 def fuse_twins(dense_layout: str) -> Pass:
-    """Makes the pass below; `dense_layout` is that of 16-bit weights."""
+    """Make the pass below; `dense_layout` is that of 16-bit weights."""
 
     def fuse_twins(program: RiverProgram) -> RiverProgram:
         """Twins and their head use fused operators if a rule matches."""
@@ -116,7 +116,7 @@ def fuse_down_residual(view: BlockView) -> fx.Node:
 
 
 def fuse_head(dense_layout: str) -> Rule:
-    """Makes the head's rule; `dense_layout` is that of 16-bit weights."""
+    """Make the head's rule; `dense_layout` is that of 16-bit weights."""
 
     def fuse_head(view: BlockView) -> fx.Node:
         """norm + head."""
@@ -178,7 +178,7 @@ def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
 def _fused_blocks(
     segments: Sequence[Segment], rules: Sequence[Rule], twins: bool = False, any_width: bool = False
 ) -> tuple[tuple[Segment, ...], list[Fusion]]:
-    """Fuses blocks, once for equal fingerprints; with `twins`, only those with 4-bit matmuls."""
+    """Fuse blocks, once for equal fingerprints; with `twins`, only those with 4-bit matmuls."""
     known: dict[object, tuple[Segment, list[Fusion]]] = {}
     made, fusions = [], []
     for segment in segments:
@@ -216,7 +216,7 @@ def _apply(segment: Segment, rules: Sequence[Rule], any_width: bool = False) -> 
 
 
 def _absorb_bias(node: fx.Node) -> None:
-    """Folds ``matmul + bias`` into the matmul."""
+    """Fold ``matmul + bias`` into the matmul."""
     for matmul, bias in either_way(node, operator.add):
         alone = is_river_linear(matmul) and matmul.args[3] is None and len(matmul.users) == 1
         if alone and is_parameter(bias) and shape(bias) == shape(matmul)[-1:] and same_dtype(bias, matmul):
@@ -227,7 +227,7 @@ def _absorb_bias(node: fx.Node) -> None:
 
 
 def _regroup(node: fx.Node) -> None:
-    """Turns ``residual + (a + b)`` of two matmuls into ``(residual + a) + b``: an addition for each (parallel MLP)."""
+    """Turn ``residual + (a + b)`` of two matmuls into ``(residual + a) + b``: an addition for each (parallel MLP)."""
     for side, residual in either_way(node, operator.add):
         inner = skip_noops(side)
         found = operands(inner, operator.add, Tensor.add_)
@@ -252,7 +252,7 @@ def _only(matmuls: list[fx.Node], role: str) -> fx.Node:
 
 
 def _norm_before(matmul: fx.Node) -> tuple[Normed | None, fx.Node]:
-    """Returns the norm that only this matmul reads, in its dtype (autocast changes it), if any; and its input."""
+    """Return the norm that only this matmul reads, in its dtype (autocast changes it), if any; and its input."""
     last = skip_views(matmul.args[0])
     found = norm(last)
     fusible = found is not None and same_dtype(found.x, matmul)
@@ -261,7 +261,7 @@ def _norm_before(matmul: fx.Node) -> tuple[Normed | None, fx.Node]:
 
 
 def _norm_before_positions(matmul: fx.Node, last: fx.Node) -> Normed | None:
-    """Returns the norm before a slice of positions; the slice moves before the norm."""
+    """Return the norm before a slice of positions; the slice moves before the norm."""
     if not called(last, operator.getitem) or not isinstance(last.args[1], tuple) or not only_used_for(last, matmul):
         return None
     source, index = last.args
@@ -279,7 +279,7 @@ def _norm_before_positions(matmul: fx.Node, last: fx.Node) -> Normed | None:
 def _put_linear(
     arguments: tuple, found: Normed | None, old: fx.Node, activation: str = "none", gated: bool = False
 ) -> fx.Node:
-    """Replaces a node by a ``river::linear`` with these arguments, the norm and the activation."""
+    """Replace a node by a ``river::linear`` with these arguments, the norm and the activation."""
     x, *weights = arguments
     norm = {}
     if found is not None:
@@ -291,7 +291,7 @@ def _put_linear(
 
 
 def _activated(matmul: fx.Node) -> tuple[fx.Node, str, bool]:
-    """Returns the result of a matmul's activation, the activation's name, and whether it is gated."""
+    """Return the result of a matmul's activation, the activation's name, and whether it is gated."""
     width = value_of(matmul).shape[-1]
     single = None
     for node in matmul.graph.nodes:
@@ -321,7 +321,7 @@ def _fuse_residual(matmul: fx.Node) -> fx.Node:
 
 
 def _fuse_norm_residual(matmul: fx.Node, normed: fx.Node, found: Normed) -> fx.Node:
-    """Fuses a norm after a matmul with the addition after it (sandwich norms of Gemma and OLMo)."""
+    """Fuse a norm after a matmul with the addition after it (sandwich norms of Gemma and OLMo)."""
     native = matmul.args[6] in ("dense", NATIVE_LAYOUT)
     require(native, "a norm stands between it and the addition", normed)
     last, total = follow_uses(normed)

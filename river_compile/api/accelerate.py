@@ -60,7 +60,7 @@ def accelerate(
     compile_cache: bool = True,
     **options: Any,
 ) -> Model:
-    """Makes a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
+    """Make a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
 
     Only ``generate`` is replaced; its first calls trace the model and quantize its twins. A call that River does not
     support (beams, assisted modes, attention weights as outputs, ...) runs transformers' own code, with one warning for
@@ -140,7 +140,7 @@ def _built(
     args: Sequence[Any],
     origin: Origin,
 ) -> RiverExecutor:
-    """Builds a program that Dynamo did not trace here for a model."""
+    """Build a program that Dynamo did not trace here for a model."""
     owner = model()
     assert owner is not None, "the model that is being called is there"
     record.self_calibration.attach(owner)
@@ -154,7 +154,7 @@ def _built(
 
 
 def _unwrap_hint(model: object) -> str:
-    """Returns how to get at the model in a wrapper, for a message."""
+    """Return how to get at the model in a wrapper, for a message."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return "; give it the model before torch.compile(model) wraps it"
     if hasattr(model, "get_base_model"):
@@ -163,7 +163,7 @@ def _unwrap_hint(model: object) -> str:
 
 
 def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str:
-    """Returns the quality that three arguments ask for."""
+    """Return the quality that three arguments ask for."""
     if quality in ("strict", "calibrated"):
         fix = "strict=True" if quality == "strict" else "calibration=, without quality"
         raise OptionError(f"quality={quality!r} is not allowed; use {fix}")
@@ -178,7 +178,7 @@ def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str
 
 
 def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
-    """Returns exact mode with its options of these, and the backend's."""
+    """Return exact mode with its options of these, and the backend's."""
     for name in _RULE:
         if options.get(name) is not None:
             raise OptionError(
@@ -195,7 +195,7 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
 
 
 def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the backend's options, with those of an exit rule."""
+    """Return the backend's options, with those of an exit rule."""
     for name in filter(vars(exact).__contains__, options):
         raise OptionError(
             f"{name}={short_repr(options[name])} is about drafts, and with quality='fast' there are none; leave it "
@@ -220,7 +220,7 @@ def from_pretrained(
     twins: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads a causal language model in eval mode and accelerates it.
+    """Load a causal language model in eval mode and accelerate it.
 
     Args:
         name: a model folder, or the name of a hub repository.
@@ -252,7 +252,7 @@ def collect_statistics(
     *,
     progress: bool = True,
 ) -> Observation:
-    """Runs calibration data through a model, for the quantizers "gptq" and "awq".
+    """Run calibration data through a model, for the quantizers "gptq" and "awq".
 
     ``accelerate(model, calibration_data=...)`` calls it. Call it before the first token; twins that exist stay as they
     are. A second call replaces what the first one collected.
@@ -285,7 +285,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def restore(model: Module) -> Module:
-    """Undoes ``accelerate`` and ``model.compile(backend="river")``, and frees the twins.
+    """Undo ``accelerate`` and ``model.compile(backend="river")``, and free the twins.
 
     Offloaded weights return to device memory, bit for bit. A wrapper that ``torch.compile(model, backend="river")``
     returned stays compiled: it traces the model again at its next call.
@@ -309,7 +309,7 @@ def restore(model: Module) -> Module:
 
 
 def empty_cache(model: nn.Module) -> int:
-    """Frees the KV cache and the prefix cache that a model keeps for its next ``generate``.
+    """Free the KV cache and the prefix cache that a model keeps for its next ``generate``.
 
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
@@ -322,7 +322,7 @@ def empty_cache(model: nn.Module) -> int:
 
 
 def bring_back(model: nn.Module) -> int:
-    """Brings a model's offloaded weights back into device memory, bit for bit.
+    """Bring a model's offloaded weights back into device memory, bit for bit.
 
     The model, compiled or not, computes the same before and after. With ``offload_policy="exit"`` tokens still leave by
     that depth. The next decode graph that is compiled with ``offload=`` offloads again.

@@ -67,7 +67,7 @@ class _LateStreamer(BaseStreamer):
 
 
 def generate_by(model: PreTrainedModel, mode: Decode) -> None:
-    """Replaces a model's ``generate``; copies and pickles have the class's. Refused calls run transformers' loop."""
+    """Replace a model's ``generate``; copies and pickles have the class's. Refused calls run transformers' loop."""
     plain = type(model).generate
     loop = _ExactOrPlain(**vars(mode)) if isinstance(mode, ExactMode) else mode
     options = set(loop.per_call)
@@ -93,7 +93,7 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
 
 
 def restore_generate(model: nn.Module) -> None:
-    """Gives a model its class's ``generate`` back."""
+    """Give a model its class's ``generate`` back."""
     if is_patched(model):
         del vars(model)[_GENERATE]
         restore_copying(model)
@@ -110,7 +110,7 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
 
 
 def _count_fallback(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> None:
-    """Counts a call that runs transformers' loop; warns once for each reason, unless the backend has already."""
+    """Count a call that runs transformers' loop; warn once for each reason, unless the backend has already."""
     record = record_of(model.parameters())
     reason = str(refusal).partition("; ")[0]  # the fix is for callers of exact mode by name
     record.fallbacks[reason] += 1

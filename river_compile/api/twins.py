@@ -30,7 +30,7 @@ FORMATS = ("compressed-tensors",)
 
 
 def save_twins(model: nn.Module, folder: str | Path) -> Path:
-    """Saves the 4-bit twins of a model; ``accelerate(model, twins=folder)`` reads them.
+    """Save the 4-bit twins of a model; ``accelerate(model, twins=folder)`` reads them.
 
     An accelerated model that has no twins yet is quantized first. With tensor parallelism each rank calls this and
     writes its own part, ``rank-0-of-2`` and so on.
@@ -56,14 +56,14 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
 
 
 def _generate_a_token(model: Any) -> None:
-    """Has a model trace its passes and quantize its twins."""
+    """Have a model trace its passes and quantize its twins."""
     token = model.generation_config.bos_token_id or 0
     ids = torch.full((1, 2), token if isinstance(token, int) else token[0], device=model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
 
 def _current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
-    """Returns a model's twins; raises an TwinsError if there are none, or if their weights changed."""
+    """Return a model's twins; raise an TwinsError if there are none, or if their weights changed."""
     record = find_record(model)
     made = record.packed if record else []
     if not made:
@@ -82,7 +82,7 @@ def _current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
 
 
 def requantize(model: nn.Module) -> int:
-    """Has the next call quantize the twins of all weights that changed, however they were changed.
+    """Have the next call quantize the twins of all weights that changed, however they were changed.
 
     The next prompt notices ``load_state_dict``, an optimizer's step, ``parameter.data = ...`` and a merged adapter by
     itself. Single elements that were changed under ``torch.inference_mode()`` or through ``parameter.data`` are not
@@ -105,7 +105,7 @@ def requantize(model: nn.Module) -> int:
 
 
 def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed-tensors") -> Path:
-    """Writes the twins as a 4-bit checkpoint that transformers and vLLM load like any other model.
+    """Write the twins as a 4-bit checkpoint that transformers and vLLM load like any other model.
 
     Each linear of a twin becomes ``weight_packed`` (int32 ``[N, K / 8]``, eight 4-bit values in a word) and
     ``weight_scale`` ``[N, K / group]``; all other weights stay as they are. The format has no zero-points, so the model
@@ -157,7 +157,7 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
 
 @contextlib.contextmanager
 def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
-    """Gives a model's symmetric twins: its own, or ones that are made for the time of the block."""
+    """Give a model's symmetric twins: its own, or ones that are made for the time of the block."""
     record = find_record(model)
     head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), "")
 
@@ -187,7 +187,7 @@ def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
 
 
 def _check(twins: Sequence[TwinWeight], folder: Path) -> None:
-    """Raises an TwinsError for twins that the format cannot hold."""
+    """Raise an TwinsError for twins that the format cannot hold."""
     why = ""
     for twin in twins:
         if twin.matmul.experts or twin.matmul.transposed:
@@ -201,7 +201,7 @@ def _check(twins: Sequence[TwinWeight], folder: Path) -> None:
 
 
 def _linears(twin: TwinWeight) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yields the module path and the quantized weight of each linear of a matmul."""
+    """Yield the module path and the quantized weight of each linear of a matmul."""
     assert twin.weight is not None
     grid = twin.weight.unpack()
     parts = (tensor.split(list(twin.matmul.out_features)) for tensor in (grid.q, grid.scale, grid.zero))
@@ -210,7 +210,7 @@ def _linears(twin: TwinWeight) -> Iterator[tuple[str, QuantizedWeight]]:
 
 
 def _tensors(name: str, grid: QuantizedWeight, dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of one linear; `dtype` is that of its weight in the model."""
+    """Return the tensors of one linear; `dtype` is that of its weight in the model."""
     scale = grid.scale.to(dtype)
     if not torch.equal(scale.float(), grid.scale):
         raise TwinsError(
@@ -224,7 +224,7 @@ def _tensors(name: str, grid: QuantizedWeight, dtype: torch.dtype, folder: Path)
 
 
 def _quantization(group_size: int, left: Sequence[str]) -> dict[str, Any]:
-    """Returns the quantization config for transformers and vLLM: which layers have 4 bits, and how."""
+    """Return the quantization config for transformers and vLLM: which layers have 4 bits, and how."""
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
     return {
         "quant_method": "compressed-tensors",

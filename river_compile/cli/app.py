@@ -60,7 +60,7 @@ for command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="river")

@@ -46,7 +46,7 @@ def bench(
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
 ) -> None:
-    """Measures tokens per second: `pp512` reads a prompt, `tg128` generates after a text's beginning.
+    """Measure tokens per second: `pp512` reads a prompt, `tg128` generates after a text's beginning.
 
     Rows run one after another in one process. Twins are quantized once, into a temporary folder (TMPDIR); a tuned exit
     rule has its own. Decode speed excludes the first token. Exact and strict depend on the text: prose and code that
@@ -90,7 +90,7 @@ def bench(
 
 
 def chosen(rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
-    """Returns the rows that `--row` asked for, in the order of `ROWS`; without it all, calibrated if it has a file.
+    """Return the rows that `--row` asked for, in the order of `ROWS`; without it all, calibrated if it has a file.
 
     Raises:
         ValueError: a row that is none of them, or "calibrated" without a calibration.
@@ -126,7 +126,7 @@ def running(model: PreTrainedModel, row: str, calibration: Path | None, **option
 
 
 def beginning(tokenizer: Any, length: int) -> Tensor:
-    """Returns the first ids ``[1, length]`` of the package's texts, repeated if they are too short."""
+    """Return the first ids ``[1, length]`` of the package's texts, repeated if they are too short."""
     import torch
 
     text = (Path(__file__).parents[1] / "twins" / "default_texts.txt").read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def beginning(tokenizer: Any, length: int) -> Tensor:
 
 
 def _measured(model: PreTrainedModel, ids: Tensor, test: str, count: int, repetitions: int) -> dict[str, Any]:
-    """Returns the speeds of a test, which warms up first."""
+    """Return the speeds of a test, which warms up first."""
     seconds = [_seconds(model, ids, test, count) for _ in range(repetitions + 1)][1:]
     speeds = [(count if test == "pp" else count - 1) / s for s in seconds]
     deviation = statistics.stdev(speeds) if len(speeds) > 1 else 0.0
@@ -145,7 +145,7 @@ def _measured(model: PreTrainedModel, ids: Tensor, test: str, count: int, repeti
 
 
 def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> float:
-    """Returns the seconds that a prompt takes, or that generation takes after its first token."""
+    """Return the seconds that a prompt takes, or that generation takes after its first token."""
     from river_compile.reporting.timing import generate
 
     if test == "pp":
@@ -155,7 +155,7 @@ def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> floa
 
 
 def _print_last(results: list[dict[str, Any]], output: str) -> None:
-    """Prints the last result as soon as it is there, but in one document of JSON, and the head before the first."""
+    """Print the last result as soon as it is there, but in one document of JSON, and the head before the first."""
     result, is_first = results[-1], len(results) == 1
     if output == "md":
         if is_first:
@@ -173,7 +173,7 @@ def _print_last(results: list[dict[str, Any]], output: str) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Returns a row as llama-bench prints it."""
+    """Return a row as llama-bench prints it."""
     speed = f"{result['avg_ts']:.2f} ± {result['stddev_ts']:.2f}"
     size, params = f"{result['size'] / 2**20:.2f} MiB", f"{result['params'] / 1e6:.2f} M"
     name = f"{Path(result['model']).name} {result['dtype']}"

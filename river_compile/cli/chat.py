@@ -31,7 +31,7 @@ def chat(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Chats with a model. Green tokens were drafted by the twins, cyan ones copied from the context.
+    """Chat with a model. Green tokens were drafted by the twins, cyan ones copied from the context.
 
     With `--quality fast` the colour shows how many layers a token ran through.
     """
@@ -59,7 +59,7 @@ def chat(
 
 
 def _lines(person: bool) -> Any:
-    """Yields messages from the terminal, or the lines of standard input."""
+    """Yield messages from the terminal, or the lines of standard input."""
     if not person:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
@@ -106,7 +106,7 @@ class Conversation:
         self._compiled = False  # something was, for the latest answer
 
     def answer(self, text: str, quiet: bool = False) -> Painter:
-        """Answers a message and streams the answer to the terminal."""
+        """Answer a message and stream the answer to the terminal."""
         import torch
 
         from river_compile.cli.shared import encode_chat
@@ -136,7 +136,7 @@ class Conversation:
         return painter
 
     def command(self, text: str) -> bool:
-        """Runs a command; returns False to end the conversation."""
+        """Run a command; return False to end the conversation."""
         from river_compile.reporting.report import report
 
         if text in ("/exit", "/quit"):
@@ -152,7 +152,7 @@ class Conversation:
         return True
 
     def stats(self) -> str:
-        """Returns the last answer's speed and the sources of its tokens."""
+        """Return the last answer's speed and the sources of its tokens."""
         if self._latest is None:
             return "no answer yet"
         speed = self._latest.tokens_per_s

@@ -53,7 +53,7 @@ def doctor(
     self_test: Annotated[bool, typer.Option(help="Accelerate a tiny model and compare its output.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Checks versions, compiler, processor, GPU and caches, and runs a self-test.
+    """Check versions, compiler, processor, GPU and caches, and run a self-test.
 
     Exit code 3 if something is broken.
     """
@@ -72,7 +72,7 @@ def _doctor_page(console: Console, findings: list[Finding]) -> None:
 
 
 def versions() -> list[Finding]:
-    """Compares installed versions with the tested ones."""
+    """Compare installed versions with the tested ones."""
     from importlib import metadata
 
     from river_compile.upstream.tensors import TESTED, installed, untested
@@ -91,7 +91,7 @@ def versions() -> list[Finding]:
 
 
 def compiler() -> Finding:
-    """Compiles a few lines with the C++ compiler that Inductor calls."""
+    """Compile a few lines with the C++ compiler that Inductor calls."""
     from river_compile.kernels.native.build import CannotBuild, has_prebuilt, working_compiler
 
     try:
@@ -143,7 +143,7 @@ def _cache_folder() -> Finding:
 
 
 def try_out() -> Finding:
-    """Accelerates a tiny random model and compares its text with the plain one's."""
+    """Accelerate a tiny random model and compare its text with the plain one's."""
     import warnings
 
     import torch
@@ -190,7 +190,7 @@ def check(
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in GB/s (0: measure it here).")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Predicts support and speed from a model's **config**; no weight is read, nothing is compiled.
+    """Predict support and speed from a model's **config**; no weight is read, nothing is compiled.
 
     Exit code 3 if decode steps are unsupported.
     """
@@ -246,7 +246,7 @@ def quantize(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Quantizes a model to 4 bits and saves the twins, for `accelerate(model, twins=DIR)` and `--twins DIR`."""
+    """Quantize a model to 4 bits and save the twins, for `accelerate(model, twins=DIR)` and `--twins DIR`."""
     from river_compile.api.accelerate import accelerate
     from river_compile.api.twins import FORMATS, export, save_twins
 
@@ -290,7 +290,7 @@ def tune(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Finds the fastest exit rule within a quality budget on texts like yours, for `calibration=FILE`."""
+    """Find the fastest exit rule within a quality budget on texts like yours, for `calibration=FILE`."""
     from river_compile.evaluation.tune import tune_exit
 
     network, tokenizer = start(model, dtype, threads)
@@ -313,7 +313,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete all entries.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lists the compile cache: twins and compiled programs of earlier runs, by model.
+    """List the compile cache: twins and compiled programs of earlier runs, by model.
 
     A running process keeps the files that it has mapped.
     """

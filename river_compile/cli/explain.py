@@ -1,4 +1,4 @@
-"""``river explain MODEL``: an HTML page of a model's graphs and twins, and of a text that it wrote."""
+"""``river explain MODEL``: an HTML page of a model's graphs, its twins and a sample text by exit depth."""
 
 from __future__ import annotations
 
@@ -23,18 +23,15 @@ _ARTIFACT = re.compile(r"river_(decode|prefill)_(plan|segments|\d+_\w+)")
 
 def explain(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("river.html"),
-    prompt: Annotated[str, typer.Option(help="What the sample text answers.")] = PROMPT,
-    new_tokens: Annotated[int, typer.Option(help="Of the sample text.")] = 64,
-    threshold: Annotated[float, typer.Option(help="Similarity above which tokens leave.")] = 0.7,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("river.html"),
+    prompt: Annotated[str, typer.Option(help="Prompt of the sample text.")] = PROMPT,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the sample text.")] = 64,
+    threshold: Annotated[float, typer.Option(help="Similarity above which tokens exit.")] = 0.7,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Writes one HTML file: the plan, each block beside its twin, graphs before and after each pass, where tokens left.
-
-    The page needs no server and no other file.
-    """
+    """Write one self-contained HTML file: plan, blocks and twins, the passes' changes, and where tokens exited."""
     import jinja2
 
     from river_compile.cli.shared import start
@@ -54,7 +51,7 @@ def explain(
 def _run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, threshold: float
 ) -> dict[str, Any]:
-    """Generates the sample text; returns the page's facts of it."""
+    """Generate the sample text; return its facts for the page."""
     import torch
 
     from river_compile.api.accelerate import accelerate
@@ -86,7 +83,7 @@ def _run(
 
 @contextlib.contextmanager
 def _traced() -> Iterator[list[tuple[str, str]]]:
-    """Gives a list of (name, text) that receives what the backend adds to torch's structured trace inside."""
+    """Inside, a list receives (name, text) of what River adds to torch's structured trace."""
     from torch._logging._internal import trace_log
 
     found: list[tuple[str, str]] = []
@@ -105,14 +102,14 @@ def _traced() -> Iterator[list[tuple[str, str]]]:
 
 
 def _graphs(artifacts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """Yields each rewritten graph's plan, blocks beside twins, and changes by pass; the plan is its last artifact."""
+    """Yield each rewritten graph's plan, its blocks and twins, and the changes by pass."""
     passes, segments, counts = [], {}, {"decode": 0, "prefill": 0}
     for kind, name, text in ((*match.groups(), text) for n, text in artifacts if (match := _ARTIFACT.fullmatch(n))):
         if name == "segments":
             segments = _by_segment(text)
         elif name != "plan":
             changes = [(segment, *map(texts.get, ("before", "after"))) for segment, texts in _by_segment(text).items()]
-            passes.append({"name": name, "changes": changes[:3]})  # (the others are alike)
+            passes.append({"name": name, "changes": changes[:3]})  # the others are alike
         else:
             counts[kind] += 1
             twins = sorted(int(segment[5:]) for segment in segments if segment.startswith("twin_"))
@@ -122,7 +119,7 @@ def _graphs(artifacts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
 
 
 def _by_segment(text: str) -> dict[str, dict[str, str]]:
-    """Returns the parts of an artifact by segment, and by what the line above each calls it ("before", say)."""
+    """Split an artifact by segment, and by "before", "after" or "compiled"."""
     _, *parts = re.split(r"^# (\w+) (before|after|compiled)\n", text, flags=re.MULTILINE)
     found: dict[str, dict[str, str]] = {}
     for name, when, code in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
@@ -144,17 +141,17 @@ PAGE = """<!doctype html>
   .bars i { background: hsl(calc(215 - 205 * var(--d)) 75% 55%); width: calc(100% * var(--w)); min-width: 2px; }
 </style></head><body>
 <h1>{{ model }}</h1>
-<p>{{ blocks }} blocks; a token leaves when a block's output is like its input by more than {{ threshold }}.
+<p>{{ blocks }} blocks; a token exits when the similarity of a block's output to its input exceeds {{ threshold }}.
 Made by river_compile {{ version }}.</p>
 <h2 id="text">A text, each token underlined by how deep it went</h2>
 <p>{{ prompt }}</p>
 <p class="text">{% for piece, depth in tokens -%}
 <span style="--d:{{ depth / blocks }}" title="{{ depth }} of {{ blocks }} blocks">{{ piece }}</span>
 {%- endfor %}</p>
-<h2 id="exits">Where tokens left</h2>
+<h2 id="exits">Where tokens exited</h2>
 {% set most = depths | map(attribute=1) | max if depths else 1 %}
 <div class="bars">{% for depth, count in depths %}
-<span>block {{ depth }}{{ " (never left)" if depth == blocks }}</span>
+<span>block {{ depth }}{{ " (full depth)" if depth == blocks }}</span>
 <i style="--d:{{ depth / blocks }};--w:{{ count / most }}"></i><span>{{ count }}</span>
 {% endfor %}</div>
 {% macro pair(left, one, right, other) %}

@@ -37,7 +37,7 @@ def serve(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Serves a model to OpenAI clients until interrupted. `--json` prints the address once it listens."""
+    """Serve a model to OpenAI clients until interrupted. `--json` prints the address once it listens."""
     from river_compile.cli.shared import config_of, quiet, resolve
 
     if max_num_seqs < 1:
@@ -63,7 +63,7 @@ def serve(
 def make_server(
     folder: str, host: str, port: int, dtype: str, max_num_seqs: int = 8, queue: int = 32, **acceleration: Any
 ) -> Any:
-    """Starts a server in a thread, with these arguments of `accelerate`; returns it."""
+    """Start a server in a thread, with these arguments of `accelerate`; return it."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

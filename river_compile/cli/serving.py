@@ -65,7 +65,7 @@ class Manager(utils.GenerateManager):
         self._calls: list[Future[Any]] = []
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """Runs a function in the batch's thread; raises Refused if the thread has ended or the queue is full."""
+        """Run a function in the batch's thread; raise Refused if the thread has ended or the queue is full."""
         if not self.alive:
             raise Refused(503, "thread_ended", ENDED)
         self._calls = [call for call in self._calls if not call.done()]
@@ -81,7 +81,7 @@ class Manager(utils.GenerateManager):
         return call
 
     async def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a function in the batch's thread and awaits its result."""
+        """Run a function in the batch's thread and await its result."""
         call = self.submit(fn, *args, **kwargs)
         try:
             return await asyncio.shield(asyncio.wrap_future(call))
@@ -97,7 +97,7 @@ class Manager(utils.GenerateManager):
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, Any]:
-        """Generates an answer in one piece (transformers' interface)."""
+        """Generate an answer in one piece (transformers' interface)."""
         length = inputs["input_ids"].shape[-1]
         prepare(gen_config, model, length)
         streamer = None if (gen_config.num_beams or 1) > 1 else Whole(self.metrics)  # beams cannot be streamed
@@ -117,7 +117,7 @@ class Manager(utils.GenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], utils.DirectStreamer]:
-        """Starts an answer that is streamed (transformers' interface)."""
+        """Start an answer that is streamed (transformers' interface)."""
         prepare(gen_config, model, inputs["input_ids"].shape[-1])
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
@@ -137,7 +137,7 @@ class Manager(utils.GenerateManager):
         return self.batch.alive
 
     def stop(self) -> None:
-        """Ends the batch and its calls."""
+        """End the batch and its calls."""
         self.batch.close()
 
 
@@ -200,7 +200,7 @@ class State(utils.GenerationState):
         return [*self._generate_managers.values()]
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Manager:
-        """Returns the manager of a loaded model; a model that was reloaded gets a new one."""
+        """Return the manager of a loaded model; a model that was reloaded gets a new one."""
         model = self.models.loaded_models[model_id].model
         manager = self._generate_managers.get(model_id)
         if manager is None or manager.model is not model:
@@ -218,14 +218,14 @@ class State(utils.GenerationState):
         return not dead
 
     def shutdown(self) -> None:
-        """Ends every batch."""
+        """End every batch."""
         for manager in self.managers:
             manager.stop()
         super().shutdown()
 
 
 def prepare(config: GenerationConfig, model: Any, length: int) -> None:
-    """Adapts a client's settings after a prompt of `length` tokens; raises Refused for one that is out of range."""
+    """Adapt a client's settings after a prompt of `length` tokens; raise Refused for one that is out of range."""
     # As in OpenAI's API, a temperature or top_p asks for sampling; transformers wants `do_sample` too.
     for name, fits, range_ in _RANGES:
         value = getattr(config, name)
@@ -265,7 +265,7 @@ def start(
     queue: int,
     acceleration: dict[str, Any],
 ) -> Any:
-    """Starts transformers' server in a thread and returns it; raises a ValueError if the model cannot be loaded."""
+    """Start transformers' server in a thread and return it; raise a ValueError if the model cannot be loaded."""
     from transformers.cli.serve import Serve
 
     build_server = server.build_server
@@ -287,7 +287,7 @@ def start(
 
 
 def _configured(build: Callable[..., GenerationConfig], body: dict[str, Any], *given: Any, **more: Any) -> Any:
-    """Builds transformers' settings of a request; the seed is kept for the call, not given to the whole process."""
+    """Build transformers' settings of a request; the seed is kept for the call, not given to the whole process."""
     _seed.set(body.get("seed"))
     return build({**body, "seed": None}, *given, **more)
 
@@ -303,7 +303,7 @@ def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _tell_end(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], call: Future[Any]) -> None:
-    """Ends the stream of a call that failed or was cancelled."""
+    """End the stream of a call that failed or was cancelled."""
     error = CancelledError() if call.cancelled() else call.exception()
     if error is None:
         return
@@ -347,7 +347,7 @@ class Refused(Exception):
 
 
 async def answer_error(_: object, error: Exception) -> JSONResponse:
-    """Turns an error of River, transformers or the model into an answer."""
+    """Turn an error of River, transformers or the model into an answer."""
     refused = error if isinstance(error, Refused) else Refused(400, "invalid_value", error_line(error))
     kind = "invalid_request_error" if refused.status < 500 else "server_error"
     body = {"message": str(refused), "type": kind, "param": None, "code": refused.code}
@@ -355,7 +355,7 @@ async def answer_error(_: object, error: Exception) -> JSONResponse:
 
 
 def ends_with_request(end: Callable[[], object]) -> None:
-    """Registers a call for the end of the current request: its answer, or its client's hang-up."""
+    """Register a call for the end of the current request: its answer, or its client's hang-up."""
     ends = _ends.get(None)
     if ends is not None:
         ends.append(end)
@@ -440,7 +440,7 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Yields the metrics of the batches (the registry's interface)."""
+        """Yield the metrics of the batches (the registry's interface)."""
         found = [*self.counters()]
         yield GaugeMetricFamily("river:max_num_seqs", "Requests that may generate at the same time.", value=self.limit)
         for names, family in ((_GAUGES, GaugeMetricFamily), (_COUNTERS, CounterMetricFamily)):
@@ -448,12 +448,12 @@ class Metrics:
                 yield family(f"river:{name}", meaning, value=sum(getattr(counters, field) for counters in found))
 
     def page(self) -> Response:
-        """Answers GET /metrics."""
+        """Answer GET /metrics."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def extend(app: FastAPI, metrics: Metrics) -> FastAPI:
-    """Adds errors, metrics and hang-ups to transformers' app; returns it."""
+    """Add errors, metrics and hang-ups to transformers' app; return it."""
     for kind in (Refused, ValueError):
         app.add_exception_handler(kind, answer_error)
     app.add_api_route("/metrics", metrics.page, methods=["GET"])

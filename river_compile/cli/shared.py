@@ -46,15 +46,15 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def error_line(error: BaseException) -> str:
-    """Returns an error as one line."""
+    """Return an error's message as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def show(command: str, result: dict[str, Any], as_json: bool, page: Callable[[Console], object]) -> None:
-    """Prints a command's result: as JSON, with the command and this release's version, or as a page."""
+    """Print a command's result, as JSON with the command and the version, or as a page."""
     if as_json:
         whole = {"command": command, "version": __version__, **result}
-        json.dump(_sayable(whole), sys.stdout, indent=2, allow_nan=False)
+        json.dump(_to_jsonable(whole), sys.stdout, indent=2, allow_nan=False)
         print()
         return
     from rich.console import Console
@@ -62,19 +62,19 @@ def show(command: str, result: dict[str, Any], as_json: bool, page: Callable[[Co
     page(Console(highlight=False))
 
 
-def _sayable(value: Any) -> Any:
-    """Returns a value as JSON can hold it: infinite numbers as "inf" or "-inf", NaN as None."""
+def _to_jsonable(value: Any) -> Any:
+    """Replace infinite numbers by "inf" or "-inf", and NaN by None."""
     if isinstance(value, dict):
-        return {key: _sayable(entry) for key, entry in value.items()}
+        return {key: _to_jsonable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_sayable(entry) for entry in value]
+        return [_to_jsonable(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
-    """Returns a table without lines: text to the left, numbers to the right with two decimals, None as a dash."""
+    """Return a table: text left-aligned, numbers right-aligned with two decimals, None as a dash."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold")
@@ -87,19 +87,19 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
 
 
 def cell(value: object) -> str:
-    """Returns a table's entry."""
+    """Format a table's cell."""
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def megabytes(size: float) -> str:
-    """Returns bytes for people, in units of 10^6."""
+    """Format bytes in units of 10^6 or 10^9."""
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
 def use_threads(threads: int) -> None:
-    """Sets torch's threads if a number is given."""
+    """Set PyTorch's threads; 0 keeps its default."""
     import torch
 
     if threads < 0:
@@ -111,25 +111,14 @@ def use_threads(threads: int) -> None:
 def start(
     name: str | Path, dtype: torch.dtype | str, threads: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model for a command, on so many threads and with quiet libraries."""
+    """Load a model for a command, with quiet libraries."""
     use_threads(threads)
     quiet()
     return load(name, dtype)
 
 
 def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model for inference.
-
-    Args:
-        name: a Hugging Face model folder, or a name on the hub.
-        dtype: the dtype of the weights, as a ``torch.dtype`` or its name.
-
-    Returns:
-        The model in eval mode on the CPU, and its tokenizer.
-
-    Raises:
-        ValueError: there is no such model, it has no causal head, or its files cannot be read.
-    """
+    """Load a model in eval mode on the CPU, and its tokenizer; raise a ValueError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve(name)
@@ -141,20 +130,16 @@ def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTr
 
 @contextlib.contextmanager
 def loading(folder: str) -> Iterator[None]:
-    """Inside, any error of a loader becomes a ValueError that names the folder."""
+    """Inside, any error becomes a ValueError that names the folder."""
     try:
         yield
-    except Exception as error:  # (each library has its own)
+    except Exception as error:  # each library has its own
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
         raise ValueError(f"{folder} cannot be loaded: {why}") from error
 
 
 def config_of(folder: str) -> PretrainedConfig:
-    """Returns the config of a causal language model.
-
-    Raises:
-        ValueError: it cannot be read, or is that of another model: an encoder, or one without a head.
-    """
+    """Return a causal language model's config; raise a ValueError for a model without a causal head."""
     from transformers import AutoConfig
 
     with loading(folder):
@@ -168,11 +153,7 @@ def config_of(folder: str) -> PretrainedConfig:
 
 
 def resolve(name: str | Path) -> str:
-    """Returns the folder or the hub's name of a model, as transformers takes it.
-
-    Raises:
-        ValueError: it is neither a folder with a ``config.json`` nor a name such as ``owner/name``.
-    """
+    """Return a model's folder or its name on the hub; raise a ValueError for other names."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
@@ -186,12 +167,12 @@ def resolve(name: str | Path) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """Returns the prompt's ids ``[1, length]``, as a user's message if the model has a chat template."""
+    """Return a prompt's ids ``[1, length]``, as a user's message if there is a chat template."""
     return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
-    """Returns a conversation's ids ``[1, length]``; without a chat template its last message's."""
+    """Return a conversation's ids ``[1, length]``; without a chat template, those of its last message."""
     if not tokenizer.chat_template:
         return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
@@ -199,30 +180,26 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 
 
 def quiet() -> None:
-    """Silences libraries while a command-line program loads a model. Not for library code."""
+    """Silence libraries for a command; not for library code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for logger in ("torchao", "torch.utils._pytree"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # (That a checkpoint lacks weights, which are random then, is for everybody to know.)
+    # Missing weights, which are random then, are still reported.
     logging.getLogger("transformers.modeling_utils").setLevel(logging.WARNING)
 
 
 def topics() -> list[str]:
-    """Returns a passage of each topic that Python's `help()` knows, without its heading; two topics may share one."""
+    """Return a passage of each topic of Python's `help()`, without its heading."""
     from pydoc_data.topics import topics
 
     return list(dict.fromkeys(text.partition("\n\n")[2] for text in topics.values()))
 
 
 def passages(file: Path | None) -> list[str]:
-    """Returns a file's texts, which empty lines separate; without a file those of :func:`topics`.
-
-    Raises:
-        ValueError: the file cannot be read or has no text.
-    """
+    """Return a file's texts, separated by empty lines, or :func:`topics`; raise a ValueError."""
     if file is None:
         return topics()
     try:

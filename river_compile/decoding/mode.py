@@ -74,7 +74,7 @@ class Call:
     streamer: Any | None
 
     def texts(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Texts:
-        """Returns the call's texts, as yet its prompt.
+        """Return the call's texts, as yet its prompt.
 
         Args:
             ranks: that share the model.
@@ -123,7 +123,7 @@ class Call:
         return int(pad) if ends and pad is not None else None
 
     def prefix_ids(self, kwargs: Mapping[str, object], strict: bool) -> Tensor | None:
-        """Returns the ids of a prompt that may begin with a kept text and leave one, None where it must be a fresh one.
+        """Return the ids of a prompt that may begin with a kept text and leave one, None where it must be a fresh one.
 
         Its entries must depend on its ids alone, beside what the model is at the moment. With `strict` they must have
         the bits that a fresh prompt gives them, so no library may multiply its rows: sums then depend on how many there
@@ -151,7 +151,7 @@ class Call:
         return ids_BS[0].cpu()
 
     def result(self, ids_BS: Tensor, sampler: Sampler, kv: KVCache, made: Cache | None) -> Generated:
-        """Returns the result of ``generate`` for texts that have ended with these ids.
+        """Return the result of ``generate`` for texts that have ended with these ids.
 
         Args:
             ids_BS: the ids.
@@ -235,7 +235,7 @@ class Decode:
             session.release(text, input_ids.shape[1])
 
     def session(self, call: Call, kwargs: Mapping[str, Any]) -> Session:
-        """Returns a session for a call, on a cache that may hold the first tokens of its prompt."""
+        """Return a session for a call, on a cache that may hold the first tokens of its prompt."""
         model, ids_BS = call.model, call.ids_BS
         record = record_of(model.parameters())
         state = record.state_of(model)
@@ -260,7 +260,7 @@ class Decode:
         assistant_model: object,
         model_kwargs: Mapping[str, object],
     ) -> str:
-        """Returns the request that the loop does not handle, with the fix; empty if there is none."""
+        """Return the request that the loop does not handle, with the fix; empty if there is none."""
         mode = config.get_generation_mode()
         if assistant_model is not None:
             return f"assistant_model={type(assistant_model).__name__} is not available here; leave it out"
@@ -283,7 +283,7 @@ class Decode:
         return _other_rows(rows, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
-        """Returns what generates after the prompt.
+        """Return what generates after the prompt.
 
         Args:
             call: whose prompt has run.
@@ -296,7 +296,7 @@ class Decode:
         return SpeculativeDecoder(session)
 
     def for_call(self, **options: Any) -> Decode:
-        """Returns the mode with the options of one call."""
+        """Return the mode with the options of one call."""
         return replace(self, **options)
 
     def copies(self, config: GenerationConfig) -> bool:
@@ -339,7 +339,7 @@ class ExactMode(Decode):
             object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
     def with_options(self, **options: Any) -> ExactMode:
-        """Returns the same mode with other options."""
+        """Return the same mode with other options."""
         return replace(self, **options)
 
     def for_call(self, **options: Any) -> Decode:
@@ -374,14 +374,15 @@ class ExactMode(Decode):
             length = DraftLength(adaptive=False)
         else:
             length = session.record.drafts.setdefault(call.config.do_sample, DraftLength())
-        return SpeculativeDecoder(session, length.carry_over(session.widths), self.prompt_lookup_num_tokens != 0)
+        copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
+        return SpeculativeDecoder(session, length.carry_over(session.widths), copied)
 
 
 exact = ExactMode()
 
 
 def _ends(criteria: StoppingCriteriaList) -> Ends | None:
-    """Returns the ends that stopping criteria amount to, None if they must be asked."""
+    """Return the ends that stopping criteria amount to, None if they must be asked."""
     if not criteria or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria):
         return None
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
@@ -390,7 +391,7 @@ def _ends(criteria: StoppingCriteriaList) -> Ends | None:
 
 
 def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:
-    """Returns a message if inputs have another number of rows than the ids: the plain model reports the error."""
+    """Return a message if inputs have another number of rows than the ids: the plain model reports the error."""
     for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
         given = model_kwargs.get(name)
         if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:

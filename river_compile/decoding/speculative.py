@@ -26,10 +26,10 @@ from river_compile.runtime.tensor_parallel import ALONE, Ranks
 class SpeculativeDecoder:
     """Generates the texts of one call, or of several one-row calls, which join and leave."""
 
-    def __init__(self, session: Session, length: DraftLength | None = None, lookup: bool = False) -> None:
+    def __init__(self, session: Session, length: DraftLength | None = None, max_copied: int = 0) -> None:
         self._session = session
         self._length = length  # decides how long to draft; None: no drafts
-        self._lookup = lookup  # whether to copy drafts from the context
+        self._max_copied = max_copied  # tokens that a draft copies from the context
         self.texts: list[Texts] = []  # by the rows of the batch
         self._index: SuffixAutomaton | None = None  # of the one row that drafts; empty without lookup
 
@@ -104,7 +104,7 @@ class SpeculativeDecoder:
                 text.end([token])
                 accepted = i < len(draft.tokens) and draft.tokens[i].token == token
                 sources.append(draft.tokens[i].source if accepted else "backbone")
-                if self._lookup and self._index is not None:
+                if self._max_copied and self._index is not None:
                     self._index.extend([token])
                 if not (accepted and text.runs):
                     break
@@ -132,14 +132,15 @@ class SpeculativeDecoder:
         session = self._session
         if self._index is None:
             session.begin_drafts(text.ids)
-            self._index = SuffixAutomaton(text.ids[0].tolist() if self._lookup else ())
+            self._index = SuffixAutomaton(text.ids[0].tolist() if self._max_copied else ())
         index = self._index
         draft = Draft(max(min(session.longest_draft, text.tokens_left - 1), 0))
         ids: list[int] = []  # of the draft
         text.reserve(draft.room)
         while True:
-            if self._lookup:
-                copied, ending = index.continuation(draft.room - len(ids), ids)
+            if self._max_copied:
+                most = min(draft.room - len(ids), self._max_copied)
+                copied, ending = index.continuation(most, ids)
                 draft.copy = [length.token(token, LOOKUP, ending + i) for i, token in enumerate(copied)]
             steps, count = length.plan(draft)
             if not steps:

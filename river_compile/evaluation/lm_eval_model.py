@@ -70,7 +70,7 @@ class RiverLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Returns each continuation's log-probability, and whether each of its tokens is the most likely."""
+        """Return each continuation's log-probability, and whether each of its tokens is the most likely."""
         if self.scoring == "forward":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         found = []
@@ -86,7 +86,7 @@ class RiverLM(HFLM):
         return found
 
     def _decoder_for(self, ids_1S: Tensor) -> TextDecoder:
-        """Returns the last decoder, or a larger one if a text does not fit."""
+        """Return the last decoder, or a larger one if a text does not fit."""
         needed = ids_1S.shape[1]
         if self._decoder is None or self._decoder[0] < needed:
             capacity = max(_SMALLEST_CACHE, 1 << (needed - 1).bit_length())
@@ -94,7 +94,7 @@ class RiverLM(HFLM):
         return self._decoder[1]
 
     def get_model_info(self) -> dict[str, Any]:
-        """Adds quality, scoring and mean depth to lm-eval's results."""
+        """Add quality, scoring and mean depth to lm-eval's results."""
         record = find_record(self.model)
         depths = record.exit_stats.decode if record is not None else {}
         steps = sum(depths.values())

@@ -65,7 +65,7 @@ class Measured:
     depths: list[int]  # of all steps
 
     def text_losses(self, metric: str) -> list[float]:
-        """Returns each text's mean KL ("kl") or mean disagreement ("agreement")."""
+        """Return each text's mean KL ("kl") or mean disagreement ("agreement")."""
         return [statistics.fmean(tokens) for tokens in (self.kl if metric == "kl" else self.disagreement)]
 
     @property
@@ -101,12 +101,12 @@ class Meter:
         self.num_blocks = self.references[0].steps[0].depth
 
     def run(self, index: int, rule: Rule) -> Run:
-        """Decodes one text by a rule."""
+        """Decode one text by a rule."""
         with forced_threshold(*rule):
             return self.run_at(index, itertools.repeat(None))
 
     def run_at(self, index: int, depths: Iterable[int | None]) -> Run:
-        """Decodes one text with an exit depth for each token; None lets the rule decide."""
+        """Decode one text with an exit depth for each token; None lets the rule decide."""
         ids = self._samples[index].to(self._model.device)
         self._prompt(index, ids)
         logits, seconds = [], []
@@ -126,20 +126,20 @@ class Meter:
         return Run(torch.stack(logits), tuple(steps))
 
     def measure(self, rule: Rule, texts: Sequence[int], title: str) -> Measured:
-        """Decodes texts, given by index, by a rule."""
+        """Decode texts, given by index, by a rule."""
         return self.measured(rule, texts, [self.run(i, rule) for i in self._bar(texts, title)])
 
     def full_depth(self, texts: Sequence[int]) -> Measured:
-        """Returns full depth on texts, which are decoded already."""
+        """Return full depth on texts, which are decoded already."""
         return self.measured(self._full, texts, [self.references[i] for i in texts])
 
     def measure_at(self, depths: Sequence[Sequence[int]], texts: Sequence[int], title: str) -> Measured:
-        """Decodes texts with exit depths, a list for each text."""
+        """Decode texts with exit depths, a list for each text."""
         runs = [self.run_at(i, mine) for i, mine in zip(self._bar(texts, title), depths, strict=True)]
         return self.measured((float("nan"), 0), texts, runs)
 
     def measured(self, rule: Rule, texts: Sequence[int], runs: Sequence[Run]) -> Measured:
-        """Compares runs of texts, given by index, with full depth's."""
+        """Compare runs of texts, given by index, with full depth's."""
         kl, disagreement = [], []
         for index, run in zip(texts, runs, strict=True):
             reference = self.references[index].logits
@@ -149,7 +149,7 @@ class Meter:
         return Measured(rule, kl, disagreement, [step.depth for run in runs for step in run.steps])
 
     def cost(self, measured: Measured) -> float:
-        """Returns the mean time of a rule's steps as a share of full depth's, by all steps timed so far."""
+        """Return the mean time of a rule's steps as a share of full depth's, by all steps timed so far."""
         total = sum(self._cost_of(depth) * count for depth, count in Counter(measured.depths).items())
         return total / len(measured.depths)
 
@@ -169,7 +169,7 @@ class Meter:
         return shallow + (1 - shallow) * (depth - least) / (self.num_blocks - least)
 
     def _prompt(self, index: int, ids: Tensor) -> None:
-        """Brings KV cache and exit memory to the end of a text's prompt."""
+        """Bring KV cache and exit memory to the end of a text's prompt."""
         if index in self._prompts:
             self._decoder.resume(self._prompts[index])
         else:
@@ -202,7 +202,7 @@ class TextDecoder:
         return self._kv.cache
 
     def prompt(self, ids_1S: Tensor) -> Tensor:
-        """Runs a prompt on the emptied KV cache; returns its logits ``[S, V]``."""
+        """Run a prompt on the emptied KV cache; return its logits ``[S, V]``."""
         self.cache.reset()
         self._kv.take_in()
         self._sequences.get(self.cache.layers[0].keys).entropy = None  # a prompt of one token would read it
@@ -217,12 +217,12 @@ class TextDecoder:
         return logits
 
     def step(self, ids_1S: Tensor) -> Tensor:
-        """Runs the last token of a text, those before it being in the KV cache; returns its logits ``[V]``."""
+        """Run the last token of a text, those before it being in the KV cache; return its logits ``[V]``."""
         return self._session.step(ids_1S)[0, -1]
 
     @torch.inference_mode()
     def logits(self, ids_1S: Tensor, first: int) -> Tensor:
-        """Returns the logits ``[S - first, V]`` after each token from number `first` on, by decode steps."""
+        """Return the logits ``[S - first, V]`` after each token from number `first` on, by decode steps."""
         # A prompt has two tokens at least: one would go on with the sequence before it.
         prompt = min(max(first, 2), ids_1S.shape[1])
         found = [self.prompt(ids_1S[:, :prompt])[first:]]
@@ -230,12 +230,12 @@ class TextDecoder:
         return torch.cat(found)
 
     def save(self) -> AfterPrompt:
-        """Copies the state after the prompt that just ran."""
+        """Copy the state after the prompt that just ran."""
         layers = [{name: _copied(v) for name, v in vars(layer).items() if _counts(v)} for layer in self.cache.layers]
         return AfterPrompt(self._session, layers, self._sequences.get(self.cache.layers[0].keys).entropy)
 
     def resume(self, saved: AfterPrompt) -> None:
-        """Restores the state after a prompt."""
+        """Restore the state after a prompt."""
         self._session = saved.session
         for layer, held in zip(self.cache.layers, saved.layers, strict=True):
             for name, value in held.items():

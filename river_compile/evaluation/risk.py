@@ -16,7 +16,7 @@ _BETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def p_value(losses: Sequence[float], budget: float) -> float:
-    """Returns a p-value for "the mean loss is at least `budget`": small if the losses speak against it.
+    """Return a p-value for "the mean loss is at least `budget`": small if the losses speak against it.
 
     A betting p-value (Waudby-Smith and Ramdas 2024, arXiv 2010.09686), sharper than Hoeffding-Bentkus for losses that
     vary little. A gambler who bets a share c of the most he may on every loss being below the budget multiplies his
@@ -43,7 +43,7 @@ def p_value(losses: Sequence[float], budget: float) -> float:
 
 
 def texts_needed(budget: float, confidence: float) -> int:
-    """Returns how many texts it takes to pass a budget (in (0, 1)) when not one of them has any loss."""
+    """Return how many texts it takes to pass a budget (in (0, 1)) when not one of them has any loss."""
 
     def passes(texts: int) -> bool:
         return p_value([0.0] * texts, budget) <= 1 - confidence
@@ -55,7 +55,7 @@ def texts_needed(budget: float, confidence: float) -> int:
 
 
 def fixed_sequence(losses: Iterable[Sequence[float]], budget: float, confidence: float) -> int:
-    """Tests candidates in the given order until one fails; returns how many passed.
+    """Test candidates in the given order until one fails; return how many passed.
 
     Args:
         losses: each candidate's losses, in an order that must not depend on them; taken only as far as needed.

@@ -62,7 +62,7 @@ def tune_exit(
     seed: int = 0,
     progress: bool = True,
 ) -> ExitRule:
-    """Tunes the exit threshold and first exit depth: the fastest rule whose loss keeps a budget on unseen text.
+    """Tune the exit threshold and first exit depth: the fastest rule whose loss keeps a budget on unseen text.
 
     The loss of a text is its mean over tokens. The guarantee is about the clipped loss, since KL has no largest value;
     the unclipped one is reported too. A tight budget gives a slower rule, at worst full depth.
@@ -123,7 +123,7 @@ def tune_exit(
 def _tested(
     meter: Meter, order: Sequence[Candidate], held_out: Sequence[int], goal: Budget
 ) -> tuple[list[Measured], int]:
-    """Tests full depth, then candidates until one fails; returns all measurements, and how many passed."""
+    """Test full depth, then candidates until one fails; return all measurements, and how many passed."""
     tested: list[Measured] = []
 
     def losses() -> Iterator[list[float]]:
@@ -136,7 +136,7 @@ def _tested(
 
 
 def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, object], RiverConfig]:
-    """Returns the options that all rules share, and those to compile with."""
+    """Return the options that all rules share, and those to compile with."""
     if not isinstance(given, Mapping):
         raise OptionError(f"options={given!r} is not allowed; it must be a dict of the backend's options")
     for name in ("exit_depth", "threshold", "first_exit"):
@@ -155,7 +155,7 @@ def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, obj
 
 
 def _samples(tokenizer: Tokenizer, texts: Sequence[str], length: int, seed: int) -> list[Tensor]:
-    """Returns the first `length` ids ``[1, length]`` of each text that has as many, shuffled."""
+    """Return the first `length` ids ``[1, length]`` of each text that has as many, shuffled."""
     if not callable(tokenizer):
         raise OptionError(f"tokenizer={tokenizer!r} is not allowed; it must map a text to its input_ids")
     ids = [list(tokenizer(text)["input_ids"])[:length] for text in checked_texts(texts)]
@@ -165,7 +165,7 @@ def _samples(tokenizer: Tokenizer, texts: Sequence[str], length: int, seed: int)
 
 
 def _candidate(meter: Meter, measured: Measured, goal: Budget) -> Candidate:
-    """Averages a measurement over texts; its cost is by all steps timed so far."""
+    """Average a measurement over texts; its cost is by all steps timed so far."""
     return Candidate(
         *measured.rule,
         kl=statistics.fmean(measured.text_losses("kl")),
@@ -178,7 +178,7 @@ def _candidate(meter: Meter, measured: Measured, goal: Budget) -> Candidate:
 
 
 def _order(candidates: Sequence[Candidate], goal: Budget) -> list[Candidate]:
-    """Orders the candidates worth a test, from the safest to the cheapest: each is cheaper than all with less loss."""
+    """Order the candidates worth a test, from the safest to the cheapest: each is cheaper than all with less loss."""
     frontier: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.loss, c.cost)):
         if candidate.loss <= _HOPELESS * goal.limit and candidate.cost < (frontier[-1].cost if frontier else 1):
@@ -209,7 +209,7 @@ class Budget:
         confidence: float,
         clip: float | None,
     ) -> Budget:
-        """Returns the one budget that was given, in either form; raises an OptionError for none, two or a bad one."""
+        """Return the one budget that was given, in either form; raise an OptionError for none, two or a bad one."""
         short = {name: value for name, value in (("kl", kl), ("agreement", agreement)) if value is not None}
         if (budget is not None) + len(short) != 1:
             given = short if budget is None else {"budget": budget, **short}
@@ -227,7 +227,7 @@ class Budget:
         return cls(metric, asked, limit, clip, confidence)
 
     def check_texts(self, count: int) -> None:
-        """Raises a BudgetError if so few texts could not pass even without any loss."""
+        """Raise a BudgetError if so few texts could not pass even without any loss."""
         needed = texts_needed(self.share, self.confidence)
         if count < needed:
             raise BudgetError(
@@ -242,12 +242,12 @@ class Budget:
         return self.limit / self.clip
 
     def shares(self, measured: Measured) -> list[float]:
-        """Returns each text's loss, as a share of the clip."""
+        """Return each text's loss, as a share of the clip."""
         return [min(max(loss, 0.0), self.clip) / self.clip for loss in measured.text_losses(self.metric)]
 
 
 def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Measured]:
-    """Returns rules that spread over costs, as measured on the pilot texts.
+    """Return rules that spread over costs, as measured on the pilot texts.
 
     "similarity" decides block by block, so each rule is decoded. "confidence" knows an entropy per token beforehand:
     one run in which every token exits predicts all thresholds, with slightly too much loss.
@@ -264,7 +264,7 @@ def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], ev
 
 
 def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every: int) -> list[Rule]:
-    """Returns three rules for each of some first exits: always, above the median there, above each depth's median."""
+    """Return three rules for each of some first exits: always, above the median there, above each depth's median."""
     depths = range(1, meter.num_blocks, every)
     picked = {depths[round(i * (len(depths) - 1) / (_FIRST_EXITS - 1))] for i in range(_FIRST_EXITS)}
     steps = [step for i in texts for step in meter.references[i].steps]
@@ -281,7 +281,7 @@ def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every
 
 
 def _at_thresholds(all_left: Measured, entropies: Sequence[Sequence[float]], num_blocks: int) -> list[Measured]:
-    """Predicts rules with lower thresholds from runs in which every token exited."""
+    """Predict rules with lower thresholds from runs in which every token exited."""
     first_exit = all_left.rule[1]
     ordered = sorted(entropy for text in entropies for entropy in text)
     found = []
@@ -294,7 +294,7 @@ def _at_thresholds(all_left: Measured, entropies: Sequence[Sequence[float]], num
 
 
 def _where(leaves: Sequence[Sequence[bool]], losses: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Returns the losses by text and token, 0 for tokens that stay."""
+    """Return the losses by text and token, 0 for tokens that stay."""
     return [
         [loss if left else 0.0 for left, loss in zip(*text, strict=True)] for text in zip(leaves, losses, strict=True)
     ]

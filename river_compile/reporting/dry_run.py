@@ -1,9 +1,7 @@
-"""Works out from a model's config how the backend would rewrite it: no weight is read, nothing is compiled.
+"""Predicts from a model's config how River would rewrite it, and the bytes that a token reads.
 
-The model is built on torch's meta device, which has shapes and no memory, and traced once as a prompt and once as a
-decode step. What it costs to read the weights of a token is counted from the shapes.
-
-Not handled: what only shows at a real prompt, such as a graph that breaks for some inputs.
+The model is built on the meta device and traced as a prompt and as a decode step; no weight is read.
+Not handled: graph breaks that depend on a real prompt.
 """
 
 from __future__ import annotations
@@ -29,17 +27,17 @@ from river_compile.passes.twins import river_twins
 from river_compile.upstream.transformers import cache_argument
 
 _PROMPT, _SLOTS = 8, 32
-_BYTES_OF_GROUP = 4  # a scale and a zero in 16 bits
+_BYTES_OF_GROUP = 4  # scale and zero-point in 16 bits
 
 
 def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
-    """Builds a model without weights, on the meta device."""
+    """Build a model without weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def dry_run(model: PreTrainedModel) -> dict[str, Any]:
-    """Traces prompt and decode step of a model on the meta device; part of the result of ``river check``.
+    """Trace prompt and decode step of a model on the meta device; part of the result of ``river check``.
 
     "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported; "bytes" the
     weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
@@ -73,7 +71,7 @@ def _outcome(found: RiverProgram | Refusal) -> int | str:
 
 
 def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]:
-    """Returns the program or the refusal of a prompt's graph and of a decode step's."""
+    """Return the programs, or refusals, of a prompt's and of a decode step's graph."""
     found: list[RiverProgram | Refusal] = []
 
     def look(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -92,16 +90,16 @@ def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]
                 held["position_ids"] = torch.arange(start, start + length)[None]
             try:
                 forward(input_ids=torch.ones(1, length, dtype=torch.long), **held)
-            except Exception as error:  # whatever a model's code does with tensors that hold nothing
+            except Exception as error:  # of the model's code, given tensors without values
                 line = " ".join(str(error).split())[:200]
                 why = Refusal(f"its code does not run without weights: {type(error).__name__}: {line}")
-                found.extend(() if found else (why,))  # (what was traced before says more)
+                found.extend(() if found else (why,))  # an earlier graph says more
             results.append(_largest(found))
     return results
 
 
 def _largest(found: list[RiverProgram | Refusal]) -> RiverProgram | Refusal:
-    """Returns the program among the graphs that a forward pass was traced to, else the last refusal."""
+    """Return the program among the graphs of a forward pass, else the last refusal."""
     programs = [program for program in found if isinstance(program, RiverProgram)]
     return (programs or found or [Refusal("the model has no graph that Dynamo traces")])[-1]
 
@@ -119,11 +117,9 @@ def _packed_bytes(site: Matmul) -> int:
 
 
 def bandwidth(megabytes: int = 256, repeats: int = 6) -> float:
-    """Measures how many bytes per second this machine's memory gives to a sum: the best of many short reads.
-
-    One that takes a fraction of a millisecond is over before the scheduler lets another process have the core, however
-    busy the machine is. All together are more than most caches hold, so that each comes from memory.
-    """
+    """Measure the memory's bandwidth in bytes per second: the best of many short reads."""
+    # A read of a fraction of a millisecond ends before the scheduler gives the core to another process. Together they
+    # exceed most caches, so each read comes from memory.
     pieces = torch.ones(megabytes << 18, dtype=torch.float32).split(1 << 20)
     best = float("inf")
     for piece in pieces * repeats:

@@ -62,7 +62,7 @@ class Report:
         return sum(d * n for d, n in self.decode_depths.items()) / steps if steps else math.nan
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the report as JSON's types; a number that does not exist is None."""
+        """Return the report as JSON's types; a number that does not exist is None."""
         record, twins, offloaded = self.record, self.record.twins, self.record.offloaded.sample() or None
         return {
             "model": self.model,
@@ -109,7 +109,7 @@ class Report:
 
 
 def report(model: nn.Module, estimate_loss: bool = False) -> Report:
-    """Reports which graphs of a model River rewrote, which it did not and why, and at which depths tokens exited.
+    """Report which graphs of a model River rewrote, which it did not and why, and at which depths tokens exited.
 
     Args:
         model: an accelerated or compiled model, or the wrapper that ``torch.compile`` returned.
@@ -187,12 +187,12 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
 
 
 def _other_groups(graph: GraphRecord) -> dict[str, int]:
-    """Returns the weights, by name, with a group size other than the option's."""
+    """Return the weights, by name, with a group size other than the option's."""
     return {p.name: p.group_size for p in graph.twins if p.group_size != graph.config.group_size}
 
 
 def graph_lines(graph: GraphRecord) -> Iterator[str]:
-    """Yields lines about one traced graph."""
+    """Yield lines about one traced graph."""
     if graph.refusal:
         yield f"  graph          not rewritten: {graph.refusal}"
         return
@@ -228,7 +228,7 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
 
 
 def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
-    """Yields how often each fusion rule matched, and each reason for a mismatch with its first node."""
+    """Yield how often each fusion rule matched, and each reason for a mismatch with its first node."""
     applied = Counter(f.rule for f in fusions if not f.missed)
     if applied:
         yield f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"
@@ -300,7 +300,7 @@ def _token_lines(report: Report) -> Iterator[str]:
 
 
 def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[str]:
-    """Returns lines with a bar for each exit depth; `num_blocks` marks full depth."""
+    """Return lines with a bar for each exit depth; `num_blocks` marks full depth."""
     total, most = sum(depths.values()), max(depths.values(), default=1)
     return [
         f"    depth {depth:>3}    {'#' * max(1, round(_BAR * n / most)):<{_BAR}} {n:>6} ({100 * n / total:.0f} %)"

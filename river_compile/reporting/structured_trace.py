@@ -1,10 +1,7 @@
-"""What the passes did to a graph, in torch's structured trace (``TORCH_TRACE=folder``, which tlparse shows).
+"""The passes' changes in torch's structured trace (``TORCH_TRACE=folder``, which tlparse shows).
 
-Artifacts of a graph of kind "decode" or "prefill", in this order:
-
-    river_<kind>_<n>_<pass>   the segments that a pass changed, before (a new one has none) and after
-    river_<kind>_segments     every segment as the backend compiles it
-    river_<kind>_plan         the decoder that was found, and its segments
+Artifacts of a "decode" or "prefill" graph: ``river_<kind>_<n>_<pass>``, the segments that a pass changed, before and
+after; ``river_<kind>_segments``, as they are compiled; ``river_<kind>_plan``, the decoder that was found.
 """
 
 from __future__ import annotations
@@ -20,17 +17,17 @@ from river_compile.passes.segments import fingerprint
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Adds a text to the trace; it is made only if one is written."""
+    """Add a text to the trace, if one is written."""
     trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def trace_pass(kind: str, number: int, record: PassRecord) -> None:
-    """Adds the segments that a pass changed or made."""
+    """Add the segments that a pass changed or made."""
     trace_artifact(f"river_{kind}_{number}_{record.name}", lambda: _changes(record))
 
 
 def trace_program(kind: str, program: RiverProgram) -> None:
-    """Adds every segment, and the plan."""
+    """Add every segment, and the plan."""
     trace_artifact(
         f"river_{kind}_segments", lambda: "".join(_text(segment, "compiled") for segment in program.segments)
     )
@@ -38,7 +35,7 @@ def trace_program(kind: str, program: RiverProgram) -> None:
 
 
 def plan_text(program: RiverProgram) -> str:
-    """Returns the decoder's blocks with their KV caches, its segments, and the matrices in 16 bits."""
+    """Describe the decoder's blocks with their KV caches, its segments, and the weights in 16 bits."""
     plan = program.plan
     lines = [
         f"{plan.num_blocks} blocks, batch {plan.batch}, {plan.query_length} tokens per row",
@@ -50,7 +47,7 @@ def plan_text(program: RiverProgram) -> str:
         writes = ", ".join(n.name for n in block.kv.writes)
         flow = f"{block.hidden_in.name} -> {block.hidden_out.name}"
         lines.append(f"{block.path:<32} {flow:<28} {block.kv.kind:<8} {writes}")
-    lines += ["", f"{'segment':<12} {'function':<18} inputs outputs 4-bit products"]
+    lines += ["", f"{'segment':<12} {'function':<18} inputs outputs 4-bit matmuls"]
     for s in program.segments:
         lines.append(
             f"{s.name:<12} {fingerprint(s).digest:<18} {len(s.inputs):>6} {len(s.outputs):>7} {len(s.packed):>14}"
@@ -71,7 +68,7 @@ def _changes(record: PassRecord) -> str:
 
 
 def _text(segment: Segment, when: str) -> str:
-    """Returns a segment's graph as Python code below a line ``# NAME WHEN`` and the names of its packed matmuls."""
+    """Return a line ``# NAME WHEN``, the packed matmuls' names and the segment's graph as Python code."""
     sites = [_site_line(*site) for site in enumerate(segment.packed)]
     module = fx.GraphModule(segment.graph.owning_module, segment.copy().graph, class_name="Segment")
     return "\n".join([f"# {segment.name} {when}", *sites, module.print_readable(print_output=False), ""])
@@ -79,5 +76,5 @@ def _text(segment: Segment, when: str) -> str:
 
 def _site_line(number: int, linear: Matmul) -> str:
     if linear.lossless:
-        return f"#   {linear.layout} product {number}: {linear.name}"
-    return f"#   4-bit product {number}: {linear.name}, groups of {linear.group_size}"
+        return f"#   {linear.layout} matmul {number}: {linear.name}"
+    return f"#   4-bit matmul {number}: {linear.name}, groups of {linear.group_size}"

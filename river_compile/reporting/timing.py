@@ -1,7 +1,6 @@
-"""Greedy generation with a time stamp per token, and a streamer that paints tokens by their source.
+"""Greedy generation with a time stamp per token, and a streamer that colours tokens by their source.
 
-Handles one model at a time. Times are wall clock, taken when `generate` hands a token to its streamer, so they hold
-everything that a user waits for: the forward pass, the choice of the token and transformers' own loop.
+Times are wall clock, taken when `generate` gives a token to its streamer, so they include all that a user waits for.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
 STYLES = {"river": "green", "lookup": "cyan", "target_kernels": "default", "prompt": "default"}
 _SHADES = ("green", "cyan", "blue", "magenta", "default")  # from the first blocks to all of them
-_HALF = "\ufffd"  # what a tokenizer gives for half a character
+_HALF = "\ufffd"  # a tokenizer's output for half a character
 
 
 @dataclass(frozen=True)
 class Generation:
     """One generated text."""
 
-    tokens: tuple[int, ...]  # ids of the new tokens, of a batch its first text's
+    tokens: tuple[int, ...]  # ids of the new tokens, of a batch its first row's
     times: tuple[float, ...]  # seconds from the call of `generate` to each of them
 
     @property
     def first_token_s(self) -> float:
-        """Seconds to the first new token: prefill, and compilation if it was due."""
+        """Seconds to the first new token: prefill, and compilation if needed."""
         return self.times[0]
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens per second and text after the first one, prefill excluded."""
+        """Tokens per second and row after the first token."""
         return decode_rate(self.times)
 
 
 def decode_rate(times: tuple[float, ...] | list[float]) -> float:
-    """Returns tokens per second between the first and the last of `times` (in seconds, at least two)."""
+    """Return tokens per second between the first and the last of at least two times, in seconds."""
     if len(times) < 2:
         raise ValueError(f"a decode rate needs at least 2 tokens, there are {len(times)}; generate more")
     return (len(times) - 1) / (times[-1] - times[0])
@@ -55,23 +54,12 @@ def generate(
     input_ids: torch.Tensor,
     new_tokens: int,
     static_cache: bool = True,
-    stop_after: int | None = None,
-    end_early: bool = False,
-    fresh: bool = True,
-    **more: object,
+    stop_after: int | None = None,  # tokens, on a KV cache of the same size as without; for warming up
+    end_early: bool = False,  # let the end token end the text, after the two tokens that a rate needs
+    fresh: bool = True,  # empty the prefix cache, so the whole prompt runs
+    **more: object,  # arguments of generate
 ) -> Generation:
-    """Generates greedily and times every token.
-
-    Args:
-        model: plain or compiled.
-        input_ids: the prompts ``[batch, length]``, every token of which counts.
-        new_tokens: how many tokens to generate; a static cache is made for that many.
-        static_cache: use a static cache rather than one that grows.
-        stop_after: stop after this many tokens, with a cache of the same size as without; for warming up.
-        end_early: let the end-of-sequence token end the text after at least two tokens, which a rate needs.
-        fresh: begin with nothing of the texts that earlier calls left, so that the whole prompt runs.
-        more: further arguments of the model's `generate`.
-    """
+    """Generate greedily after prompts ``[batch, length]`` without padding, and time every token."""
     record = find_record(model)
     if fresh and record is not None:
         record.prefixes.forget_texts()
@@ -96,11 +84,11 @@ def generate(
 
 
 class StopAfter(MaxLengthCriteria):
-    """Ends generation at a length, beside that of ``max_new_tokens``, which one of the same class would replace."""
+    """Ends generation at a length; a ``MaxLengthCriteria`` itself would replace that of ``max_new_tokens``."""
 
 
 class Clock(BaseStreamer):
-    """Notes the time of every new token, of a batch its first text's; the first call brings the prompt."""
+    """Records the time of every new token of the first row; the first call brings the prompt."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -118,10 +106,9 @@ class Clock(BaseStreamer):
 
 
 class _NoEnd(LogitsProcessor):
-    """Keeps the sequence from ending before it has `length` tokens, as ``min_new_tokens`` does.
+    """Keeps the sequence from ending before `length` tokens, as ``min_new_tokens`` does.
 
-    That builds and searches a list of the whole vocabulary for every token: 0.6 ms with 49,152 entries, more than the
-    rest of transformers' loop.
+    That searches a list of the whole vocabulary for every token: 0.6 ms with 49,152 entries.
     """
 
     def __init__(self, end_tokens: int | list[int] | None, length: int) -> None:
@@ -136,15 +123,9 @@ class _NoEnd(LogitsProcessor):
 
 
 class Painter(Clock):
-    """Streams a text, each token in the colour of its source or of its depth.
+    """Streams a text, each token in the colour of its source or exit depth.
 
-    In exact mode a cycle tells the sources of its tokens after it has handed them over, so they appear at once.
-
-    Args:
-        decode: ids to text.
-        write: takes a piece of text and its style.
-        by_cycle: tokens wait for their cycle (exact mode); else each has the depth of the step before it.
-        blocks: of the model.
+    In exact mode (`by_cycle`) the tokens of a cycle appear together, since their sources are known after it.
     """
 
     def __init__(
@@ -154,11 +135,11 @@ class Painter(Clock):
         self._decode, self._write, self._by_cycle, self._blocks = decode, write, by_cycle, blocks
         self._depth = blocks
         self.text = ""
-        self.tokens: list[tuple[str, str]] = []  # text and source of each; the source of a step is "depth 3"
+        self.tokens: list[tuple[str, str]] = []  # text and source; the source of a step is "depth 3"
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Painter]:
-        """Inside, steps and cycles give tokens their sources."""
+        """Inside, tokens get their sources from steps and cycles."""
         with on_step(self._stepped), cycles.added(self._cycled):
             yield self
 
@@ -168,7 +149,7 @@ class Painter(Clock):
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Speed after the first token, None if there is no second one."""
+        """Speed after the first token, None without a second one."""
         return decode_rate(self.times) if len(self.times) > 1 else None
 
     def put(self, value: torch.Tensor) -> None:

@@ -1,8 +1,4 @@
-"""Records every step on request.
-
-``with trace() as t:`` records all steps that run anywhere in the process while it is open, so that generation in a
-worker thread (as streamers use it) is seen too.
-"""
+"""Traces: the steps and speculation cycles of all models and threads of the process, while a trace is open."""
 
 from __future__ import annotations
 
@@ -17,12 +13,11 @@ from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
 @dataclass
 class Trace:
-    """Steps recorded while a ``trace()`` was open, in order."""
+    """Steps and cycles recorded while a ``trace()`` was open, in order."""
 
     steps: list[StepRecord] = field(default_factory=list)  # every forward pass, prompts included
     num_blocks: int = 0  # of the largest model that ran
-    # every cycle of exact mode; its drafts and verifications are among the steps too
-    cycles: list[CycleRecord] = field(default_factory=list)
+    cycles: list[CycleRecord] = field(default_factory=list)  # of exact mode; their passes are in `steps` too
 
     @property
     def tokens(self) -> list[StepRecord]:
@@ -31,31 +26,31 @@ class Trace:
 
     @property
     def mean_depth(self) -> float:
-        """Mean exit depth of the decode steps, NaN where there are none."""
+        """Mean exit depth of the decode steps, NaN if there are none."""
         tokens = self.tokens
         return sum(t.depth for t in tokens) / len(tokens) if tokens else float("nan")
 
     @property
     def kept_sources(self) -> dict[str, int]:
-        """Tokens that exact mode kept, by where they came from (a prompt's first token is in no cycle)."""
+        """Tokens of exact mode by source; a prompt's first token is in no cycle."""
         return dict(Counter(source for cycle in self.cycles for source in cycle.kept))
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Share of the first, second ... drafted tokens that exact mode kept."""
+        """Acceptance rate of the first, second ... drafted token."""
         longest = max((len(cycle.drafted) for cycle in self.cycles), default=0)
         reached = [[cycle.accepted > i for cycle in self.cycles if len(cycle.drafted) > i] for i in range(longest)]
         return [sum(kept) / len(kept) for kept in reached]
 
     def add_step(self, state: StepState, step: StepRecord) -> None:
-        """Adds a step that an executor took."""
+        """Add a step."""
         self.num_blocks = max(self.num_blocks, state.compiled.program.num_blocks)
         self.steps.append(step)
 
 
 @contextlib.contextmanager
 def trace() -> Iterator[Trace]:
-    """Inside, records every step and cycle; see the module's text."""
+    """Record every step and cycle of the process, in all threads, as a context manager."""
     found = Trace()
     with on_step(found.add_step), cycles.added(found.cycles.append):
         yield found

@@ -77,7 +77,7 @@ def full_attention_mask(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def windows_of(data: Iterable[str] | Iterable[Tensor] | None, tokenizer: Tokenizer | None) -> list[Tensor]:
-    """Returns calibration data as token ids ``[B, T]``, cut into windows; raises as `collect_statistics`."""
+    """Return calibration data as token ids ``[B, T]``, cut into windows; raise as `collect_statistics`."""
     if isinstance(data, (str, bytes, Tensor)) or not (data is None or isinstance(data, Iterable)):
         raise OptionError(f"calibration_data={reprlib.repr(data)} is not allowed; give a list of texts or of token ids")
     listed: list[Any] = default_texts() if data is None else list(data)

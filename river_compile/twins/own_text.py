@@ -229,7 +229,7 @@ def _draw(logits: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def _row_length(model: nn.Module, most: int) -> int:
-    """Returns tokens per row, 4 to `most`: in all rows two for each feature of the hidden state."""
+    """Return tokens per row, 4 to `most`: in all rows two for each feature of the hidden state."""
     network: Any = model
     return min(most, max(4, 2 * network.config.get_text_config().hidden_size // _ROWS))
 

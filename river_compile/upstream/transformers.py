@@ -161,7 +161,7 @@ _FILLED_IN = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "cons
 
 
 def given_settings(names: Iterable[str]) -> dict[str, Any]:
-    """Returns the generation settings of these names that the running generate call was given, by keyword or config."""
+    """Return the generation settings of these names that the running generate call was given, by keyword or config."""
     kwargs, config = generate_argument("kwargs") or {}, generate_argument("generation_config")
     found = {name: kwargs.get(name) for name in names}
     for name in names:

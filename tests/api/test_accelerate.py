@@ -387,7 +387,7 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
         "river_compile.config.RiverConfig.from_options",
         "river_compile.api.accelerate.check_paths",
         "river_compile.api.accelerate.OwnCall",
-        "river_compile.api.accelerate.Programs",
+        "river_compile.api.accelerate.ProgramCache",
         "river_compile.api.accelerate.has_generate_of_its_own",
         "river_compile.api.accelerate.generate_by",
         "river_compile.api.accelerate.begin_kernels",

@@ -221,7 +221,7 @@ def test_a_full_queue_is_429_and_places_come_back(served, plain):
         served.until(
             lambda found: found["river:num_requests_running",] + found["river:num_requests_waiting",] == ROWS + 1
         )
-        with pytest.raises(openai.RateLimitError, match=f"{ROWS} requests are being answered and 1 ") as refused:
+        with pytest.raises(openai.RateLimitError, match=f"{ROWS} requests are running and 1 ") as refused:
             served.ask("too many")
         assert refused.value.code == "queue_full"
         assert refused.value.response.headers["retry-after"] == "1"
@@ -298,8 +298,8 @@ def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
         dying.server._generation_state.get_manager(tiny).batch.close()
         with pytest.raises(OSError, match="503"):
             urlopen(f"{dying.url}/health")
-        assert "the thread that generates has ended" in caplog.text
-        with pytest.raises(openai.InternalServerError, match="the thread that generates has ended") as refused:
+        assert "the generating thread has ended" in caplog.text
+        with pytest.raises(openai.InternalServerError, match="the generating thread has ended") as refused:
             dying.ask("hello")
         assert refused.value.status_code == 503
     finally:
@@ -319,7 +319,7 @@ def test_serve_says_where_it_listens(tiny, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["url"] == "http://localhost:1234/v1"
 
 
-@pytest.mark.parametrize("bad", [("--rows", "0"), ("--queue", "-1")])
+@pytest.mark.parametrize("bad", [("--max-num-seqs", "0"), ("--queue", "-1")])
 def test_bad_limits_are_named(tiny, capsys, bad):
     assert app.main(["serve", tiny, *bad]) == 1
     assert " ".join(bad) in capsys.readouterr().err

@@ -292,7 +292,7 @@ def test_closing_ends_what_runs_and_what_waits(exact):
 
 
 def test_bad_arguments_are_named(exact):
-    with pytest.raises(OptionError, match="rows=0"):
+    with pytest.raises(OptionError, match="max_num_seqs=0"):
         river_compile.ContinuousBatch(exact, max_num_seqs=0)
     with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="close it first"):
         river_compile.ContinuousBatch(exact)

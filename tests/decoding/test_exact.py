@@ -316,13 +316,12 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed(batch, shared):
     ("options", "message"),
     [
         ({"num_beams": 2}, "beam_search"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
         ({"use_cache": False, "static": False}, "use_cache=False"),
         ({"past_key_values": DynamicCache(), "static": False}, "brings a DynamicCache"),
         ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
         ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
-        ({"prompt_lookup": "yes"}, "prompt_lookup='yes'"),
+        ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens=-1"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(options, message, shared):

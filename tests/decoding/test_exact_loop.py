@@ -3,6 +3,8 @@
 Also proved here: sampled text has the plain model's distribution, and the parts of a drafter do what they say.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,7 +42,9 @@ class Recorder:
         self.streamed.append(tokens.tolist())
 
 
-def decoder_on(runner, prompt, recorder, lookup=True, adaptive=False, process=(), do_sample=False, length=None):
+def decoder_on(
+    runner, prompt, recorder, max_copied=sys.maxsize, adaptive=False, process=(), do_sample=False, length=None
+):
     texts = Texts(
         prompt=prompt,
         sampler=Sampler(len(prompt), do_sample, process),
@@ -52,7 +56,7 @@ def decoder_on(runner, prompt, recorder, lookup=True, adaptive=False, process=()
     )
     runner.ended = lambda: [not active for active in texts.active]
     length = DraftLength(adaptive) if length is None else length
-    return SpeculativeDecoder(runner, length.carry_over(runner.widths), lookup), texts
+    return SpeculativeDecoder(runner, length.carry_over(runner.widths), max_copied), texts
 
 
 def run_on(runner, prompt, *arguments, **options):
@@ -86,7 +90,7 @@ def plain(runner, prompt, recorder):
     spare_slots=st.integers(-1, 8),
     eos=st.integers(-1, VOCABULARY - 1),
     memory=st.integers(1, 6),
-    lookup=st.booleans(),
+    max_copied=st.sampled_from([0, 2, sys.maxsize]),
     adaptive=st.booleans(),
     independent=st.booleans(),
     asked=st.booleans(),
@@ -101,7 +105,7 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     spare_slots,
     eos,
     memory,
-    lookup,
+    max_copied,
     adaptive,
     independent,
     asked,
@@ -117,7 +121,7 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     runner.runs_late = late
     expected = plain(runner, prompt, expected_calls)
-    decoder, texts = decoder_on(runner, prompt, calls, lookup, adaptive)
+    decoder, texts = decoder_on(runner, prompt, calls, max_copied, adaptive)
     texts.rows_are_independent = independent
     if not asked:
         texts.stops = Ends(max_length, frozenset({eos}))
@@ -205,7 +209,7 @@ def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
     prompt = torch.tensor([[1, 2, 3]])
     runner = ScriptedRunner(prompt, 5, 10, 7, capacity=100, memory=6)
     with river_compile.trace() as trace:
-        run_on(runner, prompt, Recorder(-1, 43), lookup=False)
+        run_on(runner, prompt, Recorder(-1, 43), max_copied=0)
     kept = trace.kept_sources
     assert sum(kept.values()) == 39  # the first of 40 tokens comes from the prompt's own pass
     assert kept == {"river": 34, "backbone": 5}  # four cycles of 7 + 1, and one of 6 + 1 at the end
@@ -235,8 +239,8 @@ def test_tokens_are_those_that_multinomial_draws():
     assert torch.equal(torch.rand(1), after)
 
 
-@pytest.mark.parametrize("lookup", [slow(False), True])
-def test_sampled_texts_have_the_plain_models_distribution(lookup):
+@pytest.mark.parametrize("max_copied", [slow(0), sys.maxsize])
+def test_sampled_texts_have_the_plain_models_distribution(max_copied):
     """Pairs of tokens, with temperature, top-p and a repetition penalty."""
     torch.manual_seed(1)
     process = LogitsProcessorList(
@@ -252,7 +256,7 @@ def test_sampled_texts_have_the_plain_models_distribution(lookup):
     counts = torch.zeros(VOCABULARY * VOCABULARY)
     for _ in range(TEXTS):
         runner = ScriptedRunner(prompt, 4, 8, 3, capacity=100, memory=2)
-        ids = run_on(runner, prompt, Recorder(-1, 8), lookup, 0.0, process, do_sample=True)
+        ids = run_on(runner, prompt, Recorder(-1, 8), max_copied, 0.0, process, do_sample=True)
         counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
     likely = expected.flatten() * TEXTS >= 5
     assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text

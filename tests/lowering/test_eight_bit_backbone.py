@@ -31,7 +31,8 @@ def quantized(family="llama", config=CONFIGS[0]):
     return model
 
 
-def accelerated(model, quality="strict", **options):
+def accelerated(model, quality="exact", **options):
+    options = {"strict": quality == "exact", **options}
     return river_compile.accelerate(model, quality, quantizer="rtn", group_size=32, kernels="native", **options)
 
 

@@ -201,11 +201,11 @@ def test_the_model_keeps_its_tensors():
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-@pytest.mark.parametrize("quality", ["fast", "strict"])
-def test_other_qualities_have_it_too(quality):
+@pytest.mark.parametrize("options", [{"quality": "fast"}, {"strict": True}], ids=["fast", "strict"])
+def test_other_qualities_have_it_too(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RiverWarning)
-        packed, plain = (accelerated(model_of(), weights, quality) for weights in ("12bit", "model"))
+        packed, plain = (accelerated(model_of(), weights, **options) for weights in ("12bit", "model"))
         assert_alike(packed, plain)
 
 

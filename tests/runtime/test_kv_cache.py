@@ -14,7 +14,10 @@ from tests.support.decoding import left_padded
 from tests.support.families import SLIDING_WINDOW, each, make, prompt
 
 OPTIONS = {"group_size": 32, "quantizer": "rtn", "compile_cache": False}
-QUALITIES = {"exact": {"max_draft": 3, "adaptive": False}, "fast": {"threshold": 1.0}}
+QUALITIES = {
+    "exact": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},
+    "fast": {"threshold": 1.0},
+}
 WINDOWS = ("gemma3", "mistral", "gpt_oss")
 
 

@@ -146,7 +146,7 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     elsewhere.started.clear()
     cache = new_cache(model, kind)
     assert_same(reference[kind, tuple(DEPTHS)], (decode(model, cache, DEPTHS), cache))
-    block = report(model).offloaded["moved"] // (LAYERS - 1)
+    block = report(model).to_dict()["offloaded"]["moved"] // (LAYERS - 1)
     through, to_the_second = [block, block, 0], [block, block]  # (0: nothing comes after the last block)
     assert elsewhere.started == [*through, *through, *to_the_second, *through]
     assert elsewhere.brought == [block] * (2 + 2 + 1 + 2)
@@ -197,7 +197,7 @@ def test_parameters_stay_usable(device, tmp_path):
         plain = model.forward(ids).logits
     model.compile(backend=river, options={**OPTIONS, **FETCH})
     model.generate(ids, max_new_tokens=3, do_sample=False)
-    moved = report(model).offloaded["moved"]
+    moved = report(model).to_dict()["offloaded"]["moved"]
     assert moved > 0
     assert_same_weights(before, model.state_dict())
     model.save_pretrained(tmp_path)
@@ -207,7 +207,7 @@ def test_parameters_stay_usable(device, tmp_path):
         assert torch.equal(plain, model.forward(ids).logits)
     assert bring_back(model) == moved
     assert bring_back(model) == 0
-    assert report(model).record.offloaded.snapshot() is None
+    assert report(model).to_dict()["offloaded"] is None
     assert_same_weights(before, model.state_dict())
     model._compiled_call_impl = None
     with torch.no_grad():
@@ -287,22 +287,22 @@ def test_shared_weights_stay(elsewhere):
     stay = {"layers.1.mlp.up_proj", "layers.2.self_attn.k_proj", "layers.2.self_attn.v_proj"}
     expected = {n for n in matrices if ".layers.0." not in n and not any(s in n for s in stay)}
     assert away == expected
-    assert report(model).offloaded["kept"] > 0
+    assert report(model).to_dict()["offloaded"]["kept"] > 0
 
 
 @pytest.mark.slow
 def test_other_options_move_weights_back(elsewhere):
     model = compiled({"offload": 1, "offload_policy": "fetch"})
     decode(model, new_cache(model, "static"), [1])
-    far = report(model).offloaded["moved"]
+    far = report(model).to_dict()["offloaded"]["moved"]
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, "offload": 2})
     decode(model, new_cache(model, "static"), [1])
-    assert report(model).offloaded["moved"] == far // 2
+    assert report(model).to_dict()["offloaded"]["moved"] == far // 2
     torch._dynamo.reset()
     model.compile(backend=river, options=OPTIONS)
     decode(model, new_cache(model, "static"), [1])
-    assert report(model).record.offloaded.snapshot() is None
+    assert report(model).to_dict()["offloaded"] is None
     assert not any(p.isnan().any() for p in model.parameters())
 
 
@@ -312,8 +312,10 @@ def test_exact_mode_streams_the_backbone_once_for_many_tokens(elsewhere):
     with torch.no_grad():
         model.model.norm.weight.zero_()  # every token is the first of the vocabulary, so every draft holds
     model.compile(backend=river, options={**OPTIONS, **FETCH})
-    model.generate(prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, adaptive=False)
-    stats, cycles = report(model).offloaded, report(model).exact.cycles
+    model.generate(
+        prompt(8), max_new_tokens=129, do_sample=False, custom_generate=exact, num_assistant_tokens_schedule="constant"
+    )
+    stats, cycles = report(model).to_dict()["offloaded"], report(model).exact.cycles
     assert cycles == 2, "63 drafted tokens and the backbone's own"
     assert stats["brought_in"] == sum(elsewhere.started)
     assert stats["brought_in"] == cycles * stats["moved"], "the prompt ran before they left"
@@ -390,7 +392,7 @@ def test_a_disk_that_fills_up_moves_nothing(monkeypatch, tmp_path):
     with pytest.raises(OptionError, match="Make room, or name another folder"):
         step.run(quantizer="rtn", offload=2, offload_dir=tmp_path)
     assert [p.data_ptr() for p in step.model.parameters()] == before
-    assert report(step.model).record.offloaded.snapshot() is None
+    assert report(step.model).to_dict()["offloaded"] is None
 
 
 def test_a_folder_in_memory_is_reported(monkeypatch, tmp_path):
@@ -405,7 +407,7 @@ def test_the_report_tells_what_left(tmp_path):
     model = step.model
     step.run(depth=1, quantizer="rtn", offload=1, offload_dir=tmp_path)
     reported = report(model)
-    stats = reported.offloaded
+    stats = reported.to_dict()["offloaded"]
     matrices = sum(p.nbytes for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
     everything = sum(p.nbytes for p in {*model.parameters()}) + sum(p.nbytes for p in reported.packed)
     assert stats["moved"] == matrices * 2 // 3
@@ -460,7 +462,7 @@ model.compile(backend=river, options={**options, **eval(sys.argv[1])})
 ids = torch.ones(1, 4, dtype=torch.long)
 for _ in range(2):
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, cache_implementation="static")
-stats = report(model).offloaded
+stats = report(model).to_dict()["offloaded"]
 ctypes.CDLL(None).malloc_trim(0)
 print(*resident(), stats["moved"] if stats else 0, stats["peak_after"] if stats else 0)
 """
@@ -504,7 +506,7 @@ def test_device_memory_shrinks_by_what_left():
     settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
     settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
     model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    stats = report(model).offloaded
+    stats = report(model).to_dict()["offloaded"]
     packed = sum(p.nbytes for p in report(model).packed)
     torch.cuda.synchronize()
     assert stats["moved"] > 5.9 * block
@@ -528,7 +530,7 @@ def test_streams_give_the_bits_of_a_model_in_memory(graphs):
         settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static"}
         settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
         texts = [model.generate(prompt().cuda(), **settings) for _ in range(2)]
-        assert bool(report(model).record.offloaded.snapshot()) == ("offload" in options)
+        assert bool(report(model).to_dict()["offloaded"]) == ("offload" in options)
         return texts
 
     assert all(map(torch.equal, run({}), run(FETCH)))

@@ -13,7 +13,7 @@ import torch
 import river_compile
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
-from river_compile.passes.moe_router import ROUTER
+from river_compile.passes.experts import ROUTER
 from river_compile.runtime.tensor_parallel import ALONE, Ranks, check_supported
 from tests.runtime.rank_worker import CASES, DEPTHS, LAYERS, SLOW
 from tests.support.examples import slow

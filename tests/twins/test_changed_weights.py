@@ -137,7 +137,7 @@ def test_a_warning_once_then_the_log_and_the_report(caplog):
     assert len(said) == 1
     assert said[0].startswith("weights changed after their 4-bit twins were packed (model.layers.0.mlp.down_proj and 1")
     assert caplog.text.count("weights changed after") == 3
-    assert "packed again   3 times after weights changed, 2 matrices the last time" in str(report(step.model))
+    assert "packed again 3 times after weights changed, 2 matrices the last time" in str(report(step.model))
     assert report(step.model).to_dict()["packed_again"] == 3
 
 

@@ -53,7 +53,7 @@ def test_twins_of_torchao_tensors(quantized):
 
 def test_torchao_tensors_cannot_be_offloaded(quantized):
     quantized.compile(backend=river, options={**OPTIONS, "offload": 1, "exit_depth": 1})
-    with pytest.raises(OptionError, match=r"offload=1 is not available where weights are Int8Tensors, such as "):
+    with pytest.raises(OptionError, match=r"offload=1 is not available for weights of type Int8Tensor, such as "):
         decode(quantized, new_cache(quantized, "static"), [None], plain_prompt=True)
 
 

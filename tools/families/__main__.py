@@ -29,7 +29,7 @@ TIMEOUT = 400
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.families", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="run these model types again")
     parser.add_argument("--again", action="store_true", help="run all model types again")
@@ -59,12 +59,12 @@ def up_to_date(outcome: Outcome | None, sources: str) -> bool:
 
 
 def model_types() -> list[str]:
-    """Returns every model type for which transformers has a causal language model."""
+    """Return every model type for which transformers has a causal language model."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def isolated(name: str, exact: bool, timeout: float, verbose: bool) -> Outcome:
-    """Checks one type in a process of its own; a crash or a time-out is an outcome too."""
+    """Check one type in a process of its own; a crash or a time-out is an outcome too."""
     context = multiprocessing.get_context("fork")  # (what is imported here need not be imported there)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, name, exact, verbose), daemon=True)

@@ -75,7 +75,7 @@ def check(
     caches: Sequence[str] = CACHES,
     build: Callable[[str], PreTrainedModel] = tiny_model,
 ) -> Outcome:
-    """Builds a tiny model, compares it with the river and reports. Raises nothing that an `Outcome` can hold."""
+    """Build a tiny model, compare it with the river and reports. Raises nothing that an `Outcome` can hold."""
     outcome = Outcome(model_type)
     try:
         model = build(model_type)
@@ -113,7 +113,7 @@ def check(
 
 
 def message(error: BaseException) -> str:
-    """Returns an error's kind and first line."""
+    """Return an error's kind and first line."""
     error = getattr(error, "inner_exception", error)  # (Dynamo wraps what a backend raises)
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:240]
@@ -138,7 +138,7 @@ class _Say(LogitsProcessor):
 
 
 def prompt() -> tuple[Tensor, Tensor]:
-    """Returns ids and mask ``[2, 10]``, the second row with three padding tokens before it."""
+    """Return ids and mask ``[2, 10]``, the second row with three padding tokens before it."""
     ids = torch.randint(3, VOCABULARY - 2, (2, 10), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     ids[1, :3] = mask[1, :3] = 0
@@ -146,7 +146,7 @@ def prompt() -> tuple[Tensor, Tensor]:
 
 
 def generated(model: PreTrainedModel, kind: str) -> Generated | str:
-    """Generates with the plain model; returns the error's text where transformers cannot."""
+    """Generate with the plain model; return the error's text where transformers cannot."""
     try:
         found = say(model, kind)
     except Exception as error:  # (a cache that transformers cannot use with this model)
@@ -158,7 +158,7 @@ def generated(model: PreTrainedModel, kind: str) -> Generated | str:
 
 @torch.no_grad()
 def say(model: PreTrainedModel, kind: str, tokens: Tensor | None = None) -> Generated:
-    """Generates with a cache, greedily or the given tokens."""
+    """Generate with a cache, greedily or the given tokens."""
     ids, mask = prompt()
     cache = {"cache_implementation": "static", "disable_compile": True} if kind == "static" else {}
     out = model.generate(
@@ -170,7 +170,7 @@ def say(model: PreTrainedModel, kind: str, tokens: Tensor | None = None) -> Gene
 
 
 def compare(outcome: Outcome, build: Callable[[], PreTrainedModel], kind: str, expected: Generated) -> Traced | None:
-    """Notes the depths that were equal with a cache, or why the river did not run; returns the decode step if it did.
+    """Note the depths that were equal with a cache, or why the river did not run; return the decode step if it did.
 
     Raises:
         Wrong: anything else.
@@ -207,7 +207,7 @@ def compare(outcome: Outcome, build: Callable[[], PreTrainedModel], kind: str, e
 
 
 def rounding(model: PreTrainedModel, kind: str, expected: Generated) -> float:
-    """Returns how far the plain model's logits are from what it gives in float64."""
+    """Return how far the plain model's logits are from what it gives in float64."""
     return (say(model.double(), kind, expected.tokens).logits - expected.logits).abs().max().item()
 
 
@@ -234,13 +234,13 @@ class Traced:
         return keeping
 
     def _copy(self, x: object) -> object:
-        """Returns what a step may write to as a copy, weights as they are."""
+        """Return what a step may write to as a copy, weights as they are."""
         weights = {p.data_ptr() for p in self._model.parameters()}
         return x if not isinstance(x, Tensor) or x.data_ptr() in weights else x.clone()
 
     @torch.no_grad()
     def describe_twins(self, outcome: Outcome) -> None:
-        """Notes the 4-bit products and what stays in 16 bits, and runs the step through quantized twins.
+        """Note the 4-bit products and what stays in 16 bits, and run the step through quantized twins.
 
         Raises:
             Wrong: they give values that are not finite.
@@ -272,7 +272,7 @@ class Left:
 
 
 def exact_text(model: PreTrainedModel, expected: Generated | str) -> str:
-    """Returns "equal" where exact mode gives the plain text with a dynamic cache, or how it refused.
+    """Return "equal" where exact mode gives the plain text with a dynamic cache, or how it refused.
 
     Raises:
         Wrong: it gives another text.
@@ -300,6 +300,6 @@ def exact_text(model: PreTrainedModel, expected: Generated | str) -> str:
 
 
 def fresh() -> None:
-    """Forgets what was compiled before."""
+    """Forget what was compiled before."""
     torch._dynamo.reset()
     gc.collect()

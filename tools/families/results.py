@@ -72,13 +72,13 @@ COLUMNS = ("model type", "result", "equal at depths", "4-bit products per block"
 
 
 def load(path: Path = KNOWN) -> dict[str, Outcome]:
-    """Returns what is known, by model type."""
+    """Return what is known, by model type."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {outcome.model_type: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
 
 
 def save(known: Mapping[str, Outcome], path: Path = KNOWN) -> None:
-    """Writes what is known, a line for each model type; the file appears whole or not at all."""
+    """Write what is known, a line for each model type; the file appears whole or not at all."""
     lines = [json.dumps(dataclasses.asdict(known[name])) + "\n" for name in sorted(known)]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(lines), encoding="utf-8")
@@ -86,7 +86,7 @@ def save(known: Mapping[str, Outcome], path: Path = KNOWN) -> None:
 
 
 def sources() -> str:
-    """Returns a digest of what results depend on: this project's sources and the version of transformers."""
+    """Return a digest of what results depend on: this project's sources and the version of transformers."""
     digest = hashlib.sha256(transformers.__version__.encode())
     for folder in ("river_compile", "passes", "kernels", "tools/families"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -95,7 +95,7 @@ def sources() -> str:
 
 
 def page(known: Mapping[str, Outcome]) -> str:
-    """Returns `docs/models.md`."""
+    """Return `docs/models.md`."""
     counts = Counter(outcome.result for outcome in known.values())
     total = ", ".join(f"{counts[result]} {result}" for result in RESULTS)
     rows = [" | ".join(row(known[name])) for name in sorted(known)]
@@ -127,7 +127,7 @@ that keep their place among text generation models on the Hub:
 
 
 def row(outcome: Outcome) -> tuple[str, ...]:
-    """Returns a type's cells."""
+    """Return a type's cells."""
     depths = [f"{kind}: {', '.join(map(str, found))}" for kind, found in outcome.depths.items()]
     depths += [f"{kind}: {why}" for kind, why in outcome.without.items() if outcome.depths]
     depths += [f"exact mode: {outcome.exact}"] if outcome.exact else []
@@ -143,7 +143,7 @@ def write_page(known: Mapping[str, Outcome], path: Path = PAGE) -> None:
 
 
 def parse(text: str) -> list[dict[str, str]]:
-    """Returns the rows of the page's table.
+    """Return the rows of the page's table.
 
     Raises:
         ValueError: a row has another number of cells than the head.

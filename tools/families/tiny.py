@@ -109,7 +109,7 @@ OVERRIDES: dict[str, dict[str, object]] = {
 
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """Returns a model of a family in float32 and eval mode, whose generation never ends early.
+    """Return a model of a family in float32 and eval mode, whose generation never ends early.
 
     Equal seeds give equal weights.
 
@@ -126,7 +126,7 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_config(config_class: type[PretrainedConfig], overrides: Mapping[str, object]) -> PretrainedConfig:
-    """Returns a small config; `overrides` name its fields, or with a dict those of a config inside it."""
+    """Return a small config; `overrides` name its fields, or with a dict those of a config inside it."""
     default = config_class()
     names = {field.name for field in dataclasses.fields(config_class)}
     small = {name: _small(default, name) for name in names}
@@ -143,7 +143,7 @@ def tiny_config(config_class: type[PretrainedConfig], overrides: Mapping[str, ob
 
 
 def _small(default: PretrainedConfig, name: str) -> object:
-    """Returns the tiny value of a field, None where the default may stay."""
+    """Return the tiny value of a field, None where the default may stay."""
     value = default._getattr_without_heterogeneous_validation(name, None)
     if isinstance(value, (list, tuple)):
         return _for_each_block(default, list(value))
@@ -159,7 +159,7 @@ def _small(default: PretrainedConfig, name: str) -> object:
 
 
 def _for_each_block(default: PretrainedConfig, values: list) -> list | None:
-    """Returns a list with an entry for each of the few blocks, in which every kind of entry occurs."""
+    """Return a list with an entry for each of the few blocks, in which every kind of entry occurs."""
     blocks = getattr(default, "num_hidden_layers", None)
     if not values or len(values) != blocks:
         return None
@@ -169,7 +169,7 @@ def _for_each_block(default: PretrainedConfig, values: list) -> list | None:
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, seed: int) -> None:
-    """Draws the weights: matrices about keep the scale of their input, biases are not zero, norms' weights not one.
+    """Draw the weights: matrices about keep the scale of their input, biases are not zero, norms' weights not one.
 
     So a bias that is lost, or a norm that is forgotten, changes the logits.
 

@@ -32,7 +32,7 @@ class Count:
 
 
 def count_sources(root: Path = ROOT) -> list[Count]:
-    """Counts what the sources below a folder show."""
+    """Count what the sources below a folder show."""
     found = read_sources.read(root)
     graph = import_graph(found)
     circles = [text for text in (circle(graph), circle(parts_graph(graph))) if text]
@@ -51,7 +51,7 @@ def count_sources(root: Path = ROOT) -> list[Count]:
 
 
 def count_walks() -> list[Count]:
-    """Counts what a build, a warm exact generation and one weight go through."""
+    """Count what a build, a warm exact generation and one weight go through."""
     from tools.house.walk import walk
 
     found = walk()
@@ -75,7 +75,7 @@ def _pairs(counted: dict[str, int]) -> list[str]:
 
 
 def page(counts: Sequence[Count]) -> Iterator[str]:
-    """Yields the lines of a table, then the names behind each number."""
+    """Yield the lines of a table, then the names behind each number."""
     for count in counts:
         mark = "" if count.is_met else "  over"
         yield f"{count.name:<48} {count.value:>9,g}  (target {count.target:,g}){mark}"
@@ -86,12 +86,12 @@ def page(counts: Sequence[Count]) -> Iterator[str]:
 
 
 def document(counts: Sequence[Count]) -> dict[str, Any]:
-    """Returns the same for --json."""
+    """Return the same for --json."""
     return {"counts": [{**asdict(count), "met": count.is_met} for count in counts]}
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Counts how much of the project a reader meets, beside targets.")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--sources", action="store_true", help="only what the sources show; runs no model")

@@ -48,7 +48,7 @@ class Source:
 
 
 def read(root: Path = ROOT) -> dict[str, Source]:
-    """Returns the product's Python files by their installed names."""
+    """Return the product's Python files by their installed names."""
     found = {}
     for folder in FOLDERS:
         for file in sorted((root / folder).rglob("*.py")):
@@ -58,13 +58,13 @@ def read(root: Path = ROOT) -> dict[str, Source]:
 
 
 def module_of(file: Path, root: Path = ROOT) -> str:
-    """Returns the installed name of a product file."""
+    """Return the installed name of a product file."""
     folder, *rest = file.relative_to(root).with_suffix("").parts
     return ".".join([FOLDERS[folder], *rest]).removesuffix(".__init__")
 
 
 def part_of(module: str) -> str:
-    """Returns the subfolder that a module lies in, or the module itself if it lies in none."""
+    """Return the subfolder that a module lies in, or the module itself if it lies in none."""
     root = max((name for name in FOLDERS.values() if f"{module}.".startswith(f"{name}.")), key=len)
     return ".".join(module.split(".")[: root.count(".") + 2])
 
@@ -73,7 +73,7 @@ def part_of(module: str) -> str:
 
 
 def lines_by_folder(sources: Mapping[str, Source]) -> dict[str, int]:
-    """Returns lines of Python by folder, subfolders by themselves."""
+    """Return lines of Python by folder, subfolders by themselves."""
     counted: Counter[str] = Counter()
     for source in sources.values():
         counted[str(Path(source.path).parent)] += source.lines
@@ -81,18 +81,18 @@ def lines_by_folder(sources: Mapping[str, Source]) -> dict[str, int]:
 
 
 def native_lines(root: Path = ROOT) -> int:
-    """Returns lines of C++."""
+    """Return lines of C++."""
     files = [file for folder in FOLDERS for pattern in NATIVE for file in (root / folder).rglob(pattern)]
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
 def long_files(sources: Mapping[str, Source]) -> dict[str, int]:
-    """Returns the files of more than `LONG_FILE` lines."""
+    """Return the files of more than `LONG_FILE` lines."""
     return {source.path: source.lines for source in sources.values() if source.lines > LONG_FILE}
 
 
 def long_functions(sources: Mapping[str, Source]) -> dict[str, int]:
-    """Returns the functions of more than `LONG_FUNCTION` lines, decorators left out."""
+    """Return the functions of more than `LONG_FUNCTION` lines, decorators left out."""
     return {
         f"{source.path}:{node.name}": lines
         for source in sources.values()
@@ -106,7 +106,7 @@ def long_functions(sources: Mapping[str, Source]) -> dict[str, int]:
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[str]:
-    """Yields the absolute name of everything that a module of `package` imports anywhere."""
+    """Yield the absolute name of everything that a module of `package` imports anywhere."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -122,7 +122,7 @@ def imported_modules(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def import_graph(sources: Mapping[str, Source]) -> dict[str, set[str]]:
-    """Returns which modules each one imports."""
+    """Return which modules each one imports."""
     graph: dict[str, set[str]] = {}
     for module, source in sources.items():
         found = set()
@@ -135,7 +135,7 @@ def import_graph(sources: Mapping[str, Source]) -> dict[str, set[str]]:
 
 
 def parts_graph(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Returns the same between subfolders; modules outside of any stand for themselves."""
+    """Return the same between subfolders; modules outside of any stand for themselves."""
     parts: dict[str, set[str]] = {}
     for module, imported in graph.items():
         parts.setdefault(part_of(module), set()).update(map(part_of, imported))
@@ -143,7 +143,7 @@ def parts_graph(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 
 def circle(graph: Mapping[str, set[str]]) -> str:
-    """Returns a circle of imports, "a -> b -> a", empty if there is none."""
+    """Return a circle of imports, "a -> b -> a", empty if there is none."""
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -155,7 +155,7 @@ def circle(graph: Mapping[str, set[str]]) -> str:
 
 
 def singletons(sources: Mapping[str, Source]) -> list[str]:
-    """Returns every place that keeps or fetches state which no signature shows, as "path:line name".
+    """Return every place that keeps or fetches state which no signature shows, as "path:line name".
 
     These are calls ``.of(Class)`` of a registry by class, and mutable objects at the top of a module: containers that
     are empty there or that a function writes to, instances of the product's classes that change, and ``global``.
@@ -195,7 +195,7 @@ def _globals(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _changing_classes(tree: ast.Module) -> Iterator[str]:
-    """Yields the classes that assign to attributes of `self` after construction, or start with an empty container."""
+    """Yield the classes that assign to attributes of `self` after construction, or start with an empty container."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for method in node.body:
@@ -219,7 +219,7 @@ def _changes(method: ast.FunctionDef) -> bool:
 
 
 def _written(tree: ast.Module) -> Iterator[str]:
-    """Yields the names that functions of a module store items in, or call a container's changing methods of.
+    """Yield the names that functions of a module store items in, or call a container's changing methods of.
 
     A function's own names are not yielded.
     """
@@ -240,7 +240,7 @@ def _written(tree: ast.Module) -> Iterator[str]:
 
 
 def _name(node: ast.expr) -> str:
-    """Returns a plain name, of a dotted one or a subscripted one its last part; "" for other expressions."""
+    """Return a plain name, of a dotted one or a subscripted one its last part; "" for other expressions."""
     if isinstance(node, ast.Subscript):
         node = node.value
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""

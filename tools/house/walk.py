@@ -95,7 +95,7 @@ class Follow:
         self.types: dict[str, None] = {}
 
     def see(self, path: str, frame: FrameType, event: str, value: Any) -> None:
-        """Looks at a call's arguments, or at its result."""
+        """Look at a call's arguments, or at its result."""
         if event == "call":
             found = [self._of(argument) for argument in [*frame.f_locals.values()]]
             names = set().union(*(of for of in found if len(of) == 1))  # (an argument of many weights tells nothing)
@@ -109,7 +109,7 @@ class Follow:
             self.files.setdefault(path)
 
     def _of(self, value: Any, level: int = _LEVELS) -> set[str]:
-        """Returns the names of the parameters that a value belongs to; notes the classes that hold the followed one."""
+        """Return the names of the parameters that a value belongs to; note the classes that hold the followed one."""
         if (mark := self._marked.get(id(value))) is not None:
             return {mark[0]}
         if type(value).__module__ == "torch.fx.node":
@@ -123,7 +123,7 @@ class Follow:
         return names
 
     def _mark(self, value: Any, name: str, level: int = _LEVELS) -> None:
-        """Notes the tensors in a result that have the size of the weight, packed or not."""
+        """Note the tensors in a result that have the size of the weight, packed or not."""
         from torch import Tensor
 
         if isinstance(value, Tensor):
@@ -136,7 +136,7 @@ class Follow:
 
 
 def _parts(value: Any) -> list[Any]:
-    """Returns the items of a container, or the attributes of an instance, of a large one the first."""
+    """Return the items of a container, or the attributes of an instance, of a large one the first."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()][:_ITEMS]
     if isinstance(value, (tuple, list)):
@@ -147,7 +147,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _placeholder(parameter: str) -> str:
-    """Returns what the name of a parameter's placeholder in Dynamo's graph contains."""
+    """Return what the name of a parameter's placeholder in Dynamo's graph contains."""
     *modules, last = parameter.split(".")
     return f"{'_modules_'.join(modules)}_parameters_{last}"
 
@@ -164,7 +164,7 @@ class Walks:
 
 
 def walk() -> Walks:
-    """Generates with a tiny Llama in bfloat16, exact mode, with drafts that do not depend on the clock."""
+    """Generate with a tiny Llama in bfloat16, exact mode, with drafts that do not depend on the clock."""
     warnings.filterwarnings("ignore")
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

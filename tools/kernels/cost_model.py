@@ -64,7 +64,7 @@ class Compiled:
 
 
 def registers(spec: LinearSpec) -> int:
-    """Estimates the registers that a thread of the kernel needs; beyond `most_registers` some would spill.
+    """Estimate the registers that a thread of the kernel needs; beyond `most_registers` some would spill.
 
     In the form "groups" the estimate is what the worst of Triton 3.6, 3.7 and 3.9 takes.
     """
@@ -84,7 +84,7 @@ def registers(spec: LinearSpec) -> int:
 
 
 def thread_instructions(spec: LinearSpec) -> float:
-    """Estimates what a thread of the form "groups" executes: a fit to what was counted in compiled kernels."""
+    """Estimate what a thread of the form "groups" executes: a fit to what was counted in compiled kernels."""
     tile, words = spec.tile, spec.group_size / 64
     parts, columns = len(spec.streams) * tile.block_n / 16, tile.block_m / 8  # tiles of 16 weight rows, of 8 rows
     part = 30 * words + columns * (4 * words + 8) + 18  # bits to numbers, dots, scale and zero
@@ -95,18 +95,18 @@ def thread_instructions(spec: LinearSpec) -> float:
 
 
 def instructions_per_weight(spec: LinearSpec) -> float:
-    """Estimates instructions per weight of the form "groups", those of weights beyond the matrix included."""
+    """Estimate instructions per weight of the form "groups", those of weights beyond the matrix included."""
     weights = len(spec.streams) * spec.tile.block_n * spec.tile.block_k * spec.steps
     return thread_instructions(spec) * 32 * spec.tile.num_warps / weights
 
 
 def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
-    """Estimates the time of a kernel in seconds; `rows` as in `rows_of`."""
+    """Estimate the time of a kernel in seconds; `rows` as in `rows_of`."""
     return estimate(spec, device, rows).total
 
 
 def estimate(spec: LinearSpec, device: Device, rows: int | None = None, compiled: Compiled | None = None) -> Estimate:
-    """Estimates the parts of `seconds`, by what was compiled where that is given."""
+    """Estimate the parts of `seconds`, by what was compiled where that is given."""
     tile, m = spec.tile, rows_of(spec, rows)
     threads = 32 * tile.num_warps
     programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m) * tile.split_k
@@ -144,7 +144,7 @@ def estimate(spec: LinearSpec, device: Device, rows: int | None = None, compiled
 def attention_estimate(
     heads: int, slots: int, device: Device, group: int, head_dim: int, splits: int, resident: int = 6, times: int = 1
 ) -> Estimate:
-    """Estimates attention in 16 bits, split so often, with so many programs resident on a processor.
+    """Estimate attention in 16 bits, split so often, with so many programs resident on a processor.
 
     Of several positions `times` programs read the same slots, all but the first from the cache that processors share.
 
@@ -178,12 +178,12 @@ def attention_estimate(
 
 
 def rows_of(spec: LinearSpec, rows: int | None = None) -> int:
-    """Returns the rows that a spec counts with; where it leaves them open and nobody says, 64, or `WIDTH`."""
+    """Return the rows that a spec counts with; where it leaves them open and nobody says, 64, or `WIDTH`."""
     return spec.rows or rows or (WIDTH if spec.any_width else 64)
 
 
 def shared_bytes(spec: LinearSpec, rows: int | None = None) -> int:
-    """Returns the bytes of activations and of the norm's weight that all programs read, of which memory sends few.
+    """Return the bytes of activations and of the norm's weight that all programs read, of which memory sends few.
 
     A norm in front of the form "dot" may go through the rows once more than the product.
     """
@@ -195,13 +195,13 @@ def shared_bytes(spec: LinearSpec, rows: int | None = None) -> int:
 
 
 def bytes_ahead(spec: LinearSpec) -> float:
-    """Returns the bytes of weights that a program has on their way before it uses the first of them."""
+    """Return the bytes of weights that a program has on their way before it uses the first of them."""
     ahead = max(1, min(spec.tile.num_stages - 1, spec.steps)) if _pipelined(spec) else 1
     return _step_bytes(spec) * ahead
 
 
 def _bandwidth_share(spec: LinearSpec, device: Device, programs: float) -> float:
-    """Returns the part of the bandwidth that `programs` of a kernel on each processor keep busy.
+    """Return the part of the bandwidth that `programs` of a kernel on each processor keep busy.
 
     About 48 KiB in flight do; copies into shared memory are always on their way, so that the latency itself, of 0.9 us,
     is all that there is to cover.
@@ -220,12 +220,12 @@ def _pipelined(spec: LinearSpec) -> bool:
 
 
 def _step_bytes(spec: LinearSpec) -> float:
-    """Returns the bytes of weights of one step of a program."""
+    """Return the bytes of weights of one step of a program."""
     return len(spec.streams) * spec.tile.block_n * spec.tile.block_k * _BITS[spec.weights] / 8
 
 
 def _shared(spec: LinearSpec) -> int:
-    """Estimates the shared memory of a program: steps on their way, with their rows of activations, and some more."""
+    """Estimate the shared memory of a program: steps on their way, with their rows of activations, and some more."""
     if not _pipelined(spec):
         return 4096
     rows = spec.tile.block_m * spec.tile.block_k * DTYPES[spec.dtype][1]
@@ -233,7 +233,7 @@ def _shared(spec: LinearSpec) -> int:
 
 
 def _instructions(spec: LinearSpec, programs: int) -> float:
-    """Returns the instructions of all threads: every weight of each tile, and the activations in every program.
+    """Return the instructions of all threads: every weight of each tile, and the activations in every program.
 
     In the form "dot" each warp makes operands of all of them, and normalises them if there is a norm.
     """

@@ -41,5 +41,5 @@ DEVICES = {
 
 
 def known(name: str) -> Device:
-    """Returns the device of that name, else the one whose tiles it gets."""
+    """Return the device of that name, else the one whose tiles it gets."""
     return DEVICES[nearest_architecture(name, DEVICES)]

@@ -47,7 +47,7 @@ class Code:
 
 
 def cuobjdump(cubin: bytes, what: str) -> str:
-    """Returns what NVIDIA's tool says of a compiled kernel: "-sass", its machine code, or "-res-usage"."""
+    """Return what NVIDIA's tool says of a compiled kernel: "-sass", its machine code, or "-res-usage"."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -58,7 +58,7 @@ def cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def counted(text: str, spec: LinearSpec) -> Code | None:
-    """Counts a launch of `spec`, of activations in 16 bits, in its disassembly; None where a loop has no weights in it.
+    """Count a launch of `spec`, of activations in 16 bits, in its disassembly; None where a loop has no weights in it.
 
     Raises:
         ValueError: the loops cannot make the weights that a thread of this kernel has.
@@ -96,7 +96,7 @@ def counted(text: str, spec: LinearSpec) -> Code | None:
 
 
 def counted_amd(text: str, spec: LinearSpec) -> float | None:
-    """Counts a launch of `spec` in AMD's assembly, per weight; None where no loop takes its steps one at a time."""
+    """Count a launch of `spec` in AMD's assembly, per weight; None where no loop takes its steps one at a time."""
     code = re.findall(r"^(\.LBB\w+):|^\t((?:[vs]_|ds_|global_|buffer_)\S+(?: +\S.*)?)$", text, re.MULTILINE)
     labels = {label: place for place, (label, _) in enumerate(code) if label}
     jumps = [
@@ -121,6 +121,6 @@ def counted_amd(text: str, spec: LinearSpec) -> float | None:
 
 
 def thread_weights(spec: LinearSpec, warp: int = 32) -> float:
-    """Returns how many weights a thread of the kernel has, those beyond the matrix included."""
+    """Return how many weights a thread of the kernel has, those beyond the matrix included."""
     tile = spec.tile
     return len(spec.streams) * tile.block_n * tile.block_k * spec.steps / (warp * tile.num_warps)

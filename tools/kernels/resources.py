@@ -85,7 +85,7 @@ class Usage:
 
 
 def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
-    """Compiles a spec for a GPU of `devices.DEVICES` and yields one usage per launch."""
+    """Compile a spec for a GPU of `devices.DEVICES` and yield one usage per launch."""
     device = DEVICES[target]
     source = source_file(spec).read_text().splitlines()
     for stage, compiled in zip(spec.stages(), compile_for(spec, device.backend, device.arch), strict=True):
@@ -108,7 +108,7 @@ def usages(spec: KernelSpec, label: str, target: str) -> Iterator[Usage]:
 
 
 def bounded(usage: Usage, spec: KernelSpec, rows: int = 1) -> Usage:
-    """Returns the usage of a kernel's first launch with what bounds it, by the cost model and what was compiled.
+    """Return the usage of a kernel's first launch with what bounds it, by the cost model and what was compiled.
 
     `rows` is for a matmul that leaves their number open.
     """
@@ -131,7 +131,7 @@ def bounded(usage: Usage, spec: KernelSpec, rows: int = 1) -> Usage:
 
 
 def weight_load_bytes(text: str, source: list[str], nvidia: bool) -> int | None:
-    """Returns the bytes of the narrowest load that comes from a source line reading weights; None if there is none.
+    """Return the bytes of the narrowest load that comes from a source line reading weights; None if there is none.
 
     The compiled text names the source line of every instruction (`.loc file line column`). Inside of inline assembly,
     which is what Triton's loads for NVIDIA are, those numbers count on from the line that the assembly stands for.
@@ -170,7 +170,7 @@ def _occupancy(device: Device, registers: int, warps: int, shared: int) -> float
 
 
 def token_cost(shape: ModelShape, kernels: dict[str, KernelSpec], rows: int = 1) -> tuple[TokenCost, TokenCost]:
-    """Returns the costs of one block, and of a token of so many sequences that runs all blocks so and then the head."""
+    """Return the costs of one block, and of a token of so many sequences that runs all blocks so and then the head."""
     matmuls = [label for label, spec in kernels.items() if isinstance(spec, LinearSpec)]
     block = TokenCost(0, 0)
     for label, spec in kernels.items():
@@ -180,7 +180,7 @@ def token_cost(shape: ModelShape, kernels: dict[str, KernelSpec], rows: int = 1)
 
 
 def token_floor(shape: ModelShape, kernels: dict[str, KernelSpec], context: int, rows: int = 1) -> int:
-    """Returns the bytes that no kernel can avoid: weights, scales and zeros, head, and the cache read and written."""
+    """Return the bytes that no kernel can avoid: weights, scales and zeros, head, and the cache read and written."""
     linears = {label: spec for label, spec in kernels.items() if isinstance(spec, LinearSpec)}
     weights = {label: sum(b.bytes for b in spec.weight_buffers.values()) for label, spec in linears.items()}
     for label, spec in linears.items():

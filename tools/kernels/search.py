@@ -26,7 +26,7 @@ MOST_INSTRUCTIONS = (3.2, 3.4)
 
 
 def cheapest(spec: LinearSpec, device: Device, rows: int | None = None) -> LinearSpec:
-    """Returns `spec` with the cheapest candidate's tile; its own is ignored.
+    """Return `spec` with the cheapest candidate's tile; its own is ignored.
 
     `rows` are as in `seconds`, but that a kernel for all widths has one tile.
     """
@@ -35,7 +35,7 @@ def cheapest(spec: LinearSpec, device: Device, rows: int | None = None) -> Linea
 
 
 def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[bool, float]:
-    """Returns what candidates are compared by: whether instructions abound, then the time.
+    """Return what candidates are compared by: whether instructions abound, then the time.
 
     The form "groups" has too many where a weight takes more than `MOST_INSTRUCTIONS`, or where fewer than three steps
     leave the start of the pipeline the larger part. (Times of two tiles are closer than their estimate is good, and
@@ -50,7 +50,7 @@ def cost(spec: LinearSpec, device: Device, rows: int | None = None) -> tuple[boo
 
 
 def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
-    """Yields `spec` with every legal tile of the search space for a device; its own tile is ignored."""
+    """Yield `spec` with every legal tile of the search space for a device; its own tile is ignored."""
     if spec.form == "groups":
         tiles = _group_tiles(spec, device)
     else:
@@ -63,7 +63,7 @@ def candidates(spec: LinearSpec, device: Device) -> Iterator[LinearSpec]:
 
 
 def most_registers(spec: LinearSpec) -> int:
-    """Returns how many estimated registers a candidate may have."""
+    """Return how many estimated registers a candidate may have."""
     return MAX_GROUP_REGISTERS if spec.form == "groups" and spec.tile.block_m == 8 else MAX_REGISTERS
 
 
@@ -86,7 +86,7 @@ def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
 
 
 def _pipeline(spec: LinearSpec, device: Device, block_n: int, steps: int) -> int:
-    """Returns how many steps are on their way at once: three, or what was seen to keep values in registers.
+    """Return how many steps are on their way at once: three, or what was seen to keep values in registers.
 
     Behind a norm, pairs of matrices spill with several rows in longer pipelines than two, and on sm_100 with one row in
     shorter ones than four (Triton 3.9), where single matrices spill in longer ones than three (3.7 and 3.9). Triton 3.6
@@ -143,7 +143,7 @@ def _dot_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
 
 
 def cheapest_splits(heads: int, slots: int, device: Device, group: int, head_dim: int) -> int:
-    """Returns how many programs share the cache of one of all `heads` KV heads, of `group` query heads each."""
+    """Return how many programs share the cache of one of all `heads` KV heads, of `group` query heads each."""
     most = math.ceil(slots / ATTENTION_BLOCK).bit_length() - 1
 
     def time(splits: int) -> float:

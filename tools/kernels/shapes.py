@@ -69,12 +69,12 @@ class TokenCost:
         return TokenCost(times * self.launches, times * self.bytes)
 
     def seconds(self, bandwidth: float) -> float:
-        """Returns the time that the bytes take at `bandwidth` bytes per second."""
+        """Return the time that the bytes take at `bandwidth` bytes per second."""
         return self.bytes / bandwidth
 
 
 def cost_of(*specs: KernelSpec, rows: int = 1) -> TokenCost:
-    """Adds up kernels, every buffer of every launch once; `rows` is for those that leave their number open."""
+    """Add up kernels, every buffer of every launch once; `rows` is for those that leave their number open."""
     return TokenCost(sum(len(spec.stages()) for spec in specs), sum(spec.cost(rows).bytes for spec in specs))
 
 
@@ -86,7 +86,7 @@ def model_kernels(
     group_size: int = 64,
     device: str = DEFAULT_DEVICE,
 ) -> dict[str, KernelSpec]:
-    """Returns the kernels of a decode step: those of one river twin, the exit score, and the 16-bit head with the norm.
+    """Return the kernels of a decode step: those of one river twin, the exit score, and the 16-bit head with the norm.
 
     The twin's come first, in launch order, as the fusion rules put them in. They are for `rows` sequences and `context`
     valid slots of the cache, with the tiles of `device`. What Inductor writes between the products of experts (the
@@ -133,7 +133,7 @@ def model_kernels(
 
 
 def estimate_of(spec: KernelSpec, device: Device, compiled: Compiled | None = None, rows: int = 1) -> Estimate:
-    """Returns where the time of a kernel goes by the cost model; of one that it does not know, bytes and launches.
+    """Return where the time of a kernel goes by the cost model; of one that it does not know, bytes and launches.
 
     `rows` is for those that leave their number open, positions for attention's.
     """
@@ -150,7 +150,7 @@ def estimate_of(spec: KernelSpec, device: Device, compiled: Compiled | None = No
 
 
 def verifying_kernels(attention: DecodeAttentionSpec) -> dict[str, KernelSpec]:
-    """Returns what stands for a twin's attention where the number of positions is open: the write, and attention."""
+    """Return what stands for a twin's attention where the number of positions is open: the write, and attention."""
     assert attention.fill is not None, "a decode step's attention fills its slot"
     fill = dataclasses.replace(attention.fill, positions=None, counts=True)
     return {"rope + kv write": fill, "attention": dataclasses.replace(attention, fill=None, positions=None)}
@@ -159,7 +159,7 @@ def verifying_kernels(attention: DecodeAttentionSpec) -> dict[str, KernelSpec]:
 def backbone_kernels(
     shape: ModelShape, weights: str, *, rows: int = 1, device: str = DEFAULT_DEVICE
 ) -> dict[str, KernelSpec]:
-    """Returns the matmuls of a block of the backbone, and the head, with "dense" weights or those in 12 bits ("bf12").
+    """Return the matmuls of a block of the backbone, and the head, with "dense" weights or those in 12 bits ("bf12").
 
     Not handled: models with experts, whose backbone has matmuls of Inductor's.
     """

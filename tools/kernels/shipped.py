@@ -24,7 +24,7 @@ _ROWS = (1, 4, 16, 64)  # of which a table's forms tell one, up to 8, up to 16 a
 
 
 def forms() -> Iterator[dict[str, Any]]:
-    """Yields arguments of `untiled`, but the sizes, that have tiles of their own; of equal forms the first counts."""
+    """Yield arguments of `untiled`, but the sizes, that have tiles of their own; of equal forms the first counts."""
     kinds = [{"gated": gated, "norm": norm} for gated in (False, True) for norm in ("none", "rms")]
     for group, dtype, rows in itertools.product((32, 64, 128), ("bfloat16", "float32"), _ROWS):
         fields = {"rows": rows, "group_size": group, "dtype": dtype}
@@ -39,7 +39,7 @@ def forms() -> Iterator[dict[str, Any]]:
 
 
 def shipped_table() -> Table:
-    """Returns the table of all devices."""
+    """Return the table of all devices."""
     return {device.name: dict(sorted(_table_of(device))) for device in DEVICES.values()}
 
 
@@ -57,12 +57,12 @@ def _table_of(device: Device) -> Iterator[tuple[str, dict[Shape, tuple[int, ...]
 
 
 def form_of(fields: dict[str, Any]) -> str:
-    """Returns the name of a form."""
+    """Return the name of a form."""
     return form_key(untiled(in_features=64, out_features=64, **fields))
 
 
 def tiles_of(fields: dict[str, Any], device: Device) -> dict[Shape, tuple[int, ...]]:
-    """Returns the tiles of a form on a device, by shape."""
+    """Return the tiles of a form on a device, by shape."""
     shapes = {*itertools.product(_WIDTHS, _DEPTHS), *itertools.chain(*map(_shapes_of, MODELS.values()))}
     found = {}
     for n, k in sorted(shapes):
@@ -78,7 +78,7 @@ def _shapes_of(model: ModelShape) -> Iterator[Shape]:
 
 
 def needed(entries: dict[Shape, tuple[int, ...]]) -> dict[Shape, tuple[int, ...]]:
-    """Returns the entries without those that the others' nearest one gives too, for all of the shapes."""
+    """Return the entries without those that the others' nearest one gives too, for all of the shapes."""
     kept, whose = dict(entries), {shape: shape for shape in entries}
     for shape in entries:
         less = {other: found for other, found in kept.items() if other != shape}
@@ -89,7 +89,7 @@ def needed(entries: dict[Shape, tuple[int, ...]]) -> dict[Shape, tuple[int, ...]
 
 
 def text_of(table: Table) -> str:
-    """Returns a table as JSON, sorted, with a line for each shape."""
+    """Return a table as JSON, sorted, with a line for each shape."""
     devices = []
     for device, forms in sorted(table.items()):
         lines = []

@@ -41,7 +41,7 @@ from .shipped import shipped_table, text_of
 
 
 def shortlist(spec: LinearSpec, device: str, top: int) -> list[LinearSpec]:
-    """Returns the `top` candidates that the cost model likes best, best first."""
+    """Return the `top` candidates that the cost model likes best, best first."""
     known_device = known(device)
     return sorted(candidates(spec, known_device), key=lambda candidate: cost(candidate, known_device))[:top]
 
@@ -55,7 +55,7 @@ def tune(
     top: int,
     keep: Callable[[LinearSpec], object] = lambda spec: None,
 ) -> list[LinearSpec]:
-    """Times the `top` candidates of every spec by `measure`, in seconds, and returns the fastest ones.
+    """Time the `top` candidates of every spec by `measure`, in seconds, and return the fastest ones.
 
     A candidate that cannot be compiled or launched is left out, and a spec of which none can stays with the shipped
     tile, as do those that are left once `budget` seconds are spent. `keep` is called with each choice as soon as it is
@@ -78,7 +78,7 @@ def tune(
 
 
 def _measured(measure: Callable[[LinearSpec], float], candidate: LinearSpec) -> float | None:
-    """Returns a candidate's seconds, None where it failed, which is said."""
+    """Return a candidate's seconds, None where it failed, which is said."""
     try:
         return measure(candidate)
     except Exception as error:  # of Triton's compiler, ptxas or the driver, which have no class in common
@@ -91,12 +91,12 @@ def _name(spec: LinearSpec) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, its class's name where it says nothing."""
+    """Return the first line of what an error says, its class's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def save(path: Path, device: str, specs: Sequence[LinearSpec]) -> None:
-    """Adds the tiles of specs, measured on a device with this Triton, to a tuning file, replacing it atomically."""
+    """Add the tiles of specs, measured on a device with this Triton, to a tuning file, replacing it atomically."""
     merged = {name: {form: dict(tiles) for form, tiles in of.items()} for name, of in read_table(path).items()}
     forms = merged.setdefault(tuning_key(device), {})
     for spec in specs:
@@ -107,7 +107,7 @@ def save(path: Path, device: str, specs: Sequence[LinearSpec]) -> None:
 
 
 def measure_on_gpu(spec: LinearSpec) -> float:
-    """Returns the seconds of one call of a linear kernel whose weights come from memory, not from a cache.
+    """Return the seconds of one call of a linear kernel whose weights come from memory, not from a cache.
 
     Random bits serve as weights: the time does not depend on them.
     """
@@ -117,7 +117,7 @@ def measure_on_gpu(spec: LinearSpec) -> float:
 
 
 def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
-    """Returns the mean GPU seconds of one call, the median over replays of a graph that holds all of them.
+    """Return the mean GPU seconds of one call, the median over replays of a graph that holds all of them.
 
     A graph keeps the host's launch overhead out of the time; the calls should use different memory.
     """
@@ -131,7 +131,7 @@ def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Returns the GPU seconds of one of so many replays, the median."""
+    """Return the GPU seconds of one of so many replays, the median."""
     times = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -144,7 +144,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
 
 
 def copies_beyond_cache(spec: KernelSpec) -> int:
-    """Returns how many copies of what a call reads exceed 256 MB, so that a cache keeps none of them until its turn."""
+    """Return how many copies of what a call reads exceed 256 MB, so that a cache keeps none of them until its turn."""
     return max(1, min(64, 256 * 2**20 // spec.cost(64).bytes + 1))
 
 

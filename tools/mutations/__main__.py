@@ -26,7 +26,7 @@ _ROW = re.compile(r"^\| `([^`]+)` \|.*\| ([^|]+) \|$", re.MULTILINE)
 
 
 def reported(document: str, outcomes: Iterable[Outcome], mutations: Sequence[Mutation] = MUTATIONS) -> str:
-    """Returns a document with the outcomes between its marks; other mutations keep their rows."""
+    """Return a document with the outcomes between its marks; other mutations keep their rows."""
     before, _, rest = document.partition(BEGIN)
     inside, _, after = rest.partition(END)
     noticed = dict(_ROW.findall(inside))
@@ -37,7 +37,7 @@ def reported(document: str, outcomes: Iterable[Outcome], mutations: Sequence[Mut
 
 
 def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] = MUTATIONS, root: Path = ROOT) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.mutations", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="name the mutations and run nothing")
     parser.add_argument("--only", nargs="+", metavar="ID", help="try these")

@@ -511,7 +511,7 @@ _TRIALS = (  # faults that trial found: their mends, taken back
     Mutation(
         "trial-loaders",
         "river_compile/cli/shared.py",
-        "except Exception as error:  # (each library has its own)",
+        "except Exception as error:  # each library has its own",
         "except OSError as error:",
         "a file that was cut is a traceback",
         ("tests/cli/test_cli.py",),

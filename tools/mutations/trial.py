@@ -45,7 +45,7 @@ class Mutation(NamedTuple):
     tests: tuple[str, ...]
 
     def unfit(self, root: Path = ROOT) -> str:
-        """Returns why it does not fit a checkout, empty if it does."""
+        """Return why it does not fit a checkout, empty if it does."""
         path = root / self.file
         if not path.is_file():
             return f"{self.id}: there is no {self.file}"
@@ -69,7 +69,7 @@ class Outcome(NamedTuple):
 
 
 def attempt(mutation: Mutation, whole: bool, root: Path = ROOT) -> Outcome:
-    """Runs the tests on a mutated copy until one fails.
+    """Run the tests on a mutated copy until one fails.
 
     Args:
         mutation: fits the checkout.
@@ -93,7 +93,7 @@ def attempt(mutation: Mutation, whole: bool, root: Path = ROOT) -> Outcome:
 
 
 def _copy(root: Path, copy: Path) -> None:
-    """Copies the files that Git tracks, and those that it neither tracks nor ignores."""
+    """Copy the files that Git tracks, and those that it neither tracks nor ignores."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -103,7 +103,7 @@ def _copy(root: Path, copy: Path) -> None:
 
 
 def _check_import(file: str, copy: Path) -> None:
-    """Makes sure that a process which starts anywhere imports a file, or the package around it, from the copy."""
+    """Make sure that a process which starts anywhere imports a file, or the package around it, from the copy."""
     path = Path(file)
     while path.suffix != ".py" and not (copy / path / "__init__.py").is_file():
         path = path.parent
@@ -120,7 +120,7 @@ def _environment(copy: Path) -> dict[str, str]:
 
 
 def _first_failure(copy: Path, selection: Sequence[str]) -> tuple[str, str]:
-    """Returns which test of a copy fails first, if any, and why nobody can tell, if so."""
+    """Return which test of a copy fails first, if any, and why nobody can tell, if so."""
     pytest = [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", "not slow", "-p", "no:cacheprovider"]
     done = subprocess.run([*pytest, *selection], cwd=copy, env=_environment(copy), capture_output=True, text=True)
     if done.returncode == 0:

@@ -51,7 +51,7 @@ case "$1" in --query-gpu=*) echo "$1" | sed 's/^[^=]*=//; s/[^,][^,]*/N\\/A/g' ;
 
 
 def prepare(out: Path) -> None:
-    """Has the commands of this process find an nvidia-smi and a file for their counts."""
+    """Have the commands of this process find an nvidia-smi and a file for their counts."""
     tools = out / "bin"
     tools.mkdir(parents=True, exist_ok=True)
     (tools / "nvidia-smi").write_text(_SMI)
@@ -63,13 +63,13 @@ def prepare(out: Path) -> None:
 
 
 def rehearsed(step: Step) -> Step:
-    """Returns a step whose commands run on no card."""
+    """Return a step whose commands run on no card."""
     commands = tuple(("-m", "tools.rehearsal", *command[1:], *SMALLER.get(command[1], ())) for command in step.commands)
     return step._replace(commands=commands, minutes=MINUTES)
 
 
 def shortcomings(step: Step, out: Path) -> list[str]:
-    """Returns what a rehearsed step failed at and went on, by its files and its log."""
+    """Return what a rehearsed step failed at and went on, by its files and its log."""
     log = (out / f"{step.name}.log").read_text(encoding="utf-8")
     found = [line for line in log.splitlines() if line.startswith("left out ")]
     found += [f"{a} of {b} kernels tuned" for a, b in re.findall(r"(\d+) of (\d+) kernels tuned", log) if a != b]
@@ -88,7 +88,7 @@ def shortcomings(step: Step, out: Path) -> list[str]:
 
 
 def unrehearsed(step: Step, out: Path) -> list[str]:
-    """Returns why tests of a step were skipped, each reason with their number."""
+    """Return why tests of a step were skipped, each reason with their number."""
     reasons = Counter(skip.get("message", "") for case in _tests(step, out) for skip in case.iter("skipped"))
     return [f"{count} {'test' if count == 1 else 'tests'}: {why}" for why, count in reasons.items()]
 
@@ -99,13 +99,13 @@ def _tests(step: Step, out: Path) -> Iterator[ET.Element]:
 
 
 def _files(step: Step, out: Path, ending: str) -> Iterator[Path]:
-    """Returns the files that a step's commands are told to write."""
+    """Return the files that a step's commands are told to write."""
     for command in step.commands:
         yield from (Path(part.replace("{out}", str(out))) for part in command if part.endswith(ending))
 
 
 def terms(step: Step, out: Path, known: set[str]) -> dict[str, float]:
-    """Returns the seconds that a step is estimated to take on a card, by term.
+    """Return the seconds that a step is estimated to take on a card, by term.
 
     Args:
         step: as a card runs it.
@@ -130,7 +130,7 @@ def terms(step: Step, out: Path, known: set[str]) -> dict[str, float]:
 
 
 def token_seconds(command: Sequence[str]) -> float:
-    """Returns the seconds of all tokens that a command of `benchmarks.decode` decodes, by the cost model."""
+    """Return the seconds of all tokens that a command of `benchmarks.decode` decodes, by the cost model."""
     options = decode._parse([*command[2:]])
     total = 0.0
     for name in options.random:

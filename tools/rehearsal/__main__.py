@@ -23,7 +23,7 @@ LAYERS = 4  # one more than the largest exit depth that is rehearsed
 
 
 def shrink() -> None:
-    """Makes models and repeats small in this process, and has its workers rehearse too."""
+    """Make models and repeats small in this process, and have its workers rehearse too."""
     small = {"layers": LAYERS, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocabulary": 256}
     for name, shape in MODELS.items():
         experts = {"experts": min(shape.experts, 4), "chosen": min(shape.chosen, 2)}
@@ -54,7 +54,7 @@ def _counting(what: str, function: Callable[..., float]) -> Callable[..., float]
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a module's `main` with the arguments after its name; returns its exit status."""
+    """Run a module's `main` with the arguments after its name; return its exit status."""
     card.install()
     shrink()
     module, *arguments = arguments

@@ -77,7 +77,7 @@ class Clock:
 
     @classmethod
     def called(cls, name: str) -> None:
-        """Notes a call of the host's."""
+        """Note a call of the host's."""
         if cls.ran is not None:
             cls.ran.append((name, cls.now))
 
@@ -206,7 +206,7 @@ class _StreamContext:
 
 
 def _run(name: str, work: Callable[[], object]) -> None:
-    """Runs work on the card's memory, or has a capture keep it."""
+    """Run work on the card's memory, or has a capture keep it."""
     if _here.graph is None:
         Clock.run(name, work)
     else:
@@ -315,14 +315,14 @@ def _resized(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _moved(tensor: Tensor) -> Tensor:
-    """Returns the same values in memory of the card."""
+    """Return the same values in memory of the card."""
     moved = _like(tensor, "cuda")
     torch.ops.rehearsal.host(moved).copy_(tensor)
     return moved
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copies within the card, to it or from it; a capture takes what waits for nothing."""
+    """Copy within the card, to it or from it; a capture takes what waits for nothing."""
     for tensor in (target, source):
         if not (tensor.is_cuda or (non_blocking and tensor.is_pinned())):
             _refuse("a copy to or from memory that is not pinned, or that the host waits for")
@@ -450,7 +450,7 @@ def _synchronize(device: object = None) -> None:
 
 
 def _library() -> str:
-    """Returns the path of the compiled half, in the cache folder."""
+    """Return the path of the compiled half, in the cache folder."""
     source = Path(__file__).with_name("card.cpp")
     command = [find_compiler().command, "-O1", "-std=c++20", "-fPIC", "-shared", "-w"]
     command += [str(source), *torch_flags(), "-lc10"]
@@ -465,7 +465,7 @@ def _library() -> str:
 
 
 def install() -> None:
-    """Gives this process the card. There is no way back: torch remembers that there is one.
+    """Give this process the card. There is no way back: torch remembers that there is one.
 
     Raises:
         RuntimeError: torch was built for a card.

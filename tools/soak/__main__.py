@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[Kind, float]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description="Runs random cases until it is told.")
     parser.add_argument("--minutes", type=float, default=60, help="how long; default 60")
     parser.add_argument("--seed", type=int, help="of all cases; default: a random one, which is printed")

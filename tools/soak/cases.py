@@ -67,7 +67,7 @@ def refused_by_us(error: Exception) -> bool:
 
 
 def attempt(kind: Kind, case: Case) -> tuple[str, str]:
-    """Runs a case in a folder of its own; returns its outcome and the traceback of its failure, empty without one."""
+    """Run a case in a folder of its own; return its outcome and the traceback of its failure, empty without one."""
     with tempfile.TemporaryDirectory(prefix="river-soak-") as folder:
         try:
             return kind.run(case, Path(folder)), ""
@@ -76,7 +76,7 @@ def attempt(kind: Kind, case: Case) -> tuple[str, str]:
 
 
 def shrunk(kind: Kind, case: Case, outcome: str, seconds: float = _SHRINKING) -> Case:
-    """Returns a simpler case with the same failure, as far as the time suffices."""
+    """Return a simpler case with the same failure, as far as the time suffices."""
     end = time.monotonic() + seconds
     while True:
         for simpler in kind.smaller(case):
@@ -90,7 +90,7 @@ def shrunk(kind: Kind, case: Case, outcome: str, seconds: float = _SHRINKING) ->
 
 
 def soak(kinds: Mapping[str, tuple[Kind, float]], seed: int, seconds: float, failures: Path) -> Tally:
-    """Runs random cases until the time is over; failures with their tracebacks, and the tally, go to a folder.
+    """Run random cases until the time is over; failures with their tracebacks, and the tally, go to a folder.
 
     Args:
         kinds: by name, each with the share of the time that is its own.

@@ -44,7 +44,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Generates twice with such a compiler, and compares with the plain model."""
+    """Generate twice with such a compiler, and compares with the plain model."""
     compiler = folder / "c++"
     if script := COMPILERS[case["compiler"]]:
         compiler.write_text(f"#!/bin/sh\n{script}")

@@ -28,7 +28,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Writes, damages and reads."""
+    """Write, damages and read."""
     stored = STORED[case["what"]]
     stored.write(folder)
     for damage in case["damages"]:

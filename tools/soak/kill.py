@@ -28,7 +28,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Forks, kills, reads what there is, writes once more and reads that."""
+    """Fork, kills, read what there is, writes once more and read that."""
     stored = STORED[case["what"]]
     (folder / "first").mkdir()
     stored.write(folder / "first")  # (in this process, so that the fork has packed and imported what it needs)

@@ -41,7 +41,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Generates the tokens, fits the lines and prints their slopes."""
+    """Generate the tokens, fit the lines and print their slopes."""
     torch._dynamo.reset()
     model = tiny_model()
     model.compile(backend=river, options={**text.ALWAYS, **case["options"]})
@@ -69,7 +69,7 @@ def smaller(case: Case) -> Iterator[Case]:
 
 
 def slopes(some_tokens: Callable[[], int], tokens: int) -> tuple[float, float]:
-    """Returns how many resident bytes, and how many live tensors, each token adds.
+    """Return how many resident bytes, and how many live tensors, each token adds.
 
     Args:
         some_tokens: generates some tokens and returns how many.
@@ -98,7 +98,7 @@ def resident_bytes() -> int:
 
 
 def tiny_model() -> LlamaForCausalLM:
-    """Returns a Llama of two blocks, as small as one can be."""
+    """Return a Llama of two blocks, as small as one can be."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,

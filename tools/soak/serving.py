@@ -61,7 +61,7 @@ def _request(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Serves and lets the clients come, round after round."""
+    """Serve and let the clients come, round after round."""
     torch._dynamo.reset()
     served = _Served(case, folder / "model")
     try:
@@ -131,7 +131,7 @@ class _Served:
         return connection
 
     def ask(self, request: Case) -> tuple[int, str]:
-        """Returns the status and the text of an answer that is waited for."""
+        """Return the status and the text of an answer that is waited for."""
         with contextlib.closing(self.send(request)) as connection:
             response = connection.getresponse()
             said = response.read().decode()
@@ -144,7 +144,7 @@ class _Served:
         return 200, "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
     def leave(self, request: Case) -> None:
-        """Sends a request and closes the connection after a few lines, or none, of what comes."""
+        """Send a request and close the connection after a few lines, or none, of what comes."""
         with contextlib.closing(self.send(request)) as connection:
             if request["reads"]:
                 response = connection.getresponse()
@@ -152,7 +152,7 @@ class _Served:
                     response.readline()
 
     def is_empty(self) -> None:
-        """Waits until nobody is left in a row or in the queue."""
+        """Wait until nobody is left in a row or in the queue."""
         for _ in range(3000):
             (manager,) = self.server._generation_state.managers
             counters = manager.batch.counters
@@ -170,7 +170,7 @@ def _key(request: Case) -> str:
 
 
 def _round(served: _Served, clients: list[list[Case]], alone: dict[str, tuple[int, str]]) -> Counter[int]:
-    """Lets all clients ask at once; returns how often each status came."""
+    """Let all clients ask at once; return how often each status came."""
 
     def visit(requests: list[Case]) -> list[int]:
         found = []

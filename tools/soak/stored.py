@@ -53,13 +53,13 @@ class Stored:
 
 
 def packed_model() -> torch.nn.Module:
-    """Returns a model whose twins are packed."""
+    """Return a model whose twins are packed."""
     return _built()[0]
 
 
 @functools.cache
 def _built() -> tuple[torch.nn.Module, Program]:
-    """Returns it with a program of its own, which lasts longer than what Dynamo keeps."""
+    """Return it with a program of its own, which lasts longer than what Dynamo keeps."""
     torch._dynamo.reset()
     model = make("llama", layers=2)
     options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
@@ -76,7 +76,7 @@ def _twins_contents() -> tuple[list, dict[str, torch.Tensor]]:
 
 
 def _read_twins(folder: Path) -> None:
-    """Opens it; nothing that opens may hold other matrices than those that were saved."""
+    """Open it; nothing that opens may hold other matrices than those that were saved."""
     saved = TwinFile(folder / "twins")
     matrices, tensors = _twins_contents()
     same = saved._matrices == matrices and saved._tensors.keys() == tensors.keys()
@@ -86,7 +86,7 @@ def _read_twins(folder: Path) -> None:
 
 @contextmanager
 def _cache(folder: Path) -> Iterator[None]:
-    """Puts river_compile's cache into a folder, and what is known of kernels out of mind."""
+    """Put river_compile's cache into a folder, and what is known of kernels out of mind."""
     before = os.environ.get("RIVER_COMPILE_HOME")
     os.environ["RIVER_COMPILE_HOME"] = str(folder)
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
@@ -103,7 +103,7 @@ def _cache(folder: Path) -> Iterator[None]:
 
 
 def _use_kernel(folder: Path) -> None:
-    """Loads a generated kernel and runs it: hidden = residual + update, and the least cosine to `previous`."""
+    """Load a generated kernel and run it: hidden = residual + update, and the least cosine to `previous`."""
     generator = torch.Generator().manual_seed(0)
     update, residual, previous = (torch.randn(2, 48, generator=generator) for _ in range(3))
     hidden, score = torch.empty(2, 48), torch.empty(1)
@@ -143,7 +143,7 @@ def _read_calibration(folder: Path) -> None:
 
 @functools.cache
 def _program() -> tuple[bytes, list[str]]:
-    """Returns a program as the compile cache has it, and what its segments are."""
+    """Return a program as the compile cache has it, and what its segments are."""
     program = _built()[1]
     return codec.dumps(program), [segment.code.fingerprint.digest for segment in program.segments]
 

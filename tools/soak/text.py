@@ -98,7 +98,7 @@ def _step(rng: random.Random, layers: int) -> Case:
 
 
 def _oddities(rng: random.Random) -> Case:
-    """Returns what few calls have. (Dead ends are sampled in exact mode too: there is no text to compare.)"""
+    """Return what few calls have. (Dead ends are sampled in exact mode too: there is no text to compare.)"""
     odd: Case = {}
     if rng.random() < 0.15:
         odd["ids"] = "int32"
@@ -110,7 +110,7 @@ def _oddities(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Runs the steps in float32, and in float64 where that differs from the plain model."""
+    """Run the steps in float32, and in float64 where that differs from the plain model."""
     try:
         return _run(case, "float32")
     except Differs:
@@ -154,7 +154,7 @@ class Walk:
         self.family, self.plain, self.ours, self.tolerance = family, plain, ours, tolerance
 
     def step(self, step: Case) -> str:
-        """Takes one step and returns its outcome; raises a Failure, or what the product raised and must not."""
+        """Take one step and return its outcome; raise a Failure, or what the product raised and must not."""
         do = step["do"]
         if do == "compile":
             self.ours.compile(backend=river, options={**ALWAYS, **step["options"]})
@@ -222,7 +222,7 @@ class Walk:
 
 
 def outcome_of(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
-    """Returns what `generate` returns, or what its error says where scores that leave no token are sampled from."""
+    """Return what `generate` returns, or what its error says where scores that leave no token are sampled from."""
     if step.get("dead_end") != "sampled":
         return generate(model, step, more)
     try:
@@ -232,7 +232,7 @@ def outcome_of(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
 
 
 def generate(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
-    """Generates as a step says; drafts' options go to exact mode alone."""
+    """Generate as a step says; drafts' options go to exact mode alone."""
     ids, mask = padded(step["lengths"], step["seed"])
     drafting = ("num_assistant_tokens", "prompt_lookup", "adaptive")
     arguments = {name: value for name, value in step["arguments"].items() if more or name not in drafting}
@@ -255,7 +255,7 @@ def generate(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
 
 
 def padded(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Returns ids and mask ``[batch, longest]``, padded on the left."""
+    """Return ids and mask ``[batch, longest]``, padded on the left."""
     longest = max(lengths)
     ids = prompt(longest, len(lengths), seed)
     mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
@@ -263,7 +263,7 @@ def padded(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def compare(ours: Any, expected: Any, batch: int, tolerance: float) -> str:
-    """Compares two generations: logits up to where their texts part, and that only a near-tie parts them."""
+    """Compare two generations: logits up to where their texts part, and that only a near-tie parts them."""
     new = len(expected.logits)
     outcome = "passed"
     if ours.sequences.shape != expected.sequences.shape:
@@ -286,7 +286,7 @@ def check_close(actual: Tensor, expected: Tensor, tolerance: float, where: str) 
 
 @torch.no_grad()
 def change_weights(model: PreTrainedModel, how: str, seed: int) -> None:
-    """Changes one matrix of a block, the same one in any copy of a model."""
+    """Change one matrix of a block, the same one in any copy of a model."""
     matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2 and ".0." in name]
     name, parameter = matrices[seed % len(matrices)]
     changed = parameter.detach().flip(0) * 0.9

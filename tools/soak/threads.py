@@ -48,7 +48,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Generates the texts one by one with plain models, then all at once."""
+    """Generate the texts one by one with plain models, then all at once."""
     torch._dynamo.reset()
     numbers = range(case["models"])
     plain, ours = ([make(case["family"], seed=i, layers=2) for i in numbers] for _ in range(2))

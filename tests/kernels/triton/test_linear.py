@@ -182,7 +182,7 @@ def test_several_dense_matrices_are_one_product(case):
         ({"matrices": (32,)}, r"matrices=\(32,\)"),
         ({"matrices": (16, 8)}, r"matrices=\(16, 8\)"),
         ({"matrices": (24, 8)}, "block_n=16"),
-        ({"matrices": (16, 16), "weights": "w4", "group_size": 64}, "several dense matrices"),
+        ({"matrices": (16, 16), "weights": "w4", "group_size": 64}, "several dense weights"),
         ({"matrices": (48, 16), "gated": True}, "a gate and an up projection"),
         ({"matrices": (16, 16), "bias": True, "tile": LinearTile(16, 64, 16, split_k=2)}, "split_k=2"),
     ],
