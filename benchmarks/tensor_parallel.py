@@ -138,7 +138,7 @@ def check_tools(folder: Path) -> None:
         tokens=6,
         progress=False,
     )
-    claim("tools: calibrate", alike(found.options), f"chose {found.options}")
+    claim("tools: tune_exit", alike(found.options), f"chose {found.options}")
     text = model.generate(ids, custom_generate=exact, **how)
     claim("tools: exact text is plain TP's", torch.equal(text, plain))
     torch._dynamo.reset()

@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     model, tokenizer = demo_models.load(options.model)
     ids = shared.encode(tokenizer, PROMPT)
-    model.compile(backend=river, options={"kernels": options.lowering})
+    model.compile(backend=river, options={"kernels": options.kernels})
     marks = Marks()
     loop = {"custom_generate": decode} if options.own_loop else {}
     with torch.no_grad(), forced_depth(options.depth):

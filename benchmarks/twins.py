@@ -13,8 +13,9 @@ ran through the backbone; "prompt in 4 bits" is the KL of answers after a prompt
 mean and the smallest layer.
 
 "gptq" and "awq" know what the matrices read in text that the model samples, in the package's texts, or in the model's
-answers to other questions, as a user's. "packing s" has the sampling in it, but neither what `observe` takes nor the
-estimate of the loss (by the first report). SQNR is in dB, a mean over matrices; of outputs on the measured answers.
+answers to other questions, as a user's. "packing s" has the sampling in it, but neither the time of
+`collect_statistics` nor the estimate of the loss. SQNR is in dB, a mean over matrices; of outputs on the measured
+answers.
 
 `--blocks` adds a table for each row: the KL on the answers where one block's twin alone stands in for its block.
 """

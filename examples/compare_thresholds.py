@@ -1,10 +1,10 @@
-"""Shows what a threshold does to one answer: its speed, its depth, and where the text leaves the plain one.
+"""Shows the effect of thresholds on one answer: speed, depth, and where it first differs from the plain one.
 
     python -m examples.compare_thresholds
     python -m examples.compare_thresholds --criterion confidence --thresholds 0.5 1 2 --prompt "Explain rainbows."
 
 The model is compiled once and every threshold is set for a block of code. One prompt says little about quality:
-`examples.tune_exit` finds a threshold for a promise, `benchmarks.quality` measures.
+`examples.tune_exit` finds a threshold within a budget, `benchmarks.quality` measures.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         plain = generate(model, ids, options.new_tokens)
 
     print(f"{'threshold':>10} {'tokens/s':>9} {'speedup':>8} {'mean depth':>11}  same as plain until")
-    print(f"{'never exit':>10} {plain.decode_tokens_per_s:9.1f} {1:8.2f} {model.config.num_hidden_layers:11.1f}")
+    print(f"{'full depth':>10} {plain.decode_tokens_per_s:9.1f} {1:8.2f} {model.config.num_hidden_layers:11.1f}")
     for threshold in options.thresholds or THRESHOLDS[options.criterion]:
         with forced_threshold(threshold, first_exit=2), river_compile.trace() as trace:
             run = generate(model, ids, options.new_tokens)

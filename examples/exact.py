@@ -3,8 +3,8 @@
     python -m examples.exact
     python -m examples.exact --prompt "Write a haiku about rivers." --plot cycles.png
 
-Prints each cycle: the tokens it kept, how many were drafted and held, and its milliseconds. Tokens of the river stand
-as they are, tokens copied from the context in (round) and the backbone's own in [square] brackets.
+Prints each cycle: its tokens, how many were drafted and held (accepted), and its milliseconds. Tokens that the twins
+drafted stand as they are, tokens copied from the context in (round) and the backbone's own in [square] brackets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from river_compile.runtime.stats import CycleRecord
 
 PROMPT = "Explain in a few sentences why the sky is blue."
-BRACKETS = {"river": "{}", "lookup": "({})", "target_kernels": "[{}]"}
+BRACKETS = {"river": "{}", "lookup": "({})", "backbone": "[{}]"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     ids = shared.encode(tokenizer, options.prompt)
     model.compile(backend="river")
     drafted = {"custom_generate": exact}
-    _generate(model, ids, options.new_tokens, **drafted)  # packs and compiles, so that the cycles below do not
+    _generate(model, ids, options.new_tokens, **drafted)  # quantizes and compiles, so that the cycles below do not
     with river_compile.trace() as trace:
         ours = _generate(model, ids, options.new_tokens, **drafted)
     with forced_depth(model.config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Draws what River measured: where tokens of a trace left or came from, and the candidates of a calibration."""
+"""Draws measurements: exits and sources of a trace's tokens, and the candidates of `tune_exit`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     best = found.chosen
     axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
     axes.set_title(f"threshold {threshold_text(best.threshold)}, first exit {best.first_exit}")
-    axes.set_xlabel("time per token, share of never exit")
+    axes.set_xlabel("time per token, share of full depth")
     axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

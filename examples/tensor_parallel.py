@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     how |= {"attention_mask": torch.ones_like(ids), "disable_compile": True}
     for way in ("plain", "exact", "fast"):
         if way == "exact":
-            model.compile(backend="river", options={"kernels": options.lowering})
+            model.compile(backend="river", options={"kernels": options.kernels})
         extra = {"custom_generate": exact} if way == "exact" else {}
-        model.generate(ids, **how, **extra)  # packs and compiles, so that what is timed does not
+        model.generate(ids, **how, **extra)  # quantizes and compiles, so that the timed call does not
         start = time.perf_counter()
         text = model.generate(ids, **how, **extra)
         rate = (text.shape[1] - ids.shape[1]) / (time.perf_counter() - start)

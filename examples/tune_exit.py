@@ -1,11 +1,11 @@
-"""Chooses threshold and first exit for a promised quality, and shows what they do to speed.
+"""Chooses threshold and first exit within a quality budget, and shows their effect on speed.
 
     python -m examples.tune_exit
     python -m examples.tune_exit --kl 0.1 --model smollm2 --save exit_rule.json --plot calibration.png
     python -m examples.tune_exit --check 64     # ... and measure unseen texts, and the speed of 64 new tokens
 
 The texts are passages of Python's own documentation of the language, one from each topic, so that nothing is
-downloaded. For a promise about your use, put your own texts in their place.
+downloaded. For a guarantee about your use, put your own texts in their place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPT = "Explain how a refrigerator works."
 
 
 def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:
-    """Measure a calibration anew: its quality on other texts, and its speed beside never exit."""
+    """Measure an exit rule again: its quality on other texts, and its speed beside full depth."""
     from river_compile.evaluation.meter import Meter, compiled
     from river_compile.exits import CRITERIA
 
@@ -44,23 +44,23 @@ def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: in
     torch._dynamo.reset()
     model.compile(backend="river", options=found.options)
     ids = shared.encode(tokenizer, PROMPT)
-    speeds: dict[str, list[float]] = {"calibrated": [], "never exit": []}
+    speeds: dict[str, list[float]] = {"tuned": [], "full depth": []}
     for turn in range(4):  # in turns, and the first compiles
-        for name, depth in (("calibrated", None), ("never exit", found.num_blocks)):
+        for name, depth in (("tuned", None), ("full depth", found.num_blocks)):
             with forced_depth(depth):
                 run = timing.generate(model, ids, new_tokens)
             if turn:
                 speeds[name].append(run.decode_tokens_per_s)
-    ours, never = (statistics.median(speeds[name]) for name in ("calibrated", "never exit"))
+    ours, full = (statistics.median(speeds[name]) for name in ("tuned", "full depth"))
     return [
         f"  unseen     KL {kl:.4f} nats per token, agreement {agreement:.1%}, on {len(samples)} other texts",
-        f"  generating {ours:.1f} tokens/s, never exit {never:.1f}: {ours / never:.2f} times",
+        f"  generating {ours:.1f} tokens/s, full depth {full:.1f}: {ours / full:.2f} times",
     ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(description="Finds the exit rule of least cost that keeps a promised quality.")
+    parser = argparse.ArgumentParser(description="Finds the fastest exit rule within a quality budget.")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--kl", type=float, default=0.1, help="budget: mean KL in nats per token (default 0.1)")
     parser.add_argument(
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--texts", type=int, default=60, help="how many texts to use (default 60)")
     parser.add_argument("--tokens", type=int, default=8, help="tokens measured in each text (default 8)")
     parser.add_argument("--check", type=int, metavar="N", help="measure other texts, and the speed of N new tokens")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the calibration as JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the exit rule as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the candidates as a PNG")
     options = parser.parse_args(arguments)
     shared.quiet()

@@ -3,9 +3,9 @@
     python -m tools.replicas --rounds 20
     python -m tools.replicas --rounds 2 --kernels eager     # no compiler: quick
 
-Each round begins with an empty folder: no artifact, no C++ kernels, no Inductor cache, no precompiled header. Several
-processes load the same tiny model with ``on_missing_twins="save"`` and decode. At a random moment one is killed,
-alone (its compiler goes on) or with all that it started. The round is clean where
+Each round begins with an empty folder: no saved twins, no C++ kernels, no Inductor cache, no precompiled header.
+Several processes load the same tiny model with ``on_missing_twins="save"`` and decode. At a random moment one is
+killed, alone (its compiler goes on) or with all that it started. The round is clean where
 
     * the others end by themselves with the logits of a round in which nobody was killed,
     * one more process starts from what is there, has these logits, and packs nothing.
@@ -54,11 +54,11 @@ class Round:
 
     Args:
         folder: empty.
-        lowering: the backend's option.
+        kernels: the backend's option.
     """
 
-    def __init__(self, folder: Path, lowering: str) -> None:
-        self.folder, self._lowering = folder, lowering
+    def __init__(self, folder: Path, kernels: str) -> None:
+        self.folder, self._kernels = folder, kernels
         self._logs = {name: folder / f"{name}.log" for name in ("packed", "compiled")}
         compiler = folder / "bin" / "g++"
         compiler.parent.mkdir()
@@ -118,7 +118,7 @@ class Round:
         write = file.write
         file.write = lambda *arguments: self._note("packed") or write(*arguments)
         model = make("llama", layers=2)
-        model.compile(backend=river, options={**OPTIONS, "twins": self.folder / "twins", "kernels": self._lowering})
+        model.compile(backend=river, options={**OPTIONS, "twins": self.folder / "twins", "kernels": self._kernels})
         logits = torch.stack(decode(model, new_cache(model, "static"), [1, 1])[1:])
         return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
 
@@ -171,14 +171,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rng, unclean = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        expected, seconds = undisturbed(_round(scratch, 0, options.lowering), options.processes)
+        expected, seconds = undisturbed(_round(scratch, 0, options.kernels), options.processes)
         print(
             f"undisturbed: {options.processes} processes, {seconds:.1f} s, packed once, nothing compiled twice",
             flush=True,
         )
         for number in range(1, options.rounds + 1):
             wait_s, victim, alone = rng.uniform(0, seconds), rng.randrange(options.processes), rng.random() < 0.5
-            shared = _round(scratch, number, options.lowering)
+            shared = _round(scratch, number, options.kernels)
             how = f"round {number}: process {victim + 1}{' alone' if alone else ''} after {wait_s:.2f} s"
             try:
                 print(
@@ -192,10 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
     return int(unclean > 0)
 
 
-def _round(scratch: str, number: int, lowering: str) -> Round:
+def _round(scratch: str, number: int, kernels: str) -> Round:
     folder = Path(scratch, f"round{number}")
     folder.mkdir()
-    return Round(folder, lowering)
+    return Round(folder, kernels)
 
 
 if __name__ == "__main__":

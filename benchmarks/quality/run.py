@@ -209,10 +209,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantizers", nargs="+", choices=quantizers, default=quantizers, help="the first one in full")
     parser.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
     parser.add_argument("--kl", type=float, default=0.1, help="budget of the calibrated row (default 0.1 nats)")
-    parser.add_argument(
-        "--calibration-texts", type=int, default=60, help="for calibration; 0 leaves it out (default 60)"
-    )
-    parser.add_argument("--quick", action="store_true", help="2 texts, 8 tokens, no calibration")
+    parser.add_argument("--calibration-texts", type=int, default=60, help="for tune_exit; 0: without it (default 60)")
+    parser.add_argument("--quick", action="store_true", help="2 texts, 8 tokens, without tune_exit")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures")
     options = parser.parse_args(arguments)
     if options.quick:

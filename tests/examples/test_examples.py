@@ -57,9 +57,9 @@ def little_model(smollm2_tokenizer, tmp_path_factory):
 
 @pytest.mark.slow
 def test_thresholds_are_compared_on_one_prompt(little_model, capsys):
-    """The first line never exits, threshold 1 neither, and -1 lets every token leave after two blocks."""
+    """The first line is full depth, threshold 1 too, and with -1 every token exits after two blocks."""
     assert compare_thresholds.main(["--model", little_model, "--new-tokens", "8", "--thresholds", "1", "-1"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *(never exit|-?1 )", line)]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *(full depth|-?1 )", line)]
     assert lines[0][4] == "4.0"
     assert [line[3] for line in lines[1:]] == ["4.0", "2.0"]
     assert lines[1][-2:] == ["the", "end"]

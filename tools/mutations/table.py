@@ -434,7 +434,7 @@ _PROMISES = (
         ("tests/evaluation/test_tune.py",),
     ),
     Mutation(
-        "artifact-weights",
+        "twins-weights",
         "river_compile/twins/file.py",
         "if matrix.weights_hash != digest or matrix.shape",
         "if matrix.shape",

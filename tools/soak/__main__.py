@@ -1,7 +1,7 @@
 """Runs random cases for as long as it is told: ``python -m tools.soak --minutes 60`` (or ``make soak``).
 
     text      families, options, caches, batches, sampling and orders of calls against the plain model
-    damage    artifacts, calibrations, generated kernels and tuned tiles that were damaged between two uses
+    damage    saved twins, exit rules, generated kernels and tuned tiles that were damaged between two uses
     kill      processes killed while they write those
     threads   threads that generate with one model or with several
     serving   clients of a server, some of whom leave, ask nonsense or ask too much

@@ -69,18 +69,18 @@ def _built() -> tuple[torch.nn.Module, Program]:
 
 
 @functools.cache
-def _artifact_contents() -> tuple[list, dict[str, torch.Tensor]]:
+def _twins_contents() -> tuple[list, dict[str, torch.Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
-        artifact = TwinFile(river_compile.save_twins(packed_model(), Path(folder) / "twins"))
-    return artifact._matrices, artifact._tensors
+        saved = TwinFile(river_compile.save_twins(packed_model(), Path(folder) / "twins"))
+    return saved._matrices, saved._tensors
 
 
-def _read_artifact(folder: Path) -> None:
+def _read_twins(folder: Path) -> None:
     """Open it; nothing that opens may hold other matrices than those that were saved."""
-    artifact = TwinFile(folder / "twins")
-    matrices, tensors = _artifact_contents()
-    same = artifact._matrices == matrices and artifact._tensors.keys() == tensors.keys()
-    if not same or not all(torch.equal(artifact._tensors[name], tensors[name]) for name in tensors):
+    saved = TwinFile(folder / "twins")
+    matrices, tensors = _twins_contents()
+    same = saved._matrices == matrices and saved._tensors.keys() == tensors.keys()
+    if not same or not all(torch.equal(saved._tensors[name], tensors[name]) for name in tensors):
         raise Failure("damaged twins were taken for whole")
 
 
@@ -138,7 +138,7 @@ def _calibration() -> ExitRule:
 def _read_calibration(folder: Path) -> None:
     """What loads is what was saved."""
     if ExitRule.load(folder / "calibration.json") != _calibration():
-        raise Failure("a damaged calibration was taken for whole")
+        raise Failure("a damaged exit rule was taken for whole")
 
 
 @functools.cache
@@ -182,7 +182,7 @@ def _read_program(folder: Path) -> None:
 STORED = {
     "program": Stored(_write_program, _read_program, ("entry/a.pass",)),
     "twins": Stored(
-        lambda folder: river_compile.save_twins(packed_model(), folder / "twins"), _read_artifact, (f"twins/{FILE}",)
+        lambda folder: river_compile.save_twins(packed_model(), folder / "twins"), _read_twins, (f"twins/{FILE}",)
     ),
     "kernel": Stored(_use_kernel, _use_kernel, ("kernels/**/*.py*",)),
     "tiles": Stored(_write_tiles, _read_tiles, ("tuning.json",)),

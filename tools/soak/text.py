@@ -1,7 +1,7 @@
 """Cases of kind "text": a model goes through random calls, and every text is the plain model's.
 
-Twins are unquantized and the lowering is "eager", so that wherever a token leaves its logits are the plain model's up
-to rounding. What is compared is more than text: each step's logits, up to the first token where two texts part. A token
+Twins are unquantized and kernels="eager", so that wherever a token exits its logits are the plain model's up to
+rounding. What is compared is more than text: each step's logits, up to the first token where two texts part. A token
 may differ only where the logits agree, which makes it a near-tie; where they do not, the case runs again in float64,
 and a difference that is gone there was rounding (experts chosen by a near-tie, say), and is counted as such.
 
