@@ -19,7 +19,7 @@ from river_compile.model_record import find_record
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
-STYLES = {"river": "green", "lookup": "cyan", "target_kernels": "default", "prompt": "default"}
+STYLES = {"river": "green", "lookup": "cyan", "backbone": "default", "prompt": "default"}
 _SHADES = ("green", "cyan", "blue", "magenta", "default")  # from the first blocks to all of them
 _HALF = "\ufffd"  # a tokenizer's output for half a character
 

@@ -254,7 +254,7 @@ def test_a_prompt_that_may_exit_does_so_in_time(elsewhere):
 @pytest.mark.slow
 @recording()
 def test_blocks_that_move_are_not_captured(elsewhere, fresh_dynamo):
-    """Pieces end before the first offloaded block; what comes after it runs uncaptured, and the report says why."""
+    """Spans end before the first offloaded block, which alone runs uncaptured; the report says why."""
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "output_logits": True}
     options |= {"return_dict_in_generate": True}
     logits = {}
@@ -266,10 +266,10 @@ def test_blocks_that_move_are_not_captured(elsewhere, fresh_dynamo):
                 logits[graphs] += model.generate(prompt(), **options).logits
     assert all(map(torch.equal, logits[False], logits[True]))
     captures = report(model).graphs[-1].captures
-    assert set(captures.uncaptured_units) == {"last 2-3"}
-    reason = captures.uncaptured_units["last 2-3"]
+    assert set(captures.uncaptured_units) == {"span 2-3"}
+    reason = captures.uncaptured_units["span 2-3"]
     assert "offloaded weights have another address in every run (at model.layers.2)" in reason
-    assert {c.unit for c in captures.captures} == {"span 0-1", "span 1-2", "span 0-2", "tail 2"}
+    assert {c.unit for c in captures.captures} == {"span 0-1", "span 1-2", "span 0-2", "head", "tail 2"}
 
 
 def test_shared_weights_stay(elsewhere):
