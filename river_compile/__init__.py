@@ -1,9 +1,7 @@
 """River Compile: a TorchDynamo backend for faster generation with Hugging Face decoders.
 
-``torch.compile(model, backend="river")`` rewrites the traced decoder so that a token whose hidden state has settled
-leaves the 16-bit backbone early and runs through 4-bit *river twins* of the remaining blocks.
-
-Importing this package imports neither torch nor Triton and prints nothing: every public name loads on first use.
+``accelerate(model)``: 4-bit *twins* of the decoder layers draft and the model's own weights verify, or tokens exit early
+to the twins. Importing the package imports neither torch nor Triton: every public name loads on first use.
 """
 
 import logging as _logging
@@ -13,8 +11,8 @@ from typing import Any
 
 from river_compile.version import __version__ as __version__
 
-# transformers imports torchao where it is installed, as here. It logs each extension for other machines that it cannot
-# load, and torch that it registers enums in an old way: nothing that a user of a model can act on.
+# transformers imports torchao, which logs each extension for other machines that it cannot load, and torch logs that it
+# registers enums in an old way: nothing that a user can act on.
 for _name in ("torchao", "torch.utils._pytree"):
     _logging.getLogger(_name).setLevel(_logging.ERROR)
 

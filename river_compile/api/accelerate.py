@@ -140,9 +140,9 @@ def _built(
     args: Sequence[Any],
     origin: Origin,
 ) -> RiverExecutor:
-    """Build a program that Dynamo did not trace here for a model."""
+    """Build a program that Dynamo did not trace in this process."""
     owner = model()
-    assert owner is not None, "the model that is being called is there"
+    assert owner is not None, "a model that is being called is alive"
     record.self_calibration.attach(owner)
     graph = GraphRecord(config, inputs=tuple(names), origin=origin)
     if isinstance(found, Program):
@@ -322,17 +322,7 @@ def empty_cache(model: nn.Module) -> int:
 
 
 def bring_back(model: nn.Module) -> int:
-    """Bring a model's offloaded weights back into device memory, bit for bit.
-
-    The model, compiled or not, computes the same before and after. With ``offload_policy="exit"`` tokens still leave by
-    that depth. The next decode graph that is compiled with ``offload=`` offloads again.
-
-    Args:
-        model: the module that was compiled, or the wrapper that ``torch.compile`` returned.
-
-    Returns:
-        The bytes that came back, 0 where nothing was offloaded.
-    """
+    """Move offloaded weights back into device memory, bit for bit; return their bytes."""
     record = find_record(model)
     if record is None:
         return 0
