@@ -1,7 +1,7 @@
 """River Compile: a TorchDynamo backend for faster generation with Hugging Face decoders.
 
-``accelerate(model)``: 4-bit *twins* of the decoder layers draft and the model's own weights verify, or tokens exit early
-to the twins. Importing the package imports neither torch nor Triton: every public name loads on first use.
+``accelerate(model)``: 4-bit *twins* of the decoder layers draft and the model's own weights verify; or tokens exit
+early to the twins. Importing the package imports neither torch nor Triton: public names load on first use.
 """
 
 import logging as _logging
