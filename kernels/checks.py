@@ -59,9 +59,14 @@ def one_of(*choices: object) -> Check:
     return Check(f"choose one of {', '.join(map(repr, choices))}", allows, choices)
 
 
-def integer(least: int, requirement: str = "") -> Check:
-    requirement = requirement or f"it must be an integer of {least} or more"
-    return Check(requirement, lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least)
+def integer(least: int, requirement: str = "", most: float = math.inf) -> Check:
+    size = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+    requirement = requirement or f"it must be an integer {size}"
+
+    def allows(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return Check(requirement, allows)
 
 
 def number(requirement: str, least: float = -math.inf) -> Check:

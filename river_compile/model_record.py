@@ -108,11 +108,15 @@ class GraphRecord:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-class Joinable(Protocol):
-    """A batch that calls of generate may join."""
+class Batch(Protocol):
+    """A batch that generate calls may join."""
 
-    def join(self, call: Any, mode: Any, kwargs: Mapping[str, Any]) -> object | None:
-        """Take over a call of the batch's thread; return its placeholder, or None if it cannot."""
+    def join(self, call: Any, mode: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Generate a call's text; None if it has to run alone."""
+        ...
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the batch waits."""
         ...
 
 
@@ -133,13 +137,23 @@ class ModelRecord:
     fallbacks: Counter[str] = field(default_factory=Counter)  # generate calls without River or drafts, by reason
     call: OwnCall | None = None  # of an accelerated model: its own compiled call
     programs: ProgramCache | None = None  # of an accelerated model
-    batch: Joinable | None = None  # that calls of generate may join
+    batch_ref: Callable[[], Batch | None] | None = None  # weak: of a batch that generate calls may join
     batch_sizes: set[int] = field(default_factory=set)  # of prompts so far
 
     @property
     def statistics(self) -> Statistics:
         """Statistics for calibrated quantizers."""
         return Statistics(self.observation, self.self_calibration, self.ranks)
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch that generate calls may join."""
+        return None if self.batch_ref is None else self.batch_ref()
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, a call may use the model: its batch, if there is one, waits."""
+        batch = self.batch
+        return contextlib.nullcontext() if batch is None else batch.alone()
 
     @property
     def packed(self) -> list[TwinWeight]:

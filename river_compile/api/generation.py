@@ -84,7 +84,8 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
             if isinstance(mode, ExactMode) and mode.strict:
                 raise
             _count_fallback(self, refusal)
-        return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
+        with record_of(self.parameters()).alone():
+            return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
 
     setattr(generate, _OURS, loop)
     method = MethodType(generate, model)

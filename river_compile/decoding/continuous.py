@@ -1,4 +1,4 @@
-"""Continuous batching: calls of generate join a running batch as rows and leave it at their end.
+"""Continuous batching: generate calls from any threads join a running batch as rows and leave it at their end.
 
 Not handled (such calls run alone, while the batch waits): several rows, returned caches, models that keep more than
 keys and values, strict exact mode, ranks.
@@ -10,9 +10,10 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +28,14 @@ from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder, Texts
 from river_compile.errors import OptionError
 from river_compile.kernels.checks import integer
-from river_compile.model_record import record_of
+from river_compile.model_record import find_record
 
 log = logging.getLogger("river_compile.continuous")
 
 _PIECE = 128  # prompt tokens between two cycles
 _RECENT = 1000  # calls in `first_token_seconds`
-_limit = integer(1)
+_MOST = 4096  # rows of a batch: each has a KV cache of its own
+_limit = integer(1, most=_MOST)
 
 
 @dataclass(frozen=True)
@@ -54,26 +56,26 @@ class BatchCounters:
 
 
 @dataclass(eq=False)
-class _Waiting:
-    """A submitted call."""
+class _Submitted:
+    """A submitted callable, which a thread of its own runs."""
 
-    generate: Callable[[], Any]
-    future: Future[Any]
-    random_state: Tensor
+    generator: torch.Generator  # of its calls' random numbers
     since: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
 
 
 @dataclass(eq=False)
-class _Joined:
-    """A call that joined: its prompt runs, or its text is being generated."""
+class _Row:
+    """A generate call that waits for a row, or has one."""
 
-    waiting: _Waiting
     call: Call
     mode: Decode
-    session: Session  # of the prompt
+    kwargs: Mapping[str, Any]
+    owner: _Submitted
+    result: Future[Tensor | None] = field(default_factory=Future)  # None: the call has to run alone
+    session: Session | None = None  # of the prompt
     kept: Tensor | None = None  # ids whose entries are in the session's cache
-    texts: Texts | None = None
+    texts: Texts | None = None  # while it is generated
 
 
 class ContinuousBatch:
@@ -81,22 +83,22 @@ class ContinuousBatch:
 
         batch = ContinuousBatch(model, max_num_seqs=8)
         text = batch.generate(**inputs, max_new_tokens=100)             # from any number of threads
-        future = batch.submit(lambda: model.generate(**inputs))         # without a thread that waits
+        future = batch.submit(lambda: model.generate(**inputs))         # without waiting
 
     With early exits all rows exit together, when the least certain one may.
 
     Args:
-        model: accelerated; nothing else may generate with it meanwhile, and it must not change while calls run.
-        max_num_seqs: most calls at the same time, at least 1. Others wait in the order of their submission.
+        model: accelerated; it must not change while calls run.
+        max_num_seqs: most calls at the same time, 1 to 4096. Others wait in the order of their submission.
 
     Raises:
-        OptionError: (a ``ValueError``) `max_num_seqs` is below 1, or the model has a batch already.
+        OptionError: (a ``ValueError``) `max_num_seqs` is out of range, the model is not accelerated, or it has a batch.
     """
 
-    # One thread uses the model. It calls generate for each call in turn; inside, `Decode` hands the call over (`join`)
-    # instead of running it. Between two cycles of the batch, the thread runs a piece of one prompt on a cache of one
-    # row, which then joins as the last row. Each call keeps its own processors, criteria, streamer and random numbers,
-    # so its output is that of a call alone, and an error in its code ends that call alone.
+    # A submitted callable runs in a thread of its own. Its generate call ends in `join`, which waits for the result.
+    # One thread runs the rows: between two cycles, it runs a piece of one prompt on a cache of one row, which joins
+    # as the last row. Each call keeps its own processors, criteria, streamer and random numbers, so its output is that
+    # of a call alone, and an error in its code ends that call alone.
     #
     #     prompt c   [ piece ]          [ piece ] joins
     #     batch                [ a b ]            [ a b c ] [ a b c ] b ends [ a c ] ...
@@ -104,15 +106,24 @@ class ContinuousBatch:
     _batch: Session  # of the decoder
 
     def __init__(self, model: PreTrainedModel, max_num_seqs: int = 8) -> None:
-        self._model, self._limit = model, _limit("max_num_seqs", max_num_seqs, OptionError)
-        self._record = record_of(model.parameters())
-        if self._record.batch is not None:
+        self._limit = _limit("max_num_seqs", max_num_seqs, OptionError)
+        record = find_record(model)
+        if record is None or record.call is None:
+            raise OptionError(
+                f"ContinuousBatch takes an accelerated model, and this {type(model).__name__} is not; call "
+                "river_compile.accelerate(model) first"
+            )
+        if record.batch is not None:
             raise OptionError("this model has a ContinuousBatch already; close it first")
+        self._model, self._record = model, record
         self._changed = threading.Condition()
-        self._queue: deque[_Waiting] = deque()
-        self._starting: _Waiting | None = None
-        self._prompt: _Joined | None = None
-        self._joined: list[_Joined] = []
+        self._waiting: deque[_Row] = deque()
+        self._prompt: _Row | None = None  # its prompt runs
+        self._rows: list[_Row] = []  # they are generated
+        self._submitted: dict[Future[Any], _Submitted] = {}  # until they are done
+        self._mine = threading.local()  # the _Submitted of a thread
+        self._alone = 0  # calls that run alone, or wait to
+        self._busy_with: object | None = None  # what uses the model: the batch's thread, or a call alone
         self._decoder: SpeculativeDecoder | None = None
         self._mode: Decode | None = None  # of the decoder's calls
         self._decoding = contextlib.ExitStack()  # transformers' mode for decoding, while there are rows
@@ -121,61 +132,100 @@ class ContinuousBatch:
         self._calls = self._tokens = self._prompt_tokens = self._prompt_tokens_kept = 0
         self._first: deque[float] = deque(maxlen=_RECENT)
         self._busy = 0.0
-        self._thread = threading.Thread(target=self._run, name="river continuous batch", daemon=True)
-        self._record.batch = self
+        self._threads = ThreadPoolExecutor(self._limit, "river call")
+        # The thread holds the batch only while there is work, so a batch that is dropped ends by itself.
+        self._thread = threading.Thread(
+            target=_run, args=(weakref.ref(self), self._changed), name="river continuous batch", daemon=True
+        )
+        weakref.finalize(self, _notify, self._changed)
+        record.batch_ref = weakref.ref(self)
         self._thread.start()
 
-    def submit(self, generate: Callable[[], Any], seed: int | None = None) -> Future[Any]:
-        """Make a call in the batch's thread; return immediately.
+    def submit(self, function: Callable[[], Any], seed: int | None = None) -> Future[Any]:
+        """Run a function that calls the model's generate, in a thread of its own; return immediately.
 
         Args:
-            generate: calls the model's generate and returns its result.
-            seed: of the call's random numbers. None: PyTorch's generator, as for the calling thread's next call; it
-                advances. Other threads, or a call that runs alone, may draw from that generator too.
+            function: may call generate any number of times, and return anything.
+            seed: of its calls' random numbers. None: PyTorch's generator, as for the calling thread's next call; it
+                advances.
 
         Returns:
-            A future of the call's result or exception.
+            A future of the function's result or exception.
 
         Raises:
             RuntimeError: the batch was closed, or its thread has died.
         """
-        device = self._model.device
-        if seed is None:
-            state = random_state(device)
-            torch.empty((), device=device).uniform_()
-        else:
-            state = torch.Generator(device).manual_seed(seed).get_state()
-        waiting = _Waiting(generate, Future(), state)
+        submitted = _Submitted(self._generator(seed))
         with self._changed:
-            if self._closed or self._dead is not None:
-                raise RuntimeError("this ContinuousBatch was closed" if self._closed else "its thread has died")
-            self._queue.append(waiting)
-            self._changed.notify()
-        return waiting.future
+            self._check_open()
+            future = self._threads.submit(self._call, submitted, function)
+            self._submitted[future] = submitted
+        future.add_done_callback(self._forget)
+        return future
+
+    def _generator(self, seed: int | None) -> torch.Generator:
+        device = self._model.device
+        generator = torch.Generator(device)
+        if seed is not None:
+            return generator.manual_seed(seed)
+        generator.set_state(random_state(device))
+        torch.empty((), device=device).uniform_()
+        return generator
+
+    def _call(self, submitted: _Submitted, function: Callable[[], Any]) -> Any:
+        """Run a submitted function in this thread."""
+        self._mine.submitted = submitted
+        try:
+            self._check_open()
+            return function()
+        finally:
+            self._mine.submitted = None
+            with self._changed:
+                self._calls += 1
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._changed:
+            self._submitted.pop(future, None)
+
+    def _check_open(self) -> None:
+        if self._closed or self._dead is not None:
+            raise RuntimeError("this ContinuousBatch was closed" if self._closed else "its thread has died")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's generate as a row of the batch, and wait for it."""
-        future = self.submit(lambda: self._model.generate(*args, **kwargs))
+        self._check_open()
+        before = getattr(self._mine, "submitted", None)
+        self._mine.submitted = mine = before or _Submitted(self._generator(None))
         try:
-            return future.result()
+            return self._model.generate(*args, **kwargs)
         except KeyboardInterrupt:
-            self.cancel(future)
+            self._cancel(mine)
             raise
+        finally:
+            self._mine.submitted = before
+            if before is None:
+                with self._changed:
+                    self._calls += 1
 
     def cancel(self, future: Future[Any]) -> None:
-        """Cancel a call, after the current cycle if it runs in the batch; one that runs alone goes on."""
+        """Cancel a submitted function: its generate call ends after the current cycle; one that runs alone goes on."""
+        future.cancel()
         with self._changed:
-            for waiting in (*self._queue, *self._running):
-                if waiting.future is future:
-                    waiting.cancelled = True
-            future.cancel()
-            self._changed.notify()
+            submitted = self._submitted.get(future)
+        if submitted is not None:
+            self._cancel(submitted)
+
+    def _cancel(self, submitted: _Submitted) -> None:
+        with self._changed:
+            submitted.cancelled = True
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """End all calls with an error; return when the thread has ended."""
+        """End all calls with an error; return when the batch's thread has ended."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
+        self._threads.shutdown(wait=False)  # functions that wait for a thread raise, since the batch is closed
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -195,10 +245,11 @@ class ContinuousBatch:
         """The totals now."""
         exact = self._record.exit_stats.exact
         with self._changed:
+            running = sum(future.running() for future in self._submitted)
             return BatchCounters(
                 rows=self._limit,
-                rows_in_use=len(self._running),
-                queued=sum(not waiting.future.done() for waiting in self._queue),  # without cancelled ones
+                rows_in_use=running,
+                queued=sum(not future.done() for future in self._submitted) - running,
                 calls=self._calls,
                 tokens=self._tokens,
                 prompt_tokens=self._prompt_tokens,
@@ -209,20 +260,52 @@ class ContinuousBatch:
                 busy_seconds=self._busy,
             )
 
-    def join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> object | None:
-        """Take a call over from the loop of generate; None if it has to run alone."""
-        waiting = self._starting
-        if waiting is None or threading.current_thread() is not self._thread or not self._can_join(call, mode, kwargs):
+    def join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Generate a call's text as a row of the batch; None if it has to run alone."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a processor, criterion or streamer of a batch cannot call the model's generate")
+        mine: _Submitted | None = getattr(self._mine, "submitted", None)
+        if mine is not None and mine.cancelled:
+            raise CancelledError("the call was cancelled")
+        if self._busy_with is threading.current_thread() or not self._can_join(call, kwargs, mode):
             return None
-        session = mode.session(call, kwargs)
-        if not session.kv.is_full:
-            return None
-        self._prompt = _Joined(waiting, call, mode, session)
-        self._prompt_tokens += call.ids_BS.shape[1]
-        self._prompt_tokens_kept += session.kv.filled
-        return self._prompt
+        owner = mine or _Submitted(self._generator(None))
+        row = _Row(call, mode, kwargs, owner)
+        with self._changed:
+            self._check_open()
+            self._waiting.append(row)
+            self._changed.notify_all()
+        try:
+            text = row.result.result()
+        except KeyboardInterrupt:
+            self._cancel(owner)
+            raise
+        if text is None and mine is None:  # the call runs alone, with the numbers of PyTorch's generator
+            set_random_state(self._model.device, owner.generator.get_state())
+        return text
 
-    def _can_join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> bool:
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the batch waits, and a call of this thread may use the model."""
+        if self._busy_with is threading.current_thread():  # a call inside of a call that runs alone
+            yield
+            return
+        mine: _Submitted | None = getattr(self._mine, "submitted", None)
+        with self._changed:
+            self._alone += 1
+            while self._busy_with is not None and not self._closed:
+                self._changed.wait()
+            self._busy_with = threading.current_thread()
+        try:
+            with contextlib.nullcontext() if mine is None else _drawing_from(mine.generator):
+                yield
+        finally:
+            with self._changed:
+                self._alone -= 1
+                self._busy_with = None
+                self._changed.notify_all()
+
+    def _can_join(self, call: Call, kwargs: Mapping[str, Any], mode: Decode) -> bool:
         strict = isinstance(mode, ExactMode) and mode.strict
         mask, positions = (kwargs.get(name) for name in ("attention_mask", "position_ids"))
         others = [n for n, value in kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
@@ -232,111 +315,102 @@ class ContinuousBatch:
             and isinstance(positions, Tensor)
             and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
             and call.config.prefill_chunk_size is None
-            and (mode == self._mode or self._decoder is None or not self._decoder.texts)
         )
 
     @property
-    def _held_calls(self) -> list[_Joined]:
-        return [*self._joined, *([] if self._prompt is None else [self._prompt])]
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._rows or self._prompt is not None)
 
-    @property
-    def _running(self) -> set[_Waiting]:
-        """The calls in progress, including one that is starting."""
-        begun = {joined.waiting for joined in self._held_calls}
-        return begun if self._starting is None else begun | {self._starting}
+    def _turn(self) -> bool:
+        """Take the model for a cycle; return False if the batch is closed, or if there is nothing to do."""
+        with self._changed:
+            while self._has_work and not self._closed and (self._alone or self._busy_with is not None):
+                self._changed.wait()
+            if self._closed or not self._has_work:
+                return False
+            self._busy_with = self._thread
+        return True
 
-    def _run(self) -> None:
+    def _cycle(self) -> None:
+        """Run a piece of a prompt and a cycle of the rows, in the batch's thread."""
+        began = time.perf_counter()
         try:
             with torch.no_grad():
-                while self._wait():
-                    began = time.perf_counter()
-                    self._run_prompt()
-                    self._advance()
-                    self._busy += time.perf_counter() - began
-            self._end_all(RuntimeError("this ContinuousBatch was closed"))
-        except BaseException as error:
-            log.exception("the thread of a ContinuousBatch has died")
-            self._dead = error
-            self._end_all(error)
-            raise
+                self._run_prompt()
+                self._advance()
         finally:
-            self._record.batch = None
-
-    def _wait(self) -> bool:
-        """Wait for work; return False when the batch is closed."""
-        with self._changed:
-            while not (self._closed or self._queue or self._held_calls):
-                self._changed.wait()
-            return not self._closed
+            with self._changed:
+                self._busy_with = None
+                self._busy += time.perf_counter() - began
+                self._changed.notify_all()
 
     def _run_prompt(self) -> None:
         """Run a piece of a prompt, if there is a row for it."""
-        if self._prompt is None and self._queue and len(self._joined) < self._limit:
+        if self._prompt is None and self._waiting and len(self._rows) < self._limit:
             with self._changed:
-                waiting = self._queue.popleft()
-            if waiting.future.set_running_or_notify_cancel():
-                self._start(waiting)
+                self._prompt = self._waiting.popleft()
         if self._prompt is None:
             return
-        prompt, call = self._prompt, self._prompt.call
+        row, call = self._prompt, self._prompt.call
         try:
-            if prompt.waiting.cancelled:
+            if row.owner.cancelled:
                 raise CancelledError("the call was cancelled")
-            logits = prompt.session.prefill_piece(call.ids_BS, call.config, _PIECE)
+            if row.session is None and not self._begin(row):
+                self._prompt = None
+                row.result.set_result(None)
+                return
+            assert row.session is not None
+            logits = row.session.prefill_piece(call.ids_BS, call.config, _PIECE)
             if logits is None:
                 return
-            prompt.kept = call.ids_BS
-            self._become_row(prompt, logits)
-        except Exception as error:
-            self._end(prompt, error)
-        self._prompt = None
-        prompt.session.release(prompt.kept, call.ids_BS.shape[1])
-
-    def _start(self, waiting: _Waiting) -> None:
-        """Make a call until it joins; one that does not join runs here."""
-        set_random_state(self._model.device, waiting.random_state)
-        self._starting = waiting
-        try:
-            result = waiting.generate()
+            row.kept = call.ids_BS
+            self._become_row(row, row.session, logits)
         except BaseException as error:
-            self._count(0)
-            waiting.future.set_exception(error)
-        else:
-            if self._prompt is None:
-                self._count(0)
-                waiting.future.set_result(result)
-        finally:
-            self._starting = None
+            self._end(row, error)
+        self._prompt = None
+        if row.session is not None:
+            row.session.release(row.kept, call.ids_BS.shape[1])
 
-    def _become_row(self, prompt: _Joined, logits: Tensor) -> None:
+    def _begin(self, row: _Row) -> bool:
+        """Make the session of a call's prompt; return False if the call has to run alone."""
+        if self._decoder is not None and self._decoder.texts and row.mode != self._mode:
+            return False
+        session = row.mode.session(row.call, row.kwargs)
+        if not session.kv.is_full:
+            session.release()
+            return False
+        row.session = session
+        self._prompt_tokens += row.call.ids_BS.shape[1]
+        self._prompt_tokens_kept += session.kv.filled
+        return True
+
+    def _become_row(self, row: _Row, session: Session, logits: Tensor) -> None:
         """Make a call whose prompt has run the last row of the batch."""
-        call, session = prompt.call, prompt.session
-        if not self._joined:
+        call = row.call
+        if not self._rows:
             self._decoding.enter_context(self._model._optimize_model_for_decode())
         decoder = self._decoder
         try:
-            if decoder is None or self._mode != prompt.mode or not self._batch.may_join(session):
-                self._mode, self._batch = prompt.mode, Session.empty_batch(session, self._limit)
+            if decoder is None or self._mode != row.mode or not self._batch.may_join(session):
+                self._mode, self._batch = row.mode, Session.empty_batch(session, self._limit)
                 self._batch.join(session, call.ids_BS)
-                self._decoder = decoder = prompt.mode.decoder(call, self._batch, logits)
+                self._decoder = decoder = row.mode.decoder(call, self._batch, logits)
             else:
                 self._batch.join(session, call.ids_BS)
-            generator = torch.Generator(self._model.device)
-            generator.set_state(prompt.waiting.random_state)
-            prompt.texts = call.texts(session.ranks, decoder.drafts, generator=generator)
-            decoder.admit(prompt.texts, logits)
+            row.texts = call.texts(session.ranks, decoder.drafts, generator=row.owner.generator)
+            decoder.admit(row.texts, logits)
             decoder.drop_finished()
         except Exception as error:
             self._fail(error)
             raise
-        self._joined.append(prompt)
-        self._first.append(time.perf_counter() - prompt.waiting.since)
+        self._rows.append(row)
+        self._first.append(time.perf_counter() - row.owner.since)
 
     def _advance(self) -> None:
-        """Run a cycle of the batch, and return the results of ended calls."""
-        for joined in self._joined:
-            if joined.waiting.cancelled and joined.texts is not None:
-                joined.texts.fail(CancelledError("the call was cancelled"))
+        """Run a cycle of the rows, and return the results of ended calls."""
+        for row in self._rows:
+            if row.owner.cancelled and row.texts is not None:
+                row.texts.fail(CancelledError("the call was cancelled"))
         decoder = self._decoder
         try:
             if decoder is not None:
@@ -346,52 +420,88 @@ class ContinuousBatch:
                     decoder.drop_finished()
         except Exception as error:
             self._fail(error)
-        ended = [joined for joined in self._joined if joined.texts is None or not joined.texts.runs]
-        for joined in ended:
-            self._end(joined, None if joined.texts is None else joined.texts.error)
-        if ended and not self._joined:
+        ended = [row for row in self._rows if row.texts is None or not row.texts.runs]
+        for row in ended:
+            self._end(row, None if row.texts is None else row.texts.error)
+        if ended and not self._rows:
             self._decoding.close()
             self._record.write_programs()
 
     def _fail(self, error: Exception) -> None:
         """End all rows with an error of a shared pass; the next call begins a new batch."""
         self._decoder = None
-        for joined in self._joined:
-            if joined.texts is not None:
-                joined.texts.fail(error)
+        for row in self._rows:
+            if row.texts is not None:
+                row.texts.fail(error)
 
-    def _end(self, joined: _Joined, error: BaseException | None) -> None:
+    def _end(self, row: _Row, error: BaseException | None) -> None:
         """Set a call's result or exception."""
-        if joined in self._joined:
-            self._joined.remove(joined)
-        texts, future = joined.texts, joined.waiting.future
-        new = 0 if texts is None else texts.new_tokens
+        if row in self._rows:
+            self._rows.remove(row)
         try:
-            if error is None and joined.call.streamer is not None:
-                joined.call.streamer.end()
-        except Exception as raised:
+            if error is None and row.call.streamer is not None:
+                row.call.streamer.end()
+        except BaseException as raised:
             error = raised
-        self._count(new)
-        if error is None and texts is not None:
-            future.set_result(texts.finish())
-        else:
-            future.set_exception(error or RuntimeError("no text"))
-
-    def _count(self, tokens: int) -> None:
         with self._changed:
-            self._calls += 1
-            self._tokens += tokens
+            self._tokens += 0 if row.texts is None else row.texts.new_tokens
+        if error is None and row.texts is not None:
+            row.result.set_result(row.texts.finish())
+        else:
+            row.result.set_exception(error or RuntimeError("no text"))
 
     def _end_all(self, error: BaseException) -> None:
+        """End all calls with an error, as the batch's thread does last."""
         with self._changed:
-            queued = [*self._queue]
-            self._queue.clear()
-        for waiting in queued:
-            if waiting.future.set_running_or_notify_cancel():
-                waiting.future.set_exception(error)
-        if self._prompt is not None:
-            self._prompt.session.release()
-        for joined in self._held_calls:
-            joined.waiting.future.set_exception(error)
-        self._prompt, self._joined = None, []
+            rows = [*self._waiting, *self._rows, *([] if self._prompt is None else [self._prompt])]
+            self._waiting.clear()
+            prompt, self._prompt, self._rows = self._prompt, None, []
+        if prompt is not None and prompt.session is not None:
+            prompt.session.release()
+        for row in rows:
+            row.result.set_exception(error)
         self._decoding.close()
+        self._record.batch_ref = None
+
+
+@contextlib.contextmanager
+def _drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Inside, PyTorch's generator continues another one; afterwards it is as it was."""
+    before = random_state(generator.device)
+    set_random_state(generator.device, generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(random_state(generator.device))
+        set_random_state(generator.device, before)
+
+
+def _notify(changed: threading.Condition) -> None:
+    with changed:
+        changed.notify_all()
+
+
+def _run(batch_ref: weakref.ref[ContinuousBatch], changed: threading.Condition) -> None:
+    """Run a batch's cycles until it is closed or dropped."""
+    while True:
+        with changed:
+            batch = batch_ref()
+            if batch is not None and not (batch._closed or batch._has_work):
+                batch = None
+                if batch_ref() is not None:
+                    changed.wait()
+                continue
+        if batch is None:
+            return
+        try:
+            if batch._turn():
+                batch._cycle()
+            elif batch._closed:
+                batch._end_all(RuntimeError("this ContinuousBatch was closed"))
+                return
+        except BaseException as error:
+            log.exception("the thread of a ContinuousBatch has died")
+            batch._dead = error
+            batch._end_all(error)
+            raise
+        batch = None

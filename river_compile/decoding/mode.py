@@ -53,8 +53,7 @@ _CHECKS = {
     "strict": FLAG,
 }
 
-# The last one is the placeholder of a call that joined a batch.
-Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput | object
+Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput
 
 
 @dataclass(frozen=True)
@@ -180,22 +179,23 @@ class Decode:
         joined = None if record.batch is None else record.batch.join(call, mode, model_kwargs)
         if joined is not None:
             return joined
-        session, text = mode.session(call, model_kwargs), None
-        try:
-            logits = session.prefill(input_ids, config)[:, -1:]
-            record.batch_sizes.add(len(input_ids))
-            decoder = mode.decoder(call, session, logits)
-            texts = call.texts(session.ranks, decoder.drafts)
-            with model._optimize_model_for_decode():
-                ids = decoder.run(texts, logits)
-            # With early exits, some entries of new tokens are the twins'.
-            text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
-            record.write_programs()
-            if streamer is not None:
-                streamer.end()
-            return call.result(ids, texts.sampler, session.kv, cache_of(model_kwargs))
-        finally:
-            session.release(text, input_ids.shape[1])
+        with record.alone():
+            session, text = mode.session(call, model_kwargs), None
+            try:
+                logits = session.prefill(input_ids, config)[:, -1:]
+                record.batch_sizes.add(len(input_ids))
+                decoder = mode.decoder(call, session, logits)
+                texts = call.texts(session.ranks, decoder.drafts)
+                with model._optimize_model_for_decode():
+                    ids = decoder.run(texts, logits)
+                # With early exits, some entries of new tokens are the twins'.
+                text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
+                record.write_programs()
+                if streamer is not None:
+                    streamer.end()
+                return call.result(ids, texts.sampler, session.kv, cache_of(model_kwargs))
+            finally:
+                session.release(text, input_ids.shape[1])
 
     def session(self, call: Call, kwargs: Mapping[str, Any]) -> Session:
         """Return a session on a KV cache that may hold a prefix of the prompt."""

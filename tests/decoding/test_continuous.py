@@ -4,11 +4,14 @@ Float32 and tiny models, so texts are compared token for token. Rows come and go
 make: prompts longer and shorter than the batch, texts that end first, in the middle and last.
 """
 
+import gc
 import threading
+import weakref
 from concurrent.futures import CancelledError
 
 import pytest
 import torch
+from transformers import pipeline
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
@@ -16,6 +19,7 @@ import river_compile
 from river_compile.errors import OptionError
 from tests.support.decoding import rows_of_steps
 from tests.support.families import make
+from tests.support.tokenizers import byte_tokenizer
 
 OPTIONS = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
 TWINS = {"group_size": 32, "quantizer": "rtn"}
@@ -296,3 +300,94 @@ def test_bad_arguments_are_named(exact):
         river_compile.ContinuousBatch(exact, max_num_seqs=0)
     with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="close it first"):
         river_compile.ContinuousBatch(exact)
+    with pytest.raises(OptionError, match="max_num_seqs=1000000 is not allowed; it must be an integer from 1 to 4096"):
+        river_compile.ContinuousBatch(exact, max_num_seqs=1_000_000)
+    for wrong in (3, make("llama", layers=2)):
+        with pytest.raises(OptionError, match=r"a torch.nn.Module|accelerated model"):
+            river_compile.ContinuousBatch(wrong)
+
+
+class TestSubmittedFunctions:
+    """They get what generate returns, and may do with it what they like."""
+
+    def test_return_anything(self, exact):
+        call, expected = call_of(exact, 5, 9), call_of(exact, 5, 9)()[0].tolist()
+        with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
+            goes_on = batch.submit(call_of(exact, 6, 40))
+            assert batch.submit(lambda: call()[0].tolist()).result(WAIT) == expected
+            assert batch.submit(lambda: "no call at all").result(WAIT) == "no call at all"
+            with pytest.raises(AttributeError, match="no_such"):
+                batch.submit(lambda: call().no_such).result(WAIT)
+            assert goes_on.result(WAIT).shape[1] == 46
+
+    def test_may_be_a_pipeline(self, exact):
+        generator = pipeline("text-generation", model=exact, tokenizer=byte_tokenizer(), device="cpu")
+        expected = generator("abc", max_new_tokens=8, do_sample=False)
+        with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
+            futures = [batch.submit(lambda: generator("abc", max_new_tokens=8, do_sample=False)) for _ in range(2)]
+            assert [future.result(WAIT) for future in futures] == [expected, expected]
+
+    def test_may_call_generate_twice(self, exact):
+        calls = call_of(exact, 5, 9), call_of(exact, 7, 6)
+        expected = [call().tolist() for call in calls]
+        with river_compile.ContinuousBatch(exact, max_num_seqs=1) as batch:
+            assert batch.submit(lambda: [call().tolist() for call in calls]).result(WAIT) == expected
+
+    def test_may_use_the_batch(self, exact):
+        ids = ids_of(5)
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "pad_token_id": 0}
+        expected = exact.generate(ids, **given).tolist()
+        with river_compile.ContinuousBatch(exact, max_num_seqs=1) as batch:
+            assert batch.submit(lambda: batch.generate(ids, **given).tolist()).result(WAIT) == expected
+            batch.submit(batch.close).result(WAIT)
+        assert not batch.alive
+
+    def test_interrupts_end_their_call_alone(self, exact):
+        class Interrupts(Raises):
+            def put(self, value):
+                if self.left == 0:
+                    raise KeyboardInterrupt
+                self.left -= 1
+
+        with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
+            interrupted = batch.submit(call_of(exact, 5, 40, streamer=Interrupts(3)))
+            goes_on = batch.submit(call_of(exact, 6, 40))
+            with pytest.raises(KeyboardInterrupt):
+                interrupted.result(WAIT)
+            assert goes_on.result(WAIT).shape[1] == 46
+            assert batch.alive
+
+    def test_processors_that_generate_are_errors(self, exact):
+        """They run in the batch's thread, which would wait for itself."""
+
+        class Generates(LogitsProcessor):
+            def __call__(self, ids, scores):
+                call_of(exact, 3, 3)()
+                return scores
+
+        with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
+            future = batch.submit(call_of(exact, 5, 9, logits_processor=LogitsProcessorList([Generates()])))
+            with pytest.raises(RuntimeError, match="cannot call the model's generate"):
+                future.result(WAIT)
+
+    def test_leave_pytorchs_generator_alone(self, exact):
+        before = torch.get_rng_state()
+        with river_compile.ContinuousBatch(exact, max_num_seqs=ROWS) as batch:
+            for options in ({}, {"strict": True}):  # as a row, and alone
+                batch.submit(call_of(exact, 5, 9, do_sample=True, **options), seed=3).result(WAIT)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_that_is_dropped_ends_its_threads_and_frees_the_model():
+    model = river_compile.accelerate(make("llama", torch.float32, layers=2), **OPTIONS, **TWINS)
+    batch = river_compile.ContinuousBatch(model)
+    assert batch.submit(call_of(model, 5, 3)).result(WAIT).shape[1] == 8
+    thread, gone = batch._thread, weakref.ref(model)
+    del batch
+    gc.collect()
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    assert river_compile.ContinuousBatch(model).alive  # another one may take its place
+    del model
+    gc.collect()
+    assert gone() is None
