@@ -123,9 +123,16 @@ def _hash_code(kinds: frozenset[type[nn.Module]]) -> str:
     names |= {f"transformers.{name}" for name in _CALLED}
     digest = hashlib.sha256()
     for name in sorted(names):
-        for code in _codes_in(vars(sys.modules[name]).values(), name) if name in sys.modules else ():
+        for code in _codes_in(_own_values(name), name):
             digest.update(code.co_code + repr((code.co_names, *map(_constant, code.co_consts))).encode())
     return digest.hexdigest()
+
+
+def _own_values(name: str) -> list[object]:
+    """Return the values of a module's names, without the functions that Dynamo adds after graph breaks."""
+    module = sys.modules.get(name)
+    held = {} if module is None else vars(module)
+    return [value for key, value in held.items() if not key.startswith(("__", "torch_dynamo_resume"))]
 
 
 def _codes_in(values: Iterable[object], home: str) -> Iterator[CodeType]:

@@ -180,6 +180,16 @@ class TestAnotherModel:
         monkeypatch.undo()
         _forget_code()
 
+    def test_is_not_made_by_functions_that_dynamo_adds(self, monkeypatch):
+        """After a graph break, Dynamo puts the rest of a function into its module."""
+        model = make("llama", layers=2)
+        _forget_code()
+        before = identity_of(model, "")
+        resumed = lambda: 1.0  # noqa: E731
+        monkeypatch.setattr(modeling_llama, "torch_dynamo_resume_in_forward_at_1", resumed, raising=False)
+        _forget_code()
+        assert identity_of(model, "") == before
+
     @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
     def test_has_another_identity(self, change):
         model, other = make("llama", layers=2), make("llama", layers=2)
