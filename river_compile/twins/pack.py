@@ -54,7 +54,7 @@ _LOSS = "loss.json"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sources of a model's statistics: observed texts, else text of its own."""
+    """Where a model's statistics come from: observed texts, else text of its own."""
 
     observed: Observation | None = None
     own: SelfCalibration = field(default_factory=SelfCalibration)

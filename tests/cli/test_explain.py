@@ -60,7 +60,7 @@ def test_the_page_is_whole_and_needs_nothing_else(file):
     assert "<hello>" in page.text
     assert "block 3 and its twin" in page.text
     assert "pass 1_river_twins" in page.text
-    assert "4-bit product 0: model.layers.2" in page.text
+    assert "4-bit matmul 0: model.layers.2" in page.text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
