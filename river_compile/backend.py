@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def river(
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
         refusal = unbuildable or _untraceable(owner) or _needs_gradients(example_inputs)
+        refusal = refusal or _in_float64(values[node] for node in parameters)
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         try:
@@ -134,6 +135,12 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
 def _untraceable(model: nn.Module | None) -> Refusal | None:
     why = "" if model is None else untraceable(model)
     return Refusal(why) if why else None
+
+
+def _in_float64(parameters: Iterable[Any]) -> Refusal | None:
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in parameters):
+        return Refusal("its weights are float64, which no kernel of River takes; call model.to(torch.bfloat16)")
+    return None
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:

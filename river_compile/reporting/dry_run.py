@@ -6,19 +6,22 @@ Not handled: graph breaks that depend on a real prompt.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
 
 from river_compile.choices import choose
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
 from river_compile.lowering.inductor import Lowering
+from river_compile.passes.experts import experts_per_token
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
@@ -42,32 +45,80 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported; "bytes" the
     weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
     """
-    prefill, decode = _trace(model, model.config)
+    parameters = sum(p.numel() for p in model.parameters())
+    with _one_of_each_kind(model) as repeats:
+        prefill, decode = _trace(model, model.config)
+    if any(isinstance(p, RiverProgram) and p.plan.num_blocks != len(repeats) for p in (prefill, decode)):
+        prefill, decode = _trace(model, model.config)  # its blocks are not its layers
+        programs = [p for p in (prefill, decode) if isinstance(p, RiverProgram)]
+        repeats = [1] * max((p.plan.num_blocks for p in programs), default=0)
     found: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "graphs": {"prefill": _outcome(prefill), "decode": _outcome(decode)},
+        "parameters": parameters,
+        "graphs": {"prefill": _outcome(prefill, repeats), "decode": _outcome(decode, repeats)},
     }
     if isinstance(decode, Refusal):
         return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0, "bytes": None}
     how = choose(decode, RiverConfig(), Lowering("inductor", PLAIN_LAYOUT, fuse=False)).twinning
     twinned = river_twins(how)(decode)
     assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
-    sites = [linear for twin in twinned.twins for linear in twin.packed]
-    packed = {decode.inputs[weight] for linear in sites for weight in linear.weights}
+    sites = [twin.packed for twin in twinned.twins]
+    packed = {decode.inputs[weight] for linears in sites for linear in linears for weight in linear.weights}
+    blocks, twins = ([_bytes([block], without) for block in decode.blocks] for without in ((), packed))
+    pairs = zip(sites, decode.blocks, strict=True)
+    four_bits = [sum(_packed_bytes(linear, block) for linear in linears) for linears, block in pairs]
     return found | {
         "refusal": None,
-        "blocks": decode.plan.num_blocks,
-        "twin_matmuls": len(sites),
+        "blocks": sum(repeats),
+        "twin_matmuls": _total(repeats, map(len, sites)),
         "bytes": {
-            "blocks": _bytes(decode.blocks),
-            "twins": _bytes(decode.blocks, without=packed) + sum(map(_packed_bytes, sites)),
+            "blocks": _total(repeats, blocks),
+            "twins": _total(repeats, twins) + _total(repeats, four_bits),
             "head": _bytes([decode.head]),
         },
     }
 
 
-def _outcome(found: RiverProgram | Refusal) -> int | str:
-    return str(found) if isinstance(found, Refusal) else found.plan.num_blocks
+def _total(repeats: Sequence[int], values: Iterable[int]) -> int:
+    return sum(count * value for count, value in zip(repeats, values, strict=True))
+
+
+@contextlib.contextmanager
+def _one_of_each_kind(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Inside, a model has the layers up to the first of its last kind; gives how many layers each stands for."""
+    config = model.config.get_text_config()
+    count = config.num_hidden_layers
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 2), None)
+    if layers is None:
+        yield [1] * count
+        return
+    types = getattr(config, "layer_types", None) or [None] * count
+    kinds = [_kind(layer, kind) for layer, kind in zip(layers, types, strict=True)]
+    kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
+    # The first layer of a kind stands for those that are left out, too.
+    repeats = [1 + kinds[kept:].count(kind) * (kinds.index(kind) == i) for i, kind in enumerate(kinds[:kept])]
+    rest = [*layers[kept:]]
+    del layers[kept:]
+    config.num_hidden_layers = kept
+    try:
+        yield repeats
+    finally:
+        layers.extend(rest)
+        config.num_hidden_layers = count
+
+
+def _kind(layer: nn.Module, layer_type: str | None) -> str:
+    """Return what distinguishes a layer from those that trace to the same graph."""
+    parts: list[object] = [layer_type]
+    for name, module in layer.named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        plain.pop("layer_idx", None)
+        shapes = {key: (p.shape, p.dtype) for key, p in module._parameters.items() if p is not None}
+        parts += (name, type(module), sorted(plain.items()), shapes)
+    return repr(parts)
+
+
+def _outcome(found: RiverProgram | Refusal, repeats: Sequence[int]) -> int | str:
+    return str(found) if isinstance(found, Refusal) else sum(repeats)
 
 
 def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]:
@@ -105,15 +156,23 @@ def _largest(found: list[RiverProgram | Refusal]) -> RiverProgram | Refusal:
 
 
 def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = ()) -> int:
-    left_out = set(without)
-    nodes = {n for segment in segments for n in segment.inputs if is_parameter(n) and n not in left_out}
-    values: dict[int, Tensor] = {id(value): value for value in map(value_of, nodes)}
-    return sum(value.numel() * value.element_size() for value in values.values())
+    """Return the bytes of weights that a token reads; of experts, those of the chosen ones."""
+    left_out, read = set(without), dict[int, int]()
+    for segment in segments:
+        chosen = experts_per_token(segment)
+        for node, placeholder in zip(segment.inputs, segment.graph.find_nodes(op="placeholder"), strict=False):
+            if is_parameter(node) and node not in left_out:
+                value = value_of(node)
+                share = min(chosen.get(placeholder, len(value)), len(value)) / max(len(value), 1)
+                read[id(value)] = int(value.numel() * value.element_size() * share)
+    return sum(read.values())
 
 
-def _packed_bytes(site: Matmul) -> int:
-    weights = sum(site.out_features) * site.in_features * max(site.experts, 1)
-    return weights // 2 + _BYTES_OF_GROUP * weights // site.group_size
+def _packed_bytes(matmul: Matmul, segment: Segment) -> int:
+    weights = math.prod(matmul.shape)
+    if matmul.experts:
+        weights = weights * min(experts_per_token(segment).values(), default=matmul.experts) // matmul.experts
+    return weights // 2 + _BYTES_OF_GROUP * weights // matmul.group_size
 
 
 def bandwidth(megabytes: int = 256, repeats: int = 6) -> float:

@@ -276,7 +276,9 @@ class TwinFile:
 
 def entry_for(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: str) -> Entry:
     """Return the cache entry of some matmuls' weights, named by everything that they are made from."""
-    made_from = sorted((x.name, x.group_size, x.scales_inputs, digests[x]) for x in matmuls)
+    made_from = sorted(
+        (x.name, x.group_size, x.scales_inputs, x.layout if x.lossless else "", digests[x]) for x in matmuls
+    )
     identity = hashlib.sha256(repr((VERSION, quantizer, made_from)).encode()).hexdigest()
     size = sum(math.prod(x.shape) for x in matmuls) / 1e6
     what, kind = ("a backbone", "backbone") if quantizer == LOSSLESS else (f"twins by {quantizer}", "twins")

@@ -554,6 +554,23 @@ class TestDraftSettings:
             generate(drafting, **setting)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_in_float64_generates_plainly_with_one_warning(when):
+    model, expected = plain().double() if when == "before" else plain(), generate(plain().double())
+    river_compile.accelerate(model, **{**EXACT, "kernels": "auto"})
+    if when == "after":
+        generate(model)
+        model.to(torch.float64)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.equal(generate(model), expected)
+        assert torch.equal(generate(model), expected)
+    (said,) = [str(w.message) for w in said if issubclass(w.category, river_compile.RiverWarning)]
+    assert "weights are float64" in said
+    with river_compile.ContinuousBatch(model) as batch:
+        assert torch.equal(batch.submit(lambda: generate(model)).result(), expected)
+
+
 def test_every_error_is_a_river_error():
     found = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     ours = [e for e in found if e.__module__ == errors.__name__ and not issubclass(e, Warning)]

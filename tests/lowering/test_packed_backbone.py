@@ -117,7 +117,7 @@ def test_a_matrix_of_too_many_magnitudes_stays_in_16_bits():
         assert_alike(packed, plain)
 
 
-class TestTheStore:
+class TestTheCompileCache:
     @pytest.fixture
     def saved(self, tmp_path, monkeypatch):
         """What a first process left, which packed each matrix but one; and its text and scores."""
@@ -146,6 +146,11 @@ class TestTheStore:
     def test_keeps_them_for_the_next_process(self, saved, packed):
         assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), saved[1]))
         assert not packed
+
+    def test_has_none_of_another_layout(self, saved):
+        """The same weights in 8 bits are what they would be in a fresh process: an error that says what they lack."""
+        with pytest.raises(OptionError, match="target_weights='8bit' is for weights that are numbers of 8 bits"):
+            generate(accelerated(self.model(), "8bit"))
 
     @torch.no_grad()
     def test_has_none_of_other_weights(self, saved, packed):

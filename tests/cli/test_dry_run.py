@@ -1,0 +1,56 @@
+"""`river check` traces one layer of each kind: its counts are those of a trace of all layers, of any size of model."""
+
+import contextlib
+
+import pytest
+import torch
+import transformers
+
+from river_compile.reporting import dry_run
+from tests.support.examples import slow_but
+from tests.support.families import FAMILIES, make
+
+SIZES = {
+    "8b": transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "70b": transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+    "mixtral": transformers.MixtralConfig(),
+    "qwen3-30b-a3b": transformers.Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    ),
+    "gpt-oss-20b": transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+}  # fmt: skip
+ACTIVE = {"8b": 7.0, "70b": 68.5, "mixtral": 12.6, "qwen3-30b-a3b": 2.7, "gpt-oss-20b": 3.0}  # 10^9 weights a token
+
+
+@contextlib.contextmanager
+def all_layers(model):
+    yield [1] * model.config.get_text_config().num_hidden_layers
+
+
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma3", "mixtral"], FAMILIES))
+def test_one_layer_of_each_kind_counts_for_all(family, monkeypatch):
+    config = make(family, layers=7).config
+    if getattr(config.get_text_config(), "sliding_window", None):
+        config.get_text_config().sliding_window = 64  # wider than what is traced, as in real models
+    model = dry_run.empty_model(config, "bfloat16")
+    found = dry_run.dry_run(model)
+    assert model.config.get_text_config().num_hidden_layers == 7
+    torch.compiler.reset()
+    monkeypatch.setattr(dry_run, "_one_of_each_kind", all_layers)
+    assert found == dry_run.dry_run(dry_run.empty_model(config, "bfloat16"))
+
+
+@pytest.mark.parametrize("size", slow_but(["70b", "qwen3-30b-a3b"], SIZES))
+def test_large_models_are_counted_by_the_weights_that_a_token_reads(size):
+    config = SIZES[size]
+    found = dry_run.dry_run(dry_run.empty_model(config, "bfloat16"))
+    assert found["graphs"] == dict.fromkeys(("prefill", "decode"), config.num_hidden_layers)
+    assert found["bytes"]["blocks"] / 2e9 == pytest.approx(ACTIVE[size], rel=0.05)
+    assert 0.25 < found["bytes"]["twins"] / found["bytes"]["blocks"] < 0.35
