@@ -13,13 +13,14 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
 from typing import Any
 
-from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
+import torch
+from fastapi import FastAPI, HTTPException, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from torch import Tensor
@@ -28,22 +29,21 @@ from transformers.cli.serving import model_manager, server, utils
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.api.accelerate import accelerate
+from river_compile.cli.requests import Refused, Stops, answer_error, asked, prepare, watch
 from river_compile.cli.shared import error_line, loading
 from river_compile.decoding.continuous import BatchCounters, ContinuousBatch
 
 logger = logging.getLogger(__name__)
 
-_seed: ContextVar[int | None] = ContextVar(
-    "_seed", default=None
-)  # of the request that this task answers; set by its handler
+_WARM_UP = 8  # tokens of a prompt, and after it
 ENDED = "the generating thread has ended; its log says why. Restart the server"
 
 
 class Models(model_manager.ModelManager):
-    """Loads models and accelerates them."""
+    """Loads models and accelerates them; a loaded model has generated, so that no client waits for its packing."""
 
-    def __init__(self, acceleration: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self.acceleration = acceleration
+    def __init__(self, acceleration: dict[str, Any], max_num_seqs: int, *args: Any, **kwargs: Any) -> None:
+        self.acceleration, self.limit = acceleration, max_num_seqs
         super().__init__(*args, **kwargs)
 
     def _load_processor(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +53,14 @@ class Models(model_manager.ModelManager):
     def _load_model(self, name: str, *args: Any, **kwargs: Any) -> Any:
         with loading(name):
             model = super()._load_model(name, *args, **kwargs)
-        return accelerate(model, **self.acceleration)
+        accelerate(model, **self.acceleration)
+        prompt = torch.ones((1, _WARM_UP), dtype=torch.long, device=model.device)
+        with ContinuousBatch(model, self.limit) as batch:
+            length = {"max_new_tokens": _WARM_UP, "min_new_tokens": _WARM_UP}
+            call = functools.partial(model.generate, prompt, do_sample=False, **length)
+            for ended in [batch.submit(call) for _ in range(min(self.limit, 2))]:  # one row, and several
+                ended.result()
+        return model
 
 
 class Manager(utils.GenerateManager):
@@ -72,8 +79,7 @@ class Manager(utils.GenerateManager):
         if len(self._calls) >= self.limit + self.queue:
             busy = f"{self.limit} requests are running and {self.queue} wait, which is the limit; try again later"
             raise Refused(429, "queue_full", busy, {"Retry-After": "1"})
-        seed = _seed.get()
-        # Never PyTorch's generator: a call that cannot join draws from it, in the batch's thread.
+        seed = asked.get().seed
         seed = random.SystemRandom().getrandbits(63) if seed is None else seed
         call = self.batch.submit(functools.partial(fn, *args, **kwargs), seed)
         self._calls.append(call)
@@ -106,7 +112,8 @@ class Manager(utils.GenerateManager):
         ids = await self.async_submit(
             model.generate, **self._arguments(model, processor, inputs, gen_config), streamer=streamer
         )
-        return processor.decode(ids[0, length:], skip_special_tokens=True), length, ids[0, length:]
+        text = processor.decode(ids[0, length:], skip_special_tokens=True)
+        return Stops(asked.get().stops).cut(text), length, ids[0, length:]
 
     def generate_streaming(
         self,
@@ -130,7 +137,10 @@ class Manager(utils.GenerateManager):
     @staticmethod
     def _arguments(model: Any, processor: Any, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
         only_text = {"generation_mode": "text"} if hasattr(model, "has_talker") else {}
-        return {**inputs, "generation_config": config, "tokenizer": processor, **only_text}
+        processors = asked.get().processors(inputs["input_ids"].shape[-1])
+        return {
+            **inputs, "generation_config": config, "tokenizer": processor, "logits_processor": processors, **only_text
+        }  # fmt: skip
 
     @property
     def alive(self) -> bool:
@@ -157,15 +167,23 @@ class Tokens:
 
 
 class Streamer(utils.DirectStreamer):
-    """Streams an answer; the call ends at the token after a hang-up (transformers' part)."""
+    """Streams an answer up to a stop string; the call ends at the token after a hang-up (transformers' part)."""
 
     def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tokens = Tokens(metrics)
+        self._tokens, self._stops = Tokens(metrics), Stops(asked.get().stops)
 
     def put(self, value: Tensor) -> None:
         self._tokens.put(value)
         super().put(value)
+
+    def _enqueue(self, item: Any) -> None:
+        if type(item) is str:  # (reasoning is a subclass)
+            item = self._stops.feed(item)
+        elif rest := self._stops.rest():
+            super()._enqueue(rest)
+        if item != "":
+            super()._enqueue(item)
 
 
 class Whole(BaseStreamer):
@@ -224,37 +242,6 @@ class State(utils.GenerationState):
         super().shutdown()
 
 
-def prepare(config: GenerationConfig, model: Any, length: int) -> None:
-    """Adapt a client's settings after a prompt of `length` tokens; raise Refused for one that is out of range."""
-    # As in OpenAI's API, a temperature or top_p asks for sampling; transformers wants `do_sample` too.
-    for name, fits, range_ in _RANGES:
-        value = getattr(config, name)
-        if value is not None and not fits(value):
-            raise Refused(400, "invalid_value", f"{name}={value} is not allowed; give {range_}")
-    theirs = model.generation_config
-    if config.temperature != 0 and (config.temperature, config.top_p) != (theirs.temperature, theirs.top_p):
-        config.do_sample = True
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return
-    if length >= context:
-        raise Refused(
-            400,
-            "context_length_exceeded",
-            f"This model's maximum context length is {context} tokens. However, your prompt has {length} tokens. "
-            f"Please shorten it to {context - 1} or fewer.",
-        )
-    if config.max_new_tokens is not None:
-        config.max_new_tokens = min(config.max_new_tokens, context - length)
-
-
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("max_new_tokens", lambda value: value >= 1, "1 or more"),
-    ("temperature", lambda value: value >= 0, "0 (no sampling) or more"),
-    ("top_p", lambda value: 0 < value <= 1, "more than 0, up to 1"),
-)
-
-
 def start(
     folder: str,
     host: str,
@@ -272,24 +259,17 @@ def start(
 
     def build(models: Any, *handlers: Any, generation_state: State, **more: Any) -> FastAPI:
         generation_state.models = models
-        for handler in handlers:
-            if hasattr(handler, "_build_generation_config"):
-                handler._build_generation_config = functools.partial(_configured, handler._build_generation_config)
+        for handler in (*handlers, *more.values()):
+            watch(handler)
         app = build_server(models, *handlers, generation_state=generation_state, **more)
         return extend(app, generation_state.metrics)
 
     with (
-        _replaced(model_manager, "ModelManager", functools.partial(Models, acceleration)),
+        _replaced(model_manager, "ModelManager", functools.partial(Models, acceleration, max_num_seqs)),
         _replaced(utils, "GenerationState", functools.partial(State, max_num_seqs, queue)),
         _replaced(server, "build_server", build),
     ):
         return Serve(force_model=folder, host=host, port=port, dtype=dtype, device=device, non_blocking=True)
-
-
-def _configured(build: Callable[..., GenerationConfig], body: dict[str, Any], *given: Any, **more: Any) -> Any:
-    """Build transformers' settings of a request; the seed is kept for the call, not given to the whole process."""
-    _seed.set(body.get("seed"))
-    return build({**body, "seed": None}, *given, **more)
 
 
 @contextlib.contextmanager
@@ -336,22 +316,6 @@ _GAUGES = {
     "queued": ("num_requests_waiting", "Requests that wait."),
 }
 _FIRST_TOKEN = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60)
-
-
-class Refused(Exception):
-    """An error for the client, in OpenAI's form."""
-
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
-
-
-async def answer_error(_: object, error: Exception) -> JSONResponse:
-    """Turn an error of River, transformers or the model into an answer."""
-    refused = error if isinstance(error, Refused) else Refused(400, "invalid_value", error_line(error))
-    kind = "invalid_request_error" if refused.status < 500 else "server_error"
-    body = {"message": str(refused), "type": kind, "param": None, "code": refused.code}
-    return JSONResponse({"error": body}, refused.status, refused.headers)
 
 
 def ends_with_request(end: Callable[[], object]) -> None:
@@ -454,7 +418,7 @@ class Metrics:
 
 def extend(app: FastAPI, metrics: Metrics) -> FastAPI:
     """Add errors, metrics and hang-ups to transformers' app; return it."""
-    for kind in (Refused, ValueError):
+    for kind in (Refused, ValueError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_error)
     app.add_api_route("/metrics", metrics.page, methods=["GET"])
     app.add_middleware(EndsWithClient, requests=metrics.requests)

@@ -5,16 +5,20 @@ A step that is held holds whoever generates, so that what happens meanwhile does
 
 import contextlib
 import http.client
+import itertools
 import json
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 import river_compile
 from river_compile.cli import app, serve
@@ -26,6 +30,8 @@ for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="the server's packages are not installed")
 
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+
+from river_compile.cli.requests import Stops  # noqa: E402
 
 CONTEXT, LONG = 2048, 1500  # the tiny model's; tokens that take far longer than any other request here
 CHAT = "/v1/chat/completions"
@@ -175,8 +181,123 @@ def test_stop_strings_and_lengths_are_each_clients_own(served, plain):
         other = pool.submit(served.ask, "hello", 12)
         assert whole(other.result().choices[0].message.content) == text
         assert other.result().choices[0].finish_reason == "length"
-        assert stopped.result().choices[0].message.content == text[: text.index(stop) + 1]
+        assert stopped.result().choices[0].message.content == text[: text.index(stop)]  # as OpenAI's
         assert stopped.result().choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_of_several_tokens_is_left_out(served, plain, stream):
+    text = plain("hello", 12)
+    at = next(i for i in range(1, 10) if text[i : i + 3].isascii())
+    stop = text[at : at + 3]
+    answer = served.ask("hello", 12, stop=stop, stream=stream)
+    found = "".join(pieces(answer)) if stream else answer.choices[0].message.content
+    assert found == text[: text.index(stop)]
+
+
+def asks(served, path="chat/completions", **body):
+    """Sends a body as it is; returns the status and the answer."""
+    request = Request(f"{served.url}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=WAIT) as answer:
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        return error.code, json.load(error)
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "x"}}
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2, "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("chat/completions", {}, "messages is missing"),
+        ("chat/completions", {"messages": "hi"}, "messages='hi'"),
+        ("chat/completions", {"messages": [{"content": "hi"}]}, "messages="),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "messages="),
+        ("completions", {}, "prompt is missing"),
+        ("completions", {"prompt": 3}, "prompt=3"),
+        ("responses", {}, "input is missing"),
+        ("chat/completions", {**HELLO, "wrong": 1}, "wrong"),
+    ],
+)
+def test_a_body_of_another_form_is_422(served, path, body, named):
+    status, answer = asks(served, path, **body)
+    assert (status, answer["error"]["type"]) == (422, "invalid_request_error")
+    assert named in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        *[("chat/completions", field) for field in (
+            {"response_format": {"type": "json_object"}}, {"n": 2}, {"logprobs": True}, {"top_logprobs": 2},
+            {"tool_choice": "required"}, {"parallel_tool_calls": False}, {"modalities": ["audio"]},
+            {"reasoning_effort": "high"}, {"function_call": {"name": "f"}},
+        )],
+        *[("completions", field) for field in ({"echo": True}, {"best_of": 2}, {"logprobs": 0}, {"n": 3})],
+        ("responses", {"text": {"format": {"type": "json_object"}}}),
+        ("responses", {"previous_response_id": "x"}),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(served, path, field):
+    body = {"completions": {"prompt": "hello"}, "responses": {"input": "hello"}}.get(path, HELLO)
+    status, answer = asks(served, path, **body, **field)
+    assert (status, answer["error"]["code"]) == (400, "unsupported_value")
+    assert answer["error"]["message"].startswith(f"{next(iter(field))}=")
+
+
+def test_values_that_ask_for_nothing_are_taken(served, plain):
+    nothing = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "tool_choice": "auto", "user": "me"}
+    status, answer = asks(served, **HELLO, **nothing, presence_penalty=0, stop=None, top_logprobs=None)
+    assert status == 200, answer
+    assert whole(answer["choices"][0]["message"]["content"]) == plain("hello", 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        ({"logit_bias": {"a": 1}}, "'a'"), ({"logit_bias": {"5": 101}}, "101"), ({"logit_bias": [5]}, "[5]"),
+        ({"presence_penalty": 3}, "presence_penalty=3"), ({"frequency_penalty": "x"}, "frequency_penalty='x'"),
+        ({"stop": ["a"] * 5}, "stop="), ({"max_tokens": True}, "max_tokens=True"),
+        ({"messages": [{"role": "user", "content": [PICTURE]}]}, "'image_url'"),
+    ],
+)  # fmt: skip
+def test_a_value_that_fits_nothing_is_400(served, field, named):
+    status, answer = asks(served, **{**HELLO, **field})
+    assert (status, answer["error"]["code"]) == (400, "invalid_value")
+    assert named in answer["error"]["message"]
+
+
+def test_a_bias_in_integers(served):
+    """A token with a bias of 100 is every token of the text."""
+    assert served.text("hello", 4, logit_bias={"70": 100}) == served.text("hello", 1, logit_bias={"70": 100}) * 4
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(2, 0), (0, 2), (-1, -0.5)])
+def test_penalties_are_openais(served, plain, presence, frequency):
+    """A token that was generated n times loses presence + n * frequency."""
+
+    def penalised(ids, scores):
+        seen = list(ids[0, len("user: aaaa\nassistant: ") :])
+        for token in {*map(int, seen)}:
+            scores[0, token] -= presence + seen.count(token) * frequency
+        return scores
+
+    expected = plain("aaaa", 16, logits_processor=transformers.LogitsProcessorList([penalised]))
+    found = served.text("aaaa", 16, presence_penalty=presence, frequency_penalty=frequency)
+    assert found == expected != plain("aaaa", 16)
+
+
+@given(st.text("ab ", max_size=30), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.data())
+def test_stops_cut_at_the_first_whatever_the_pieces(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    found = Stops(stops)
+    shown = [found.feed(text[a:b]) for a, b in itertools.pairwise([0, *cuts, len(text)])]
+    whole_text = "".join(shown) + found.rest()
+    assert whole_text == text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+    assert Stops(stops).cut(text) == whole_text
 
 
 def test_a_client_that_leaves_its_stream_frees_its_row(served):
@@ -295,6 +416,8 @@ def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
     try:
         with urlopen(f"{dying.url}/health") as answer:
             assert json.load(answer) == {"status": "ok"}
+        model = dying.server._generation_state.get_manager(tiny).model
+        assert river_compile.report(model).decode_depths  # it has generated before it listened
         dying.server._generation_state.get_manager(tiny).batch.close()
         with pytest.raises(OSError, match="503"):
             urlopen(f"{dying.url}/health")
