@@ -57,7 +57,7 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
     from river_compile.exits import CRITERIA, forced_threshold
     from river_compile.model_record import find_record
     from river_compile.passes.experts import ROUTER
-    from tests.distributed.worker import DEPTHS, EAGER, LAYERS, decode, kept, load
+    from tests.runtime.rank_worker import DEPTHS, EAGER, LAYERS, decode, kept, load
 
     depths = (*DEPTHS, *range(LAYERS + 1))
     none = (None,) * len(depths)
@@ -107,7 +107,7 @@ def check_tools(folder: Path) -> None:
     from river_compile.backend import river
     from river_compile.decoding.mode import exact
     from river_compile.errors import RankError
-    from tests.distributed.worker import EAGER, load
+    from tests.runtime.rank_worker import EAGER, load
     from tests.support.families import prompt
 
     model = load(folder, "llama")

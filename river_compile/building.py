@@ -284,7 +284,7 @@ def _compiled(
                 graph.lossless_bytes += sum(packed[linear].weight.qweight.nbytes for linear in segment.packed)
             else:
                 graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
-                graph.token_bytes += _bytes_of_token(segment, operands, len(segment.inputs))
+                graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
             more = [wanted] if segment.chooses_logits and wanted is not None else []
             callee = compiler.compile(segment, [*operands, *more])
             steps[segment] = streamer.step(segment, callee, operands)
@@ -315,7 +315,7 @@ def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
         )
 
 
-def _bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:
+def bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:
     """Return the bytes that a token reads of a segment's placeholders, from number `first` on."""
     chosen = dict(segment.experts)
     return sum(

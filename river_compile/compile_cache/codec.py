@@ -40,6 +40,7 @@ _EXPRESSIONS: dict[str, Callable[..., Any]] = {
     for name in ("FloorDiv", "Mod", "PythonMod", "ModularIndexing", "CleanDiv", "CeilToInt", "Max", "Min")
     if hasattr(sizes, name)
 }
+_ANY = "Integer"  # the mark of a symbol of any sign
 _NAMES = {kind: name for name, kind in _EXPRESSIONS.items()} | {
     sympy.Equality: "Eq",
     sympy.Unequality: "Ne",
@@ -54,7 +55,7 @@ _MODULES = (
     *("torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch._C._fft"),
     *("torch._C._linalg", "torch._tensor", "torch.amp.autocast_mode", "torch.fx.experimental.symbolic_shapes"),
     *("torch._C", "torch.special", "torch.linalg", "torch.fft", "_operator", "operator", "math"),
-    *("river_compile.kernels.portable",),
+    *("river_compile.kernels.portable", "river_compile.passes.experts"),
 )
 _BUILTINS = ("abs", "float", "getattr", "int", "len", "max", "min", "round", "slice")
 
@@ -187,7 +188,7 @@ class _Reader:
 
 def _write_size(value: sympy.Basic) -> Any:
     if isinstance(value, sympy.Symbol):
-        return value.name
+        return value.name if value.is_positive else [_ANY, value.name]
     if value in (sympy.true, sympy.false):
         return bool(value)
     if isinstance(value, sympy.Integer):
@@ -206,6 +207,8 @@ def _read_size(held: Any) -> sympy.Basic:
     if isinstance(held, int):
         return sympy.Integer(held)
     name, *arguments = held
+    if name == _ANY:  # not known to be positive, as a negative offset
+        return sympy.Symbol(str(arguments[0]), integer=True)
     made: sympy.Basic = _EXPRESSIONS[name](*map(_read_size, arguments))
     return made
 

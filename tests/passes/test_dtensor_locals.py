@@ -1,6 +1,6 @@
 """Hand-made graphs of tensor parallelism: spellings that transformers does not use, and nodes that must stay.
 
-tests/distributed runs traced ones.
+tests/runtime/test_tensor_parallel.py runs traced ones.
 """
 
 from __future__ import annotations
