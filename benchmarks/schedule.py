@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
 from river_compile.backend import river
+from river_compile.building import bytes_of_token
 from river_compile.exits import CRITERIA
 from river_compile.model_record import find_record
-from river_compile.building import bytes_of_token
 from river_compile.runtime.state import CompiledProgram, StepState, on_step
 from river_compile.runtime.stats import StepRecord
 from river_compile.runtime.units import Step, Unit

@@ -63,7 +63,7 @@ def _generate_a_token(model: Any) -> None:
 
 
 def _current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
-    """Return a model's twins; raise an TwinsError if there are none, or if their weights changed."""
+    """Return a model's twins; raise a TwinsError if there are none, or if their weights changed."""
     record = find_record(model)
     made = record.packed if record else []
     if not made:
@@ -187,7 +187,7 @@ def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
 
 
 def _check(twins: Sequence[TwinWeight], folder: Path) -> None:
-    """Raise an TwinsError for twins that the format cannot hold."""
+    """Raise a TwinsError for twins that the format cannot hold."""
     why = ""
     for twin in twins:
         if twin.matmul.experts or twin.matmul.transposed:

@@ -6,12 +6,14 @@ Not handled (a :class:`NotCacheable`): graphs with attributes or submodules, and
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
 import json
 import operator
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import sympy
 import torch
@@ -21,6 +23,7 @@ from torch.fx.node import _get_qualified_name
 from torch.utils._sympy import functions as sizes
 
 from river_compile.kernels import ops  # noqa: F401  (registers what programs call)
+from river_compile.kernels.native.load import load
 from river_compile.passes import program as values
 from river_compile.passes.program import Code, Input, Program
 
@@ -155,7 +158,11 @@ class _Reader:
             return value
         if "type" in value:
             kind = _TYPES[value["type"]]
-            return kind(**{name: self.read(item) for name, item in value.items() if name != "type"})
+            held = {name: self.read(item) for name, item in value.items() if name != "type"}
+            for name, hint in _hints(kind).items():
+                if not _is_a(held[name], hint):
+                    raise NotCacheable(f"{kind.__name__}.{name} is {held[name]!r:.60}, not a {hint}")
+            return kind(**held)
         ((kind, held),) = value.items()
         readers: dict[str, Callable[[Any], Any]] = {
             "code": lambda held: self.codes[held],
@@ -184,6 +191,25 @@ class _Reader:
                 raise NotCacheable(f"{op} {target} cannot be part of a program")
             self._nodes.append(graph.create_node(op, target, self.read(args), self.read(kwargs), name))
         return fx.GraphModule(nn.Module(), graph, class_name="Segment")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value read from a file has the annotated type of its field."""
+    kind, of = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in of
+    if kind in (Union, UnionType):
+        return any(_is_a(value, each) for each in of)
+    if kind is tuple:
+        same = of[-1] is Ellipsis
+        pairs = zip(value, of[:1] * len(value) if same else of, strict=False) if isinstance(value, tuple) else ()
+        return isinstance(value, tuple) and (same or len(value) == len(of)) and all(_is_a(*pair) for pair in pairs)
+    return hint is Any or isinstance(value, hint)
 
 
 def _write_size(value: sympy.Basic) -> Any:
@@ -235,6 +261,8 @@ def _name_of(target: Any) -> str:
 def _function(name: str) -> Any:
     if "::" in name:
         space, short, overload = name.split("::")
+        if space == "river_native":  # registered with the library, which a new process has not loaded yet
+            load()
         packet: OpOverloadPacket = getattr(getattr(torch.ops, space), short)
         return getattr(packet, overload) if overload else packet
     module, _, attribute = name.rpartition(".")
@@ -242,6 +270,8 @@ def _function(name: str) -> Any:
         return getattr(builtins, attribute)
     if module == "torch.Tensor":
         return getattr(Tensor, attribute)
+    if name == "torch.Size":  # the one type: GPT-2 makes shapes with it
+        return torch.Size
     if module not in _MODULES:
         raise NotCacheable(f"{name} is not a function that programs call")
     function = operator.attrgetter(attribute)(importlib.import_module(module))

@@ -236,6 +236,9 @@ class Decode:
                 return f"{name}=True is not available; output_scores and output_logits are"
         if synced_gpus:
             return "synced_gpus=True is not available: processes would run other numbers of passes"
+        if model.config.get_text_config(decoder=True)._attn_implementation == "flex_attention":
+            # Its masks read a static cache's length when attention runs, which is after the pass has advanced it.
+            return "attn_implementation='flex_attention' needs a cache that grows ('sdpa' does not)"
         if cache_of(model_kwargs) is None:
             return "use_cache=False leaves out the KV cache; leave out use_cache=False"
         given = callers_cache()

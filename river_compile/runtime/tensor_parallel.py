@@ -130,7 +130,7 @@ class Ranks:
             raise
 
     def folder(self, folder: str | Path) -> Path:
-        """Return the folder of this rank's saved twins; raise an TwinsError if their number of ranks differs."""
+        """Return the folder of this rank's saved twins; raise a TwinsError if their number of ranks differs."""
         whole = Path(folder)
         others = sorted(_saved_sizes(whole) - {str(self.size)})
         if others:

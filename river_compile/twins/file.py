@@ -114,7 +114,7 @@ class _Saved:
 
 
 def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
-    """Write current weights to a new folder, completely or not at all; raise an TwinsError if it fails."""
+    """Write current weights to a new folder, completely or not at all; raise a TwinsError if it fails."""
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:
@@ -163,7 +163,7 @@ def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> Non
 
 
 class TwinFile:
-    """A checked file of saved twins; its tensors are memory-mapped. Raises an TwinsError."""
+    """A checked file of saved twins; its tensors are memory-mapped. Raises a TwinsError."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -183,7 +183,7 @@ class TwinFile:
         return {matrix.name for matrix in self._matrices}
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise an TwinsError for a weight of none of these linears, merged or not."""
+        """Raise a TwinsError for a weight of none of these linears, merged or not."""
         linears = {linear for name in names for linear in name.split("|")}
         for matrix in self._matrices:
             if not linears.issuperset(matrix.name.split("|")):
@@ -193,7 +193,7 @@ class TwinFile:
                 )
 
     def find(self, matmul: Matmul, quantizer: str, digest: str) -> tuple[PackedLinear, dict[str, Any]]:
-        """Return a matmul's saved weight and its `TwinWeight` fields; raise an TwinsError without one."""
+        """Return a matmul's saved weight and its `TwinWeight` fields; raise a TwinsError without one."""
         matrices = [matrix for matrix in self._matrices if matrix.name == matmul.name]
         if not matrices:
             raise self._refusal(

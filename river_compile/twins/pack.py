@@ -103,7 +103,7 @@ class TwinWeights:
         savable: Sequence[Matmul] = (),  # contents of saved twins that are to be written
         refresh: bool = False,  # parameters have changed: no file has their weights, and own text is sampled again
     ) -> ProgramWeights:
-        """Return the packed weights of matmuls; make missing ones. Raises an TwinsError or OptionError."""
+        """Return the packed weights of matmuls; make missing ones. Raises a TwinsError or OptionError."""
         with self._lock:
             start = time.perf_counter()
             parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*matmuls, *savable)}

@@ -7,7 +7,6 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 import river_compile
-from river_compile.lowering.inductor import warn_once
 from tests.support.families import make, prompt
 
 OPTIONS = {
@@ -74,18 +73,12 @@ def test_a_model_that_is_refused_for_another_reason_names_no_break_of_an_earlier
     assert not any("Dynamo broke the graph" in line for line in said)
 
 
-@pytest.mark.slow  # (transformers compiles its masks with the compiler of the machine: half a minute)
-def test_flex_attention_on_a_cpu_is_rewritten_and_runs_operator_by_operator():
-    """Inductor may raise for it there. A warning names it and the way out; none names an option that nobody gave."""
-    expected = make("llama", layers=2, attention="flex_attention")
-    ours = river_compile.accelerate(
-        make("llama", layers=2, attention="flex_attention"),
-        num_assistant_tokens=1,
-        num_assistant_tokens_schedule="constant",
-    )
-    warn_once.cache_clear()  # (it comes once a process)
-    text, trace, said = generated(ours)
-    assert torch.equal(text, generate(expected))
-    assert trace.cycles
-    assert any("flex_attention" in line and "sdpa" in line for line in said)
-    assert not any("criterion" in line for line in said)
+def test_flex_attention_generates_plainly():
+    """Its masks on a full cache are wrong; the warning names the attention that works."""
+    ours = river_compile.accelerate(make("llama", layers=2, attention="flex_attention"), **OPTIONS)
+    text, trace, (said,) = generated(ours)
+    assert torch.equal(text, generate(make("llama", layers=2)))
+    assert not trace.cycles
+    assert "runs plainly here" in said
+    assert "'flex_attention'" in said
+    assert "'sdpa'" in said

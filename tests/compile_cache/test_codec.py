@@ -28,7 +28,11 @@ def programs_of(name: str, **options) -> list[Program]:
     return found
 
 
-@pytest.mark.parametrize("name", each(FAMILIES, quick=["llama", "gemma2"]))
+# (MPT asks a static cache for its length, which breaks the graph: `accelerate` leaves it as it is.)
+CACHED = [name for name in FAMILIES if name != "mpt"]
+
+
+@pytest.mark.parametrize("name", each(CACHED, quick=["llama", "gemma2"]))
 @pytest.mark.parametrize("kernels", ["native", slow("eager")])
 def test_what_is_read_is_what_was_written(name, kernels):
     """Targets, arguments and names of every graph, and every other field; segments that share code share it again."""
@@ -104,3 +108,33 @@ def test_a_file_names_no_other_functions_than_models_call(target, program):
 def test_what_is_no_program_is_refused(content):
     with pytest.raises(NotCacheable):
         loads(content)
+
+
+def changed_types(value, where=()):
+    """Yields the JSON of a program again and again, one field of one of its values of another type each time."""
+    if isinstance(value, dict) and "type" in value:
+        for name in value.keys() - {"type"}:
+            wrong = {"tuple": [7.5]} if not isinstance(value[name], dict) or "tuple" not in value[name] else "words"
+            yield (*where, value["type"], name), {**value, name: wrong}
+            for path, inner in changed_types(value[name], (*where, value["type"], name)):
+                yield path, {**value, name: inner}
+    elif isinstance(value, dict):
+        for kind, held in value.items():
+            for path, inner in changed_types(held, where):
+                yield path, {kind: inner}
+    elif isinstance(value, list) and value:
+        for path, inner in changed_types(value[0], where):
+            yield path, [inner, *value[1:]]
+
+
+def test_a_value_of_another_type_is_refused_when_it_is_read(program):
+    """Not later, by an AttributeError in generate."""
+    whole = json.loads(dumps(program))
+    seen = set()
+    for path, wrong in changed_types(whole["program"]):
+        if path[-2:] in seen or (path[-1] == "name" and path[-2] == "Source"):  # (a name of any type)
+            continue
+        seen.add(path[-2:])
+        with pytest.raises(NotCacheable, match=rf"{path[-2]}\.{path[-1]} is "):
+            loads(json.dumps({**whole, "program": wrong}).encode())
+    assert {kind for kind, _ in seen} >= {"Program", "SegmentSpec", "Input", "TensorSpec", "Source"}

@@ -123,7 +123,7 @@ def test_threads_want_their_own_logits(model_with):
 def test_the_text_is_plains_whatever_drafts_lack(sample):
     """Texts of a random model are full of tokens that no draft may have; drafts take up what was seen."""
     model, plain = compiled(), model_of()
-    ids = torch.tensor([[1, 9_500, 4, 6_000, 2, 9_500], [0, 0, 5, 7_000, 8_000, 3]])
+    ids = torch.tensor([[1, 9_500, 4, 6_000, 2, 9_500]])
     arguments = {"max_new_tokens": 20, "do_sample": sample, "attention_mask": (ids > 0).long(), "pad_token_id": 0}
     torch.manual_seed(1)
     expected = plain.generate(ids, cache_implementation="static", disable_compile=True, **arguments)

@@ -20,7 +20,8 @@ from tests.support.families import make, prompt
 
 CONTEXT, TOKENS = 4, 4
 OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
-TEXTS = [" ".join(map(str, prompt(CONTEXT + TOKENS, seed=seed)[0].tolist())) for seed in range(40)]
+MANY = [" ".join(map(str, prompt(CONTEXT + TOKENS, seed=seed)[0].tolist())) for seed in range(200)]
+TEXTS = MANY[:40]
 
 
 def tokenizer(text):
@@ -204,10 +205,11 @@ def test_the_short_form_of_a_budget(model, found):
 @pytest.mark.slow
 def test_a_budget_that_no_exit_keeps_is_never_exits(model, criterion, tmp_path):
     """Its options decode as the plain model does, which loses nothing and takes never exit's time."""
-    found = run(model, {"kl": 1e-9}, criterion=criterion)
+    # (With so high a clip one text in which a token exits is too much.)
+    found = run(model, {"kl": 1e-9}, MANY, criterion=criterion, clip=4e-8)
     assert (found.chosen.kl, found.chosen.agreement, found.chosen.cost) == (0, 1, 1)
     assert (found.chosen.passed, found.chosen.mean_depth) == (True, 3)
-    assert "more texts, better twins or another budget let tokens leave" in str(found)
+    assert "more texts, better twins or another budget let tokens exit" in str(found)
     assert ExitRule.load(found.save(tmp_path / "calibration.json")) == found
     torch._dynamo.reset()
     model.compile(backend=river, options=found.options)

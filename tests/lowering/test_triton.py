@@ -220,7 +220,7 @@ def test_through_inductor_and_captured(name):
     model = make(name, layers=LAYERS)
     model.compile(backend=river, options={**OPTIONS, "kernels": "triton", "graphs": True})
     cache = new_cache(model, "full")
-    for _ in range(2):  # what ran once is captured the second time
+    for _ in range(3):  # a cache has a state from its second step on, and what ran in that once is captured then
         cache.reset()
         assert_same((steps(model, cache), cache_state(cache)), expected, rtol=1e-4, atol=1e-4)
     (graph,) = report(model).to_dict()["graphs"]
@@ -279,11 +279,11 @@ def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "graphs": True}
     model.compile(backend=lowered(FUSED), options=options)
     cache = new_cache(model, "full")
-    for _ in range(2):  # what ran once is captured the second time
+    for _ in range(3):  # a cache has a state from its second step on, and what ran in that once is captured then
         cache.reset()
         for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert report(model).record.offloaded.snapshot().moved > 0
+    assert report(model).record.offloaded.stats["moved"] > 0
     (graph,) = report(model).to_dict()["graphs"]
     expected = run("llama")["graphs"][0]["fused"]
     if policy == "exit":  # every token leaves after block 1 at the latest, so nothing is asked there
@@ -402,7 +402,7 @@ def test_compiled_kernels_on_the_card(name, dtype):
     model = make(name, layers=LAYERS).to("cuda", dtype)
     model.compile(backend=river, options=OPTIONS)
     cache = new_cache(model, "full")
-    for _ in range(2):  # what ran once is captured the second time
+    for _ in range(3):  # a cache has a state from its second step on, and what ran in that once is captured then
         cache.reset()
         logits = [step.cpu().float() for step in steps(model, cache)]
         state = [(k.cpu().float(), v.cpu().float(), length) for k, v, length in cache_state(cache)]

@@ -20,6 +20,7 @@ from river_compile.backend import executors_of, river
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import StepState, on_step
+from river_compile.upstream.transformers import full_static_cache
 from tests.support.decoding import cache_argument, cache_state, run_plainly
 from tests.support.families import make, prompt
 
@@ -61,7 +62,7 @@ class Decoder:
 
     def start(self, seed: int = 0, capacity: int = CAPACITY, batch: int = 1) -> StaticCache:
         """Returns a new cache with a prompt of 6 tokens in it."""
-        cache = StaticCache(config=self.model.config, max_cache_len=capacity)
+        cache = full_static_cache(self.model, capacity)  # (ring buffers count in Python, so no step repeats)
         self._call(cache, prompt(6, batch, seed), 0)
         return cache
 

@@ -73,6 +73,7 @@ def decode(
     batch: int = 2,
     compiled: bool = True,
     plain_prompt: bool = False,
+    whole_mask: bool = False,
 ) -> list[Tensor]:
     """Feeds a left-padded prompt and then fixed tokens, one step for each depth; returns every step's logits.
 
@@ -80,6 +81,7 @@ def decode(
         depths: exit depth of each step; None leaves the choice to the model's exit rule, a context to what it sets.
         compiled: False runs the model as it is (``model.compile`` changes calls, not ``forward``).
         plain_prompt: runs the prompt as if it were not compiled, for tests of steps alone: one graph less to trace.
+        whole_mask: the steps' mask spans the whole static cache, so that no input of a step changes its size.
     """
     run = model if compiled else model.forward
     run_prompt = functools.partial(run_plainly, model) if plain_prompt else run
@@ -89,8 +91,11 @@ def decode(
     tokens = prompt(len(depths), batch, seed=1).to(model.device)
     for step, depth in enumerate(depths):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        position = (mask.cumsum(-1) - 1)[:, -1:].clone()  # (a view would have another stride in each step)
-        arguments = {"input_ids": tokens[:, step : step + 1], "attention_mask": mask, "position_ids": position}
+        position = mask.sum(-1, keepdim=True) - 1
+        rest = CAPACITY - mask.shape[1] if whole_mask else 0
+        spanned = torch.cat([mask, mask.new_zeros(batch, rest)], 1)
+        ids = torch.tensor(tokens[:, step : step + 1].tolist(), device=model.device)  # (a view has other strides)
+        arguments = {"input_ids": ids, "attention_mask": spanned, "position_ids": position}
         mark_dynamic(arguments)  # one graph serves all steps, over static caches too
         with depth if isinstance(depth, AbstractContextManager) else forced_depth(depth):
             logits.append(run(**arguments, **held).logits)

@@ -160,7 +160,7 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 """
 NEEDED = (
-    "benchmarks.decode benchmarks.cuda_worker benchmarks.cuda_trace benchmarks.kernels benchmarks.conditional "
+    "benchmarks.decode benchmarks.cuda_worker benchmarks.cuda_trace benchmarks.kernels "
     "tools.kernels.tune tools.check_gpu tools.gpu tests.conftest tests.kernels.triton.test_gpu "
     "tests.runtime.test_capture tests.lowering.test_triton tests.runtime.test_offload"
 )

@@ -29,7 +29,7 @@ from tests.support.tokenizers import byte_tokenizer
 from tools.soak.cases import Case, Failure
 from tools.soak.memory import live_tensors, resident_bytes
 
-CONTEXT, ROUNDS = 256, 24
+CONTEXT, ROUNDS = 256, 48
 # What rises faster leaks; a cache more, once, is some ten tensors in 50 requests.
 BYTES_PER_REQUEST, TENSORS_PER_REQUEST = 20_000.0, 0.5
 _ENDS = ("answered", "answered", "answered", "leaves", "bad", "too long")
