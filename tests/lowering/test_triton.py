@@ -143,7 +143,8 @@ def test_generate_reaches_the_kernels_in_16_bits(name, batches):
         ids, mask = left_padded(batch)
         found = {}
         for both.fused in (True, False):
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=2, cache_implementation="static", **how)
+            cache = {cache_argument(model): new_cache(model, "full")}
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=2, **cache, **how)
             found[both.fused] = out.logits[-1].double()
         error = (found[True] - found[False]).norm() / found[False].norm()
         assert error < 0.004
