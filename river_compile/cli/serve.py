@@ -5,6 +5,9 @@ The server itself is :mod:`river_compile.cli.serving`. Not handled: several mode
 
 from __future__ import annotations
 
+import errno
+import signal
+import socket
 from typing import Annotated, Any
 
 import typer
@@ -37,13 +40,17 @@ def serve(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model to OpenAI clients until interrupted. `--json` prints the address once it listens."""
+    """Serve a model to OpenAI clients until interrupted; SIGTERM lets running answers end.
+
+    `--json` prints the address once it listens.
+    """
     from river_compile.cli.shared import config_of, quiet, resolve
 
     if max_num_seqs < 1:
         raise ValueError(f"--max-num-seqs {max_num_seqs} is not allowed; give 1 or more")
     if queue < 0:
         raise ValueError(f"--queue {queue} is not allowed; give 0 (no request waits) or more")
+    _check_address(host, port)
     use_threads(threads)
     quiet()
     folder = resolve(model)
@@ -54,10 +61,31 @@ def serve(
     result = {"model": model, "quality": quality, "url": url}
     server = make_server(folder, host, port, dtype, max_num_seqs, queue, **acceleration)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
+    # A second SIGTERM ends the process at once.
+    signal.signal(signal.SIGTERM, lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_DFL), _stop(server)))
     try:
         server._thread.join()
     finally:
         server.kill_server()
+    if not server.server.started:
+        raise ValueError(f"the server could not listen at {url}; its log above says why")
+
+
+def _stop(server: Any) -> None:
+    """Take no more requests, and end the server's thread when the running ones have ended."""
+    server.server.should_exit = True
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise a ValueError if the server could not listen there, before it loads a model."""
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(address)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ValueError(f"--host {host} --port {port}: {error.strerror}; name another") from error
 
 
 def make_server(

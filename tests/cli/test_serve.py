@@ -7,10 +7,14 @@ import contextlib
 import http.client
 import itertools
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -432,14 +436,45 @@ def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
 def test_serve_says_where_it_listens(tiny, capsys, monkeypatch):
     class Ended:
         _thread = threading.Thread(target=lambda: None)
+        server = SimpleNamespace(started=True)
 
         def kill_server(self):
             self.killed = True
 
     Ended._thread.start()
     monkeypatch.setattr(serve, "make_server", lambda *arguments, **more: Ended())
+    monkeypatch.setattr(serve, "_check_address", lambda *address: None)
+    monkeypatch.setattr(serve.signal, "signal", lambda *handler: None)
     assert app.main(["serve", tiny, "--port", "1234", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["url"] == "http://localhost:1234/v1"
+
+
+def test_a_port_in_use_is_named_before_the_model_is_loaded(capsys):
+    with socket.create_server(("localhost", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert app.main(["serve", "/no/such/model", "--port", port]) == 1
+        assert f"--host localhost --port {port}: Address already in use" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_lets_a_running_answer_end(tiny):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "river_compile", "serve", tiny, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        assert any("running on" in line for line in process.stdout)  # it has built, and generated
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
+        stream = client.chat.completions.create(
+            model=tiny, messages=[{"role": "user", "content": "hello"}], max_tokens=200, stream=True
+        )
+        first = next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        rest = [*stream]
+        said = process.stdout.read()
+    assert first.choices
+    assert rest[-1].choices[0].finish_reason == "length", said
+    assert process.returncode == 0, said
 
 
 @pytest.mark.parametrize("bad", [("--max-num-seqs", "0"), ("--queue", "-1")])
