@@ -91,7 +91,8 @@ def river(
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
         refusal = unbuildable or _untraceable(owner) or _needs_gradients(example_inputs)
-        refusal = refusal or _in_float64(values[node] for node in parameters)
+        if (config.quantizer, config.kernels) != ("none", "eager"):  # then PyTorch's operators compute everything
+            refusal = refusal or _in_float64(values[node] for node in parameters)
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         try:

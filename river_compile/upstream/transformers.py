@@ -44,7 +44,9 @@ def disable_auto_compile() -> None:
 
 def cache_argument(model: nn.Module) -> str:
     """Return the name of the cache in a model's forward, its `generate` and their outputs."""
-    return next(name for name in _NAMES if name in inspect.signature(model.forward).parameters)
+    forwards = (model.forward, *(kind.forward for kind in type(model).__mro__ if hasattr(kind, "forward")))
+    named = (name for forward in forwards for name in _NAMES if name in inspect.signature(forward).parameters)
+    return next(named, _NAMES[-1])  # a subclass's forward may take *args and **kwargs; releases know the older name
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:

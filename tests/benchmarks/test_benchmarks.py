@@ -250,7 +250,7 @@ def test_a_token_costs_what_its_blocks_cost():
 def test_a_step_s_host_time_is_measured_without_what_it_launches(tmp_path, capsys):
     assert step_cost.main(["--layers", "2", "--repeats", "3", "--json", str(tmp_path / "cost.json")]) == 0
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
-    assert list(rows) == ["depth 0", "never"]
+    assert list(rows) == ["depth 0", "never", "asked at each block"]
     assert all(row["us"] > 0 for row in rows.values())
     assert "depth 0" in capsys.readouterr().out
 

@@ -108,3 +108,39 @@ def test_a_narrow_terminal_without_colours(tmp_path):
     assert max(map(len, narrow.splitlines())) <= 40
     # (Measured numbers differ, and cells that wrap leave their line.)
     assert Counter(re.sub(r"[\s\d.]", "", narrow)) == Counter(re.sub(r"[\s\d.]", "", wide))
+
+
+NOTEBOOK = """
+import gc
+import torch
+import transformers
+import river_compile
+from tests.support.families import COMMON, prompt
+
+CELL = '''
+class Mine(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+'''
+config = transformers.LlamaConfig(**COMMON, num_hidden_layers=2)
+ids, held, TENSORS = prompt(9), [], (torch.Tensor, torch.nn.Parameter)
+options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+for _ in range(10):
+    exec(CELL)
+    model = Mine(config).eval()
+    expected = model.generate(ids, **options)
+    river_compile.accelerate(model, quantizer="rtn", group_size=32)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert river_compile.report(model).decode_depths
+    del model
+    gc.collect()
+    # (Dynamo keeps metadata of what it traced, as for any compiled class.)
+    held.append(sum(x.nbytes for x in gc.get_objects() if type(x) in TENSORS and x.device.type == "cpu"))
+assert held[-1] <= held[2], held
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_that_defines_a_model_ten_times_holds_one(tmp_path):
+    done = run("-c", NOTEBOOK, RIVER_COMPILE_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr

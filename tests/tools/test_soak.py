@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from torch._inductor.exc import InductorError
 
 from river_compile import trace
 from river_compile.runtime.state import on_step
 from river_compile.twins import file as twin_file
+from tests.support.layout import ROOT, run_python
 from tools.soak import __main__ as command
 from tools.soak import cases, compilers, damage, kill, memory, serving, stored, text, threads
 
@@ -45,17 +45,27 @@ def test_cases_are_data_and_their_seed_alone_decides():
             assert all(simpler != case for simpler in kind.smaller(case))
 
 
-def test_without_a_compiler_the_text_is_the_plain_models(tmp_path, monkeypatch):
-    """A backend that asks nobody whether anything compiles is found.
+NO_COMPILER = """
+from pathlib import Path
+import pytest
+from torch._inductor.exc import InductorError
+from tools.soak import compilers
 
-    Blocks go through Inductor here: C++ kernels that the process has loaded for another test need no compiler.
-    """
-    case = {"compiler": "dies", "family": "llama", "quality": "exact", "seed": 0, "lengths": [3]}
-    case["lowering"] = "inductor"
-    assert compilers.run(case, tmp_path) == "passed"
-    monkeypatch.setattr("river_compile.lowering.inductor.working_compiler", lambda: None)
+case = {"compiler": "dies", "family": "llama", "quality": "exact", "seed": 0, "lengths": [3], "kernels": "inductor"}
+assert compilers.run(case, Path(sys.argv[1])) == "passed"
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("river_compile.lowering.inductor.working_compiler", lambda: None)
     with pytest.raises(InductorError):
-        compilers.run(case, tmp_path)
+        compilers.run(case, Path(sys.argv[1]))
+"""
+
+
+def test_without_a_compiler_the_text_is_the_plain_models(tmp_path):
+    """A backend that does not ask whether anything compiles is found.
+
+    A process of its own: Inductor keeps what a compiler could do, and loaded C++ kernels need no compiler.
+    """
+    run_python(NO_COMPILER.replace("sys.argv[1]", repr(str(tmp_path))), ROOT, ROOT)
 
 
 def test_a_text_is_the_plain_models_and_one_through_a_wrong_slot_is_not(tmp_path):

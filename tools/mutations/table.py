@@ -369,8 +369,8 @@ _EXACT = (
     Mutation(
         "joined-random",
         "river_compile/decoding/continuous.py",
-        "generator.set_state(prompt.waiting.random_state)",
-        "generator.manual_seed(0)",
+        "return generator.manual_seed(seed)",
+        "return generator.manual_seed(0)",
         "a call's seed does not reach the tokens that are drawn in a batch",
         ("tests/decoding/test_continuous.py",),
     ),
