@@ -111,7 +111,7 @@ def fingerprint(segment: Segment) -> Fingerprint:
         return symbols.setdefault(match[0], f"size{len(symbols)}")
 
     lines = graph_lines(segment.graph)
-    lines += [_SYMBOL.sub(rename, _describe(value_of(n))) for n in segment.graph.find_nodes(op="placeholder")]
+    lines += [_SYMBOL.sub(rename, describe(value_of(n))) for n in segment.graph.find_nodes(op="placeholder")]
     # Placeholders of packed weights have no example: their shapes follow from the matmuls.
     lines.append(repr([(m.in_features, m.out_features, m.experts, m.group_size) for m in segment.packed]))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -125,7 +125,7 @@ def graph_lines(graph: fx.Graph) -> list[str]:
     for i, node in enumerate(graph.nodes):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
         number[node] = f"%{i}"
-        lines.append(f"{node.op} {_target_name(node)} {args!r} {kwargs!r}")
+        lines.append(f"{node.op} {target_name(node)} {args!r} {kwargs!r}")
     return lines
 
 
@@ -136,7 +136,8 @@ class _Name(str):
         return str(self)
 
 
-def _target_name(node: fx.Node) -> str:
+def target_name(node: fx.Node) -> str:
+    """Return a node's target as text, equal for equal targets."""
     if node.op in ("placeholder", "output"):
         return ""
     if node.op == "call_method":
@@ -147,7 +148,8 @@ def _target_name(node: fx.Node) -> str:
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}:{target!s}"
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """Return an example value's metadata as text."""
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device} {value.requires_grad}"
     return repr(value)

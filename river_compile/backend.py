@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,7 @@ def river(
         graph.code = traced_code()
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
-        refusal = unbuildable or _untraceable(owner) or _needs_gradients(example_inputs)
-        if (config.quantizer, config.kernels) != ("none", "eager"):  # then PyTorch's operators compute everything
-            refusal = refusal or _in_float64(values[node] for node in parameters)
+        refusal = unbuildable or obstacle(config, owner, example_inputs)
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         try:
@@ -133,15 +131,19 @@ def executors_of(model: nn.Module) -> list[RiverExecutor]:
     return [executor for graph in graphs if isinstance(executor := graph.executor(), RiverExecutor)]
 
 
-def _untraceable(model: nn.Module | None) -> Refusal | None:
+def obstacle(config: RiverConfig, model: nn.Module | None, example_inputs: Sequence[Any]) -> Refusal | None:
+    """Return why no graph of a model can be rewritten, whatever it computes; None if it may be."""
     why = "" if model is None else untraceable(model)
-    return Refusal(why) if why else None
-
-
-def _in_float64(parameters: Iterable[Any]) -> Refusal | None:
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in parameters):
+    if why:
+        return Refusal(why)
+    by_operators = (config.quantizer, config.kernels) == ("none", "eager")  # PyTorch's alone
+    if not by_operators and any(_is_float64_weight(x) for x in example_inputs):
         return Refusal("its weights are float64, which no kernel of River takes; call model.to(torch.bfloat16)")
-    return None
+    return _needs_gradients(example_inputs)
+
+
+def _is_float64_weight(x: Any) -> bool:
+    return isinstance(x, nn.Parameter) and x.dtype == torch.float64
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> Refusal | None:

@@ -50,7 +50,9 @@ class GraphRecord:
     mode: str | None = None
     inputs: tuple[str, ...] = ()  # names in the user's code, in order
     refusal: str = ""  # why it is unsupported; empty if it was rewritten
-    origin: Origin = "traced"  # by Dynamo; "stored" by an earlier process; "derived" from a graph of several tokens
+    # "traced" by Dynamo; "stamped" from a trace of a few layers; "stored" by an earlier process; "derived" from a graph
+    # of several tokens
+    origin: Origin = "traced"
     program: Program | None = None  # None if it is unsupported
     traced: RiverProgram | None = None  # before its passes; None if an earlier process traced it
     compiled: tuple[Compiled, ...] = ()  # the distinct segments

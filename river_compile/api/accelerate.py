@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
-from river_compile.backend import river
+from river_compile.backend import obstacle, river
 from river_compile.building import build, rebuild
 from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
@@ -29,7 +29,8 @@ from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
-from river_compile.lowering.inductor import begin_kernels
+from river_compile.kernels.native.build import CannotBuild
+from river_compile.lowering.inductor import begin_kernels, no_compiler
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.runtime.executor import RiverExecutor
@@ -143,6 +144,11 @@ def _built(
     """Build a program that Dynamo did not trace in this process."""
     owner = model()
     assert owner is not None, "a model that is being called is alive"
+    refusal = (
+        (no_compiler(config, args, rewritten=True) or obstacle(config, owner, args)) if origin == "stamped" else None
+    )
+    if refusal is not None:  # the backend reports it
+        raise CannotBuild(str(refusal))
     record.self_calibration.attach(owner)
     graph = GraphRecord(config, inputs=tuple(names), origin=origin)
     if isinstance(found, Program):

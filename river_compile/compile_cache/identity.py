@@ -46,7 +46,7 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
         held = vars(module)
         if module.training or any(map(held.get, _HOOKS)):
             return None
-        parts += (name, type(module).__qualname__, _plain(held))
+        parts += (name, type(module).__qualname__, plain_attributes(held))
         for tensors in (held["_parameters"], held["_buffers"]):
             for key, tensor in tensors.items():
                 if tensor is None:
@@ -57,7 +57,7 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _plain(attributes: Mapping[str, object]) -> list[tuple[str, object]]:
+def plain_attributes(attributes: Mapping[str, object]) -> list[tuple[str, object]]:
     """Return the attributes that traced code may read as constants, and the bytecode of replaced functions."""
     found: list[tuple[str, object]] = []
     for name, value in attributes.items():
@@ -86,7 +86,7 @@ def _settings(config: PreTrainedConfig) -> list[object]:
     held = vars(config)
     inner = [_settings(value) for value in held.values() if isinstance(value, PreTrainedConfig)]
     attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)  # users may register their own
-    return [_plain(held), inner, getattr(getattr(attention, "__code__", None), "co_code", None)]
+    return [plain_attributes(held), inner, getattr(getattr(attention, "__code__", None), "co_code", None)]
 
 
 @functools.cache

@@ -18,26 +18,29 @@ from typing import Any, Literal, NamedTuple
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.compile_cache.codec import NotCacheable, dumps, loads
 from river_compile.compile_cache.folder import Entry, evict, is_enabled
+from river_compile.compile_cache.template import trace_template
 from river_compile.config import RiverConfig
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.passes.decoder import with_size
-from river_compile.passes.freeze import size_conditions
-from river_compile.passes.nodes import value_of
+from river_compile.passes.freeze import size_conditions, to_example
+from river_compile.passes.nodes import input_name, is_parameter, value_of
 from river_compile.passes.program import Example, Input, Program, Refusal, RiverProgram, Size, Source, TensorSpec
 from river_compile.passes.segments import recognise
+from river_compile.passes.stamp import stamp
+from river_compile.progress import stage_shown
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.upstream.transformers import is_transformers_model
 
 log = logging.getLogger("river_compile.compile_cache")
 _ENDING = ".pass"
 Bindable = tuple[RiverExecutor, list[Any]]  # an executor, and the inputs of its program
-Origin = Literal["traced", "stored", "derived"]
+Origin = Literal["traced", "stamped", "stored", "derived"]
 # Builds a program, or a decoder that no pass has seen: (it, the names of its inputs, their values, its origin).
 Build = Callable[[Program | RiverProgram, Sequence[str], Sequence[Any], Origin], RiverExecutor]
 
@@ -59,6 +62,7 @@ class ProgramCache:
         self._identity: str | None = None
         self._known: dict[str, list[_Known]] = {}  # by signature
         self._new: list[tuple[str, Program]] = []  # to be written
+        self._not_stamped: set[str] = set()  # signatures of passes that a few layers cannot stand for
         self._lock = threading.Lock()  # threads may generate with one model
         self._about = ""
 
@@ -70,7 +74,7 @@ class ProgramCache:
             if identity != self._identity:
                 size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
                 self._about = f"programs of {type(model).__name__}, {size:.0f}M parameters"
-                self._identity, self._known, self._new = identity, {}, []
+                self._identity, self._known, self._new, self._not_stamped = identity, {}, [], set()
         return True
 
     def lookup(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Bindable | None:
@@ -78,7 +82,8 @@ class ProgramCache:
         assert self._identity is not None, "begin() found an identity"
         with self._lock:
             try:
-                return self._find(model, inputs, cache) or self._specialize(model, inputs, cache)
+                found = self._find(model, inputs, cache) or self._specialize(model, inputs, cache)
+                return found or self._stamp(model, inputs, cache)
             except CannotBuild as why:  # the backend reports it
                 log.info("known programs are not used: %s", why)
                 return None
@@ -114,7 +119,7 @@ class ProgramCache:
             read = [] if entry is None else _read_programs(entry, signature)
             self._known[signature] = [_Known(program, lambda: None) for program in read]
         for known in self._known[signature]:
-            args = gather_inputs(known.program, model, inputs, cache)
+            args = gather_inputs(known.program.inputs, known.program.conditions, model, inputs, cache)
             if args is None:
                 continue
             executor = known.executor()
@@ -136,15 +141,34 @@ class ProgramCache:
             one = None if known.traced is None else decode_variant(known.program, known.traced)
             if one is None:
                 continue
-            variant = replace(known.program, inputs=one.inputs, conditions=one.conditions)
-            args = gather_inputs(variant, model, inputs, cache)
-            if args is None:
-                continue
-            executor = self._build(one.found, [given.name for given in one.inputs], args, "derived")
-            executor.locate(one.copy_sources(executor.program))
-            self._add(signature, _Known(executor.program, _always(executor)))
-            return executor, args
+            args = gather_inputs(one.inputs, one.conditions, model, inputs, cache)
+            if args is not None:
+                return self._built(one, args, signature, "derived", None)
         return None
+
+    def _stamp(self, model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache) -> Bindable | None:
+        """Build the program from a trace of a few layers; None if the whole model must be traced."""
+        if not is_transformers_model(model) or torch.is_grad_enabled():
+            return None
+        signature = _signature(inputs, cache)
+        if signature in self._not_stamped:
+            return None
+        with stage_shown("tracing"):
+            found = stamped_program(model, inputs, cache, twins=self.config.quantizer != "none")
+        if isinstance(found, Refusal):
+            log.info("all layers of %s are traced: %s", type(model).__name__, found)
+            self._not_stamped.add(signature)
+            return None
+        args = gather_inputs(found.inputs, found.conditions, model, inputs, cache)
+        return None if args is None else self._built(found, args, signature, "stamped", found.found)
+
+    def _built(
+        self, new: NewProgram, args: list[Any], signature: str, origin: Origin, traced: RiverProgram | None
+    ) -> Bindable:
+        executor = self._build(new.found, [given.name for given in new.inputs], args, origin)
+        executor.locate(new.copy_sources(executor.program))
+        self._add(signature, _Known(executor.program, _always(executor), traced))
+        return executor, args
 
     def _add(self, signature: str, known: _Known) -> None:
         self._known.setdefault(signature, []).append(known)
@@ -212,6 +236,13 @@ def with_sources(
 ) -> Program:
     """Return a program with the sources of its inputs `args`; raise a NotCacheable if one has none."""
     # `inputs` are the forward's, with the cache among them; `logits` is their index among the program's outputs.
+    known = _sources(model, inputs, cache)
+    found = tuple(_with_source(given, arg, known) for given, arg in zip(program.inputs, args, strict=True))
+    return replace(program, inputs=found, logits=logits, conditions=size_conditions(map(value_of, traced.inputs)))
+
+
+def _sources(model: nn.Module, inputs: Mapping[str, Any], cache: Cache) -> dict[int, Source]:
+    """Return the sources of all tensors that a call of a model may read, by ``id``."""
     known: dict[int, Source] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         known[id(tensor)] = Source("model", name)
@@ -219,9 +250,8 @@ def with_sources(
         for name, value in vars(layer).items():
             if isinstance(value, Tensor):
                 known[id(value)] = Source("cache", name, number)
-    known |= {id(value): Source("call", name) for name, value in named_arguments(inputs) if isinstance(value, Tensor)}
-    found = tuple(_with_source(given, arg, known) for given, arg in zip(program.inputs, args, strict=True))
-    return replace(program, inputs=found, logits=logits, conditions=size_conditions(map(value_of, traced.inputs)))
+    arguments = ((name, value) for name, value in named_arguments(inputs) if isinstance(value, Tensor))
+    return known | {id(value): Source("call", name) for name, value in arguments}
 
 
 def _with_source(given: Input, arg: Any, known: Mapping[int, Source]) -> Input:
@@ -232,8 +262,8 @@ def _with_source(given: Input, arg: Any, known: Mapping[int, Source]) -> Input:
     raise NotCacheable(f"{given.name} is not a parameter, a field of the KV cache, an argument or a size")
 
 
-class DecodeVariant(NamedTuple):
-    """A program for one token per row, made from one for several, before any pass."""
+class NewProgram(NamedTuple):
+    """A program before any pass, whose inputs have sources."""
 
     found: RiverProgram
     inputs: tuple[Input, ...]  # with sources
@@ -247,7 +277,7 @@ class DecodeVariant(NamedTuple):
         return replace(program, inputs=inputs, conditions=self.conditions, logits=self.logits)
 
 
-def decode_variant(program: Program, traced: RiverProgram) -> DecodeVariant | None:
+def decode_variant(program: Program, traced: RiverProgram) -> NewProgram | None:
     """Return the variant of a program for one token per row; None, with a line in the log, if there is none."""
     length = traced.plan.query_length
     if isinstance(length, int) or not length.node.expr.is_Symbol:
@@ -264,15 +294,49 @@ def decode_variant(program: Program, traced: RiverProgram) -> DecodeVariant | No
     inputs = (given for node, given in zip(traced.inputs, program.inputs, strict=True) if node.name in left)
     assumed = size_conditions(map(value_of, found.inputs))
     conditions = tuple(condition for condition in assumed if symbol not in condition.free_symbols)
-    return DecodeVariant(found, tuple(inputs), conditions, program.logits)
+    return NewProgram(found, tuple(inputs), conditions, program.logits)
 
 
-def gather_inputs(program: Program, model: nn.Module, inputs: Mapping[str, Any], cache: Cache) -> list[Any] | None:
-    """Return the inputs of a program with sources for a call of a model; None if their sizes do not match."""
+def stamped_program(
+    model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache, twins: bool
+) -> NewProgram | Refusal:
+    """Return the program of a pass, stamped from a trace of a few layers; or why that is not possible."""
+    try:
+        template = trace_template(model, inputs, cache, _sources(model, inputs, cache))
+        stamped = template if isinstance(template, Refusal) else stamp(template)
+        found = stamped if isinstance(stamped, Refusal) else recognise(stamped.graph_module, twins)
+    except Exception as error:  # any model's code may fail with fewer layers
+        return Refusal(f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}")
+    if isinstance(stamped, Refusal) or isinstance(found, Refusal):
+        return found
+    if len(found.returned) != 1:
+        return Refusal("the graph returns more than logits")
+    located = tuple(
+        Input(_name(node, source), to_example(value_of(node)), is_parameter(node), False, source)
+        for node, source in zip(found.inputs, stamped.sources, strict=True)
+    )
+    return NewProgram(found, located, size_conditions(map(value_of, found.inputs)), 0)
+
+
+def _name(node: fx.Node, source: Source) -> str:
+    """Return an input's name as a trace of the whole model has it."""
+    if source.kind == "cache":
+        return f"['cache'].layers[{source.layer}].{source.name}"
+    return source.name if source.kind == "model" else input_name(node)
+
+
+def gather_inputs(
+    located: Sequence[Input],
+    conditions: Sequence[sympy.Basic],
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    cache: Cache,
+) -> list[Any] | None:
+    """Return a program's inputs, by their sources, for a call of a model; None if their sizes do not match."""
     call, sizes = dict(named_arguments(inputs)), dict[sympy.Symbol, sympy.Integer]()
-    args: list[Any] = [None] * len(program.inputs)
+    args: list[Any] = [None] * len(located)
     numbers: list[int] = []
-    for number, given in enumerate(program.inputs):
+    for number, given in enumerate(located):
         source = given.source
         assert source is not None, "a cached program has sources"
         if source.kind == "size":
@@ -284,11 +348,11 @@ def gather_inputs(program: Program, model: nn.Module, inputs: Mapping[str, Any],
             if not _matches(given.example, arg, sizes):
                 return None
     for number in numbers:
-        size = _evaluate(program.inputs[number].example, sizes)
+        size = _evaluate(located[number].example, sizes)
         if size is None:
             return None
         args[number] = size
-    return args if all(condition.xreplace(sizes) == sympy.true for condition in program.conditions) else None
+    return args if all(condition.xreplace(sizes) == sympy.true for condition in conditions) else None
 
 
 def _read_source(source: Source, cache: Cache, call: Mapping[Any, Any]) -> Any:

@@ -22,7 +22,12 @@ _NEVER_RAN = (
     'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then '
     "generate"
 )
-_ORIGINS = {"traced": "", "stored": ", from the compile cache", "derived": ", from the graph of several tokens"}
+_ORIGINS = {
+    "traced": "",
+    "stamped": ", from a trace of a few layers",
+    "stored": ", from the compile cache",
+    "derived": ", from the graph of several tokens",
+}
 _BAR = 32
 
 

@@ -7,13 +7,14 @@ Inductor's C++ builder without ``-o``.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import inspect
 import re
 import shlex
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -114,6 +115,30 @@ class OwnCall:
 
 def _call(model: Any, inputs: dict[str, Any]) -> Any:
     return model._call_impl(**inputs)
+
+
+class _Traced(BaseException):
+    """Ends a call when its graph was traced. Not an Exception, which the model's code might catch."""
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[fx.GraphModule, Sequence[Any]] | None:
+    """Trace a call of a model without running it; return the graph and its inputs.
+
+    None if the call does more than run one graph. Raises as the model's code does.
+    """
+    found: list[tuple[fx.GraphModule, Sequence[Any]]] = []
+
+    def collect(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if traced_code() is not None:
+            found.append((graph_module, example_inputs))
+        return stop
+
+    def stop(*_: Any) -> Any:
+        raise _Traced
+
+    with contextlib.suppress(_Traced):
+        OwnCall(collect, {})(model, **inputs)
+    return found[0] if found else None
 
 
 class _NoModel:
