@@ -6,6 +6,7 @@ The server itself is :mod:`river_compile.cli.serving`. Not handled: several mode
 from __future__ import annotations
 
 import errno
+import functools
 import signal
 import socket
 from typing import Annotated, Any
@@ -61,8 +62,7 @@ def serve(
     result = {"model": model, "quality": quality, "url": url}
     server = make_server(folder, host, port, dtype, max_num_seqs, queue, **acceleration)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
-    # A second SIGTERM ends the process at once.
-    signal.signal(signal.SIGTERM, lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_DFL), _stop(server)))
+    signal.signal(signal.SIGTERM, functools.partial(_stop, server))
     try:
         server._thread.join()
     finally:
@@ -71,8 +71,9 @@ def serve(
         raise ValueError(f"the server could not listen at {url}; its log above says why")
 
 
-def _stop(server: Any) -> None:
+def _stop(server: Any, *_: object) -> None:
     """Take no more requests, and end the server's thread when the running ones have ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
     server.server.should_exit = True
 
 

@@ -304,10 +304,12 @@ def stamped_program(
     try:
         template = trace_template(model, inputs, cache, _sources(model, inputs, cache))
         stamped = template if isinstance(template, Refusal) else stamp(template)
-        found = stamped if isinstance(stamped, Refusal) else recognise(stamped.graph_module, twins)
+        if isinstance(stamped, Refusal):
+            return stamped
+        found = recognise(stamped.graph_module, twins)
     except Exception as error:  # any model's code may fail with fewer layers
         return Refusal(f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}")
-    if isinstance(stamped, Refusal) or isinstance(found, Refusal):
+    if isinstance(found, Refusal):
         return found
     if len(found.returned) != 1:
         return Refusal("the graph returns more than logits")

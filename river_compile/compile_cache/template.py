@@ -73,7 +73,7 @@ def _kinds(layers: nn.ModuleList, cache: Cache, config: PretrainedConfig) -> lis
         for entries in zip(*described, strict=False)
         if all(entry[:2] == entries[0][:2] and entry[2] == index for index, entry in enumerate(entries))
     }
-    lists = [value for _, value in plain_attributes(vars(config)) if _is_by_layer(value, len(layers))]
+    lists = _lists_by_layer(config, len(layers)).values()
     return [
         repr(
             (
@@ -86,8 +86,10 @@ def _kinds(layers: nn.ModuleList, cache: Cache, config: PretrainedConfig) -> lis
     ]
 
 
-def _is_by_layer(value: object, count: int) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == count and [*value] != [*range(count)]
+def _lists_by_layer(config: PretrainedConfig, count: int) -> dict[str, Sequence[Any]]:
+    """Return the fields of a configuration that have a value for each layer, but for lists of the layers' numbers."""
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, (list, tuple))}
+    return {name: value for name, value in lists.items() if len(value) == count and [*value] != [*range(count)]}
 
 
 def _describe(layer: nn.Module) -> Iterator[tuple[str, str, object]]:
@@ -124,10 +126,8 @@ def _metadata(tensor: Tensor) -> tuple[object, ...]:
 def _with_layers(model: Any, path: str, chosen: Sequence[int], config: PretrainedConfig) -> Any:
     """Return a shallow copy of a model that has some of its layers; the model, which others may run, stays."""
     fewer = copy.copy(config)
-    for name, value in vars(config).items():
-        if _is_by_layer(value, config.num_hidden_layers):
-            setattr(fewer, name, [value[index] for index in chosen])
-    fewer.num_hidden_layers = len(chosen)
+    for name, value in _lists_by_layer(config, config.num_hidden_layers).items():
+        setattr(fewer, name, [value[index] for index in chosen])
     *owners, last = path.split(".")
     top = module = _shallow(model, config, fewer)
     for name in owners:
