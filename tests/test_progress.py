@@ -32,6 +32,16 @@ def test_without_a_terminal_nothing_is_shown(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_without_a_terminal_a_long_start_writes_a_line_every_ten_seconds(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("river_compile.progress.time.monotonic", lambda: now)
+    with stage_shown("tracing"), stage_shown("packing"):
+        for number in range(1, 26):
+            now += 1
+            stage_reached(number / 25)
+    assert capsys.readouterr().err == "river: packing, 40% after 10 s\nriver: packing, 80% after 20 s\n"
+
+
 def test_what_an_accelerated_model_waits_for_is_shown():
     model, ids = make("llama", layers=2), prompt()
     river_compile.accelerate(model, compile_cache=False)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from river_compile.errors import OptionError
 from river_compile.kernels.native.load import loaded
 from river_compile.kernels.portable import token_kl
-from river_compile.progress import stage_shown
+from river_compile.progress import stage_reached, stage_shown
 from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.observe import (
     MatmulHook,
@@ -216,6 +216,7 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
         outputs = forward(input_ids=ids[:, -1:], use_cache=True, **full_attention_mask(model, ids), **cache)
         cache = {name: outputs[name]}
         ids = torch.cat([ids, ranks.first(_draw(outputs.logits[:, -1], draws))], dim=1)
+        stage_reached(ids.shape[1] / tokens)
     return ids
 
 

@@ -280,12 +280,12 @@ def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "graphs": True}
     model.compile(backend=lowered(FUSED), options=options)
     cache = new_cache(model, "full")
-    for _ in range(3):  # a cache has a state from its second step on, and what ran in that once is captured then
+    for _ in range(4):  # a cache has a state from its second step on, and what ran in that once is captured then
         cache.reset()
         for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert report(model).record.offloaded.stats["moved"] > 0
-    (graph,) = report(model).to_dict()["graphs"]
+    graph = report(model).to_dict()["graphs"][-1]  # parameters that were moved away are another graph's for Dynamo
     expected = run("llama")["graphs"][0]["fused"]
     if policy == "exit":  # every token leaves after block 1 at the latest, so nothing is asked there
         expected = {rule: count for rule, count in expected.items() if rule != "exit score"}
