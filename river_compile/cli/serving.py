@@ -69,20 +69,21 @@ class Manager(utils.GenerateManager):
     def __init__(self, model: Any, max_num_seqs: int, queue: int, metrics: Metrics) -> None:
         self.model, self.limit, self.queue, self.metrics = model, max_num_seqs, queue, metrics
         self.batch = ContinuousBatch(model, max_num_seqs)
-        self._calls: list[Future[Any]] = []
+        self._calls: list[tuple[Future[Any], Any]] = []  # that run or wait, and their streamers
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a function in the batch's thread; raise Refused if the thread has ended or the queue is full."""
         if not self.alive:
             raise Refused(503, "thread_ended", ENDED)
-        self._calls = [call for call in self._calls if not call.done()]
+        # A streamed answer has ended for its client before the call returns.
+        self._calls = [(call, to) for call, to in self._calls if not (call.done() or getattr(to, "ended", False))]
         if len(self._calls) >= self.limit + self.queue:
             busy = f"{self.limit} requests are running and {self.queue} wait, which is the limit; try again later"
             raise Refused(429, "queue_full", busy, {"Retry-After": "1"})
         seed = asked.get().seed
         seed = random.SystemRandom().getrandbits(63) if seed is None else seed
         call = self.batch.submit(functools.partial(fn, *args, **kwargs), seed)
-        self._calls.append(call)
+        self._calls.append((call, kwargs.get("streamer")))
         ends_with_request(functools.partial(self.batch.cancel, call))
         return call
 
@@ -172,10 +173,15 @@ class Streamer(utils.DirectStreamer):
     def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tokens, self._stops = Tokens(metrics), Stops(asked.get().stops)
+        self.ended = False
 
     def put(self, value: Tensor) -> None:
         self._tokens.put(value)
         super().put(value)
+
+    def end(self) -> None:
+        self.ended = True
+        super().end()
 
     def _enqueue(self, item: Any) -> None:
         if type(item) is str:  # (reasoning is a subclass)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -35,7 +35,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client"):
 
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
-from river_compile.cli.requests import Stops  # noqa: E402
+from river_compile.cli.requests import Refused, Stops  # noqa: E402
 
 CONTEXT, LONG = 2048, 1500  # the tiny model's; tokens that take far longer than any other request here
 CHAT = "/v1/chat/completions"
@@ -357,6 +357,21 @@ def test_a_full_queue_is_429_and_places_come_back(served, plain):
         release.set()
         assert [whole("".join(pieces(s))) for s in streams] == [plain(f"row {i}", 4) for i in range(ROWS + 1)]
     assert served.metrics()["river:http_requests_total", CHAT, "429"] == 1
+
+
+def test_an_answer_that_has_ended_holds_no_place(served, monkeypatch):
+    """Its client may ask again before the call that wrote it has returned."""
+    manager = served.server._generation_state.get_manager(served.name)
+    calls = SimpleNamespace(alive=True, submit=lambda *_: Future(), cancel=lambda call: None)
+    monkeypatch.setattr(manager, "batch", calls)
+    monkeypatch.setattr(manager, "_calls", [])
+    streamers = [SimpleNamespace(ended=False) for _ in range(manager.limit + manager.queue)]
+    for streamer in streamers:
+        manager.submit(lambda streamer: None, streamer=streamer)
+    with pytest.raises(Refused, match="requests are running"):
+        manager.submit(lambda: None)
+    streamers[0].ended = True
+    manager.submit(lambda: None)
 
 
 @pytest.mark.parametrize("stream", [False, True])
