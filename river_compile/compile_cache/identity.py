@@ -33,6 +33,9 @@ _NESTED = {tuple, list, dict}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+OF_ALL_MODULES = frozenset(vars(nn.Module()))  # attributes with torch's own entries: parameters, hooks, ...
+
+
 def identity_of(model: PreTrainedModel, options: object) -> str | None:
     """Return the hash of a model and its options (their repr); None if the model has no identity."""
     parts: list[object] = [
@@ -46,7 +49,8 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
         held = vars(module)
         if module.training or any(map(held.get, _HOOKS)):
             return None
-        parts += (name, type(module).__qualname__, plain_attributes(held))
+        own = {key: value for key, value in held.items() if key not in OF_ALL_MODULES}
+        parts += (name, type(module).__qualname__, plain_attributes(own))
         for tensors in (held["_parameters"], held["_buffers"]):
             for key, tensor in tensors.items():
                 if tensor is None:

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from river_compile.compile_cache.identity import plain_attributes
+from river_compile.compile_cache.identity import OF_ALL_MODULES, plain_attributes
 from river_compile.passes.nodes import value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal, Source
 from river_compile.passes.stamp import Template
 from river_compile.upstream.dynamo import trace
 from river_compile.upstream.transformers import mark_dynamic
-
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
 def trace_template(
@@ -98,7 +96,7 @@ def _describe(layer: nn.Module) -> Iterator[tuple[str, str, object]]:
         held = vars(module)
         yield path, "", type(module).__qualname__
         plain = dict(plain_attributes(held))
-        for name in sorted(held.keys() - _OF_ALL_MODULES):
+        for name in sorted(held.keys() - OF_ALL_MODULES):
             yield path, name, plain[name] if name in plain else _identity(held[name])
         for tensors in (held["_parameters"], held["_buffers"]):
             for name, tensor in tensors.items():
