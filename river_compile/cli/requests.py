@@ -21,6 +21,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 
 from river_compile.cli.shared import error_line
+from river_compile.kernels.checks import short_repr
 
 Body = MutableMapping[str, Any]
 
@@ -123,7 +124,7 @@ def _check_form(handler: Any, body: Body) -> None:
     if name not in body:
         raise _invalid(f"{name} is missing; give {form}", 422)
     if not fits(body[name]):
-        raise _invalid(f"{name}={_short(body[name])} is not {form}", 422)
+        raise _invalid(f"{name}={short_repr(body[name])} is not {form}", 422)
 
 
 def _is_messages(value: object) -> bool:
@@ -147,7 +148,7 @@ def _check_unsupported(ignored: set[str], body: Body) -> None:
         value = body[name]
         if value is not None and not any(type(value) is type(given) and value == given for given in neutral):
             allowed = f"give {' or '.join(map(repr, neutral))}, or leave it out" if neutral else "leave it out"
-            raise Refused(400, "unsupported_value", f"{name}={_short(value)} is not supported; {allowed}")
+            raise Refused(400, "unsupported_value", f"{name}={short_repr(value)} is not supported; {allowed}")
     if body.get("tool_choice") == "none":
         body.pop("tools", None)
 
@@ -157,7 +158,7 @@ def _translated(body: Body) -> Asked:
     for name in (*_NUMBERS, *_PENALTIES):
         value = body.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise _invalid(f"{name}={_short(value)} is not a number")
+            raise _invalid(f"{name}={short_repr(value)} is not a number")
     penalties = [body.pop(name, None) or 0.0 for name in _PENALTIES]
     for name, value in zip(_PENALTIES, penalties, strict=True):
         if not -2 <= value <= 2:
@@ -167,7 +168,7 @@ def _translated(body: Body) -> Asked:
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _invalid(f"stop={_short(stops)} is not allowed; give a string, or a list of up to {_MOST_STOPS}")
+        raise _invalid(f"stop={short_repr(stops)} is not allowed; give a string, or a list of up to {_MOST_STOPS}")
     body["stop"] = stops or None
     # (A seed given to transformers would seed the whole process.)
     return Asked(body.pop("seed", None), tuple(stops), *penalties)
@@ -175,10 +176,10 @@ def _translated(body: Body) -> Asked:
 
 def _biases(given: object) -> dict[str, float]:
     if not isinstance(given, dict):
-        raise _invalid(f"logit_bias={_short(given)} is not an object of token ids and numbers")
+        raise _invalid(f"logit_bias={short_repr(given)} is not an object of token ids and numbers")
     for token, bias in given.items():
         if not token.isdecimal() or isinstance(bias, bool) or not isinstance(bias, (int, float)):
-            raise _invalid(f"logit_bias={{{token!r}: {_short(bias)}}} is not a token id and a number")
+            raise _invalid(f"logit_bias={{{token!r}: {short_repr(bias)}}} is not a token id and a number")
         if not -100 <= bias <= 100:
             raise _invalid(f"logit_bias={{{token!r}: {bias}}} is not allowed; give -100 to 100")
     return {token: float(bias) for token, bias in given.items()}
@@ -190,13 +191,8 @@ def _check_only_text(messages: Sequence[Body]) -> None:
         for part in content if isinstance(content, list) else ():
             if part.get("type") not in ("text", "input_text", "output_text"):
                 raise _invalid(
-                    f"content of type {_short(part.get('type'))} is not supported: this model reads text alone"
+                    f"content of type {short_repr(part.get('type'))} is not supported: this model reads text alone"
                 )
-
-
-def _short(value: object) -> str:
-    found = repr(value)
-    return found if len(found) <= 60 else f"{found[:60]}..."
 
 
 class Penalties(LogitsProcessor):

@@ -31,8 +31,6 @@ _NOT_TRACED = ("torch.", "builtins", "transformers.generation.")
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
 _NESTED = {tuple, list, dict}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 OF_ALL_MODULES = frozenset(vars(nn.Module()))  # attributes with torch's own entries: parameters, hooks, ...
 
 

@@ -301,14 +301,11 @@ def stamped_program(
     model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache, twins: bool
 ) -> NewProgram | Refusal:
     """Return the program of a pass, stamped from a trace of a few layers; or why that is not possible."""
-    try:
-        template = trace_template(model, inputs, cache, _sources(model, inputs, cache))
-        stamped = template if isinstance(template, Refusal) else stamp(template)
-        if isinstance(stamped, Refusal):
-            return stamped
-        found = recognise(stamped.graph_module, twins)
-    except Exception as error:  # any model's code may fail with fewer layers
-        return Refusal(f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}")
+    template = trace_template(model, inputs, cache, _sources(model, inputs, cache))
+    stamped = template if isinstance(template, Refusal) else stamp(template)
+    if isinstance(stamped, Refusal):
+        return stamped
+    found = recognise(stamped.graph_module, twins)
     if isinstance(found, Refusal):
         return found
     if len(found.returned) != 1:

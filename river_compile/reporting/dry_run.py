@@ -6,18 +6,18 @@ Not handled: graph breaks that depend on a real prompt.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
 
 from river_compile.choices import choose
+from river_compile.compile_cache.layers import Layers, layers_of, with_layers
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
 from river_compile.lowering.inductor import Lowering
@@ -46,12 +46,19 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
     """
     parameters = sum(p.numel() for p in model.parameters())
-    with _one_of_each_kind(model) as repeats:
-        prefill, decode = _trace(model, model.config)
-    if any(isinstance(p, RiverProgram) and p.plan.num_blocks != len(repeats) for p in (prefill, decode)):
-        prefill, decode = _trace(model, model.config)  # its blocks are not its layers
-        programs = [p for p in (prefill, decode) if isinstance(p, RiverProgram)]
-        repeats = [1] * max((p.plan.num_blocks for p in programs), default=0)
+    layers = layers_of(model)
+    programs, repeats = [], []
+    if isinstance(layers, Layers):
+        chosen = sorted({*layers.kinds, 1})  # the first of each kind, and two at least
+        stands = [index if index in chosen else first for index, first in enumerate(layers.kinds)]
+        repeats = [stands.count(index) for index in chosen]
+        programs = _trace(with_layers(model, layers.path, chosen), model.config)
+    if not programs or any(isinstance(p, Refusal) or p.plan.num_blocks != len(repeats) for p in programs):
+        whole = _trace(model, model.config)  # its code needs all layers, or its blocks are not its layers
+        # Of two refusals the first one says more: Dynamo goes on with what the first trace left.
+        programs = programs if programs and _refused(programs) and _refused(whole) else whole
+        repeats = [1] * max((p.plan.num_blocks for p in programs if isinstance(p, RiverProgram)), default=0)
+    prefill, decode = programs
     found: dict[str, Any] = {
         "parameters": parameters,
         "graphs": {"prefill": _outcome(prefill, repeats), "decode": _outcome(decode, repeats)},
@@ -82,39 +89,8 @@ def _total(repeats: Sequence[int], values: Iterable[int]) -> int:
     return sum(count * value for count, value in zip(repeats, values, strict=True))
 
 
-@contextlib.contextmanager
-def _one_of_each_kind(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Inside, a model has the layers up to the first of its last kind; gives how many layers each stands for."""
-    config = model.config.get_text_config()
-    count = config.num_hidden_layers
-    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 2), None)
-    if layers is None:
-        yield [1] * count
-        return
-    types = getattr(config, "layer_types", None) or [None] * count
-    kinds = [_kind(layer, kind) for layer, kind in zip(layers, types, strict=True)]
-    kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
-    # The first layer of a kind stands for those that are left out, too.
-    repeats = [1 + kinds[kept:].count(kind) * (kinds.index(kind) == i) for i, kind in enumerate(kinds[:kept])]
-    rest = [*layers[kept:]]
-    del layers[kept:]
-    config.num_hidden_layers = kept
-    try:
-        yield repeats
-    finally:
-        layers.extend(rest)
-        config.num_hidden_layers = count
-
-
-def _kind(layer: nn.Module, layer_type: str | None) -> str:
-    """Return what distinguishes a layer from those that trace to the same graph."""
-    parts: list[object] = [layer_type]
-    for name, module in layer.named_modules():
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
-        plain.pop("layer_idx", None)
-        shapes = {key: (p.shape, p.dtype) for key, p in module._parameters.items() if p is not None}
-        parts += (name, type(module), sorted(plain.items()), shapes)
-    return repr(parts)
+def _refused(programs: Iterable[RiverProgram | Refusal]) -> bool:
+    return all(isinstance(program, Refusal) for program in programs)
 
 
 def _outcome(found: RiverProgram | Refusal, repeats: Sequence[int]) -> int | str:

@@ -1,11 +1,10 @@
 """`river check` traces one layer of each kind: its counts are those of a trace of all layers, of any size of model."""
 
-import contextlib
-
 import pytest
 import torch
 import transformers
 
+from river_compile.passes.program import Refusal
 from river_compile.reporting import dry_run
 from tests.support.examples import slow_but
 from tests.support.families import FAMILIES, make
@@ -29,11 +28,6 @@ SIZES = {
 ACTIVE = {"8b": 7.0, "70b": 68.5, "mixtral": 12.6, "qwen3-30b-a3b": 2.7, "gpt-oss-20b": 3.0}  # 10^9 weights a token
 
 
-@contextlib.contextmanager
-def all_layers(model):
-    yield [1] * model.config.get_text_config().num_hidden_layers
-
-
 @pytest.mark.parametrize("family", slow_but(["llama", "gemma3", "mixtral"], FAMILIES))
 def test_one_layer_of_each_kind_counts_for_all(family, monkeypatch):
     config = make(family, layers=7).config
@@ -43,7 +37,7 @@ def test_one_layer_of_each_kind_counts_for_all(family, monkeypatch):
     found = dry_run.dry_run(model)
     assert model.config.get_text_config().num_hidden_layers == 7
     torch.compiler.reset()
-    monkeypatch.setattr(dry_run, "_one_of_each_kind", all_layers)
+    monkeypatch.setattr(dry_run, "layers_of", lambda model: Refusal("all are traced"))
     assert found == dry_run.dry_run(dry_run.empty_model(config, "bfloat16"))
 
 
