@@ -157,7 +157,7 @@ def measure(
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         state = find_record(model)
         _observe(model, tokenizer, source, options)
-        graphs_before = len(state.graphs)
+        before = [*state.graphs]
         settings = {"quantizer": quantizer, "group_size": options.group_size, "lm_head": lm_head}
         with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
             num_blocks = decoder.run(0)["own"][0].entries.shape[1]  # compiles
@@ -165,7 +165,7 @@ def measure(
             row = {"quantizer": name, **quality(decoder, reference)}
         with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
             row["prompt in 4 bits"] = _mean_kl(reference["own"], decoder.run(0, ["own"])["own"])
-        rows.append({**row, **packing(state.graphs[graphs_before:], judged)})
+        rows.append({**row, **packing([graph for graph in state.graphs if graph not in before], judged)})
         if options.blocks:
             rows[-1]["blocks"] = block_errors(model, state.graphs[-1], [text.ids for text in texts["own"]])
     return rows
