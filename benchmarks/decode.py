@@ -266,7 +266,7 @@ class TorchRunner:
         if self.job["backend"] == "exact":
             import river_compile
 
-            river_compile.accelerate(self.model, "exact", **options)
+            river_compile.accelerate(self.model, "exact", background_packing=False, **options)
         elif self.job["backend"] != "eager":
             self.model.compile(backend=self.job["backend"], options=options)
         setup = time.perf_counter() - start

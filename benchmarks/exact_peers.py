@@ -56,7 +56,9 @@ def _eager(model: Any) -> Generate:
 def _river_exact(model: Any, twins: str | None) -> Generate:
     import river_compile
 
-    return _transformers(river_compile.accelerate(model, twins=twins), cache_implementation="static")
+    return _transformers(
+        river_compile.accelerate(model, twins=twins, background_packing=False), cache_implementation="static"
+    )
 
 
 def _lookup_compiled(model: Any) -> Generate:

@@ -128,7 +128,7 @@ def held(
     from river_compile.runtime.stats import cycles
 
     drafts = {"num_assistant_tokens_schedule": "constant", "num_assistant_tokens": options.drafts}
-    river_compile.accelerate(model, "exact", group_size=options.group_size, **drafts)
+    river_compile.accelerate(model, "exact", group_size=options.group_size, background_packing=False, **drafts)
     results: dict[str, dict[str, dict[str, list]]] = {}
     for group in options.groups:
         seen: list[CycleRecord] = []

@@ -43,7 +43,7 @@ class Conversation:
         self._job = job
         self._model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=job["dtype"]).eval()
         if job["row"] != "plain":
-            river_compile.accelerate(self._model, job["row"])
+            river_compile.accelerate(self._model, job["row"], background_packing=False)
         text = beginning(AutoTokenizer.from_pretrained(job["folder"]), job["tokens"] + job["message"])
         self._first, self._message = text[:, : job["tokens"]], text[:, job["tokens"] :]
 

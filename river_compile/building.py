@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from river_compile.choices import Choices, choose, passes_for
 from river_compile.errors import OptionError, RiverWarning
-from river_compile.exits import CRITERIA
+from river_compile.exits import CRITERIA, WHOLE
 from river_compile.kernels.native import load as native
 from river_compile.lowering.inductor import (
     Lowering,
@@ -100,16 +100,18 @@ def _executor(built: Built, model: ModelRecord, graph: GraphRecord) -> RiverExec
     return executor
 
 
-def _rebuild(model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any]) -> Built:
-    """Rebuild a program whose parameters changed."""
+def _rebuild(
+    model_ref: weakref.ref[ModelRecord], graph: GraphRecord, program: Program, inputs: Sequence[Any], changed: bool
+) -> Built:
+    """Rebuild a program whose parameters changed, or whose missing twins are there."""
     model = model_ref()
     assert model is not None, "the model whose parameters these are is there"
     start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
     graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
-    built = _assembled(program, ProgramExamples(program), inputs, model, graph, refresh=True)
+    built = _assembled(program, ProgramExamples(program), inputs, model, graph, refresh=changed)
     weights = built[0].weights
-    made = weights.made if isinstance(weights, ProgramWeights) else ()
+    made = weights.made if changed and isinstance(weights, ProgramWeights) else ()
     changed = [twin for twin in made if not twin.matmul.lossless]
     if changed:
         _tell_of_change(model, changed, time.perf_counter() - start)
@@ -152,6 +154,7 @@ def _assembled(
     segments = policy.reachable(program)
     weights = _packed(program, segments, inputs, model, graph, warn, refresh)
     packed = {} if weights is None else weights.packed
+    segments = [segment for segment in segments if packed.keys() >= {*segment.packed}]  # twins may be missing
     if program.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
         with model.twins.moving():
@@ -238,7 +241,9 @@ def _packed(
         weights = None
         if reached:
             config, device = graph.config, program.device
-            weights = twins.get(reached, inputs, config, model.statistics, device, names, savable, refresh)
+            # Exact mode's programs, which only it runs at another depth than full.
+            drafting = model.call is not None and config.first_exit == WHOLE
+            weights = twins.get(reached, inputs, config, model.statistics, device, names, savable, refresh, drafting)
     packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}

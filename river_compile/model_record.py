@@ -224,6 +224,8 @@ def forget(model: nn.Module) -> None:
     record = _find(tensors)
     if record is not None and record.call is None:
         drop_graphs(model)
+    if record is not None and record.twins.packing is not None:
+        record.twins.packing.cancel()
     with _lock:
         for tensor in tensors:
             _records.pop(tensor, None)

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -18,9 +18,36 @@ _bars: list[tqdm] = []  # the bar, while a stage goes on
 _lines = [0.0, 0.0]  # when the start began, and when its last line was written
 
 
+class _Told(threading.local):
+    """A thread whose stages a function is told, in place of the bar."""
+
+    tell: Callable[[str, float], None] | None = None
+    stages: tuple[str, ...] = ()
+
+
+_told = _Told()
+
+
+@contextlib.contextmanager
+def stages_told(first: str, tell: Callable[[str, float], None]) -> Iterator[None]:
+    """Inside, call `tell(stage, share)` with this thread's progress, in a stage called `first`, and show nothing."""
+    _told.tell, _told.stages = tell, (first,)
+    try:
+        yield
+    finally:
+        _told.tell = None
+
+
 @contextlib.contextmanager
 def stage_shown(name: str) -> Iterator[None]:
     """Inside, a stage runs; the bar shows the innermost stage."""
+    if _told.tell is not None:
+        outer, _told.stages = _told.stages, (*_told.stages, name)
+        try:
+            yield
+        finally:
+            _told.stages = outer
+        return
     with _lock:
         _stages.append(name)
         if not _bars:
@@ -43,6 +70,9 @@ def _show() -> None:
 
 def stage_reached(share: float) -> None:
     """Set the progress of the innermost stage, from 0 to 1."""
+    if _told.tell is not None:
+        _told.tell(_told.stages[-1], share)
+        return
     with _lock:
         if not _bars:
             return

@@ -46,6 +46,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 QUALITIES = EXACT, FAST = "exact", "fast"
 _QUALITY = one_of(None, *QUALITIES)
 _RULE = ("criterion", "threshold", "first_exit", "exit_depth")  # options that say which tokens exit
+_ARGUMENTS = ("calibration_data", "tokenizer", "compile_cache", "background_packing")  # of accelerate by keyword
 _FULL_DEPTH = {"first_exit": WHOLE}  # no token exits, and no block has a check
 Rule: TypeAlias = "ExitRule | str | os.PathLike[str]"
 
@@ -59,6 +60,7 @@ def accelerate(
     calibration_data: Sequence[str] | Sequence[Tensor] | None = None,
     tokenizer: Tokenizer | None = None,
     compile_cache: bool = True,
+    background_packing: bool = True,
     **options: Any,
 ) -> Model:
     """Make a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
@@ -78,6 +80,8 @@ def accelerate(
             ("gptq" and "awq"). None: text that the model samples.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/usage.md).
+        background_packing: with "exact" on a CPU: whether to answer without drafts, with the same text, while new twins
+            are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule`` and ``prompt_lookup_num_tokens`` (docs/options.md).
 
@@ -100,6 +104,7 @@ def accelerate(
         raise OptionError(f"this {type(model).__name__} cannot be accelerated: {why_not}")
     chosen = _quality(quality, strict, calibration)
     compile_cache = FLAG("compile_cache", compile_cache, OptionError)
+    background_packing = FLAG("background_packing", background_packing, OptionError)
     mode: Decode = decode
     if chosen == EXACT:
         mode, backend_options = _exact_mode(strict, options)
@@ -128,7 +133,8 @@ def accelerate(
     else:
         generate_by(model, mode)
     record.graphs.clear()
-    record.call, record.programs, record.twins.stores = call, programs, compile_cache
+    record.call, record.programs = call, programs
+    record.twins.stores, record.twins.background = compile_cache, background_packing
     return model
 
 
@@ -239,7 +245,7 @@ def from_pretrained(
         OptionError: (a ``ValueError``) a bad argument.
         OSError: (of transformers) there is no such model.
     """
-    ours = {"calibration_data", "tokenizer", "compile_cache", *RiverConfig.options(), *vars(exact)}
+    ours = {*_ARGUMENTS, *RiverConfig.options(), *vars(exact)}
     options = {key: kwargs.pop(key) for key in ours & kwargs.keys()}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()

@@ -20,7 +20,7 @@ from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
-from river_compile.model_record import find_record, record_of, unwrap
+from river_compile.model_record import ModelRecord, find_record, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import write
@@ -49,14 +49,22 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
     folder = Path(PATH("folder", folder, TwinsError))
     plain, record = unwrap(model), find_record(model)
     if record is not None and record.call is not None and not record.packed:
-        _generate_a_token(plain)
+        _pack(plain, record)
     mine = ranks_of(plain.parameters()).folder(folder)
     write(mine, _current_twins(plain, mine))
     return folder
 
 
+def _pack(model: Any, record: ModelRecord) -> None:
+    """Have a model trace its passes and quantize its twins, and wait for them."""
+    _generate_a_token(model)
+    if record.twins.packing is not None and not record.packed:
+        record.twins.packing.wait()
+        _generate_a_token(model)
+
+
 def _generate_a_token(model: Any) -> None:
-    """Have a model trace its passes and quantize its twins."""
+    """Generate two tokens, the second one by a decode step."""
     token = model.generation_config.bos_token_id or 0
     ids = torch.full((1, 2), token if isinstance(token, int) else token[0], device=model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2, do_sample=False)
@@ -168,9 +176,10 @@ def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
         yield blocks()
         return
     mine = record_of(model.parameters())
-    before, graphs = (mine.call, mine.programs, mine.twins.stores), mine.graphs[:]
+    before = mine.call, mine.programs, mine.twins.stores, mine.twins.background
+    graphs = mine.graphs[:]
     generate = vars(model).get("generate")
-    accelerate(model, quantizer="symmetric", lm_head="keep", compile_cache=False)
+    accelerate(model, quantizer="symmetric", lm_head="keep", compile_cache=False, background_packing=False)
     try:
         _generate_a_token(model)
         yield blocks()
@@ -178,7 +187,7 @@ def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
         if record is None:
             restore(model)
         else:
-            mine.call, mine.programs, mine.twins.stores = before
+            mine.call, mine.programs, mine.twins.stores, mine.twins.background = before
             mine.graphs[:] = graphs
             if generate is None:
                 vars(model).pop("generate", None)

@@ -116,7 +116,7 @@ def running(model: PreTrainedModel, row: str, calibration: Path | None, **option
             options["calibration"] = calibration
         elif row == STRICT:
             options["strict"] = True
-        accelerate(model, EXACT if row in (EXACT, STRICT) else FAST, **options)
+        accelerate(model, EXACT if row in (EXACT, STRICT) else FAST, background_packing=False, **options)
     try:
         with forced_depth(0) if row == ALL_4BIT else contextlib.nullcontext():
             yield

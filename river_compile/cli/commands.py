@@ -255,7 +255,7 @@ def quantize(
     network, tokenizer = start(model, dtype, threads)
     began = time.perf_counter()
     if format == "river":
-        save_twins(accelerate(network, quantizer=quantizer), output)
+        save_twins(accelerate(network, quantizer=quantizer, background_packing=False), output)
     else:
         quantizer = "symmetric"
         export(network, output, format)

@@ -40,7 +40,7 @@ ENDED = "the generating thread has ended; its log says why. Restart the server"
 
 
 class Models(model_manager.ModelManager):
-    """Loads models and accelerates them; a loaded model has generated, so that no client waits for its packing."""
+    """Loads models and accelerates them; a loaded model has generated, so that no client waits for its tracing."""
 
     def __init__(self, acceleration: dict[str, Any], max_num_seqs: int, *args: Any, **kwargs: Any) -> None:
         self.acceleration, self.limit = acceleration, max_num_seqs

@@ -60,7 +60,7 @@ class RiverLM(HFLM):
             raise OptionError(f"backend={self.backend!r} is not available with lm-eval's model river; use hf")
         self._quality = quality or ("exact" if calibration is None else "fast")
         if quality != PLAIN:
-            accelerate(self.model, quality, calibration=calibration, **self._river)
+            accelerate(self.model, quality, calibration=calibration, background_packing=False, **self._river)
         elif self._river:
             raise OptionError(
                 f"{next(iter(self._river))}= is an option of River, and quality='plain' runs without it; leave one out"

@@ -78,7 +78,8 @@ class Report:
             "kept_texts": record.prefixes.texts._asdict(),
             "plain_calls": dict(record.fallbacks),
             "packed_bytes": sum(twin.nbytes for twin in self.packed),
-            "packing_seconds": twins.seconds,
+            "packing_seconds": twins.packing_seconds,
+            "packing_in_background": None if twins.packing_share is None else round(twins.packing_share, 3),
             "packed_again": twins.changes,
             "offloaded": offloaded,
             "matrices": [_weight_dict(twin) for twin in self.packed],
@@ -103,6 +104,8 @@ class Report:
                 yield from graph_lines(graph)
             if self.packed:
                 yield from _twin_lines(record, self.packed)
+            if (share := record.twins.packing_share) is not None:
+                yield f"  packing        {share:.0%} done in the background; drafts begin afterwards"
             if offloaded := record.offloaded.sample():
                 yield from _offload_lines(offloaded)
             yield f"  recompiles     {self.recompiles}"
@@ -251,7 +254,7 @@ def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[s
     twins, refusal = record.twins, record.self_calibration.refusal
     size = sum(p.nbytes for p in packed) / 1e6
     quantizers = ", ".join(sorted({p.quantizer for p in packed}))
-    yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {twins.seconds:.1f} s"
+    yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {twins.packing_seconds:.1f} s"
     if twins.changes:
         yield f"    packed again {twins.changes} times after weights changed, {twins.changed} matrices the last time"
     for folder, count in Counter(p.folder for p in packed if p.folder).items():

@@ -39,8 +39,8 @@ class RiverExecutor:
         compiled: CompiledProgram,
         captures: Capturing | None,  # None: nothing captures; may be replaced between two steps
         code: CodeType | None = None,  # that Dynamo traced; None if a call may do more than to run the graph
-        # Rebuilds the program for inputs whose parameters have changed.
-        rebuild: Callable[[Program, Sequence[Any]], tuple[CompiledProgram, Capturing | None]] | None = None,
+        # Rebuilds the program for inputs, and whether their parameters have changed; else missing weights are there.
+        rebuild: Callable[[Program, Sequence[Any], bool], tuple[CompiledProgram, Capturing | None]] | None = None,
     ) -> None:
         self.compiled, self.captures, self.code, self._rebuild = compiled, captures, code, rebuild
         self.decodes = compiled.program.is_decode
@@ -70,19 +70,22 @@ class RiverExecutor:
         self.compiled.program = program
 
     def begin(self, args: Sequence[Any], state: object | None = None) -> None:
-        """Check the parameters before a sequence; rebuild the program if they changed."""
+        """Check the weights before a sequence; rebuild the program if they changed, or missing ones are there."""
         # state: of the model; equal to the latest check's, nothing is checked. None: not known. Bound states keep the
         # old program.
         with self._checking:
             if state is not None and state == self.model_state:
                 return
             weights, ranks = self.compiled.weights, self.compiled.ranks
-            if weights is not None and self._rebuild is not None and not ranks.every(weights.matches(args)):
-                policy = self.policy
-                self.compiled, self.captures = self._rebuild(self.program, args)
-                self.policy = policy
-                self._states = WeakTensorKeyDictionary()
-            self.model_state = state
+            if weights is not None and self._rebuild is not None:
+                changed = not ranks.every(weights.matches(args))
+                if changed or weights.can_be_whole:
+                    policy = self.policy
+                    self.compiled, self.captures = self._rebuild(self.program, args, changed)
+                    self.policy = policy
+                    self._states = WeakTensorKeyDictionary()
+                    weights = self.compiled.weights
+            self.model_state = state if weights is None or weights.is_whole else None
 
     def bind(self, args: Sequence[Any], captured: bool = True, last_token: bool = False) -> StepState:
         """Return a state of the program on the cache among its inputs, which it reads in place."""

@@ -50,6 +50,16 @@ class Weights(Protocol):
         """Whether they are made from the parameters among a program's inputs."""
         ...
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether none is missing."""
+        ...
+
+    @property
+    def can_be_whole(self) -> bool:
+        """Whether missing ones are there by now. Raises the error that ended their making."""
+        ...
+
 
 @dataclass(eq=False)
 class CompiledProgram:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,7 @@ from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
+from river_compile.twins.background import Packing
 from river_compile.twins.file import FILE, TwinFile, entry_for, open_stored, write_missing, write_stored
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration, TwinLoss
@@ -50,6 +53,7 @@ Stream = Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str]
 _TOGETHER = 4  # matmuls per thread: those of a block or two, so that no thread waits long
 _REMEMBERED = 8  # digests kept per matmul of a program
 _LOSS = "loss.json"
+_SMALL = 20_000_000  # weights that are packed in a second or two, so at once
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ class TwinWeights:
         self._stored: Entry | None = None  # of the latest twins
         self._loss_is_old = False
         self.stores = True  # whether the compile cache is read and written
-        self.seconds = 0.0  # of making weights
+        self.background = False  # whether twins that only drafts read are made while the model answers without them
+        self.packing: Packing | None = None  # the latest making of twins in the background
+        self.seconds = 0.0  # of making weights, apart from `packing`
         self.loss: TwinLoss | None = None  # joint loss of the latest twins, None if not known
         self.changes = 0  # times that parameters were found changed
         self.changed = 0  # twins that were quantized again the last time
@@ -102,10 +108,16 @@ class TwinWeights:
         every: Iterable[str] = (),  # names of all matmuls that the model can have
         savable: Sequence[Matmul] = (),  # contents of saved twins that are to be written
         refresh: bool = False,  # parameters have changed: no file has their weights, and own text is sampled again
+        drafting: bool = False,  # only drafts read the twins, so a result without them will do
     ) -> ProgramWeights:
         """Return the packed weights of matmuls; make missing ones. Raises a TwinsError or OptionError."""
         with self._lock:
             start = time.perf_counter()
+            may_wait = drafting and self.background and not refresh
+            if self.packing is not None and not may_wait:
+                if refresh:
+                    self.packing.cancel()
+                self.packing.wait()
             parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*matmuls, *savable)}
             job = _Job(config, statistics, device, parameters, self._digests_of(parameters), refresh)
             if config.twins is not None and not refresh:
@@ -126,14 +138,24 @@ class TwinWeights:
             for lossless in (True, False):
                 some = [x for x in matmuls if x not in found and x.lossless == lossless]
                 if some:
-                    found |= self._loaded_or_made(job, some, lossless)
-            for matmul in matmuls:
-                self._made_before[keys[matmul]] = found[matmul]
-            made_now = [found[matmul] for matmul in matmuls if matmul not in there]
-            program = ProgramWeights({x: found[x] for x in matmuls}, inputs, self._digests_of, made_now)
+                    found |= self._loaded_or_made(job, some, lossless, may_wait and not lossless)
+            packed = {x: found[x] for x in matmuls if x in found}
+            self._made_before |= {keys[matmul]: made for matmul, made in packed.items()}
+            made_now = [made for matmul, made in packed.items() if matmul not in there]
+            awaits = self.packing if len(packed) < len(matmuls) else None
+            program = ProgramWeights(packed, inputs, self._digests_of, made_now, awaits)
             self._programs.add(program)
             self.seconds += time.perf_counter() - start
             return program
+
+    @property
+    def packing_share(self) -> float | None:
+        """How much of the present stage is done in the background; None if nothing goes on there."""
+        return None if self.packing is None or self.packing.ended else self.packing.share
+
+    @property
+    def packing_seconds(self) -> float:
+        return self.seconds + (0.0 if self.packing is None else self.packing.seconds)
 
     def estimate_loss(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
         """Estimate the joint loss of a graph's twins, if statistics made some since the last time."""
@@ -199,21 +221,21 @@ class TwinWeights:
             self._opened = TwinFile(folder)
         return self._opened
 
-    def _loaded_or_made(self, job: _Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
-        """Load weights from the options' file or the compile cache, or make them."""
+    def _loaded_or_made(
+        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool
+    ) -> dict[Matmul, TwinWeight]:
+        """Load weights from the options' file or the compile cache, or make them; none if the background does."""
         if job.file is not None and not lossless:
             return self._loaded(job, matmuls, job.file, str(job.file.folder))
         own = job.statistics.observed is not None and not lossless
         if own or job.refresh or not self.stores or job.statistics.ranks.several or not is_enabled():
-            return self._made(job, matmuls, lossless)
+            return self._begun_or_made(job, matmuls, lossless, may_wait, None)
         entry = entry_for(matmuls, job.digests, job.quantizer(lossless))
         if not lossless:
             self._stored = entry
         file = open_stored(entry)
         if file is None:
-            made = self._made(job, matmuls, lossless)
-            write_stored(entry, [*made.values()])
-            return made
+            return self._begun_or_made(job, matmuls, lossless, may_wait, entry)
         if not lossless:
             known = entry.read(_LOSS)
             self.loss = None if known is None else TwinLoss(**json.loads(known))
@@ -221,6 +243,37 @@ class TwinWeights:
         there = [matmul for matmul in matmuls if not lossless or matmul.name in file.names]
         others = [matmul for matmul in matmuls if matmul not in there]  # that a backbone's file omits
         return self._loaded(job, there, file, str(file.folder)) | (self._made(job, others, lossless) if others else {})
+
+    def _begun_or_made(
+        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
+    ) -> dict[Matmul, TwinWeight]:
+        """Make weights and write them to an entry, at once or in the background, which returns none."""
+        may_wait = may_wait and not job.statistics.ranks.several and sum(map(_size, matmuls)) > _SMALL
+        if not may_wait:
+            made = self._made(job, matmuls, lossless)
+            if entry is not None:
+                write_stored(entry, [*made.values()])
+            return made
+        # If others are being made, the program is built again when those are there, and these begin.
+        if self.packing is None or self.packing.ended:
+            work = functools.partial(self._make_later, job, matmuls, entry)
+            self.packing = Packing(work, finishes_at_exit=entry is not None)
+        return {}
+
+    def _make_later(self, job: _Job, matmuls: Sequence[Matmul], entry: Entry | None) -> None:
+        """Make twins, unless their parameters change meanwhile, which the next sequence finds."""
+        tensors = [tensor for matmul in matmuls for tensor in job.parameters[matmul].tensors]
+        stamp = ParameterStamp(tensors)
+        try:
+            made = self._made(job, matmuls, lossless=False)
+        except Exception:
+            if stamp == ParameterStamp(tensors):
+                raise
+            return
+        if stamp == ParameterStamp(tensors):
+            if entry is not None:
+                write_stored(entry, [*made.values()])
+            self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
 
     def _loaded(self, job: _Job, matmuls: Sequence[Matmul], file: TwinFile, folder: str) -> dict[Matmul, TwinWeight]:
         """Load weights from a file. All are looked up before the first is packed: all or none fit."""
@@ -246,7 +299,7 @@ class TwinWeights:
         found: dict[Matmul, TwinWeight] = {}
         weights = [job.parameters[matmul].weights[0] for matmul in matmuls]
         threads = threads_for(weights[0])
-        with ThreadPoolExecutor(threads) as pool:
+        with _thread_pool(threads) as pool:
 
             def one(given: tuple[Matmul, Moments | None]) -> TwinWeight:
                 matmul, moments = given
@@ -254,7 +307,7 @@ class TwinWeights:
                 return make_weight(matmul, job.parameters[matmul], job.digests[matmul], asked, moments, job.device)
 
             def work(jobs: Sequence[tuple[Matmul, Moments | None]]) -> None:
-                for (matmul, _), twin in zip(jobs, pool.map(one, jobs), strict=True):
+                for (matmul, _), twin in zip(jobs, pool.imap(one, jobs), strict=True):
                     found[matmul] = twin
                     stage_reached(len(found) / len(matmuls))
 
@@ -336,6 +389,22 @@ def _stream_and_make(
         raise failed[0]
     work(waiting)
     return source
+
+
+@contextlib.contextmanager
+def _thread_pool(threads: int) -> Iterator[ThreadPool]:
+    """Give a pool whose threads have ended afterwards: none may be in torch when the interpreter exits."""
+    # That of concurrent.futures takes no work while the interpreter waits for its last threads.
+    pool = ThreadPool(threads)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        pool.join()
+
+
+def _size(matmul: Matmul) -> int:
+    return math.prod(matmul.shape)
 
 
 def _in_threads(function: Callable[[T], R], jobs: Iterable[T]) -> list[R]:

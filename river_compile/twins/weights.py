@@ -17,6 +17,7 @@ from xxhash import xxh3_128
 
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.passes.program import Matmul
+from river_compile.twins.background import Packing
 from river_compile.upstream.tensors import parts_of, version_of
 
 if TYPE_CHECKING:
@@ -173,8 +174,9 @@ class ProgramWeights:
         inputs: Sequence[Any],  # of its graph, real tensors, in order
         digests: Callable[[dict[Matmul, Parameters]], dict[Matmul, str]],
         made: Sequence[TwinWeight],
+        awaits: Packing | None = None,  # the twins are missing that this makes
     ) -> None:
-        self.packed, self._digests = packed, digests
+        self.packed, self._digests, self._awaits = packed, digests, awaits
         self.made = made  # those of the packed that are new
         self._order = [number for matmul in packed for number in matmul.parameters]
         self._stamp: ParameterStamp | None = ParameterStamp([inputs[i] for i in self._order])
@@ -191,6 +193,19 @@ class ProgramWeights:
         for matmul, made in self.packed.items():
             made.made_from = weak_refs(parameters[matmul].tensors)
         self._stamp = stamp
+        return True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no twin is missing."""
+        return self._awaits is None
+
+    @property
+    def can_be_whole(self) -> bool:
+        """Whether missing twins are there by now. Raises the error that ended their making."""
+        if self._awaits is None or not self._awaits.ended:
+            return False
+        self._awaits.check()
         return True
 
     def forget_stamp(self) -> None:

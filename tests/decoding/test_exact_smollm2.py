@@ -136,7 +136,9 @@ def test_strict_bfloat16_texts_have_the_bits_of_decoding_without_drafts():  # (l
     """On River's own kernels, whose sums do not depend on the width of a pass."""
     torch._dynamo.reset()
     model, tokenizer = demo_models.load("smollm2", dtype="bfloat16")
-    river_compile.accelerate(model, strict=True, quantizer="rtn", num_assistant_tokens_schedule="constant")
+    river_compile.accelerate(
+        model, strict=True, quantizer="rtn", num_assistant_tokens_schedule="constant", background_packing=False
+    )
     for chat in CHATS:
         ids = shared.encode(tokenizer, chat)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -155,7 +157,8 @@ def test_bfloat16_texts_of_weights_in_12_bits_are_those_of_16():
     accelerated = []
     for weights in ("model", "12bit"):
         model, tokenizer = demo_models.load("smollm2", dtype="bfloat16")
-        accelerated.append(river_compile.accelerate(model, strict=True, quantizer="rtn", target_weights=weights))
+        options = {"quantizer": "rtn", "target_weights": weights, "background_packing": False}
+        accelerated.append(river_compile.accelerate(model, strict=True, **options))
     for chat in CHATS:
         ids = shared.encode(tokenizer, chat)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}

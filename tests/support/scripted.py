@@ -79,6 +79,9 @@ class ScriptedRunner:
     def begin_drafts(self, ids_1S: Tensor) -> None:
         assert len(self.slots) == len(ids_1S) == 1
 
+    def can_draft(self, ids_BS: Tensor) -> bool:
+        return True
+
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         self._write(ids_BS, 1, exact=False)
         out = []

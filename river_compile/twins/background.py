@@ -1,0 +1,88 @@
+"""Packing in the background: a thread of lower priority makes twins while the model answers without drafts.
+
+Not handled: a lower priority on other systems than Linux; Ctrl-C between its matrices (it ends after the present one).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from river_compile.progress import stage_reached, stage_shown, stages_told
+
+# Of a core that generation uses too, packing then gets a quarter (Linux weighs a step of niceness by 1.25).
+_NICER = 5
+_STAGE = "packing"
+_POLL = 0.1  # seconds
+
+
+class _Cancelled(BaseException):
+    """Ends the thread. Not an Exception, which code on the way might catch."""
+
+
+class Packing:
+    """Work that goes on in a thread of its own, by stages that have progress."""
+
+    def __init__(self, work: Callable[[], None], finishes_at_exit: bool) -> None:
+        """Begin; `finishes_at_exit`: whether the interpreter waits for it, since a later process uses the result."""
+        self.stage, self.share = _STAGE, 0.0  # the present stage, and how much of it is done
+        self.seconds = 0.0
+        self._work, self._finishes_at_exit = work, finishes_at_exit
+        self._error: Exception | None = None
+        self._cancelled = self._told_of_exit = False
+        self._thread = threading.Thread(target=self._run, name="river packing")
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing goes on any more; in a forked process, nothing does."""
+        return not self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise the error that ended the work, if one did."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Wait for the end, with a progress bar."""
+        if self.ended:
+            return
+        with stage_shown(_STAGE):
+            while not self.ended:
+                with stage_shown(stage := self.stage):
+                    while self.stage == stage and not self.ended:
+                        self._thread.join(_POLL)
+                        stage_reached(self.share)
+
+    def cancel(self) -> None:
+        """End after the present matrix."""
+        self._cancelled = True
+
+    def _run(self) -> None:
+        start = time.perf_counter()
+        if sys.platform == "linux":
+            here = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, here, min(os.getpriority(os.PRIO_PROCESS, here) + _NICER, 19))
+        try:
+            with stages_told(_STAGE, self._reach):
+                self._work()
+        except _Cancelled:
+            pass
+        except Exception as error:  # raised where the twins are asked for
+            self._error = error
+        finally:
+            self.seconds = time.perf_counter() - start
+            del self._work  # with the parameters that it holds
+
+    def _reach(self, stage: str, share: float) -> None:
+        self.stage, self.share = stage, share
+        exits = not threading.main_thread().is_alive()
+        if self._cancelled or (exits and not self._finishes_at_exit):
+            raise _Cancelled
+        if exits and not self._told_of_exit:
+            self._told_of_exit = True
+            message = "river: the twins are packed for later processes before this one ends; Ctrl-C skips it"
+            print(message, file=sys.stderr, flush=True)
