@@ -21,6 +21,7 @@ from river_compile.kernels.quant.grid import (
     MID_POINT,
     QuantizedWeight,
     check_matrix,
+    check_shape,
     decibels,
     nearest,
     pieces,
@@ -36,7 +37,7 @@ DAMPING = 0.05  # share of the mean squared input that is added to every column'
 FEW_TOKENS = 0.2  # the same, for each feature per token
 _SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's range, down to about a half
 _REFITS = 2
-_ELEMENTS_TOGETHER = 1 << 24  # of a weight, whose copies GPTQ holds at a time
+_ELEMENTS_TOGETHER = 1 << 23  # of a weight, whose copies in float32 GPTQ holds at a time
 
 # Applies the errors ``[block, N]`` of a block of columns to later columns.
 Carry = Callable[[slice, Tensor], None]
@@ -53,7 +54,7 @@ def quantize_observed(
 ) -> tuple[QuantizedWeight, Tensor | None]:
     """Quantize a weight ``[N, K]`` by its inputs' moments; AWQ also returns s ``[K]``, which divides the inputs."""
     check_choice("quantizer", quantizer, OBSERVING)
-    weight = check_matrix(weight, group_size)
+    check_shape(weight, group_size)
     features = weight.shape[1]
     if moments.features != features or not moments.finite:
         raise ValueError(
@@ -63,7 +64,7 @@ def quantize_observed(
     # The grid of AWQ stands for W diag(s). s is float32, or None if the inputs stay as they are.
     if quantizer == "gptq":
         return gptq(weight, group_size, moments, dtype, tokens), None
-    return awq(weight, group_size, moments, dtype, may_scale)
+    return awq(check_matrix(weight, group_size), group_size, moments, dtype, may_scale)
 
 
 def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: SecondMoments) -> float:
@@ -93,15 +94,27 @@ def gptq(
     dtype: torch.dtype = torch.float32,
     tokens: float = math.inf,
 ) -> QuantizedWeight:
-    """GPTQ (Frantar et al. 2022, arXiv 2210.17323) of a float32 weight: columns with the largest inputs first."""
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323) of a weight: columns with the largest inputs first."""
     # Correlations over few tokens may be chance, so few tokens are damped more.
     damping = DAMPING + FEW_TOKENS * moments.features / tokens
     squares = moments.diagonal + moments.added(damping)
-    scale, zero = fit_grid(weight, group_size, squares, dtype)  # before any column changes, so that any order will do
     order = squares.argsort(descending=True)
     compensation = moments.compensation(damping, order)
-    q = round_compensating(weight[:, order], scale, zero, order // group_size, compensation)
-    return QuantizedWeight(q[:, order.argsort()], scale, zero, group_size)
+    # Rows are independent; a few at a time are in float32.
+    slabs = weight.split(max(1, _ELEMENTS_TOGETHER // weight.shape[1]))
+    return QuantizedWeight.stacked(
+        [_gptq_rows(rows, group_size, squares, order, compensation, dtype) for rows in slabs]
+    )
+
+
+def _gptq_rows(
+    rows: Tensor, group_size: int, squares: Tensor, order: Tensor, compensation: Compensation, dtype: torch.dtype
+) -> QuantizedWeight:
+    rows = check_matrix(rows, group_size)
+    scale, zero = fit_grid(rows, group_size, squares, dtype)  # before any column changes, so that any order will do
+    left_KN = rows.T.contiguous()[order]  # a column is one run of memory
+    q_KN = round_compensating(left_KN, scale.T.contiguous(), zero.T.contiguous(), order // group_size, compensation)
+    return QuantizedWeight(q_KN[order.argsort()].T.contiguous(), scale, zero, group_size)
 
 
 def awq(
@@ -131,26 +144,21 @@ def round_to_grid(
 
 
 def round_compensating(
-    weight: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, compensation: Compensation
+    left_KN: Tensor, scale_GN: Tensor, zero_GN: Tensor, group_of: Tensor, compensation: Compensation
 ) -> Tensor:
-    """Round the columns of a weight ``[N, K]`` in order, to q uint8 ``[N, K]``; `group_of`: each column's group."""
+    """Round the columns of a weight in order, which are overwritten, to q ``[K, N]``; `group_of`: their groups."""
     # After columns 0..j the others move to the least output error: column k by -e_j U_jk / U_jj.
-    round_block = native.round_block if native.can_pack(weight) else _round_block
+    round_block = native.round_block if native.can_pack(left_KN) else _round_block
     group_of = group_of.contiguous()
-    rows = max(1, _ELEMENTS_TOGETHER // weight.shape[1])
-    found = []
-    for some in zip(weight.split(rows), scale.split(rows), zero.split(rows), strict=True):
-        left_KN, scale_GN, zero_GN = (tensor.T.contiguous() for tensor in some)  # a column is one run of memory
-        q_KN = torch.empty_like(left_KN, dtype=torch.uint8)
-        carry = compensation.carrier(left_KN)
-        for start in range(0, len(left_KN), BLOCK):
-            block = slice(start, start + BLOCK)
-            errors_KN = torch.empty_like(left_KN[block])
-            inside = compensation.inside(block)
-            round_block(left_KN[block], scale_GN, zero_GN, group_of[block], inside, errors_KN, q_KN[block])
-            carry(block, errors_KN)
-        found.append(q_KN.T)
-    return torch.cat(found)
+    q_KN = torch.empty_like(left_KN, dtype=torch.uint8)
+    carry = compensation.carrier(left_KN)
+    for start in range(0, len(left_KN), BLOCK):
+        block = slice(start, start + BLOCK)
+        errors_KN = torch.empty_like(left_KN[block])
+        inside = compensation.inside(block)
+        round_block(left_KN[block], scale_GN, zero_GN, group_of[block], inside, errors_KN, q_KN[block])
+        carry(block, errors_KN)
+    return q_KN
 
 
 def _round_block(

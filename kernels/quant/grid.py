@@ -52,6 +52,10 @@ class QuantizedWeight:
         q, scale, zero = (tensor.to(device) for tensor in (self.q, self.scale, self.zero))
         return replace(self, q=q, scale=scale, zero=zero)
 
+    def rows(self, some: slice) -> QuantizedWeight:
+        """Return some rows."""
+        return replace(self, q=self.q[some], scale=self.scale[some], zero=self.zero[some])
+
     def split(self, matrices: int) -> list[QuantizedWeight]:
         """Split a stack of equal weights, one below the other."""
         parts = (tensor.chunk(matrices) for tensor in (self.q, self.scale, self.zero))
@@ -96,12 +100,17 @@ def threads_for(weight: Tensor) -> int:
     return max(1, torch.get_num_threads()) if weight.device.type == "cpu" else 1
 
 
-def check_matrix(weight: Tensor, group_size: int) -> Tensor:
-    """Return a weight in float32; raise ValueError if it is not a finite matrix or `group_size` does not divide K."""
+def check_shape(weight: Tensor, group_size: int) -> None:
+    """Raise ValueError if a weight is not a matrix or `group_size` does not divide K."""
     if weight.dim() != 2:
         raise ValueError(f"a weight to quantize has 2 dimensions, this one has shape {tuple(weight.shape)}")
     if group_size < 1 or weight.shape[1] % group_size:
         raise ValueError(f"group_size={group_size} does not divide the {weight.shape[1]} input features")
+
+
+def check_matrix(weight: Tensor, group_size: int) -> Tensor:
+    """Return a weight in float32; raise ValueError if it is not a finite matrix or `group_size` does not divide K."""
+    check_shape(weight, group_size)
     weight = weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds infinite or NaN values and cannot be quantized")

@@ -24,7 +24,7 @@ from river_compile.upstream.tensors import as_ordinary
 
 UNOBSERVED = "hqq"  # reads weights alone: replaces a calibrated quantizer without statistics
 _STORED_AS = torch.bfloat16  # scale and zero-point in the CPU's kernel; others store an exact form
-_ROWS_COMPARED = 256  # output features that give the outputs' SQNR to a few hundredths of a dB
+_ROWS_COMPARED = 128  # output features that give the SQNR to a tenth of a dB
 
 # A quantized weight, and the fields of its `TwinWeight` about the loss.
 Grid = tuple[QuantizedWeight | PackedLinear, dict[str, Any]]
@@ -90,21 +90,23 @@ def _grid(matmul: Matmul, parameters: Parameters, asked: str, known: Moments | N
 
 def _quantize_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inputs: InputMoments | None) -> Grid:
     """Quantize a matmul's weight; "awq" and "gptq" need the second moments of its inputs."""
-    weight = torch.cat([w.T if matmul.transposed else w for w in map(as_ordinary, parameters.weights)])
+    parts = [w.T if matmul.transposed else w for w in map(as_ordinary, parameters.weights)]
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    some = slice(None, None, max(1, len(weight) // _ROWS_COMPARED))
+    sample = weight[some].float()
     if inputs is None:
         grid = quantize(weight, matmul.group_size, quantizer).rounded(_STORED_AS)
-        return grid, {"quantizer": quantizer, "sqnr": sqnr_db(weight, grid.dequantize())}
+        return grid, {"quantizer": quantizer, "sqnr": sqnr_db(sample, grid.rows(some).dequantize())}
     moments = inputs.cheapest(weight.device)
     grid, scale = quantize_observed(
         weight, matmul.group_size, quantizer, moments, _STORED_AS, matmul.scales_inputs, inputs.tokens
     )
-    stands_for = grid.dequantize() if scale is None else grid.dequantize() / scale
-    some = slice(None, None, max(1, len(weight) // _ROWS_COMPARED))
+    stands_for = grid.rows(some).dequantize() / (1.0 if scale is None else scale)
     return grid, {
         "quantizer": quantizer,
         "input_scale": scale,
-        "sqnr": sqnr_db(weight, stands_for),
-        "output_sqnr": output_sqnr_db(weight[some], stands_for[some], moments),
+        "sqnr": sqnr_db(sample, stands_for),
+        "output_sqnr": output_sqnr_db(sample, stands_for, moments),
     }
 
 

@@ -38,10 +38,8 @@ def test_each_column_is_rounded_to_nearest_after_all_before_it_were_made_up_for(
     group_of = order // 32
     factor = inverse_factor(moments[order][:, order])
     left = weight[:, order]
-    found = (
-        calibrated.round_compensating(left.float(), scale, zero, group_of, WholeCompensation(factor.float())).double()
-        - 8
-    )
+    columns = (tensor.T.contiguous() for tensor in (left.float(), scale, zero))
+    found = calibrated.round_compensating(*columns, group_of, WholeCompensation(factor.float())).T.double() - 8
     scale, zero = scale.double()[:, group_of], zero.double()[:, group_of]
     for j in range(k):
         exact = ((left[:, j] - zero[:, j]) / scale[:, j]).clamp(-8, 7)

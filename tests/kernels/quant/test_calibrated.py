@@ -52,8 +52,9 @@ def test_rounding_with_compensation_is_what_its_definition_says(k, seed):
     scale, zero = scale.double(), zero.double()
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
     weight, moments, group_of = weight[:, order], moments[order][:, order], order // 32
-    found = round_compensating(weight, scale, zero, group_of, WholeCompensation(inverse_factor(moments)))
-    assert torch.equal(found, rounded_by_definition(weight, scale, zero, group_of, moments))
+    columns = (tensor.T.contiguous() for tensor in (weight, scale, zero))
+    found = round_compensating(*columns, group_of, WholeCompensation(inverse_factor(moments)))
+    assert torch.equal(found.T, rounded_by_definition(weight, scale, zero, group_of, moments))
 
 
 @given(seeds)
