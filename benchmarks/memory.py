@@ -8,6 +8,7 @@ anonymous   of rss, what no file backs: memory of the process's own, copies incl
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 FIELDS = {"Rss:": "rss", "Pss:": "pss", "Anonymous:": "anonymous"}
@@ -28,6 +29,30 @@ def of_file(file: str | os.PathLike[str]) -> dict[str, int]:
         elif inside:
             lines.append(line)
     return _sum(lines)
+
+
+class Peak:
+    """Inside a with statement, watches `anonymous`: `bytes` is the most at one time."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            status = Path("/proc/self/status").read_text().partition("RssAnon:")[2]
+            self.bytes = max(self.bytes, int(status.split()[0]) * 1024)
+            if self._ended.wait(0.02):
+                return
 
 
 def _sum(lines: list[str]) -> dict[str, int]:

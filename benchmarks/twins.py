@@ -12,7 +12,7 @@ ran through the backbone; "prompt in 4 bits" is the KL of answers after a prompt
 "V" are cosines of what twins and backbone write to the cache when tokens leave after block 2, by layer, on answers: the
 mean and the smallest layer.
 
-"gptq" and "awq" know what the matrices read in text that the model samples, in the package's texts, or in the model's
+"gptq" and "awq" know what the matrices read in the package's texts, in text that the model samples, or in the model's
 answers to other questions, as a user's. "packing s" has the sampling in it, but neither the time of
 `collect_statistics` nor the estimate of the loss. SQNR is in dB, a mean over matrices; of outputs on the measured
 answers.
@@ -49,12 +49,13 @@ from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
 from river_compile.model_record import GraphRecord, find_record
 from river_compile.twins.observe import Observation
+from river_compile.twins.own_text import sample
 from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.transformers import cache_argument
 from tools import demo_models
 
-PACKAGE, ANSWERS = "package's text", "answers"
-ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (PACKAGE, ANSWERS) for name in ("awq", "gptq")))
+SAMPLED, ANSWERS = "sampled text", "answers"
+ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (SAMPLED, ANSWERS) for name in ("awq", "gptq")))
 KINDS = ("own", "docs", "code")
 EXIT_DEPTH = 2
 SQNR_ROWS = 256  # of a matrix, whose outputs' noise is measured
@@ -174,9 +175,9 @@ def measure(
 def _observe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, options: argparse.Namespace
 ) -> None:
-    """Have a model's matrices observed on a row's text; on that of its own it is the backend that does it."""
-    if source == PACKAGE:
-        river_compile.collect_statistics(model, tokenizer=tokenizer, progress=False)
+    """Have a model's matrices observed on a row's text; on the package's it is the backend that does it."""
+    if source == SAMPLED:
+        river_compile.collect_statistics(model, [sample(model, 32, 32)], progress=False)
     elif source == ANSWERS:
         found = answers(model, tokenizer, CALIBRATION, options.calibration_tokens)
         river_compile.collect_statistics(model, [text.ids for text in found], progress=False)

@@ -1,4 +1,4 @@
-"""Self-calibration: statistics and the loss of the twins, on text that the model samples itself.
+"""Self-calibration: statistics of the twins on the package's texts, or on text that the model samples; their loss.
 
 Not handled: models that cannot be sampled from token ids and their cache alone (`refusal` has the reason; several ranks
 raise); rounding of activations in kernels.
@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from river_compile.twins.observe import (
     MatmulHook,
     Moments,
     Observation,
+    default_texts,
     full_attention_mask,
     one_expert_at_a_time,
     record,
@@ -33,7 +34,7 @@ from river_compile.twins.observe import (
 )
 from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.dynamo import uncompiled_forward
-from river_compile.upstream.transformers import cache_argument
+from river_compile.upstream.transformers import cache_argument, local_tokenizer
 
 log = logging.getLogger("river_compile.twins")
 R = TypeVar("R")
@@ -42,22 +43,35 @@ _STATISTICS_TOKENS, _LOSS_TOKENS = 32, 8  # most in a row: each further token of
 LOSS_SEED = 1  # not that of the statistics' text, so that nothing was fitted to it
 _LARGE = 0.2  # nats
 _ROWS_AT_ONCE = 16
+_WINDOW, _WINDOWS = 256, 4  # of the package's texts
 _KL_TOKENS = 64  # tokens at once: large vocabularies take memory in float32
 
 
+class Text(NamedTuple):
+    """Text for statistics."""
+
+    ids: Tensor  # [B, T]
+    sampled: bool  # by the model; else it is the package's
+
+    @property
+    def source(self) -> str:
+        """The text in words."""
+        return f"{self.ids.numel()} tokens " + ("that the model sampled" if self.sampled else "of the package's texts")
+
+
 class SelfCalibration:
-    """Text that one model sampled, kept as token ids until its weights change."""
+    """Text of one model, kept as token ids: the package's, or sampled ones until the model's weights change."""
 
     def __init__(self) -> None:
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._ids: Tensor | None = None
+        self._text: Text | None = None
         self.refusal = "torch.compile was not given a model"  # why there is no text, else empty
         self.seconds = 0.0  # of sampling and reading it, including work done meanwhile
 
     def attach(self, model: nn.Module) -> None:
         """Set the model."""
         if self._model() is not model:
-            self._model, self._ids, self.refusal = weakref.ref(model), None, ""
+            self._model, self._text, self.refusal = weakref.ref(model), None, ""
 
     def stream_moments(
         self, weights: Sequence[Tensor], see: Callable[[Tensor, Moments], None], *, resample: bool = False
@@ -65,15 +79,15 @@ class SelfCalibration:
         """Call `see` with the moments of each weight in the order of reading; return the text in words."""
 
         def run(model: nn.Module) -> str:
-            ids = self._text(model, resample)
-            visit(model, ids, weights, see)
-            return f"{ids.numel()} tokens that the model sampled"
+            text = self._text_of(model, resample)
+            visit(model, text.ids, weights, see)
+            return text.source
 
         return self._run(run) or ""
 
     def observation(self, *, resample: bool = False) -> Observation | None:
         """Return the statistics of all weights; None if the model cannot be sampled."""
-        return self._run(lambda model: record(model, self._text(model, resample).split(_ROWS_AT_ONCE), own=True))
+        return self._run(lambda model: record(model, self._text_of(model, resample).ids.split(_ROWS_AT_ONCE), own=True))
 
     def _run(self, function: Callable[[nn.Module], R]) -> R | None:
         """Call `function(model)` uncompiled; None if it raises."""
@@ -92,11 +106,17 @@ class SelfCalibration:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def _text(self, model: nn.Module, resample: bool) -> Tensor:
-        if resample or self._ids is None:
-            with stage_shown("reading own text"):
-                self._ids = sample(model, _ROWS, _row_length(model, _STATISTICS_TOKENS))
-        return self._ids
+    def _text_of(self, model: nn.Module, resample: bool) -> Text:
+        known = self._text
+        if known is None or (known.sampled and resample):
+            ids = None if known is not None else package_ids(model)
+            if ids is None:
+                with stage_shown("reading own text"):
+                    known = Text(sample(model, _ROWS, _row_length(model, _STATISTICS_TOKENS)), sampled=True)
+            else:
+                known = Text(ids, sampled=False)
+            self._text = known
+        return known
 
     def loss(self, packed: Iterable[TwinWeight]) -> TwinLoss | None:
         """Estimate the joint loss of these twins on other text; None if the model cannot be sampled."""
@@ -196,6 +216,24 @@ class _InTwins(MatmulHook):
         if self._last is None or self._last[0] is not twin:
             self._last = twin, twin.dequantize()
         return self._last[1]
+
+
+def package_ids(model: nn.Module) -> Tensor | None:
+    """Return the package's texts as token ids ``[B, T]``; None if the model's folder has no fitting tokenizer."""
+    # Twins that were fitted to them are as near to the backbone as with text that the model sampled, on each kind of
+    # text (docs/twins.md), and sampling takes as long as all the rest for a model of billions of weights.
+    network: Any = model
+    config = network.config.get_text_config()
+    length = min(_WINDOW, getattr(config, "max_position_embeddings", None) or _WINDOW)
+    tokenizer = None if ranks_of(model.parameters()).several else local_tokenizer(model)
+    try:
+        ids = torch.tensor([token for text in default_texts() for token in tokenizer(text)["input_ids"]])
+        starts = torch.linspace(0, len(ids) - length, _WINDOWS).long().tolist()
+        windows = torch.stack([ids[start : start + length] for start in starts])
+    except Exception as error:  # there is no tokenizer, or any code of its class failed
+        log.info("the package's texts are not read: %s", _why(error))
+        return None
+    return windows.to(network.device) if int(ids.max()) < config.vocab_size else None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -57,6 +57,17 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
 def is_transformers_model(model: nn.Module) -> bool:
     """True if transformers itself defines a model's class, not code that came with a checkpoint."""
     return type(model).__module__.partition(".")[0] == "transformers"
+
+
+def local_tokenizer(model: nn.Module) -> Any:
+    """Return the tokenizer in the folder that a model was loaded from, or in the hub's cache; None without one."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception:  # any file may be missing or damaged, and any class's code may fail
+        return None
 
 
 def full_static_cache(model: PreTrainedModel, slots: int) -> StaticCache:

@@ -8,17 +8,19 @@ from itertools import accumulate
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
-from river_compile import RiverWarning, collect_statistics, report, save_twins
+from river_compile import RiverWarning, accelerate, collect_statistics, report, save_twins
 from river_compile.backend import river
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import find_record, record_of
 from river_compile.twins import own_text
 from river_compile.twins.file import FILE
-from river_compile.twins.own_text import LOSS_SEED, TwinLoss, estimate_loss, sample
+from river_compile.twins.observe import default_texts
+from river_compile.twins.own_text import LOSS_SEED, TwinLoss, estimate_loss, package_ids, sample
 from tests.support.decoding import decode, new_cache
 from tests.support.families import VOCABULARY, make, prompt
+from tests.support.tokenizers import save_tiny_llama
 from tests.support.traced import TracedStep, dequantized
 
 OPTIONS = {"kernels": "eager", "group_size": 32, "threshold": -1.0}
@@ -46,6 +48,38 @@ def bytes_of(model):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
+
+
+def statistics_of(model):
+    accelerate(model, "fast", compile_cache=False, kernels="eager")
+    ids = torch.tensor([[5, 6, 7]])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    (source,) = {twin.statistics for twin in report(model).packed}
+    return source
+
+
+def test_a_model_with_a_tokenizer_in_its_folder_reads_the_packages_texts(tmp_path):
+    folder = save_tiny_llama(tmp_path)
+    assert statistics_of(LlamaForCausalLM.from_pretrained(folder)) == "1024 tokens of the package's texts"
+    ids = package_ids(LlamaForCausalLM.from_pretrained(folder))
+    text = AutoTokenizer.from_pretrained(folder).decode(ids.flatten())
+    assert default_texts()[0][:40] in text
+    assert default_texts()[-1][-40:] in text
+
+
+@pytest.mark.parametrize("what", ["no folder", "no tokenizer", "a tokenizer that fails", "one with other tokens"])
+def test_others_read_text_that_they_sample(what, tmp_path):
+    folder = tmp_path if what == "no folder" else save_tiny_llama(tmp_path)
+    if what == "no tokenizer":
+        for file in tmp_path.glob("tokenizer*"):
+            file.unlink()
+    elif what == "a tokenizer that fails":
+        (tmp_path / "tokenizer.json").write_text("{")
+    model = make("llama", layers=2) if what == "no folder" else LlamaForCausalLM.from_pretrained(folder)
+    if what == "one with other tokens":
+        model.resize_token_embeddings(64)
+    assert package_ids(model) is None
+    assert "tokens that the model sampled" in statistics_of(model)
 
 
 @pytest.mark.slow
