@@ -73,7 +73,7 @@ class RiverConfig:
     quantizer: str = _option(
         "gptq",
         one_of(*OBSERVING, *QUANTIZERS),
-        '4-bit quantization method: `"gptq"` and `"awq"` calibrate on text that the model samples, or on '
+        '4-bit quantization method: `"gptq"` and `"awq"` calibrate on the package\'s texts, or on '
         '`calibration_data=`; `"hqq"` and `"rtn"` need no data; `"symmetric"` is for `river_compile.export` '
         "([docs/twins.md](docs/twins.md))",
         for_tests=("none", "twins keep the 16-bit weights"),

@@ -77,7 +77,8 @@ def accelerate(
         strict: with "exact": raise an error if a verifying pass might not be bit-identical to one without drafts.
         calibration: an exit rule of :func:`river_compile.tune_exit` or the file it was saved to; implies "fast".
         calibration_data: texts like yours, or tensors of token ids ``[T]`` or ``[B, T]``, to quantize the twins with
-            ("gptq" and "awq"). None: text that the model samples.
+            ("gptq" and "awq"). None: the package's texts, or text that the model samples if its folder has no
+            tokenizer.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/usage.md).
         background_packing: with "exact" on a CPU: whether to answer without drafts, with the same text, while new twins

@@ -22,7 +22,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
-from river_compile.decoding.sampling import STATELESS, Sampler
+from river_compile.decoding.processors import STATELESS
+from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.errors import DecodeError, ExactModeError, OptionError

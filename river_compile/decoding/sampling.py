@@ -6,13 +6,13 @@ generator meanwhile, who draw from another place of its stream than in plain sam
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.generation import LogitsProcessor, LogitsProcessorList, logits_process
+from transformers.generation import LogitsProcessor
 
+from river_compile.decoding.processors import STATELESS, processed
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
 
@@ -59,7 +59,7 @@ class Sampler:
         if self.is_greedy:  # the best token is the same in the logits' own dtype
             return self.best(logits_NV)
         raw = logits_NV.to(copy=True, dtype=torch.float32, device=ids_NS.device)
-        scores = _processed(self._processors, ids_NS, raw, rows)
+        scores = processed(self._processors, ids_NS, raw, rows)
         for kept, values in ((self.scores, scores), (self.logits, raw)):
             if kept is not None:
                 kept.append(values)
@@ -72,7 +72,7 @@ class Sampler:
         """Return a draft token ``[1]`` of a row, any one if none can be drawn, and its scores ``[1, V]``."""
         scores = logits_1V.float()
         if self._of_drafts:
-            scores = _processed(self._of_drafts, ids_1S, scores, [row])
+            scores = processed(self._of_drafts, ids_1S, scores, [row])
         return self._token(scores, [row], step, draft=True), scores
 
     def _token(self, scores_NV: Tensor, rows: Sequence[int], step: int, draft: bool) -> Tensor:
@@ -121,47 +121,6 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
     else:
         torch.get_device_module(device).set_rng_state(state, device)
-
-
-# Processors without memory: drafts, some of which are rejected, may pass through them.
-STATELESS = (
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.ExponentialDecayLengthPenalty,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.LogitNormalization,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.MinPLogitsWarper,
-    logits_process.NoBadWordsLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
-    logits_process.SuppressTokensAtBeginLogitsProcessor,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-)
-
-
-def _processed(processors: Sequence[LogitsProcessor], ids_NS: Tensor, scores_NV: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return the scores after processors, which take rows of one length."""
-    if not processors:
-        return scores_NV
-    return LogitsProcessorList(_for_rows(p, rows) for p in processors)(ids_NS, scores_NV)
-
-
-def _for_rows(processor: LogitsProcessor, rows: Sequence[int]) -> LogitsProcessor:
-    """Return the processor, restricted to these rows if it holds a number for each row."""
-    ignored = getattr(processor, "prompt_ignore_length", None)
-    if not isinstance(ignored, Tensor) or list(rows) == list(range(len(ignored))):
-        return processor
-    chosen = copy.copy(processor)
-    chosen.prompt_ignore_length = ignored[list(rows)]
-    return chosen
 
 
 SHORTEST = 2  # tokens that must repeat
