@@ -226,7 +226,7 @@ def _packed(
     refresh: bool,
 ) -> ProgramWeights | None:
     """Return the packed weights of the matmuls that the passes made and tokens can reach."""
-    twins, how = model.twins, graph.config.target_weights
+    twins, config, how = model.twins, graph.config, graph.config.target_weights
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
@@ -237,13 +237,13 @@ def _packed(
                 "model.to(torch.bfloat16), or use target_weights='model'"
             )
         savable = [linear for linear in every if not linear.lossless]
-        names = program.matrices
         weights = None
         if reached:
-            config, device = graph.config, program.device
             # Exact mode's programs, which only it runs at another depth than full.
             drafting = model.call is not None and config.first_exit == WHOLE
-            weights = twins.get(reached, inputs, config, model.statistics, device, names, savable, refresh, drafting)
+            weights = twins.get(
+                reached, inputs, config, model.statistics, program.device, program.matrices, savable, refresh, drafting
+            )
     packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}
@@ -258,9 +258,11 @@ def _packed(
             "are; load that with dtype='auto', or use target_weights='model'"
         )
     # Every time, since quantizing has just read the parameters again.
-    graph.paged_out_bytes = advise_pageout(
-        {id(inputs[i]): inputs[i] for linear in smaller for i in linear.weights}.values()
-    )
+    replaced = {i for linear in smaller for i in linear.weights}
+    if config.exit_depth == 0 and config.prefill == "exit":  # twins run prompts too
+        read = {slot for segment in segments for slot in segment.inputs}
+        replaced |= {i for linear in packed for i in linear.weights} - read
+    graph.paged_out_bytes = advise_pageout({id(inputs[i]): inputs[i] for i in replaced}.values())
     if graph.twins:
         warn()
         if model.ranks.several:  # they estimate the loss together or not at all

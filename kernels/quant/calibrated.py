@@ -101,20 +101,32 @@ def gptq(
     order = squares.argsort(descending=True)
     compensation = moments.compensation(damping, order)
     # Rows are independent; a few at a time are in float32.
-    slabs = weight.split(max(1, _ELEMENTS_TOGETHER // weight.shape[1]))
-    return QuantizedWeight.stacked(
-        [_gptq_rows(rows, group_size, squares, order, compensation, dtype) for rows in slabs]
-    )
+    n, k = weight.shape
+    q = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    grids = []
+    slabs = max(1, _ELEMENTS_TOGETHER // k)
+    for rows, q_rows in zip(weight.split(slabs), q.split(slabs), strict=True):
+        grids.append(_gptq_rows(rows, q_rows, group_size, squares, order, compensation, dtype))
+    scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
+    return QuantizedWeight(q, scale, zero, group_size)
 
 
 def _gptq_rows(
-    rows: Tensor, group_size: int, squares: Tensor, order: Tensor, compensation: Compensation, dtype: torch.dtype
-) -> QuantizedWeight:
+    rows: Tensor,
+    q_NK: Tensor,  # to be filled
+    group_size: int,
+    squares: Tensor,
+    order: Tensor,
+    compensation: Compensation,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Round some rows; return their scales and zero-points."""
     rows = check_matrix(rows, group_size)
     scale, zero = fit_grid(rows, group_size, squares, dtype)  # before any column changes, so that any order will do
     left_KN = rows.T.contiguous()[order]  # a column is one run of memory
     q_KN = round_compensating(left_KN, scale.T.contiguous(), zero.T.contiguous(), order // group_size, compensation)
-    return QuantizedWeight(q_KN[order.argsort()].T.contiguous(), scale, zero, group_size)
+    q_NK.copy_(q_KN[order.argsort()].T)
+    return scale, zero
 
 
 def awq(

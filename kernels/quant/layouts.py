@@ -123,6 +123,9 @@ def linear_by_dequantizing(x: Tensor, packed: PackedLinear, bias: Tensor | None)
     return F.linear(x, packed.dequantize(x.dtype), bias)
 
 
+_ROWS = 4096  # a multiple of the C++ kernels' blocks
+
+
 @dataclass(frozen=True)
 class Layout:
     """Functions of one layout."""
@@ -205,6 +208,13 @@ def _grid(packed: PackedLinear, q: Tensor) -> QuantizedWeight:
 
 
 def _pack_native(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    # A few rows at a time: the head of a large vocabulary has half a billion weights.
+    packed = [_pack_native_rows(weight.rows(slice(i, i + _ROWS))) for i in range(0, weight.shape[0], _ROWS)]
+    qweight, pairs = (torch.cat(parts) for parts in zip(*packed, strict=True))
+    return qweight, pairs
+
+
+def _pack_native_rows(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     pad = (0, 0, 0, -weight.shape[0] % 16)
     q = F.pad(weight.q, pad).unflatten(1, (-1, weight.group_size // 8, 2, 4)).unflatten(0, (-1, 16))
     low, high = q.permute(4, 0, 2, 3, 1, 5)

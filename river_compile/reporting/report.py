@@ -216,9 +216,9 @@ def graph_lines(graph: GraphRecord) -> Iterator[str]:
     if graph.kind == "decode" and config.deepest is not None:
         yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
     if graph.lossless_bytes:
-        paged_out = graph.paged_out_bytes / 1e6
-        back = f"; {paged_out:.1f} MB of parameters lie in their file alone" if paged_out else ""
-        yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights, packed without loss{back}"
+        yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights, packed without loss"
+    if graph.paged_out_bytes:
+        yield f"    given back   {graph.paged_out_bytes / 1e6:.1f} MB of parameters, which lie in their file alone"
     for reason, count in Counter(k.reason for k in graph.kept).items():
         yield f"    in 16 bits   {count} matrices: {reason}"
     for size, count in Counter(_other_groups(graph).values()).items():

@@ -8,8 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
+import river_compile
 from river_compile.upstream.tensors import advise_pageout
+from tests.support.tokenizers import save_tiny_llama
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
 
@@ -57,3 +60,24 @@ def test_what_no_file_holds_stays():
     expected = weight.clone()
     assert advise_pageout([weight]) == 0
     assert torch.equal(weight, expected)
+
+
+def generated(folder, **options):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    river_compile.accelerate(model, "fast", exit_depth=0, kernels="eager", compile_cache=False, **options)
+    ids = torch.tensor([[5, 6, 7]])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    report = river_compile.report(model)
+    return str(report), sum(graph["given_back_bytes"] for graph in report.to_dict()["graphs"])
+
+
+def test_layers_that_no_token_runs_leave_the_process(tmp_path):
+    """With prompts through the twins too, nothing reads the blocks' own weights any more."""
+    folder = save_tiny_llama(tmp_path)
+    _, none = generated(folder)
+    text, some = generated(folder, prefill="exit")
+    blocks = LlamaForCausalLM.from_pretrained(folder).model.layers
+    linears = sum(p.nbytes for p in blocks.parameters() if p.dim() == 2)
+    assert none == 0
+    assert some >= linears
+    assert "MB of parameters, which lie in their file alone" in text
