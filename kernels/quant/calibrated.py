@@ -37,7 +37,7 @@ DAMPING = 0.05  # share of the mean squared input that is added to every column'
 FEW_TOKENS = 0.2  # the same, for each feature per token
 _SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's range, down to about a half
 _REFITS = 2
-_ELEMENTS_TOGETHER = 1 << 23  # of a weight, whose copies in float32 GPTQ holds at a time
+_ELEMENTS_TOGETHER = 1 << 22  # of a weight, whose copies in float32 GPTQ holds at a time
 
 # Applies the errors ``[block, N]`` of a block of columns to later columns.
 Carry = Callable[[slice, Tensor], None]

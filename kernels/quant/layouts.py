@@ -209,9 +209,14 @@ def _grid(packed: PackedLinear, q: Tensor) -> QuantizedWeight:
 
 def _pack_native(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     # A few rows at a time: the head of a large vocabulary has half a billion weights.
-    packed = [_pack_native_rows(weight.rows(slice(i, i + _ROWS))) for i in range(0, weight.shape[0], _ROWS)]
-    qweight, pairs = (torch.cat(parts) for parts in zip(*packed, strict=True))
-    return qweight, pairs
+    n, k = weight.shape
+    shapes = tensors_of(NATIVE_LAYOUT, n, k, weight.group_size).values()
+    packed = [torch.empty(shape, dtype=dtypes[0], device=weight.q.device) for shape, dtypes in shapes]
+    for start in range(0, n, _ROWS):
+        blocks = slice(start // 16, -(-min(start + _ROWS, n) // 16))
+        for to, part in zip(packed, _pack_native_rows(weight.rows(slice(start, start + _ROWS))), strict=True):
+            to[blocks] = part
+    return packed[0], packed[1]
 
 
 def _pack_native_rows(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
