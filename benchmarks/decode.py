@@ -11,6 +11,8 @@ turns. Columns:
 
     decode tokens/s   median over the repeats, prefill excluded, all texts of the batch together
     beside another    the same with one other process busy all the time, where `--neighbour` asks for it
+    outside, ms       of a token, what is not in River's executor: choosing it, its inputs, and for `torch_compile`
+                      Dynamo's guards and transformers' loop
     first token, s    from the call that compiles to the first new token: packing and compiling the prompt's graph
     second token, s   the same to the second new token: the decode graph is compiled too
     pp256 tokens/s    how fast a prompt of so many tokens is read, for each length that `--prompts` names
@@ -40,6 +42,7 @@ from river_compile.cli import shared
 from tools import demo_models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
+ACCELERATED = {"river": "fast", "exact": "exact"}  # quality by backend
 NEVER = "never"  # stands for an exit depth of all blocks, whose number only the worker knows
 
 
@@ -48,7 +51,8 @@ class Row:
     """One configuration.
 
     Attributes:
-        backend: "eager", "inductor", "river", "exact" (an accelerated model) or "llama_cpp".
+        backend: "eager", "inductor" or "llama_cpp"; "river" (quality "fast") or "exact", of a model that `accelerate`
+            changed; "torch_compile", `model.compile(backend="river")` and transformers' loop.
         dtype: None for the dtype of the command line.
         options: of the River backend.
         file: the kind of GGUF file that llama.cpp writes the weights to first, "" for the model as it is.
@@ -69,6 +73,8 @@ ROWS = {
     "river_never_checks": Row("river", options={"threshold": 1.0}),  # checks run after every block and never fire
     "river_depth0": Row("river", options={"exit_depth": 0}),
     "river": Row("river"),
+    "torch_compile": Row("torch_compile"),
+    "torch_compile_depth0": Row("torch_compile", options={"exit_depth": 0}),
     "llama_cpp": Row("llama_cpp"),
     "llama_cpp_bf16": Row("llama_cpp", file="BF16"),
     "llama_cpp_q8": Row("llama_cpp", file="Q8_0"),
@@ -82,6 +88,8 @@ SPEED_RATIOS = (
     ("river", "eager"),
     ("river", "inductor"),
     ("river", "inductor_fp16"),
+    ("river", "torch_compile"),
+    ("river_depth0", "torch_compile_depth0"),
     ("river_depth0", "llama_cpp"),
     ("river_never", "llama_cpp_bf16"),
     ("river_never_12bit", "river_never"),
@@ -168,6 +176,9 @@ def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace)
                 measured = worker.ask("measure", prompts=options.prompts if alone else [])
             results[name][setting].append(measured["tokens_per_s"])
             results[name]["peak_rss_bytes"] = measured["peak_rss_bytes"]
+            results[name]["outside_ms"] = min(
+                filter(None, (measured["outside_ms"], results[name].get("outside_ms"))), default=None
+            )
             for length, rate in measured["prompts"].items():
                 results[name]["prompts"][length].append(rate)
             bar.update()
@@ -206,6 +217,7 @@ def show(outcome: dict) -> None:
         "decode tokens/s": "decode_tokens_per_s",
         "beside another": "beside_tokens_per_s",
         **{f"pp{length} tokens/s": f"pp{length}_tokens_per_s" for length in outcome["prompts"]},
+        "outside, ms": "outside_ms",
         "first token, s": "first_token_s",
         "second token, s": "second_token_s",
         "mean depth": "mean_depth",
@@ -244,7 +256,13 @@ class Bench:
     def measure(self, prompts: list[int]) -> dict:
         """Read prompts of these lengths and generates, once; return the speeds and the peak memory so far."""
         rates = self._prompt_rates(prompts)
-        return {"tokens_per_s": self.run.rate(), "prompts": rates, "peak_rss_bytes": common.peak_rss_bytes()}
+        outside = getattr(self.run, "outside_ms", lambda: None)()  # (llama.cpp's runner has none)
+        return {
+            "tokens_per_s": self.run.rate(),
+            "outside_ms": outside,
+            "prompts": rates,
+            "peak_rss_bytes": common.peak_rss_bytes(),
+        }
 
     def _prompt_rates(self, lengths: list[int]) -> dict[str, float]:
         return {str(length): length / self.run.prompt_seconds(length) for length in lengths}
@@ -263,19 +281,21 @@ class TorchRunner:
         """Compile and return the seconds from there to the first and to the second new token."""
         start = time.perf_counter()
         options = {k: self.model.config.num_hidden_layers if v == NEVER else v for k, v in self.job["options"].items()}
-        if self.job["backend"] == "exact":
+        if self.job["backend"] in ACCELERATED:
             import river_compile
 
-            river_compile.accelerate(self.model, "exact", background_packing=False, **options)
+            quality = ACCELERATED[self.job["backend"]]
+            river_compile.accelerate(self.model, quality, background_packing=False, **options)
         elif self.job["backend"] != "eager":
-            self.model.compile(backend=self.job["backend"], options=options)
+            backend = "river" if self.job["backend"] == "torch_compile" else self.job["backend"]
+            self.model.compile(backend=backend, options=options)
         setup = time.perf_counter() - start
         first, second = self._generate(stop_after=2).times
         return setup + first, setup + second
 
     def warm_up(self) -> float:
         """Generate once untimed and return the mean exit depth, which greedy repeats share."""
-        if self.job["backend"] != "river":
+        if self.job["backend"] not in ("river", "torch_compile"):
             self._generate()
             return float(self.model.config.num_hidden_layers)
         import river_compile
@@ -288,6 +308,19 @@ class TorchRunner:
         """Return the decode tokens/s of one generation."""
         return self._generate().decode_tokens_per_s * self.prompt.shape[0]
 
+    def outside_ms(self) -> float | None:
+        """Return the milliseconds of a token outside of River's executor; None without one."""
+        if self.job["backend"] in ("eager", "inductor"):
+            return None
+        from river_compile.runtime.state import on_step
+
+        inside = []
+        with on_step(lambda _, record: inside.append(record.seconds)):
+            times = self._generate().times
+        tokens = len(times) - 1
+        steps = inside[1:]  # (the prompt's is the first)
+        return 1e3 * (times[-1] - times[0] - sum(steps)) / tokens
+
     def prompt_seconds(self, length: int) -> float:
         """Return the seconds to the first new token after a prompt of so many tokens."""
         return self._generate(stop_after=1, prompt=self.text[:, :length]).first_token_s
@@ -295,8 +328,8 @@ class TorchRunner:
     def _generate(self, stop_after: int | None = None, prompt=None):
         from river_compile.reporting.timing import generate
 
-        # (Exact mode has a static cache of its own.)
-        static, prompt = self.job["backend"] not in ("eager", "exact"), self.prompt if prompt is None else prompt
+        # (An accelerated model has a static cache of its own.)
+        static, prompt = self.job["backend"] in ("inductor", "torch_compile"), self.prompt if prompt is None else prompt
         return generate(self.model, prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
 
 
@@ -316,7 +349,7 @@ def _torch_runner(job: dict) -> TorchRunner:
 def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
     """Return what a worker must know to prepare a row."""
     row = ROWS[name]
-    own = row.backend in ("river", "exact") and not row.file
+    own = row.backend in (*ACCELERATED, "torch_compile") and not row.file
     twins = {"twins": options.twins} if own and options.twins else {}
     return {
         **asdict(row),

@@ -91,7 +91,7 @@ def _grid(matmul: Matmul, parameters: Parameters, asked: str, known: Moments | N
 def _quantize_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inputs: InputMoments | None) -> Grid:
     """Quantize a matmul's weight; "awq" and "gptq" need the second moments of its inputs."""
     parts = [w.T if matmul.transposed else w for w in map(as_ordinary, parameters.weights)]
-    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    weight = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
     some = slice(None, None, max(1, len(weight) // _ROWS_COMPARED))
     sample = weight[some].float()
     if inputs is None:

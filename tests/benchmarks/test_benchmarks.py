@@ -209,6 +209,21 @@ def test_the_torch_runner_times_a_tiny_model_without_river():
     assert runner.prompt_seconds(15) > 0
 
 
+@pytest.mark.parametrize("backend", ["river", "torch_compile"])
+def test_rows_of_river_are_what_a_user_types(backend):
+    """Both run at the depth that their options say, and say what a token costs outside of the executor."""
+    from tests.support.families import make, prompt
+
+    options = {"exit_depth": 0, "kernels": "eager", "group_size": 32, "quantizer": "rtn"}
+    job = {"backend": backend, "options": options, "new_tokens": 4}
+    runner = decode.TorchRunner(make("llama", layers=2), prompt(), prompt(20), job)
+    first, second = runner.first_call()
+    assert 0 < first < second
+    assert runner.warm_up() == 0.0
+    assert runner.outside_ms() > 0
+    assert ("generate" in vars(runner.model)) == (backend == "river")
+
+
 def test_the_llama_cpp_runner_takes_no_token_too_many():
     """Every generation starts from a clean state and pulls exactly the tokens it times."""
 

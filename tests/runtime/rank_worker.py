@@ -145,7 +145,7 @@ def quantized(folder: Path) -> dict[str, Any]:
     return {
         "told": [str(w.message) for w in told],
         "logits": logits, "text": plain, "kept": kept(model), "report": str(report), "shown": report.to_dict(),
-        "ids": find_record(model).self_calibration._ids,
+        "ids": find_record(model).self_calibration._text.ids,
     }  # fmt: skip
 
 
