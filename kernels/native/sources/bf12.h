@@ -12,6 +12,9 @@ namespace river {
 
 constexpr int kUnitAhead = 4096;  // bytes that are asked for ahead
 constexpr int kUnitVectors = 2 * kHalves;
+// Rows up to which weights are unpacked in registers: those whose sums of four output features these hold (kMostRows),
+// or of two. (With AVX2's 16 registers two features at a time took as long as unpacking to memory.)
+constexpr int kFewRows = kHalves == 1 ? 8 : kMostRows;
 
 // The weights of output feature T of a unit, in order. Byte 16 l + j of a line is input feature 8 l + j, or for j >= 8
 // feature 24 + 8 l + j.
@@ -105,30 +108,39 @@ class UnpackedBlock {
 };
 
 // y[r][t] for R rows and the features of a `Four`; `add(sum, weights, i, r)` adds products from input feature `i` on.
+// Of more than kMostRows rows, features are taken two at a time.
 template <int R, class Add, class Total>
 RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Matrix<float> y, const Add& add,
                                const Total& total) {
+  constexpr int kTogether = R <= kMostRows ? kFour : kFour / 2;
   Floats sums[R][kFour];
-  unrolled<R>([&](auto r) RIVER_INLINED { unrolled<kFour>([&](auto t) RIVER_INLINED { sums[r][t] = zeros(); }); });
-  for (int64_t i = 0; i < in_features; i += kUnit) {
-    const uint8_t* unit = four.units + i / kUnit * kUnitBytes;
-    alignas(64) uint16_t unpacked[kFour * kUnit];
-    fetch_unit(unit);
-    const bool patched = four.patched(i);
-    if (patched) four.unpack(palette, i, unpacked, kUnit);
-    unrolled<kFour>([&](auto t) RIVER_INLINED {
-      Ints weights[kUnitVectors];
-      load_weights<t>(unit, palette, weights);
-      if (patched) std::memcpy(weights, unpacked + t * kUnit, sizeof weights);
-      unrolled<kUnitVectors>([&](auto v) RIVER_INLINED {
-        unrolled<R>([&](auto r) RIVER_INLINED { sums[r][t] = add(sums[r][t], weights[v], i + v * 2 * kLanes, r); });
-      });
+  unrolled<kFour / kTogether>([&](auto g) RIVER_INLINED {
+    Four left = four;
+    unrolled<R>([&](auto r) RIVER_INLINED {
+      unrolled<kTogether>([&](auto t) RIVER_INLINED { sums[r][g * kTogether + t] = zeros(); });
     });
-  }
+    for (int64_t i = 0; i < in_features; i += kUnit) {
+      const uint8_t* unit = left.units + i / kUnit * kUnitBytes;
+      alignas(64) uint16_t unpacked[kFour * kUnit];
+      if (g == 0) fetch_unit(unit);
+      const bool patched = left.patched(i);
+      if (patched) left.unpack(palette, i, unpacked, kUnit);
+      unrolled<kTogether>([&](auto of) RIVER_INLINED {
+        constexpr int t = g * kTogether + of;
+        Ints weights[kUnitVectors];
+        load_weights<t>(unit, palette, weights);
+        if (patched) std::memcpy(weights, unpacked + t * kUnit, sizeof weights);
+        unrolled<kUnitVectors>([&](auto v) RIVER_INLINED {
+          unrolled<R>([&](auto r) RIVER_INLINED { sums[r][t] = add(sums[r][t], weights[v], i + v * 2 * kLanes, r); });
+        });
+      });
+    }
+  });
   unrolled<R>([&](auto r) RIVER_INLINED { total(sums[r], y.data + r * y.stride); });
 }
 
-// Sums of 12-bit weights: up to kMostRows rows by `few(four, r, y)`, r a constant, more by `many(block, four, y)`.
+// Sums of 12-bit weights: up to kFewRows rows by `few(block, four, r, y)`, r a constant; more by `many(block, four,
+// y)`.
 class Bf12Blocks {
  public:
   explicit Bf12Blocks(const GemmArgs& a) : first_(a, 0), second_(a, 1) {}
@@ -139,8 +151,8 @@ class Bf12Blocks {
     block.begin(n);
     for (int four = 0; four < kBlock / kFour; ++four) {
       const Matrix<float> to{y[0] + kFour * four, kBlock};
-      if (rows > kMostRows) many(block, four, to);
-      unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+      if (rows > kFewRows) many(block, four, to);
+      unrolled<kFewRows>([&](auto r) RIVER_INLINED {
         if (r + 1 == rows) few(block, four, std::integral_constant<int, r + 1>(), to);
       });
     }
