@@ -5,7 +5,7 @@ Not handled: weights or results of another dtype than the input, transposed weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,13 +33,14 @@ def river_backbone(layout: str) -> Pass:
     return river_backbone
 
 
-def packed_backbone(weights: str) -> Pass:
+def packed_backbone(weights: str, pays: Callable[[int, int], bool] = lambda n, k: True) -> Pass:
     """Make the pass below; `weights`: "12bit", "8bit", or "model" (only torchao's 8-bit weights are packed)."""
+    # pays: whether a weight [N, K] is to have 12 bits.
 
     def packed_backbone(program: RiverProgram) -> RiverProgram:
         """Blocks and head read weights packed without loss."""
-        blocks = tuple(_packed(block, program, weights) for block in program.blocks)
-        return replace(program, blocks=blocks, head=_packed(program.head, program, weights))
+        blocks = tuple(_packed(block, program, weights, pays) for block in program.blocks)
+        return replace(program, blocks=blocks, head=_packed(program.head, program, weights, pays))
 
     return packed_backbone
 
@@ -95,7 +96,7 @@ def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
     return call(torch.cat, (parameters, 0), like_of.new_empty((rows, *value.shape[1:])), like)
 
 
-def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
+def _packed(segment: Segment, program: RiverProgram, how: str, pays: Callable[[int, int], bool]) -> Segment:
     made = segment.copy()
     origins = made.origins
     number_of = {placeholder: program.slots[value] for placeholder, value in origins.items()}
@@ -106,7 +107,7 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
         weights, biases = parts_of(weight), parts_of(bias)
         if scale_zero is not None or not all(map(is_parameter, [*weights, *biases])):
             continue
-        layout = _layout(layout, [value_of(part) for part in weights], how)
+        layout = _layout(layout, [value_of(part) for part in weights], how, pays)
         if layout is None:
             continue
         if layout == lossless.LAYOUT_12BIT_TRITON and node.kwargs.get("gated") and out_features // 2 % lossless.FOUR:
@@ -138,11 +139,11 @@ def _packed(segment: Segment, program: RiverProgram, how: str) -> Segment:
     return replace(made, inputs=inputs, packed=(*made.packed, *packed))
 
 
-def _layout(kernels: str, weights: list[torch.Tensor], how: str) -> str | None:
+def _layout(kernels: str, weights: list[torch.Tensor], how: str, pays: Callable[[int, int], bool]) -> str | None:
     """Return the packed layout of a matmul's weights, None if they stay; `kernels` is the 16-bit layout."""
     if all(lossless.torchao_parts(weight) is not None for weight in weights):
         return lossless.LAYOUT_8BIT
     dtypes = {weight.dtype for weight in weights}
-    if how == "12bit" and dtypes == {torch.bfloat16}:
+    if how == "12bit" and dtypes == {torch.bfloat16} and pays(sum(map(len, weights)), weights[0].shape[1]):
         return lossless.LAYOUT_12BIT if kernels == "dense" else lossless.LAYOUT_12BIT_TRITON
     return lossless.LAYOUT_8BIT if how == "8bit" and len(dtypes) == 1 else None

@@ -13,6 +13,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -65,7 +66,9 @@ def build(
     config, plan = graph.config, found.plan
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     choices = choose(found, config, how)
-    if choices.target_weights != "model" and model.ranks.several:
+    if model.ranks.several and config.target_weights == "auto":
+        choices = replace(choices, target_weights="model")
+    if model.ranks.several and choices.target_weights != "model":
         raise OptionError(
             f"target_weights={config.target_weights!r} is not for ranks that share a model; use target_weights='model'"
         )

@@ -5,13 +5,16 @@ Not handled: compiling segments (:mod:`river_compile.lowering`), quantizing weig
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
-from river_compile.exits import ExitPolicy
+from river_compile.exits import WHOLE, ExitPolicy
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
 from river_compile.lowering.inductor import Lowering
@@ -23,7 +26,7 @@ from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.passes.twins import TwinSpec, one_row_head, river_head, river_twins
 
-_LEAST_GAIN = 1.1  # speed-up of matmuls with 12-bit weights from which packing them pays
+_MOST_OF_MEMORY = 0.25  # that weights in 12 bits may take by default
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Choices:
     head_twinning: TwinSpec | None  # None: tokens that exited use the 16-bit head
     own_backbone: bool  # whether the 16-bit blocks use River's kernels
     target_weights: str  # that these read: the "model"'s, or packed as "12bit" or "8bit"
+    pays: Callable[[int, int], bool]  # whether a weight [N, K] is to have 12 bits
 
 
 def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Choices:
@@ -47,7 +51,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
     if config.quantizer != "none":
         twinning = TwinSpec(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
     head = config.lm_head or ("w4" if lowering.native else "keep")
-    own_backbone = _uses_own_backbone(config, lowering)
+    own_backbone, auto = _uses_own_backbone(config, lowering), config.target_weights == "auto"
     return Choices(
         config=config,
         lowering=lowering,
@@ -56,6 +60,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
         head_twinning=twinning if head == "w4" else None,
         own_backbone=own_backbone,
         target_weights=_backbone_weights(program, config, lowering, own_backbone),
+        pays=functools.partial(lossless.pays_12bit, many_rows=config.first_exit == WHOLE) if auto else _always,
     )
 
 
@@ -89,7 +94,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         if lowering.native and plan.is_decode:
             passes.append(draft_vocab)
     if choices.own_backbone and (lowering.native or choices.target_weights != "model"):
-        passes.append(packed_backbone(choices.target_weights))
+        passes.append(packed_backbone(choices.target_weights, choices.pays))
     return passes
 
 
@@ -108,8 +113,8 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     """Return "model", "12bit" or "8bit"; raise an OptionError if the kernels cannot read what was asked for."""
     asked = config.target_weights
     if asked == "auto":
-        pays = lowering.native and own_backbone and _is_bfloat16(program) and lossless.speedup_12bit() >= _LEAST_GAIN
-        return "12bit" if pays else "model"
+        can = lowering.native and own_backbone and _is_bfloat16(program) and choose_isa().name != "portable"
+        return "12bit" if can and _has_room(program) else "model"
     if asked == "12bit" and own_backbone and not lowering.native:
         return asked
     if asked != "model" and not (own_backbone and lowering.native):
@@ -121,6 +126,24 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     if asked == "12bit" and choose_isa().name == "portable":
         raise OptionError("target_weights='12bit' needs a processor with AVX2; use target_weights='model'")
     return asked
+
+
+def _always(n: int, k: int) -> bool:
+    return True
+
+
+def _has_room(program: RiverProgram) -> bool:
+    """Whether the packed weights of blocks and head, which no file backs at first, take a small part of the memory."""
+    nodes = {node for segment in (*program.blocks, program.head) for node in segment.inputs if is_parameter(node)}
+    return sum(0.75 * value_of(node).nbytes for node in nodes) <= _MOST_OF_MEMORY * _memory()
+
+
+def _memory() -> int:
+    """Return the bytes of the machine's memory, 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _is_bfloat16(program: RiverProgram) -> bool:

@@ -131,10 +131,10 @@ class RiverConfig:
         EXPERT,
     )
     target_weights: str = _option(
-        "model",
+        "auto",
         one_of("auto", "model", "12bit", "8bit"),
         'weights of the 16-bit layers: the `"model"`\'s tensors, or packed without loss: `"12bit"` for bfloat16, '
-        '`"8bit"` for weights loaded from an 8-bit file; `"auto"`: 12bit if it is faster on this machine '
+        '`"8bit"` for weights loaded from an 8-bit file; `"auto"`: 12 bits where this machine is faster '
         "([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
     )
     exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from river_compile.kernels.files import atomic_write, cached_file
 from river_compile.kernels.native import load as native
-from river_compile.kernels.native.build import choose_isa
+from river_compile.kernels.native.build import choose_isa, kernels_library
 
 log = logging.getLogger("river_compile.kernels.quant.lossless")
 
@@ -50,8 +51,10 @@ FOUR = 4  # output features of a unit
 BLOCK = 16  # output features of a block of the C++ kernels
 MAX_PATCHED_SHARE = 0.01  # of a weight: with more, patches cost more than they save
 _PALETTE = 16
-# `speedup_12bit` measures this many rounds over square weights, each of 32 MiB in 16 bits.
-_MEASURED, _MATRICES, _ROUNDS = 4096, 3, 5
+LEAST_GAIN = 1.05  # speedup from which packing pays
+_SMALL = 1 << 18  # weights of a matrix that stays in 16 bits: its time is not that of reading it
+# `speedups_12bit` measures passes of so many rows, so many rounds over so many bytes in 16 bits, more than a cache has.
+_ROWS, _ROUNDS, _MEASURED_BYTES = (1, 4, 8), 3, 3 << 25
 
 # 8 bits: qweight int8 or float8_e4m3fn [N, K] and scale float32 [N, 1], or for integers [N, K / 32]. They come from
 # torchao's weight-only tensors, and from floats loaded from quantized files (GGUF's Q8_0, compressed-tensors): each
@@ -134,14 +137,24 @@ def has_valid_patches(side: Tensor, n: int, k: int) -> bool:
 
 
 @functools.cache
-def speedup_12bit() -> float:
-    """Return the speedup of a 12-bit over a 16-bit linear on one row, measured once per machine; 0 without kernels."""
-    isa, threads = choose_isa().name, torch.get_num_threads()
-    if isa == "portable" or not native.has_packing():
-        return 0.0
-    name = f"native/12bit_{isa}_{threads}_{hashlib.sha256(_processor().encode()).hexdigest()[:8]}.json"
-    text = cached_file(name, _is_number, _measure).read_text(encoding="utf-8")
-    return float(json.loads(text))
+def pays_12bit(n: int, k: int, many_rows: bool) -> bool:
+    """Whether a weight ``[N, K]`` is read faster in 12 bits than in 16: in passes of one row, or of 1, 4 and 8."""
+    gains = speedups_12bit(n, k) if n * k >= _SMALL else {}
+    if not many_rows:
+        return gains.get(1, 0.0) >= LEAST_GAIN
+    return bool(gains) and math.prod(gains.values()) ** (1 / len(gains)) >= LEAST_GAIN
+
+
+@functools.cache
+def speedups_12bit(n: int, k: int) -> dict[int, float]:
+    """Return the speedup of a 12-bit over a 16-bit linear by rows, measured once per machine; empty without kernels."""
+    isa, threads = choose_isa(), torch.get_num_threads()
+    if isa.name == "portable" or not native.has_packing():
+        return {}
+    made_by = f"{_processor()} {kernels_library(isa).name}"
+    name = f"native/12bit_{isa.name}_{threads}_{hashlib.sha256(made_by.encode()).hexdigest()[:12]}_{n}x{k}.json"
+    text = cached_file(name, _has_gains, functools.partial(_measure, n, k)).read_text(encoding="utf-8")
+    return {int(rows): float(gain) for rows, gain in json.loads(text).items()}
 
 
 def _processor() -> str:
@@ -152,31 +165,33 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _is_number(file: Path) -> bool:
+def _has_gains(file: Path) -> bool:
     try:
-        return isinstance(json.loads(file.read_text(encoding="utf-8")), float)
-    except (OSError, ValueError):
+        gains = json.loads(file.read_text(encoding="utf-8"))
+        return set(gains) == set(map(str, _ROWS)) and all(isinstance(gain, float) for gain in gains.values())
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 
 @torch.inference_mode()
-def _measure(file: Path) -> None:
-    ops, size = native.load(), _MEASURED
-    generator = torch.Generator().manual_seed(0)  # leaves the user's generator alone
-    weight = (torch.randn(size, size, generator=generator) * 0.02).bfloat16()
+def _measure(n: int, k: int, file: Path) -> None:
+    ops, generator = native.load(), torch.Generator().manual_seed(0)  # leaves the user's generator alone
+    weight = (torch.randn(n, k, generator=generator) * 0.02).bfloat16()
     packed = pack_12bit(weight)
-    x = torch.ones(1, size, dtype=torch.bfloat16)
-    several = [(weight.clone(), *(part.clone() for part in packed)) for _ in range(_MATRICES)]  # more than a cache
-    best = [math.inf, math.inf]
-    for _ in range(_ROUNDS):
-        for way in range(2):
+    copies = max(2, -(-_MEASURED_BYTES // weight.nbytes))  # more than a cache
+    several = [(weight.clone(), *(part.clone() for part in packed)) for _ in range(copies)]
+    gains = {}
+    for rows in _ROWS:
+        x, best = torch.ones(rows, k, dtype=torch.bfloat16), [math.inf, math.inf]
+        for _, way in itertools.product(range(_ROUNDS), range(2)):
             start = time.perf_counter()
             for in_16_bits, units, side in several:
-                ops.linear(x, units, side, None, size, 0) if way else ops.dense(x, [in_16_bits], [])
+                ops.linear(x, units, side, None, n, 0) if way else ops.dense(x, [in_16_bits], [])
             best[way] = min(best[way], time.perf_counter() - start)
-    log.info("a 12-bit linear is %.2f times as fast as a 16-bit one", best[0] / best[1])
+        gains[rows] = best[0] / best[1]
+    log.info("12-bit over 16-bit linears of %d x %d, by rows: %s", n, k, gains)
     with atomic_write(file) as scratch:
-        scratch.write_text(json.dumps(best[0] / best[1]), encoding="utf-8")
+        scratch.write_text(json.dumps(gains), encoding="utf-8")
 
 
 def pack_8bit(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import river_compile
-from river_compile import RiverWarning, report
+from river_compile import RiverWarning, choices, report
 from river_compile.errors import OptionError
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
@@ -189,12 +189,73 @@ def test_a_start_hashes_each_weight_once(start, monkeypatch):
     assert len(hashed) == len(set(hashed))
 
 
-@pytest.mark.parametrize(("gain", "packs"), [(1.2, True), (1.05, False)])
-def test_auto_packs_where_that_was_measured_to_pay(monkeypatch, gain, packs):
-    monkeypatch.setattr(lossless, "speedup_12bit", lambda: gain)
-    model = accelerated(model_of(), "auto")
+def packed_by_default(quality="exact"):
+    model = accelerated(model_of(), "auto", quality)
     generate(model)
-    assert {graph["lossless_bytes"] > 0 for graph in report(model).to_dict()["graphs"]} == {packs}
+    return [graph["lossless_bytes"] for graph in report(model).to_dict()["graphs"]]
+
+
+@pytest.mark.parametrize(
+    ("gains", "exact", "fast"),
+    [
+        ({1: 1.3, 4: 1.2, 8: 1.0}, True, True), ({1: 1.3, 4: 0.8, 8: 0.8}, False, True),
+        ({1: 1.0, 4: 1.4, 8: 1.4}, True, False), ({}, False, False),
+    ],
+)  # fmt: skip
+def test_matrices_are_packed_where_that_was_measured_to_pay(monkeypatch, gains, exact, fast):
+    monkeypatch.setattr(lossless, "_SMALL", 0)
+    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: gains)
+    lossless.pays_12bit.cache_clear()
+    try:
+        assert {found > 0 for found in packed_by_default()} == {exact}
+        assert {found > 0 for found in packed_by_default("fast")} == {fast}
+    finally:
+        lossless.pays_12bit.cache_clear()
+
+
+def test_each_matrix_is_measured_for_itself(monkeypatch):
+    """Here the MLP's pay, which are larger than attention's."""
+    monkeypatch.setattr(lossless, "_SMALL", 0)
+    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 1.0 + (n * k >= 8192), 4: 1.0, 8: 1.0})
+    lossless.pays_12bit.cache_clear()
+    try:
+        some = packed_by_default()
+    finally:
+        lossless.pays_12bit.cache_clear()
+    every = accelerated(model_of(), "12bit")
+    generate(every)
+    for packed, graph in zip(some, report(every).to_dict()["graphs"], strict=True):
+        assert 0 < packed < graph["lossless_bytes"]
+
+
+def test_small_matrices_and_models_without_room_stay_in_16_bits(monkeypatch):
+    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 2.0, 4: 2.0, 8: 2.0})
+    assert set(packed_by_default()) == {0}
+    monkeypatch.setattr(lossless, "_SMALL", 0)
+    monkeypatch.setattr(choices, "_memory", lambda: 1000)
+    lossless.pays_12bit.cache_clear()
+    try:
+        assert set(packed_by_default()) == {0}
+    finally:
+        lossless.pays_12bit.cache_clear()
+
+
+def test_what_was_measured_is_kept_for_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
+    monkeypatch.setattr(lossless, "_MEASURED_BYTES", 1 << 16)
+    lossless.speedups_12bit.cache_clear()
+    try:
+        first = lossless.speedups_12bit(64, 128)
+        (file,) = tmp_path.rglob("*64x128.json")
+        assert first.keys() == {1, 4, 8}
+        file.write_text('{"1": 3.0, "4": 2.0, "8": 1.0}')
+        lossless.speedups_12bit.cache_clear()
+        assert lossless.speedups_12bit(64, 128) == {1: 3.0, 4: 2.0, 8: 1.0}
+        file.write_text("{")
+        lossless.speedups_12bit.cache_clear()
+        assert lossless.speedups_12bit(64, 128).keys() == {1, 4, 8}
+    finally:
+        lossless.speedups_12bit.cache_clear()
 
 
 def test_the_model_keeps_its_tensors():
