@@ -19,6 +19,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from river_compile.choices import Choices, choose, passes_for
+from river_compile.compile_cache.programs import NotPacked
+from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import CRITERIA, WHOLE
 from river_compile.kernels.native import load as native
@@ -35,7 +37,7 @@ from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.passes.edits import run_passes
 from river_compile.passes.experts import ROUTER
 from river_compile.passes.freeze import freeze
-from river_compile.passes.nodes import calls_flex_attention, value_of
+from river_compile.passes.nodes import calls_flex_attention, is_parameter, value_of
 from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.passes.twins import linear_names
@@ -74,22 +76,77 @@ def build(
         )
     check_captures(plan.device, config, how.native)
     model.offloaded.check(plan, config)
-    matrices = tuple(sorted(linear_names(found)))
+    later = choices if _packs_later(found, choices, model) else None
+    if later is not None:
+        choices = replace(choices, target_weights="model")
     with graph.stage("rewriting"):
-        rewritten = _rewritten(found, choices)
-        lower = functools.partial(lower_segment, lowering=how)
-        why = _why_width_matters(rewritten, choices)
-        program = freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
+        rewritten, program = _frozen(found, choices, graph)
     graph.traced = found
     examples = {slot: value_of(node) for node, slot in rewritten.slots.items()}
     warn = functools.partial(warn_of_slow_lowering, how, plan.device)
-    return _executor(_assembled(program, examples, [*values.values()], model, graph, warn), model, graph)
+    executor = _executor(_assembled(program, examples, [*values.values()], model, graph, warn), model, graph)
+    if later is not None:
+        executor.is_final = False
+        work = _pack_backbone, weakref.ref(model), weakref.ref(executor), graph, found, later, [*values.values()]
+        model.twins.then(functools.partial(*work))
+    return executor
+
+
+def _frozen(found: RiverProgram, choices: Choices, graph: GraphRecord) -> tuple[RiverProgram, Program]:
+    """Run the passes and lower the result."""
+    rewritten, how = _rewritten(found, choices), choices.lowering
+    lower, matrices = functools.partial(lower_segment, lowering=how), tuple(sorted(linear_names(found)))
+    why = _why_width_matters(rewritten, choices)
+    return rewritten, freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
+
+
+def _packs_later(found: RiverProgram, choices: Choices, model: ModelRecord) -> bool:
+    """Whether this process reads the model's own weights, and packs them in the background for later ones."""
+    config = choices.config
+    if config.target_weights != "auto" or choices.target_weights != "12bit" or not _only_drafts(model, config):
+        return False
+    nodes = {node for segment in found.segments for node in segment.inputs if is_parameter(node)}
+    return model.twins.packs_later(sum(value_of(node).numel() for node in nodes))
+
+
+def _only_drafts(model: ModelRecord, config: RiverConfig) -> bool:
+    """Whether only exact mode's drafts read a model's twins: none else runs its programs at another depth than full."""
+    return model.call is not None and config.first_exit == WHOLE
+
+
+def _pack_backbone(
+    model_ref: weakref.ref[ModelRecord],
+    executor_ref: weakref.ref[RiverExecutor],
+    graph: GraphRecord,
+    found: RiverProgram,
+    choices: Choices,
+    inputs: Sequence[Any],
+) -> None:
+    """Make a program that reads packed weights, and these, for later processes."""
+    model, executor = model_ref(), executor_ref()
+    if model is None or executor is None or model.programs is None:
+        return
+    _, program = _frozen(found, choices, graph)
+    lossless = _lossless_of(program, graph.config)
+    stored = bool(lossless) and model.twins.store_lossless(lossless, inputs)
+    model.programs.settle(executor, program if stored else None)
+
+
+def _lossless_of(program: Program, config: RiverConfig) -> list[Matmul]:
+    segments = config.exit_policy(program).reachable(program)
+    return [linear for segment in segments for linear in segment.packed if linear.lossless]
 
 
 def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
     """Build a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
         native.load()
+    config = graph.config
+    if config.target_weights == "auto" and _only_drafts(model, config):
+        lossless = _lossless_of(program, config)
+        weights = sum(math.prod(linear.shape) for linear in lossless)
+        if model.twins.packs_later(weights) and not model.twins.has_stored(lossless, inputs):
+            raise NotPacked
     return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
 
 
@@ -242,8 +299,7 @@ def _packed(
         savable = [linear for linear in every if not linear.lossless]
         weights = None
         if reached:
-            # Exact mode's programs, which only it runs at another depth than full.
-            drafting = model.call is not None and config.first_exit == WHOLE
+            drafting = _only_drafts(model, config)
             weights = twins.get(
                 reached, inputs, config, model.statistics, program.device, program.matrices, savable, refresh, drafting
             )

@@ -5,6 +5,7 @@ Not handled: a lower priority on other systems than Linux; Ctrl-C between its ma
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 from river_compile.progress import stage_reached, stage_shown, stages_told
 
+log = logging.getLogger("river_compile.twins")
 # Of a core that generation uses too, packing then gets a quarter (Linux weighs a step of niceness by 1.25).
 _NICER = 5
 _STAGE = "packing"
@@ -21,6 +23,10 @@ _POLL = 0.1  # seconds
 
 class _Cancelled(BaseException):
     """Ends the thread. Not an Exception, which code on the way might catch."""
+
+
+def _nothing() -> None:
+    pass
 
 
 class Packing:
@@ -32,6 +38,9 @@ class Packing:
         self.seconds = 0.0
         self._work, self._finishes_at_exit = work, finishes_at_exit
         self._error: Exception | None = None
+        self._done = threading.Event()
+        self._next: list[Callable[[], None]] | None = []  # work that nobody waits for; None: the thread takes no more
+        self._lock = threading.Lock()
         self._cancelled = self._told_of_exit = False
         self._thread = threading.Thread(target=self._run, name="river packing")
         self._thread.start()
@@ -39,7 +48,15 @@ class Packing:
     @property
     def ended(self) -> bool:
         """Whether nothing goes on any more; in a forked process, nothing does."""
-        return not self._thread.is_alive()
+        return self._done.is_set() or not self._thread.is_alive()
+
+    def then(self, work: Callable[[], None]) -> bool:
+        """Do more work afterwards, which `wait` does not wait for; return False if the thread has ended."""
+        with self._lock:
+            if self._next is None or not self._thread.is_alive():
+                return False
+            self._next.append(work)
+        return True
 
     def check(self) -> None:
         """Raise the error that ended the work, if one did."""
@@ -66,16 +83,31 @@ class Packing:
         if sys.platform == "linux":
             here = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, here, min(os.getpriority(os.PRIO_PROCESS, here) + _NICER, 19))
+        with stages_told(_STAGE, self._reach):
+            self._do(self._work)
+            self.seconds = time.perf_counter() - start
+            self._work = _nothing  # without the parameters that it holds
+            self._done.set()
+            while (work := self._taken()) is not None:
+                self._do(work)
+
+    def _taken(self) -> Callable[[], None] | None:
+        with self._lock:
+            if self._next:
+                return self._next.pop(0)
+            self._next = None
+            return None
+
+    def _do(self, work: Callable[[], None]) -> None:
         try:
-            with stages_told(_STAGE, self._reach):
-                self._work()
+            work()
         except _Cancelled:
             pass
-        except Exception as error:  # raised where the twins are asked for
-            self._error = error
-        finally:
-            self.seconds = time.perf_counter() - start
-            del self._work  # with the parameters that it holds
+        except Exception as error:
+            if self._done.is_set():
+                log.warning("later processes read the model's own weights: %s: %s", type(error).__name__, error)
+            else:
+                self._error = error  # raised where the twins are asked for
 
     def _reach(self, stage: str, share: float) -> None:
         self.stage, self.share = stage, share

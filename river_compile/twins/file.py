@@ -285,6 +285,11 @@ def entry_for(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantize
     return Entry(f"{kind}-{identity[:40]}", f"{what}, {len(made_from)} matrices of {size:.0f}M weights")
 
 
+def is_stored(entry: Entry) -> bool:
+    """Whether an entry has weights; they are not read."""
+    return (entry.folder / _PACKED / FILE).exists()
+
+
 def open_stored(entry: Entry) -> TwinFile | None:
     """Return an entry's file, None without one; a damaged one is reported and removed."""
     folder = entry.folder / _PACKED

@@ -32,7 +32,7 @@ from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.twins.background import Packing
-from river_compile.twins.file import FILE, TwinFile, entry_for, open_stored, write_missing, write_stored
+from river_compile.twins.file import FILE, TwinFile, entry_for, is_stored, open_stored, write_missing, write_stored
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration, TwinLoss
 from river_compile.twins.quantize import make_weight, pack_weight
@@ -93,6 +93,8 @@ class TwinWeights:
         self.stores = True  # whether the compile cache is read and written
         self.background = False  # whether twins that only drafts read are made while the model answers without them
         self.packing: Packing | None = None  # the latest making of twins in the background
+        self._later: list[Callable[[], None]] = []  # work for the background once the twins are there
+        self._has_twins = False  # whether a program has asked for twins
         self.seconds = 0.0  # of making weights, apart from `packing`
         self.loss: TwinLoss | None = None  # joint loss of the latest twins, None if not known
         self.changes = 0  # times that parameters were found changed
@@ -143,6 +145,9 @@ class TwinWeights:
             self._made_before |= {keys[matmul]: made for matmul, made in packed.items()}
             made_now = [made for matmul, made in packed.items() if matmul not in there]
             awaits = self.packing if len(packed) < len(matmuls) else None
+            if not all(matmul.lossless for matmul in matmuls):
+                self._has_twins = True
+                self._begin_later()
             program = ProgramWeights(packed, inputs, self._digests_of, made_now, awaits)
             self._programs.add(program)
             self.seconds += time.perf_counter() - start
@@ -262,18 +267,58 @@ class TwinWeights:
 
     def _make_later(self, job: _Job, matmuls: Sequence[Matmul], entry: Entry | None) -> None:
         """Make twins, unless their parameters change meanwhile, which the next sequence finds."""
+        made = self._made_unless_changed(job, matmuls, lossless=False)
+        if made and entry is not None:
+            write_stored(entry, [*made.values()])
+        self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
+
+    def _made_unless_changed(self, job: _Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
+        """Make weights; return none if parameters change meanwhile."""
         tensors = [tensor for matmul in matmuls for tensor in job.parameters[matmul].tensors]
         stamp = ParameterStamp(tensors)
         try:
-            made = self._made(job, matmuls, lossless=False)
+            made = self._made(job, matmuls, lossless)
         except Exception:
             if stamp == ParameterStamp(tensors):
                 raise
-            return
-        if stamp == ParameterStamp(tensors):
-            if entry is not None:
-                write_stored(entry, [*made.values()])
-            self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
+            return {}
+        return made if stamp == ParameterStamp(tensors) else {}
+
+    def packs_later(self, weights: int) -> bool:
+        """Whether a backbone of so many weights is packed for later processes, in the background."""
+        return self.background and self.stores and is_enabled() and weights > _SMALL
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Do work in the background once the twins are there."""
+        with self._lock:
+            self._later.append(work)
+            if self._has_twins:
+                self._begin_later()
+
+    def _begin_later(self) -> None:
+        for work in self._later:
+            if self.packing is None or not self.packing.then(work):
+                Packing(work, finishes_at_exit=True)
+        self._later.clear()
+
+    def has_stored(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> bool:
+        """Whether the compile cache has the lossless weights of these matmuls."""
+        return is_stored(self._lossless(matmuls, inputs)[0])
+
+    def store_lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> bool:
+        """Pack lossless weights for the compile cache, unless it has them; return whether it has them then."""
+        entry, job = self._lossless(matmuls, inputs)
+        if not is_stored(entry):
+            write_stored(entry, [*self._made_unless_changed(job, matmuls, lossless=True).values()])
+        return is_stored(entry)
+
+    def _lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> tuple[Entry, _Job]:
+        """Return the entry of lossless weights, and the job that makes them."""
+        parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in matmuls}
+        with self._lock:
+            digests = self._digests_of(parameters)
+        job = _Job(RiverConfig(), Statistics(), torch.device("cpu"), parameters, digests, refresh=False)
+        return entry_for(matmuls, digests, LOSSLESS), job
 
     def _loaded(self, job: _Job, matmuls: Sequence[Matmul], file: TwinFile, folder: str) -> dict[Matmul, TwinWeight]:
         """Load weights from a file. All are looked up before the first is packed: all or none fit."""

@@ -5,6 +5,7 @@ Not handled: fake tensors; giving memory back on other systems than Linux; which
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import platform
@@ -14,14 +15,19 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from torch import Tensor, UntypedStorage
 
 from river_compile.errors import RiverWarning
 from river_compile.passes.nodes import is_ordinary
 
-MADV_PAGEOUT = 21  # Linux 5.4; changes no content, unlike MADV_DONTNEED on a private mapping
+# Linux. DONTNEED takes pages out of the process and leaves them in the system's cache; on a private mapping it undoes
+# changes. PAGEOUT (5.4) changes no content, but empties the cache, so the next process reads the disk.
+MADV_DONTNEED, MADV_PAGEOUT = 4, 21
+# Bits of an entry of /proc/self/pagemap.
+_SWAPPED, _OF_A_FILE = 1 << 62, 1 << 61
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
@@ -49,17 +55,32 @@ def local_of(tensor: Any) -> Any:
 
 
 def advise_pageout(tensors: Iterable[Tensor]) -> int:
-    """Advise the kernel to page out tensors in mapped files, which stay readable; return their bytes."""
+    """Take the pages of tensors in mapped files out of the process; they stay readable. Return their bytes."""
+    # A thread that writes to such a tensor at this moment may lose what it writes: weights must not change in a call.
     tensors = [*tensors]
     if sys.platform != "linux" or not tensors:
         return 0
     files, paged_out = _mapped_files(), 0
-    for part in (part for tensor in tensors for part in parts_of(tensor)):
-        first, end = part.data_ptr(), part.data_ptr() + part.nbytes
-        if any(start <= first and end <= stop for start, stop in files):
-            paged_out += part.nbytes
-            _madvise(first, end, MADV_PAGEOUT, inside=True)
+    with contextlib.ExitStack() as stack:
+        pagemap = None
+        with contextlib.suppress(OSError):
+            pagemap = stack.enter_context(open("/proc/self/pagemap", "rb"))
+        for part in (part for tensor in tensors for part in parts_of(tensor)):
+            first, end = part.data_ptr(), part.data_ptr() + part.nbytes
+            if any(start <= first and end <= stop for start, stop in files):
+                paged_out += part.nbytes
+                unchanged = pagemap is not None and _is_unchanged(pagemap, first, end)
+                _madvise(first, end, MADV_DONTNEED if unchanged else MADV_PAGEOUT, inside=True)
     return paged_out
+
+
+def _is_unchanged(pagemap: BinaryIO, first: int, end: int) -> bool:
+    """Whether all pages of an address range in memory are those of a file."""
+    pages = slice(first // mmap.PAGESIZE, -(-end // mmap.PAGESIZE))
+    pagemap.seek(8 * pages.start)
+    entries = torch.frombuffer(bytearray(pagemap.read(8 * (pages.stop - pages.start))), dtype=torch.int64)
+    here = (entries < 0) | (entries & _SWAPPED != 0)  # (the highest bit is that of a present page)
+    return len(entries) == pages.stop - pages.start and not bool((here & (entries & _OF_A_FILE == 0)).any())
 
 
 def _mapped_files() -> list[tuple[int, int]]:

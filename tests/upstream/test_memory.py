@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 
 import pytest
@@ -53,6 +55,31 @@ def test_what_was_changed_stays_changed(mapped):
     expected = weight.clone()
     advise_pageout([weight])
     assert torch.equal(weight, expected)
+
+
+def test_one_changed_page_keeps_the_others_changes(mapped):
+    """Dropping a private mapping's pages would undo them."""
+    _, weight = mapped
+    weight[5, 7] = 42.0
+    expected = weight.clone()
+    advise_pageout([weight])
+    assert torch.equal(weight, expected)
+
+
+def test_pages_stay_in_the_systems_cache(mapped):
+    """The next process, which hashes the weights, need not wait for the disk."""
+    path, weight = mapped
+    advise_pageout([weight])
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        pages = -(-len(content) // mmap.PAGESIZE)
+        resident_pages = (ctypes.c_ubyte * pages)()
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        at = libc.mmap(None, len(content), mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        assert libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(len(content)), resident_pages) == 0
+        libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(len(content)))
+    assert sum(flag & 1 for flag in resident_pages) > 0.9 * pages
 
 
 def test_what_no_file_holds_stays():
