@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from river_compile import RiverWarning, choices, report
 from river_compile.errors import OptionError
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
+from river_compile.model_record import find_record
 from river_compile.twins import pack
 from tests.support.families import each, make, prompt
 
@@ -287,3 +289,61 @@ def test_where_it_is_not_possible_it_says_so(options, dtype, message):
     model = accelerated(make("llama", layers=2, dtype=dtype), "12bit", **options)
     with pytest.raises(OptionError, match=message):
         generate(model)
+
+
+class TestLaterProcesses:
+    """The first process reads the model's own weights; it packs them for later ones while it answers."""
+
+    @pytest.fixture(autouse=True)
+    def everything_pays(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(tmp_path))
+        for module in (lossless, pack):
+            monkeypatch.setattr(module, "_SMALL", 0)
+        monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 2.0, 4: 2.0, 8: 2.0})
+        lossless.pays_12bit.cache_clear()
+        yield
+        lossless.pays_12bit.cache_clear()
+
+    def run(self, model=None):
+        """Generates with a model as a process of its own would; returns texts and scores, and origins and bytes."""
+        model = accelerated(model or model_of(), "auto")
+        found = generate(model)
+        graphs = report(model).to_dict()["graphs"]
+        if (packing := find_record(model).twins.packing) is not None:
+            packing._thread.join(60)
+        return found, [(graph["origin"], graph["lossless_bytes"] > 0) for graph in graphs]
+
+    def test_they_read_it_and_write_the_same_text(self, tmp_path):
+        first, graphs = self.run()
+        assert graphs == [("traced", False), ("derived", False)]
+        assert [*tmp_path.glob("backbone-*/packed/twins.safetensors")]
+        second, graphs = self.run()
+        assert graphs == [("stored", True)] * 2
+        assert all(map(torch.equal, first, second))
+
+    def test_a_model_of_the_same_shapes_packs_its_own(self, tmp_path):
+        self.run()
+        tuned = model_of(seed=1)
+        first, graphs = self.run(tuned)
+        assert graphs == [("traced", False), ("derived", False)]
+        assert len([*tmp_path.glob("backbone-*/packed/twins.safetensors")]) == 2
+        second, graphs = self.run(model_of(seed=1))
+        assert graphs == [("stored", True)] * 2
+        assert all(map(torch.equal, first, second))
+
+    def test_programs_are_stored_when_it_is_known_which(self, tmp_path, monkeypatch):
+        release, make_weight = threading.Event(), pack.make_weight
+        monkeypatch.setattr(pack, "make_weight", lambda *args: (release.wait(60), make_weight(*args))[1])
+        model = accelerated(model_of(), "auto")
+        generate(model)
+        assert not [*tmp_path.rglob("*.pass")]
+        release.set()
+        find_record(model).twins.packing._thread.join(60)
+        assert len([*tmp_path.rglob("*.pass")]) == 2
+
+    def test_where_nothing_pays_the_models_weights_stay(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 1.0, 4: 1.0, 8: 1.0})
+        self.run()
+        assert len([*tmp_path.rglob("*.pass")]) == 2
+        assert not [*tmp_path.glob("backbone-*")]
+        assert self.run()[1] == [("stored", False)] * 2
