@@ -6,6 +6,7 @@
     python -m benchmarks.exact --batch 1 8 --rows plain exact --repeats 3
     python -m benchmarks.exact --context 256 1024 4096   # long prompts
     python -m benchmarks.exact --peers            # beside other programs: benchmarks/exact_peers.py
+    python -m benchmarks.exact --regret           # the length of drafts, beside fixed ones: benchmarks/regret.py
 
 One compiled model in one process runs every row on every prompt of six groups (benchmarks/prompts.py), batch 1, greedy,
 with a static cache; the rows take turns, once to warm up and then `--repeats` times. Rows:
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import common
+from benchmarks import common, regret
 from benchmarks.prompts import GROUPS, mixed, prompts
 from river_compile.cli import shared
 from tools import demo_models
@@ -142,6 +143,12 @@ class Bench:
                 tokens, seconds = tokens + sum(len(text) - 1 for text in made), seconds + clock.decoded
         return {"tokens": tokens, "seconds": seconds, "texts": texts, "cycles": trace.cycles}
 
+    def seconds_per_token(self, row: str, batch: Batch) -> float:
+        """Generate from one prompt; return the seconds of a token after the first."""
+        clock = Clock()
+        self._generate(row, batch, clock)
+        return clock.decoded / (len(clock.times) - 2)
+
     def _until_end(self, text: list[int]) -> list[int]:
         """Return a text without the padding after its end."""
         return text[: next((i + 1 for i, token in enumerate(text) if token in self.ends), None)]
@@ -157,6 +164,9 @@ class Bench:
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup_num_tokens": 0},
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
         }.get(row, {})
+        if row.startswith(regret.FIXED):
+            length = {"num_assistant_tokens": int(row.split()[-1]), "num_assistant_tokens_schedule": "constant"}
+            special = {"custom_generate": exact.with_options(**length), "prompt_lookup_num_tokens": 0}
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}
         depths["prompt_lookup"] = depths["plain"]
         with forced_depth(depths[row]) if row in depths else contextlib.nullcontext():
@@ -212,8 +222,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, demo_models.ModelUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    outcome = summarize(measure(bench, options), options)
-    show(outcome)
+    if options.regret:
+        outcome = regret.run(bench, options)
+    else:
+        outcome = summarize(measure(bench, options), options)
+        show(outcome)
     common.write_outcome(outcome, options.json)
     return 0
 
@@ -314,6 +327,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=all_rows, metavar="ROW", help="beside plain (all; see above)")
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
+    parser.add_argument("--regret", action="store_true", help="the length of drafts, beside fixed lengths")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")
     parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     return parser.parse_args(arguments)
