@@ -80,6 +80,7 @@ class Report:
             "packed_bytes": sum(twin.nbytes for twin in self.packed),
             "packing_seconds": twins.packing_seconds,
             "packing_in_background": None if twins.packing_share is None else round(twins.packing_share, 3),
+            "packing_for_later": twins.packs_backbone,
             "packed_again": twins.changes,
             "offloaded": offloaded,
             "matrices": [_weight_dict(twin) for twin in self.packed],
@@ -108,6 +109,8 @@ class Report:
                 yield f"  packing        {share:.0%} done in the background; drafts begin afterwards"
             if offloaded := record.offloaded.sample():
                 yield from _offload_lines(offloaded)
+            if record.twins.packs_backbone:
+                yield "  packing        the 16-bit layers without loss in the background, for later processes"
             yield f"  recompiles     {self.recompiles}"
             yield from _cache_lines(record)
         for reason, count in record.fallbacks.items():

@@ -50,10 +50,15 @@ class Packing:
         """Whether nothing goes on any more; in a forked process, nothing does."""
         return self._done.is_set() or not self._thread.is_alive()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the work that nobody waits for has ended too."""
+        return not self._thread.is_alive()
+
     def then(self, work: Callable[[], None]) -> bool:
         """Do more work afterwards, which `wait` does not wait for; return False if the thread has ended."""
         with self._lock:
-            if self._next is None or not self._thread.is_alive():
+            if self._next is None or self.idle:
                 return False
             self._next.append(work)
         return True

@@ -94,6 +94,7 @@ class TwinWeights:
         self.background = False  # whether twins that only drafts read are made while the model answers without them
         self.packing: Packing | None = None  # the latest making of twins in the background
         self._later: list[Callable[[], None]] = []  # work for the background once the twins are there
+        self._latest: Packing | None = None  # that does such work
         self._has_twins = False  # whether a program has asked for twins
         self.seconds = 0.0  # of making weights, apart from `packing`
         self.loss: TwinLoss | None = None  # joint loss of the latest twins, None if not known
@@ -157,6 +158,11 @@ class TwinWeights:
     def packing_share(self) -> float | None:
         """How much of the present stage is done in the background; None if nothing goes on there."""
         return None if self.packing is None or self.packing.ended else self.packing.share
+
+    @property
+    def packs_backbone(self) -> bool:
+        """Whether the background packs weights for later processes now."""
+        return self.packing_share is None and self._latest is not None and not self._latest.idle
 
     @property
     def packing_seconds(self) -> float:
@@ -297,8 +303,10 @@ class TwinWeights:
 
     def _begin_later(self) -> None:
         for work in self._later:
-            if self.packing is None or not self.packing.then(work):
-                Packing(work, finishes_at_exit=True)
+            if self.packing is not None and self.packing.then(work):
+                self._latest = self.packing
+            elif self._latest is None or not self._latest.then(work):
+                self._latest = Packing(work, finishes_at_exit=True)
         self._later.clear()
 
     def has_stored(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> bool:

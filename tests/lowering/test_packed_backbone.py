@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 import warnings
 
 import pytest
@@ -15,7 +16,6 @@ from river_compile import RiverWarning, choices, report
 from river_compile.errors import OptionError
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
-from river_compile.model_record import find_record
 from river_compile.twins import pack
 from tests.support.families import each, make, prompt
 
@@ -309,8 +309,8 @@ class TestLaterProcesses:
         model = accelerated(model or model_of(), "auto")
         found = generate(model)
         graphs = report(model).to_dict()["graphs"]
-        if (packing := find_record(model).twins.packing) is not None:
-            packing._thread.join(60)
+        while (state := report(model).to_dict())["packing_for_later"] or state["packing_in_background"] is not None:
+            time.sleep(0.01)
         return found, [(graph["origin"], graph["lossless_bytes"] > 0) for graph in graphs]
 
     def test_they_read_it_and_write_the_same_text(self, tmp_path):
@@ -338,7 +338,8 @@ class TestLaterProcesses:
         generate(model)
         assert not [*tmp_path.rglob("*.pass")]
         release.set()
-        find_record(model).twins.packing._thread.join(60)
+        while report(model).to_dict()["packing_for_later"] or not [*tmp_path.rglob("*.pass")]:
+            time.sleep(0.01)
         assert len([*tmp_path.rglob("*.pass")]) == 2
 
     def test_where_nothing_pays_the_models_weights_stay(self, tmp_path, monkeypatch):
