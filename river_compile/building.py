@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from river_compile.choices import Choices, choose, passes_for
+from river_compile.choices import Choices, choose, has_room, passes_for
 from river_compile.compile_cache.programs import NotPacked
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
@@ -77,7 +77,8 @@ def build(
     check_captures(plan.device, config, how.native)
     model.offloaded.check(plan, config)
     later = choices if _packs_later(found, choices, model) else None
-    if later is not None:
+    packs_here = config.target_weights == "auto" and choices.target_weights == "12bit"
+    if later is not None or (packs_here and not model.twins.has_lossless and not has_room(found)):
         choices = replace(choices, target_weights="model")
     with graph.stage("rewriting"):
         rewritten, program = _frozen(found, choices, graph)

@@ -114,7 +114,7 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     asked = config.target_weights
     if asked == "auto":
         can = lowering.native and own_backbone and _is_bfloat16(program) and choose_isa().name != "portable"
-        return "12bit" if can and _has_room(program) else "model"
+        return "12bit" if can else "model"
     if asked == "12bit" and own_backbone and not lowering.native:
         return asked
     if asked != "model" and not (own_backbone and lowering.native):
@@ -132,7 +132,7 @@ def _always(n: int, k: int) -> bool:
     return True
 
 
-def _has_room(program: RiverProgram) -> bool:
+def has_room(program: RiverProgram) -> bool:
     """Whether the packed weights of blocks and head, which no file backs at first, take a small part of the memory."""
     nodes = {node for segment in (*program.blocks, program.head) for node in segment.inputs if is_parameter(node)}
     return sum(0.75 * value_of(node).nbytes for node in nodes) <= _MOST_OF_MEMORY * _memory()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
+import tempfile
 import threading
 import time
 import weakref
@@ -23,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from river_compile.compile_cache.folder import Entry, is_enabled
+from river_compile.compile_cache.folder import Entry, is_enabled, warn_not_writable
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.calibrated import OBSERVING
@@ -49,10 +51,12 @@ from river_compile.twins.weights import (
 T = TypeVar("T")
 R = TypeVar("R")
 # Runs the model, calls back with the moments of each given weight, and returns the text in words.
+Keep = Callable[["TwinWeight"], "TwinWeight"]
 Stream = Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str]
 _TOGETHER = 4  # matmuls per thread: those of a block or two, so that no thread waits long
 _REMEMBERED = 8  # digests kept per matmul of a program
 _LOSS = "loss.json"
+_numbers = itertools.count()  # of files
 _SMALL = 20_000_000  # weights that are packed in a second or two, so at once
 
 
@@ -278,12 +282,14 @@ class TwinWeights:
             write_stored(entry, [*made.values()])
         self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
 
-    def _made_unless_changed(self, job: _Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
+    def _made_unless_changed(
+        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, keep: Keep = lambda made: made
+    ) -> dict[Matmul, TwinWeight]:
         """Make weights; return none if parameters change meanwhile."""
         tensors = [tensor for matmul in matmuls for tensor in job.parameters[matmul].tensors]
         stamp = ParameterStamp(tensors)
         try:
-            made = self._made(job, matmuls, lossless)
+            made = self._made(job, matmuls, lossless, keep)
         except Exception:
             if stamp == ParameterStamp(tensors):
                 raise
@@ -292,7 +298,12 @@ class TwinWeights:
 
     def packs_later(self, weights: int) -> bool:
         """Whether a backbone of so many weights is packed for later processes, in the background."""
-        return self.background and self.stores and is_enabled() and weights > _SMALL
+        return self.background and self.stores and is_enabled() and weights > _SMALL and not self.has_lossless
+
+    @property
+    def has_lossless(self) -> bool:
+        """Whether packed weights of the backbone are in memory."""
+        return any(made.matmul.lossless for made in self._made_before.values())
 
     def then(self, work: Callable[[], None]) -> None:
         """Do work in the background once the twins are there."""
@@ -316,8 +327,16 @@ class TwinWeights:
     def store_lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> bool:
         """Pack lossless weights for the compile cache, unless it has them; return whether it has them then."""
         entry, job = self._lossless(matmuls, inputs)
-        if not is_stored(entry):
-            write_stored(entry, [*self._made_unless_changed(job, matmuls, lossless=True).values()])
+        if is_stored(entry):
+            return True
+        try:
+            entry.make_folder()
+            # One after another is moved to a file: all of them are three quarters of the model.
+            with tempfile.TemporaryDirectory(dir=entry.folder, prefix=".spilled.") as folder:
+                keep = functools.partial(_spilled, Path(folder))
+                write_stored(entry, [*self._made_unless_changed(job, matmuls, lossless=True, keep=keep).values()])
+        except OSError as error:
+            warn_not_writable(error)
         return is_stored(entry)
 
     def _lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> tuple[Entry, _Job]:
@@ -342,7 +361,9 @@ class TwinWeights:
 
         return dict(zip(matmuls, _in_threads(load, matmuls), strict=True))
 
-    def _made(self, job: _Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
+    def _made(
+        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, keep: Keep = lambda made: made
+    ) -> dict[Matmul, TwinWeight]:
         """Make weights in threads; with streamed statistics, in the order in which the model reads them."""
         recorded, stream = None, None
         if job.observes and not lossless:
@@ -361,13 +382,15 @@ class TwinWeights:
 
             def work(jobs: Sequence[tuple[Matmul, Moments | None]]) -> None:
                 for (matmul, _), twin in zip(jobs, pool.imap(one, jobs), strict=True):
-                    found[matmul] = twin
+                    found[matmul] = keep(twin)
                     stage_reached(len(found) / len(matmuls))
 
             source = "" if recorded is None else recorded.source
             if stream is not None:
                 source = _stream_and_make(stream, matmuls, weights, work, _TOGETHER * threads)
-            work([(matmul, known[matmul]) for matmul in matmuls if matmul not in found])
+            left = [(matmul, known[matmul]) for matmul in matmuls if matmul not in found]
+            for start in range(0, len(left), _TOGETHER * threads):  # (imap does not wait for what is kept)
+                work(left[start : start + _TOGETHER * threads])
         for twin in found.values():
             if twin.output_sqnr is not None:
                 twin.statistics = source
@@ -442,6 +465,23 @@ def _stream_and_make(
         raise failed[0]
     work(waiting)
     return source
+
+
+def _spilled(folder: Path, made: TwinWeight) -> TwinWeight:
+    """Return a weight whose tensors lie in files of a folder, which nobody else sees."""
+
+    def spilled(tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        file = folder / str(next(_numbers))
+        tensor.contiguous().view(torch.uint8).numpy().tofile(file)
+        mapped = torch.from_file(str(file), size=tensor.nbytes, dtype=torch.uint8)
+        file.unlink()  # the system frees it with the mapping, however the process ends
+        return mapped.view(tensor.dtype).view(tensor.shape)
+
+    weight = made.weight
+    tensors = {name: spilled(getattr(weight, name)) for name in ("qweight", "scale_zero")}
+    return replace(made, weight=replace(weight, **tensors))
 
 
 @contextlib.contextmanager
