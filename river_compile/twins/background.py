@@ -5,11 +5,13 @@ Not handled: a lower priority on other systems than Linux; Ctrl-C between its ma
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from river_compile.progress import stage_reached, stage_shown, stages_told
@@ -19,6 +21,17 @@ log = logging.getLogger("river_compile.twins")
 _NICER = 5
 _STAGE = "packing"
 _POLL = 0.1  # seconds
+
+
+_begun: weakref.WeakSet[Packing] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Cancel what goes on after Ctrl-C ended the interpreter's wait for threads: none may be in torch when it exits."""
+    for packing in [*_begun]:
+        packing.cancel()
+        packing.join()
 
 
 class _Cancelled(BaseException):
@@ -44,6 +57,7 @@ class Packing:
         self._cancelled = self._told_of_exit = False
         self._thread = threading.Thread(target=self._run, name="river packing")
         self._thread.start()
+        _begun.add(self)
 
     @property
     def ended(self) -> bool:
@@ -78,6 +92,10 @@ class Packing:
                     while self.stage == stage and not self.ended:
                         self._thread.join(_POLL)
                         stage_reached(self.share)
+
+    def join(self) -> None:
+        """Wait until all work has ended."""
+        self._thread.join()
 
     def cancel(self) -> None:
         """End after the present matrix."""

@@ -192,3 +192,33 @@ def test_a_process_ends_after_its_twins_are_stored_or_at_once(cache, tmp_path, m
     subprocess.run([sys.executable, "-c", PROGRAM, cache], check=True, timeout=120)
     stored = [*tmp_path.rglob("twins.safetensors")]
     assert len(stored) == (1 if cache == "cache" else 0), json.dumps([str(p) for p in tmp_path.rglob("*")])
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+from river_compile.progress import stage_reached
+from river_compile.twins.background import Packing
+
+def work():
+    for step in range(600):
+        stage_reached(step / 600)
+        time.sleep(0.05)
+    print("finished")
+
+def interrupt():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+
+packing = Packing(work, finishes_at_exit=True)
+threading.Thread(target=interrupt).start()
+"""
+
+
+def test_ctrl_c_ends_the_wait_of_a_process_that_ends():
+    found = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
+    assert "before this one ends; Ctrl-C skips it" in found.stderr
+    assert "finished" not in found.stdout
+    assert "terminate called" not in found.stderr
+    assert found.returncode >= 0
