@@ -55,6 +55,7 @@ LEAST_GAIN = 1.05  # speedup from which packing pays
 _SMALL = 1 << 18  # weights of a matrix that stays in 16 bits: its time is not that of reading it
 # `speedups_12bit` measures passes of so many rows, so many rounds over so many bytes in 16 bits, more than a cache has.
 _ROWS, _ROUNDS, _MEASURED_BYTES = (1, 4, 8), 3, 3 << 25
+_MOST_MEASURED = 1 << 23  # weights of a matrix
 
 # 8 bits: qweight int8 or float8_e4m3fn [N, K] and scale float32 [N, 1], or for integers [N, K / 32]. They come from
 # torchao's weight-only tensors, and from floats loaded from quantized files (GGUF's Q8_0, compressed-tensors): each
@@ -139,7 +140,8 @@ def has_valid_patches(side: Tensor, n: int, k: int) -> bool:
 @functools.cache
 def pays_12bit(n: int, k: int, many_rows: bool) -> bool:
     """Whether a weight ``[N, K]`` is read faster in 12 bits than in 16: in passes of one row, or of 1, 4 and 8."""
-    gains = speedups_12bit(n, k) if n * k >= _SMALL else {}
+    # More rows of a matrix take as long each.
+    gains = speedups_12bit(min(n, max(BLOCK, _MOST_MEASURED // k)), k) if n * k >= _SMALL else {}
     if not many_rows:
         return gains.get(1, 0.0) >= LEAST_GAIN
     return bool(gains) and math.prod(gains.values()) ** (1 / len(gains)) >= LEAST_GAIN

@@ -242,6 +242,17 @@ def test_small_matrices_and_models_without_room_stay_in_16_bits(monkeypatch):
         lossless.pays_12bit.cache_clear()
 
 
+def test_of_a_large_matrix_some_rows_are_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: measured.append((n, k)) or {1: 2.0})
+    lossless.pays_12bit.cache_clear()
+    try:
+        assert lossless.pays_12bit(128_256, 4096, many_rows=False)
+    finally:
+        lossless.pays_12bit.cache_clear()
+    assert measured == [(2048, 4096)]
+
+
 def test_what_was_measured_is_kept_for_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
     monkeypatch.setattr(lossless, "_MEASURED_BYTES", 1 << 16)
