@@ -276,22 +276,17 @@ class Session:
         """How many tokens can be drafted and verified in the free slots."""
         return self.widths[max(bisect_right(self.widths, self.kv.free_slots), 1) - 1] - 1
 
-    def can_draft(self, ids_BS: Tensor) -> bool:
-        """Whether the twins are there. Raises the error that ended their packing in the background."""
-        if 1 not in self._states and self.kv.free_slots:
-            # A new program may begin to pack: it is built here, or traced by a pass at full depth.
-            state = self._find_state(1, self._inputs_for(ids_BS, 1))
-            if state is None and self.record.twins.background:
+    def can_draft(self) -> bool:
+        """Whether the twins are there; if they have just come, the next passes read them."""
+        twins = self.record.twins
+        if twins.packing is not self._packed and twins.packing is not None:
+            if not twins.packing.ended:
                 return False
-        packing = self.record.twins.packing
-        if packing is self._packed or packing is None:
-            return True
-        if packing.ended:
-            self._packed = packing
+            self._packed = twins.packing
             self._begun.clear()
             self._states.clear()
-            return self.can_draft(ids_BS)
-        return False
+        # A program that was never built may begin to pack: a pass at full depth builds it.
+        return not twins.background or 1 in self._states or (self.kv.rows, 1) in self.kv.states
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Run the last id through all twins, one slot further; return the next token's logits ``[B, V]``."""
@@ -316,16 +311,13 @@ class Session:
         last_token: bool = False,  # whether only the last token's logits are read, and others may be missing
     ) -> Tensor:
         """Run the last `width` ids and return their logits ``[B, width, V]``. Raises a CacheFullError."""
-        depth = self.depth if depth is None else depth
-        return self._pass(self._inputs_for(ids_BS, width), width, depth, vocab, last_token)[:, -width:]
-
-    def _inputs_for(self, ids_BS: Tensor, width: int) -> Inputs:
-        """Return the inputs of a pass over the last `width` ids."""
         moved = self._inputs.get(width)
         if moved is None:
             state = self.kv.states.get((self.kv.rows, width))
             moved = self._inputs[width] = MovedInputs(self.model, width, {} if state is None else state.inputs)
-        return moved.update(self.kv.filled, ids_BS, functools.partial(self._prepare_inputs, ids_BS, width))
+        inputs = moved.update(self.kv.filled, ids_BS, functools.partial(self._prepare_inputs, ids_BS, width))
+        depth = self.depth if depth is None else depth
+        return self._pass(inputs, width, depth, vocab, last_token)[:, -width:]
 
     def _pass(
         self,

@@ -143,7 +143,7 @@ class SpeculativeDecoder:
                 copied, ending = index.continuation(most, ids)
                 draft.copy = [length.token(token, LOOKUP, ending + i) for i, token in enumerate(copied)]
             steps, count = length.plan(draft)
-            if not steps or not session.can_draft(text.ids_and(len(ids))):
+            if not steps or not (ids or session.can_draft()):
                 break
             for token, entropy in self._draft_steps(text, draft, steps if session.runs_late else 1):
                 draft.add(length.token(token, RIVER, entropy))

@@ -79,7 +79,7 @@ class ScriptedRunner:
     def begin_drafts(self, ids_1S: Tensor) -> None:
         assert len(self.slots) == len(ids_1S) == 1
 
-    def can_draft(self, ids_BS: Tensor) -> bool:
+    def can_draft(self) -> bool:
         return True
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
