@@ -88,8 +88,11 @@ def build(
     executor = _executor(_assembled(program, examples, [*values.values()], model, graph, warn), model, graph)
     if later is not None:
         executor.is_final = False
-        work = _pack_backbone, weakref.ref(model), weakref.ref(executor), graph, found, later, [*values.values()]
-        model.twins.then(functools.partial(*work))
+        model.twins.then(
+            functools.partial(
+                _pack_backbone, weakref.ref(model), weakref.ref(executor), graph, found, later, [*values.values()]
+            )
+        )
     return executor
 
 
@@ -173,9 +176,9 @@ def _rebuild(
     built = _assembled(program, ProgramExamples(program), inputs, model, graph, refresh=changed)
     weights = built[0].weights
     made = weights.made if changed and isinstance(weights, ProgramWeights) else ()
-    changed = [twin for twin in made if not twin.matmul.lossless]
-    if changed:
-        _tell_of_change(model, changed, time.perf_counter() - start)
+    again = [twin for twin in made if not twin.matmul.lossless]
+    if again:
+        _tell_of_change(model, again, time.perf_counter() - start)
     return built
 
 

@@ -226,11 +226,13 @@ def package_ids(model: nn.Module) -> Tensor | None:
     config = network.config.get_text_config()
     length = min(_WINDOW, getattr(config, "max_position_embeddings", None) or _WINDOW)
     tokenizer = None if ranks_of(model.parameters()).several else local_tokenizer(model)
+    if tokenizer is None:
+        return None
     try:
         ids = torch.tensor([token for text in default_texts() for token in tokenizer(text)["input_ids"]])
         starts = torch.linspace(0, len(ids) - length, _WINDOWS).long().tolist()
         windows = torch.stack([ids[start : start + length] for start in starts])
-    except Exception as error:  # there is no tokenizer, or any code of its class failed
+    except Exception as error:  # any tokenizer's code may fail
         log.info("the package's texts are not read: %s", _why(error))
         return None
     return windows.to(network.device) if int(ids.max()) < config.vocab_size else None

@@ -480,8 +480,8 @@ def _spilled(folder: Path, made: TwinWeight) -> TwinWeight:
         return mapped.view(tensor.dtype).view(tensor.shape)
 
     weight = made.weight
-    tensors = {name: spilled(getattr(weight, name)) for name in ("qweight", "scale_zero")}
-    return replace(made, weight=replace(weight, **tensors))
+    weight = replace(weight, qweight=spilled(weight.qweight), scale_zero=spilled(weight.scale_zero))
+    return replace(made, weight=weight)
 
 
 @contextlib.contextmanager

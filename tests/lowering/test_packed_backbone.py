@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import river_compile
 from river_compile import RiverWarning, choices, report
 from river_compile.errors import OptionError
+from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
 from river_compile.twins import pack
@@ -254,6 +255,9 @@ def test_of_a_large_matrix_some_rows_are_measured(monkeypatch):
 
 
 def test_what_was_measured_is_kept_for_the_machine(monkeypatch, tmp_path):
+    native.load()
+    library = lossless.kernels_library(choose_isa())
+    monkeypatch.setattr(lossless, "kernels_library", lambda isa: library)  # (another home has none)
     monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
     monkeypatch.setattr(lossless, "_MEASURED_BYTES", 1 << 16)
     lossless.speedups_12bit.cache_clear()

@@ -199,6 +199,8 @@ import os, signal, threading, time
 from river_compile.progress import stage_reached
 from river_compile.twins.background import Packing
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
 def work():
     for step in range(600):
         stage_reached(step / 600)
