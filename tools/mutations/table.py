@@ -444,7 +444,7 @@ _PROMISES = (
     Mutation(
         "cache-identity",
         "river_compile/compile_cache/identity.py",
-        "parts += (name, type(module).__qualname__, _plain(held))",
+        "parts += (name, type(module).__qualname__, plain_attributes(own))",
         "parts += (name, type(module).__qualname__)",
         "a cached program runs for a model whose modules have other attributes",
         ("tests/compile_cache/test_compile_cache.py::TestAnotherModel",),
@@ -523,6 +523,38 @@ _TRIALS = (  # faults that trial found: their mends, taken back
         "unbuildable = None",
         "without a compiler generate ends in Inductor's error",
         ("tests/api/test_accelerate.py",),
+    ),
+    Mutation(
+        "processor-length",
+        "river_compile/decoding/processors.py",
+        "if new < processor.min_new_tokens else None",
+        "if new <= processor.min_new_tokens else None",
+        "a text is kept from ending for one token more than asked",
+        ("tests/decoding/test_processors.py",),
+    ),
+    Mutation(
+        "later-programs",
+        "river_compile/compile_cache/programs.py",
+        "new = [(signature, known) for signature, known in self._new if not known.held]",
+        "new = [*self._new]",
+        "later processes run the program that reads 16 bits",
+        ("tests/lowering/test_packed_backbone.py",),
+    ),
+    Mutation(
+        "changed-pages",
+        "river_compile/upstream/tensors.py",
+        "_madvise(first, end, MADV_DONTNEED if unchanged else MADV_PAGEOUT, inside=True)",
+        "_madvise(first, end, MADV_DONTNEED, inside=True)",
+        "a weight that was changed in place becomes its file's again",
+        ("tests/upstream/test_memory.py",),
+    ),
+    Mutation(
+        "draft-without-twins",
+        "river_compile/decoding/session.py",
+        "if not twins.packing.ended:",
+        "if twins.packing.ended:",
+        "a draft runs twins that are being packed",
+        ("tests/twins/test_background.py",),
     ),
 )
 
