@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,21 @@ def test_scores_are_transformers_to_the_bit(processors, rows, length, seed, pena
     found = processed(processors, ids, scores, range(rows))
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
     assert torch.equal(scores, before) or penalized
+
+
+@pytest.mark.parametrize("length", range(1, 8))
+@pytest.mark.parametrize(
+    "processor",
+    [
+        MinLengthLogitsProcessor(4, [3]),
+        MinNewTokensLengthLogitsProcessor(2, 2, [3]),
+        SuppressTokensAtBeginLogitsProcessor([3], 4),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_the_length_at_which_a_processor_begins_or_ends_is_transformers(processor, length):
+    ids, scores = torch.ones(1, length, dtype=torch.long), torch.zeros(1, VOCABULARY)
+    assert torch.equal(processed([processor], ids, scores, [0]), processor(ids, scores))
 
 
 def test_a_subclass_runs_its_own_code():
