@@ -177,7 +177,7 @@ def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace)
             results[name][setting].append(measured["tokens_per_s"])
             results[name]["peak_rss_bytes"] = measured["peak_rss_bytes"]
             results[name]["outside_ms"] = min(
-                filter(None, (measured["outside_ms"], results[name].get("outside_ms"))), default=None
+                filter(None, (measured.get("outside_ms"), results[name].get("outside_ms"))), default=None
             )
             for length, rate in measured["prompts"].items():
                 results[name]["prompts"][length].append(rate)
