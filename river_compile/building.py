@@ -68,7 +68,9 @@ def build(
     config, plan = graph.config, found.plan
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     choices = choose(found, config, how)
-    if model.ranks.several and config.target_weights == "auto":
+    by_default = config.target_weights == "auto" and choices.target_weights == "12bit"
+    later = choices if by_default and _packs_later(found, model, config) else None
+    if by_default and (later is not None or not _packs_here(found, model)):
         choices = replace(choices, target_weights="model")
     if model.ranks.several and choices.target_weights != "model":
         raise OptionError(
@@ -76,10 +78,6 @@ def build(
         )
     check_captures(plan.device, config, how.native)
     model.offloaded.check(plan, config)
-    later = choices if _packs_later(found, choices, model) else None
-    packs_here = config.target_weights == "auto" and choices.target_weights == "12bit"
-    if later is not None or (packs_here and not model.twins.has_lossless and not has_room(found)):
-        choices = replace(choices, target_weights="model")
     with graph.stage("rewriting"):
         rewritten, program = _frozen(found, choices, graph)
     graph.traced = found
@@ -104,10 +102,14 @@ def _frozen(found: RiverProgram, choices: Choices, graph: GraphRecord) -> tuple[
     return rewritten, freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
 
 
-def _packs_later(found: RiverProgram, choices: Choices, model: ModelRecord) -> bool:
+def _packs_here(found: RiverProgram, model: ModelRecord) -> bool:
+    """Whether this process reads weights in 12 bits by default: they are there, or have room."""
+    return not model.ranks.several and (model.twins.has_lossless or has_room(found))
+
+
+def _packs_later(found: RiverProgram, model: ModelRecord, config: RiverConfig) -> bool:
     """Whether this process reads the model's own weights, and packs them in the background for later ones."""
-    config = choices.config
-    if config.target_weights != "auto" or choices.target_weights != "12bit" or not _only_drafts(model, config):
+    if model.ranks.several or not _only_drafts(model, config):
         return False
     nodes = {node for segment in found.segments for node in segment.inputs if is_parameter(node)}
     return model.twins.packs_later(sum(value_of(node).numel() for node in nodes))
@@ -130,9 +132,13 @@ def _pack_backbone(
     model, executor = model_ref(), executor_ref()
     if model is None or executor is None or model.programs is None:
         return
-    _, program = _frozen(found, choices, graph)
-    lossless = _lossless_of(program, graph.config)
-    stored = bool(lossless) and model.twins.store_lossless(lossless, inputs)
+    try:
+        _, program = _frozen(found, choices, graph)
+        lossless = _lossless_of(program, graph.config)
+        stored = bool(lossless) and model.twins.store_lossless(lossless, inputs)
+    except Exception:  # later processes are to find this one's program, whatever is wrong with the other
+        model.programs.settle(executor, None)
+        raise
     model.programs.settle(executor, program if stored else None)
 
 

@@ -100,10 +100,7 @@ class ProgramCache:
         if any(known.executor() is executor for known in self._known.get(signature, ())):
             return  # one graph may serve several widths
         with self._lock:
-            held = not executor.is_final
-            self._add(
-                signature, _Known(executor.program, weakref.ref(executor), traced, held=held)
-            )  # Dynamo may drop it
+            self._add(signature, executor, weakref.ref(executor), traced)  # Dynamo may drop it
 
     def settle(self, executor: RiverExecutor, stored: Program | None) -> None:
         """Write the program for later processes that was made in the place of an executor's, or that; None: its own."""
@@ -191,10 +188,17 @@ class ProgramCache:
     ) -> Bindable:
         executor = self._build(new.found, [given.name for given in new.inputs], args, origin)
         executor.locate(new.copy_sources(executor.program))
-        self._add(signature, _Known(executor.program, _always(executor), traced, held=not executor.is_final))
+        self._add(signature, executor, _always(executor), traced)
         return executor, args
 
-    def _add(self, signature: str, known: _Known) -> None:
+    def _add(
+        self,
+        signature: str,
+        executor: RiverExecutor,
+        held_by: Callable[[], RiverExecutor | None],
+        traced: RiverProgram | None,
+    ) -> None:
+        known = _Known(executor.program, held_by, traced, held=not executor.is_final)
         self._known.setdefault(signature, []).append(known)
         self._new.append((signature, known))
 

@@ -38,10 +38,6 @@ class _Cancelled(BaseException):
     """Ends the thread. Not an Exception, which code on the way might catch."""
 
 
-def _nothing() -> None:
-    pass
-
-
 class Packing:
     """Work that goes on in a thread of its own, by stages that have progress."""
 
@@ -49,10 +45,10 @@ class Packing:
         """Begin; `finishes_at_exit`: whether the interpreter waits for it, since a later process uses the result."""
         self.stage, self.share = _STAGE, 0.0  # the present stage, and how much of it is done
         self.seconds = 0.0
-        self._work, self._finishes_at_exit = work, finishes_at_exit
+        self._finishes_at_exit = finishes_at_exit
         self._error: Exception | None = None
         self._done = threading.Event()
-        self._next: list[Callable[[], None]] | None = []  # work that nobody waits for; None: the thread takes no more
+        self._next: list[Callable[[], None]] | None = [work]  # nobody waits for later ones; None: no more is taken
         self._lock = threading.Lock()
         self._cancelled = self._told_of_exit = False
         self._thread = threading.Thread(target=self._run, name="river packing")
@@ -107,12 +103,11 @@ class Packing:
             here = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, here, min(os.getpriority(os.PRIO_PROCESS, here) + _NICER, 19))
         with stages_told(_STAGE, self._reach):
-            self._do(self._work)
-            self.seconds = time.perf_counter() - start
-            self._work = _nothing  # without the parameters that it holds
-            self._done.set()
             while (work := self._taken()) is not None:
                 self._do(work)
+                if not self._done.is_set():
+                    self.seconds = time.perf_counter() - start
+                    self._done.set()
 
     def _taken(self) -> Callable[[], None] | None:
         with self._lock:

@@ -363,3 +363,13 @@ class TestLaterProcesses:
         assert len([*tmp_path.rglob("*.pass")]) == 2
         assert not [*tmp_path.glob("backbone-*")]
         assert self.run()[1] == [("stored", False)] * 2
+
+    def test_an_error_on_the_way_leaves_the_program_that_ran(self, tmp_path, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("no space")
+
+        monkeypatch.setattr(pack.TwinWeights, "store_lossless", fail)
+        first, _ = self.run()
+        second, graphs = self.run()
+        assert graphs == [("stored", False)] * 2
+        assert all(map(torch.equal, first, second))
