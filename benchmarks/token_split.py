@@ -5,6 +5,7 @@
     python -m benchmarks.token_split --skip-guards     # set_stance(skip_guard_eval_unsafe=True)
     python -m benchmarks.token_split --own-loop        # with decode
     python -m benchmarks.token_split --segments        # each kind of segment by itself
+    python -m benchmarks.token_split --phases          # each kind of C++ phase, in exact mode by kind of pass
 
 Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
 up to the token. Medians over the tokens of two generations after a warm-up, batch 1, static cache. A clock costs
@@ -26,10 +27,13 @@ import torch
 from torch import nn
 
 from benchmarks.common import command_line, print_table
+from river_compile import accelerate
 from river_compile.backend import executors_of, river
 from river_compile.cli import shared
 from river_compile.decoding.mode import decode
+from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
+from river_compile.kernels.native import load
 from river_compile.reporting import timing
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import on_step
@@ -114,6 +118,60 @@ def marked(model: nn.Module, marks: Marks) -> Iterator[None]:
         del model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
 
 
+def phases(model: Any, ids: torch.Tensor) -> None:
+    """Print what each kind of phase takes, by kind of pass."""
+    found: dict[str, list[list[list[int]]]] = {}  # by pass: of each replay, of each phase
+    running = ["another"]
+
+    def named(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
+        def run(session: Session, *args: Any) -> Any:
+            running[0] = name(session, *args)
+            return function(session, *args)
+
+        return run
+
+    draft, verify, replay = Session.draft_step, Session.verify, load.Tape.replay
+    Session.draft_step = named(draft, lambda *_: "draft")
+    Session.verify = named(verify, lambda session, _, drafted: f"verify {session.width_for(drafted)}")
+    load.Tape.replay = lambda tape: found.setdefault(running[0], []).append(tape.replay_timed().tolist())
+    try:
+        accelerate(model, "exact", background_packing=False)
+        timing.generate(model, ids, NEW_TOKENS)
+        found.clear()
+        timing.generate(model, ids, NEW_TOKENS)
+    finally:
+        Session.draft_step, Session.verify, load.Tape.replay = draft, verify, replay
+    for name in sorted(found):
+        replays = found[name]
+        milliseconds = statistics.fmean(phases[-1][END] - phases[0][BEGIN] for phases in replays) / 1e6
+        print(f"\n{name}: {len(replays)} replays of {milliseconds:.2f} ms")
+        print_table(["", "a pass", "us", "this thread", "others", "wait", "GB/s"], rows_of(replays))
+
+
+BEGIN, END = load.PHASE_COLUMNS.index("begin"), load.PHASE_COLUMNS.index("end")
+
+
+def rows_of(replays: list[list[list[int]]]) -> list[list[object]]:
+    """Return a row for each kind of phase, the longest first."""
+    totals: dict[str, list[float]] = {}
+    for replay in replays:
+        ended = replay[0][BEGIN]
+        for kind, parts, bits, n, k, begin, end, caller, others in replay:
+            matmul = f" of {n} x {k}, {bits} bits" if bits else ""
+            name = f"{load.PHASE_KINDS[kind]}{matmul}{'' if parts > 1 else ', alone'}"
+            # Twins have 4 bytes of scale and zero-point for each 64 weights.
+            read = n * k * (bits / 8 + (4 / 64 if bits == 4 else 0))
+            row = (1, end - begin, caller, others, begin - ended, read)
+            totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * 6), row, strict=True)]
+            ended = end
+    rows: list[list[object]] = []
+    for name, (count, span, *thread_times, read) in sorted(totals.items(), key=lambda item: -item[1][1]):
+        times = [span, *thread_times]
+        rate = read / span if read else "-"
+        rows.append([name, round(count / len(replays)), *(time / len(replays) / 1e3 for time in times), rate])
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, "model", "threads")
     parser.add_argument("--depth", type=int, default=0, help="exit depth of every token (default 0: all twins)")
@@ -122,11 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--own-loop", action="store_true", help="the loop is decode")
     parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
+    parser.add_argument("--phases", action="store_true", help="time the phases of the C++ kernels, in exact mode")
     parser.add_argument("--kernels", default="auto", help="of the compiled model (default auto)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = demo_models.load(options.model)
     ids = shared.encode(tokenizer, PROMPT)
+    if options.phases:
+        phases(model, ids)
+        return 0
     model.compile(backend=river, options={"kernels": options.kernels})
     marks = Marks()
     loop = {"custom_generate": decode} if options.own_loop else {}

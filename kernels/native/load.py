@@ -39,6 +39,7 @@ log = logging.getLogger("river_compile.kernels.native.load")
 _loading = threading.Lock()
 _tables: dict[str, int] = {}
 _begun: dict[str, tuple[Future[Path], Future[Path]]] = {}  # by instruction set: its kernels, and the operators
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARAMETER_DTYPES = (torch.float32, torch.bfloat16)  # of packed scales and zero-points
 _LANES = 16
 
@@ -94,11 +95,23 @@ def any_rows(dtype: torch.dtype) -> bool:
     return loaded() and few_rows(dtype) > few_rows(torch.float32)
 
 
-def entropies(logits_NV: Tensor) -> Tensor:
-    """Return each row's entropy ``[N]`` in nats: in C++ for CPU logits if the kernels are loaded, else in torch."""
-    if _tables and logits_NV.is_cpu:
-        return torch.stack([torch.ops.river_native.largest_entropy(logits_V[None, None]) for logits_V in logits_NV])
-    return portable.entropies(logits_NV)
+def choices(logits_NV: Tensor) -> Tensor:
+    """Return each row's first best token and its entropy in nats, float64 ``[N, 2]``: in C++ if it can be."""
+    if _chooses(logits_NV):
+        found: Tensor = torch.ops.river_native.choices(logits_NV, True)
+        return found
+    return torch.stack([logits_NV.argmax(-1).double(), portable.entropies(logits_NV).double()], 1)
+
+
+def best_tokens(logits_NV: Tensor) -> Tensor:
+    """Return each row's first best token ``[N]``: in C++ if it can be."""
+    if _chooses(logits_NV):
+        return torch.ops.river_native.choices(logits_NV, False)[:, 0].long()
+    return logits_NV.argmax(-1)
+
+
+def _chooses(logits_NV: Tensor) -> bool:
+    return bool(_tables) and logits_NV.is_cpu and logits_NV.dtype in _DTYPES and logits_NV.stride(-1) == 1
 
 
 def _table(library: Path) -> int:
@@ -147,10 +160,16 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "rescore": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     "exit_score": lambda hidden, _previous: hidden.new_empty((), dtype=torch.float32),
     "largest_entropy": lambda logits: logits.new_empty((), dtype=torch.float32),
+    "choices": lambda logits, _entropies: logits.new_empty((len(logits), 2), dtype=torch.float64),
     "add": _add_fake,
     "advance": lambda *_: None,
     "copy": lambda *_: None,
 }
+
+
+# Of `Tape.replay_timed`; a kind is its place among these, bits and features are a matmul's, times in nanoseconds.
+PHASE_KINDS = ("other", "prepare", "matmul", "kv fill", "attention", "rescore")
+PHASE_COLUMNS = ("kind", "parts", "bits", "out_features", "in_features", "begin", "end", "caller", "others")
 
 
 class Tape:
@@ -180,6 +199,11 @@ class Tape:
     def replay(self) -> None:
         """Run the tape with ``torch.get_num_threads()`` threads; raise RuntimeError if nothing was recorded."""
         torch.ops.river_native.replay(self._address)
+
+    def replay_timed(self) -> Tensor:
+        """As `replay`; return what each phase took, int64 ``[phases, 9]`` with the columns of ``PHASE_COLUMNS``."""
+        times: Tensor = torch.ops.river_native.replay_timed(self._address)
+        return times
 
     @property
     def phases(self) -> int:

@@ -105,7 +105,7 @@ def requantize(model: nn.Module) -> int:
     record = find_record(model)
     if record is None:
         return 0
-    record.prefixes.forget_texts()
+    record.prefixes.forget_state()
     for graph in record.graphs:
         if isinstance(executor := graph.executor(), RiverExecutor):
             executor.model_state = None

@@ -61,6 +61,12 @@ BARRED: dict[type[LogitsProcessor], Callable[[Any, int], Tensor | None]] = {
 }
 
 
+def bars(processors: Sequence[LogitsProcessor], token: int, length: int) -> bool:
+    """Whether one of these processors, all of classes in `BARRED`, bars a token after `length` ids."""
+    barred = (BARRED[type(processor)](processor, length) for processor in processors)
+    return any(tokens is not None and token in tokens.tolist() for tokens in barred)
+
+
 def processed(processors: Sequence[LogitsProcessor], ids_NS: Tensor, scores_NV: Tensor, rows: Sequence[int]) -> Tensor:
     """Return the scores after processors, which take rows of one length."""
     for processor in processors:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessor
 
-from river_compile.decoding.processors import STATELESS, processed
+from river_compile.decoding.processors import BARRED, STATELESS, bars, processed
+from river_compile.kernels.native.load import best_tokens, choices
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
 
@@ -46,18 +47,25 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the best by its logits alone."""
-        return not (self.do_sample or self._processors) and self.scores is None and self.logits is None
+        """Whether each token is the best by its logits, unless :meth:`bars` says otherwise."""
+        only_bars = all(type(processor) in BARRED for processor in self._processors)
+        return only_bars and not self.do_sample and self.scores is None and self.logits is None
+
+    def bars(self, token: int, length: int) -> bool:
+        """Whether processors that only bar tokens bar this one after `length` ids."""
+        return bool(self._processors) and bars(self._processors, token, length)
 
     def best(self, logits_NV: Tensor) -> Tensor:
         """Return the best tokens ``[N]`` by their logits; ranks take the first one's."""
-        tokens_N = logits_NV.argmax(-1)
+        tokens_N = best_tokens(logits_NV)
         return self._ranks.first(tokens_N) if self._ranks.several else tokens_N
 
     def choose(self, logits_NV: Tensor, ids_NS: Tensor, rows: Sequence[int], step: int) -> Tensor:
         """Return each row's token ``[N]`` after `step` new ones; raise as ``torch.multinomial`` does."""
         if self.is_greedy:  # the best token is the same in the logits' own dtype
-            return self.best(logits_NV)
+            tokens_N = self.best(logits_NV)
+            if not self._processors or not any(self.bars(token, ids_NS.shape[1]) for token in tokens_N.tolist()):
+                return tokens_N
         raw = logits_NV.to(copy=True, dtype=torch.float32, device=ids_NS.device)
         scores = processed(self._processors, ids_NS, raw, rows)
         for kept, values in ((self.scores, scores), (self.logits, raw)):
@@ -68,12 +76,16 @@ class Sampler:
         shares_NV = scores.softmax(-1)
         return self._ranks.first(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
 
-    def draft(self, logits_1V: Tensor, ids_1S: Tensor, row: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return a draft token ``[1]`` of a row, any one if none can be drawn, and its scores ``[1, V]``."""
-        scores = logits_1V.float()
-        if self._of_drafts:
-            scores = processed(self._of_drafts, ids_1S, scores, [row])
-        return self._token(scores, [row], step, draft=True), scores
+    def draft(self, logits_1V: Tensor, ids_1S: Tensor, row: int, step: int) -> Tensor:
+        """Return a draft token of a row, any one if none can be drawn, and its entropy in nats: float64 ``[1, 2]``."""
+        scores, chosen = logits_1V, choices(logits_1V)
+        # (Without processors nothing is read here, so that steps on a GPU queue.)
+        if self._of_drafts and not (self.is_greedy and not self.bars(int(chosen[0, 0]), ids_1S.shape[1])):
+            scores = processed(self._of_drafts, ids_1S, logits_1V.float(), [row])
+            chosen = choices(scores)
+        if self.do_sample:
+            chosen[:, 0] = self._token(scores.float(), [row], step, draft=True)
+        return self._ranks.first(chosen) if self._ranks.several else chosen
 
     def _token(self, scores_NV: Tensor, rows: Sequence[int], step: int, draft: bool) -> Tensor:
         if not self.do_sample:

@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
 from river_compile.decoding.session import Session
-from river_compile.kernels.native.load import entropies
 from river_compile.runtime.draft_length import LOOKUP, RIVER, Draft, DraftLength
 from river_compile.runtime.stats import CycleRecord
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
@@ -97,7 +96,8 @@ class SpeculativeDecoder:
         sources: list[str] = []
         with text.own_code():
             for i in range(logits_1WV.shape[1]):
-                if best:  # greedy: all positions were read in one transfer
+                # Greedy: all positions were read in one transfer.
+                if best and not text.sampler.bars(best[i], text.length):
                     text.append(token := best[i])
                 else:
                     token = int(text.choose(logits_1WV[:, i]).item())
@@ -163,11 +163,9 @@ class SpeculativeDecoder:
         session, found = self._session, []
         for drafted in range(len(draft.tokens), len(draft.tokens) + steps):
             ids = text.ids_and(drafted)
-            token, scores = text.draft(ids, session.draft_step(ids))
-            found += [token.double(), session.ranks.first(entropies(scores)).double()]
+            found.append(text.draft(ids, session.draft_step(ids)))
         draft.steps += steps
-        values = torch.cat(found).tolist()
-        return [(int(token), entropy) for token, entropy in zip(values[::2], values[1::2], strict=True)]
+        return [(int(token), entropy) for token, entropy in torch.cat(found).tolist()]
 
     def _append_next(self, logits_NV: Tensor, texts: Sequence[Texts]) -> None:
         """Give these texts' rows a token each, by their logits."""
@@ -315,12 +313,12 @@ class Texts:
         if self.sampler.do_sample:
             self.sampler.forget(self.new_tokens)
 
-    def draft(self, ids_1S: Tensor, logits_1V: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose a token ``[1]`` after ids of the text and its draft; return it and its scores ``[1, V]``."""
+    def draft(self, ids_1S: Tensor, logits_1V: Tensor) -> Tensor:
+        """Choose a token after ids of the text and its draft; return it and its entropy, float64 ``[1, 2]``."""
         length = ids_1S.shape[1]
-        token, scores = self.sampler.draft(logits_1V, ids_1S, self.rows[0], length - self.prompt.shape[1])
-        self.note_draft(length, token)
-        return token, scores
+        chosen = self.sampler.draft(logits_1V, ids_1S, self.rows[0], length - self.prompt.shape[1])
+        self.note_draft(length, chosen[:, 0])
+        return chosen
 
     def note_draft(self, first: int, tokens_D: Tensor) -> None:
         """Write drafted tokens after the text, in columns made by :meth:`reserve`."""

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
@@ -64,8 +65,13 @@ def generate(
     if fresh and record is not None:
         record.prefixes.forget_texts()
     clock = Clock()
-    ends = _NoEnd(model.generation_config.eos_token_id, input_ids.shape[1] + (2 if end_early else new_tokens))
-    options = {"logits_processor": LogitsProcessorList([ends]), **more}
+    least = 2 if end_early else new_tokens
+    # Each loop bars the end token in its own cheapest way.
+    ends: dict[str, Any] = {"min_new_tokens": least}
+    if record is None or record.call is None:
+        no_end = _NoEnd(model.generation_config.eos_token_id, input_ids.shape[1] + least)
+        ends = {"logits_processor": LogitsProcessorList([no_end])}
+    options = {**ends, **more}
     if static_cache:
         options["cache_implementation"] = "static"
     if stop_after is not None:
@@ -108,7 +114,7 @@ class Clock(BaseStreamer):
 class _NoEnd(LogitsProcessor):
     """Keeps the sequence from ending before `length` tokens, as ``min_new_tokens`` does.
 
-    That searches a list of the whole vocabulary for every token: 0.6 ms with 49,152 entries.
+    That compares each entry of the vocabulary for every token: 0.15 ms with 49,152 entries.
     """
 
     def __init__(self, end_tokens: int | list[int] | None, length: int) -> None:

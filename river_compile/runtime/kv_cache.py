@@ -269,7 +269,12 @@ class PrefixPool:
             self._save(_text_in(others))
 
     def forget_texts(self) -> None:
-        """Drop all texts."""
+        """Drop all texts; programs stay bound to the cache."""
+        with self._lock:
+            self._forget(self._state)
+
+    def forget_state(self) -> None:
+        """Drop all texts, and have the next call drop the programs: the model may have changed."""
         with self._lock:
             self._forget(None)
 

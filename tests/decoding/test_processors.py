@@ -16,6 +16,7 @@ from transformers.generation import (
 )
 
 from river_compile.decoding.processors import BARRED, processed
+from river_compile.decoding.sampling import Sampler
 
 VOCABULARY = 40
 tokens = st.lists(st.integers(0, VOCABULARY + 5), min_size=1, max_size=4)  # some beyond the vocabulary
@@ -69,3 +70,15 @@ def test_a_subclass_runs_its_own_code():
 
     scores = torch.zeros(1, VOCABULARY)
     assert processed([Own(5, 3)], torch.ones(1, 2, dtype=torch.long), scores, [0]).tolist() == (scores + 1).tolist()
+
+
+@given(any_of_them, st.integers(1, 3), st.integers(1, 8), st.integers(0, 99), st.booleans())
+def test_the_best_token_is_that_of_transformers_scores(processors, rows, length, seed, drafting):
+    """Few values, so that barred tokens are among the best; bfloat16, as models have."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (rows, length), generator=random)
+    logits = torch.randint(4, (rows, VOCABULARY), generator=random).bfloat16()
+    expected = LogitsProcessorList(processors)(ids, logits.float()).argmax(-1)
+    sampler = Sampler(rows, do_sample=False, processors=processors, drafting=drafting)
+    assert torch.equal(sampler.choose(logits, ids, range(rows), 0), expected)
+    assert sampler.draft(logits[:1], ids[:1], 0, 0)[0, 0] == expected[0]

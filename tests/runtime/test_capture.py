@@ -116,8 +116,9 @@ class TestSameBits:
         model, ids = Decoder(layers=2).model, prompt()
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
         plain = make("llama", layers=2).generate(ids, **settings)
+        drafts = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
         for _ in range(2):
-            text = model.generate(ids, **settings, custom_generate=exact, num_assistant_tokens_schedule="constant")
+            text = model.generate(ids, **settings, custom_generate=exact, **drafts)
             assert torch.equal(text, plain)
         units = {record.unit for graph in report(model).graphs for record in graph.captures.captures}
         assert units >= {"last 0-2", "tail 0"}

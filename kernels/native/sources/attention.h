@@ -27,12 +27,26 @@ struct SlotRange {
   int from, to, first, count;
 };
 
+constexpr int kSlotsAhead = 16;  // whose keys are asked for
+
 template <int D>
-void score(const AttentionArgs& a, const char* keys, const SlotRange& s, Scratch& m) {
+RIVER_INLINE void fetch_slot(const AttentionArgs& a, const char* entries, int32_t slot) {
+  const char* const entry = entries + slot * a.cache.slot * bytes_of(D);
+  for (int byte = 0; byte < a.head_dim * bytes_of(D); byte += 64) __builtin_prefetch(entry + byte);
+}
+
+// Asks for the values of the slots too, which are read next.
+template <int D>
+void score(const AttentionArgs& a, const char* keys, const char* values, const SlotRange& s, Scratch& m) {
   const int64_t slot_bytes = a.cache.slot * bytes_of(D);
   for (int i = s.from; i < s.to; i += 4) {
     const char* four[4];
-    for (int j = 0; j < 4; ++j) four[j] = keys + s.slots[std::min(i + j, s.to - 1)] * slot_bytes;
+    for (int j = 0; j < 4; ++j) {
+      const int32_t slot = s.slots[std::min(i + j, s.to - 1)];
+      four[j] = keys + slot * slot_bytes;
+      fetch_slot<D>(a, values, slot);
+      fetch_slot<D>(a, keys, s.slots[std::min(i + j + kSlotsAhead, s.to - 1)]);
+    }
     dots<4, D>(four, a.head_dim, {m.q[s.first], kMostHeadFeatures}, s.count, {m.scores[s.first] + i, kChunk + 16},
                [](int64_t, int, int) {});
   }
@@ -153,8 +167,10 @@ void attend_chunk(const AttentionArgs& a, int64_t row, int positions, int64_t kv
       f({m.live[0].slots, 0, common, 0, queries});
       for (int p = 0; p < positions; ++p) f({m.live[p].slots, common, m.live[p].count, p * heads, heads});
     };
+    for (int i = 0; done == 0 && i < std::min(kSlotsAhead, m.live[0].count); ++i)
+      fetch_slot<D>(a, keys, m.live[0].slots[i]);
     for (int q = 0; q < queries; ++q) load_query<D>(a, number_of(q), m.q[q]);
-    each_range([&](const SlotRange& s) { score<D>(a, keys, s, m); });
+    each_range([&](const SlotRange& s) { score<D>(a, keys, values, s, m); });
     for (int q = 0; q < queries; ++q) {
       weigh(a, m.live[q / heads], q, m);
       std::fill(m.sums[q], m.sums[q] + (a.head_dim + kPiece - 1) / kPiece * kPiece, 0.0f);

@@ -15,6 +15,7 @@ constexpr int kUnitVectors = 2 * kHalves;
 // Rows up to which weights are unpacked in registers: those whose sums of four output features these hold (kMostRows),
 // or of two. (With AVX2's 16 registers two features at a time took as long as unpacking to memory.)
 constexpr int kFewRows = kHalves == 1 ? 8 : kMostRows;
+constexpr int kMostFours = kMostRows;  // of them, rows whose sums of all four they hold
 
 // The weights of output feature T of a unit, in order. Byte 16 l + j of a line is input feature 8 l + j, or for j >= 8
 // feature 24 + 8 l + j.
@@ -29,8 +30,11 @@ RIVER_INLINE void load_weights(const uint8_t* unit, Ints palette, Ints (&weights
   });
 }
 
-RIVER_INLINE void fetch_unit(const uint8_t* unit) {
-  for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(unit + kUnitAhead + line, 0, 2);
+// In share `share` of `shares`.
+RIVER_INLINE void fetch_unit(const uint8_t* unit, int share = 0, int shares = 1) {
+  constexpr int kLines = kUnitBytes / 64;
+  for (int line = kLines * share / shares; line < kLines * (share + 1) / shares; ++line)
+    __builtin_prefetch(unit + kUnitAhead + line * 64, 0, 2);
 }
 
 // Four output features of a matrix: their units, and the patches that are left.
@@ -107,36 +111,53 @@ class UnpackedBlock {
   Four fours_[kFours];
 };
 
+// Input features whose activations stay in the first cache while all features of a `Four` meet them.
+constexpr int64_t kStretch = 16 * kUnit;
+
 // y[r][t] for R rows and the features of a `Four`; `add(sum, weights, i, r)` adds products from input feature `i` on.
-// Of more than kMostRows rows, features are taken two at a time.
+// Of more rows than registers hold sums, features are taken two at a time.
 template <int R, class Add, class Total>
 RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Matrix<float> y, const Add& add,
                                const Total& total) {
-  constexpr int kTogether = R <= kMostRows ? kFour : kFour / 2;
-  Floats sums[R][kFour];
-  unrolled<kFour / kTogether>([&](auto g) RIVER_INLINED {
-    Four left = four;
-    unrolled<R>([&](auto r) RIVER_INLINED {
-      unrolled<kTogether>([&](auto t) RIVER_INLINED { sums[r][g * kTogether + t] = zeros(); });
-    });
-    for (int64_t i = 0; i < in_features; i += kUnit) {
-      const uint8_t* unit = left.units + i / kUnit * kUnitBytes;
-      alignas(64) uint16_t unpacked[kFour * kUnit];
-      if (g == 0) fetch_unit(unit);
-      const bool patched = left.patched(i);
-      if (patched) left.unpack(palette, i, unpacked, kUnit);
-      unrolled<kTogether>([&](auto of) RIVER_INLINED {
-        constexpr int t = g * kTogether + of;
-        Ints weights[kUnitVectors];
-        load_weights<t>(unit, palette, weights);
-        if (patched) std::memcpy(weights, unpacked + t * kUnit, sizeof weights);
-        unrolled<kUnitVectors>([&](auto v) RIVER_INLINED {
-          unrolled<R>([&](auto r) RIVER_INLINED { sums[r][t] = add(sums[r][t], weights[v], i + v * 2 * kLanes, r); });
-        });
+  constexpr int kTogether = R <= kMostFours ? kFour : kFour / 2, kTurns = kFour / kTogether;
+  Floats kept[kTurns][R][kTogether] = {};
+  Four left[kTurns];
+  std::fill(left, left + kTurns, four);
+  const int64_t stretch = kTurns == 1 ? in_features : kStretch;
+  for (int64_t first = 0; first < in_features; first += stretch) {
+    const int64_t end = std::min(first + stretch, in_features);
+    unrolled<kTurns>([&](auto g) RIVER_INLINED {
+      Floats sums[R][kTogether];
+      unrolled<R>([&](auto r) RIVER_INLINED {
+        unrolled<kTogether>([&](auto of) RIVER_INLINED { sums[r][of] = kept[g][r][of]; });
       });
-    }
+      for (int64_t i = first; i < end; i += kUnit) {
+        const uint8_t* unit = four.units + i / kUnit * kUnitBytes;
+        alignas(64) uint16_t unpacked[kFour * kUnit];
+        fetch_unit(unit, g, kTurns);  // (all at once, memory would idle in the next turn)
+        const bool patched = left[g].patched(i);
+        if (patched) left[g].unpack(palette, i, unpacked, kUnit);
+        unrolled<kTogether>([&](auto of) RIVER_INLINED {
+          constexpr int t = g * kTogether + of;
+          Ints weights[kUnitVectors];
+          load_weights<t>(unit, palette, weights);
+          if (patched) std::memcpy(weights, unpacked + t * kUnit, sizeof weights);
+          unrolled<kUnitVectors>([&](auto v) RIVER_INLINED {
+            unrolled<R>([&](auto r)
+                            RIVER_INLINED { sums[r][of] = add(sums[r][of], weights[v], i + v * 2 * kLanes, r); });
+          });
+        });
+      }
+      unrolled<R>([&](auto r) RIVER_INLINED {
+        unrolled<kTogether>([&](auto of) RIVER_INLINED { kept[g][r][of] = sums[r][of]; });
+      });
+    });
+  }
+  unrolled<R>([&](auto r) RIVER_INLINED {
+    Floats sums[kFour];
+    unrolled<kFour>([&](auto t) RIVER_INLINED { sums[t] = kept[t / kTogether][r][t % kTogether]; });
+    total(sums, y.data + r * y.stride);
   });
-  unrolled<R>([&](auto r) RIVER_INLINED { total(sums[r], y.data + r * y.stride); });
 }
 
 // Sums of 12-bit weights: up to kFewRows rows by `few(block, four, r, y)`, r a constant; more by `many(block, four,

@@ -6,6 +6,7 @@
 #include "bindings_linear.h"
 #include "bindings_logits.h"
 #include "tape.h"
+#include "tape_clock.h"
 
 namespace river {
 namespace {
@@ -99,8 +100,9 @@ int64_t record() {
 
 void recorded() { Tape::recording() = nullptr; }
 void replay(int64_t tape) { tape_at(tape)->replay(threads()); }
+Tensor replay_timed(int64_t tape) { return replay_timed(*tape_at(tape)); }
 void drop(int64_t tape) { delete tape_at(tape); }
-int64_t tape_phases(int64_t tape) { return int64_t(tape_at(tape)->phases()); }
+int64_t tape_phases(int64_t tape) { return int64_t(tape_at(tape)->recorded().size()); }
 int64_t tape_bytes(int64_t tape) { return int64_t(tape_at(tape)->bytes()); }
 
 // Takes arguments off torch's stack, in the schema's order: a `Fused` is several.
@@ -165,6 +167,7 @@ const Operator kOnTensors[] = {
     {"attention", kAttention + ", bool causal) -> Tensor", boxed<attention>},
     {"exit_score", "(Tensor hidden, Tensor previous) -> Tensor", boxed<exit_score>},
     {"largest_entropy", "(Tensor logits) -> Tensor", boxed<largest_entropy>},
+    {"choices", "(Tensor logits, bool entropies) -> Tensor", boxed<choices>},
     {"add", "(Tensor a, Tensor b) -> Tensor", boxed<add>},
     {"advance", "(Tensor(a!) counter, int by) -> ()", boxed<advance>},
     {"copy", "(Tensor from_, Tensor(a!) to) -> ()", boxed<copy_to>},
@@ -174,6 +177,7 @@ const Operator kOnNumbers[] = {
     {"record", "() -> int", boxed<record>},
     {"recorded", "() -> ()", boxed<recorded>},
     {"replay", "(int tape) -> ()", boxed<replay>},
+    {"replay_timed", "(int tape) -> Tensor", boxed<static_cast<Tensor (*)(int64_t)>(replay_timed)>},
     {"drop", "(int tape) -> ()", boxed<drop>},
     {"tape_phases", "(int tape) -> int", boxed<tape_phases>},
     {"tape_bytes", "(int tape) -> int", boxed<tape_bytes>},

@@ -42,23 +42,41 @@ inline Tensor rescore(const Tensor& logits, const Tensor& x, const Tensor& weigh
   return y;
 }
 
+// Describes the choices of logits [M, V], adjacent but for the distance of rows, and runs them.
+inline void run_choices(ChoiceArgs& a, const Tensor& logits, const void* first, int64_t rows, int64_t stride) {
+  a.dtype = dtype_of(logits, "logits");
+  a.logits = first;
+  a.stride = stride;
+  a.rows = int32_t(rows);
+  a.logits_each = int32_t(columns_of(logits));
+  a.chunks = int32_t(ceil_div(a.logits_each, kLogitsTogether));
+  a.weighed = workspace(size_t(a.rows) * a.chunks * 3 * sizeof(float));
+  const int parts = parts_of(int64_t(a.rows) * a.logits_each, 1 << 13);
+  run_phases(a, {{kernels().weigh, &a, parts}, {kernels().choose, &a, 1}});
+}
+
 inline Tensor largest_entropy(const Tensor& logits) {
   check(logits.dim() == 3 && logits.is_cpu() && logits.stride(2) == 1 && logits.size(1) > 0 && logits.size(2) > 0,
         "logits", "be [B, T, V] in the CPU's memory, those of a position adjacent");
-  EntropyArgs a{};
-  a.dtype = dtype_of(logits, "logits");
-  a.stride = logits.stride(0);
-  a.logits = static_cast<const char*>(logits.data_ptr()) +
-             (logits.size(1) - 1) * logits.stride(1) * int64_t(logits.element_size());
-  a.rows = int32_t(logits.size(0));
-  a.logits_each = int32_t(logits.size(2));
-  a.chunks = int32_t(ceil_div(a.logits_each, kLogitsTogether));
+  ChoiceArgs a{};
   Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
   a.score = static_cast<float*>(score.data_ptr());
-  a.weighed = workspace(size_t(a.rows) * a.chunks * 3 * sizeof(float));
-  const int parts = parts_of(int64_t(a.rows) * a.logits_each, 1 << 13);
-  run_phases(a, {{kernels().weigh, &a, parts}, {kernels().entropy, &a, 1}});
+  const int64_t last = (logits.size(1) - 1) * logits.stride(1) * int64_t(logits.element_size());
+  run_choices(a, logits, static_cast<const char*>(logits.data_ptr()) + last, logits.size(0), logits.stride(0));
   return score;
+}
+
+// Returns [N, 2] of float64: the number of each row's first largest logit, and the entropy, or 0 if it is not wanted.
+inline Tensor choices(const Tensor& logits, bool entropies) {
+  check(logits.dim() == 2 && logits.is_cpu() && logits.stride(1) == 1 && logits.size(1) > 0, "logits",
+        "be [N, V] in the CPU's memory, those of a row adjacent");
+  ChoiceArgs a{};
+  const int64_t sizes[] = {logits.size(0), 2};
+  Tensor out = empty(sizes, 2, aoti_torch_dtype_float64());
+  a.choices = static_cast<double*>(out.data_ptr());
+  a.only_largest = !entropies;
+  run_choices(a, logits, logits.data_ptr(), logits.size(0), logits.stride(0));
+  return out;
 }
 
 }  // namespace river

@@ -1,6 +1,7 @@
 // The library of one instruction set: its table of phases.
 #include "activations.h"
 #include "attention.h"
+#include "choices.h"
 #include "exit_scores.h"
 #include "gemm.h"
 #include "gemm_library.h"
@@ -20,7 +21,7 @@ extern "C" __attribute__((visibility("default"))) const river::Kernels* river_ke
       .rescore = river::rescore,
       .exit_score = river::exit_score,
       .weigh = river::weigh,
-      .entropy = river::entropy,
+      .choose = river::choose,
       .bfloat16 = river::kBFloat16Format,
       .vectors = river::kHasVectors,
   };

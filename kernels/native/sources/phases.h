@@ -186,14 +186,16 @@ struct ScoreArgs {
 
 constexpr int kLogitsTogether = 2048;
 
-// score = largest entropy in nats of the rows of logits [M, V]. Parts of `weigh` split rows and chunks; `entropy`
-// joins.
-struct EntropyArgs {
+// What logits [M, V] choose: the first of each row's largest ones, NaN above all, and the entropy of their distribution
+// in nats, unless `only_largest`. Parts of `weigh` split rows and chunks; `choose` joins.
+struct ChoiceArgs {
   const void* logits;  // of `dtype`
   int64_t stride;      // elements between two rows
   void* weighed;       // [M, chunks, 3] of float32
-  float* score;
+  double* choices;     // [M, 2], number and entropy, or null
+  float* score;        // largest entropy, or null
   int32_t dtype, rows, logits_each, chunks;
+  bool only_largest;
 };
 
 using Run = void (*)(const void* args, int part, int parts);
@@ -215,8 +217,8 @@ struct Kernels {
   Run attend_prompt;  // PromptArgs
   Run rescore;        // RescoreArgs
   Run exit_score;     // ScoreArgs
-  Run weigh;          // EntropyArgs
-  Run entropy;        // EntropyArgs
+  Run weigh;          // ChoiceArgs
+  Run choose;         // ChoiceArgs
   int32_t bfloat16;   // format of the activations that bfloat16 weights meet
   bool vectors;       // whether matmuls of 16-bit weights and any number of rows are fast
 };

@@ -10,9 +10,10 @@
 
 namespace river {
 
-constexpr int kBlocksAnew = 256, kBlocksOfSome = 64;
+constexpr int kBlocksAnew = 256, kBlocksOfSome = 16;
 
-// One row's logits, of which this part looks at all and writes blocks `first` to before `end`.
+// One row's logits, of which this part looks at all and writes a share: blocks to recompute are dealt out in turn,
+// since frequent tokens have low numbers.
 class RowOfLogits {
  public:
   RowOfLogits(const RescoreArgs& a, int64_t row, float* largest)
@@ -31,15 +32,18 @@ class RowOfLogits {
     least_ = ordered[anew - 1];
   }
 
-  void write(int64_t first, int64_t end) {
-    each_anew(first, end, [&](int, const char* weight) {
-      for (int64_t byte = 0; byte < row_bytes(); byte += 64) __builtin_prefetch(weight + byte, 0, 2);
+  void write(int way, int ways) {
+    each_anew(way, ways, [&](int64_t block) {
+      each_largest(block, [&](int, const char* weight) {
+        for (int64_t byte = 0; byte < row_bytes(); byte += 64) __builtin_prefetch(weight + byte, 0, 2);
+      });
     });
-    for (int64_t block = first; block < end; ++block) {
-      const int count = load(block);
-      each_anew(block, block + 1, [&](int i, const char* weight) { values_[i] = product(weight, block, i); });
-      store_values(a_.y, row_ * a_.out_features + block * kBlockOfLogits, count, a_.dtype, values_);
-    }
+    for (auto [block, end] = share_of(blocks_, way, ways); block < end; ++block)
+      if (!is_anew(block)) store(block, load(block));
+    each_anew(way, ways, [&](int64_t block) {
+      const int count = each_largest(block, [&](int i, const char* weight) { values_[i] = product(weight, block, i); });
+      store(block, count);
+    });
   }
 
  private:
@@ -63,15 +67,29 @@ class RowOfLogits {
     return count;
   }
 
+  void store(int64_t block, int count) {
+    store_values(a_.y, row_ * a_.out_features + block * kBlockOfLogits, count, a_.dtype, values_);
+  }
+
+  bool is_anew(int64_t block) const { return !(largest_[block] < least_); }
+
+  // Calls f(block) for this part's blocks to recompute.
   template <class F>
-  void each_anew(int64_t first, int64_t end, const F& f) {
-    for (int64_t block = first; block < end; ++block) {
-      if (largest_[block] < least_) continue;
-      const int count = load(block);
-      const char* weight = static_cast<const char*>(a_.weight) + block * kBlockOfLogits * row_bytes();
-      for (int i = 0; i < count; ++i)
-        if (values_[i] >= least_) f(i, weight + i * row_bytes());
-    }
+  void each_anew(int way, int ways, const F& f) {
+    int turn = 0;
+    for (int64_t block = 0; block < blocks_; ++block)
+      if (is_anew(block) && turn++ % ways == way) f(block);
+  }
+
+  // Calls f(number, weight) for the block's logits to recompute, whose values may change meanwhile; returns how many
+  // the block has.
+  template <class F>
+  int each_largest(int64_t block, const F& f) {
+    const int count = load(block);
+    const char* weight = static_cast<const char*>(a_.weight) + block * kBlockOfLogits * row_bytes();
+    for (int i = 0; i < count; ++i)
+      if (values_[i] >= least_) f(i, weight + i * row_bytes());
+    return count;
   }
 
   float product(const char* weight, int64_t block, int i) const {
@@ -96,11 +114,10 @@ class RowOfLogits {
 
 inline void rescore(const void* args, int part, int) {
   const auto& a = *static_cast<const RescoreArgs*>(args);
-  const int64_t row = part / a.ways, way = part % a.ways;
+  const int64_t row = part / a.ways;
   const int64_t blocks = ceil_div(a.out_features, kBlockOfLogits);
   RowOfLogits logits(a, row, a.largest + 2 * blocks * part);
-  const Share share = share_of(blocks, int(way), a.ways);
-  logits.write(share.first, share.end);
+  logits.write(part % a.ways, a.ways);
 }
 
 }  // namespace river

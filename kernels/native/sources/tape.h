@@ -43,11 +43,13 @@ class Tape {
   void hold(const torch::stable::Tensor& tensor) { tensors_.push_back(tensor); }
   // After each replay `failed` must be 0; else the replay says `what`.
   void watch(int32_t* failed, const char* what) { watched_.push_back({failed, what}); }
-  void replay(int threads) const {
-    ThreadPool::instance().run(phases_.data(), int(phases_.size()), threads);
+  void replay(int threads) const { replay(phases_, threads); }
+  // `phases`: the tape's, or others in their place.
+  void replay(const std::vector<Phase>& phases, int threads) const {
+    ThreadPool::instance().run(phases.data(), int(phases.size()), threads);
     for (const Watched& watched : watched_) STD_TORCH_CHECK(!std::exchange(*watched.failed, 0), watched.what);
   }
-  size_t phases() const { return phases_.size(); }
+  const std::vector<Phase>& recorded() const { return phases_; }
   size_t bytes() const { return bytes_; }
 
  private:

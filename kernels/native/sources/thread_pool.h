@@ -1,5 +1,6 @@
-// Runs phases, split into parts that threads take in turn, with a barrier between phases. The caller works too, and
-// waits for parts, not for helpers without a core. Helpers are torch's threads in one parallel loop: others would
+// Runs phases, split into parts, with a barrier between phases. Each thread takes parts of its own range in order, so
+// that it reads on where it stopped, and then those that others have not begun. The caller works too, and waits for
+// parts, not for helpers without a core. Helpers are torch's threads in one parallel loop: others would
 // compete with them while they spin. If such a loop ends late, since another process has a core, own threads help for a
 // while, which sleep without work. Not handled: two callers (the second runs alone), nested calls, pinning to cores.
 #pragma once
@@ -53,6 +54,7 @@ class ThreadPool {
         for (int part = 0; part < phases[i].parts; ++part) phases[i].run(phases[i].args, part, phases[i].parts);
       return;
     }
+    divide(std::min(threads, kMostRanges));
     if (forked_ || Clock::now() < apart_until_) {
       ensure(threads - 1);
       for (int i = 0; i < count; ++i) publish(phases[i]);
@@ -65,11 +67,20 @@ class ThreadPool {
   }
 
  private:
-  // A cursor is the number of a phase, its parts, and the next part that nobody took: 32, 16 and 16 bits.
-  static uint64_t cursor_of(uint64_t epoch, uint64_t parts) { return epoch << 32 | parts << 16; }
-  static int parts_of(uint64_t cursor) { return int(cursor >> 16 & 0xffff); }
-  static int next_of(uint64_t cursor) { return int(cursor & 0xffff); }
-  static bool has_work(uint64_t cursor) { return next_of(cursor) < parts_of(cursor); }
+  // The present phase: its number, parts and ranges. A range's cursor: the phase that it is of, and the next part that
+  // nobody took; that of an earlier phase stands for the range's first part.
+  static constexpr int kLow = 24, kRangeBits = 8, kMostRanges = 64;
+  static uint64_t joined(uint64_t epoch, uint64_t low) { return epoch << kLow | low; }
+  static uint64_t epoch_of(uint64_t joined) { return joined >> kLow; }
+  static uint64_t low_of(uint64_t joined) { return joined & ((1 << kLow) - 1); }
+
+  // Cursors are set back before the numbers of phases, of 40 bits, can come round.
+  void divide(int ranges) {
+    if (ranges == ranges_ && epoch_ < renewed_ + (uint64_t(1) << 36)) return;
+    ranges_ = ranges;
+    renewed_ = epoch_;
+    for (Range& range : ranges_of_) range.cursor.store(joined(epoch_, (1 << kLow) - 1));
+  }
 
   static ThreadPool* make() {
     // After a fork neither these threads nor torch's exist in the child: it starts with an empty pool.
@@ -83,7 +94,7 @@ class ThreadPool {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
       for (int64_t thread = first; thread < end; ++thread) {
         if (thread > 0) {
-          follow();
+          follow(int(thread));
           continue;
         }
         for (int i = 0; i < count; ++i) publish(phases[i]);
@@ -95,14 +106,16 @@ class ThreadPool {
   }
 
   // Takes parts until the last phase has ended.
-  void follow() {
+  void follow(int thread) {
+    uint64_t seen = 0;
     for (int spins = 0; !finished_.load(std::memory_order_acquire); ++spins) {
-      if (has_work(cursor_.load(std::memory_order_acquire))) {
-        work();
-        spins = 0;
-      } else {
+      const uint64_t present = present_.load(std::memory_order_acquire);
+      if (present == seen) {
         wait(spins);
+        continue;
       }
+      work(thread, seen = present);
+      spins = 0;
     }
   }
 
@@ -110,46 +123,59 @@ class ThreadPool {
     if (phase.parts == 1) return phase.run(phase.args, 0, 1);
     phase_ = phase;
     done_.store(0, std::memory_order_relaxed);
-    cursor_.store(cursor_of(++epoch_, uint64_t(phase.parts)));
+    present_.store(joined(++epoch_, phase.parts << kRangeBits | ranges_));
     if (helpers_.load(std::memory_order_relaxed) && sleeping_.load()) {
       { std::lock_guard<std::mutex> lock(sleep_); }
       wake_.notify_all();
     }
-    work();
+    work(0, present_.load(std::memory_order_relaxed));
     for (int spins = 0; done_.load(std::memory_order_acquire) < phase.parts; ++spins) wait(spins);
   }
 
-  // Takes parts of the present phase until none is left. A part that was taken keeps the phase from ending.
-  void work() {
-    uint64_t cursor = cursor_.load(std::memory_order_acquire);
-    while (has_work(cursor)) {
-      if (!cursor_.compare_exchange_weak(cursor, cursor + 1, std::memory_order_acq_rel)) continue;
-      const int parts = parts_of(cursor);
-      phase_.run(phase_.args, next_of(cursor), parts);
-      done_.fetch_add(1, std::memory_order_acq_rel);
-      cursor = cursor_.load(std::memory_order_acquire);
+  // Takes parts of the present phase until none is left, those of the thread's own range first. A part that was taken
+  // keeps the phase from ending.
+  void work(int thread, uint64_t present) {
+    const int ranges = int(low_of(present) & ((1 << kRangeBits) - 1)), parts = int(low_of(present) >> kRangeBits);
+    for (int i = 0; i < ranges; ++i) {
+      const int range = (thread + i) % ranges;
+      for (int part; (part = take(range, epoch_of(present), share_of(parts, range, ranges))) >= 0;) {
+        phase_.run(phase_.args, part, parts);
+        done_.fetch_add(1, std::memory_order_acq_rel);
+      }
+    }
+  }
+
+  // Returns the next part of a range, -1 if all are taken.
+  int take(int range, uint64_t epoch, Share share) {
+    std::atomic<uint64_t>& cursor = ranges_of_[range].cursor;
+    uint64_t at = cursor.load(std::memory_order_acquire);
+    for (;;) {
+      const int64_t next = epoch_of(at) < epoch ? share.first : int64_t(low_of(at));
+      if (epoch_of(at) > epoch || next >= share.end) return -1;
+      if (cursor.compare_exchange_weak(at, joined(epoch, next + 1), std::memory_order_acq_rel)) return int(next);
     }
   }
 
   void help(int number) {
-    int spins = 0;
-    for (;;) {
-      if (number < helpers_.load(std::memory_order_relaxed) && has_work(cursor_.load(std::memory_order_acquire))) {
-        work();
+    uint64_t seen = 0;
+    for (int spins = 0;;) {
+      const uint64_t present = present_.load(std::memory_order_acquire);
+      if (number < helpers_.load(std::memory_order_relaxed) && present != seen) {
+        work(number + 1, seen = present);
         spins = 0;
       } else if (++spins < kSpins) {
         wait(spins);
       } else {
-        sleep(number);
+        sleep(number, seen);
         spins = 0;
       }
     }
   }
 
-  void sleep(int number) {
+  void sleep(int number, uint64_t seen) {
     std::unique_lock<std::mutex> lock(sleep_);
     sleeping_.fetch_add(1);
-    wake_.wait(lock, [&] { return number < helpers_.load() && has_work(cursor_.load()); });
+    wake_.wait(lock, [&] { return number < helpers_.load() && present_.load() != seen; });
     sleeping_.fetch_sub(1);
   }
 
@@ -162,13 +188,18 @@ class ThreadPool {
 
   std::mutex turn_, sleep_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> cursor_{0};
-  std::atomic<int> done_{0}, sleeping_{0}, helpers_{0};
+  struct alignas(64) Range {
+    std::atomic<uint64_t> cursor{0};
+  };
+  Range ranges_of_[kMostRanges];
+  alignas(64) std::atomic<uint64_t> present_{0};
+  alignas(64) std::atomic<int> done_{0};
+  alignas(64) std::atomic<int> sleeping_{0}, helpers_{0};
   std::atomic<bool> finished_{false};
   Clock::time_point apart_until_{};
   bool forked_ = false;
-  uint64_t epoch_ = 0;
-  int started_ = 0;
+  uint64_t epoch_ = 0, renewed_ = 0;
+  int started_ = 0, ranges_ = 0;
   Phase phase_{};
 };
 

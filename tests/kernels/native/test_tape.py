@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 
@@ -152,6 +153,43 @@ def test_a_tape_counts_what_it_holds():
     tape, _ = recorded(Block())
     assert tape.phases == 5 * 2 + 2 + 3, "two phases for a product and for attention in chunks, one for all others"
     assert tape.bytes > BATCH * HIDDEN * 4
+
+
+def test_a_timed_replay_does_the_same_and_tells_what_each_phase_took():
+    direct, taped = Block(), Block()
+    tape, outputs = recorded(taped)
+    for block in (direct, taped):
+        block.feed(3)
+    expected = direct.calls()
+    torch.set_num_threads(2)
+    phases = [dict(zip(load.PHASE_COLUMNS, row, strict=True)) for row in tape.replay_timed().tolist()]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    matmuls = [(p["bits"], p["out_features"], p["in_features"]) for p in phases if p["kind"] == 2]
+    assert matmuls == [(4, 128, 64), (4, 64, 64), (4, 384, 64), (4, 64, 192), (16, 40, 64)]
+    kinds = [load.PHASE_KINDS[phase["kind"]] for phase in phases]
+    product = ["prepare", "matmul"]
+    assert kinds == [*product, "kv fill", "attention", "attention", *product * 3, "other", "other", *product]
+    for before, phase in itertools.pairwise(phases):
+        assert before["end"] <= phase["begin"] < phase["end"], "a phase begins when the one before it has ended"
+    busy = [phase["caller"] + phase["others"] for phase in phases]
+    assert all(0 < took <= 2 * (phase["end"] - phase["begin"]) for took, phase in zip(busy, phases, strict=True))
+
+
+def test_the_number_of_threads_may_change_between_replays_of_many_parts():
+    """More and fewer threads than before, than cores and than parts: every part runs once."""
+    g = torch.Generator().manual_seed(0)
+    packed = pack_linear(torch.randn(4096, 96, generator=g), 32, "native", "rtn")
+    x, tape = torch.randn(1, 1, 96, generator=g).bfloat16(), Tape()
+    with tape.recording():
+        outputs = [linear(x, packed, None) for _ in range(3)]
+    torch.set_num_threads(1)
+    expected = linear(x, packed, None)
+    for threads in (1, 5, 2, 3, 7, 2, 4) * 20:
+        torch.set_num_threads(threads)
+        for y in outputs:
+            y.fill_(torch.nan)
+        tape.replay()
+        assert all(torch.equal(y, expected) for y in outputs)
 
 
 def test_recording_again_takes_the_place_of_what_was_there():
