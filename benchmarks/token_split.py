@@ -10,6 +10,11 @@
 Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
 up to the token. Medians over the tokens of two generations after a warm-up, batch 1, static cache. A clock costs
 about a microsecond.
+
+With `--phases` an accelerated model answers in exact mode, and every phase of its tapes reads a clock around each of
+its parts. By pass (a draft step, a verification by its tokens) and phase: how many a pass has, their microseconds, how
+long this thread and the others ran parts in them, the wait before them, and the rate at which a matmul reads its
+weights (of a draft's head those of all words, of which it reads some). While a phase runs alone memory idles.
 """
 
 from __future__ import annotations
