@@ -12,29 +12,44 @@ namespace river {
 
 constexpr int kUnitAhead = 4096;  // bytes that are asked for ahead
 constexpr int kUnitVectors = 2 * kHalves;
-// Rows up to which weights are unpacked in registers: those whose sums of four output features these hold (kMostRows),
-// or of two. (With AVX2's 16 registers two features at a time took as long as unpacking to memory.)
-constexpr int kFewRows = kHalves == 1 ? 8 : kMostRows;
-constexpr int kMostFours = kMostRows;  // of them, rows whose sums of all four they hold
+// Rows up to which weights are unpacked in registers, at least for two of four output features at a time.
+constexpr int kFewRows = kHalves == 1 ? 8 : kHalves == 2 ? 6 : kMostRows;
 
-// The weights of output feature T of a unit, in order. Byte 16 l + j of a line is input feature 8 l + j, or for j >= 8
-// feature 24 + 8 l + j.
-template <int T>
-RIVER_INLINE void load_weights(const uint8_t* unit, Ints palette, Ints (&weights)[kUnitVectors]) {
-  constexpr int kBytes = 4 * kLanes;
-  unrolled<kHalves>([&](auto h) RIVER_INLINED {
-    const Ints codes = load(unit + T / 2 * kUnit + h * kBytes), low = load(unit + (2 + T) * kUnit + h * kBytes);
-    const Ints high = look_up(palette, T % 2 ? high_nibbles(codes) : low_nibbles(codes));
-    weights[h] = interleave_low(low, high);
-    weights[kHalves + h] = interleave_high(low, high);
-  });
+// Output features 2 P and 2 P + 1 of a unit, which share their line of codes. Byte 16 l + j of a line is input feature
+// 8 l + j, or for j >= 8 feature 24 + 8 l + j.
+template <int P>
+class Pair {
+ public:
+  RIVER_INLINE Pair(const uint8_t* unit, Ints palette) : lower_(unit + (2 + 2 * P) * kUnit) {
+    unrolled<kHalves>([&](auto h) RIVER_INLINED {
+      const Ints codes = load(unit + P * kUnit + h * kBytes);
+      upper_[0][h] = look_up(palette, low_nibbles(codes));
+      upper_[1][h] = look_up(palette, high_nibbles(codes));
+    });
+  }
+
+  // Vector V of the weights of output feature 2 P + T, in order.
+  template <int T, int V>
+  RIVER_INLINE Ints weights() const {
+    constexpr int h = V % kHalves;
+    const Ints lower = load(lower_ + T * kUnit + h * kBytes);
+    return V < kHalves ? interleave_low(lower, upper_[T][h]) : interleave_high(lower, upper_[T][h]);
+  }
+
+ private:
+  static constexpr int kBytes = 4 * kLanes;
+
+  const uint8_t* const lower_;
+  Ints upper_[2][kHalves];
+};
+
+RIVER_INLINE void fetch_unit(const uint8_t* unit) {
+  for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(unit + line, 0, 2);
 }
 
-// In share `share` of `shares`.
-RIVER_INLINE void fetch_unit(const uint8_t* unit, int share = 0, int shares = 1) {
-  constexpr int kLines = kUnitBytes / 64;
-  for (int line = kLines * share / shares; line < kLines * (share + 1) / shares; ++line)
-    __builtin_prefetch(unit + kUnitAhead + line * 64, 0, 2);
+// The lines of a pair.
+RIVER_INLINE void fetch_pair(const uint8_t* unit, int pair) {
+  for (const int line : {pair, 2 + 2 * pair, 3 + 2 * pair}) __builtin_prefetch(unit + line * kUnit, 0, 2);
 }
 
 // Four output features of a matrix: their units, and the patches that are left.
@@ -50,9 +65,9 @@ struct Four {
   // Unpacks the unit of input feature `i` to `out`, whose rows are `stride` apart; units are taken in order.
   RIVER_INLINE void unpack(Ints palette, int64_t i, uint16_t* out, int64_t stride) {
     unrolled<kFour>([&](auto t) RIVER_INLINED {
-      Ints weights[kUnitVectors];
-      load_weights<t>(units + i / kUnit * kUnitBytes, palette, weights);
-      for (int v = 0; v < kUnitVectors; ++v) store(out + t * stride + v * 2 * kLanes, weights[v]);
+      const Pair<t / 2> pair(units + i / kUnit * kUnitBytes, palette);
+      unrolled<kUnitVectors>(
+          [&](auto v) RIVER_INLINED { store(out + t * stride + v * 2 * kLanes, pair.template weights<t % 2, v>()); });
     });
     for (; patched(i); next += 2) out[next[0] % kFour * stride + next[0] / kFour - i] = uint16_t(next[1]);
   }
@@ -92,7 +107,7 @@ class UnpackedBlock {
   RIVER_INLINE void reach(int four, int64_t i) {
     if (i < done_[four]) return;
     done_[four] = i + kUnit;
-    fetch_unit(fours_[four].units + i / kUnit * kUnitBytes);
+    fetch_unit(fours_[four].units + i / kUnit * kUnitBytes + kUnitAhead);
     fours_[four].unpack(palette_, i, row(kFour * four) + i, padded_);
   }
 
@@ -115,15 +130,15 @@ class UnpackedBlock {
 constexpr int64_t kStretch = 16 * kUnit;
 
 // y[r][t] for R rows and the features of a `Four`; `add(sum, weights, i, r)` adds products from input feature `i` on.
-// Of more rows than registers hold sums, features are taken two at a time.
-template <int R, class Add, class Total>
+// Features of more than kMost rows are taken two at a time; `kShared`: two features share activations in registers.
+template <int R, int kMost, bool kShared, class Add, class Total>
 RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Matrix<float> y, const Add& add,
                                const Total& total) {
-  constexpr int kTogether = R <= kMostFours ? kFour : kFour / 2, kTurns = kFour / kTogether;
+  constexpr int kTogether = R <= kMost ? kFour : kFour / 2, kTurns = kFour / kTogether;
   Floats kept[kTurns][R][kTogether] = {};
   Four left[kTurns];
   std::fill(left, left + kTurns, four);
-  const int64_t stretch = kTurns == 1 ? in_features : kStretch;
+  const int64_t stretch = kTurns == 1 ? in_features : std::min(kStretch, in_features);
   for (int64_t first = 0; first < in_features; first += stretch) {
     const int64_t end = std::min(first + stretch, in_features);
     unrolled<kTurns>([&](auto g) RIVER_INLINED {
@@ -134,19 +149,40 @@ RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Mat
       for (int64_t i = first; i < end; i += kUnit) {
         const uint8_t* unit = four.units + i / kUnit * kUnitBytes;
         alignas(64) uint16_t unpacked[kFour * kUnit];
-        fetch_unit(unit, g, kTurns);  // (all at once, memory would idle in the next turn)
-        const bool patched = left[g].patched(i);
-        if (patched) left[g].unpack(palette, i, unpacked, kUnit);
-        unrolled<kTogether>([&](auto of) RIVER_INLINED {
-          constexpr int t = g * kTogether + of;
-          Ints weights[kUnitVectors];
-          load_weights<t>(unit, palette, weights);
-          if (patched) std::memcpy(weights, unpacked + t * kUnit, sizeof weights);
+        // (What the same turn reads in the next stretch: if one asked for all, memory would idle in the other.)
+        kTurns == 1 ? fetch_unit(unit + kUnitAhead) : fetch_pair(unit + stretch / kUnit * kUnitBytes, g);
+        // `weights_of(v, t)`: vector v of feature t, of which the compiler makes two loops, so that it joins no
+        // registers.
+        const auto products = [&](auto p, const auto& weights_of) RIVER_INLINED {
           unrolled<kUnitVectors>([&](auto v) RIVER_INLINED {
-            unrolled<R>([&](auto r)
-                            RIVER_INLINED { sums[r][of] = add(sums[r][of], weights[v], i + v * 2 * kLanes, r); });
+            const Ints first = weights_of(v, std::integral_constant<int, 0>());
+            const Ints second = weights_of(v, std::integral_constant<int, 1>());
+            const auto meet = [&](auto r, auto t, Ints weights) RIVER_INLINED {
+              sums[r][2 * p + t] = add(sums[r][2 * p + t], weights, i + v * 2 * kLanes, r);
+            };
+            constexpr std::integral_constant<int, 0> kFirst;
+            constexpr std::integral_constant<int, 1> kSecond;
+            unrolled<R>([&](auto r) RIVER_INLINED {
+              meet(r, kFirst, first);
+              if constexpr (kShared) meet(r, kSecond, second);
+            });
+            if constexpr (!kShared) unrolled<R>([&](auto r) RIVER_INLINED { meet(r, kSecond, second); });
           });
-        });
+        };
+        if (left[g].patched(i)) {
+          left[g].unpack(palette, i, unpacked, kUnit);
+          unrolled<kTogether / 2>([&](auto p) RIVER_INLINED {
+            products(p, [&](auto v, auto t) RIVER_INLINED {
+              const uint16_t* const at = unpacked + (g * kTogether + 2 * p + t) * kUnit + v * 2 * kLanes;
+              return load(reinterpret_cast<const uint8_t*>(at));
+            });
+          });
+        } else {
+          unrolled<kTogether / 2>([&](auto p) RIVER_INLINED {
+            const Pair<g * kTogether / 2 + p> pair(unit, palette);
+            products(p, [&](auto v, auto t) RIVER_INLINED { return pair.template weights<t, v>(); });
+          });
+        }
       }
       unrolled<R>([&](auto r) RIVER_INLINED {
         unrolled<kTogether>([&](auto of) RIVER_INLINED { kept[g][r][of] = sums[r][of]; });

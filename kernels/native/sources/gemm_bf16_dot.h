@@ -77,7 +77,8 @@ inline void gemm_bf16_dot(const GemmArgs& a, int part, int parts) {
     const int64_t row_bytes = a.padded_features() * 2;
     const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
     const auto few = [&](const UnpackedBlock& block, int four, auto r, Matrix<float> to) RIVER_INLINED {
-      dots_of_four<r>(
+      dots_of_four<r, kMostRows, false>(  // (GCC 12 puts what two of these products share on the stack.)
+
           block.four(four), block.palette(), block.in_features(), to,
           [&](Floats sum, Ints weights, int64_t i, int row) RIVER_INLINED {
             return dot_pairs(sum, weights, load(reinterpret_cast<const uint8_t*>(x + row * row_bytes + i * 2)));

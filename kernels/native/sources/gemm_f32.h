@@ -144,7 +144,7 @@ class MicrokernelF32Bf12 {
     const int64_t padded = a.padded_features();
     const Matrix<const float> x{static_cast<const float*>(a.x.values) + row * padded, padded};
     const auto few = [&](const UnpackedBlock& block, int four, auto r, Matrix<float> to) RIVER_INLINED {
-      dots_of_four<r>(
+      dots_of_four<r, kHalves == 1 ? 4 : kMostRows, true>(
           block.four(four), block.palette(), block.in_features(), to,
           [&](Floats sum, Ints weights, int64_t i, int row) RIVER_INLINED {
             const float* at = x.data + row * x.stride + i;
