@@ -98,6 +98,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
+        from river_compile import accelerate
         from river_compile.backend import river
 
         shared.quiet()
@@ -106,7 +107,10 @@ class Bench:
         self.ends = set(tokenizer.convert_tokens_to_ids([tokenizer.eos_token])) if options.own_ends else set()
         self.model.generation_config.eos_token_id = list(self.ends) or None
         options_of = {"twins": options.twins, "target_weights": "model"}
-        self.model.compile(backend=river, options=options_of)
+        if options.regret:  # what users type, whose passes stay bound between calls, of any width
+            accelerate(self.model, "exact", background_packing=False, twins=options.twins)
+        else:
+            self.model.compile(backend=river, options=options_of)
         self.packed = None
         if options.twelve:
             self.packed = copy.deepcopy(self.model)
@@ -164,9 +168,10 @@ class Bench:
             "exact_no_lookup": {"custom_generate": exact, "prompt_lookup_num_tokens": 0},
             "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP},
         }.get(row, {})
-        if row.startswith(regret.FIXED):
-            length = {"num_assistant_tokens": int(row.split()[-1]), "num_assistant_tokens_schedule": "constant"}
-            special = {"custom_generate": exact.with_options(**length), "prompt_lookup_num_tokens": 0}
+        if row in regret.ROWS:  # of an accelerated model
+            special = {"prompt_lookup_num_tokens": 0}
+            if row != regret.RULE:
+                special |= {"num_assistant_tokens": int(row.split()[-1]), "num_assistant_tokens_schedule": "constant"}
         depths = {"plain": self.model.config.num_hidden_layers, "river": 0}
         depths["prompt_lookup"] = depths["plain"]
         with forced_depth(depths[row]) if row in depths else contextlib.nullcontext():
