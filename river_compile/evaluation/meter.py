@@ -218,7 +218,7 @@ class TextDecoder:
 
     def step(self, ids_1S: Tensor) -> Tensor:
         """Run the last token of a text, those before it being in the KV cache; return its logits ``[V]``."""
-        return self._session.step(ids_1S)[0, -1]
+        return self._session.step(ids_1S)[0, -1].clone()  # (the next step overwrites them)
 
     @torch.inference_mode()
     def logits(self, ids_1S: Tensor, first: int) -> Tensor:

@@ -107,6 +107,16 @@ def test_texts_share_nothing_but_their_cache():
     restore(network)
 
 
+def test_each_token_keeps_its_logits():
+    """Steps that are replayed write to one buffer; the logits of a text are those of its beginnings."""
+    network, text = make("llama", layers=2), torch.tensor([[9, 8, 7, 6, 5, 4, 3]])
+    network.compile(backend="river", options=QUICK)
+    tokens = range(3, text.shape[1] + 1)
+    each = [TextDecoder(network, 8).logits(text[:, :n], n - 1) for n in tokens]
+    assert torch.allclose(TextDecoder(network, 8).logits(text, 2), torch.cat(each), atol=1e-3)
+    restore(network)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
