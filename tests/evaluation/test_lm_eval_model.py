@@ -13,7 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 
-from river_compile import restore, trace
+from river_compile import accelerate, restore, trace
 from river_compile.errors import OptionError
 from river_compile.evaluation.lm_eval_model import RiverLM
 from river_compile.evaluation.meter import TextDecoder
@@ -110,7 +110,7 @@ def test_texts_share_nothing_but_their_cache():
 def test_each_token_keeps_its_logits():
     """Steps that are replayed write to one buffer; the logits of a text are those of its beginnings."""
     network, text = make("llama", layers=2), torch.tensor([[9, 8, 7, 6, 5, 4, 3]])
-    network.compile(backend="river", options=QUICK)
+    accelerate(network, **QUICK | {"kernels": "auto"})
     tokens = range(3, text.shape[1] + 1)
     each = [TextDecoder(network, 8).logits(text[:, :n], n - 1) for n in tokens]
     assert torch.allclose(TextDecoder(network, 8).logits(text, 2), torch.cat(each), atol=1e-3)
