@@ -206,10 +206,18 @@ _NATIVE = (
     Mutation(
         "rescore-bound",
         f"{SOURCES}/rescore.h",
-        "if (largest_[block] < least_) continue;",
-        "if (largest_[block] <= least_) continue;",
+        "return !(largest_[block] < least_);",
+        "return !(largest_[block] <= least_);",
         "one block of logits fewer than promised is computed again in 16 bits",
         ("tests/kernels/native/test_rescore.py",),
+    ),
+    Mutation(
+        "choices-first",
+        f"{SOURCES}/choices.h",
+        "return a > b || (a != a && b == b);",
+        "return a >= b || (a != a && b == b);",
+        "the last of several best tokens is chosen, which transformers does not",
+        ("tests/kernels/native/test_entropy.py",),
     ),
     Mutation(
         "packing-errors",
@@ -233,9 +241,9 @@ _TWELVE_BITS = (
     Mutation(
         "bf12-nibbles",
         f"{SOURCES}/bf12.h",
-        "T % 2 ? high_nibbles(codes) : low_nibbles(codes)",
-        "T % 2 ? low_nibbles(codes) : high_nibbles(codes)",
-        "two output features in 12 bits have each other's exponents",
+        "upper_[0][h] = look_up(palette, low_nibbles(codes));",
+        "upper_[0][h] = look_up(palette, high_nibbles(codes));",
+        "an output feature in 12 bits has its neighbour's exponents",
         ("tests/kernels/native/test_bf12.py",),
     ),
     Mutation(
@@ -349,6 +357,22 @@ _EXACT = (
         "scores_NV.softmax(-1) * noise_NV",
         "sampled tokens are not multinomial's",
         ("tests/decoding/test_exact_loop.py",),
+    ),
+    Mutation(
+        "sampling-bars",
+        "river_compile/decoding/sampling.py",
+        "return bool(self._processors) and bars(self._processors, token, length)",
+        "return False",
+        "the end token comes before min_new_tokens where it is the most likely one",
+        ("tests/decoding/test_processors.py",),
+    ),
+    Mutation(
+        "evaluation-buffer",
+        "river_compile/evaluation/meter.py",
+        "return self._session.step(ids_1S)[0, -1].clone()",
+        "return self._session.step(ids_1S)[0, -1]",
+        "an evaluation gives every token of an answer the last one's logits",
+        ("tests/evaluation/test_lm_eval_model.py",),
     ),
     Mutation(
         "stop-length",
