@@ -335,7 +335,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--regret", action="store_true", help="the length of drafts, beside fixed lengths")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")
     parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.regret and options.repeats < 2:
+        parser.error(
+            "--regret judges the best length by other repeats than those that tell it; give --repeats 2 or more"
+        )
+    return options
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from tools import demo_models
 
 PROMPT = "Explain how a refrigerator works."
 NEW_TOKENS = 64
+BEGIN, END = load.PHASE_COLUMNS.index("begin"), load.PHASE_COLUMNS.index("end")
 # What comes between two marks of a token, in order.
 STAGES = {
     ("prepare", "prepared"): "transformers: inputs and masks",
@@ -135,7 +136,7 @@ def phases(model: Any, ids: torch.Tensor) -> None:
 
         return run
 
-    draft, verify, replay = Session.draft_step, Session.verify, load.Tape.replay
+    draft, verify, usual = Session.draft_step, Session.verify, load.Tape.replay
     Session.draft_step = named(draft, lambda *_: "draft")
     Session.verify = named(verify, lambda session, _, drafted: f"verify {session.width_for(drafted)}")
     load.Tape.replay = lambda tape: found.setdefault(running[0], []).append(tape.replay_timed().tolist())
@@ -145,15 +146,12 @@ def phases(model: Any, ids: torch.Tensor) -> None:
         found.clear()
         timing.generate(model, ids, NEW_TOKENS)
     finally:
-        Session.draft_step, Session.verify, load.Tape.replay = draft, verify, replay
+        Session.draft_step, Session.verify, load.Tape.replay = draft, verify, usual
     for name in sorted(found):
         replays = found[name]
-        milliseconds = statistics.fmean(phases[-1][END] - phases[0][BEGIN] for phases in replays) / 1e6
+        milliseconds = statistics.fmean(replay[-1][END] - replay[0][BEGIN] for replay in replays) / 1e6
         print(f"\n{name}: {len(replays)} replays of {milliseconds:.2f} ms")
         print_table(["", "a pass", "us", "this thread", "others", "wait", "GB/s"], rows_of(replays))
-
-
-BEGIN, END = load.PHASE_COLUMNS.index("begin"), load.PHASE_COLUMNS.index("end")
 
 
 def rows_of(replays: list[list[list[int]]]) -> list[list[object]]:

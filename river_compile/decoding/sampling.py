@@ -78,9 +78,10 @@ class Sampler:
 
     def draft(self, logits_1V: Tensor, ids_1S: Tensor, row: int, step: int) -> Tensor:
         """Return a draft token of a row, any one if none can be drawn, and its entropy in nats: float64 ``[1, 2]``."""
-        scores, chosen = logits_1V, choices(logits_1V)
+        scores = logits_1V
+        chosen = choices(logits_1V) if self.is_greedy or not self._of_drafts else None
         # (Without processors nothing is read here, so that steps on a GPU queue.)
-        if self._of_drafts and not (self.is_greedy and not self.bars(int(chosen[0, 0]), ids_1S.shape[1])):
+        if chosen is None or (self._of_drafts and self.bars(int(chosen[0, 0]), ids_1S.shape[1])):
             scores = processed(self._of_drafts, ids_1S, logits_1V.float(), [row])
             chosen = choices(scores)
         if self.do_sample:

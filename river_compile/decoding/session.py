@@ -57,7 +57,8 @@ LONGEST_OFFLOADED = 63  # the same if a pass waits for offloaded weights, once f
 def verification_widths(max_draft: int) -> tuple[int, ...]:
     """Return the query lengths of verifying passes: powers of two, 6, and max_draft + 1."""
     # Up to about six rows a pass waits for weights; eight cost a third more.
-    return (*sorted(w for w in (1, 2, 4, 6, 8, 16, 32, 64) if w <= max_draft), max_draft + 1)
+    widths = {2**i for i in range(max_draft.bit_length())} | ({6} if max_draft >= 6 else set())
+    return (*sorted(widths), max_draft + 1)
 
 
 class Session:

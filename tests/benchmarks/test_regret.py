@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import regret
+from benchmarks import exact, regret
 
 
 def times(rule, **fixed):
@@ -33,3 +33,9 @@ def test_a_length_that_was_fast_once_is_judged_by_the_other_repeats():
     prompt["fixed 5"] = [0.5, 2.0]
     found = regret.summarize({"chat": [prompt]})
     assert found["regret"] == pytest.approx((-0.5 + 0.0) / 2)
+
+
+def test_one_repeat_judges_nothing(capsys):
+    with pytest.raises(SystemExit):
+        exact.main(["--regret", "--repeats", "1"])
+    assert "give --repeats 2 or more" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from transformers.generation import (
 
 import river_compile
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
+from river_compile.decoding.session import verification_widths
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.runtime.draft_length import DraftLength
 from tests.support.examples import slow
@@ -215,6 +216,20 @@ def test_good_drafts_save_passes_and_the_trace_tells_where_tokens_came_from():
     assert kept == {"river": 34, "backbone": 5}  # four cycles of 7 + 1, and one of 6 + 1 at the end
     assert trace.acceptance_by_position == [1.0] * 7
     assert all(cycle.width == 8 for cycle in trace.cycles)
+
+
+@pytest.mark.parametrize(
+    ("max_draft", "widths"),
+    [
+        (1, (1, 2)),
+        (5, (1, 2, 4, 6)),
+        (6, (1, 2, 4, 6, 7)),
+        (15, (1, 2, 4, 6, 8, 16)),
+        (200, (1, 2, 4, 6, 8, 16, 32, 64, 128, 201)),
+    ],
+)
+def test_passes_have_few_widths(max_draft, widths):
+    assert verification_widths(max_draft) == widths
 
 
 def chi_square(counts, expected):

@@ -1,8 +1,8 @@
-// Runs phases, split into parts, with a barrier between phases. Each thread takes parts of its own range in order, so
-// that it reads on where it stopped, and then those that others have not begun. The caller works too, and waits for
-// parts, not for helpers without a core. Helpers are torch's threads in one parallel loop: others would
-// compete with them while they spin. If such a loop ends late, since another process has a core, own threads help for a
-// while, which sleep without work. Not handled: two callers (the second runs alone), nested calls, pinning to cores.
+// Runs phases, split into parts, with a barrier between phases. Each thread takes parts of its own range in order, to
+// read on where it stopped, then those that others have not begun. The caller works too, and waits for parts, not for
+// helpers without a core. Helpers are torch's threads in one parallel loop: others would compete with them while they
+// spin. If such a loop ends late, since another process has a core, own threads help for a while, which sleep without
+// work. Not handled: two callers (the second runs alone), nested calls, pinning to cores.
 #pragma once
 
 #include <pthread.h>
@@ -123,12 +123,13 @@ class ThreadPool {
     if (phase.parts == 1) return phase.run(phase.args, 0, 1);
     phase_ = phase;
     done_.store(0, std::memory_order_relaxed);
-    present_.store(joined(++epoch_, phase.parts << kRangeBits | ranges_));
+    const uint64_t present = joined(++epoch_, phase.parts << kRangeBits | ranges_);
+    present_.store(present);
     if (helpers_.load(std::memory_order_relaxed) && sleeping_.load()) {
       { std::lock_guard<std::mutex> lock(sleep_); }
       wake_.notify_all();
     }
-    work(0, present_.load(std::memory_order_relaxed));
+    work(0, present);
     for (int spins = 0; done_.load(std::memory_order_acquire) < phase.parts; ++spins) wait(spins);
   }
 
