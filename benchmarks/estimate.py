@@ -15,9 +15,8 @@ Exact mode is on paper here (`benchmarks.cuda_decode` measures it). A cycle draf
 one captured pass each, and verifies them in one pass of the backbone over n + 1 positions; then the host reads what was
 kept. A drafted token holds with the probability p of `--hold` where all before it did, so that a cycle keeps
 1 + p + ... + p^n tokens; n is the length with the most tokens/s. If none is given there are two: 0.70, of SmolLM2's
-drafts of four tokens (docs/twins.md: 72, 50, 36 and 23 % held up to each position), and 0.88, how often its 4-bit twins
-name the backbone's next token on its own text (docs/quality.md). Passes start 5 us after one another; reading back
-takes 30 us (docs/cuda.md, a flag in order).
+drafts of four tokens (72, 50, 36 and 23 % held up to each position), and 0.88, how often its 4-bit twins name the
+backbone's next token on its own text. Passes start 5 us after one another; reading back takes 30 us.
 """
 
 from __future__ import annotations

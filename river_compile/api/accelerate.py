@@ -80,7 +80,7 @@ def accelerate(
             ("gptq" and "awq"). None: the package's texts, or text that the model samples if its folder has no
             tokenizer.
         tokenizer: for texts in `calibration_data`.
-        compile_cache: whether to reuse and keep what is built in the compile cache (docs/usage.md).
+        compile_cache: whether to reuse and keep what is built in the compile cache (docs/startup.md).
         background_packing: with "exact" on a CPU: whether to answer without drafts, with the same text, while new twins
             are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
