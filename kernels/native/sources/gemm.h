@@ -9,7 +9,7 @@
 
 #if defined(RIVER_ISA_AMX)
 #include "gemm_amx.h"
-#elif defined(RIVER_ISA_AVX512_BF16)
+#elif defined(RIVER_ISA_AVX512_BF16) || defined(RIVER_ISA_NEON_I8MM)
 #include "gemm_bf16_dot.h"
 #endif
 
@@ -27,7 +27,7 @@ constexpr GemmChoice kGemms[] = {
 #if defined(RIVER_ISA_AMX)
     {kAmxTiles, kBlock, gemm_amx},
     {kAmxTiles, INT_MAX, gemm_amx_multi},
-#elif defined(RIVER_ISA_AVX512_BF16)
+#elif defined(RIVER_ISA_AVX512_BF16) || defined(RIVER_ISA_NEON_I8MM)
     {kBFloat16Rows, INT_MAX, gemm_bf16_dot},
 #else
     {kEvenOdd, INT_MAX, gemm_f32},

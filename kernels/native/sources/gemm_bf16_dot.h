@@ -1,4 +1,5 @@
-// bfloat16 matmuls by dot products of pairs (AVX-512 BF16), up to six rows at a time; one summation order for any rows.
+// bfloat16 matmuls by dot products of pairs (AVX-512 BF16, ARM's BF16), some rows at a time; one summation order for
+// any rows.
 #pragma once
 
 #include <algorithm>
@@ -8,41 +9,31 @@
 
 namespace river {
 
-constexpr int kStep = 32;  // input features of one vector
+constexpr int kStep = 32, kTogether = 2 * kLanes;  // input features of a turn, and of a vector
 
-// The sums of the lanes of four vectors, each in the same order.
-RIVER_INLINE void sums_of_pairs(const __m512 (&v)[4], float* sums) {
-  const auto two_of = [](__m512 p, __m512 q)
-                          RIVER_INLINED { return _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q)); };
-  const __m512d first = _mm512_castps_pd(two_of(v[0], v[1])), second = _mm512_castps_pd(two_of(v[2], v[3]));
-  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
-                                        _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-}
-
-// y[r][t] = sum over k of weight[t, k] x[r, k] for R rows and T <= 4 features; `fetch(k)` runs for each vector.
+// y[r][t] = sum over k of weight[t, k] x[r, k] for R rows and T <= 4 features; `fetch(k)` runs for each turn.
 template <int R, int T, class Fetch>
 void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t row_bytes, Matrix<float> y,
                    const Fetch& fetch) {
   const int64_t whole = k / kStep * kStep;
-  __m512 sums[R][4] = {};
-  const auto add = [&](int64_t i, auto load_weights) RIVER_INLINED {
+  Floats sums[R][4] = {};
+  const auto add = [&](int64_t i, const auto& load_weights) RIVER_INLINED {
     unrolled<T>([&](auto t) RIVER_INLINED {
-      const auto w = (__m512bh)load_weights(weight + (t * k + i) * 2);
+      const Ints w = load_weights(reinterpret_cast<const uint8_t*>(weight + (t * k + i) * 2));
       unrolled<R>([&](auto r) RIVER_INLINED {
-        sums[r][t] = _mm512_dpbf16_ps(sums[r][t], w, (__m512bh)_mm512_loadu_si512(first_x + r * row_bytes + i * 2));
+        const auto* x = reinterpret_cast<const uint8_t*>(first_x + r * row_bytes + i * 2);
+        sums[r][t] = dot_pairs(sums[r][t], w, load(x));
       });
     });
   };
   for (int64_t i = 0; i < whole; i += kStep) {
     fetch(i);
-    add(i, [&](const char* w) RIVER_INLINED { return _mm512_loadu_si512(w); });
+    unrolled<kStep / kTogether>([&](auto v) RIVER_INLINED {
+      add(i + v * kTogether, [](const uint8_t* w) RIVER_INLINED { return load(w); });
+    });
   }
-  if (whole < k) {
-    const auto rest = __mmask32((1u << (k - whole)) - 1);
-    add(whole, [&](const char* w) RIVER_INLINED { return _mm512_maskz_loadu_epi16(rest, w); });
-  }
+  for (int64_t i = whole; i < k; i += kTogether)
+    add(i, [&](const uint8_t* w) RIVER_INLINED { return load_some(w, std::min<int64_t>(kTogether, k - i)); });
   unrolled<R>([&](auto r) RIVER_INLINED {
     float total[4];
     sums_of_pairs(sums[r], total);

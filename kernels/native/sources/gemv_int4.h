@@ -7,13 +7,14 @@
 
 #include "gemm_blocked.h"
 
+#if defined(RIVER_NEON_DOTS)
+#include "gemv_int4_neon.h"
+#endif
+
 namespace river {
 
-constexpr int kRows = 8;
+constexpr int kRows = kHalves == 4 ? 4 : 8;
 constexpr int kLine = 64;
-
-// Asks for the weights that this thread reads some 300 ns later: the processor's own prefetching stops at every page.
-RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 4096, 0, 2); }
 
 struct Row {
   const int8_t* values;
@@ -22,9 +23,24 @@ struct Row {
   const int32_t* start;
 };
 
+#if defined(RIVER_NEON_DOTS)
+// Returns, for R rows and the vectors of output features, the sums of (q - 8) x over one group.
+template <int R>
+RIVER_INLINE void sums_of_group(const uint8_t* w, const Row* x, int64_t g, int lines, Floats (*out)[R]) {
+  const int8_t* values[R];
+  int32_t start[R];
+  for (int r = 0; r < R; ++r) values[r] = x[r].values + g * lines * 8, start[r] = x[r].start[g];
+  int32x4_t sums[R][kHalves];
+  sums_of_lines<R>(w, values, start, lines, sums);
+  unrolled<kHalves * R>([&](auto i) RIVER_INLINED {
+    constexpr int h = i / R, r = i % R;
+    out[h][r] = to_floats((Ints)sums[r][h]) * every(x[r].scale[g]);
+  });
+}
+#else
 // Returns, for R rows and one vector of output features, the sum of (q - 8) x over one group.
 template <int R>
-RIVER_INLINE void sums_of_group(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
+RIVER_INLINE void sums_of_vector(const uint8_t* w, const Row* x, int64_t g, int lines, Floats* out) {
   Dots low[R], high[R];
   for (int r = 0; r < R; ++r) low[r].begin(x[r].start[g]), high[r].begin(0);
   for (int i = 0; i < lines; i += 4) {
@@ -47,6 +63,7 @@ RIVER_INLINE void sums_of_group(const uint8_t* w, const Row* x, int64_t g, int l
     out[r] = to_floats(total) * every(x[r].scale[g]);
   }
 }
+#endif
 
 // One block of output features for `rows` <= R rows; the last row stands in for those that are not there.
 template <int R>
@@ -60,16 +77,26 @@ void microkernel_int4(const GemmArgs& a, int64_t n, int row, int rows, float (*y
   }
   const uint8_t* weight = a.weight + n * groups * lines * kLine;
   const auto* parameters = reinterpret_cast<const uint8_t*>(a.scale_zero) + n * groups * kLine;
-  Floats sums[kHalves][R], products[R];
+  Floats sums[kHalves][R];
   for (auto& half : sums)
     for (Floats& sum : half) sum = zeros();
+  const auto add = [&](int h, int64_t g, const Floats* products) RIVER_INLINED {
+    const Ints pair = load(parameters + h * 4 * kLanes);
+    const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
+    for (int r = 0; r < R; ++r) sums[h][r] = fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]));
+  };
   for (int64_t g = 0; g < groups; ++g, weight += lines * kLine, parameters += kLine) {
+#if defined(RIVER_NEON_DOTS)
+    Floats products[kHalves][R];
+    sums_of_group<R>(weight, x, g, lines, products);
+    unrolled<kHalves>([&](auto h) RIVER_INLINED { add(h, g, products[h]); });
+#else
+    Floats products[R];
     for (int h = 0; h < kHalves; ++h) {
-      sums_of_group<R>(weight + h * 4 * kLanes, x, g, lines, products);
-      const Ints pair = load(parameters + h * 4 * kLanes);
-      const Floats scale = low_bfloat16(pair), zero = high_bfloat16(pair);
-      for (int r = 0; r < R; ++r) sums[h][r] = fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]));
+      sums_of_vector<R>(weight + h * 4 * kLanes, x, g, lines, products);
+      add(h, g, products);
     }
+#endif
   }
   for (int r = 0; r < R; ++r)
     for (int h = 0; h < kHalves; ++h) store(y[r] + h * kLanes, sums[h][r]);

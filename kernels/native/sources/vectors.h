@@ -14,9 +14,16 @@
 #define RIVER_AVX512
 #elif defined(RIVER_ISA_AVX2) || defined(RIVER_ISA_AVX_VNNI)
 #define RIVER_AVX2
+#elif defined(RIVER_ISA_NEON) || defined(RIVER_ISA_NEON_DOTPROD) || defined(RIVER_ISA_NEON_I8MM)
+#define RIVER_NEON
+#if !defined(RIVER_ISA_NEON)
+#define RIVER_NEON_DOTS
+#endif
 #endif
 #if defined(RIVER_AVX512) || defined(RIVER_AVX2)
 #include <immintrin.h>
+#elif defined(RIVER_NEON)
+#include <arm_neon.h>
 #endif
 
 #define RIVER_INLINE inline __attribute__((always_inline))
@@ -150,7 +157,7 @@ RIVER_INLINE Ints add_dots(Ints sum, Ints w, const int8_t* x) {
 
 #else
 
-constexpr int kHalves = 4, kMostRows = 2, kLines = 2, kPanels = 1;
+constexpr int kHalves = 4;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
@@ -158,7 +165,6 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 RIVER_INLINE Floats every(float x) { return Floats{x, x, x, x}; }
 RIVER_INLINE Ints every(int32_t x) { return Ints{x, x, x, x}; }
-RIVER_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 RIVER_INLINE Ints add(Ints a, Ints b) { return a + b; }
 RIVER_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 RIVER_INLINE Ints load(const uint8_t* p) {
@@ -172,6 +178,38 @@ RIVER_INLINE Floats load_floats(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+RIVER_INLINE Floats low_bfloat16(Ints x) { return (Floats)((Words)x << 16); }
+RIVER_INLINE Floats high_bfloat16(Ints x) { return (Floats)((Words)x & 0xffff0000u); }
+RIVER_INLINE Ints low_nibbles(Ints x) { return x & 0x0f0f0f0f; }
+RIVER_INLINE Ints high_nibbles(Ints x) { return (Ints)((Bytes)x >> 4); }
+RIVER_INLINE void store(uint16_t* p, Ints x) { std::memcpy(p, &x, sizeof x); }
+RIVER_INLINE Ints repeated(const uint8_t* p) { return load(p); }
+
+#if defined(RIVER_NEON)
+
+constexpr int kMostRows = 4, kLines = 4, kPanels = 1;
+
+RIVER_INLINE Floats fma(Floats a, Floats b, Floats c) {
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+RIVER_INLINE Floats load_float16(const uint16_t* p) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+RIVER_INLINE int16x4_t four_int8(const uint8_t* p) {
+  return vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(uint32_t(four_bytes(reinterpret_cast<const int8_t*>(p)))))));
+}
+RIVER_INLINE Floats load_int8(const uint8_t* p) { return to_floats((Ints)vmovl_s16(four_int8(p))); }
+RIVER_INLINE Floats load_float8(const uint8_t* p) {
+  const uint16x4_t x = vand_u16(vreinterpret_u16_s16(vshl_n_s16(four_int8(p), 7)), vdup_n_u16(0xbf80));
+  return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(x));
+}
+RIVER_INLINE Ints look_up(Ints table, Ints x) { return (Ints)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)x); }
+RIVER_INLINE Ints interleave_low(Ints x, Ints y) { return (Ints)vzip1q_u8((uint8x16_t)x, (uint8x16_t)y); }
+RIVER_INLINE Ints interleave_high(Ints x, Ints y) { return (Ints)vzip2q_u8((uint8x16_t)x, (uint8x16_t)y); }
+
+#else  // portable
+
+constexpr int kMostRows = 2, kLines = 2, kPanels = 1;
+
+RIVER_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 RIVER_INLINE Floats load_float16(const uint16_t* p) {
   return Floats{from_float16(p[0]), from_float16(p[1]), from_float16(p[2]), from_float16(p[3])};
 }
@@ -183,12 +221,6 @@ RIVER_INLINE Floats load_float8(const uint8_t* p) {
   for (int i = 0; i < 4; ++i) halves[i] = uint16_t(int8_t(p[i]) << 7 & 0xbf80);
   return load_float16(halves);
 }
-RIVER_INLINE Floats low_bfloat16(Ints x) { return (Floats)((Words)x << 16); }
-RIVER_INLINE Floats high_bfloat16(Ints x) { return (Floats)((Words)x & 0xffff0000u); }
-RIVER_INLINE Ints low_nibbles(Ints x) { return x & 0x0f0f0f0f; }
-RIVER_INLINE Ints high_nibbles(Ints x) { return (Ints)((Words)x >> 4) & 0x0f0f0f0f; }
-RIVER_INLINE void store(uint16_t* p, Ints x) { std::memcpy(p, &x, sizeof x); }
-RIVER_INLINE Ints repeated(const uint8_t* p) { return load(p); }
 RIVER_INLINE Ints look_up(Ints table, Ints x) {
   Bytes found;
   for (int i = 0; i < 16; ++i) found[i] = ((Bytes)table)[((Bytes)x)[i]];
@@ -208,6 +240,7 @@ RIVER_INLINE Ints add_dots(Ints sum, Ints w, const int8_t* x) {
 }
 
 #endif
+#endif
 
 #if defined(RIVER_AVX512) || defined(RIVER_AVX2)
 // The sums of the lanes of four vectors.
@@ -216,6 +249,11 @@ RIVER_INLINE void sums_of_four(const Floats* v, float* sums) {
   _MM_TRANSPOSE4_PS(a, b, c, d);
   _mm_storeu_ps(sums, _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d)));
 }
+#elif defined(RIVER_NEON)
+RIVER_INLINE void sums_of_four(const Floats* v, float* sums) {
+  const auto pairs = [&](int i) RIVER_INLINED { return vpaddq_f32((float32x4_t)v[i], (float32x4_t)v[i + 1]); };
+  vst1q_f32(sums, vpaddq_f32(pairs(0), pairs(2)));
+}
 #else
 RIVER_INLINE void sums_of_four(const Floats* v, float* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
@@ -223,7 +261,11 @@ RIVER_INLINE void sums_of_four(const Floats* v, float* sums) {
 #endif
 
 constexpr int kLanes = 16 / kHalves;
-constexpr bool kHasVectors = kHalves < 4;
+#if defined(RIVER_AVX512) || defined(RIVER_AVX2) || defined(RIVER_NEON)
+constexpr bool kHasVectors = true;
+#else
+constexpr bool kHasVectors = false;
+#endif
 
 RIVER_INLINE Floats zeros() { return Floats{}; }
 
@@ -231,6 +273,7 @@ typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 RIVER_INLINE Bits float_to_bits(Floats x) { return (Bits)x; }
 RIVER_INLINE Floats bits_to_float(Bits x) { return (Floats)x; }
 
+#if !defined(RIVER_NEON_DOTS)
 // Sums of products of unsigned and signed bytes, by fours.
 struct Dots {
   Ints sum;
@@ -243,15 +286,43 @@ struct Dots {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
     narrow = every(0);
   }
+#elif defined(RIVER_ISA_NEON)
+  // The same, of two output features and of the other two.
+  int16x8_t narrow[2];
+  RIVER_INLINE void begin(int32_t start) { sum = every(start), narrow[0] = narrow[1] = vdupq_n_s16(0); }
+  RIVER_INLINE void add(Ints w, const int8_t* x) {
+    const int8x16_t weights = (int8x16_t)w, factors = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x)));
+    narrow[0] = vmlal_s8(narrow[0], vget_low_s8(weights), vget_low_s8(factors));
+    narrow[1] = vmlal_high_s8(narrow[1], weights, factors);
+  }
+  RIVER_INLINE void widen() {
+    sum += (Ints)vpaddq_s32(vpaddlq_s16(narrow[0]), vpaddlq_s16(narrow[1]));
+    narrow[0] = narrow[1] = vdupq_n_s16(0);
+  }
 #else
   RIVER_INLINE void begin(int32_t start) { sum = every(start); }
   RIVER_INLINE void add(Ints w, const int8_t* x) { sum = add_dots(sum, w, x); }
   RIVER_INLINE void widen() {}
 #endif
 };
+#endif
 
+// Of pairs of bfloat16: their dot products; the sums of the lanes of four vectors, each in the same order; and `count`
+// of the values that a vector holds, then zeros.
 #if defined(RIVER_ISA_AVX512_BF16)
 constexpr bool kHasPairs = true;
+RIVER_INLINE void sums_of_pairs(const Floats (&v)[4], float* sums) {
+  const auto two_of = [](__m512 p, __m512 q)
+                          RIVER_INLINED { return _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q)); };
+  const __m512d first = _mm512_castps_pd(two_of(v[0], v[1])), second = _mm512_castps_pd(two_of(v[2], v[3]));
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                                        _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+RIVER_INLINE Ints load_some(const uint8_t* p, int64_t count) {
+  return _mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), p);
+}
 RIVER_INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 // Rounds two vectors to pairs of bfloat16, one value of each.
 RIVER_INLINE void store_pairs(Floats even, Floats odd, uint32_t* to) {
@@ -259,6 +330,21 @@ RIVER_INLINE void store_pairs(Floats even, Floats odd, uint32_t* to) {
   alignas(64) static constexpr uint16_t kPlaces[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kPlaces), order));
+}
+#elif defined(RIVER_ISA_NEON_I8MM)
+constexpr bool kHasPairs = true;
+RIVER_INLINE void sums_of_pairs(const Floats (&v)[4], float* sums) { sums_of_four(v, sums); }
+RIVER_INLINE Ints load_some(const uint8_t* p, int64_t count) {
+  Ints values = every(0);
+  std::memcpy(&values, p, count * 2);
+  return values;
+}
+RIVER_INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) {
+  return (Floats)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+}
+RIVER_INLINE void store_pairs(Floats even, Floats odd, uint32_t* to) {
+  const auto rounded = [](Floats x) RIVER_INLINED { return vreinterpretq_u16_bf16(vcvtq_low_bf16_f32((float32x4_t)x)); };
+  vst1q_u16(reinterpret_cast<uint16_t*>(to), vzip1q_u16(rounded(even), rounded(odd)));
 }
 #else
 constexpr bool kHasPairs = false;
