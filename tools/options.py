@@ -9,10 +9,9 @@ import argparse
 from pathlib import Path
 
 from river_compile.config import EXPERT, USER, RiverConfig
+from tools.marked import ROOT, filled
 
-ROOT = Path(__file__).resolve().parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs/options.md"
-BEGIN, END = "<!-- options: python -m tools.options -->\n", "<!-- end of options -->\n"
 
 
 def tables(document: Path) -> str:
@@ -36,8 +35,7 @@ def tables(document: Path) -> str:
 
 def replaced(document: Path) -> str:
     """Return a document's text with its tables between the marks."""
-    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
-    return before + BEGIN + "\n" + tables(document) + "\n" + END + rest.split(END)[1]
+    return filled(document, "options", lambda _: tables(document))
 
 
 def _table(audience: str, typed: bool = True) -> str:
