@@ -343,6 +343,7 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     [
         (["--device", "cuda"], "name the models to build: --random llama-3.2-1b llama-3.2-3b llama-3.1-8b"),
         (["--estimate"], "name the models to build"),
+        (["--estimate", "--record", "some"], "--record keeps numbers of a CPU; use --json for those of a GPU"),
         (["--random", "llama-9", "--estimate"], "--random llama-9 is not a model that can be built"),
         (["--random", "llama-3.2-1b"], "--random needs --device cuda, or --estimate"),
         (["--random", "llama-3.2-1b", "--device", "cuda"], "torch sees no GPU here; --estimate prints"),
