@@ -20,7 +20,8 @@ turns. Columns:
     peak RSS, MiB     of the row's process, loading included (mapped weight files count)
 
 `--device cuda` measures random models on a GPU, `--estimate` says what can be said without one (cuda_decode.py).
-All processes stay in memory until the end: choose `--rows` for models of more than about two billion parameters.
+All processes stay in memory until the end. `--one-process` measures one row after another instead, for models of a
+billion parameters or more: OpenVINO alone keeps three times the bytes of a 16-bit file.
 llama.cpp and OpenVINO are optional (`pip install llama-cpp-python openvino-genai`). The row `openvino` has the GGUF
 file's weights rounded to float16, since OpenVINO GenAI reads no bfloat16 there. Nothing here looks at the quality of
 the text.
@@ -93,14 +94,26 @@ def _files(rows: list[str], folder: Path, options: argparse.Namespace, scratch: 
 
 
 def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace) -> dict[str, dict]:
-    """Prepare all rows one after another, then lets them take turns; return the raw results of each."""
+    """Prepare all rows one after another, then let them take turns; return the raw results of each.
+
+    With `--one-process` each row is measured alone instead, and its process ends before the next one begins.
+    """
     from tqdm import tqdm
 
-    results: dict[str, dict] = {}
     settings = ["tokens_per_s", "tokens_per_s_beside"] if options.neighbour else ["tokens_per_s"]
+    results: dict[str, dict] = {}
+    with tqdm(total=len(rows) * (1 + options.repeats * len(settings)), unit="run", desc="decode") as bar:
+        for group in [[name] for name in rows] if options.one_process else [rows]:
+            results |= _measured(group, files, options, settings, bar)
+    return results
+
+
+def _measured(
+    rows: list[str], files: Mapping[str, Path], options: argparse.Namespace, settings: list[str], bar
+) -> dict[str, dict]:
+    """Return the raw results of rows whose processes take turns."""
+    results: dict[str, dict] = {}
     with ExitStack() as stack:
-        total = len(rows) * (1 + options.repeats * len(settings))
-        bar = stack.enter_context(tqdm(total=total, unit="run", desc="decode"))
         workers = {}
         for name in rows:
             bar.set_postfix_str(f"preparing {name}")
@@ -319,6 +332,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--twins", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
     )
+    parser.add_argument("--one-process", action="store_true", help="one row after another, if memory is short")
     parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
     parser.add_argument(
         "--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp and openvino"

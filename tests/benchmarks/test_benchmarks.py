@@ -194,6 +194,16 @@ def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys)
     assert "pp32 tokens/s" in out
 
 
+def test_one_process_at_a_time_if_memory_is_short(monkeypatch, tmp_path):
+    monkeypatch.setattr(FakeWorker, "log", [])
+    monkeypatch.setattr(common, "Worker", FakeWorker)
+    (tmp_path / "config.json").write_text("{}")
+    more = ["--rows", "eager", "fast", "--repeats", "2", "--prompts", "32", "--one-process"]
+    assert decode.main(["--model", str(tmp_path), *more]) == 0
+    asked = ("prepare", "measure", "measure", "close")
+    assert FakeWorker.log == [(command, row) for row in ("eager", "fast") for command in asked]
+
+
 def test_an_unknown_model_is_named(capsys):
     assert decode.main(["--model", "/no/such/folder"]) == 1
     assert "model='/no/such/folder' is neither a folder with a config.json" in capsys.readouterr().err
