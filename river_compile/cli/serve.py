@@ -31,8 +31,8 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that generate at the same time.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; later ones get 429.")] = 32,
+    max_num_seqs: Annotated[int, typer.Option(help="Maximum number of requests that generate at the same time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; later ones get status 429.")] = 32,
     quality: Quality = None,
     strict: Strict = False,
     calibration: Calibration = None,
@@ -41,9 +41,9 @@ def serve(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model to OpenAI clients until interrupted; SIGTERM lets running answers end.
+    """Serve a model over the OpenAI API until interrupted.
 
-    `--json` prints the address once it listens.
+    SIGTERM stops new requests and lets running answers end. `--json` prints the address when the server listens.
     """
     from river_compile.cli.shared import config_of, quiet, resolve
 

@@ -27,6 +27,7 @@ from river_compile.reporting.timing import Painter
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
+from tools import cli_page
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -61,6 +62,13 @@ def test_help_is_there_at_once(capsys):
 def test_every_command_has_help_and_json(command, capsys):
     assert "--json" in river(capsys, command, "--help").out
     assert {"$ref": f"#/$defs/{command}"} in SCHEMA["oneOf"]
+
+
+def test_the_page_of_commands_has_their_help():
+    """``python -m tools.cli_page`` changes nothing."""
+    page = cli_page.PAGE.read_text(encoding="utf-8")
+    assert cli_page.replaced(page) == page
+    assert all(f"\n## river {command}\n" in page for command in COMMANDS)
 
 
 @pytest.mark.parametrize(
