@@ -47,7 +47,7 @@ def _content_hash(content: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """The result of :func:`river_compile.tune_exit`, for ``accelerate(model, calibration=rule)``."""
+    """The result of `river_compile.tune_exit`, for ``accelerate(model, calibration=rule)``."""
 
     metric: str  # "kl" or "agreement"
     budget: float  # as asked for
@@ -93,7 +93,7 @@ class ExitRule:
 
     @classmethod
     def load(cls, path: str | Path) -> ExitRule:
-        """Read a file of :meth:`save`.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: the file cannot be read, holds no exit rule, is of another version, or was changed.

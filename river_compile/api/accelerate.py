@@ -67,20 +67,20 @@ def accelerate(
 
     Only ``generate`` is replaced; its first calls trace the model and quantize its twins. A call that River does not
     support (beams, assisted modes, attention weights as outputs, ...) runs transformers' own code, with one warning for
-    each reason. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and :func:`river_compile.restore`
-    undoes all of it. A second call with other arguments replaces the first.
+    each reason. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and `river_compile.restore` undoes
+    all of it. A second call with other arguments replaces the first. After an error the model is as it was.
 
     Args:
         model: a causal language model of transformers.
         quality: "exact" (default): the twins draft, the model's own weights verify, and the output is the model's.
             "fast": tokens exit early to the 4-bit twins, and the output changes.
         strict: with "exact": raise an error if a verifying pass might not be bit-identical to one without drafts.
-        calibration: an exit rule of :func:`river_compile.tune_exit` or the file it was saved to; implies "fast".
+        calibration: an exit rule of `river_compile.tune_exit` or the file it was saved to; implies "fast".
         calibration_data: texts like yours, or tensors of token ids ``[T]`` or ``[B, T]``, to quantize the twins with
             ("gptq" and "awq"). None: the package's texts, or text that the model samples if its folder has no
             tokenizer.
         tokenizer: for texts in `calibration_data`.
-        compile_cache: whether to reuse and keep what is built in the compile cache (docs/usage.md).
+        compile_cache: whether to reuse and keep what is built in the compile cache (docs/startup.md).
         background_packing: with "exact" on a CPU: whether to answer without drafts, with the same text, while new twins
             are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
@@ -94,7 +94,6 @@ def accelerate(
             that Dynamo cannot trace.
         TwinsError: (a ``ValueError``) there are no saved twins. (Those of another model raise at the first token.)
         ValueError: the exit rule's file cannot be read.
-        After an error the model is as it was before the call.
     """
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise OptionError(
@@ -237,8 +236,10 @@ def from_pretrained(
 
     Args:
         name: a model folder, or the name of a hub repository.
-        quality, strict, calibration: as for :func:`river_compile.accelerate`.
-        twins: a folder of :func:`river_compile.save_twins` or ``river quantize``; None: the first token quantizes.
+        quality: as for `river_compile.accelerate`.
+        strict: as for `river_compile.accelerate`.
+        calibration: as for `river_compile.accelerate`.
+        twins: a folder of `river_compile.save_twins` or ``river quantize``; None: the first token quantizes.
         kwargs: River's other arguments and options, and arguments of ``from_pretrained`` of transformers; ``dtype`` is
             the checkpoint's by default.
 

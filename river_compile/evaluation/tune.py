@@ -75,7 +75,8 @@ def tune_exit(
             `tokens` tokens are skipped.
         budget: ``{"kl": 0.05}``: largest mean KL from full depth, in nats per token; or ``{"agreement": 0.98}``: least
             share of tokens whose most likely successor is full depth's.
-        kl, agreement: the same, shorter: one of the two in place of `budget`.
+        kl: short for ``budget={"kl": kl}``.
+        agreement: short for ``budget={"agreement": agreement}``.
         criterion: exit criterion, "similarity" or "confidence".
         confidence: probability, over the draw of the texts, that the budget holds.
         options: of the backend, but those that are tuned.

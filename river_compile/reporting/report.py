@@ -33,7 +33,7 @@ _BAR = 32
 
 @dataclass(frozen=True)
 class Report:
-    """What River did with a model: ``print`` it, or take `to_dict`; see :func:`report`."""
+    """What River did with a model: ``print`` it, or take `to_dict`; `report` makes it."""
 
     model: str
     record: ModelRecord
