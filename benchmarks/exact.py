@@ -1,4 +1,4 @@
-"""Speed of exact mode beside plain generation, transformers' own prompt lookup and the whole river.
+"""Speed of exact mode, full depth, transformers' own prompt lookup and all-4bit.
 
     python -m benchmarks.exact
     python -m benchmarks.exact --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
@@ -9,7 +9,7 @@
     python -m benchmarks.exact --regret           # the length of drafts, beside fixed ones: benchmarks/regret.py
 
 One compiled model in one process runs every row on every prompt of six groups (benchmarks/prompts.py), batch 1, greedy,
-with a static cache; the rows take turns, once to warm up and then `--repeats` times. Rows:
+with a static cache; the rows alternate, once to warm up and then `--repeats` times. Rows:
 
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
@@ -17,11 +17,16 @@ with a static cache; the rows take turns, once to warm up and then `--repeats` t
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
 
-Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded; in the first repeat,
-which follows the call that compiled, and in the last one), tokens kept by a row per verifying pass, share of the
-drafted tokens that held, share of the time spent drafting, verifying and choosing, and how many of the texts are the
-plain one's. Ratios are those of the medians, of the first repeat and of the last one. In bfloat16 a text may differ
-where two tokens all but tie: passes of different widths round differently.
+Columns:
+
+- decode tokens/s: the median over the repeats of the time for all prompts, prefill excluded; in the first repeat, which
+  follows the call that compiled, and in the last one
+- tokens emitted by a row per verifying pass, and the acceptance rate
+- shares of the time spent drafting, verifying and choosing
+- how many of the texts are the plain one's
+
+Ratios are those of the medians, of the first repeat and of the last one. In bfloat16 a text may differ
+where two tokens nearly tie: passes of different widths round differently.
 """
 
 from __future__ import annotations

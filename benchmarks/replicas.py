@@ -1,4 +1,4 @@
-"""What N processes hold that serve the same model on one machine: all of them started at once, nothing made before.
+"""What N processes hold that serve the same model on one machine: all started together, nothing made before.
 
     python -m benchmarks.replicas
     python -m benchmarks.replicas --processes 8 --model DIR --json replicas.json

@@ -103,7 +103,7 @@ def _frozen(found: RiverProgram, choices: Choices, graph: GraphRecord) -> tuple[
 
 
 def _packs_here(found: RiverProgram, model: ModelRecord) -> bool:
-    """Whether this process reads weights in 12 bits by default: they are there, or have room."""
+    """Whether this process reads 12-bit weights by default: they are there, or have room."""
     return not model.ranks.several and (model.twins.has_lossless or has_room(found))
 
 
@@ -369,7 +369,7 @@ def _compiled(
 
 
 def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
-    """Record each rank's weights of a graph; warn of weights in 16 bits, routers aside."""
+    """Record each rank's weights of a graph; warn of 16-bit weights, routers aside."""
     if not ranks.several or not program.twins:
         return
     packed = record.twins

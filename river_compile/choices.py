@@ -26,7 +26,7 @@ from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.passes.twins import TwinSpec, one_row_head, river_head, river_twins
 
-_MOST_OF_MEMORY = 0.25  # that weights in 12 bits may take by default
+_MOST_OF_MEMORY = 0.25  # that 12-bit weights may take by default
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class DecodeError(RiverError, ValueError):
 
 
 class RankError(RiverError, RuntimeError):
-    """Processes that share a model cannot go on: one has ended, or they disagree; the message says which."""
+    """Processes that share a model cannot continue: one has ended, or they disagree; the message says which."""
 
 
 class RiverWarning(UserWarning):

@@ -51,7 +51,7 @@ def test_imports_run_one_way():
 
 
 def test_what_tools_and_benchmarks_import_from_the_project_exists():
-    """Their tests are a layer of their own, so a name that moved would not show."""
+    """Their tests are a separate layer, so a name that moved would not show."""
     files = [path for folder in ("benchmarks", "examples", "tools", "tests") for path in (ROOT / folder).rglob("*.py")]
     froms = [(path, node) for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     missing = [

@@ -1,8 +1,8 @@
 """Specs and tiles of the linear kernels, y = epilogue(norm(x) W^T), with 4-bit, 16-bit or lossless 12-bit weights.
 
 Legend: M rows, N output features, K input features, G group size, all of one weight of a gated pair.
-Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", groups of 32 in the form
-"groups", and new tiles for shapes far from all of a table (`tools.kernels.search` finds one).
+Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", and groups of 32 in the
+form "groups". Tiles for shapes far from all of a table need `tools.kernels.search`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 CUDA (and ROCm) tensors run compiled kernels, CPU tensors the same kernels in Triton's interpreter, for tests; both work
 in one process, whatever TRITON_INTERPRET is. Triton is imported only here, on the first load.
-Not handled: concurrent interpreted launches. They take turns, since the interpreter patches `triton.language`.
+Not handled: concurrent interpreted launches. They alternate, since the interpreter patches `triton.language`.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _options(stage: Stage) -> dict[str, int]:
 
 
 def _import(path: Path, mode: str) -> types.ModuleType:
-    # Triton reads the text of a function through `inspect`, which needs a file and a module of its own.
+    # Triton reads the text of a function through `inspect`, which needs a file and a separate module.
     # Python's own import would write bytecode next to the file and trust it after the file has changed.
     module = types.ModuleType(f"river_compile.kernels.generated.{path.stem}_{mode}")
     module.__file__ = str(path)

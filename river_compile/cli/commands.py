@@ -1,6 +1,6 @@
 """The short commands: ``river doctor``, ``check``, ``quantize``, ``tune`` and ``cache``.
 
-No import at the top loads torch, so `river --help` is there at once.
+No import at the top loads torch, so `river --help` answers immediately.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``river serve MODEL``: an OpenAI-compatible server that answers several clients at once.
+"""``river serve MODEL``: an OpenAI-compatible server that answers several clients at the same time.
 
 The server itself is :mod:`river_compile.cli.serving`. Not handled: several models, or one that clients choose.
 """
@@ -73,7 +73,7 @@ def serve(
 
 def _stop(server: Any, *_: object) -> None:
     """Take no more requests, and end the server's thread when the running ones have ended."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process immediately
     server.server.should_exit = True
 
 

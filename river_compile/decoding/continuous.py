@@ -34,7 +34,7 @@ log = logging.getLogger("river_compile.continuous")
 
 _PIECE = 128  # prompt tokens between two cycles
 _RECENT = 1000  # calls in `first_token_seconds`
-_MOST = 4096  # rows of a batch: each has a KV cache of its own
+_MOST = 4096  # rows of a batch: each has its own KV cache
 _limit = integer(1, most=_MOST)
 
 
@@ -57,7 +57,7 @@ class BatchCounters:
 
 @dataclass(eq=False)
 class _Submitted:
-    """A submitted callable, which a thread of its own runs."""
+    """A submitted callable, which a separate thread runs."""
 
     generator: torch.Generator  # of its calls' random numbers
     since: float = field(default_factory=time.perf_counter)
@@ -95,7 +95,7 @@ class ContinuousBatch:
         OptionError: (a ``ValueError``) `max_num_seqs` is out of range, the model is not accelerated, or it has a batch.
     """
 
-    # A submitted callable runs in a thread of its own. Its generate call ends in `join`, which waits for the result.
+    # A submitted callable runs in a separate thread. Its generate call ends in `join`, which waits for the result.
     # One thread runs the rows: between two cycles, it runs a piece of one prompt on a cache of one row, which joins
     # as the last row. Each call keeps its own processors, criteria, streamer and random numbers, so its output is that
     # of a call alone, and an error in its code ends that call alone.
@@ -142,7 +142,7 @@ class ContinuousBatch:
         self._thread.start()
 
     def submit(self, function: Callable[[], Any], seed: int | None = None) -> Future[Any]:
-        """Run a function that calls the model's generate, in a thread of its own; return immediately.
+        """Run a function that calls the model's generate, in a separate thread; return immediately.
 
         Args:
             function: may call generate any number of times, and return anything.
@@ -208,7 +208,7 @@ class ContinuousBatch:
                     self._calls += 1
 
     def cancel(self, future: Future[Any]) -> None:
-        """Cancel a submitted function: its generate call ends after the current cycle; one that runs alone goes on."""
+        """Cancel a submitted function: its generate call ends after the current cycle, unless it runs alone."""
         future.cancel()
         with self._changed:
             submitted = self._submitted.get(future)

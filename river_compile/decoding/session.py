@@ -309,7 +309,7 @@ class Session:
         ids_BS: Tensor,
         width: int = 1,
         depth: int | None = None,  # blocks to execute; None: the session's
-        vocab: DraftVocab | None = None,  # restricts the logits of the river's head
+        vocab: DraftVocab | None = None,  # restricts the logits of the twins' head
         last_token: bool = False,  # whether only the last token's logits are read, and others may be missing
     ) -> Tensor:
         """Run the last `width` ids and return their logits ``[B, width, V]``. Raises a CacheFullError."""

@@ -223,7 +223,7 @@ class TextDecoder:
     @torch.inference_mode()
     def logits(self, ids_1S: Tensor, first: int) -> Tensor:
         """Return the logits ``[S - first, V]`` after each token from number `first` on, by decode steps."""
-        # A prompt has two tokens at least: one would go on with the sequence before it.
+        # A prompt has two tokens at least: one would continue with the sequence before it.
         prompt = min(max(first, 2), ids_1S.shape[1])
         found = [self.prompt(ids_1S[:, :prompt])[first:]]
         found += [self.step(ids_1S[:, : i + 1])[None] for i in range(prompt, ids_1S.shape[1])]

@@ -153,7 +153,7 @@ def lower_segment(segment: Segment, lowering: Lowering) -> Code:
     module = native_graph(segment) if lowering.native else None
     runs_by: Literal["native", "operators", "inductor"] = "native"
     if module is None:
-        # A prologue has so few operators that compiling them takes longer, and operator by operator a token gets the
+        # An embedding stage has too few operators to be worth compiling, and operator by operator a token gets the
         # same bits in passes of every width.
         by_operator = lowering.compiler == "eager" or (lowering.native and segment.kind == "prologue")
         module, runs_by = lower_ops(segment.graph, lowering.native), "operators" if by_operator else "inductor"
@@ -268,7 +268,7 @@ def _fake_mode(examples: Sequence[Any]) -> FakeTensorMode:
 
 
 class ProgramExamples(dict[int, Any]):
-    """Fake tensors and numbers for a program's slots, made on first use in a ShapeEnv of their own."""
+    """Fake tensors and numbers for a program's slots, made on first use in a separate ShapeEnv."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()

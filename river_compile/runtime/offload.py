@@ -51,9 +51,9 @@ class OffloadedWeights:
         self._stored: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
         self.store = WeightStore()
-        # For the report, empty while nothing is offloaded: `blocks` (first and last, from 1), `policy`, `where`, and in
-        # bytes `weights` (parameters and packed twins), those `moved` and `resident`, those `kept` of offloaded blocks,
-        # `brought_in` since they moved, and the peak memory `peak_before` and `peak_after` they moved.
+        # For the report, empty while nothing is offloaded: `blocks` (first and last, from 1), `policy`, `where`.
+        # In bytes: `weights` (parameters and packed twins), those `moved` and `resident`, those `kept` of offloaded
+        # blocks, `brought_in` since they moved, and the peak memory `peak_before` and `peak_after` they moved.
         self.stats: dict[str, Any] = {}
 
     def find(self, weight: Tensor) -> Stored | None:
@@ -90,7 +90,7 @@ class OffloadedWeights:
             first = {"peak_before": self.store.peak(), "peak_after": 0, "brought_in": 0}
             self._put([weight for weight in away if self.find(weight) is None])
             moved, everything = _bytes(away), _bytes(weights) + packed_bytes
-            self.stats = first | self.stats  # stats of another graph of the same model go on
+            self.stats = first | self.stats  # stats of another graph of the same model continue
             self.stats |= {"blocks": [resident + 1, program.num_blocks], "policy": config.offload_policy}
             self.stats |= {"where": self.store.where, "moved": moved, "kept": _bytes(kept), "weights": everything}
             self.stats["resident"] = everything - moved

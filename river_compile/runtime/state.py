@@ -153,7 +153,7 @@ class StepState:
         copy_into((self.slots[i], args[i]) for i in numbers)
 
     def restrict_logits(self, blocks: Tensor | None) -> None:
-        """Restrict the river's head to the logits of these vocabulary blocks; None: all."""
+        """Restrict the twins' head to the logits of these vocabulary blocks; None: all."""
         # The other logits are `river_compile.kernels.ops.MASKED_LOGIT`. A head without a list computes all.
         everything = self.compiled.all_logits
         if everything is None or blocks is self._blocks:

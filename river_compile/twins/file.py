@@ -38,10 +38,11 @@ log = logging.getLogger("river_compile.twins")
 #     <key>.qweight, .scale_zero   as the layout has them (kernels/quant/layouts.py); a stack of experts has a leading
 #                                  dimension more
 #     <key>.input_scale            float32 [K], if its inputs are scaled
-# and as metadata "format", "version", "matrices" (JSON: the fields of `_Saved`; ratios as text, since JSON has no
-# infinity) and "xxh3", the hash of the file with this hash as zeros. Tensors are the bytes that the kernel reads, the
-# same on every machine, so the processes that map them share one copy; other kernels pack them again. Biases come from
-# the model, whose hash covers them.
+#
+# Its metadata are "format", "version", "matrices" and "xxh3", the hash of the file with this hash as zeros. "matrices"
+# is JSON with the fields of `_Saved`, ratios as text, since JSON has no infinity. Tensors are the bytes that the kernel
+# reads, the same on every machine, so the processes that map them share one copy; other kernels pack them again. Biases
+# come from the model, whose hash covers them.
 FORMAT = "river-twins"
 VERSION = 8
 FILE = "twins.safetensors"

@@ -28,7 +28,7 @@ Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 # With this many times more features than tokens, quantizers take the inputs themselves; with fewer, which form is
 # cheaper depends on the weight's rows.
 _FEWER = 4
-_WINDOW = 512  # tokens at once: the logits of a large vocabulary take memory
+_WINDOW = 512  # tokens per forward pass: the logits of a large vocabulary take memory
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def test_generate_keeps_the_text_and_drafts(model):
 
 
 def test_a_pipeline_of_an_accelerated_model_drafts(model):
-    """With no argument of its own."""
+    """Without further arguments."""
     texts = []
     for each in (model, plain()):
         generator = pipeline("text-generation", model=each, tokenizer=byte_tokenizer(), device="cpu")
@@ -126,7 +126,7 @@ def test_a_streamer_sees_a_call_that_starts_again_once():
 
 
 def test_a_call_of_the_model_is_the_plain_models(model):
-    """To the bit, before and after a text, and beside one whose processor calls the model in the middle."""
+    """To the bit, before and after a text, and during one whose processor calls the model in the middle."""
     held = [{cache_argument(m): new_cache(m, "dynamic")} for m in (model, plain())]
     expected = generate(plain())
     inside = []
@@ -419,7 +419,7 @@ def test_the_backends_mode_is_no_option_of_accelerate():
 
 
 def test_a_call_that_was_compiled_before_follows_weights_after_accelerate():
-    """`accelerate` forgets the graphs of earlier calls in its report; who runs them builds them anew all the same."""
+    """`accelerate` forgets the graphs of earlier calls in its report; running them builds them again all the same."""
     model = plain()
     model.compile(backend=river, options={**OPTIONS, "exit_depth": 0})
 

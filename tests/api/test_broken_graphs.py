@@ -25,7 +25,7 @@ def generate(model):
 
 
 def generated(model):
-    """Returns the text, the trace and the river's warnings."""
+    """Returns the text, the trace and River's warnings."""
     with warnings.catch_warnings(record=True) as said, river_compile.trace() as trace:
         warnings.simplefilter("always")
         text = generate(model)

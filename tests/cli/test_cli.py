@@ -331,7 +331,7 @@ class Typed(io.StringIO):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C raises, also where whoever started the tests (a shell's background job, say) ignores it."""
+    """Ctrl-C raises, also if the parent of the tests (a shell's background job, say) ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

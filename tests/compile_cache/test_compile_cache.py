@@ -223,7 +223,7 @@ class TestAnotherModel:
 
 
 def _forget_code():
-    """As a new process: code and versions are looked at once in one."""
+    """As a new process, which looks at code and versions a single time."""
     from river_compile.compile_cache import identity
 
     identity._hash_code.cache_clear()

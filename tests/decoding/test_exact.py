@@ -119,7 +119,7 @@ def test_a_batch_has_the_plain_text_and_its_last_row_drafts(name, shared):
 
 @pytest.mark.slow
 def test_prompts_of_one_token_run_through_the_backbone():
-    """Their graph is a decode step's, and tokens that may leave would leave at once."""
+    """Their graph is a decode step's, and tokens that may exit would exit immediately."""
     model, ids = compiled(threshold=-1.0, first_exit=1), prompt(1)
     with river_compile.trace() as trace:
         assert torch.equal(exactly(model, ids), generate(make("llama"), ids))
@@ -290,7 +290,7 @@ def test_the_report_counts_cycles():
 @pytest.mark.core
 @pytest.mark.parametrize("batch", [1, 2])
 def test_sampled_text_is_plain_samplings_for_the_same_seed(batch, shared):
-    """One text, or two for each of two prompts; and PyTorch's generator goes on from the same place.
+    """One text, or two for each of two prompts; and PyTorch's generator continues from the same place.
 
     A processor that holds a number for each row, as a repetition penalty does, is given the last row alone.
     """
@@ -360,7 +360,7 @@ def order(monkeypatch):
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_late_draft_is_queued_as_a_whole_and_read_once(order, shared, sample, lookup):
-    """And its verification once where nobody looks at the text on the way; a text ends within a draft."""
+    """And its verification a single time if no streamer reads the text on the way; a text ends within a draft."""
     model, (ids, mask) = shared(), padded_row()
     torch.manual_seed(5)
     text = generate(make("llama"), ids, mask, do_sample=sample)[0, ids.shape[1] :].tolist()
@@ -441,7 +441,7 @@ def test_models_that_have_no_two_paths_are_refused():
 
 
 def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
-    """By greedy and sampled texts; where drafts are to be the same in every run, each call begins anew."""
+    """By greedy and sampled texts; where drafts are to be the same in every run, each call starts from nothing."""
     model, ids = shared(), prompt(12)
     learned = record_of(model.parameters()).drafts
     exactly(model, ids, max_new_tokens=8)

@@ -33,7 +33,7 @@ def llava() -> tuple[AutoConfig, dict]:
 
 @pytest.mark.slow
 def test_exact_mode_reads_a_picture():
-    """The text in float32 is the plain model's, drafts of the river among it, and all graphs belong to one model."""
+    """The text in float32 is the plain model's, drafts of the twins among it, and all graphs belong to one model."""
     torch.manual_seed(0)
     config, picture = llava()
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(config).eval()

@@ -1,4 +1,4 @@
-"""A process of its own in the surroundings that users have: caches, compilers, locales, folders, terminals."""
+"""A separate process in the surroundings that users have: caches, compilers, locales, folders, terminals."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def assert_mean_of_held_out(mean: float, texts: Sequence[float]) -> None:
 
 
 def test_a_budget_that_every_rule_keeps_lets_all_tokens_leave_as_early_as_they_may(found):
-    """After the first block, or where the criterion knows before that, at once."""
+    """After the first block, or before it if the criterion knows by then."""
     assert found.chosen.passed
     assert found.chosen.loss < 0.3
     assert found.chosen.mean_depth == (1 if found.base_options["criterion"] == "similarity" else 0)
@@ -204,7 +204,7 @@ def test_the_short_form_of_a_budget(model, found):
 @pytest.mark.parametrize("criterion", ["similarity", "confidence"])
 @pytest.mark.slow
 def test_a_budget_that_no_exit_keeps_is_never_exits(model, criterion, tmp_path):
-    """Its options decode as the plain model does, which loses nothing and takes never exit's time."""
+    """Its options decode as the plain model does, which loses nothing and takes full depth's time."""
     # (With so high a clip one text in which a token exits is too much.)
     found = run(model, {"kl": 1e-9}, MANY, criterion=criterion, clip=4e-8)
     assert (found.chosen.kl, found.chosen.agreement, found.chosen.cost) == (0, 1, 1)

@@ -151,7 +151,7 @@ class TestTheCompileCache:
         assert not packed
 
     def test_has_none_of_another_layout(self, saved):
-        """The same weights in 8 bits are what they would be in a fresh process: an error that says what they lack."""
+        """The same 8-bit weights are what they would be in a fresh process: an error that says what they lack."""
         with pytest.raises(OptionError, match="target_weights='8bit' is for weights that are numbers of 8 bits"):
             generate(accelerated(self.model(), "8bit"))
 
@@ -320,7 +320,7 @@ class TestLaterProcesses:
         lossless.pays_12bit.cache_clear()
 
     def run(self, model=None):
-        """Generates with a model as a process of its own would; returns texts and scores, and origins and bytes."""
+        """Generates with a model as a new process would; returns texts and scores, and origins and bytes."""
         model = accelerated(model or model_of(), "auto")
         found = generate(model)
         graphs = report(model).to_dict()["graphs"]

@@ -2,7 +2,7 @@
 
 Every family decodes at every depth with fused twins and, from the same traced graphs and the same 4-bit grids, with
 unfused ones in float32: logits, cache entries, slots and lengths agree. The same runs give the table of
-`docs/lowering.md`; RIVER_UPDATE_DOCS=1 writes it anew. A few models go the whole way through Inductor, captured too.
+`docs/lowering.md`; RIVER_UPDATE_DOCS=1 writes it again. A few models go the whole way through Inductor, captured too.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def run(name: str, **options) -> dict[str, object]:
 
 
 def operators(segment: SegmentSpec) -> list[str]:
-    """Names the river's operators in a segment: on a GPU, as many launches."""
+    """Names River's operators in a segment: on a GPU, as many launches."""
     targets = [node.target for node in segment.code.module.graph.nodes]
     return [target._opname for target in targets if getattr(target, "namespace", "") == "river"]
 
@@ -336,7 +336,7 @@ def test_saved_twins_serve_both_layouts(tmp_path):
 
 
 def test_which_lowering_is_chosen(monkeypatch):
-    """By option and device; HIP devices are torch's "cuda" and need no word of their own."""
+    """By option and device; HIP devices are torch's "cuda" and need no special case."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     chosen = {
         (option, device.type): choose_lowering(RiverConfig(kernels=option), device)

@@ -177,7 +177,7 @@ def check_verified_text(model, rows: int) -> None:
     found = report(model).to_dict()
     captured = {record["unit"] for graph in found["graphs"] for record in graph["captures"]["captures"]}
     assert f"last 0-{LAYERS}" in captured
-    if rows == 1:  # (several decode plainly)
+    if rows == 1:  # several rows decode without River
         assert "tail 0" in captured
         assert 0 < found["exact"]["accepted"] < found["exact"]["drafted"]
 

@@ -162,7 +162,7 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     ],
 )
 def test_changed_weights_are_brought_in_anew(elsewhere, when, how):
-    """Whoever loads other weights into an offloaded model gets their logits, not those of a copy made before."""
+    """Other weights loaded into an offloaded model give their logits, not those of a copy made before."""
 
     def change(block: torch.nn.Module) -> None:
         for parameter in (p for p in block.parameters() if p.dim() == 2):
@@ -504,7 +504,7 @@ def test_device_memory_shrinks_by_what_left():
     model.compile(backend=river, options={"quantizer": "rtn", "offload": 2})
     ids = torch.ones(1, 16, dtype=torch.long, device="cuda")
     settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
-    settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
+    settings["disable_compile"] = True  # on a GPU transformers would compile the call, past River
     model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     stats = report(model).to_dict()["offloaded"]
     packed = sum(p.nbytes for p in report(model).packed)
@@ -528,7 +528,7 @@ def test_streams_give_the_bits_of_a_model_in_memory(graphs):
         torch._dynamo.reset()
         model = compiled({**options, "threshold": 2.0, "graphs": graphs}, "cuda")
         settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static"}
-        settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
+        settings["disable_compile"] = True  # on a GPU transformers would compile the call, past River
         texts = [model.generate(prompt().cuda(), **settings) for _ in range(2)]
         assert bool(report(model).to_dict()["offloaded"]) == ("offload" in options)
         return texts

@@ -61,7 +61,7 @@ class TestTheSameAnswers:
         assert same(both, "quantized", "logits")
 
     def test_kv_slots(self, both):
-        """Each rank's are those of never exit to the bit, and near the plain model's."""
+        """Each rank's are those at full depth to the bit, and near the plain model's."""
         for found in (rank["unquantized"] for rank in both):
             assert found["same cache"]
             for ours, plain in zip(found["cache"], found["plain cache"], strict=True):

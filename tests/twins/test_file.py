@@ -30,7 +30,7 @@ OPTIONS = {"kernels": "eager", "quantizer": "hqq", "group_size": 32, "first_exit
 
 
 def start_anew(model, **options):
-    """Compiles the model afresh, decodes a token at each depth and returns their logits."""
+    """Compiles the model again, decodes a token at each depth and returns their logits."""
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, **options})
     return torch.stack(decode(model, new_cache(model, "static"), (1, 0))[1:])
@@ -62,7 +62,7 @@ def whole(packed, tmp_path_factory):
 
 @pytest.fixture
 def saved(whole, tmp_path):
-    """A folder of saved twins of one's own to damage."""
+    """A separate folder of saved twins to damage."""
     return shutil.copytree(whole, tmp_path / "twins")
 
 

@@ -65,7 +65,7 @@ def test_matrices_that_read_one_value_share_its_moments():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
 def test_a_visit_hands_over_what_a_record_keeps(family):
-    """One matrix after another, and nobody computes logits."""
+    """One matrix after another, without computing logits."""
     model, ids, seen, alive = make(family, layers=2), prompt(20, 3), {}, []
     recorded = record(model, [ids])
     weights = [weight for weight in model.parameters() if weight in recorded.moments]

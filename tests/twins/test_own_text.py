@@ -87,7 +87,7 @@ def test_the_same_weights_give_the_same_twins():
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = started()
-    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers go on as if nothing was drawn
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers follow as if nothing was drawn
     torch.manual_seed(2)
     twins = bytes_of(first)
     assert same(twins, bytes_of(started()))
