@@ -334,10 +334,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--context", nargs="+", type=common.number(16), metavar="N", help="prompts of so many tokens instead"
     )
-    parser.add_argument("--rows", nargs="+", choices=all_rows, metavar="ROW", help="beside plain (all; see above)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=all_rows, metavar="ROW", help="to measure besides plain (default: all; see above)"
+    )
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
-    parser.add_argument("--regret", action="store_true", help="the length of drafts, beside fixed lengths")
+    parser.add_argument("--regret", action="store_true", help="compare the chosen draft length with fixed lengths")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")
     parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     options = parser.parse_args(arguments)

@@ -188,7 +188,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river tune`")
-    parser.add_argument("--batch", type=common.number(1), default=8, help="problems at once (%(default)s)")
+    parser.add_argument("--batch", type=common.number(1), default=8, help="problems per batch (%(default)s)")
     parser.add_argument("--timed", type=common.number(0), default=6, help="problems for the speed (%(default)s)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
     return parser.parse_args(arguments)

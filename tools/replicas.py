@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.replicas", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20, help="in which a process is killed (%(default)s)")
-    parser.add_argument("--processes", type=int, default=4, help="that start at once (%(default)s)")
+    parser.add_argument("--processes", type=int, default=4, help="processes to start together (%(default)s)")
     parser.add_argument("--kernels", choices=("native", "inductor", "eager"), default="native")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments (%(default)s)")
     options = parser.parse_args(arguments)
