@@ -1,13 +1,13 @@
 # make demo    plain model and River side by side          make bench   decode speed of every configuration
 # make test    lint, type check and the quick tests        make clean   remove what make built here
 # make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
-#              two on two cores (docs/testing.md)
+#              two on two cores (CONTRIBUTING.md)
 # make lint    ruff, clang-format, types, prose and the site's links    make wheel   the source archive and the wheel, in dist/
 # make docs    the documentation as a site, in build/site
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
 #              them); results in gpu/. ARGS=--rehearse runs them, small, where there is no GPU. WHEELS=folder takes what
-#              is missing from there, without network: docs/cuda.md.
+#              is missing from there, without network: docs/hardware.md.
 # make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
 #              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
 # make soak    random cases for an hour: calls against the plain model, damaged files, kills, threads, memory

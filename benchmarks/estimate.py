@@ -17,7 +17,7 @@ kept. A drafted token holds with the probability p of `--hold` where all before 
 1 + p + ... + p^n tokens; n is the length with the most tokens/s. By default there are two rates.
 0.70 is that of SmolLM2's drafts of four tokens: 72, 50, 36 and 23 % were accepted up to each position. 0.88 is how
 often its 4-bit twins name the backbone's next token on its own text. Passes start 5 us after one another; reading back
-takes 30 us (docs/cuda.md, a flag in order).
+takes 30 us.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ logging.root.manager.loggerDict.pop("torch.__trace", None)
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
-# Folders of tests of what is no part of the installed package; docs/testing.md says what each layer promises.
+# Folders of tests of what is no part of the installed package; CONTRIBUTING.md says what each layer promises.
 TOOLS = [Path(__file__).parent / name for name in ("benchmarks", "examples", "tools")]
 
 

@@ -221,7 +221,7 @@ class _InTwins(MatmulHook):
 def package_ids(model: nn.Module) -> Tensor | None:
     """Return the package's texts as token ids ``[B, T]``; None if the model's folder has no fitting tokenizer."""
     # Twins that were fitted to them are as near to the backbone as with text that the model sampled, on each kind of
-    # text. Sampling takes as long as all the rest for a model of billions of weights.
+    # text (docs/notes/2026-11-quantizers.md). Sampling takes as long as all the rest for billions of weights.
     network: Any = model
     config = network.config.get_text_config()
     length = min(_WINDOW, getattr(config, "max_position_embeddings", None) or _WINDOW)
