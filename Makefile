@@ -1,4 +1,4 @@
-# make demo    plain model and River side by side          make bench   decode speed of every configuration
+# make demo    plain model and River side by side          make bench   decode speed beside other programs
 # make test    lint, type check and the quick tests        make clean   remove what make built here
 # make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
 #              two on two cores (CONTRIBUTING.md)

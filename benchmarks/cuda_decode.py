@@ -100,6 +100,8 @@ def check(options: argparse.Namespace) -> None:
     from tools.kernels.shapes import MODELS
 
     known = [name for name in MODELS if name.startswith("llama")]
+    if options.record:
+        raise ValueError("--record keeps numbers of a CPU; use --json for those of a GPU")
     if options.random is None:
         raise ValueError(f"name the models to build: --random {' '.join(known)}")
     for name in options.random:

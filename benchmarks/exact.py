@@ -238,6 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = summarize(measure(bench, options), options)
         show(outcome)
     common.write_outcome(outcome, options.json)
+    common.record(outcome, options)
     return 0
 
 
@@ -323,7 +324,7 @@ def show(outcome: dict) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json")
+    parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json", "record")
     all_rows = {*ROWS, *CONTEXT_ROWS, *IN_12_BITS}
     parser.add_argument("--new-tokens", type=common.number(16), default=96, help="tokens per text (%(default)s)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of prompts (all)")

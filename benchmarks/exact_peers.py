@@ -148,6 +148,7 @@ def run(options: argparse.Namespace) -> int:
     outcome = {**common.setting("exact_peers", options), "kinds": _measure(generators, kinds, options)}
     _show(outcome)
     common.write_outcome(outcome, options.json)
+    common.record(outcome, options)
     return 0
 
 

@@ -8,7 +8,19 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, decode, llama_cpp_runner, memory, offload, prefixes, roofline, schedule, step_cost
+from benchmarks import (
+    common,
+    decode,
+    decode_rows,
+    llama_cpp_runner,
+    memory,
+    offload,
+    prefixes,
+    records,
+    roofline,
+    schedule,
+    step_cost,
+)
 from benchmarks.prompts import mixed, prompts
 
 WORKER = """
@@ -149,26 +161,36 @@ class FakeWorker:
 
 
 def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys):
-    """Rows are prepared one by one, measured in rounds, and the JSON holds medians, ratios and absent rows."""
+    """Rows are prepared one by one and measured in rounds; the outcome holds medians, ratios and absent rows."""
     monkeypatch.setattr(FakeWorker, "log", [])
     monkeypatch.setattr(common, "Worker", FakeWorker)
     (tmp_path / "config.json").write_text("{}")
     out = tmp_path / "out.json"
-    rows = ["eager", "river", "llama_cpp"]
-    more = ["--repeats", "3", "--prompts", "32", "--json", str(out)]
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    rows = ["eager", "fast", "llama_cpp"]
+    more = ["--repeats", "3", "--prompts", "32", "--json", str(out), "--record", "some"]
     status = decode.main(["--model", str(tmp_path), "--rows", *rows, *more])
     assert status == 0
-    turn = [("measure", "eager"), ("measure", "river")]
-    assert FakeWorker.log[:2] == [("prepare", "eager"), ("prepare", "river")]
+    turn = [("measure", "eager"), ("measure", "fast")]
+    assert FakeWorker.log[:2] == [("prepare", "eager"), ("prepare", "fast")]
     assert FakeWorker.log[2:8] == turn * 3
-    assert sorted(FakeWorker.log[8:]) == [("close", "eager"), ("close", "river")]
+    assert sorted(FakeWorker.log[8:]) == [("close", "eager"), ("close", "fast")]
     outcome = json.loads(out.read_text())
-    assert outcome["rows"]["river"]["decode_tokens_per_s"] == 4.0
-    assert outcome["rows"]["river"]["pp32_tokens_per_s"] == 40.0
-    assert outcome["ratios"] == {"river/eager": 1.0}
+    assert outcome["rows"]["fast"]["decode_tokens_per_s"] == 4.0
+    assert outcome["rows"]["fast"]["pp32_tokens_per_s"] == 40.0
+    assert outcome["ratios"] == {"fast/eager": 1.0}
     assert list(outcome["absent"]) == ["llama_cpp"]
+    kept = records.read(tmp_path / "results" / "some.jsonl")
+    assert [(r["row"], r["value"]) for r in kept if r["key"] == "decode_tokens_per_s"] == [
+        ("eager", 4.0),
+        ("fast", 4.0),
+    ]
+    assert kept[0]["command"].endswith(
+        f"--rows eager fast llama_cpp --repeats 3 --prompts 32 --json {out} --record some"
+    )
+    assert kept[0]["machine"]["bandwidth_bytes_per_s"] > 0
     out = capsys.readouterr().out
-    assert "river/eager" in out
+    assert "fast/eager" in out
     assert "pp32 tokens/s" in out
 
 
@@ -183,9 +205,9 @@ def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, caps
     arguments = ["--model", str(tmp_path), "--rows", "llama_cpp"]
     options = decode._parse(arguments)
     monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: None)
-    assert "is not installed" in decode._absent_rows(options)["llama_cpp"]
+    assert "is not installed" in decode_rows.absent(options, tmp_path)["llama_cpp"]
     monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: object())
-    assert "did not come from a GGUF file" in decode._absent_rows(options)["llama_cpp"]
+    assert "did not come from a GGUF file" in decode_rows.absent(options, tmp_path)["llama_cpp"]
     assert decode.main([*arguments, "--gguf", "/no/such.gguf"]) == 1
     assert "--gguf /no/such.gguf is not a file" in capsys.readouterr().err
 
@@ -321,6 +343,7 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     [
         (["--device", "cuda"], "name the models to build: --random llama-3.2-1b llama-3.2-3b llama-3.1-8b"),
         (["--estimate"], "name the models to build"),
+        (["--estimate", "--record", "some"], "--record keeps numbers of a CPU; use --json for those of a GPU"),
         (["--random", "llama-9", "--estimate"], "--random llama-9 is not a model that can be built"),
         (["--random", "llama-3.2-1b"], "--random needs --device cuda, or --estimate"),
         (["--random", "llama-3.2-1b", "--device", "cuda"], "torch sees no GPU here; --estimate prints"),

@@ -32,6 +32,7 @@ from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 from tools import demo_models
 from tools.kernels.resources import token_cost
 from tools.kernels.shapes import ModelShape, model_kernels
+from tools.marked import filled
 from tools.recorder import recording
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -198,14 +199,10 @@ def table() -> list[str]:
 @pytest.mark.slow
 def test_the_page_lists_what_the_rules_make_of_each_family():
     """RIVER_UPDATE_DOCS=1 replaces the table between the page's marks."""
-    text = PAGE.read_text()
-    before, rest = text.split("<!-- families -->\n")
-    old, after = rest.split("<!-- end -->\n")
-    new = "\n".join(table()) + "\n"
+    new = filled(PAGE, "families", lambda _: "\n".join(table()) + "\n")
     if os.environ.get("RIVER_UPDATE_DOCS"):
-        PAGE.write_text(f"{before}<!-- families -->\n{new}<!-- end -->\n{after}")
-    else:
-        assert old == new
+        PAGE.write_text(new, encoding="utf-8")
+    assert new == PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
