@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from river_compile.kernels.checks import check_choice, check_positive
 from river_compile.kernels.files import cache_folder
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.quant.lossless import BLOCK, FOUR, UNIT, UNIT_BYTES
 from river_compile.kernels.triton.spec import (
     ACTIVATION_DTYPES,
@@ -450,7 +451,8 @@ def _read(path: Path, _modified: int) -> Table:
             for device, forms in devices.items()
         }
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        warnings.warn(f"the tuning file {path} cannot be read and is ignored: {error}", stacklevel=3)
+        message = f"Cannot read the tuning file {path}: {error}. Default tiles are used. Delete or repair the file"
+        warnings.warn(with_id("RC084", message), stacklevel=3)
         return {}
 
 

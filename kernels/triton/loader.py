@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels.files import atomic_write, cached_file
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.triton.spec import DEFAULT_DEVICE, DTYPES, KernelSpec, Stage, render
 
 _MAX_LAUNCHES = 4096  # prompts of all lengths must not fill the memory
@@ -39,7 +40,7 @@ def source_file(spec: KernelSpec) -> Path:
         with contextlib.suppress(FileNotFoundError):  # another process may delete it at any time
             if path.read_bytes() == source.encode():
                 return True
-            warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=4)
+            warnings.warn(with_id("RC103", f"The generated kernel {path} was damaged and is rebuilt"), stacklevel=4)
         return False
 
     def make(path: Path) -> None:

@@ -98,7 +98,9 @@ def compiler() -> Finding:
         command = working_compiler().command
     except CannotBuild as error:
         if has_prebuilt():
-            return Finding("compiler", WARN, f"the kernels came compiled, and models need no more than these: {error}")
+            return Finding(
+                "compiler", WARN, f"River's kernels are precompiled. Operators outside of them run one by one: {error}"
+            )
         return Finding("compiler", BAD, str(error))
     return Finding("compiler", OK, shutil.which(command) or command)
 

@@ -99,5 +99,8 @@ def make_server(
     try:
         from river_compile.cli import serving
     except ImportError as error:
-        raise ValueError(f'serving needs more packages ({error}). In the clone, run: pip install ".[serve]"') from None
+        from river_compile.errors import OptionError
+
+        fix = 'In the clone, run pip install ".[serve]"'
+        raise OptionError(f"river serve requires more packages ({error}). {fix}", id="RC005") from None
     return serving.start(folder, host, port, dtype, device, max_num_seqs, queue, acceleration)

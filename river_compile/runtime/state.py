@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from river_compile.exits import ExitPolicy, SequenceState, SequenceStates, thresholds_of
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import (
@@ -266,7 +267,7 @@ class StepState:
             replay, size = device.capture(unit, self.slots, self.flags, self._buffer)
         except CaptureFailed as error:
             compiled.log.uncaptured_units[unit.name] = str(error)
-            log.warning("%s runs uncaptured: %s", unit.name, error)
+            log.warning("%s", with_id("RC082", f"{unit.name} runs without a capture, so it is slower: {error}"))
             return None
         before, _ = compiled.program.keys
         rows = 0 if before is None else self.slots[before].shape[0]

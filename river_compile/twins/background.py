@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 
+from river_compile.kernels.messages import with_id
 from river_compile.progress import stage_reached, stage_shown, stages_told
 
 log = logging.getLogger("river_compile.twins")
@@ -123,7 +124,8 @@ class Packing:
             pass
         except Exception as error:
             if self._done.is_set():
-                log.warning("later processes read the model's own weights: %s: %s", type(error).__name__, error)
+                why = f"{type(error).__name__}: {error}"
+                log.warning("%s", with_id("RC050", f"Could not pack the 16-bit layers for later processes ({why})"))
             else:
                 self._error = error  # raised where the twins are asked for
 

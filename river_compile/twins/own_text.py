@@ -139,8 +139,9 @@ def _raise_on_ranks(model: nn.Module, error: Exception) -> None:
         return
     ranks.raise_if_lost(error)
     raise OptionError(
-        f"{type(model).__name__} on {ranks.size} ranks cannot sample the text for its twins' statistics "
-        f"({_why(error)}); use river_compile.collect_statistics, or quantizer='hqq'"
+        f"{type(model).__name__} on {ranks.size} ranks cannot sample text for the statistics of its twins "
+        f"({_why(error)}). Call river_compile.collect_statistics, or use quantizer='hqq'",
+        id="RC007",
     ) from error
 
 

@@ -430,9 +430,9 @@ def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameter
     moments = None if recorded is None else recorded.moments_of(parameters.weights[0])
     if recorded is not None and moments is None and not recorded.own:
         raise OptionError(
-            f"a calibrated quantizer needs statistics of every weight, and no observed text reached "
-            f"{matmul.name}; give other texts as calibration_data= before the first generation, "
-            "name a folder of saved twins (twins=), or use quantizer='hqq'"
+            f"Cannot calibrate {matmul.name}: no token of calibration_data= reached it. Give more texts before the "
+            "first generation, set twins= to saved twins, or use quantizer='hqq'",
+            id="RC007",
         )
     return moments
 

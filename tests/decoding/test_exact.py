@@ -198,7 +198,7 @@ def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype)
 
 @pytest.mark.parametrize("options", [{}, {"kernels": "native", "target_kernels": "model"}])
 def test_what_strict_cannot_keep_is_an_error(options):
-    reason = "strict=True cannot be kept for this LlamaForCausalLM: .*not River's own"
+    reason = "Cannot guarantee strict=True for this LlamaForCausalLM: .*not River's own"
     with pytest.raises(ExactModeError, match=reason):
         exactly(compiled(**options), prompt(), strict=True)
 
@@ -316,7 +316,7 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed(batch, shared):
     [
         ({"num_beams": 2}, "beam_search"),
         ({"use_cache": False, "static": False}, "use_cache=False"),
-        ({"past_key_values": DynamicCache(), "static": False}, "brings a DynamicCache"),
+        ({"past_key_values": DynamicCache(), "static": False}, "past_key_values=DynamicCache is not available"),
         ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
         ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
@@ -433,7 +433,7 @@ def test_a_cycle_on_a_card_waits_for_its_draft_and_for_its_verification():
 def test_models_that_have_no_two_paths_are_refused():
     with pytest.raises(ValueError, match="never reached"):
         exactly(make("llama"), prompt())
-    with pytest.raises(ValueError, match=r"the whole backbone was asked for, .* exit_depth=1"):
+    with pytest.raises(ValueError, match=r"Full depth is not available: .* exit_depth=1"):
         exactly(compiled(exit_depth=1), prompt(1))
     for option, message in (({"prefill": "exit"}, "prefill='exit'"), ({"exit_depth": 1}, "exit_depth=1")):
         with pytest.raises(ValueError, match=message):

@@ -351,10 +351,10 @@ def test_which_lowering_is_chosen(monkeypatch):
         ("eager", "cuda"): Lowering("eager", "triton", False),
     }
     assert not choose_lowering(RiverConfig(kernels="triton", quantizer="none"), cpu).fuse
-    with pytest.raises(OptionError, match="no 4-bit kernels for a model on xpu"):
+    with pytest.raises(OptionError, match="River has no 4-bit kernels for a model on xpu"):
         choose_lowering(RiverConfig(), torch.device("xpu"))
     monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="kernels='triton' needs Triton here, which is not installed"):
+    with pytest.raises(OptionError, match="kernels='triton' requires Triton here, which is not installed"):
         choose_lowering(RiverConfig(kernels="triton"), cpu)
 
 

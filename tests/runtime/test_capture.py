@@ -297,7 +297,7 @@ class TestReported:
         assert f"captured     {decoder.log.made} graphs" in str(report(decoder.model))
 
     def test_cuda_graphs_on_a_cpu_are_an_error(self):
-        wanted = pytest.raises(OptionError, match="graphs=True needs a model on a GPU or kernels=")
+        wanted = pytest.raises(OptionError, match="graphs=True requires a model on a GPU or kernels=")
         with captured_by(None), wanted:
             Decoder(compiled_prompts=True).start()
 
@@ -329,7 +329,7 @@ class TestReported:
         full, free = decoder.start(0), decoder.start(1)
         for _ in range(CAPACITY - 6):
             decoder.step(full, 4, depth=1)
-        with pytest.raises(CacheFullError, match="holds 40 tokens; 40 are filled"):
+        with pytest.raises(CacheFullError, match="holds 40 tokens, 40 are filled"):
             decoder.step(full, 4, depth=1)
         assert decoder.step(free, 4, depth=1).isfinite().all()
 

@@ -175,7 +175,7 @@ class TestRefusals:
         ],
     )
     def test_what_is_not_done(self, options, mode, name):
-        with pytest.raises(OptionError, match=f"^{name}.*2 ranks"):
+        with pytest.raises(OptionError, match=f"^RC122: {name}.*2 ranks"):
             check_supported(TWO, RiverConfig.from_options(options), mode, torch.fx.Graph())
 
     def test_the_default_options_are_done(self):
