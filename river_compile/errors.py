@@ -18,7 +18,7 @@ class RiverError(Exception):
 
     Args:
         text: what failed, why, and what to do.
-        id: of the cause, if it has an id of its own; else that of the class.
+        id: of the cause, if it has one; else that of the class.
 
     Attributes:
         id: such as "RC002", which docs/troubleshooting.md explains; the message begins with it.

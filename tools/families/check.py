@@ -196,7 +196,7 @@ def compare(outcome: Outcome, build: Callable[[], PreTrainedModel], kind: str, e
         if not left.depths:
             reasons = [graph.refusal for graph in river_compile.report(model).graphs if graph.refusal]
             if not reasons:
-                raise Wrong(f"{kind} cache: no step reached the river, and the report does not say why")
+                raise Wrong(f"{kind} cache: no step reached River, and the report does not say why")
             outcome.without[kind] = next((reason for reason in reasons if "broke the graph" in reason), reasons[-1])
             return None
         if left.depths != {depth: NEW_TOKENS - 1}:

@@ -186,7 +186,7 @@ def _round(served: _Served, clients: list[list[Case]], alone: dict[str, tuple[in
                 if status < 400:
                     raise Failure(f"a request that cannot be answered got {status}: {request}")
             elif (status, text) != alone[_key(request)]:
-                raise Failure(f"beside others {request} got {(status, text)!r}, alone {alone[_key(request)]!r}")
+                raise Failure(f"among others {request} got {(status, text)!r}, alone {alone[_key(request)]!r}")
         return found
 
     with ThreadPoolExecutor(len(clients)) as pool:

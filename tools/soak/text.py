@@ -194,7 +194,7 @@ class Walk:
                 warnings.simplefilter("ignore", river_compile.RiverWarning)
                 compare(generate(model, call, {}), wanted, 1, self.tolerance)
         if not trace.steps:
-            raise Failure(f"the river of a {type(whole).__name__} is off after one with hooks")
+            raise Failure(f"River of a {type(whole).__name__} is off after one with hooks")
 
     def _generate(self, step: Case) -> str:
         expected = outcome_of(self.plain, step, {})
@@ -217,7 +217,7 @@ class Walk:
             raise Failure(f"{ours if isinstance(ours, str) else 'a text'} instead of {expected}")
         passes = len(expected.logits) if step["do"] == "generate" else 1
         if len(trace.steps) < passes and not any(issubclass(w.category, river_compile.RiverWarning) for w in said):
-            raise Failure(f"{len(trace.steps)} of {passes} passes reached the river in step {step}, without a word")
+            raise Failure(f"{len(trace.steps)} of {passes} passes reached River in step {step}, without a word")
         return compare(ours, expected, len(step["lengths"]), self.tolerance)
 
 
