@@ -119,7 +119,7 @@ class Ranks:
         if isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST):
             reason = str(error).strip().partition("\n")[0]
             raise RankError(
-                f"{self.name} cannot continue: another rank of this model ended, raised an error or missed an exchange. "
+                f"{self.name} cannot continue: another rank of this model ended, failed or missed an exchange. "
                 f"Its own message says why. Here torch said: {reason}",
                 id="RC121",
             ) from error
