@@ -176,7 +176,7 @@ def machine_facts(threads: int) -> dict:
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_set": choose_isa().name,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
     }
