@@ -1,12 +1,13 @@
 # make demo    plain model and River side by side          make bench   decode speed beside other programs
 # make test    lint, type check and the quick tests        make clean   remove what make built here
 # make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
-#              two on two cores (docs/testing.md)
-# make lint    ruff, clang-format and the type checker     make wheel   the source archive and the wheel, in dist/
+#              two on two cores (CONTRIBUTING.md)
+# make lint    ruff, clang-format, types, prose and the site's links    make wheel   the source archive and the wheel, in dist/
+# make docs    the documentation as a site, in build/site
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
 #              them); results in gpu/. ARGS=--rehearse runs them, small, where there is no GPU. WHEELS=folder takes what
-#              is missing from there, without network: docs/cuda.md.
+#              is missing from there, without network: docs/hardware.md.
 # make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
 #              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
 # make soak    random cases for an hour: calls against the plain model, damaged files, kills, threads, memory
@@ -34,6 +35,9 @@ LINT_LOG := $(VENV)/.lint.log
 # done first takes over from the end of the other one's.
 SIDE_BY_SIDE := -n 2 --dist worksteal --durations=25
 
+# Material prints an advertisement at each build unless this is set.
+SITE := NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --strict
+
 # The machine's own Python with what a wheelhouse adds, or the virtual environment.
 ifdef WHEELS
 ON_GPU := PYTHONPATH=$(WHEELS)/site $(PYTHON)
@@ -43,7 +47,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-tools test-all lint wheel bench families gpu compat soak clean
+.PHONY: help demo test test-tools test-all lint docs wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -72,6 +76,12 @@ lint: $(FOR_TEST)
 	$(IN_VENV) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/* tools/rehearsal/card.cpp
 	$(IN_VENV) -m tools.typecheck
+	$(IN_VENV) -m tools.prose
+	$(SITE) --site-dir build/site-of-lint
+
+docs: $(FOR_TEST)
+	$(SITE)
+	@echo "open build/site/index.html"
 
 wheel: $(CREATED)
 	$(IN_VENV) -m pip install --disable-pip-version-check build

@@ -1,7 +1,7 @@
 """What the benchmarks share: command lines, worker processes, tables, machine facts, JSON files.
 
-A configuration is measured in a process of its own, so that its memory, its compiled code and its caches are its own.
-The process stays alive and waits between measurements, so that the repeats of several configurations can take turns:
+A configuration is measured in a separate process, so that it shares no memory, compiled code or caches with others.
+The process stays alive and waits between measurements, so that the repeats of several configurations can alternate:
 a machine that gets slower or faster meanwhile then touches all of them alike.
 
 The parent sends one JSON object per line to the worker's stdin and reads one back; whatever libraries print in the
@@ -30,7 +30,7 @@ from tools import demo_models
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
 LOG_LINES = 20
-RUNNER = ("-m",)  # what Python is told to run a worker's module with
+RUNNER = ("-m",)  # of Python, before a worker's module
 DTYPES = ("bfloat16", "float16", "float32")
 PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python", "openvino-genai")
 
@@ -128,7 +128,7 @@ def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
         request = json.loads(line)
         try:
             reply = handlers[request.pop("command")](**request)
-        except Exception as error:  # whatever it is, the process that asked must hear of it and goes on without us
+        except Exception as error:  # any error is the reply, and the process that asked continues without this one
             import traceback
 
             traceback.print_exc()
@@ -176,7 +176,7 @@ def machine_facts(threads: int) -> dict:
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_set": choose_isa().name,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
     }

@@ -5,9 +5,9 @@
     python -m benchmarks.decode --batch 8 --rows eager fast --neighbour
     python -m benchmarks.decode --prompts 32 256 1024
 
-Every row is a process of its own with an empty Inductor cache. Each generates the same prompt's greedy continuation
-(`--batch` of them at once), once to compile, once to warm up, and then `--repeats` times; the repeats of all rows take
-turns. Columns:
+Every row is a separate process with an empty Inductor cache. Each generates the same prompt's greedy continuation
+(`--batch` of them together), once to compile, once to warm up, and then `--repeats` times; the repeats of all rows
+alternate. Columns:
 
     decode tokens/s   median over the repeats, prefill excluded, all texts of the batch together
     beside another    the same with one other process busy all the time, where `--neighbour` asks for it
@@ -94,7 +94,7 @@ def _files(rows: list[str], folder: Path, options: argparse.Namespace, scratch: 
 
 
 def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace) -> dict[str, dict]:
-    """Prepare all rows one after another, then let them take turns; return the raw results of each.
+    """Prepare all rows one after another, then alternate their repeats; return the raw results of each.
 
     With `--one-process` each row is measured alone instead, and its process ends before the next one begins.
     """
@@ -111,7 +111,7 @@ def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace)
 def _measured(
     rows: list[str], files: Mapping[str, Path], options: argparse.Namespace, settings: list[str], bar
 ) -> dict[str, dict]:
-    """Return the raw results of rows whose processes take turns."""
+    """Return the raw results of rows whose repeats alternate."""
     results: dict[str, dict] = {}
     with ExitStack() as stack:
         workers = {}
@@ -283,7 +283,7 @@ class TorchRunner:
     def _generate(self, stop_after: int | None = None, prompt=None):
         from river_compile.reporting.timing import generate
 
-        # (An accelerated model has a static cache of its own.)
+        # (An accelerated model makes a static cache itself.)
         static, prompt = self.job["backend"] in ("inductor", "torch_compile"), self.prompt if prompt is None else prompt
         return generate(self.model, prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
 
@@ -324,7 +324,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     shared = ("model", "dtype", "new-tokens", "threads", "repeats", "json", "record", "worker")
     parser = common.command_line(__doc__, *shared)
     parser.add_argument(
-        "--batch", type=common.number(1), default=1, help="texts that are generated at once (%(default)s)"
+        "--batch", type=common.number(1), default=1, help="texts that are generated together (%(default)s)"
     )
     parser.add_argument(
         "--prompts", nargs="+", type=common.number(1), default=[], metavar="N", help="lengths of prompts to read, too"
@@ -333,7 +333,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--twins", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
     )
     parser.add_argument("--one-process", action="store_true", help="one row after another, if memory is short")
-    parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
+    parser.add_argument("--neighbour", action="store_true", help="also measure next to one busy process")
     parser.add_argument(
         "--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp and openvino"
     )

@@ -2,7 +2,7 @@
 
     python -m benchmarks.schedule                         # a random Llama of 4 blocks
     python -m benchmarks.schedule --model smollm2 --every 8
-    python -m benchmarks.schedule --timeline              # and draws the steps, as in docs/cuda.md
+    python -m benchmarks.schedule --timeline              # and draws the steps, as in docs/architecture.md
 
 The recorder freezes the units, buffers and order of launches that CUDA graphs would get; it cannot tell time.
 Other calls are copies into buffers and of results.

@@ -3,7 +3,7 @@
     python -m benchmarks.start
     python -m benchmarks.start --model DIR --rows plain exact --json start.json
 
-Rows, each in processes of their own:
+Rows, each in separate processes:
 
     plain           transformers
     exact, fast     `river_compile.accelerate`, cold: the compile cache is empty: traces the model, quantizes its twins

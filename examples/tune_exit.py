@@ -29,7 +29,7 @@ PROMPT = "Explain how a refrigerator works."
 
 
 def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:
-    """Measure an exit rule again: its quality on other texts, and its speed beside full depth."""
+    """Measure an exit rule again: its quality on other texts, and its speed compared with full depth."""
     from river_compile.evaluation.meter import Meter, compiled
     from river_compile.exits import CRITERIA
 
@@ -63,9 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Finds the fastest exit rule within a quality budget.")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)} or a model folder")
     parser.add_argument("--kl", type=float, default=0.1, help="budget: mean KL in nats per token (default 0.1)")
-    parser.add_argument(
-        "--criterion", default="confidence", help="exit criterion (default confidence; docs/criteria.md)"
-    )
+    parser.add_argument("--criterion", default="confidence", help="exit criterion (default confidence; docs/modes.md)")
     parser.add_argument("--texts", type=int, default=60, help="how many texts to use (default 60)")
     parser.add_argument("--tokens", type=int, default=8, help="tokens measured in each text (default 8)")
     parser.add_argument("--check", type=int, metavar="N", help="measure other texts, and the speed of N new tokens")

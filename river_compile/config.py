@@ -1,7 +1,7 @@
 """The options of the backend: ``torch.compile(model, backend="river", options={...})``.
 
 Each option is defined once: default, allowed values, one sentence and audience. ``python -m tools.options`` writes the
-tables of README and docs/options.md from here.
+tables of docs/options.md from here.
 """
 
 from __future__ import annotations
@@ -55,16 +55,15 @@ class RiverConfig:
     criterion: str = _option(
         "similarity",
         one_of(*CRITERIA),
-        'exit criterion: `"similarity"` of a layer\'s output to its input, or `"confidence"` of the last prediction '
-        "([docs/criteria.md](docs/criteria.md))",
+        'exits depend on `"similarity"` of a layer\'s output to its input, or `"confidence"` of the last prediction '
+        "([modes](modes.md#exit-criteria))",
     )
     threshold: Threshold | None = _option(
         None,
         optional(Check(_A_SCORE.requirement, _one_or_several)),
-        "0.7 for similarity: a cosine to exceed (1: full depth), or a list with one for each depth from 1 on; "
-        "0.5 for confidence: entropy in nats to stay below (0: full depth)",
+        "similarity: a cosine to exceed, or a list, one for each depth (0.7); confidence: nats to stay below (0.5)",
     )
-    first_exit: int = _option(2, integer(0), "smallest exit depth, in 16-bit layers executed; may be 0 for confidence")
+    first_exit: int = _option(2, integer(0), "smallest exit depth, in 16-bit layers; 0 is allowed with confidence")
     exit_depth: int | None = _option(
         None,
         optional(integer(0, "it must be an integer from 0 to the number of blocks")),
@@ -73,9 +72,8 @@ class RiverConfig:
     quantizer: str = _option(
         "gptq",
         one_of(*OBSERVING, *QUANTIZERS),
-        '4-bit quantization method: `"gptq"` and `"awq"` calibrate on the package\'s texts, or on '
-        '`calibration_data=`; `"hqq"` and `"rtn"` need no data; `"symmetric"` is for `river_compile.export` '
-        "([docs/twins.md](docs/twins.md))",
+        '4-bit method: `"gptq"`, `"awq"`, `"hqq"`, `"rtn"`, or `"symmetric"` for `export` '
+        "([quantizers](startup.md#quantizers))",
         for_tests=("none", "twins keep the 16-bit weights"),
     )
     prefill: str = _option(
@@ -86,72 +84,67 @@ class RiverConfig:
     lm_head: str | None = _option(
         None,
         one_of(None, "keep", "w4"),
-        'head of tokens that exited: `"keep"` in 16 bits, `"w4"` in 4 bits with the largest logits recomputed in 16; '
-        "`None`: w4 with the C++ kernels, else keep ([docs/quality.md](docs/quality.md))",
+        'head after an exit: `"keep"` in 16 bits, or `"w4"` in 4 bits; `None`: w4 with C++ kernels '
+        "([modes](modes.md#fast))",
     )
     twins: str | Path | None = _option(
         None,
         optional(PATH),
-        "a folder written by `river_compile.save_twins`: its packed twins are read instead of made",
+        "a folder of `save_twins` or `river quantize`, which is read instead of quantizing "
+        "([startup](startup.md#saved-twins))",
     )
     on_missing_twins: str = _option(
         "raise",
         one_of("raise", "save"),
-        '`"save"`: if `twins` does not exist, one process writes it, and others that start at the same time wait; all '
-        "of them map it ([docs/twins.md](docs/twins.md#many-processes))",
+        '`"save"`: if `twins` does not exist, one process writes it, and others wait '
+        "([startup](startup.md#many-processes))",
     )
     offload: int | None = _option(
         None,
         optional(integer(0, "it must be an integer from 0 to the number of blocks - 1")),
-        "16-bit layers that stay in device memory; the weights of later ones are offloaded "
-        "([docs/offloading.md](docs/offloading.md))",
+        "16-bit layers that stay in device memory; later ones are offloaded ([hardware](hardware.md#offloading))",
     )
     offload_policy: str = _option(
         "exit",
         one_of("exit", "fetch"),
-        'every token exits by that depth; `"fetch"`: layers are streamed in for tokens that continue',
+        '`"exit"`: every token exits by that depth; `"fetch"`: later layers are streamed in when a token continues',
     )
     on_unsupported: str = _option(
         "inductor",
         one_of("inductor", "raise"),
-        'an unsupported graph goes to Inductor, with a warning; `"raise"`: it is an error',
+        '`"inductor"`: it compiles an unsupported graph, with a warning; `"raise"`: an unsupported graph is an error',
     )
     group_size: int = _option(
         64,
         one_of(*GROUP_SIZES),
-        "weights of a row that share a scale and zero-point: 32, 64 or 128; a weight that it does not divide takes "
-        "the largest power of two that does, or stays in 16 bits below 32",
+        "weights that share a scale and zero-point: 32, 64 or 128; fewer, but at least 32, if a row is no multiple",
         EXPERT,
     )
     target_kernels: str | None = _option(
         None,
         one_of(None, "model", "river"),
-        'matmuls of the 16-bit layers: the `"model"`\'s operators, or `"river"`: River\'s kernels, which give a row '
-        "the same bits among any number of rows; `None`: river with C++ kernels ([docs/lowering.md](docs/lowering.md))",
+        '16-bit matmuls: the `"model"`\'s operators, or row-invariant kernels of `"river"`; `None`: river on a CPU',
         EXPERT,
     )
     target_weights: str = _option(
         "auto",
         one_of("auto", "model", "12bit", "8bit"),
-        'weights of the 16-bit layers: the `"model"`\'s tensors, or packed without loss: `"12bit"` for bfloat16, '
-        '`"8bit"` for weights loaded from an 8-bit file; `"auto"`: 12 bits where this machine is faster '
-        "([docs/lowering.md](docs/lowering.md#weights-in-12-bits))",
+        '16-bit layers read the `"model"`\'s tensors, or lossless `"12bit"` or `"8bit"` copies; `"auto"`: the faster '
+        "([hardware](hardware.md#12-bit-weights))",
     )
-    exit_every: int = _option(1, integer(1), "distance between depths with a check", EXPERT)
+    exit_every: int = _option(1, integer(1), "distance between depths with an exit check", EXPERT)
     kernels: str = _option(
         "auto",
         one_of("auto", "inductor", "triton", "native"),
-        '`"auto"`: native on x86 with AVX2 or AVX-512, triton on a GPU, else inductor; `"native"`: C++ kernels; '
-        '`"triton"`: generated kernels (on a CPU in Triton\'s interpreter, very slow); `"inductor"`: 4-bit matmuls as '
-        "operators (on a CPU slow) ([docs/lowering.md](docs/lowering.md))",
+        '`"native"`: C++; `"triton"`: generated; `"inductor"`: torch operators; `"auto"`: native, on a GPU triton '
+        "([kernels](kernels.md))",
         EXPERT,
         for_tests=("eager", "the rewritten graph runs operator by operator, bit-identical to the eager model"),
     )
     graphs: bool | None = _option(
         None,
         one_of(None, True, False),
-        "whether passes of a few tokens are captured and replayed: CUDA graphs, or kernel lists on a CPU; "
-        "`None`: by device ([docs/cuda.md](docs/cuda.md))",
+        "whether passes of a few tokens are captured, as CUDA graphs or as tapes on a CPU; `None`: by device",
         EXPERT,
     )
     offload_dir: str | Path | None = _option(
@@ -174,7 +167,7 @@ class RiverConfig:
             wanted = f"an entropy in nats of 0 or more, such as {criterion.threshold}"
             self._set("threshold", number(f"it must be {wanted}, with criterion={criterion.name!r}", least=0))
         for contradiction in (*self._contradictions(), *self._unreachable()):
-            raise OptionError(contradiction)
+            raise OptionError(contradiction, id="RC003")
 
     def _set(self, name: str, check: Check) -> None:
         object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
@@ -182,20 +175,20 @@ class RiverConfig:
     def _contradictions(self) -> Iterator[str]:
         if self.prefill == "exit" and CRITERIA[self.criterion].reads != "block":
             yield (
-                f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
-                "only afterwards; use prefill='backbone', or criterion='similarity'"
+                f"prefill='exit' is not available with criterion={self.criterion!r}, which needs the logits of the "
+                "prompt first. Use prefill='backbone', or criterion='similarity'"
             )
         if self.offload is None and self.offload_policy == "fetch":
-            yield "offload_policy='fetch' needs offload=, the number of blocks that stay in memory"
+            yield "offload_policy='fetch' requires offload=. Set offload to the number of blocks that stay in memory"
         if self.offload is not None and self.quantizer == "none":
             yield (
-                f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's "
-                "weights; use 'hqq'"
+                f"offload={self.offload} is not available with quantizer='none', whose twins read the 16-bit weights. "
+                "Use quantizer='hqq'"
             )
         if self.twins is None and self.on_missing_twins == "save":
-            yield "on_missing_twins='save' needs twins=, the folder to write; name one"
+            yield "on_missing_twins='save' requires twins=. Set twins to the folder to write"
         if self.twins is not None and self.quantizer == "none":
-            yield "twins= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
+            yield "twins= holds 4-bit twins, which quantizer='none' does not use. Remove one of the two"
 
     def _unreachable(self) -> Iterator[str]:
         """Yield options that ask for layers which no token reaches."""
@@ -206,13 +199,13 @@ class RiverConfig:
         if self.exit_depth is not None:
             if self.exit_depth > k:
                 yield (
-                    f"exit_depth={self.exit_depth} lies beyond {nowhere}; "
-                    f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
+                    f"exit_depth={self.exit_depth} lies beyond {nowhere}. "
+                    f"Use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
                 )
         elif self.first_exit > k:
             yield (
-                f"first_exit={self.first_exit} lies beyond {nowhere}; "
-                f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
+                f"first_exit={self.first_exit} lies beyond {nowhere}. "
+                f"Use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
 
     @property
@@ -255,8 +248,9 @@ class RiverConfig:
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
             raise OptionError(
-                f"unknown option {short_repr(unknown)} of backend 'river'; options are {', '.join(names)}"
-                f"{did_you_mean(unknown, names)}"
+                f"Unknown option {short_repr(unknown)} of backend='river'. Options are {', '.join(names)}"
+                f"{did_you_mean(unknown, names)}",
+                id="RC001",
             )
         return cls(**given)
 
@@ -264,14 +258,16 @@ class RiverConfig:
         """Raise an OptionError for depths that a model with `num_blocks` layers does not have."""
         if self.offload is not None and self.offload >= num_blocks:
             raise OptionError(
-                f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
-                "leave it out"
+                f"offload={self.offload} leaves none of {num_blocks} blocks to offload. Use 0 to {num_blocks - 1}, or "
+                "remove it",
+                id="RC004",
             )
-        name, least, never = ("first_exit", 1, "") if self.exit_depth is None else ("exit_depth", 0, " (= never leave)")
+        name, least, never = ("first_exit", 1, "") if self.exit_depth is None else ("exit_depth", 0, " (= full depth)")
         if num_blocks < getattr(self, name) < WHOLE:
             raise OptionError(
-                f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} blocks; "
-                f"use {least} to {num_blocks}{never}"
+                f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} blocks. "
+                f"Use {least} to {num_blocks}{never}",
+                id="RC004",
             )
 
 

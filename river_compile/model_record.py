@@ -240,7 +240,7 @@ def find_record(model: nn.Module) -> ModelRecord | None:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module in torch.compile's wrapper, or the module itself; raise an OptionError for other objects."""
     if not isinstance(model, nn.Module):
-        raise OptionError(f"a model is needed here, a torch.nn.Module, not a {type(model).__name__}")
+        raise OptionError(f"The model must be a torch.nn.Module, got {type(model).__name__}", id="RC006")
     return getattr(model, "_orig_mod", model)
 
 

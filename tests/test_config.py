@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from river_compile.exits import threshold_after
 from river_compile.kernels.triton.cache import ExitScoreSpec
 from tests.support.families import make, prompt
 from tools import options
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -65,8 +69,8 @@ def test_bad_options_reach_the_user_of_torch_compile_as_they_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exit_depth": 3}, "exit_depth=3 lies beyond the last of 2 blocks; use 0 to 2"),
-        ({"first_exit": 5}, "first_exit=5 lies beyond the last of 2 blocks; use 1 to 2"),
+        ({"exit_depth": 3}, "exit_depth=3 lies beyond the last of 2 blocks. Use 0 to 2"),
+        ({"first_exit": 5}, "first_exit=5 lies beyond the last of 2 blocks. Use 1 to 2"),
     ],
 )
 def test_depths_are_checked_against_the_model(options, message):
@@ -132,7 +136,7 @@ class TestNumbersOfOtherLibraries:
         ],
     )
     def test_what_is_none_is_named(self, name, value):
-        with pytest.raises(OptionError, match=f"^{name}=.* is not allowed; (it must be|choose one of)"):
+        with pytest.raises(OptionError, match=f"^RC002: {name}=.* is not allowed; (it must be|choose one of)"):
             RiverConfig(**{name: value})
 
 
@@ -148,21 +152,23 @@ def test_exact_modes_settings_and_kernel_specs_are_refused_in_the_same_words():
 
 
 class TestTable:
-    @pytest.mark.parametrize("document", [options.README, options.DOCS], ids=lambda path: path.name)
-    def test_the_documents_have_the_options_of_the_code(self, document):
+    def test_the_page_has_the_options_of_the_code(self):
         """``python -m tools.options`` changes nothing."""
-        assert options.replaced(document) == document.read_text(encoding="utf-8")
+        assert options.replaced() == options.PAGE.read_text(encoding="utf-8")
 
-    def test_the_documentation_has_every_argument_of_accelerate_and_the_readme_stays_short(self):
-        text = options.DOCS.read_text(encoding="utf-8")
+    def test_the_page_has_every_argument_of_accelerate_and_every_environment_variable(self):
+        text = options.PAGE.read_text(encoding="utf-8")
         of_accelerate, of_backend = text.split("## Of the backend")
         named = {*inspect.signature(accelerate).parameters, *vars(exact)} - {"model", "options"}
         assert all(f"| `{name}` |" in of_accelerate for name in named)
         assert all(f"| `{name}` |" in of_backend for name in RiverConfig.options())
-        assert options.tables(options.README).count("\n| `") <= 16
+        sources = [path for folder in ("river_compile", "passes", "kernels") for path in ROOT.glob(f"{folder}/**/*.py")]
+        read = {name for path in sources for name in re.findall(r"RIVER_COMPILE_[A-Z_]+", path.read_text())}
+        assert len(read) >= 5
+        assert all(f"| `{name}` |" in of_backend for name in read)
 
     def test_every_option_names_its_audience_and_values_for_tests_are_marked(self):
-        user, expert, tests = options.tables(options.DOCS).split("\nFor ")
+        user, expert, tests = options.tables().split("\nFor ")
         named = {name: (f"| `{name}` |" in user, f"| `{name}` |" in expert) for name in RiverConfig.options()}
         assert all(in_user != in_expert for in_user, in_expert in named.values())
         for name, value in [("quantizer", "none"), ("kernels", "eager")]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 BANDWIDTHS = (20, 40, 80, 200, 400)  # GB/s
-DRAFTED, KEPT = 3, 3.3  # tokens of a cycle in exact mode; as measured with Qwen2.5-Coder-1.5B (docs/performance.md)
+DRAFTED, KEPT = 3, 3.3  # tokens of a cycle in exact mode, as measured with Qwen2.5-Coder-1.5B
 FAST_LAYERS = 2  # 16-bit layers of a token with quality="fast": the mean exit depth of SmolLM2 is 2.05
 LARGEST = 500  # tokens/s, above which a token's fixed costs, which are not predicted, are most of its time
 _IN_12_BITS = 12 / 16  # of the bytes of bfloat16 weights

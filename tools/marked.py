@@ -1,6 +1,6 @@
 """Text that a program writes between two marks of a Markdown page.
 
-``<!-- KIND: ARGUMENTS -->`` begins it and ``<!-- end of KIND -->`` ends it; each mark has a line of its own.
+``<!-- KIND: ARGUMENTS -->`` begins it and ``<!-- end of KIND -->`` ends it; each mark stands on a separate line.
 """
 
 from __future__ import annotations

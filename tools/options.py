@@ -1,24 +1,18 @@
-"""Writes the backend's options into README.md (those of users) and docs/options.md (all): ``python -m tools.options``.
-
-The tables stand between two marks there.
-"""
+"""Writes the backend's options into docs/options.md, between two marks: ``python -m tools.options``."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from river_compile.config import EXPERT, USER, RiverConfig
 from tools.marked import ROOT, filled
 
-README, DOCS = ROOT / "README.md", ROOT / "docs/options.md"
+PAGE = ROOT / "docs/options.md"
 
 
-def tables(document: Path) -> str:
-    """Return a document's tables: README's has what most users set, the page in docs/ everything, with types."""
-    if document == README:
-        return _table(USER, typed=False)
-    whole = "\n".join(
+def tables() -> str:
+    """Return the page's tables: options of most users, those of experts, and values for tests."""
+    return "\n".join(
         [
             _table(USER),
             f"For experts:\n\n{_table(EXPERT)}",
@@ -28,30 +22,24 @@ def tables(document: Path) -> str:
                 for name, option in RiverConfig.options().items()
                 if option.for_tests
             ),
+            "",
         ]
     )
-    return whole.replace("[docs/", "[").replace("](docs/", "](") + "\n"
 
 
-def replaced(document: Path) -> str:
-    """Return a document's text with its tables between the marks."""
-    return filled(document, "options", lambda _: tables(document))
+def replaced() -> str:
+    """Return the page's text with its tables between the marks."""
+    return filled(PAGE, "options", lambda _: tables())
 
 
-def _table(audience: str, typed: bool = True) -> str:
-    head = (
-        "| option | type | default | meaning |\n|---|---|---|---|\n"
-        if typed
-        else "| option | default | meaning |\n|---|---|---|\n"
-    )
+def _table(audience: str) -> str:
     defaults, types = vars(RiverConfig), RiverConfig.__annotations__
-    rows = []
+    rows = ["| option | default | type | meaning |\n|---|---|---|---|\n"]
     for name, option in RiverConfig.options().items():
         if option.audience == audience:
             kind = types[name].replace("Threshold", "float | list[float]").replace(" | ", "` or `")
-            kind = f"`{kind}` | " if typed else ""
-            rows.append(f"| `{name}` | {kind}{_code(defaults[name])} | {option.text} |\n")
-    return head + "".join(rows)
+            rows.append(f"| `{name}` | {_code(defaults[name])} | `{kind}` | {option.text} |\n")
+    return "".join(rows)
 
 
 def _code(default: object) -> str:
@@ -65,8 +53,7 @@ def _text(value: object) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argparse.ArgumentParser(description="Writes the tables of the backend's options.").parse_args(arguments)
-    for document in (README, DOCS):
-        document.write_text(replaced(document), encoding="utf-8")
+    PAGE.write_text(replaced(), encoding="utf-8")
     return 0
 
 

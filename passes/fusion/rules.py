@@ -1,6 +1,6 @@
 """Fuses nodes of blocks, twins and heads into operators of the kernels, and records which rule did not match.
 
-A rule changes the graph if all its conditions hold, else raises `NoMatch` and changes nothing (docs/lowering.md).
+A rule changes the graph if all its conditions hold, else raises `NoMatch` and changes nothing (docs/kernels.md).
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
 
 
 def test_a_token_costs_what_its_blocks_cost():
-    """Bytes of Llama-3.1-8B by hand: 16-bit weights and the cache for never leaving, 4.5 bits a weight for depth 0."""
+    """Bytes of Llama-3.1-8B by hand: 16-bit weights and the cache for full depth, 4.5 bits a weight for depth 0."""
     line = roofline.Roofline("llama-3.1-8b", context=1024, group_size=64)
     weights = 32 * (4096 * (6144 + 4096 + 3 * 14336) + 2 * 4096)
     head, cache = 2 * 4096 * 128256, 32 * 2 * 2 * 1024 * 1024
@@ -339,7 +339,7 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     assert steps == {
         ("never", "forced"): (1, 0),
         ("never", "asked"): (4, 3),
-        ("depth 0", "forced"): (1, 0),  # (the prologue is in it)
+        ("depth 0", "forced"): (1, 0),  # (the embedding stage is in it)
         ("depth 3", "forced"): (2, 0),
         ("depth 3", "asked"): (4, 3),
     }

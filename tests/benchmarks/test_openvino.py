@@ -52,7 +52,7 @@ def test_the_runner_times_the_tokens_that_it_asks_for():
 
 @pytest.mark.slow
 def test_its_text_is_the_plain_model_s(smollm2_folder, tmp_path):
-    """Weights in float16 beside those in bfloat16: the first tokens are the same."""
+    """The first tokens by float16 weights are those by bfloat16 weights."""
     pytest.importorskip("openvino_genai")
     pytest.importorskip("llama_cpp")
     file = llama_cpp_runner.requantize(demo_models.gguf_path("smollm2"), tmp_path / "f16.gguf", "F16")

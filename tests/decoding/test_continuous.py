@@ -81,7 +81,7 @@ def test_texts_are_those_of_calls_alone(kind, request):
 
 
 def test_prompts_that_begin_with_a_kept_text_run_only_what_is_new(exact):
-    """In pieces or at once, after one another in the batch."""
+    """In pieces or as a whole, after one another in the batch."""
     system, sizes = ids_of(200), (30, 300, 17)
     prompts = [torch.cat([system, ids_of(size, seed=7)], dim=1) for size in sizes]
     calls = [
@@ -200,7 +200,7 @@ def test_an_error_ends_its_call_alone(kind, request):
 
 
 class Tells(BaseStreamer):
-    """Tells when the first token has come, and waits then until it may go on."""
+    """Tells when the first token has come, and waits then until it may continue."""
 
     def __init__(self):
         self.came, self.go_on, self.puts = threading.Event(), threading.Event(), 0

@@ -1,4 +1,4 @@
-"""Counts how much of the project a reader meets, beside targets: ``python -m tools.house``, for docs/design.md.
+"""Counts how much of the project a reader meets, with targets: ``python -m tools.house``.
 
 ``--json`` prints one document. ``--sources`` leaves out the walk through a tiny model, which takes a minute.
 The exit status is 0 whether targets are met or not.

@@ -2,7 +2,7 @@
 
     python -m tools.mutations --list
     python -m tools.mutations --only exit-at-threshold kv-bound          # these
-    python -m tools.mutations --whole --report docs/testing.md     # all; survivors meet the whole default run
+    python -m tools.mutations --whole --report docs/notes/mutations.md     # all; survivors meet the whole default run
 
 Every mutation (`table.py`) first meets the tests that are likely to notice it. The report stands between two marks of a
 document; mutations that were not tried this time keep their rows. The exit status is 1 if a mutation survives, and 2
