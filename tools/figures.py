@@ -7,6 +7,7 @@ table, with a column for the last recorded run of each model; "machines" predict
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,13 @@ def _cell(value: float | None, bold: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argparse.ArgumentParser(description="Writes the tables of measured numbers.").parse_args(arguments)
-    for page in pages("figures"):
-        page.write_text(filled(page, "figures", content), encoding="utf-8")
+    try:
+        texts = {page: filled(page, "figures", content) for page in pages("figures")}
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
     return 0
 
 
