@@ -1,6 +1,8 @@
 """The bytes of weights that a token reads of known decoders, as `river check` counts them; no weight is loaded.
 
-python -m benchmarks.reads --record reads      # what tools/machines.py predicts tokens/s from
+    python -m benchmarks.reads --record reads
+
+tools/machines.py predicts tokens/s from the record.
 """
 
 from __future__ import annotations
