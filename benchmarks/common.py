@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tools import demo_models
+from tools.machine import cpu_model
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
@@ -167,7 +168,7 @@ def busy_process() -> Iterator[None]:
 def machine_facts(threads: int) -> dict:
     """Return what a reader needs to judge a number: processor, threads, versions."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
         "system": platform.platform(),
@@ -275,14 +276,6 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        for line in info:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
