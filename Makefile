@@ -1,8 +1,8 @@
-# make demo    plain model and River side by side          make bench   decode speed beside other programs
+# make demo    transformers and River side by side         make bench   decode speed of River and other programs
 # make test    lint, type check and the quick tests        make clean   remove what make built here
 # make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
 #              two on two cores (CONTRIBUTING.md)
-# make lint    ruff, clang-format, types, prose and the site's links    make wheel   the source archive and the wheel, in dist/
+# make lint    ruff, clang-format, types, prose, links     make wheel   the source archive and the wheel, in dist/
 # make docs    the documentation as a site, in build/site
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
@@ -16,7 +16,7 @@
 #
 # Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_HOME (the folder
 # of converted models and generated kernels), ARGS (arguments of the demo, the benchmark or the steps on a GPU, as in
-# `make demo ARGS="--new-tokens 64"`), WHEELS (a folder that `python -m tools.wheelhouse pack` has filled).
+# `make demo ARGS="--record docs/images/demo.svg"`), WHEELS (a folder that `python -m tools.wheelhouse pack` has filled).
 # pip takes its settings from its own configuration and from PIP_* variables.
 
 PYTHON ?= python3

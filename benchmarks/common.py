@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from benchmarks import records
 from tools import demo_models
+from tools.machine import cpu_model
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
@@ -172,7 +173,7 @@ def machine_facts(threads: int) -> dict:
     from river_compile.kernels.native.build import choose_isa
 
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_set": choose_isa().name,
@@ -305,14 +306,6 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        for line in info:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
@@ -388,8 +389,12 @@ def test_a_painter_gives_each_token_its_source():
 
 
 @pytest.mark.slow
-def test_the_demo_runs_to_its_picture(tiny, tmp_path, capsys):
-    """Three ways, and a picture with the depth of every token after the first."""
-    assert demo.main(["--model", tiny, "--new-tokens", "6", "--picture", str(tmp_path / "new" / "depths.png")]) == 0
-    assert "exact: the same text" in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "new" / "depths.png").read_bytes().startswith(b"\x89PNG")
+def test_the_demo_runs_to_its_pictures(tiny, tmp_path, capsys):
+    """Three ways, what is so of their texts, a picture with the depth of every token, and the recording."""
+    picture, recording = tmp_path / "new" / "depths.png", tmp_path / "newer" / "demo.svg"
+    files = ("--picture", str(picture), "--record", str(recording))
+    assert demo.main(["--model", tiny, "--new-tokens", "6", *files]) == 0
+    out = capsys.readouterr().out
+    assert "exact equals River without drafts token for token, 6 of 6." in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(recording).getroot().tag.endswith("svg")
