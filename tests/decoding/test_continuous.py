@@ -298,7 +298,7 @@ def test_closing_ends_what_runs_and_what_waits(exact):
 def test_bad_arguments_are_named(exact):
     with pytest.raises(OptionError, match="max_num_seqs=0"):
         river_compile.ContinuousBatch(exact, max_num_seqs=0)
-    with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="close it first"):
+    with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="Close that one first"):
         river_compile.ContinuousBatch(exact)
     with pytest.raises(OptionError, match="max_num_seqs=1000000 is not allowed; it must be an integer from 1 to 4096"):
         river_compile.ContinuousBatch(exact, max_num_seqs=1_000_000)
