@@ -35,7 +35,7 @@ print(torch.equal(plain, text), sorted(kinds))
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Installs the wheel alone into a folder of its own and returns that folder."""
+    """Installs the wheel alone into its own folder and returns that folder."""
     target = tmp_path_factory.mktemp("installed")
     wheel = build_wheel(tmp_path_factory.mktemp("wheel"), kernels=WITH_KERNELS)
     assert wheel.name.endswith("-py3-none-linux_x86_64.whl" if WITH_KERNELS else "-py3-none-any.whl")
