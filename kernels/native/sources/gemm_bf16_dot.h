@@ -28,9 +28,8 @@ void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t r
   };
   for (int64_t i = 0; i < whole; i += kStep) {
     fetch(i);
-    unrolled<kStep / kTogether>([&](auto v) RIVER_INLINED {
-      add(i + v * kTogether, [](const uint8_t* w) RIVER_INLINED { return load(w); });
-    });
+    unrolled<kStep / kTogether>(
+        [&](auto v) RIVER_INLINED { add(i + v * kTogether, [](const uint8_t* w) RIVER_INLINED { return load(w); }); });
   }
   for (int64_t i = whole; i < k; i += kTogether)
     add(i, [&](const uint8_t* w) RIVER_INLINED { return load_some(w, std::min<int64_t>(kTogether, k - i)); });
