@@ -2,6 +2,8 @@
 # make test    lint, type check and the quick tests        make clean   remove what make built here
 # make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
 #              two on two cores (CONTRIBUTING.md)
+# make test-arm    the C++ kernels of ARM's instruction sets on emulated cores: installs a cross compiler and an emulator
+#              (apt-get, with sudo) where they are missing
 # make lint    ruff, clang-format, types, prose, links     make wheel   the source archive and the wheel, in dist/
 # make docs    the documentation as a site, in build/site
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
@@ -47,7 +49,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-tools test-all lint docs wheel bench families gpu compat soak clean
+.PHONY: help demo test test-tools test-arm test-all lint docs wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,13 +70,22 @@ test: $(FOR_TEST)
 test-tools: $(FOR_TEST)
 	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) tests/benchmarks tests/examples tests/tools $(LAYERS)
 
+# (binutils-aarch64-linux-gnu, which lists a library's instructions, comes with the compiler.)
+ARM_TOOLS := aarch64-linux-gnu-g++ aarch64-linux-gnu-objdump qemu-aarch64
+SUDO = $(if $(filter-out 0,$(shell id -u)),sudo)
+
+test-arm: $(FOR_TEST)
+	@for tool in $(ARM_TOOLS); do \
+	  command -v $$tool >/dev/null || exec $(SUDO) apt-get install --yes g++-aarch64-linux-gnu qemu-user; done
+	$(IN_VENV) -m pytest --slow tests/kernels/native/test_phases.py
+
 test-all:
 	$(MAKE) test LAYERS="--slow --tools"
 
 lint: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/* tools/rehearsal/card.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/* tests/kernels/native/phases/* tools/rehearsal/card.cpp
 	$(IN_VENV) -m tools.typecheck
 	$(IN_VENV) -m tools.prose
 	$(SITE) --site-dir build/site-of-lint

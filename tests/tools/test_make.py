@@ -30,10 +30,10 @@ def make(tmp_path):
     for stamp in (".created", ".installed-demo", ".installed-test"):
         (tmp_path / stamp).touch()
 
-    def run(target: str, fails: str = "nothing fails") -> tuple[int, str, list[str]]:
+    def run(target: str, fails: str = "nothing fails", *settings: str) -> tuple[int, str, list[str]]:
         # Without the variables of a make that runs this test.
         environment = {**os.environ, "CALLS": str(tmp_path / "calls"), "FAILS": fails, "MAKEFLAGS": "", "LAYERS": ""}
-        command = ["make", target, f"VENV={tmp_path}"]
+        command = ["make", target, f"VENV={tmp_path}", *settings]
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -61,6 +61,18 @@ def test_make_test_fails_with_its_lint_and_says_so_after_the_tests(make, fails):
     assert status != 0
     assert "make lint FAILED, see above" in said
     assert said.index("said by pytest") < said.index("said by ruff") < said.index("make lint FAILED")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_make_test_arm_installs_what_is_missing_and_runs_the_tests(make, tmp_path, installed):
+    tools = "make" if installed else "make no-such-program"
+    installer = f"SUDO={tmp_path}/bin/python"
+    status, said, calls = make("test-arm", "nothing fails", f"ARM_TOOLS={tools}", installer)
+    assert status == 0, said
+    *before, tests = calls
+    assert tests == "python -m pytest --slow tests/kernels/native/test_phases.py"
+    assert before == ([] if installed else ["python apt-get install --yes g++-aarch64-linux-gnu qemu-user"])
+    assert make("test-arm", "apt-get", "ARM_TOOLS=no-such-program", installer)[0] != 0
 
 
 def test_make_test_fails_with_a_test(make):

@@ -68,6 +68,12 @@ def test_tests_that_cannot_run_notice_nothing(toy, capsys):
     assert "SyntaxError" in capsys.readouterr().out
 
 
+def test_without_a_program_that_its_tests_need_a_mutation_is_not_tried(toy, capsys):
+    needy = change("needy", "2 * x", "3 * x")._replace(needs=("git", "no-such-program"))
+    assert main([], (needy,), toy) == 2
+    assert "not installed: no-such-program" in capsys.readouterr().out
+
+
 def test_a_mutation_that_does_not_fit_is_named_and_nothing_runs(toy, capsys):
     twice, gone = change("twice", "return", "yield"), change("gone", "x ** 2", "x")
     assert main([], (change("times", "2 * x", "3 * x"), twice, gone), toy) == 2

@@ -35,6 +35,7 @@ class Mutation(NamedTuple):
         new: what stands there instead.
         breaks: what goes wrong then, in one phrase.
         tests: files, or tests in them, that are likely to notice; they run first.
+        needs: programs without which these tests are skipped.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Mutation(NamedTuple):
     new: str
     breaks: str
     tests: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
     def unfit(self, root: Path = ROOT) -> str:
         """Return why it does not fit a checkout, empty if it does."""
@@ -51,6 +53,10 @@ class Mutation(NamedTuple):
             return f"{self.id}: there is no {self.file}"
         found = path.read_text(encoding="utf-8").count(self.old)
         return "" if found == 1 else f"{self.id}: {self.file} has {found} times, not once: {self.old!r}"
+
+    def missing(self) -> list[str]:
+        """Return the programs of `needs` that are not installed."""
+        return [program for program in self.needs if shutil.which(program) is None]
 
 
 class Outcome(NamedTuple):
@@ -76,6 +82,8 @@ def attempt(mutation: Mutation, whole: bool, root: Path = ROOT) -> Outcome:
         whole: whether the rest of the default run follows if the likely tests pass.
         root: the checkout.
     """
+    if missing := mutation.missing():  # (a skipped test would look like one that passes)
+        return Outcome(mutation, "", f"not installed: {', '.join(missing)}", 0.0)
     start = time.perf_counter()
     noticed_by = problem = ""
     with tempfile.TemporaryDirectory(prefix="river-mutation-") as folder:

@@ -111,16 +111,8 @@ inline void run_few(AttentionArgs& a) {
     run_phases(a, {attend, {kernels().combine, &a, parts_of(partials * a.head_dim, 1 << 14)}});
 }
 
-// (Blocks depend on a model's heads alone: a row's bits must not depend on threads or other rows.)
 inline void run_many(const AttentionArgs& of) {
-  PromptArgs a{of};
-  const int shared = of.heads / of.kv_heads, features = (of.head_dim + 15) / 16 * 16;
-  a.block = shared == 1 ? 48 : shared == 2 ? 32 : 16;
-  a.together = std::min(shared, 8);
-  a.units = of.batch * ceil_div(of.positions, a.block) * of.kv_heads * ceil_div(shared, a.together);
-  const int64_t rows = int64_t(a.together) * a.block;
-  const int64_t words = 2 * rows * (features + 1) + kPromptChunk * (2 * features + 3 * kBlock + a.block);
-  a.scratch_bytes = (words * 4 + of.slots + 63) / 64 * 64;
+  PromptArgs a = prompt_of(of);
   const int parts = int(std::min<int64_t>(a.units, threads()));
   char* memory = workspace(parts * a.scratch_bytes + 64);
   a.taken = reinterpret_cast<uint64_t*>(memory);

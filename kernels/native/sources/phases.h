@@ -177,6 +177,20 @@ struct PromptArgs {
   int32_t block, together;  // positions of a block, a multiple of 16; query heads that are computed with one another
 };
 
+// Without scratch. Blocks depend on a model's heads alone: a row's bits must not depend on threads or other rows.
+inline PromptArgs prompt_of(const AttentionArgs& of) {
+  PromptArgs a{};
+  a.of = of;
+  const int32_t shared = of.heads / of.kv_heads, features = ceil_div(of.head_dim, kBlock) * kBlock;
+  a.block = shared == 1 ? 48 : shared == 2 ? 32 : 16;
+  a.together = shared < 8 ? shared : 8;
+  a.units = int64_t(of.batch) * ceil_div(of.positions, a.block) * of.kv_heads * ceil_div(shared, a.together);
+  const int64_t rows = int64_t(a.together) * a.block;
+  const int64_t words = 2 * rows * (features + 1) + kPromptChunk * (2 * features + 3 * kBlock + a.block);
+  a.scratch_bytes = ceil_div(words * 4 + of.slots, int64_t(64)) * 64;
+  return a;
+}
+
 // score = least cosine of the rows of two matrices [M, D], NaN where a row is zero or not finite.
 struct ScoreArgs {
   Strided hidden, previous;  // of `dtype`

@@ -1,0 +1,254 @@
+// Matmuls with weights of every form, prepared and multiplied as an operator does it, and the epilogue of a library's.
+#include "epilogue.h"
+#include "weights.h"
+
+namespace river::checks {
+namespace {
+
+struct Product {
+  PrepareArgs prepare{};
+  GemmArgs gemm{};
+};
+
+enum Form {
+  kInt4,
+  kInt4Wanted,
+  kInt4Experts,
+  kDense32,
+  kDense16,
+  kDenseHalf,
+  k12Bits,
+  kInt8Rows,
+  kInt8Groups,
+  kFloat8
+};
+
+void run_product(Case& c, Product& p, int parts) {
+  c.run(&Kernels::prepare, &p.prepare, parts);
+  c.run(&Kernels::gemm, &p.gemm, parts);
+}
+
+// The memory for the activations of all rows.
+void place(Case& c, Product& p) {
+  p.gemm.x = activations_of(c, p.gemm.rows, p.gemm.in_features, p.gemm.group_size, p.gemm.x.format);
+  p.prepare.out = p.gemm.x;
+}
+
+int32_t draw_dtype(Case& c, Form form) {
+  if (form == kDense32) return kFloat32;
+  if (form == kDense16 || form == k12Bits) return kBFloat16;
+  return form == kDenseHalf ? kFloat16 : c.random.dtype();
+}
+
+// Draws sizes, x and the format of its activations.
+Product draw_product(Case& c, Form form) {
+  Random& r = c.random;
+  Product p;
+  GemmArgs& a = p.gemm;
+  const bool is_long = form == k12Bits && r.one_in(4);  // more features than a few rows meet in one stretch
+  const bool is_tall = !is_long && r.one_in(12);        // more rows than meet a block of weights together
+  const int most = is_tall ? 40 : 330;
+  a.rows = is_tall ? r.between(257, 300) : r.one_in(3) ? r.between(9, 33) : r.between(1, 8);
+  a.in_features = form == kInt8Groups ? 32 * r.between(1, 11) : is_long ? r.between(1000, 1500) : r.between(1, most);
+  a.group_size = form <= kInt4Experts ? r.pick({32, 64, 128}) : kLargestGroup;
+  a.epilogue.out_features = r.one_in(3) ? 32 * r.between(1, 3) : r.between(1, is_long || is_tall ? 40 : 90);
+  a.epilogue.dtype = draw_dtype(c, form);
+  const bool is_bfloat16 = form == kDense16 || form == k12Bits;
+  a.x.format = form <= kInt4Experts ? kInt8 : is_bfloat16 ? c.kernels.bfloat16 : kFloats;
+  const int64_t k = a.in_features, stride = k + r.pick({0, 5});
+  PrepareArgs& x = p.prepare;
+  x.x = {c.normal(a.rows, k, stride, a.epilogue.dtype, r.pick({0.1, 1.0})).data(), stride};
+  x.dtype = a.epilogue.dtype;
+  x.rows = a.rows;
+  x.in_features = a.in_features;
+  x.group_size = a.group_size;
+  c.describe("M=", a.rows, " N=", a.epilogue.out_features, " K=", k, " group=", a.group_size);
+  return p;
+}
+
+// Adds the products of row `row` of x [M, K] and all rows of `w` [N, K].
+void add_products(const Doubles& x, const Doubles& w, int64_t row, int64_t k, int64_t n_all, Sums& sums) {
+  for (int64_t n = 0; n < n_all; ++n)
+    for (int64_t i = 0; i < k; ++i) {
+      const double product = x[row * k + i] * w[n * k + i];
+      sums.values[row * n_all + n] += product;
+      sums.magnitudes[row * n_all + n] += std::fabs(product);
+    }
+}
+
+// The sums of a product whose rows meet the weights number `expert[row]`, or the only ones; zeros for other numbers.
+Sums expected_of(const Product& p, const std::vector<Weights>& weights) {
+  const int64_t rows = p.gemm.rows, k = p.gemm.in_features, n = p.gemm.epilogue.out_features;
+  const Doubles x = doubles_of(p.prepare.x, rows, k, p.prepare.dtype);
+  const Doubles rounded = p.gemm.x.format == kInt8 ? in_8_bits(x, k, p.gemm.group_size) : Doubles();
+  Sums sums{Doubles(rows * n), Doubles(rows * n)};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t number = p.gemm.expert ? p.gemm.expert[row] : 0;
+    if (number < 0 || number >= int64_t(weights.size())) continue;
+    add_products(x, weights[number].values, row, k, n, sums);
+    if (!rounded.empty()) add_products(rounded, weights[number].steps, row, k, n, sums);
+  }
+  return sums;
+}
+
+// Computes the first row, the last one and one between them each alone, and compares their bits.
+void expect_rows_alone(Case& c, const Product& whole) {
+  const int64_t size = size_of(whole.gemm.epilogue.dtype), width = whole.gemm.epilogue.width();
+  for (const int row : {0, whole.gemm.rows / 2, whole.gemm.rows - 1}) {
+    Product p = whole;
+    Epilogue& e = p.gemm.epilogue;
+    p.gemm.rows = p.prepare.rows = 1;
+    p.prepare.x.data = static_cast<char*>(p.prepare.x.data) + row * p.prepare.x.stride * size;
+    if (e.residual.data) e.residual.data = static_cast<char*>(e.residual.data) + row * e.residual.stride * size;
+    if (p.gemm.expert) p.gemm.expert += row;
+    e.y.data = c.output(width, e.dtype).data();
+    place(c, p);
+    run_product(c, p, 1);
+    const auto* y = static_cast<const char*>(whole.gemm.epilogue.y.data) + row * whole.gemm.epilogue.y.stride * size;
+    c.expect_same_bits("a row's bits depend on the other rows", e.y.data, y, width * size);
+  }
+}
+
+// 12-bit weights give the bits of the same 16-bit weights.
+void expect_bits_of_dense(Case& c, const Product& packed, const Rows& dense) {
+  Product p = packed;
+  Epilogue& e = p.gemm.epilogue;
+  p.gemm.palette = nullptr;
+  p.gemm.weight = nullptr;
+  p.gemm.dense = dense;
+  const int64_t size = size_of(e.dtype), values = (p.gemm.rows - 1) * e.y.stride + e.width();
+  e.y.data = c.output(values, e.dtype).data();
+  place(c, p);
+  run_product(c, p, 1);
+  c.expect_same_bits("12-bit weights have other bits than 16-bit ones", e.y.data, packed.gemm.epilogue.y.data,
+                     values * size);
+}
+
+void check_form(Case& c, Form form) {
+  Product p = draw_product(c, form);
+  GemmArgs& a = p.gemm;
+  const int32_t n = a.epilogue.out_features;
+  const bool is_dense = form == kDense32 || form == kDense16 || form == kDenseHalf;
+  const std::vector<int32_t> first = is_dense ? draw_matrices(c, n) : std::vector<int32_t>{0, n};
+  std::vector<Weights> weights;
+  Rows dense{};
+  if (form == kInt4) weights = pack_int4(c, a, {true});
+  if (is_dense) weights = {pack_dense(c, a, first)};
+  if (form == k12Bits) weights = {pack_12_bits(c, a, dense)};
+  if (form >= kInt8Rows) {
+    a.in_8_bits = form == kFloat8 ? kFloat8s : kInt8s;
+    a.grouped = form == kInt8Groups;
+    weights = {pack_8_bits(c, a)};
+  }
+  draw_epilogue(c, a.epilogue, a.rows, first);
+  place(c, p);
+  c.describe(" matrices=", int64_t(first.size() - 1));
+  c.repeat([&](int parts) { run_product(c, p, parts); });
+  expect_epilogue(c, a.epilogue, a.rows, expected_of(p, weights));
+  expect_rows_alone(c, p);
+  if (form == k12Bits) expect_bits_of_dense(c, p, dense);
+}
+
+// Neighbours share an expert, or have numbers that no expert has.
+void check_experts(Case& c) {
+  Random& r = c.random;
+  Product p = draw_product(c, kInt4Experts);
+  std::vector<bool> used(r.between(1, 4));
+  const int none = int(used.size());
+  auto* const expert = c.input_of(8 * p.gemm.rows).data<int64_t>();
+  for (int row = 0; row < p.gemm.rows; ++row) {
+    expert[row] = row > 0 && r.one_in(2) ? expert[row - 1] : r.between(-1, none);
+    if (expert[row] >= 0 && expert[row] < none) used[expert[row]] = true;
+  }
+  const std::vector<Weights> weights = pack_int4(c, p.gemm, used);
+  p.gemm.expert = expert;
+  draw_epilogue(c, p.gemm.epilogue, p.gemm.rows, {0, p.gemm.epilogue.out_features}, {false, false, false});
+  p.gemm.epilogue.activation = kIdentity;
+  place(c, p);
+  c.repeat([&](int parts) { run_product(c, p, parts); });
+  expect_epilogue(c, p.gemm.epilogue, p.gemm.rows, expected_of(p, weights));
+  expect_rows_alone(c, p);
+}
+
+// Blocks that are not wanted become kUnwanted; the others have the bits of the whole product.
+void check_wanted(Case& c) {
+  Random& r = c.random;
+  Product p = draw_product(c, kInt4Wanted);
+  GemmArgs& a = p.gemm;
+  Epilogue& e = a.epilogue;
+  e.out_features = r.between(1, 150);
+  const std::vector<Weights> weights = pack_int4(c, a, {true});
+  draw_epilogue(c, e, a.rows, {0, e.out_features}, {false, false, true});
+  place(c, p);
+  c.repeat([&](int parts) { run_product(c, p, parts); });
+  expect_epilogue(c, e, a.rows, expected_of(p, weights));
+  Product some = p;
+  const int blocks = int(e.blocks());
+  std::vector<bool> is_wanted(blocks);
+  auto* const wanted = c.input_of(4 * (1 + blocks)).data<int32_t>();
+  wanted[0] = 0;
+  for (int block = 0; block < blocks; ++block)
+    if (r.one_in(3) || (block + 1 == blocks && wanted[0] == 0)) {
+      wanted[++wanted[0]] = block;
+      is_wanted[block] = true;
+    }
+  some.gemm.wanted = wanted;
+  some.gemm.epilogue.y.data = c.output((a.rows - 1) * e.y.stride + e.out_features, e.dtype).data();
+  c.repeat([&](int parts) {
+    run_product(c, p, parts);
+    run_product(c, some, parts);
+  });
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t n = 0; n < e.out_features; ++n) {
+      const double found = value_of(some.gemm.epilogue.y.data, row * e.y.stride + n, e.dtype);
+      const double whole = value_of(e.y.data, row * e.y.stride + n, e.dtype);
+      c.expect_near("y", row * e.y.stride + n, found, is_wanted[n / kBlock] ? whole : double(kUnwanted), 0);
+    }
+}
+
+void check_library_epilogue(Case& c) {
+  Random& r = c.random;
+  LibraryEpilogueArgs a{};
+  Epilogue& e = a.epilogue;
+  a.rows = r.between(1, 20);
+  e.dtype = r.dtype();
+  e.out_features = r.one_in(2) ? 32 * r.between(1, 40) : r.between(1, 1300);
+  const std::vector<int32_t> first = draw_matrices(c, e.out_features);
+  a.product.count = int32_t(first.size()) - 1;
+  Sums sums{Doubles(a.rows * int64_t(e.out_features)), {}};
+  for (int i = 0; i <= a.product.count; ++i) a.product.first[i] = first[i];
+  for (int i = 0; i < a.product.count; ++i) {
+    const int64_t width = first[i + 1] - first[i];
+    Values& product = c.normal(a.rows, width, width, e.dtype);
+    a.product.data[i] = product.data();
+    for (int64_t j = 0; j < a.rows * width; ++j)
+      sums.values[j / width * e.out_features + first[i] + j % width] = product.at(j);
+  }
+  for (const double x : sums.values) sums.magnitudes.push_back(std::fabs(x));
+  c.describe("M=", a.rows, " N=", e.out_features, " matrices=", a.product.count);
+  draw_epilogue(c, e, a.rows, first, {true, true, false});
+  c.repeat([&](int parts) { c.run(&Kernels::gemm_epilogue, &a, parts); });
+  expect_epilogue(c, e, a.rows, sums);
+}
+
+}  // namespace
+
+std::vector<Check> gemm_checks() {
+  const auto of = [](Form form) { return [form](Case& c) { check_form(c, form); }; };
+  const std::vector<Entry> entries{&Kernels::gemm};
+  return {
+      {"gemm 4-bit", entries, 100, of(kInt4)},
+      {"gemm 4-bit, wanted", entries, 20, check_wanted},
+      {"gemm 4-bit, experts", entries, 40, check_experts},
+      {"gemm float32", entries, 24, of(kDense32)},
+      {"gemm bfloat16", entries, 60, of(kDense16)},
+      {"gemm float16", entries, 24, of(kDenseHalf)},
+      {"gemm bfloat16, 12-bit", entries, 50, of(k12Bits)},
+      {"gemm int8, by row", entries, 24, of(kInt8Rows)},
+      {"gemm int8, by group", entries, 24, of(kInt8Groups)},
+      {"gemm float8", entries, 24, of(kFloat8)},
+      {"gemm_epilogue", {&Kernels::gemm_epilogue}, 20, check_library_epilogue},
+  };
+}
+
+}  // namespace river::checks

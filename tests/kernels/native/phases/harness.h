@@ -1,0 +1,117 @@
+// One case of a check: buffers between guard zones, runs of a phase by several parts, and what was wrong.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "numbers.h"
+
+namespace river::checks {
+
+using Entry = Run Kernels::*;
+using Doubles = std::vector<double>;
+
+// Memory between guard zones. All bytes are 0xFF at first: NaN as a float, -1 as an integer.
+class Buffer {
+ public:
+  // `shift`: bytes from a multiple of 64 to the address.
+  Buffer(int64_t bytes, int64_t shift);
+
+  template <class T = void>
+  T* data() {
+    return reinterpret_cast<T*>(data_);
+  }
+  int64_t bytes() const { return bytes_; }
+  void poison();
+  bool is_intact() const;
+  std::vector<uint8_t> content() const { return {data_, data_ + bytes_}; }
+
+ private:
+  static constexpr int64_t kGuard = 1024;
+
+  int64_t bytes_;
+  std::vector<uint8_t> memory_;
+  uint8_t* data_;
+};
+
+// Numbers of one dtype in such memory.
+class Values : public Buffer {
+ public:
+  Values(int64_t count, int32_t dtype, int64_t shift) : Buffer(count * size_of(dtype), shift), dtype_(dtype) {}
+
+  double at(int64_t i) { return value_of(data(), i, dtype_); }
+  void set(int64_t i, double value) { set_value(data(), i, dtype_, value); }
+  void* from(int64_t i) { return data<char>() + i * size_of(dtype_); }
+
+ private:
+  int32_t dtype_;
+};
+
+class Case {
+ public:
+  Case(const Kernels& kernels, uint32_t seed) : kernels(kernels), random(seed) {}
+
+  // Memory that a phase reads only; values are NaN until they are set.
+  Values& input(int64_t count, int32_t dtype);
+  Buffer& input_of(int64_t bytes);
+  // Random values, rows `stride` apart with NaN between them.
+  Values& normal(int64_t rows, int64_t columns, int64_t stride, int32_t dtype, double deviation = 1);
+  // Memory that is poisoned before each run; outputs have the same bits after each one.
+  Values& output(int64_t count, int32_t dtype);
+  Buffer& workspace(int64_t bytes);
+
+  // Runs all parts of a phase, the last one first.
+  void run(Entry entry, const void* args, int parts);
+  // Runs all parts at the same time, each on a separate thread.
+  void run_on_threads(Entry entry, const void* args, int parts);
+  // Calls `run(parts)` twice for one part and once for three, and compares the outputs.
+  void repeat(const std::function<void(int parts)>& run);
+  // Compares all guard zones and inputs with what they were.
+  void finish();
+
+  template <class... T>
+  void describe(const T&... what) {
+    ((description_ += text_of(what)), ...);
+  }
+  void expect(bool holds, const std::string& what);
+  // Whether `found` lies within `allowed` of `expected`.
+  void expect_near(const char* what, int64_t i, double found, double expected, double allowed);
+  void expect_same_bits(const char* what, const void* a, const void* b, int64_t bytes);
+
+  const std::string& wrong() const { return wrong_; }  // the first thing, empty if there is none
+  const std::set<Run>& called() const { return called_; }
+
+  const Kernels& kernels;
+  Random random;
+
+ private:
+  static std::string text_of(const char* text) { return text; }
+  static std::string text_of(int64_t number) { return std::to_string(number); }
+
+  int64_t shift(int64_t each) { return random.between(0, 3) * each; }
+  std::vector<uint8_t> outcome() const;
+
+  std::vector<std::unique_ptr<Buffer>> inputs_, outputs_, workspaces_;
+  std::vector<std::vector<uint8_t>> before_;  // the contents of inputs
+  std::set<Run> called_;
+  std::string description_, wrong_;
+};
+
+// Some cases of one kernel, or of one form of it, and the entries of the table that it runs.
+struct Check {
+  std::string name;
+  std::vector<Entry> entries;
+  int cases;
+  std::function<void(Case&)> run;
+};
+
+std::vector<Check> prepare_checks();
+std::vector<Check> gemm_checks();
+std::vector<Check> cache_checks();
+std::vector<Check> attention_checks();
+std::vector<Check> logits_checks();
+
+}  // namespace river::checks

@@ -1,0 +1,111 @@
+// Checks every phase in the table of one library of kernels against double, and prints what was checked.
+//
+//     phases LIBRARY [--only NAME] [--list]
+//
+// The exit status is 0 if every entry of the table was checked and no case failed. A library holds one instruction
+// set, and the program knows none, so one program serves all libraries of an architecture. Not handled: speed.
+#include <dlfcn.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdio>
+
+#include "harness.h"
+
+namespace river::checks {
+namespace {
+
+constexpr int kMessages = 3;  // of each check that failed
+
+std::vector<Check> all_checks() {
+  std::vector<Check> all;
+  for (auto* some : {prepare_checks, gemm_checks, cache_checks, attention_checks, logits_checks})
+    for (Check& check : some()) all.push_back(std::move(check));
+  return all;
+}
+
+uint32_t seed_of(const std::string& name, int number) {
+  uint32_t seed = 2166136261u;
+  for (const char c : name) seed = (seed ^ uint8_t(c)) * 16777619u;
+  return seed + uint32_t(number);
+}
+
+struct Outcome {
+  int checked = 0, failed = 0;
+  bool complete = false;  // whether some case ran each entry
+};
+
+Outcome outcome_of(const Check& check, const Kernels& kernels) {
+  Outcome outcome;
+  std::set<Run> called;
+  for (int number = 0; number < check.cases; ++number) {
+    Case one(kernels, seed_of(check.name, number));
+    check.run(one);
+    one.finish();
+    called.insert(one.called().begin(), one.called().end());
+    ++outcome.checked;
+    if (one.wrong().empty()) continue;
+    if (outcome.failed++ < kMessages) std::printf("%s, case %d, %s\n", check.name.c_str(), number, one.wrong().c_str());
+  }
+  outcome.complete = outcome.checked > 0;
+  for (const Entry entry : check.entries) outcome.complete &= called.count(kernels.*entry) > 0;
+  return outcome;
+}
+
+// How many entries of the table, which begins with them, no check names.
+int entries_without_check(const Kernels& kernels, const std::vector<Check>& checks) {
+  std::set<Run> named;
+  for (const Check& check : checks)
+    for (const Entry entry : check.entries) named.insert(kernels.*entry);
+  const Run* entries = &kernels.prepare;
+  int without = 0;
+  for (size_t i = 0; i < offsetof(Kernels, bfloat16) / sizeof(Run); ++i) without += !named.count(entries[i]);
+  return without;
+}
+
+int check_all(const Kernels& kernels, const std::string& only) {
+  const std::vector<Check> checks = all_checks();
+  int done = 0, all = only.empty() ? entries_without_check(kernels, checks) : 0, failed = 0;
+  std::printf("%-24s %6s %8s %7s %7s\n", "kernel", "cases", "checked", "failed", "seconds");
+  for (const Check& check : checks) {
+    if (!only.empty() && check.name != only) continue;
+    const auto start = std::chrono::steady_clock::now();
+    const Outcome outcome = outcome_of(check, kernels);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::printf("%-24s %6d %8d %7d %7.2f\n", check.name.c_str(), check.cases, outcome.checked, outcome.failed, seconds);
+    std::fflush(stdout);
+    ++all;
+    done += outcome.complete;
+    failed += outcome.failed;
+  }
+  std::printf("%d of %d kernels checked, %d cases failed\n", done, all, failed);
+  return done == all && all > 0 && failed == 0 ? 0 : 1;
+}
+
+int list_names() {
+  for (const Check& check : all_checks()) std::printf("%s\n", check.name.c_str());
+  return 0;
+}
+
+int main_of(const std::vector<std::string>& arguments) {
+  std::string library, only;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i] == "--list") return list_names();
+    if (arguments[i] == "--only" && i + 1 < arguments.size())
+      only = arguments[++i];
+    else
+      library = arguments[i];
+  }
+  void* const loaded = library.empty() ? nullptr : dlopen(library.c_str(), RTLD_NOW);
+  void* const table = loaded ? dlsym(loaded, "river_kernels") : nullptr;
+  if (!table) {
+    std::fprintf(stderr, "%s\nusage: phases LIBRARY [--only NAME] [--list]\n", library.empty() ? "" : dlerror());
+    return 2;
+  }
+  return check_all(*reinterpret_cast<const Kernels* (*)()>(table)(), only);
+}
+
+}  // namespace
+}  // namespace river::checks
+
+int main(int count, char** arguments) { return river::checks::main_of({arguments + 1, arguments + count}); }

@@ -1,0 +1,22 @@
+// Random weights in every form that a matmul takes, packed as phases.h and bf12.h say.
+#pragma once
+
+#include "harness.h"
+
+namespace river::checks {
+
+// What a row's activations meet, [N, K]: rounded to 8 bits `steps` if there are any, as they are `values`.
+struct Weights {
+  Doubles values, steps;
+};
+
+// Stacked 4-bit weights; those of experts that `used` lacks have scales of NaN.
+std::vector<Weights> pack_int4(Case& c, GemmArgs& a, const std::vector<bool>& used);
+// Up to four matrices of the epilogue's dtype, which begin at `first`.
+Weights pack_dense(Case& c, GemmArgs& a, const std::vector<int32_t>& first);
+// bfloat16 in 12 bits, a share of them patches; `dense` becomes the same in 16 bits.
+Weights pack_12_bits(Case& c, GemmArgs& a, Rows& dense);
+// Integers with a scale for each row or every 32 features, or floats with one for each row.
+Weights pack_8_bits(Case& c, GemmArgs& a);
+
+}  // namespace river::checks

@@ -1,0 +1,91 @@
+"""The libraries of C++ kernels without torch: every phase against double, on this machine and on emulated ARM cores.
+
+The program in `phases/` draws the cases. The emulated core has the instruction set of the library and no later one.
+An older core stops with SIGILL, which proves that the library uses its instruction set.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from river_compile.kernels.native import build
+from tests.kernels.native import program
+from tests.kernels.native.running import EACH_ISA
+from tests.support.examples import slow_but
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An instruction set of ARM: a core that has it, and instructions that its library must have or must not."""
+
+    core: str
+    must: tuple[str, ...] = ()
+    must_not: tuple[str, ...] = ()
+
+
+ARM = {
+    "portable": Arm("cortex-a57", (), ("sdot", "smmla", "bfdot", "bfmmla")),
+    "neon": Arm("cortex-a57", (), ("sdot", "smmla", "bfdot", "bfmmla")),
+    "neon_dotprod": Arm("neoverse-n1", ("sdot",), ("smmla", "bfdot", "bfmmla")),
+    "neon_i8mm": Arm("neoverse-n2", ("sdot", "smmla", "bfdot")),
+}
+# A core that lacks some of an instruction set.
+OLDER = {"neon_dotprod": "cortex-a57", "neon_i8mm": "neoverse-n1"}
+BEST = ("neon_i8mm",)
+
+supported = build.supported_isas()
+is_arm = platform.machine() in ("aarch64", "arm64")
+# Those of this architecture that this machine lacks.
+LACKED = [isa for isa in build.ISAS if isa not in supported and (isa.name in ARM) == is_arm]
+
+
+def arm_isa(name: str) -> build.Isa:
+    """Returns an instruction set of ARM, or skips where nothing can compile or run it."""
+    program.require_arm_tools()
+    by_name = {isa.name: isa for isa in build.ISAS}
+    assert name in by_name, f"build.ISAS has no {name}"
+    return by_name[name]
+
+
+@pytest.mark.parametrize("isa", EACH_ISA)
+def test_each_phase_on_this_machine(isa):
+    program.run(build.kernels_library(isa)).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", LACKED, ids=lambda isa: isa.name)
+def test_what_this_machine_lacks_compiles(isa):
+    assert build.kernels_library(isa).exists()
+
+
+@pytest.mark.parametrize("name", slow_but(BEST, ARM))
+def test_each_phase_on_an_emulated_arm_core(name):
+    """Takes more than ten seconds, most of them the compiler's: nothing else runs these kernels on other machines."""
+    library = program.arm_library(arm_isa(name))
+    program.run_arm(library, ARM[name].core).check()
+
+
+@pytest.mark.parametrize("name", slow_but(BEST, ARM))
+def test_an_arm_library_has_the_instructions_of_its_set(name):
+    found = Counter(program.instructions(program.arm_library(arm_isa(name))))
+    assert [instruction for instruction in ARM[name].must if not found[instruction]] == []
+    assert [instruction for instruction in ARM[name].must_not if found[instruction]] == []
+
+
+@pytest.mark.parametrize("name", slow_but(BEST, OLDER))
+def test_an_older_arm_core_stops_at_an_instruction_that_it_lacks(name):
+    done = program.run_arm(program.arm_library(arm_isa(name)), OLDER[name])
+    assert done.met_unknown_instruction, done
+
+
+def test_a_kernel_that_is_not_checked_or_not_there_fails(tmp_path):
+    library = build.kernels_library(supported[-1])
+    names = program.run(library, "--list").said.splitlines()
+    assert len(names) == len(set(names)) > 20
+    program.run(library, "--only", "exit_score").check()
+    assert program.run(library, "--only", "no such kernel").status == 1
+    assert program.run(tmp_path / "no.so").status == 2
