@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+from river_compile.kernels.native.machine import processor_name
 from tools import demo_models
 
 T = TypeVar("T")
@@ -167,7 +168,7 @@ def busy_process() -> Iterator[None]:
 def machine_facts(threads: int) -> dict:
     """Return what a reader needs to judge a number: processor, threads, versions."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "system": platform.platform(),
@@ -275,14 +276,6 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        for line in info:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

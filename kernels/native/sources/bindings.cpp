@@ -87,6 +87,13 @@ void copy_to(const Tensor& from, Tensor to) {
   run_phases(args, {{copy, &args, 1}});
 }
 
+void use_cores(int64_t all, int64_t fast) {
+  fast_cores.store(int(fast));
+  all_cores.store(int(all));
+}
+
+int64_t used_threads() { return threads(); }
+
 Tape* tape_at(int64_t address) {
   STD_TORCH_CHECK(address, "nothing was recorded on this tape");
   return reinterpret_cast<Tape*>(address);
@@ -182,6 +189,8 @@ const Operator kOnNumbers[] = {
     {"tape_phases", "(int tape) -> int", boxed<tape_phases>},
     {"tape_bytes", "(int tape) -> int", boxed<tape_bytes>},
     {"use_kernels", "(int address) -> ()", boxed<use_kernels>},
+    {"use_cores", "(int all, int fast) -> ()", boxed<use_cores>},
+    {"threads", "() -> int", boxed<used_threads>},
 };
 
 }  // namespace
