@@ -83,7 +83,7 @@ void copy_to(const Tensor& from, Tensor to) {
   check(from.is_cpu() && to.is_cpu() && from.is_contiguous() && to.is_contiguous() &&
             from.scalar_type() == to.scalar_type() && from.numel() == to.numel(),
         "a copy's tensors", "be contiguous, of one dtype and size");
-  const CopyArgs args{from.data_ptr(), to.data_ptr(), from.numel() * from.element_size()};
+  const CopyArgs args{from.data_ptr(), to.data_ptr(), int64_t(from.numel() * from.element_size())};
   run_phases(args, {{copy, &args, 1}});
 }
 
