@@ -53,7 +53,13 @@ def test_hybrid_x86_cores_count_once_for_two_threads(system):
     assert linux_cores(hybrid, range(8, 16)) == (8, 8)
 
 
-@pytest.mark.parametrize(("answers", "found"), [({"hw.physicalcpu": 8, "hw.perflevel0.physicalcpu": 4}, (8, 4))])
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ({"hw.physicalcpu": 8, "hw.perflevel0.physicalcpu": 4}, (8, 4)),
+        ({"hw.physicalcpu": 4, "hw.perflevel0.physicalcpu": 0}, (4, 4)),  # without levels
+    ],
+)
 def test_macos_counts_its_performance_cores(answers, found, monkeypatch):
     monkeypatch.setattr(cores.sys, "platform", "darwin")
     monkeypatch.setattr(cores, "sysctl_number", answers.__getitem__)
