@@ -1,8 +1,9 @@
-# make demo    plain model and River side by side          make bench   decode speed of every configuration
+# make demo    transformers and River side by side         make bench   decode speed of River and other programs
 # make test    lint, type check and the quick tests        make clean   remove what make built here
 # make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
 #              two on two cores (CONTRIBUTING.md)
-# make lint    ruff, clang-format and the type checker     make wheel   the source archive and the wheel, in dist/
+# make lint    ruff, clang-format, types, prose, links     make wheel   the source archive and the wheel, in dist/
+# make docs    the documentation as a site, in build/site
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
 #              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
 #              them); results in gpu/. ARGS=--rehearse runs them, small, where there is no GPU. WHEELS=folder takes what
@@ -15,7 +16,7 @@
 #
 # Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_HOME (the folder
 # of converted models and generated kernels), ARGS (arguments of the demo, the benchmark or the steps on a GPU, as in
-# `make demo ARGS="--new-tokens 64"`), WHEELS (a folder that `python -m tools.wheelhouse pack` has filled).
+# `make demo ARGS="--record docs/images/demo.svg"`), WHEELS (a folder that `python -m tools.wheelhouse pack` has filled).
 # pip takes its settings from its own configuration and from PIP_* variables.
 
 PYTHON ?= python3
@@ -34,6 +35,9 @@ LINT_LOG := $(VENV)/.lint.log
 # done first takes over from the end of the other one's.
 SIDE_BY_SIDE := -n 2 --dist worksteal --durations=25
 
+# Material prints an advertisement at each build unless this is set.
+SITE := NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --strict
+
 # The machine's own Python with what a wheelhouse adds, or the virtual environment.
 ifdef WHEELS
 ON_GPU := PYTHONPATH=$(WHEELS)/site $(PYTHON)
@@ -43,7 +47,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-tools test-all lint wheel bench families gpu compat soak clean
+.PHONY: help demo test test-tools test-all lint docs wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -72,6 +76,12 @@ lint: $(FOR_TEST)
 	$(IN_VENV) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/* tools/rehearsal/card.cpp
 	$(IN_VENV) -m tools.typecheck
+	$(IN_VENV) -m tools.prose
+	$(SITE) --site-dir build/site-of-lint
+
+docs: $(FOR_TEST)
+	$(SITE)
+	@echo "open build/site/index.html"
 
 wheel: $(CREATED)
 	$(IN_VENV) -m pip install --disable-pip-version-check build

@@ -74,7 +74,7 @@ class Product:
         return each * self.weight.numel()
 
     def fitting(self, group: int) -> int:
-        """Return the largest group size of its own that is at most this one."""
+        """Return the largest group size from its own list that is at most this one."""
         return max(size for size in self.found if size <= group)
 
     def parts(self, model: nn.Module, matrix: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What the benchmarks share: command lines, worker processes, tables, machine facts, JSON files.
 
-A configuration is measured in a process of its own, so that its memory, its compiled code and its caches are its own.
-The process stays alive and waits between measurements, so that the repeats of several configurations can take turns:
+A configuration is measured in a separate process, so that it shares no memory, compiled code or caches with others.
+The process stays alive and waits between measurements, so that the repeats of several configurations can alternate:
 a machine that gets slower or faster meanwhile then touches all of them alike.
 
 The parent sends one JSON object per line to the worker's stdin and reads one back; whatever libraries print in the
@@ -15,22 +15,25 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from benchmarks import records
 from river_compile.kernels.native.machine import processor_name
 from tools import demo_models
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
 LOG_LINES = 20
-RUNNER = ("-m",)  # what Python is told to run a worker's module with
+RUNNER = ("-m",)  # of Python, before a worker's module
 DTYPES = ("bfloat16", "float16", "float32")
+PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python", "openvino-genai")
 
 
 class WorkerFailed(RuntimeError):
@@ -126,7 +129,7 @@ def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
         request = json.loads(line)
         try:
             reply = handlers[request.pop("command")](**request)
-        except Exception as error:  # whatever it is, the process that asked must hear of it and goes on without us
+        except Exception as error:  # any error is the reply, and the process that asked continues without this one
             import traceback
 
             traceback.print_exc()
@@ -166,14 +169,17 @@ def busy_process() -> Iterator[None]:
 
 
 def machine_facts(threads: int) -> dict:
-    """Return what a reader needs to judge a number: processor, threads, versions."""
+    """Return what a reader needs to judge a number: processor, threads, instruction set of the kernels, versions."""
+    from river_compile.kernels.native.build import choose_isa
+
     return {
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "system": platform.platform(),
+        "instruction_set": choose_isa().name,
+        "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "transformers", "torchao", "llama-cpp-python")},
+        **{package: _version(package) for package in PACKAGES},
     }
 
 
@@ -193,6 +199,16 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         print(lay_out(line))
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose result has the whole command line as `command`."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse as usual; without arguments those of the process."""
+        found = super().parse_args(args, namespace)
+        found.command = shlex.join([*self.prog.split(), *(sys.argv[1:] if args is None else args)])
+        return found
+
+
 def command_line(doc: str, *names: str, **defaults: object) -> argparse.ArgumentParser:
     """Return a parser with some of the options that several benchmarks have.
 
@@ -209,10 +225,14 @@ def command_line(doc: str, *names: str, **defaults: object) -> argparse.Argument
         "threads": {"type": number(1), "default": 2, "help": "threads of every process (%(default)s)"},
         "no-progress": {"dest": "progress", "action": "store_false", "help": "show no progress bars"},
         "json": {"type": Path, "metavar": "FILE", "help": "also write the outcome to this file"},
+        "record": {
+            "metavar": "NAME",
+            "help": "also keep the numbers in benchmarks/results/NAME.jsonl, for the documents",
+        },
         "worker": {"action": "store_true", "help": argparse.SUPPRESS},
     }
     command = next((line.split("#")[0].split() for line in doc.splitlines() if line.startswith("    python -m ")), [])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=" ".join(command[:3]) or None, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name in names:
@@ -253,6 +273,16 @@ def write_outcome(outcome: object, path: Path | None) -> None:
     if path:
         write_json(path, outcome)
         print(f"\nWritten to {path}")
+
+
+def record(outcome: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Keep an outcome's numbers among the results of the repository, if `--record` was given."""
+    if options.record:
+        from river_compile.reporting.dry_run import bandwidth
+
+        machine = {**outcome["machine"], "bandwidth_bytes_per_s": bandwidth()}
+        path = records.write({**outcome, "machine": machine}, options.record, options.command, records.RESULTS)
+        print(f"\nRecorded in {path}; `python -m tools.figures` fills the documents")
 
 
 def write_json(path: str | Path, content: object) -> None:

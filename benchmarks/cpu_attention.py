@@ -4,7 +4,7 @@
 
 A prompt fills the first slots of a cache; its mask of bools is causal. "aten" meets the whole cache with the same mask,
 "aten causal" the prompt's own slots without one. Heads of key-value pairs are repeated for both, since ATen's attention
-of grouped queries is slower. Subjects take turns and the least time of each counts.
+of grouped queries is slower. Subjects alternate and the least time of each counts.
 """
 
 from __future__ import annotations

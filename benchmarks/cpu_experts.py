@@ -4,7 +4,7 @@
 
 The stacks are those of a block of Qwen3-30B-A3B, 128 experts of which a token meets eight. Every call chooses others,
 so that no cache holds them. "grouped 16 bits" is the product that transformers' experts call (`F.grouped_mm`). Subjects
-take turns and the least time of each counts.
+alternate and the least time of each counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Call = Callable[[], object]
 
 
 def stack_of(n: int, k: int, experts: int) -> PackedLinear:
-    """Return a stack whose matrices are one random matrix, each in memory of its own."""
+    """Return a stack whose matrices are one random matrix, each in its own memory."""
     one = pack(quantize(torch.randn(n, k), 64, "rtn"), "native")
     qweight, scale_zero = (t.expand(experts, *t.shape).contiguous() for t in (one.qweight, one.scale_zero))
     return replace(one, qweight=qweight, scale_zero=scale_zero, experts=experts)

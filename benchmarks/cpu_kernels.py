@@ -1,7 +1,7 @@
-"""Times products on this CPU, of weights in 4 bits, in bfloat16 and in its 12 bits: `benchmarks.kernels --device cpu`.
+"""Times products on this CPU, of 4-bit, bfloat16 and 12-bit weights: `benchmarks.kernels --device cpu`.
 
 Every product reads weights that no cache holds, and its rate counts those bytes: packed weights, scales and zeros.
-Beside it stands the rate at which torch sums bytes on the same threads. Subjects take turns and the least time of each
+The next column is the rate at which torch sums bytes on the same threads. Subjects alternate and the least time of each
 counts, so that a busy neighbour costs repeats rather than figures.
 """
 
@@ -21,7 +21,7 @@ from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossles
 
 SHAPES = ((4096, 4096), (3072, 576), (1536, 8960))
 ROWS = (1, 4, 8, 16)
-BYTES = 600 * 2**20  # of copies that take turns
+BYTES = 600 * 2**20  # of copies that alternate
 RUN_BYTES = 8 * 2**20  # of the calls that are timed as one: a millisecond, so that few runs are interrupted
 
 Call = Callable[[], object]

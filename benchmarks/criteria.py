@@ -7,9 +7,9 @@
 Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave. Two
 lines stand for comparison, both with exits after the same block: tokens that leave by chance, and an oracle that lets
 those leave which lose least. "At equal time" reads each criterion's frontier, the rules mixed by chance where two of
-them lie around the time that is asked for; never exit belongs to every frontier.
+them lie around the time that is asked for; full depth belongs to every frontier.
 
-Time is that of a decode step in the model's forward pass, as a share of never exit's. The steps of all criteria are
+Time is that of a decode step in the model's forward pass, as a share of full depth's. The steps of all criteria are
 priced by one run, in which all kinds of steps took turns: by the blocks that a token ran. What the comparisons of
 "similarity" cost, about one percent, is left out.
 """

@@ -28,8 +28,8 @@ as it is there; one that fails is noted and the next one begins. Columns:
     captures       how many, their seconds and MB; "peak MB": device memory allocated at most
     argmax         share of tokens with plain transformers' choice; "cosine" of the logits, the least
 
-Exact mode has tables of its own, beside what the cost model says of an H100 (`benchmarks.estimate`). It is strict, the
-river drafts `--drafted` tokens in every cycle, and `model.generate` is timed from the end of the first cycle on. A text
+Exact mode has its own tables, next to what the cost model says of an H100 (`benchmarks.estimate`). It is strict, the
+twins draft `--drafted` tokens in every cycle, and `model.generate` is timed from the end of the first cycle on. A text
 that is not the one that the same kernels write without drafts counts as a failure. How often drafts of random weights
 hold means nothing, so there are tokens/s at the shares of `--hold` too, by the cycle as measured. Of a cycle:
 
@@ -100,6 +100,8 @@ def check(options: argparse.Namespace) -> None:
     from tools.kernels.shapes import MODELS
 
     known = [name for name in MODELS if name.startswith("llama")]
+    if options.record:
+        raise ValueError("--record keeps numbers of a CPU; use --json for those of a GPU")
     if options.random is None:
         raise ValueError(f"name the models to build: --random {' '.join(known)}")
     for name in options.random:
@@ -184,7 +186,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
 
 
 def measured(name: str, options: argparse.Namespace, until: float, found: dict) -> Iterator[dict]:
-    """Measure one model, every backend in a process of its own; yield each row after putting it into `found`.
+    """Measure one model, every backend in its own process; yield each row after putting it into `found`.
 
     Args:
         name: of the model.
@@ -290,7 +292,7 @@ def show(name: str, found: dict, copy: float, bandwidth: float) -> None:
 
 
 def show_exact(rows: list[dict]) -> None:
-    """Print what was measured of exact mode, beside what is modelled."""
+    """Print what was measured of exact mode, next to what is modelled."""
     for row in rows:
         text = "the same" if row["parts_at"] is None else f"parts at token {row['parts_at']}"
         print(f"\n{row['name']}: {row['drafted']} tokens drafted, verified {row['width']} wide; text: {text}\n")
@@ -314,7 +316,7 @@ def _percent(share: float | None) -> str | None:
 
 
 def depth(text: str) -> int | None:
-    """Return an exit depth of a command line, None for never leaving."""
+    """Return an exit depth of a command line, None for full depth."""
     return None if text == NEVER else common.number(0)(text)
 
 

@@ -93,7 +93,7 @@ class Bench:
         """Measure one row.
 
         Args:
-            depth: River's exit depth, None for never leaving and for other backends.
+            depth: River's exit depth, None for full depth and for other backends.
             asked: whether every check on the way is read, instead of a depth that is known before.
             generates: whether `model.generate` is timed too.
 
@@ -128,7 +128,7 @@ class Bench:
         }
 
     def exact_row(self, drafted: int, holds: Sequence[float]) -> dict:
-        """Measure exact mode with drafts of one length, all of them the river's.
+        """Measure exact mode with drafts of one length, all of them from the twins.
 
         Args:
             drafted: tokens of a draft; the loop's new tokens are at least three more.

@@ -1,13 +1,13 @@
-"""Decode speed of the plain model, Inductor, River and llama.cpp, side by side.
+"""Decode speed of the plain model, Inductor, River, llama.cpp and OpenVINO, side by side.
 
-    python -m benchmarks.decode
-    python -m benchmarks.decode --model DIR --gguf FILE --rows eager river llama_cpp --json decode.json
-    python -m benchmarks.decode --batch 8 --rows eager river --neighbour
+    python -m benchmarks.decode --record decode        # the rows of README.md's table, whose numbers it keeps
+    python -m benchmarks.decode --model DIR --gguf FILE --rows eager fast llama_cpp --json decode.json
+    python -m benchmarks.decode --batch 8 --rows eager fast --neighbour
     python -m benchmarks.decode --prompts 32 256 1024
 
-Every row is a process of its own with an empty Inductor cache. Each generates the same prompt's greedy continuation
-(`--batch` of them at once), once to compile, once to warm up, and then `--repeats` times; the repeats of all rows take
-turns. Columns:
+Every row is a separate process with an empty Inductor cache. Each generates the same prompt's greedy continuation
+(`--batch` of them together), once to compile, once to warm up, and then `--repeats` times; the repeats of all rows
+alternate. Columns:
 
     decode tokens/s   median over the repeats, prefill excluded, all texts of the batch together
     beside another    the same with one other process busy all the time, where `--neighbour` asks for it
@@ -20,8 +20,11 @@ turns. Columns:
     peak RSS, MiB     of the row's process, loading included (mapped weight files count)
 
 `--device cuda` measures random models on a GPU, `--estimate` says what can be said without one (cuda_decode.py).
-All processes stay in memory until the end: choose `--rows` for models of more than about a billion parameters.
-Nothing here looks at the quality of the text.
+All processes stay in memory until the end. `--one-process` measures one row after another instead, for models of a
+billion parameters or more: OpenVINO alone keeps three times the bytes of a 16-bit file.
+llama.cpp and OpenVINO are optional (`pip install llama-cpp-python openvino-genai`). The row `openvino` has the GGUF
+file's weights rounded to float16, since OpenVINO GenAI reads no bfloat16 there. Nothing here looks at the quality of
+the text.
 """
 
 from __future__ import annotations
@@ -34,74 +37,15 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import common, cuda_decode, llama_cpp_runner
+from benchmarks import common, cuda_decode, decode_rows, llama_cpp_runner
+from benchmarks.decode_rows import ACCELERATED, FULL_DEPTH, GGUF_RUNNERS, ROWS
 from river_compile.cli import shared
 from tools import demo_models
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
-ACCELERATED = {"river": "fast", "exact": "exact"}  # quality by backend
-NEVER = "never"  # stands for an exit depth of all blocks, whose number only the worker knows
-
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration.
-
-    Attributes:
-        backend: "eager", "inductor" or "llama_cpp"; "river" (quality "fast") or "exact", of a model that `accelerate`
-            changed; "torch_compile", `model.compile(backend="river")` and transformers' loop.
-        dtype: None for the dtype of the command line.
-        options: of the River backend.
-        file: the kind of GGUF file that llama.cpp writes the weights to first, "" for the model as it is.
-    """
-
-    backend: str
-    dtype: str | None = None
-    options: dict = field(default_factory=dict)
-    file: str = ""
-
-
-ROWS = {
-    "eager": Row("eager"),
-    "inductor": Row("inductor"),
-    "inductor_fp16": Row("inductor", dtype="float16"),
-    "river_never": Row("river", options={"exit_depth": NEVER, "target_weights": "model"}),
-    "river_never_12bit": Row("river", options={"exit_depth": NEVER, "target_weights": "12bit"}),
-    "river_never_checks": Row("river", options={"threshold": 1.0}),  # checks run after every block and never fire
-    "river_depth0": Row("river", options={"exit_depth": 0}),
-    "river": Row("river"),
-    "torch_compile": Row("torch_compile"),
-    "torch_compile_depth0": Row("torch_compile", options={"exit_depth": 0}),
-    "llama_cpp": Row("llama_cpp"),
-    "llama_cpp_bf16": Row("llama_cpp", file="BF16"),
-    "llama_cpp_q8": Row("llama_cpp", file="Q8_0"),
-    "river_exact": Row("exact", options={"target_weights": "model"}),
-    "river_exact_12bit": Row("exact", options={"target_weights": "12bit"}),
-    "river_never_q8": Row("river", "float32", {"exit_depth": NEVER, "target_weights": "8bit"}, "Q8_0"),
-    "river_exact_q8": Row("exact", "float32", {"target_weights": "8bit"}, "Q8_0"),
-}
-SPEED_RATIOS = (
-    ("river", "river_never"),
-    ("river", "eager"),
-    ("river", "inductor"),
-    ("river", "inductor_fp16"),
-    ("river", "torch_compile"),
-    ("river_depth0", "torch_compile_depth0"),
-    ("river_depth0", "llama_cpp"),
-    ("river_never", "llama_cpp_bf16"),
-    ("river_never_12bit", "river_never"),
-    ("river_never_12bit", "llama_cpp_bf16"),
-    ("river_exact", "llama_cpp_bf16"),
-    ("river_exact_12bit", "river_exact"),
-    ("river_exact_12bit", "llama_cpp_bf16"),
-    ("river_never_q8", "llama_cpp_q8"),
-    ("river_exact_q8", "llama_cpp_q8"),
-    ("river_never_checks", "river_never"),
-)
-FIRST_TOKEN_RATIOS = (("river", "inductor"),)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         if cuda_decode.wanted(options):
             cuda_decode.check(options)
             return cuda_decode.main(options)
-        folder = demo_models.resolve(options.model)
-        absent = _absent_rows(options)
-        rows = [name for name in options.rows if name not in absent]
+        folder = Path(demo_models.resolve(options.model))
+        absent = decode_rows.absent(options, folder)
+        rows = [name for name in decode_rows.wanted(options) if name not in absent]
         with tempfile.TemporaryDirectory() as scratch:
             results = run(rows, _files(rows, folder, options, Path(scratch)), options)
     except (ValueError, demo_models.ModelUnavailable, common.WorkerFailed) as error:
@@ -126,20 +70,21 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = summarize(results, options, absent)
     show(outcome)
     common.write_outcome(outcome, options.json)
+    common.record(outcome, options)
     return 0
 
 
 def _files(rows: list[str], folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Path]:
     """Return the GGUF file or the model folder of each row, writing those that need it."""
     written: dict[str, Path] = {}
-    if any(map(needs_llama_cpp, rows)):
+    if any(map(decode_rows.needs_gguf, rows)):
         written[""] = llama_cpp_runner.gguf_file(options.gguf, options.model)
     for kind in {ROWS[name].file for name in rows} - {""}:
         written[kind] = llama_cpp_runner.requantize(written[""], scratch / f"{kind}.gguf", kind)
     files = {}
     for name in rows:
         row, files[name] = ROWS[name], folder
-        if row.backend == "llama_cpp":
+        if row.backend in GGUF_RUNNERS:
             files[name] = written[row.file]
         elif row.file:
             files[name] = scratch / f"{row.file}-model"
@@ -148,20 +93,27 @@ def _files(rows: list[str], folder: Path, options: argparse.Namespace, scratch: 
     return files
 
 
-def needs_llama_cpp(name: str) -> bool:
-    """Whether a row runs llama.cpp, or a file that it has written."""
-    return ROWS[name].backend == "llama_cpp" or bool(ROWS[name].file)
-
-
 def run(rows: list[str], files: Mapping[str, Path], options: argparse.Namespace) -> dict[str, dict]:
-    """Prepare all rows one after another, then lets them take turns; return the raw results of each."""
+    """Prepare all rows one after another, then alternate their repeats; return the raw results of each.
+
+    With `--one-process` each row is measured alone instead, and its process ends before the next one begins.
+    """
     from tqdm import tqdm
 
-    results: dict[str, dict] = {}
     settings = ["tokens_per_s", "tokens_per_s_beside"] if options.neighbour else ["tokens_per_s"]
+    results: dict[str, dict] = {}
+    with tqdm(total=len(rows) * (1 + options.repeats * len(settings)), unit="run", desc="decode") as bar:
+        for group in [[name] for name in rows] if options.one_process else [rows]:
+            results |= _measured(group, files, options, settings, bar)
+    return results
+
+
+def _measured(
+    rows: list[str], files: Mapping[str, Path], options: argparse.Namespace, settings: list[str], bar
+) -> dict[str, dict]:
+    """Return the raw results of rows whose repeats alternate."""
+    results: dict[str, dict] = {}
     with ExitStack() as stack:
-        total = len(rows) * (1 + options.repeats * len(settings))
-        bar = stack.enter_context(tqdm(total=total, unit="run", desc="decode"))
         workers = {}
         for name in rows:
             bar.set_postfix_str(f"preparing {name}")
@@ -197,9 +149,9 @@ def summarize(results: dict[str, dict], options: argparse.Namespace, absent: dic
         "prompts": options.prompts,
         "rows": rows,
         "absent": absent,
-        "ratios": common.ratios(speeds, SPEED_RATIOS),
-        "first_token_ratios": common.ratios(first, FIRST_TOKEN_RATIOS),
-        "second_token_ratios": common.ratios(second, FIRST_TOKEN_RATIOS),
+        "ratios": common.ratios(speeds, decode_rows.SPEED_RATIOS),
+        "first_token_ratios": common.ratios(first, decode_rows.FIRST_TOKEN_RATIOS),
+        "second_token_ratios": common.ratios(second, decode_rows.FIRST_TOKEN_RATIOS),
     }
 
 
@@ -248,7 +200,8 @@ class Bench:
 
     def prepare(self, **job) -> dict:
         """Load, compiles and warms up; return the times of the first tokens and the mean exit depth."""
-        self.run = llama_cpp_runner.build(job) if job["backend"] == "llama_cpp" else _torch_runner(job)
+        runner = GGUF_RUNNERS.get(job["backend"])
+        self.run = runner.build(job) if runner else _torch_runner(job)
         first, second = self.run.first_call()
         self._prompt_rates(job["prompts"])
         return {"first_token_s": first, "second_token_s": second, "mean_depth": self.run.warm_up()}
@@ -256,7 +209,7 @@ class Bench:
     def measure(self, prompts: list[int]) -> dict:
         """Read prompts of these lengths and generates, once; return the speeds and the peak memory so far."""
         rates = self._prompt_rates(prompts)
-        outside = getattr(self.run, "outside_ms", lambda: None)()  # (llama.cpp's runner has none)
+        outside = getattr(self.run, "outside_ms", lambda: None)()  # (no runner of a GGUF file has it)
         return {
             "tokens_per_s": self.run.rate(),
             "outside_ms": outside,
@@ -280,7 +233,9 @@ class TorchRunner:
     def first_call(self) -> tuple[float, float]:
         """Compile and return the seconds from there to the first and to the second new token."""
         start = time.perf_counter()
-        options = {k: self.model.config.num_hidden_layers if v == NEVER else v for k, v in self.job["options"].items()}
+        options = {
+            k: self.model.config.num_hidden_layers if v == FULL_DEPTH else v for k, v in self.job["options"].items()
+        }
         if self.job["backend"] in ACCELERATED:
             import river_compile
 
@@ -328,7 +283,7 @@ class TorchRunner:
     def _generate(self, stop_after: int | None = None, prompt=None):
         from river_compile.reporting.timing import generate
 
-        # (An accelerated model has a static cache of its own.)
+        # (An accelerated model makes a static cache itself.)
         static, prompt = self.job["backend"] in ("inductor", "torch_compile"), self.prompt if prompt is None else prompt
         return generate(self.model, prompt, self.job["new_tokens"], static_cache=static, stop_after=stop_after)
 
@@ -355,7 +310,7 @@ def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
         **asdict(row),
         "options": row.options | twins,
         "dtype": row.dtype or options.dtype,
-        "folder": str(demo_models.resolve(options.model) if row.backend == "llama_cpp" else file),
+        "folder": str(demo_models.resolve(options.model) if row.backend in GGUF_RUNNERS else file),
         "gguf": str(file),
         "new_tokens": options.new_tokens,
         "threads": options.threads,
@@ -365,17 +320,11 @@ def _job(name: str, file: Path, options: argparse.Namespace) -> dict:
     }
 
 
-def _absent_rows(options: argparse.Namespace) -> dict[str, str]:
-    """Return the wanted rows that cannot run here, each with the reason."""
-    reason = llama_cpp_runner.why_not(options.gguf, options.model, options.batch)
-    return {name: reason for name in options.rows if reason and needs_llama_cpp(name)}
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    shared = ("model", "dtype", "new-tokens", "threads", "repeats", "json", "worker")
+    shared = ("model", "dtype", "new-tokens", "threads", "repeats", "json", "record", "worker")
     parser = common.command_line(__doc__, *shared)
     parser.add_argument(
-        "--batch", type=common.number(1), default=1, help="texts that are generated at once (%(default)s)"
+        "--batch", type=common.number(1), default=1, help="texts that are generated together (%(default)s)"
     )
     parser.add_argument(
         "--prompts", nargs="+", type=common.number(1), default=[], metavar="N", help="lengths of prompts to read, too"
@@ -383,10 +332,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--twins", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
     )
-    parser.add_argument("--neighbour", action="store_true", help="also measure beside one busy process")
-    parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp")
+    parser.add_argument("--one-process", action="store_true", help="one row after another, if memory is short")
+    parser.add_argument("--neighbour", action="store_true", help="also measure next to one busy process")
     parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+        "--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama_cpp and openvino"
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=[*ROWS, decode_rows.ALL],
+        default=decode_rows.DEFAULT,
+        metavar="ROW",
+        help=f"{', '.join(ROWS)}; or all (the rows of README.md's table)",
     )
     cuda_decode.add_arguments(parser)
     return parser.parse_args(arguments)

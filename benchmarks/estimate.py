@@ -1,22 +1,23 @@
 """What stands in for a GPU: launches and bytes per token, roofline times, and the schedule that the recorder saw.
 
 `benchmarks.decode --random MODEL ... --estimate` prints it. Nothing here has run on a GPU: the times are what the
-bytes alone cost at a named bandwidth, and no kernel reaches that. Beside the targets stands what they leave room for:
+bytes alone cost at a named bandwidth, and no kernel reaches that. The next column is what the targets leave room for:
 
     needs        the share of the bandwidth that meets the target, if launches cost nothing
     us/launch    the time that is left for each launch at the full bandwidth, if the target is met
-    modelled     tokens/s by the kernels' cost model on an H100: instructions, waves and launches beside bytes
+    modelled     tokens/s by the kernels' cost model on an H100: instructions, waves and launches besides bytes
 
-The schedule is that of a random Llama with the model's number of blocks and small matrices, captured by the recorder:
-graph launches, flags that the host waits for, and other calls (copies into buffers and of results) per token. "asked"
-reads the check of every block on the way, "forced" none.
+The schedule is that of a random Llama with the model's number of blocks and small matrices, captured by the recorder.
+Per token it has graph launches, flags that the host waits for, and other calls (copies into buffers and of results).
+"asked" reads the check of every block on the way, "forced" none.
 
 Exact mode is on paper here (`benchmarks.cuda_decode` measures it). A cycle drafts n tokens with the twins at depth 0,
 one captured pass each, and verifies them in one pass of the backbone over n + 1 positions; then the host reads what was
 kept. A drafted token holds with the probability p of `--hold` where all before it did, so that a cycle keeps
-1 + p + ... + p^n tokens; n is the length with the most tokens/s. If none is given there are two: 0.70, of SmolLM2's
-drafts of four tokens (72, 50, 36 and 23 % held up to each position), and 0.88, how often its 4-bit twins name the
-backbone's next token on its own text. Passes start 5 us after one another; reading back takes 30 us.
+1 + p + ... + p^n tokens; n is the length with the most tokens/s. By default there are two rates.
+0.70 is that of SmolLM2's drafts of four tokens: 72, 50, 36 and 23 % were accepted up to each position. 0.88 is how
+often its 4-bit twins name the backbone's next token on its own text. Passes start 5 us after one another; reading back
+takes 30 us.
 """
 
 from __future__ import annotations

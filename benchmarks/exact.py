@@ -1,4 +1,4 @@
-"""Speed of exact mode beside plain generation, transformers' own prompt lookup and the whole river.
+"""Speed of exact mode, full depth, transformers' own prompt lookup and all-4bit.
 
     python -m benchmarks.exact
     python -m benchmarks.exact --model gemma3-270m --new-tokens 64 --repeats 2 --json exact.json
@@ -9,7 +9,7 @@
     python -m benchmarks.exact --regret           # the length of drafts, beside fixed ones: benchmarks/regret.py
 
 One compiled model in one process runs every row on every prompt of six groups (benchmarks/prompts.py), batch 1, greedy,
-with a static cache; the rows take turns, once to warm up and then `--repeats` times. Rows:
+with a static cache; the rows alternate, once to warm up and then `--repeats` times. Rows:
 
     plain            the backbone alone, one token per pass
     exact            the river and copies from the context draft, the backbone verifies
@@ -17,11 +17,16 @@ with a static cache; the rows take turns, once to warm up and then `--repeats` t
     prompt_lookup    transformers' prompt_lookup_num_tokens=10 on the backbone
     river            everything in 4 bits: fast, but another text
 
-Columns: decode tokens/s (median over the repeats of the time for all prompts, prefill excluded; in the first repeat,
-which follows the call that compiled, and in the last one), tokens kept by a row per verifying pass, share of the
-drafted tokens that held, share of the time spent drafting, verifying and choosing, and how many of the texts are the
-plain one's. Ratios are those of the medians, of the first repeat and of the last one. In bfloat16 a text may differ
-where two tokens all but tie: passes of different widths round differently.
+Columns:
+
+- decode tokens/s: the median over the repeats of the time for all prompts, prefill excluded; in the first repeat, which
+  follows the call that compiled, and in the last one
+- tokens emitted by a row per verifying pass, and the acceptance rate
+- shares of the time spent drafting, verifying and choosing
+- how many of the texts are the plain one's
+
+Ratios are those of the medians, of the first repeat and of the last one. In bfloat16 a text may differ
+where two tokens nearly tie: passes of different widths round differently.
 """
 
 from __future__ import annotations
@@ -233,6 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = summarize(measure(bench, options), options)
         show(outcome)
     common.write_outcome(outcome, options.json)
+    common.record(outcome, options)
     return 0
 
 
@@ -318,7 +324,7 @@ def show(outcome: dict) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json")
+    parser = common.command_line(__doc__, "model", "dtype", "threads", "repeats", "json", "record")
     all_rows = {*ROWS, *CONTEXT_ROWS, *IN_12_BITS}
     parser.add_argument("--new-tokens", type=common.number(16), default=96, help="tokens per text (%(default)s)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of prompts (all)")
@@ -329,10 +335,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--context", nargs="+", type=common.number(16), metavar="N", help="prompts of so many tokens instead"
     )
-    parser.add_argument("--rows", nargs="+", choices=all_rows, metavar="ROW", help="beside plain (all; see above)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=all_rows, metavar="ROW", help="to measure besides plain (default: all; see above)"
+    )
     parser.add_argument("--own-ends", action="store_true", help="texts end where the model ends them, not all together")
     parser.add_argument("--peers", action="store_true", help="other programs instead, where installed")
-    parser.add_argument("--regret", action="store_true", help="the length of drafts, beside fixed lengths")
+    parser.add_argument("--regret", action="store_true", help="compare the chosen draft length with fixed lengths")
     parser.add_argument("--twelve", action="store_true", help="also with the backbone's weights packed in 12 bits")
     parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
-"""Exact mode beside what else promises a model's own text, faster, without training: ``benchmarks.exact --peers``.
+"""Exact mode and other ways to a model's own text, faster, without training: ``benchmarks.exact --peers``.
 
-Each row is one program with the same weights, prompts and threads, batch 1, greedy, in one process; they take turns.
+Each row is one program with the same weights, prompts and threads, batch 1, greedy, in one process; they alternate.
 What is not installed is left out. Rows:
 
     eager                transformers' generate: the text to keep
@@ -12,9 +12,9 @@ What is not installed is left out. Rows:
     flashspec_lookup     PyPI's flashspec, its prompt lookup
 
 Tokens/s count the whole call, prompt included. A first turn compiles; before each timed turn a row generates a few
-tokens, so that what the system put aside while others ran is back in memory. A text counts as kept where it is eager's
-to the last token: in bfloat16, programs that sum in another order may part where two tokens all but tie; float32
-tells programs that keep the text from those that do not.
+tokens, so that what the system put aside while others ran is back in memory. A text counts as kept if it is eager's
+to the last token. In bfloat16, programs that sum in another order may differ if two tokens nearly tie. Float32 tells
+programs that keep the text from those that do not.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _flashspec_lookup(model: Any) -> Generate:
     return generate
 
 
-# By row, the package that it needs and what makes it ready with a model of its own.
+# By row, the package that it needs and what makes it ready with its own model.
 PEERS: dict[str, tuple[str, Callable[..., Generate]]] = {
     "eager": ("transformers", _eager),
     "river_exact": ("river_compile", _river_exact),
@@ -148,6 +148,7 @@ def run(options: argparse.Namespace) -> int:
     outcome = {**common.setting("exact_peers", options), "kinds": _measure(generators, kinds, options)}
     _show(outcome)
     common.write_outcome(outcome, options.json)
+    common.record(outcome, options)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Whether what is known before a token's first block tells what it loses in the river: a fitted model beside entropy.
+"""Whether what is known before a token's first block tells what it loses in the twins: a fitted model and entropy.
 
     python -m benchmarks.fitted
     python -m benchmarks.fitted --model smollm2 --texts 16 --json fitted.json
@@ -51,7 +51,7 @@ def features(ids: Sequence[int], logs_TV: Tensor, left: Sequence[bool]) -> Tenso
     Args:
         ids: of the text up to the last of the T tokens.
         logs_TV: log probabilities that the steps before gave.
-        left: whether they came from the river.
+        left: whether they came from the twins.
     """
     entropy, best = -(logs_TV.exp() * logs_TV).sum(-1), logs_TV.topk(2, -1).values
     surprise = -logs_TV.gather(1, torch.tensor(ids[-len(logs_TV) :])[:, None])

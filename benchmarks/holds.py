@@ -4,13 +4,13 @@
     python -m benchmarks.holds --model smollm2 --groups chat code --predict llama-3.2-3b llama-3.1-8b
 
 Every draft has `--drafts` tokens, so that each position is judged as often as the ones before it held: a rate is that
-of tokens at a position whose predecessors all held. Copies from the context come where they would; the rest is the
-river's.
+of tokens at a position whose predecessors all held. Copies from the context come where they would; the twins draft
+the rest.
 
-What exact mode makes of rates is arithmetic: a draft of n tokens costs n passes of the river and one of the backbone
+What exact mode makes of rates is arithmetic: a draft of n tokens costs n passes of the twins and one of the backbone
 over n + 1 tokens, and brings 1 + r1 + r1 r2 + ... tokens. The passes are timed (`benchmarks.passes`), for `--predict`
 on a random Llama with `--blocks` of the model's blocks and with twice as many, whose difference gives a block. Its
-rates are those of the largest model here, by the river alone.
+rates are those of the largest model here, by the twins alone.
 
 Not handled: drafts whose length depends on how likely they are to hold, which is what exact mode does; it does a little
 better than the best fixed length.
@@ -64,7 +64,7 @@ class Judged:
 def judge(cycles: Sequence[CycleRecord]) -> dict[str, Judged]:
     """Return what became of drafted tokens, by source.
 
-    A token is judged where all before it held and the text went on: the backbone's own token ends each such cycle.
+    A token is judged where all before it held and the text continued: the backbone's own token ends each such cycle.
     """
     found: dict[str, Judged] = {}
     for cycle in cycles:

@@ -3,10 +3,12 @@
     python -m benchmarks.kernels [--model llama-3.1-8b] [--rows 1] [--context 1024] [--group-size 64] [--json PATH]
     python -m benchmarks.kernels --device cpu [--threads 1 2] [--repeats 60] [--group-size 64] [--json PATH]
 
-On a CPU, see `benchmarks.cpu_kernels`. On a GPU, per kernel: microseconds; those that the bytes alone take at the
-measured bandwidth of copies ("by bytes"; `KernelSpec.bytes` counts them) and those that the cost model expects; the
-bandwidth that was reached, also as a part of the copies'; the speed against what torch offers, in bfloat16 (`F.linear`,
-`scaled_dot_product_attention`) and in 4 bits (`_weight_int4pack_mm`), and against GemLite where it is installed.
+On a CPU, see `benchmarks.cpu_kernels`. Columns on a GPU, for each kernel:
+
+- microseconds: measured, expected by the cost model, and "by bytes", at the measured bandwidth of copies
+- the bandwidth that was reached, also as a part of the copies'
+- the speed against torch, in bfloat16 (`F.linear`, `scaled_dot_product_attention`) and in 4 bits
+  (`_weight_int4pack_mm`), and against GemLite if it is installed
 
 All timings come from captured graphs over weights beyond the cache. Each row is printed and written as soon as it is
 there; a kernel that fails is named, and the next one is timed.

@@ -67,13 +67,18 @@ class LlamaCppRunner:
         return [time.perf_counter() - start for _, _ in zip(range(new_tokens), stream, strict=False)]
 
 
-def why_not(gguf: Path | None, model: str, batch: int) -> str:
+def why_not(batch: int) -> str:
     """Return why a row cannot run here, "" where it can."""
     if batch > 1:
         return "llama-cpp-python decodes one text at a time"
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed (pip install llama-cpp-python)"
-    if gguf is None and model not in demo_models.MODELS:
+    return ""
+
+
+def why_no_file(named: Path | None, model: str) -> str:
+    """Return why there is no GGUF file, "" where there is one."""
+    if named is None and model not in demo_models.MODELS:
         return "the model did not come from a GGUF file (name one with --gguf)"
     return ""
 

@@ -11,7 +11,7 @@ one token at a time, on a static cache, and gives its logits for the next one:
     river      river_compile.accelerate(model): the whole backbone, by the package's kernels
 
 Columns: mean KL divergence from float32 in nats a token, and the share of tokens after which the most likely next one
-is float32's. Two texts part at a token where the two best all but tie; the nearer row is the one that parts later.
+is float32's. Two texts part at a token where the two best nearly tie; the nearer row is the one that parts later.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.offload                                # SmolLM2, offload=4
     python -m benchmarks.offload --model DIR --offload 2 8 --json offload.json
 
-Every row is a process of its own. Each generates the same prompt's greedy continuation on a static cache, batch 1,
+Every row is its own process. Each generates the same prompt's greedy continuation on a static cache, batch 1,
 three times: twice to compile, pack, offload and learn, once to measure. Rows:
 
     in memory         nothing leaves

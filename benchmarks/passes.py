@@ -4,8 +4,8 @@
     python -m benchmarks.passes --model gemma3-270m --rows 1 8 --json passes.json
 
 Passes run as in exact mode, on a static cache after a prompt of 64 tokens, all kinds in turn, so that each finds in the
-caches what the others left. The least time of each counts. "backbone / one" is what a pass costs beside one of a single
-token of each row: what drafts must make up for.
+caches what the others left. The least time of each counts. "backbone / one" is what a pass costs, divided by one of a
+single token of each row: what drafts must make up for.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m benchmarks.prefixes --model DIR --tokens 4000 --rows exact --json prefixes.json
 
 The first turn is a prompt of `--tokens` tokens with an answer of `--new-tokens`; the second adds a message of
-`--message` tokens. Rows, each in a process of its own, which take turns:
+`--message` tokens. Rows, each in its own process, which alternate:
 
     exact, strict, fast   `river_compile.accelerate`; a fresh prompt runs on the same cache, whose text is forgotten
     plain                 transformers, which keeps nothing

@@ -1,7 +1,7 @@
 """Llamas with random weights, for measurements that only shapes and schedules matter to.
 
     python -m benchmarks.random_llama llama-3.2-1b DIR                 # a model folder and DIR/model.gguf beside it
-    python -m benchmarks.decode --model DIR --gguf DIR/model.gguf --rows eager river_depth0 llama_cpp
+    python -m benchmarks.decode --model DIR --gguf DIR/model.gguf --rows eager all_4bit llama_cpp
 
 The GGUF file has the same shapes, in llama.cpp's Q4_1; what a weight means to llama.cpp (the order of rotated channels)
 is not kept, so its text is another.
@@ -50,7 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def random_llama(shape: ModelShape, device: str = "cpu") -> PreTrainedModel:
     """Build a model on the device from its shape, with random bfloat16 weights, in eval mode; no text ends early."""
-    config = LlamaConfig(
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def llama_config(shape: ModelShape) -> LlamaConfig:
+    """Return the config of a Llama of a shape."""
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -58,15 +67,10 @@ def random_llama(shape: ModelShape, device: str = "cpu") -> PreTrainedModel:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        tie_word_embeddings=shape.name.startswith("llama-3.2"),
+        tie_word_embeddings=shape.name.startswith(("llama-3.2", "smollm2", "qwen2.5")),
         eos_token_id=None,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@
     python -m benchmarks.exact --regret --repeats 5 --prompts 4
 
 An accelerated model answers every prompt with drafts of the twins alone: by the rule
-(`num_assistant_tokens_schedule=None`), and with each of `LENGTHS` for every draft ("constant"). The rows take turns.
+(`num_assistant_tokens_schedule=None`), and with each of `LENGTHS` for every draft ("constant"). The rows alternate.
 *Regret* is the rule's time over that of the prompt's best length, less 1. The best of several noisy times is too good:
 so half of the repeats tell which length is best and the other half what both take, the least time each; then the halves
 change places. "one length" is the regret of the length that is best for all prompts together.

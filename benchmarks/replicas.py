@@ -1,4 +1,4 @@
-"""What N processes hold that serve the same model on one machine: all of them started at once, nothing made before.
+"""What N processes hold that serve the same model on one machine: all started together, nothing made before.
 
     python -m benchmarks.replicas
     python -m benchmarks.replicas --processes 8 --model DIR --json replicas.json
@@ -59,7 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=16)
     parser.set_defaults(threads=1)
-    parser.add_argument("--processes", type=common.number(1), default=4, help="started at once (%(default)s)")
+    parser.add_argument(
+        "--processes", type=common.number(1), default=4, help="processes to start together (%(default)s)"
+    )
     parser.add_argument("--private", action="store_true", help="without saved twins")
     options: argparse.Namespace = parser.parse_args(arguments)
     if options.worker:

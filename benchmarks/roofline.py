@@ -2,7 +2,7 @@
 what the kernels' cost model says (`cost_model.estimate`), which knows instructions too.
 
 Twins, exit check and head are counted as the generated kernels' own reports count them (every buffer of every launch
-once). A backbone block counts its 16-bit weights and its KV cache; its launches are at least its seven products and its
+once). A backbone block counts its 16-bit weights and its KV cache. Its launches are at least its seven products and its
 attention, because only Inductor on the GPU at hand knows how many more there are.
 """
 
@@ -76,7 +76,7 @@ class Roofline:
     def verification(self, positions: int, weights: str) -> float:
         """Return the modelled seconds of a pass of the backbone over `positions` new tokens of one sequence.
 
-        Its matmuls are the generated kernels, with "dense" weights or those in 12 bits ("bf12"), of which one token is
+        Its matmuls are the generated kernels, with "dense" or 12-bit weights ("bf12"). With the latter, one token is
         verified as two: their kernel of one row sums in another order, and a row's bits are to be the same.
         """
         rows = positions if weights == "dense" else max(2, positions)

@@ -4,7 +4,7 @@
     python -m benchmarks.serving --clients 8 --requests 4 --new-tokens 128 --json serving.json
 
 The k-th client comes after a Poisson process of `--rate` a second, from a seed, and asks its questions one after
-another; each server meets the same clients with the same questions at the same times, and the servers take turns. Rows:
+another. Each server meets the same clients with the same questions at the same times, and the servers alternate. Rows:
 
     river         river serve
     river_1       river serve --max-num-seqs 1: the same engine, requests one after another
@@ -56,7 +56,7 @@ class Answer:
 
 
 class Server:
-    """A server in a process of its own.
+    """A server in its own process.
 
     Args:
         name: of its row.

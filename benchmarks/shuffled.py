@@ -5,7 +5,7 @@
 
 The demo models were unpacked from files that hold runs of 32 weights of a row in 4 bits, and a twin whose groups are
 such runs has little to lose. Here the features that a matrix reads are shuffled, so that no group of a twin is a run
-of the file: every group has weights of many of its grids, and what was learned, outliers too, stays.
+of the file. Every group has weights of many of its grids, and the function stays the same, outliers included.
 
     features    of the hidden state    one order for the model: embedding, norms, head, all columns of what reads it
                 of the MLP             one for each block: rows of gate and up, columns of down

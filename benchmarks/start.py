@@ -3,7 +3,7 @@
     python -m benchmarks.start
     python -m benchmarks.start --model DIR --rows plain exact --json start.json
 
-Rows, each in processes of their own:
+Rows, each in separate processes:
 
     plain           transformers
     exact, fast     `river_compile.accelerate`, cold: the compile cache is empty: traces the model, quantizes its twins
@@ -118,7 +118,9 @@ def compile_kernels() -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=48)
+    parser = common.command_line(
+        __doc__, "model", "dtype", "new-tokens", "threads", "json", "record", "worker", new_tokens=48
+    )
     parser.add_argument("--busy", action="store_true", help="ask without a pause until the twins are packed")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="which rows (all)")
     options: argparse.Namespace = parser.parse_args(arguments)
@@ -150,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         ],
     )
     common.write_outcome(outcome, options.json)
+    common.record(outcome, options)
     return 0
 
 

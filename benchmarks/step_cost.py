@@ -3,8 +3,8 @@
     python -m benchmarks.step_cost [--layers 32] [--repeats 400]
 
 A random Llama with that many small blocks generates, captured by the recorder, which then launches nothing and copies
-nothing of its own: what is left are the microseconds of the package between `generate`'s loop and the next launch, for
-a token that leaves at depth 0, one that never leaves, and one that is asked at each block and stays.
+nothing. The rest is the time of the package between `generate`'s loop and the next launch. Rows: a token that exits at
+depth 0, one at full depth, and one that is checked at each block and does not exit.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ Rows:
     confidence     by the model's certainty of the token before, above its default
     calibrated     by each file of `--calibration`, as `river tune` writes them
 
-Every answer goes into `--answers` when it is known, so a run may be stopped at any time and goes on where it was.
-Where rows of a batch do not wait for each other, `--batch` problems are answered at once; with an exit rule they would,
-so those rows answer one after another. Speed is that of the first `--timed` problems, asked once more one after another
-in every row: texts do not depend on what else the machine does, so they may come from a busy hour and the speed from a
-quiet one (`--timed 0` first, and the same command without it later).
+Every answer goes into `--answers` when it is known, so a run may be stopped at any time and continues where it was.
+Where rows of a batch do not wait for each other, `--batch` problems are answered at the same time; with an exit rule
+they would, so those rows answer one after another. Speed is that of the first `--timed` problems, asked once more one
+after another in every row. Texts do not depend on the machine's load, but speed does: use `--timed 0` while it is busy,
+and the same command without it later.
 
 `--task perplexity` decodes Python's documentation token by token through the exits instead, and prints its perplexity.
 """
@@ -188,7 +188,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river tune`")
-    parser.add_argument("--batch", type=common.number(1), default=8, help="problems at once (%(default)s)")
+    parser.add_argument("--batch", type=common.number(1), default=8, help="problems per batch (%(default)s)")
     parser.add_argument("--timed", type=common.number(0), default=6, help="problems for the speed (%(default)s)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
     return parser.parse_args(arguments)

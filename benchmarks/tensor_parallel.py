@@ -3,10 +3,11 @@
     python -m benchmarks.tensor_parallel
     python -m benchmarks.tensor_parallel --families llama mixtral --lengths 20 --skip-smollm2
 
-Prints PASS or FAIL for each claim: of tiny models of each family, in float32 and operator by operator, against the
-model as Dynamo traces it (the same operators) and as it is; then of SmolLM2-135M-Instruct (half of each MLP on each
-rank, and all of attention, whose 9 heads two ranks do not divide), with its tokens per second plainly, never leaving
-and at exit depth 0, in one run. The exit status is 1 where a claim fails.
+Prints PASS or FAIL for each claim. The first claims are about tiny models of each family, in float32 and operator by
+operator, against the model as Dynamo traces it (the same operators) and as it is. The others are about
+SmolLM2-135M-Instruct, with half of each MLP and all of attention on each rank: its 9 heads cannot be divided by two.
+They come with its tokens per second without River, at full depth and at exit depth 0, in one run. The exit status is 1
+where a claim fails.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
     for length in (
         *range(2, 14),
         25,
-    ):  # (a sliding window of 8 has graphs of its own before, when and after it is full)
+    ):  # (a sliding window of 8 has its own graphs before, when and after it is full)
         decode(model, (0,), length)
     before = len(find_record(model).graphs)
     for length in range(1, lengths + 1):

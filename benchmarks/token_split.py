@@ -1,4 +1,4 @@
-"""Where the time of one decoded token goes on a CPU: each part timed where it runs, inside `generate`.
+"""Where the time of one decoded token is spent on a CPU: each part timed where it runs, inside `generate`.
 
     python -m benchmarks.token_split
     python -m benchmarks.token_split --model DIR --depth 2
@@ -12,9 +12,10 @@ up to the token. Medians over the tokens of two generations after a warm-up, bat
 about a microsecond.
 
 With `--phases` an accelerated model answers in exact mode, and every phase of its tapes reads a clock around each of
-its parts. By pass (a draft step, a verification by its tokens) and phase: how many a pass has, their microseconds, how
-long this thread and the others ran parts in them, the wait before them, and the rate at which a matmul reads its
-weights (of a draft's head those of all words, of which it reads some). While a phase runs alone memory idles.
+its parts. Rows are the phases of each kind of pass (a draft step, a verification by its tokens). Columns: how many a
+pass has, their microseconds, how long this thread and the others ran parts in them, and the wait before them. Another
+column is the rate at which a matmul reads its weights; for a draft's head it counts the weights of all words. While a
+phase runs alone memory idles.
 """
 
 from __future__ import annotations

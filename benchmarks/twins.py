@@ -7,8 +7,8 @@
 
 Every row decodes the same texts, token by token through River: the model's own greedy answers, passages of Python's
 documentation, and HumanEval's problems with their solutions (where that package is installed). "KL" and "same" (next
-token) compare the logits with never exit's when every token runs through all twins (exit depth 0) after a prompt that
-ran through the backbone; "prompt in 4 bits" is the KL of answers after a prompt that ran through the twins too. "K" and
+token) compare the logits with full depth's. Every token runs through all twins (exit depth 0) after a prompt that ran
+through the backbone; "prompt in 4 bits" is the KL of answers after a prompt that ran through the twins too. "K" and
 "V" are cosines of what twins and backbone write to the cache when tokens leave after block 2, by layer, on answers: the
 mean and the smallest layer.
 
@@ -196,7 +196,7 @@ def decoding(
 
 
 def quality(decoder: Decoder, reference: Passes) -> dict:
-    """Compare logits at depth 0, and cache entries at depth 2, with never exit's."""
+    """Compare logits at depth 0, and cache entries at depth 2, with full depth's."""
     row = {}
     for kind, river in decoder.run(0).items():
         pairs = list(zip(reference[kind], river, strict=True))

@@ -1,54 +1,48 @@
-"""One answer three times: by the plain model, in exact mode, which keeps the text, and fast, which changes it.
+"""One answer three times: by transformers, by River in exact mode, which is the default, and by River in fast mode.
 
     python -m examples.demo
     python -m examples.demo --prompt "Why is the sky blue?" --new-tokens 64
+    python -m examples.demo --record demo.svg
 
-Prints the three texts side by side in 80 columns, with the words that differ from the plain text marked, and the speed
-of each; writes a picture with the exit depth of each token of the fast one. One prompt, greedy, on the CPU. A demo is
-not a measurement: `river bench` and `benchmarks.decode` are.
+Not handled: batches, sampling, GPUs. One run is not a measurement: `river bench` and `benchmarks.decode` are.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
+import functools
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from river_compile.cli import shared
 from river_compile.kernels.files import cache_folder
+from river_compile.kernels.native.machine import processor_name
+from river_compile.progress import stage_reached, stage_shown
 from tools import demo_models
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+    from collections.abc import Callable, Sequence
 
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from examples.columns import Answer
+    from examples.parting import Parting
     from river_compile.reporting.timing import Generation
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number."
-WIDTH, COLUMN = 80, 25
-WAYS = ("plain", "exact", "fast")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one way of running the model gave.
-
-    Attributes:
-        first_call: generation of a few tokens with nothing prepared; packing and compilation happen here.
-        whole: the whole generation, everything prepared.
-    """
-
-    first_call: Generation
-    whole: Generation
+WIDTH, WIDEST = 80, 120  # characters, without and with a terminal
+PICTURE_WIDTH = 100  # characters
+BUSY = 0.5  # load per core before the runs
+PLAIN, EXACT, FAST = "transformers", "exact", "fast"
+TITLES = {PLAIN: PLAIN, EXACT: "exact, the default", FAST: FAST}
+NOTE = "Each ran alone, one after another; shown in real time from one common start."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,123 +52,168 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     import river_compile
+    from examples.columns import Answer, Columns, play
     from examples.plots import plot_trace
     from river_compile.reporting.timing import generate
 
+    load = os.getloadavg()[0]
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, tokenizer = demo_models.load_or_exit(options.model, dtype=options.dtype)
-    print(f"Loaded {model.name_or_path}", flush=True)
-    prompt = shared.encode(tokenizer, options.prompt)
-    runs: dict[str, Run] = {}
-    for way in WAYS:
-        print(f"Generating: {way} ({options.dtype}, {torch.get_num_threads()} threads) ...", flush=True)
-        if way != "plain":
-            river_compile.accelerate(model, way, background_packing=False)  # what is timed is at full speed
-        runs[way] = _run(model, prompt, options.new_tokens)
-    with river_compile.trace() as trace:
-        again = generate(model, prompt, options.new_tokens, end_early=True)
-    texts = {way: tokenizer.decode(run.whole.tokens, skip_special_tokens=True) for way, run in runs.items()}
-    console = Console(width=WIDTH, highlight=False)
-    print()
-    console.print(side_by_side(texts, marks=not console.is_terminal))
-    console.print(speeds(runs))
+    with stage_shown("preparing"):  # one bar from the download to the last run
+        model, tokenizer = demo_models.load_or_exit(options.model, dtype=options.dtype)
+        prompt = shared.encode(tokenizer, options.prompt)
+        runs, undrafted = _runs(model, prompt, options.new_tokens, options.repeats)
+        with river_compile.trace() as trace:
+            again = generate(model, prompt, options.new_tokens, end_early=True)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     plot_trace(trace, options.picture, [tokenizer.decode([token]) for token in again.tokens[1:]])
+    report = river_compile.report(model) if options.report else None
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    answers = [Answer.of(TITLES[way], run, decode) for way, run in runs.items()]
+    lines = [NOTE, *_checks(model, tokenizer, prompt, options.new_tokens, runs, undrafted), *_setting(options, load)]
+    console = Console(highlight=False)
+    if console.is_terminal:
+        play(Columns(answers, min(console.width, WIDEST)), console, NOTE)
+    _show(console, answers, lines)
     print(f"Exit depth of every token of the fast text: {options.picture}")
-    if options.report:
-        print(f"\n{river_compile.report(model)}")
+    if options.record:
+        _record(options.record, answers, lines)
+    if report is not None:
+        print(f"\n{report}")
     return 0
 
 
-def _run(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Run:
+def _runs(
+    model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, repeats: int
+) -> tuple[dict[str, Generation], Generation]:
+    """Return each way's fastest run, and that of exact mode's passes without drafts; the model stays in fast mode."""
+    import river_compile
+    from river_compile.decoding.mode import decode
+    from river_compile.exits import WHOLE, forced_depth
     from river_compile.reporting.timing import generate
 
-    first_call = generate(model, prompt, new_tokens, stop_after=2)
-    generate(model, prompt, new_tokens, end_early=True)  # exact mode compiles a pass for each width as it needs it
-    return Run(first_call, generate(model, prompt, new_tokens, end_early=True))
+    def timed(**more: object) -> Generation:
+        return generate(model, prompt, new_tokens, end_early=True, **more)
+
+    runs = {}
+    for way in TITLES:
+        with stage_shown(f"running {way} alone"):
+            if way != PLAIN:
+                river_compile.accelerate(model, way, background_packing=False)  # what is timed is at full speed
+            timed()  # exact mode compiles a pass for each width as it needs it
+            made = []
+            for number in range(repeats):
+                stage_reached((number + 1) / (repeats + 1))
+                made.append(timed())
+            runs[way] = min(made, key=lambda run: run.times[-1])
+            if way == EXACT:
+                with forced_depth(WHOLE):
+                    undrafted = timed(custom_generate=decode)
+    return runs, undrafted
 
 
-def side_by_side(texts: dict[str, str], marks: bool = False) -> Table:
-    """Return a table with a column for each text, whose title says how it compares with the plain one.
+def _checks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    runs: dict[str, Generation],
+    undrafted: Generation,
+) -> Iterator[str]:
+    """Yield how exact mode's output compares with those without drafts and of transformers; restores the model."""
+    import river_compile
+    from examples.parting import parting, parts_at
 
-    Args:
-        texts: "plain" and others, by name.
-        marks: stars around changed words, for output that has no colours.
-    """
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    cells = []
-    for name, text in texts.items():
-        words = list(compared(texts["plain"], text))
-        changed = sum(differs for _, differs in words)
-        title = name if name == "plain" else f"{name}: {_verdict(text == texts['plain'], changed)}"
-        table.add_column(
-            title, width=COLUMN, overflow="fold", header_style="bold green" if not changed else "bold yellow"
-        )
-        cell = Text()
-        for piece, differs in words:
-            starred = f"*{piece}*" if differs and marks else piece
-            cell.append(starred, style="reverse" if differs else "")
-        cells.append(cell)
-    table.add_row(*cells)
-    return table
+    exact, plain = runs[EXACT].tokens, runs[PLAIN].tokens
+    yield undrafted_line(exact, undrafted.tokens)
+    if parts_at(plain, exact) is None:
+        yield plain_line(None, tokenizer.decode)
+    else:
+        river_compile.restore(model)
+        yield plain_line(parting(model, prompt, new_tokens, plain, exact), tokenizer.decode)
 
 
-def _verdict(same: bool, changed: int) -> str:
-    if same:
-        return "the same text"
-    return f"{changed} words changed" if changed else "words left out"
+def undrafted_line(exact: Sequence[int], undrafted: Sequence[int]) -> str:
+    """Return the sentence that compares exact mode's token ids with River's without drafts."""
+    from examples.parting import parts_at
+
+    index = parts_at(exact, undrafted)
+    if index is None:
+        return f"exact equals River without drafts token for token, {len(exact)} of {len(exact)}."
+    return f"exact is NOT River without drafts: they part at token {index + 1}."
 
 
-def compared(plain: str, text: str) -> Iterator[tuple[str, bool]]:
-    """Yield a text's words and the spaces between them, each with whether the plain text has another word there."""
-    before, after = (_pieces(t) for t in (plain, text))
-    for kind, _, _, start, end in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        for piece in after[start:end]:
-            yield piece, kind != "equal" and not piece.isspace()
+def plain_line(parting: Parting | None, decode: Callable[[Sequence[int]], str]) -> str:
+    """Return the sentence that compares exact mode's text with transformers'; None: they have the same tokens."""
+    if parting is None:
+        return f"exact equals {PLAIN} token for token."
+    return f"exact parts from {PLAIN}: {parting.text(decode)}."
 
 
-def _pieces(text: str) -> list[str]:
-    return re.findall(r"\s+|\S+", text)
+def _setting(options: argparse.Namespace, load: float) -> Iterator[str]:
+    """Yield what ran where, and a warning if other programs ran too."""
+    import torch
+
+    source = demo_models.MODELS.get(options.model)
+    name = source.title if source else Path(options.model).name
+    runs = f"; the fastest of {options.repeats} runs" if options.repeats > 1 else ""
+    yield f"{name}, {options.dtype}, {torch.get_num_threads()} threads, {processor_name()}{runs}"
+    if load > BUSY * (os.cpu_count() or 1):
+        yield f"Other programs were busy (load {load:.1f}), which slows each way by another factor."
 
 
-def speeds(runs: dict[str, Run]) -> Table:
-    """Return a table of the speeds."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("")
-    for title in ("tokens/s", "times plain", "first token, s", "the first call's, s"):
-        table.add_column(title, justify="right")
-    plain = runs["plain"].whole.decode_tokens_per_s
-    for name, run in runs.items():
-        rate = run.whole.decode_tokens_per_s
-        numbers = (rate, rate / plain, run.whole.first_token_s, run.first_call.first_token_s)
-        table.add_row(name, *(f"{number:.2f}" for number in numbers))
-    return table
+def _show(console: Console, answers: Sequence[Answer], lines: Sequence[str]) -> None:
+    """Print the whole answers, in 80 columns and with stars if there is no terminal."""
+    from examples.columns import Columns
+
+    stars = not console.is_terminal
+    width = WIDTH if stars else min(console.width, WIDEST)
+    console = Console(width=width, highlight=False)
+    console.print(Columns(answers, width, stars).at())
+    for line in ("", *lines):
+        console.print(Text(line))
+
+
+def _record(file: Path, answers: Sequence[Answer], lines: Sequence[str]) -> None:
+    from examples.columns import Columns, frames
+    from tools.recording import animated_svg
+
+    shown = frames(Columns(answers, PICTURE_WIDTH), lines)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(animated_svg(shown, PICTURE_WIDTH, "python -m examples.demo"), encoding="utf-8")
+    print(f"Recorded to {file}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One answer: plain, exact (the same text), and fast.")
+    parser = argparse.ArgumentParser(description="One answer by transformers, in exact mode and in fast mode.")
     parser.add_argument("--prompt", default=PROMPT, help="the question (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=_at_least_two, default=96, help="longest answer (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=_at_least(2), default=160, help="longest answer (default: %(default)s)")
     parser.add_argument(
         "--model", default="smollm2", help=f"{', '.join(demo_models.MODELS)}, or a model folder (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument(
+        "--repeats", type=_at_least(1), default=1, help="runs of each way; the fastest is shown (default: %(default)s)"
+    )
+    parser.add_argument(
         "--picture",
         type=Path,
         default=cache_folder() / "exit_depths.png",
-        help="where the picture goes (default: %(default)s)",
+        help="where the picture of exit depths goes (default: %(default)s)",
     )
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what a terminal shows as an animated SVG")
     parser.add_argument("--report", action="store_true", help="also print River's report")
     return parser.parse_args(arguments)
 
 
-def _at_least_two(text: str) -> int:
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"{number} is too few to measure a rate; give 2 or more")
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too few; give {least} or more")
+        return value
+
     return number
 
 

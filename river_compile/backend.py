@@ -19,6 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 from river_compile.building import build
 from river_compile.config import RiverConfig, check_mode
 from river_compile.errors import RiverWarning, UnsupportedGraphError
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import Lowering, inductor_settings, no_compiler
 from river_compile.model_record import BROKE, GraphRecord, find_record, record_of
@@ -97,20 +98,25 @@ def river(
             return take_local_shards(build(program, values, lowering, model, graph), [*values], local)
         except CannotBuild as error:
             why = " ".join(str(error).split())
-            program = unbuildable = Refusal(
-                f"the C++ kernels cannot be compiled ({why}); set CXX to another g++ or clang++"
-            )
+            program = unbuildable = Refusal(f"{why}. If the compiler is the cause, set CXX to another g++ or clang++")
     graph.refusal = str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner, model.call)}"
-    plainly = no_compiler(config, example_inputs, rewritten=False)
-    if config.on_unsupported == "raise":
-        raise UnsupportedGraphError(f"backend 'river' cannot rewrite this graph: {graph.refusal}")
-    if graph.refusal not in {other.refusal for other in model.graphs if other is not graph}:
-        does = "runs a model uncompiled" if plainly else "leaves a graph to Inductor"
-        warnings.warn(f"backend 'river' {does}: {graph.refusal}", RiverWarning, stacklevel=1)
-    if plainly or config.kernels == "eager":
+    plainly = config.kernels == "eager" or no_compiler(config, example_inputs, rewritten=False) is not None
+    is_new = graph.refusal not in {other.refusal for other in model.graphs if other is not graph}
+    _report_refusal(graph.refusal, "RC100" if unbuildable else "RC021", plainly, is_new, config)
+    if plainly:
         return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled
+
+
+def _report_refusal(refusal: str, id: str, plainly: bool, is_new: bool, config: RiverConfig) -> None:
+    """Raise or warn that a graph is not rewritten, by an option; a reason that a model had before is not repeated."""
+    failed = "Could not compile River's C++ kernels" if id == "RC100" else "backend='river' cannot rewrite this graph"
+    if config.on_unsupported == "raise":
+        raise UnsupportedGraphError(f"{failed}: {refusal}", id="RC100" if id == "RC100" else "RC020")
+    if is_new:
+        runs = "the model runs uncompiled" if plainly else "Inductor runs the model, without River"
+        warnings.warn(with_id(id, f"{failed}, so {runs}: {refusal}"), RiverWarning, stacklevel=2)
 
 
 def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: OwnCall | None) -> str:

@@ -23,6 +23,7 @@ from river_compile.compile_cache.programs import NotPacked
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import CRITERIA, WHOLE
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native
 from river_compile.lowering.inductor import (
     Lowering,
@@ -74,7 +75,8 @@ def build(
         choices = replace(choices, target_weights="model")
     if model.ranks.several and choices.target_weights != "model":
         raise OptionError(
-            f"target_weights={config.target_weights!r} is not for ranks that share a model; use target_weights='model'"
+            f"target_weights={config.target_weights!r} is not available on several ranks. Use target_weights='model'",
+            id="RC122",
         )
     check_captures(plan.device, config, how.native)
     model.offloaded.check(plan, config)
@@ -103,7 +105,7 @@ def _frozen(found: RiverProgram, choices: Choices, graph: GraphRecord) -> tuple[
 
 
 def _packs_here(found: RiverProgram, model: ModelRecord) -> bool:
-    """Whether this process reads weights in 12 bits by default: they are there, or have room."""
+    """Whether this process reads 12-bit weights by default: they are there, or have room."""
     return not model.ranks.several and (model.twins.has_lossless or has_room(found))
 
 
@@ -194,17 +196,17 @@ def _tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: 
     twins.loss, twins.changes, twins.changed = None, twins.changes + 1, len(changed)
     others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     message = (
-        f"weights changed after their 4-bit twins were packed ({changed[0].name}{others}); the twins were packed "
+        f"The weights changed after their 4-bit twins were packed ({changed[0].name}{others}). The twins were packed "
         f"again in {seconds:.1f} s"
     )
     observed = sum(twin.statistics.endswith("observed tokens") for twin in changed)
     if observed:
-        message += f", {observed} with what was observed before; river_compile.collect_statistics collects new ones"
+        message += f", {observed} with the old statistics. river_compile.collect_statistics collects new ones"
     if any(twin.quantizer == UNOBSERVED != twin.asked for twin in changed):
-        message += f". Matrices that were not observed took quantizer={UNOBSERVED!r}"
+        message += f". Matrices without statistics took quantizer={UNOBSERVED!r}"
     if twins.changes == 1:
-        hint = "Later changes are only logged and counted in the report."
-        warnings.warn(f"{message}. {hint}", RiverWarning, stacklevel=2)
+        hint = "Later changes are only logged, and counted in the report"
+        warnings.warn(with_id("RC048", f"{message}. {hint}"), RiverWarning, stacklevel=2)
     log.info("%s", message)
 
 
@@ -303,8 +305,9 @@ def _packed(
         reached = [linear for linear in packable if linear.lossless or program.twins]
         if how == "12bit" and not any(linear.lossless for linear in packable):
             raise OptionError(
-                "target_weights='12bit' is for weights in bfloat16, and no matrix of the blocks is; call "
-                "model.to(torch.bfloat16), or use target_weights='model'"
+                "target_weights='12bit' requires bfloat16 weights, and no matrix of the layers has any. Call "
+                "model.to(torch.bfloat16), or use target_weights='model'",
+                id="RC004",
             )
         savable = [linear for linear in every if not linear.lossless]
         weights = None
@@ -322,9 +325,10 @@ def _packed(
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
     if how == "8bit" and not smaller:
         raise OptionError(
-            "target_weights='8bit' is for weights that are numbers of 8 bits times a scale of their row or group, as "
-            "those of a file in Q8_0 or of compressed-tensors are in the dtype of its scales, and none of this model's "
-            "are; load that with dtype='auto', or use target_weights='model'"
+            "target_weights='8bit' requires weights that are 8-bit numbers times a scale for each row or group, as in "
+            "a file in Q8_0 or of compressed-tensors. This model has none in the dtype of the file's scales. Load it "
+            "with dtype='auto', or use target_weights='model'",
+            id="RC004",
         )
     # Every time, since quantizing has just read the parameters again.
     replaced = {i for linear in smaller for i in linear.weights}
@@ -369,7 +373,7 @@ def _compiled(
 
 
 def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
-    """Record each rank's weights of a graph; warn of weights in 16 bits, routers aside."""
+    """Record each rank's weights of a graph; warn of 16-bit weights, routers aside."""
     if not ranks.several or not program.twins:
         return
     packed = record.twins
@@ -384,8 +388,12 @@ def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
     kept = [linear for linear in program.kept if linear.reason != ROUTER]
     if kept:
         warnings.warn(
-            f"{len(kept)} matrices of the twins of a {program.kind} graph stay in 16 bits on {ranks.name}, so tokens "
-            f"that exit read more bytes; the first is {kept[0].name}: {kept[0].reason}",
+            with_id(
+                "RC049",
+                f"{len(kept)} matrices of the twins stay in 16 bits on {ranks.name} ({program.kind} graph). Each "
+                f"rank's share of them cannot be quantized, so drafts read more bytes. The first is {kept[0].name}: "
+                f"{kept[0].reason}",
+            ),
             RiverWarning,
             stacklevel=2,
         )

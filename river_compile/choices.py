@@ -26,7 +26,7 @@ from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
 from river_compile.passes.twins import TwinSpec, one_row_head, river_head, river_twins
 
-_MOST_OF_MEMORY = 0.25  # that weights in 12 bits may take by default
+_MOST_OF_MEMORY = 0.25  # that 12-bit weights may take by default
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
     if policy.criterion.reads == "previous" and find_logits(program) is None:
         raise OptionError(
             f"criterion={config.criterion!r} reads the logits, and this model returns none (its output is as wide as "
-            "its hidden state); compile the model with its head, or use criterion='similarity'"
+            "its hidden state). Compile the model with its head, or use criterion='similarity'",
+            id="RC004",
         )
     return policy
 
@@ -120,11 +121,14 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     if asked != "model" and not (own_backbone and lowering.native):
         on_gpu = ", and on a GPU for target_kernels='river'" if asked == "12bit" else ""
         raise OptionError(
-            f"target_weights={asked!r} is for the C++ kernels on a CPU{on_gpu}, and this backbone multiplies by "
-            "others; use target_weights='model'"
+            f"target_weights={asked!r} requires the C++ kernels on a CPU{on_gpu}. The 16-bit layers of this model use "
+            "other kernels. Use target_weights='model'",
+            id="RC004",
         )
     if asked == "12bit" and choose_isa().name == "portable":
-        raise OptionError("target_weights='12bit' needs a processor with AVX2; use target_weights='model'")
+        raise OptionError(
+            "target_weights='12bit' requires a processor with AVX2. Use target_weights='model'", id="RC004"
+        )
     return asked
 
 
@@ -155,8 +159,9 @@ def _uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
     # By default on a CPU only: the generated kernels sum in another order than the model.
     if config.target_kernels == "river" and not lowering.fuse:
         raise OptionError(
-            "target_kernels='river' needs the kernels in C++ or the generated ones, and the lowering is "
-            f"{lowering.compiler} with layout {lowering.layout}; use target_kernels='model'"
+            "target_kernels='river' requires the C++ kernels or the generated ones. This model is lowered by "
+            f"{lowering.compiler} with layout {lowering.layout}. Use target_kernels='model' or kernels='auto'",
+            id="RC004",
         )
     if config.offload is not None:
         return False

@@ -167,7 +167,7 @@ class RiverConfig:
             wanted = f"an entropy in nats of 0 or more, such as {criterion.threshold}"
             self._set("threshold", number(f"it must be {wanted}, with criterion={criterion.name!r}", least=0))
         for contradiction in (*self._contradictions(), *self._unreachable()):
-            raise OptionError(contradiction)
+            raise OptionError(contradiction, id="RC003")
 
     def _set(self, name: str, check: Check) -> None:
         object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
@@ -175,20 +175,20 @@ class RiverConfig:
     def _contradictions(self) -> Iterator[str]:
         if self.prefill == "exit" and CRITERIA[self.criterion].reads != "block":
             yield (
-                f"prefill='exit' is not available with criterion={self.criterion!r}, which knows a prompt's entropy "
-                "only afterwards; use prefill='backbone', or criterion='similarity'"
+                f"prefill='exit' is not available with criterion={self.criterion!r}, which needs the logits of the "
+                "prompt first. Use prefill='backbone', or criterion='similarity'"
             )
         if self.offload is None and self.offload_policy == "fetch":
-            yield "offload_policy='fetch' needs offload=, the number of blocks that stay in memory"
+            yield "offload_policy='fetch' requires offload=. Set offload to the number of blocks that stay in memory"
         if self.offload is not None and self.quantizer == "none":
             yield (
-                f"offload={self.offload} is not available with quantizer='none', whose twins use the backbone's "
-                "weights; use 'hqq'"
+                f"offload={self.offload} is not available with quantizer='none', whose twins read the 16-bit weights. "
+                "Use quantizer='hqq'"
             )
         if self.twins is None and self.on_missing_twins == "save":
-            yield "on_missing_twins='save' needs twins=, the folder to write; name one"
+            yield "on_missing_twins='save' requires twins=. Set twins to the folder to write"
         if self.twins is not None and self.quantizer == "none":
-            yield "twins= holds 4-bit twins, which quantizer='none' does not use; leave one of them out"
+            yield "twins= holds 4-bit twins, which quantizer='none' does not use. Remove one of the two"
 
     def _unreachable(self) -> Iterator[str]:
         """Yield options that ask for layers which no token reaches."""
@@ -199,13 +199,13 @@ class RiverConfig:
         if self.exit_depth is not None:
             if self.exit_depth > k:
                 yield (
-                    f"exit_depth={self.exit_depth} lies beyond {nowhere}; "
-                    f"use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
+                    f"exit_depth={self.exit_depth} lies beyond {nowhere}. "
+                    f"Use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
                 )
         elif self.first_exit > k:
             yield (
-                f"first_exit={self.first_exit} lies beyond {nowhere}; "
-                f"use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
+                f"first_exit={self.first_exit} lies beyond {nowhere}. "
+                f"Use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
 
     @property
@@ -248,8 +248,9 @@ class RiverConfig:
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
             raise OptionError(
-                f"unknown option {short_repr(unknown)} of backend 'river'; options are {', '.join(names)}"
-                f"{did_you_mean(unknown, names)}"
+                f"Unknown option {short_repr(unknown)} of backend='river'. Options are {', '.join(names)}"
+                f"{did_you_mean(unknown, names)}",
+                id="RC001",
             )
         return cls(**given)
 
@@ -257,14 +258,16 @@ class RiverConfig:
         """Raise an OptionError for depths that a model with `num_blocks` layers does not have."""
         if self.offload is not None and self.offload >= num_blocks:
             raise OptionError(
-                f"offload={self.offload} leaves none of {num_blocks} blocks to offload; use 0 to {num_blocks - 1}, or "
-                "leave it out"
+                f"offload={self.offload} leaves none of {num_blocks} blocks to offload. Use 0 to {num_blocks - 1}, or "
+                "remove it",
+                id="RC004",
             )
-        name, least, never = ("first_exit", 1, "") if self.exit_depth is None else ("exit_depth", 0, " (= never leave)")
+        name, least, never = ("first_exit", 1, "") if self.exit_depth is None else ("exit_depth", 0, " (= full depth)")
         if num_blocks < getattr(self, name) < WHOLE:
             raise OptionError(
-                f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} blocks; "
-                f"use {least} to {num_blocks}{never}"
+                f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} blocks. "
+                f"Use {least} to {num_blocks}{never}",
+                id="RC004",
             )
 
 

@@ -8,22 +8,44 @@ from pathlib import Path
 from torch._dynamo.exc import ShortenTraceback
 from typing_extensions import Self
 
+from river_compile.kernels.messages import with_id
+
 _FOLDER = str(Path(__file__).parent)
 
 
 class RiverError(Exception):
-    """Base of River's errors."""
+    """Base of River's errors.
+
+    Args:
+        text: what failed, why, and what to do.
+        id: of the cause, if it has one; else that of the class.
+
+    Attributes:
+        id: such as "RC002", which docs/troubleshooting.md explains; the message begins with it.
+        text: the message without the id.
+    """
+
+    id: str
+
+    def __init__(self, text: str, *, id: str | None = None) -> None:
+        super().__init__(text)
+        self._set(text, id)
+
+    def _set(self, text: str, id: str | None) -> None:
+        self.text = text
+        if id is not None:
+            self.id = id
+
+    def __str__(self) -> str:
+        return with_id(self.id, self.text)
 
 
 class _GraphError(RiverError, ValueError, ShortenTraceback):
     """Raised while Dynamo compiles: its own frames and additions to the message are left out."""
 
-    def __init__(self, message: str) -> None:
-        ShortenTraceback.__init__(self, message, first_useful_frame=None)
-        self._message = message
-
-    def __str__(self) -> str:
-        return self._message
+    def __init__(self, text: str, *, id: str | None = None) -> None:
+        ShortenTraceback.__init__(self, text, first_useful_frame=None)
+        self._set(text, id)
 
     def remove_dynamo_frames(self) -> Self:
         frame = self.__traceback__
@@ -35,34 +57,56 @@ class _GraphError(RiverError, ValueError, ShortenTraceback):
 class OptionError(_GraphError):
     """An option is unknown or has a bad value; the message names it, what is allowed and the closest match."""
 
+    id = "RC002"
+
 
 class UnsupportedGraphError(_GraphError):
     """A graph is unsupported and ``on_unsupported="raise"``, or a weight is not finite."""
+
+    id = "RC020"
 
 
 class TwinsError(_GraphError):
     """Saved twins cannot be read, written or used for this model; the message names the file and the reason."""
 
+    id = "RC040"
+
 
 class BudgetError(RiverError, ValueError):
     """`tune_exit` cannot guarantee the budget; the message says how many texts it takes."""
+
+    id = "RC009"
 
 
 class CacheFullError(RiverError, ValueError):
     """The tokens of this step do not fit into the static KV cache; nothing was written."""
 
+    id = "RC065"
+
 
 class ExactModeError(RiverError, ValueError):
     """Exact mode does not support this call or model; the message says why."""
+
+    id = "RC061"
 
 
 class DecodeError(RiverError, ValueError):
     """River's decoding loop does not support this call; the message says why. Nothing was computed."""
 
+    id = "RC060"
+
+
+class BatchError(RiverError, RuntimeError):
+    """A `ContinuousBatch` was closed, its thread has ended, or code inside of it calls the model's generate."""
+
+    id = "RC066"
+
 
 class RankError(RiverError, RuntimeError):
-    """Processes that share a model cannot go on: one has ended, or they disagree; the message says which."""
+    """Processes that share a model cannot continue: one has ended, or they disagree; the message says which."""
+
+    id = "RC120"
 
 
 class RiverWarning(UserWarning):
-    """Something runs in another way than asked for; the message says what and why."""
+    """Something runs in another way than asked for; the message says what and why, and begins with an id."""

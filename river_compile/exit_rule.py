@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from river_compile.errors import OptionError
 from river_compile.exits import Threshold, threshold_text
 from river_compile.kernels.files import atomic_write
 
@@ -47,7 +48,7 @@ def _content_hash(content: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """The result of :func:`river_compile.tune_exit`, for ``accelerate(model, calibration=rule)``."""
+    """The result of `river_compile.tune_exit`, for ``accelerate(model, calibration=rule)``."""
 
     metric: str  # "kl" or "agreement"
     budget: float  # as asked for
@@ -93,10 +94,10 @@ class ExitRule:
 
     @classmethod
     def load(cls, path: str | Path) -> ExitRule:
-        """Read a file of :meth:`save`.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file cannot be read, holds no exit rule, is of another version, or was changed.
+            OptionError: (a ``ValueError``) the file cannot be read, is of another version, or was changed.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -109,4 +110,7 @@ class ExitRule:
             content["candidates"] = tuple(map(_candidate, content["candidates"]))
             return cls(**content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} holds no exit rule that can be read ({error}); call tune_exit again") from error
+            raise OptionError(
+                f"Cannot read an exit rule from {path}: {error}. Call river_compile.tune_exit again and save the rule",
+                id="RC008",
+            ) from error

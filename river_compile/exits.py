@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from river_compile.errors import OptionError
 from river_compile.passes.program import Program, SegmentSpec
 
 WHOLE = sys.maxsize  # as a depth: all blocks of any model
@@ -106,7 +107,7 @@ class ExitPolicy:
         return num_blocks if self.deepest is None else min(num_blocks, self.deepest)
 
     def at(self, depth: int) -> ExitPolicy:
-        """Return the policy with a fixed depth; raise a ValueError if the program lacks the segments for it."""
+        """Return the policy with a fixed depth; raise an OptionError if the program lacks the segments for it."""
         made = self._at.get(depth)
         if made is None:
             self._check_depth(depth)
@@ -118,30 +119,33 @@ class ExitPolicy:
         return {}
 
     def in_this_thread(self) -> ExitPolicy:
-        """Apply `forced_depth` and `forced_threshold` of this thread; raise a ValueError if they cannot hold."""
+        """Apply `forced_depth` and `forced_threshold` of this thread; raise an OptionError if they cannot hold."""
         if _forced.depth is not None:
             return self.at(_forced.depth)
         if _forced.rule is None:
             return self
         threshold, first_exit = _forced.rule
         if self.fixed_depth is not None:
-            raise ValueError(
-                f"threshold {threshold} was asked for, but this model was compiled with "
-                f"exit_depth={self.fixed_depth} and checks no block; compile it without exit_depth"
+            raise OptionError(
+                f"Threshold {threshold} is not available: this model was compiled with exit_depth={self.fixed_depth} "
+                "and has no exit checks. Compile it without exit_depth",
+                id="RC025",
             )
         return replace(self, threshold=threshold, first_exit=first_exit)
 
     def _check_depth(self, depth: int) -> None:
-        asked = "the whole backbone" if depth == WHOLE else f"depth {depth}"
+        asked = "Full depth" if depth == WHOLE else f"Depth {depth}"
         if self.deepest is not None and depth > self.deepest:
-            raise ValueError(
-                f"{asked} was asked for, but this model was compiled with offload={self.deepest} and "
-                "offload_policy='exit': no token goes further; compile it with offload_policy='fetch'"
+            raise OptionError(
+                f"{asked} is not available: this model was compiled with offload={self.deepest} and "
+                "offload_policy='exit', so no token goes further. Compile it with offload_policy='fetch'",
+                id="RC025",
             )
         if self.fixed_depth not in (None, depth):
-            raise ValueError(
-                f"{asked} was asked for, but this model was compiled with exit_depth={self.fixed_depth} "
-                "and has no other segments; compile it without exit_depth"
+            raise OptionError(
+                f"{asked} is not available: this model was compiled with exit_depth={self.fixed_depth} and has no "
+                "other segments. Compile it without exit_depth",
+                id="RC025",
             )
 
 
@@ -180,7 +184,7 @@ def forced_depth(depth: int | None) -> Iterator[None]:
             nothing.
 
     Raises (from the decode step):
-        ValueError: the program was compiled for one other fixed depth and lacks the segments.
+        OptionError: (a ``ValueError``) the program was compiled for one other fixed depth and lacks the segments.
     """
     before, _forced.depth = _forced.depth, depth
     try:
@@ -201,7 +205,7 @@ def forced_threshold(threshold: Threshold, first_exit: int = 1) -> Iterator[None
         first_exit: smallest exit depth, no less than the compiled one.
 
     Raises (from the decode step):
-        ValueError: the program was compiled for a fixed depth and has no checks.
+        OptionError: (a ``ValueError``) the program was compiled for a fixed depth and has no checks.
     """
     before, _forced.rule = _forced.rule, (threshold, first_exit)
     try:

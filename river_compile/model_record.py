@@ -171,10 +171,10 @@ class ModelRecord:
     def why_not(self) -> str:
         """Why a prompt ran in none of the model's rewritten graphs."""
         if not self.graphs:
-            return 'this model never reached it; call model.compile(backend="river")'
+            return 'this model never reached it. Call model.compile(backend="river")'
         refusals = [graph.refusal for graph in reversed(self.graphs) if graph.refusal]
         refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
-        return f"it refused: {refusal}" if refusal else 'this call did not reach it: use model.compile(backend="river")'
+        return f"it refused: {refusal}" if refusal else 'this call did not reach it. Use model.compile(backend="river")'
 
     def state_of(self, model: PreTrainedModel) -> ModelState | None:
         """Return the state of an accelerated model, None if it has no identity."""
@@ -240,7 +240,7 @@ def find_record(model: nn.Module) -> ModelRecord | None:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module in torch.compile's wrapper, or the module itself; raise an OptionError for other objects."""
     if not isinstance(model, nn.Module):
-        raise OptionError(f"a model is needed here, a torch.nn.Module, not a {type(model).__name__}")
+        raise OptionError(f"The model must be a torch.nn.Module, got {type(model).__name__}", id="RC006")
     return getattr(model, "_orig_mod", model)
 
 

@@ -14,12 +14,12 @@ from tqdm import tqdm
 _EVERY = 10.0  # seconds
 _lock = threading.Lock()
 _stages: list[str] = []  # running, outermost first
-_bars: list[tqdm] = []  # the bar, while a stage goes on
+_bars: list[tqdm] = []  # the bar, while a stage runs
 _lines = [0.0, 0.0]  # when the start began, and when its last line was written
 
 
 class _Told(threading.local):
-    """A thread whose stages a function is told, in place of the bar."""
+    """A thread whose stages go to a function, in place of the bar."""
 
     tell: Callable[[str, float], None] | None = None
     stages: tuple[str, ...] = ()

@@ -16,12 +16,12 @@ from hypothesis import settings
 from tests.support.examples import register_profiles
 from tools import demo_models
 
-# No test uses another test's builds; tests of the compile cache set a folder of their own. With a folder in
+# No test uses another test's builds; tests of the compile cache set their own folder. With a folder in
 # RIVER_TEST_CACHE_DIR all tests share one: those that count graphs may fail then, and no text may differ.
 os.environ["RIVER_COMPILE_CACHE_DIR"] = os.environ.get("RIVER_TEST_CACHE_DIR", "0")
 
-# torch writes every graph on its way through Dynamo into a log of its own as soon as somebody listens, which is a sixth
-# of a compilation, and pytest (from 9.1 on) listens to each logger that it finds and that does not propagate.
+# torch writes every graph on its way through Dynamo into its own log if any handler listens, which is a sixth
+# of a compilation. pytest (from 9.1 on) listens to each logger that it finds and that does not propagate.
 logging.root.manager.loggerDict.pop("torch.__trace", None)
 
 # Processes that test side by side share the cores: threads of two that wait for each other cost more than they bring.
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves the tests of tools out, unless a path on the command line names them: of such pytest asks nobody."""
+    """Leaves the tests of tools out; pytest does not call this for paths on the command line."""
     return True if collection_path in TOOLS and not config.option.tools else None
 
 
@@ -98,7 +98,7 @@ def _dynamo_of_the_module():
 
 @pytest.fixture(autouse=True)
 def _dynamo_of_a_slow_test(request):
-    """A slow test finds Dynamo as a process begins with it: of what runs beside it there are too many ways."""
+    """A slow test finds Dynamo as a process begins with it: too many different tests may run before it."""
     if "slow" in request.node.keywords:
         torch._dynamo.reset()
 

@@ -69,8 +69,8 @@ def test_bad_options_reach_the_user_of_torch_compile_as_they_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exit_depth": 3}, "exit_depth=3 lies beyond the last of 2 blocks; use 0 to 2"),
-        ({"first_exit": 5}, "first_exit=5 lies beyond the last of 2 blocks; use 1 to 2"),
+        ({"exit_depth": 3}, "exit_depth=3 lies beyond the last of 2 blocks. Use 0 to 2"),
+        ({"first_exit": 5}, "first_exit=5 lies beyond the last of 2 blocks. Use 1 to 2"),
     ],
 )
 def test_depths_are_checked_against_the_model(options, message):
@@ -136,7 +136,7 @@ class TestNumbersOfOtherLibraries:
         ],
     )
     def test_what_is_none_is_named(self, name, value):
-        with pytest.raises(OptionError, match=f"^{name}=.* is not allowed; (it must be|choose one of)"):
+        with pytest.raises(OptionError, match=f"^RC002: {name}=.* is not allowed; (it must be|choose one of)"):
             RiverConfig(**{name: value})
 
 

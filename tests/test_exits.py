@@ -152,7 +152,7 @@ class TestConfidence:
 
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
     def test_sequences_do_not_mix(self, kind, unbounded):
-        """Two sequences decoded in turns see the entropies that each sees alone, and a new prompt starts anew."""
+        """Two sequences decoded in turns see the entropies that each sees alone; a new prompt starts from nothing."""
         model = unbounded
         prompts = [prompt(5), prompt(7, seed=9)]
 

@@ -7,14 +7,13 @@ Neither files nor folders import each other in a circle, wherever in a file an i
 """
 
 import ast
-import functools
 import importlib
 import itertools
 import zipfile
 
 import pytest
 
-from tests.support.layout import FOLDERS, ROOT, SOURCES, build_wheel, run_python
+from tests.support.layout import FOLDERS, OURS, ROOT, SOURCES, build_wheel, names_in, run_python
 from tools.house.sources import Source, circle, import_graph, imported_modules, part_of, parts_graph, read
 
 MAY_IMPORT = {
@@ -51,7 +50,7 @@ def test_imports_run_one_way():
 
 
 def test_what_tools_and_benchmarks_import_from_the_project_exists():
-    """Their tests are a layer of their own, so a name that moved would not show."""
+    """Their tests are a separate layer, so a name that moved would not show."""
     files = [path for folder in ("benchmarks", "examples", "tools", "tests") for path in (ROOT / folder).rglob("*.py")]
     froms = [(path, node) for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     missing = [
@@ -62,31 +61,6 @@ def test_what_tools_and_benchmarks_import_from_the_project_exists():
         if alias.name not in names_in(node.module)
     ]
     assert missing == []
-
-
-OURS = ("river_compile", "benchmarks", "tools", "tests")
-
-
-@functools.cache
-def names_in(module: str) -> set[str]:
-    """Returns the names that a module of the project binds anywhere, and those of its submodules."""
-    parts = module.split(".")
-    if parts[1:2] in (["passes"], ["kernels"]) and parts[0] == "river_compile":
-        parts = parts[1:]
-    folder = ROOT.joinpath(*parts)
-    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-    names = {entry.stem for entry in folder.iterdir()} if folder.is_dir() else set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else ():
-        match node:
-            case ast.FunctionDef() | ast.ClassDef() | ast.AsyncFunctionDef():
-                names.add(node.name)
-            case ast.Name(ctx=ast.Store()):
-                names.add(node.id)
-            case ast.alias():
-                names.add((node.asname or node.name).split(".")[0])
-            case ast.Constant(value=str() as text) if module == "river_compile":  # exported lazily
-                names.add(text)
-    return names | ({"passes", "kernels"} if module == "river_compile" else set())
 
 
 @pytest.mark.parametrize(

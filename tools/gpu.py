@@ -6,11 +6,11 @@
     make gpu, make gpu-facts, ...         # the same
     make gpu ARGS=--rehearse              # every step without a GPU, at small sizes, into gpu/rehearsal
 
-A step is a command of its own, stopped with its children at its limit. Its output goes to the terminal and to
-OUT/<step>.log, its figures to OUT/<step>*.json row by row, and what became of it to OUT/steps.json as soon as it ends:
-a run that is stopped keeps what it has. Steps that failed are named at the end; the exit status is their number.
+A step is a command, stopped with its children at its limit. Its output goes to the terminal and to
+OUT/<step>.log, its figures to OUT/<step>*.json row by row, and its status to OUT/steps.json as soon as it ends. A run
+that is stopped keeps what it has. Steps that failed are named at the end; the exit status is their number.
 Tiles that the step "tune" has measured are used by those after it (OUT/tuning.json). A rehearsal (`tools.rehearsal`)
-says what each step would take on a card beside its limit, and which tests it could not run.
+says what each step would take on a card next to its limit, and which tests it could not run.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _filled(command: Sequence[str], out: Path) -> list[str]:
 
 
 def _run(command: list[str], environment: dict[str, str], log, seconds: float) -> int | None:
-    """Run a command in a group of its own, its output shown and kept; return its status, None at the limit."""
+    """Run a command in a separate group, its output shown and kept; return its status, None at the limit."""
     print("+", *command[1:], file=log, flush=True)
     tee = subprocess.Popen(["tee", "-a", log.name], stdin=subprocess.PIPE)
     process = subprocess.Popen(command, env=environment, stdout=tee.stdin, stderr=tee.stdin, start_new_session=True)

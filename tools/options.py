@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from river_compile.config import EXPERT, USER, RiverConfig
+from tools.marked import ROOT, filled
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/options.md"
-BEGIN, END = "<!-- options: python -m tools.options -->\n", "<!-- end of options -->\n"
 
 
 def tables() -> str:
@@ -31,8 +29,7 @@ def tables() -> str:
 
 def replaced() -> str:
     """Return the page's text with its tables between the marks."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    return before + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1]
+    return filled(PAGE, "options", lambda _: tables())
 
 
 def _table(audience: str) -> str:

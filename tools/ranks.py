@@ -31,7 +31,7 @@ def run_ranks(
         arguments: such as ``["-m", "module", "argument"]``.
         ranks: processes.
         timeout: seconds after which those that still run are killed; half a minute after the first one failed, too.
-        environment: variables beside the caller's.
+        environment: variables besides the caller's.
 
     Returns:
         Their exit statuses (negative: the signal), and what they printed, one after another.

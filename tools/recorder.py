@@ -125,7 +125,7 @@ def recording() -> AbstractContextManager[None]:
 
 
 def spoil(tensor: Tensor) -> Tensor:
-    """Fill a tensor with values that no computation takes for good; return it."""
+    """Fill a tensor with values that no computation takes for valid; return it."""
     if tensor.dtype == torch.bool:
         return tensor.fill_(True)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:

@@ -1,16 +1,16 @@
-"""Rounds of processes that start at once from nothing and share what they make, one of which is killed.
+"""Rounds of processes that start together from nothing and share what they make, one of which is killed.
 
     python -m tools.replicas --rounds 20
     python -m tools.replicas --rounds 2 --kernels eager     # no compiler: quick
 
 Each round begins with an empty folder: no saved twins, no C++ kernels, no Inductor cache, no precompiled header.
 Several processes load the same tiny model with ``on_missing_twins="save"`` and decode. At a random moment one is
-killed, alone (its compiler goes on) or with all that it started. The round is clean where
+killed, alone (its compiler keeps running) or with all that it started. The round is clean where
 
     * the others end by themselves with the logits of a round in which nobody was killed,
     * one more process starts from what is there, has these logits, and packs nothing.
 
-Before the first round nobody is killed: the twins are packed once, and no file is compiled twice.
+Before the first round no process is killed: the twins are packed once, and no file is compiled twice.
 
 Not handled: a machine that loses power, and folders on network disks that know no locks.
 """
@@ -67,7 +67,7 @@ class Round:
         compiler.chmod(0o755)
 
     def start(self, name: str) -> int:
-        """Fork a process, in a group of its own, that decodes and leaves a hash of its logits; return its id."""
+        """Fork a process, in a separate group, that decodes and leaves a hash of its logits; return its id."""
         child = os.fork()
         if child == 0:
             status = 1
@@ -128,7 +128,7 @@ class Round:
 
 
 def undisturbed(shared: Round, processes: int) -> tuple[str, float]:
-    """Let processes start at once; return the hash of their logits and the seconds that they took."""
+    """Let processes start together; return the hash of their logits and the seconds that they took."""
     began = time.monotonic()
     running = {f"process {i + 1}": shared.start(f"process {i + 1}") for i in range(processes)}
     results = {shared.result(name, process) for name, process in running.items()}
@@ -143,7 +143,7 @@ def undisturbed(shared: Round, processes: int) -> tuple[str, float]:
 
 
 def disturbed(shared: Round, processes: int, expected: str, wait_s: float, victim: int, alone: bool) -> str:
-    """Let processes start at once and kill one of them; return what it was told by then."""
+    """Let processes start together and kill one of them; return its output until then."""
     names = [f"process {i + 1}" for i in range(processes)]
     running = {name: shared.start(name) for name in names}
     time.sleep(wait_s)  # the random moment
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.replicas", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20, help="in which a process is killed (%(default)s)")
-    parser.add_argument("--processes", type=int, default=4, help="that start at once (%(default)s)")
+    parser.add_argument("--processes", type=int, default=4, help="processes to start together (%(default)s)")
     parser.add_argument("--kernels", choices=("native", "inductor", "eager"), default="native")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments (%(default)s)")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Answers of a model to problems: asked one by one or several at a time, judged as they come, and kept in a file.
 
-A run that was stopped goes on where its file ends. Several at a time are rows of a
+A run that was stopped continues where its file ends. Several at a time are rows of a
 :class:`river_compile.ContinuousBatch`, so a model has to be accelerated for that.
 
 Not handled: sampled answers.
@@ -32,7 +32,7 @@ from river_compile.reporting.timing import Clock, StopAfter
 from river_compile.reporting.trace import trace
 
 _SURE = 1.96  # standard errors on each side of a 95 % interval
-_WARM_UP = 16  # tokens of an answer that nobody times
+_WARM_UP = 16  # tokens of an answer that are not timed
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class AnswerFile:
 
 
 def run_of(model: str, dtype: str, way: str, options: Mapping[str, Any], calibration: Path | None) -> str:
-    """Return what answers depend on beside the problems: a model's name, and how it runs, as `running` has it."""
+    """Return what answers depend on besides the problems: a model's name, and how it runs, as `running` has it."""
     return repr([way, dict(options), model, dtype, calibration and calibration.read_text(encoding="utf-8")])
 
 

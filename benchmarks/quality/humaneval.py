@@ -1,6 +1,6 @@
 """HumanEval: its problems, and whether an answer solves one.
 
-The answers are programs that a model wrote, and they are run. Each runs in an interpreter of its own, in an empty
+The answers are programs that a model wrote, and they are run. Each runs in its own interpreter, in an empty
 folder, with limits on seconds, memory and file sizes. That stops accidents; it is not a sandbox against malice.
 """
 
@@ -61,7 +61,7 @@ def cut(text: str) -> str:
 
 
 def verdict(program: str, seconds: int = SECONDS, memory_mb: int = MEMORY_MB) -> str:
-    """Run a program in a limited interpreter of its own.
+    """Run a program in its own limited interpreter.
 
     Args:
         program: Python source.

@@ -1,4 +1,4 @@
-"""Arithmetic and word problems from reasoning-gym's seeded generators, and its verdict on answers.
+"""Arithmetic and word problems from reasoning-gym's seeded generators, and its grading of answers.
 
 Task "gsm" is word problems alone, made like those of GSM8K. Not handled: what other collections of problems measure.
 """

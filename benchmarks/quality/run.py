@@ -111,7 +111,7 @@ class _Run:
     """What the sessions of one run share.
 
     Attributes:
-        first: the session whose runs of never exit all others are compared with.
+        first: the session whose runs at full depth all others are compared with.
         texts: what is measured on.
     """
 
@@ -141,7 +141,7 @@ class _Run:
             ]
 
     def calibrated(self) -> tuple[str, list[Row]]:
-        """Calibrate on texts of their own and measure the rule on those of the other rows."""
+        """Calibrate on their own texts and measure the rule on those of the other rows."""
         torch._dynamo.reset()
         options, more = self.options, {"quantizer": self.options.quantizers[0]}
         found = river_compile.tune_exit(

@@ -1,7 +1,7 @@
 """One compilation of the model and what is measured with it, on its own text and on held-out text.
 
-Every session feeds the same samples and is compared with the same runs of never exit, those of the first session. Times
-are compared within a session: a rule's time is a share of never exit's there, so a machine that gets slower between two
+Every session feeds the same samples and is compared with the same runs at full depth, those of the first session. Times
+are compared within a session: a rule's time is a share of full depth's there, so a machine that gets slower between two
 sessions touches none of them.
 """
 
@@ -27,11 +27,11 @@ class Row:
 
     Attributes:
         name: of the configuration.
-        kl, agreement: from never exit, on the model's own text and on held-out text (KL in nats).
+        kl, agreement: from full depth, on the model's own text and on held-out text (KL in nats).
         match: tokens of the own text that come out unchanged, of `tokens`.
         tokens: tokens measured in each text.
         depth: backbone blocks executed.
-        time: of a decode step, as a share of never exit's.
+        time: of a decode step, as a share of full depth's.
         rule: threshold (None where depths were given) and first exit.
     """
 
@@ -118,7 +118,7 @@ def session(
         options: of the backend; checks stand after every block.
         texts: what to measure on, or how to get it from the compiled model.
         progress: whether to show progress bars.
-        first: the session whose runs of never exit all others are compared with.
+        first: the session whose runs at full depth all others are compared with.
     """
     torch._dynamo.reset()
     criterion = options.get("criterion", "similarity")

@@ -28,6 +28,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from river_compile.kernels.checks import one_of
 from river_compile.kernels.files import atomic_write, cached_file, locked
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.machine import ARM, X86, architecture, arm_features, target_architecture
 
 log = logging.getLogger("river_compile.kernels.native.build")
@@ -44,10 +45,10 @@ _MIN_FREE_BYTES = 16 << 20  # a library takes a few MiB
 _DIGEST = hashlib.sha256().digest_size
 _MACOS = sys.platform == "darwin"
 _INSTALL = (
-    "install Apple's compiler and OpenMP (xcode-select --install; brew install libomp), or set CXX to a compiler that "
+    "Install Apple's compiler and OpenMP (xcode-select --install; brew install libomp), or set CXX to a compiler that "
     "works"
     if _MACOS
-    else "install g++ (Debian and Ubuntu: apt-get install g++), or set CXX to a compiler that works"
+    else "Install g++ (Debian and Ubuntu: apt-get install g++), or set CXX to a compiler that works"
 )
 # Inductor's code includes and links with these.
 _PROBE = """
@@ -201,12 +202,12 @@ def find_compiler() -> Compiler:
     from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
 
     if os.name == "nt":
-        raise CannotBuild("the C++ kernels need GCC or Clang; compilers on Windows are not supported")
+        raise CannotBuild("The C++ kernels need GCC or Clang. Compilers on Windows are not supported. Use WSL")
     try:
         command = get_cpp_compiler()
     except Exception as error:  # Inductor has no public class for it
         tried = ", ".join(filter(None, config.cpp.cxx)) if isinstance(config.cpp.cxx, tuple) else config.cpp.cxx
-        raise CannotBuild(f"there is no C++ compiler {tried} that works; {_INSTALL}") from error
+        raise CannotBuild(f"No C++ compiler works here (tried {tried}). {_INSTALL}") from error
     return Compiler(command, get_compiler_version_info(command))
 
 
@@ -229,10 +230,10 @@ def _try_out(compiler: Compiler) -> None:
     except CannotBuild as error:
         lines = str(error).splitlines()
         why = next((line for line in lines if "error" in line), lines[-1])
-        raise CannotBuild(f"{compiler.command} compiles no C++ here ({why}); {_INSTALL}") from error
+        raise CannotBuild(f"{compiler.command} cannot compile C++ here ({why}). {_INSTALL}") from error
     except OSError as error:
         raise CannotBuild(
-            f"Inductor's cache cannot be written ({error}); set TORCHINDUCTOR_CACHE_DIR to a folder that can"
+            f"Cannot write Inductor's cache ({error}). Set TORCHINDUCTOR_CACHE_DIR to a writable folder"
         ) from error
 
 
@@ -261,7 +262,7 @@ def build(compiler: Compiler, source: str, name: str, flags: Sequence[str]) -> P
     try:
         return cached_file(f"native/{name}_{digest}.so", _is_whole, functools.partial(_make, command))
     except OSError as error:
-        raise CannotBuild(f"no folder for compiled code is writable ({error}); set TMPDIR to one that is") from error
+        raise CannotBuild(f"No folder for compiled code is writable ({error}). Set TMPDIR to one that is") from error
 
 
 def _make(command: list[str], library: Path) -> None:
@@ -269,7 +270,9 @@ def _make(command: list[str], library: Path) -> None:
         if _is_whole(library):
             return
         if library.exists():
-            warnings.warn(f"the compiled kernels {library} were damaged and are rebuilt", stacklevel=4)
+            warnings.warn(
+                with_id("RC103", f"The compiled kernels {library} were damaged and are rebuilt"), stacklevel=4
+            )
         if shutil.disk_usage(library.parent).free < _MIN_FREE_BYTES:  # else the compiler fails after a minute
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(library.parent))
         start = time.perf_counter()
@@ -300,7 +303,7 @@ def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True)
     except OSError as error:
-        raise CannotBuild(f"the C++ compiler {command[0]} does not start: {error}") from error
+        raise CannotBuild(f"The C++ compiler {command[0]} does not start: {error}") from error
     if done.returncode:
         log.info("%s failed", " ".join(command))
         last = "\n".join(done.stderr.strip().splitlines()[-20:])

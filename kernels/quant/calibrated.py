@@ -347,10 +347,10 @@ class RowCompensation(Compensation):
     """U of ``d I + A A^T`` for A = inputs_KT and d = added, above 0."""
 
     def __init__(self, inputs_KT: Tensor, added: float) -> None:
-        # With A_B the rows of a block, A_F those of later columns and M = (d I + A_F^T A_F)^-1 of T x T elements (the
-        # push-through identity, and Woodbury's for the block before): the inverse over B and F has (d S)^-1 over B,
-        # where S = I + A_B M A_B^T; U_BB is the inverse factor of d S; U_BF = C A_F^T with C = -U_BB A_B M; and M of
-        # the block before is M - d C^T C. Errors e reach later columns through T numbers per output feature, the sums
+        # A_B are the rows of a block, A_F those of later columns, and M = (d I + A_F^T A_F)^-1 has T x T elements. By
+        # the push-through identity the inverse over B and F has (d S)^-1 over B, where S = I + A_B M A_B^T. U_BB is the
+        # inverse factor of d S, and U_BF = C A_F^T with C = -U_BB A_B M. By Woodbury's identity M of the block before
+        # is M - d C^T C. Errors e reach later columns through T numbers per output feature, the sums
         # of C^T e.
         features, tokens = inputs_KT.shape
         self._inputs_KT, self._through_KT = inputs_KT, torch.empty_like(inputs_KT)

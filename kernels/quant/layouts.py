@@ -27,12 +27,12 @@ _TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles in the layout
 # [..., 1] the zero-point (the weight at q = 8). A stack of experts has one more dimension in front.
 #
 #   triton  qweight int32 [N, K / 8]: word i of a row holds the features 8 i to 8 i + 7, the even ones in its lower half
-#           and the odd ones in its upper half: feature 8 i + 2 p + h in bits 16 h + 4 p to 16 h + 4 p + 3.
+#           and the odd ones in its upper half. Feature 8 i + 2 p + h has the bits 16 h + 4 p to 16 h + 4 p + 3.
 #           scale_zero float16 or bfloat16 [N, K / G, 2].
 #   plain   qweight uint8 [N, K / 2]: feature 2 c in the low, 2 c + 1 in the high nibble of byte c.
 #           scale_zero float32 [N, K / G, 2].
-#   native  for the C++ kernels, which round activations to 8 bits. N' = N rounded up to a multiple of 16:
-#           qweight uint8 [N' / 16, K / G, G / 8, 64]: byte 4 n + j of a line of 64 holds, for output feature n of its
+#   native  for the C++ kernels, which round activations to 8 bits. N' = N rounded up to a multiple of 16.
+#           qweight uint8 [N' / 16, K / G, G / 8, 64]. Byte 4 n + j of a line of 64 holds, for output feature n of its
 #           16, the line's input feature j in the low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G,
 #           16, 2].
 #   12bit   and the others of `LOSSLESS` have no grid: qweight and scale_zero are units and side, or qweight and scale,
@@ -119,7 +119,7 @@ def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[i
 
 
 def linear_by_dequantizing(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias in plain torch, for layouts without a kernel of their own."""
+    """Return x W^T + bias in plain torch, for layouts without their own kernel."""
     return F.linear(x, packed.dequantize(x.dtype), bias)
 
 

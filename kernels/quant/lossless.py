@@ -1,8 +1,8 @@
-"""Lossless layouts: bfloat16 weights in 12 bits, and weights of 8-bit integers or floats with float32 scales.
+"""Lossless layouts: 12-bit packed bfloat16 weights, and weights of 8-bit integers or floats with float32 scales.
 
-Not handled: in 12 bits other dtypes (float16 would save one bit), and packing without a C++ compiler; in 8 bits other
-kinds of float8, zero-points, scales of other groups, scales whose largest integer is far below 127, and values rounded
-twice, such as to float16 and then to bfloat16.
+Not handled: in 12 bits other dtypes (float16 would save one bit), and packing without a C++ compiler. Not handled in 8
+bits: other kinds of float8, zero-points, scales of other groups, scales whose largest integer is far below 127, and
+values rounded twice, such as to float16 and then to bfloat16.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ LAYOUT_8BIT = "8bit"
 #           features: numbers of upper bytes of the first two output features (low and high nibble), of the other two,
 #           and the lower bytes of each. Byte 16 l + j of a line is input feature 8 l + j, or 24 + 8 l + j for j >= 8,
 #           so that vectors of any length interleave them to the weights in order.
-#   side    int32: the 16 upper bytes by ascending magnitude [4]; the number of each four's first patch [N' / 4 + 1];
-#           patches [P, 2], ascending: 4 k + n for input feature k and output feature n of the four, and the weight's
-#           bits. The units have number 0 and lower byte 0 there, a magnitude too small to matter in a sum that adds the
-#           rest.
+#   side    int32: the 16 upper bytes by ascending magnitude [4]; the number of each four's first patch [N' / 4 + 1].
+#           Then patches [P, 2], ascending: 4 k + n for input feature k and output feature n of the four, and the
+#           weight's bits. The units have number 0 and lower byte 0 there, a magnitude too small to matter in a sum that
+#           adds the rest.
 UNIT = 64  # input features of a unit
 UNIT_BYTES = 6 * UNIT
 FOUR = 4  # output features of a unit
@@ -59,7 +59,7 @@ _ROWS, _ROUNDS, _MEASURED_BYTES = (1, 4, 8), 3, 3 << 25
 _MOST_MEASURED = 1 << 23  # weights of a matrix
 
 # 8 bits: qweight int8 or float8_e4m3fn [N, K] and scale float32 [N, 1], or for integers [N, K / 32]. They come from
-# torchao's weight-only tensors, and from floats loaded from quantized files (GGUF's Q8_0, compressed-tensors): each
+# torchao's weight-only tensors, and from floats loaded from quantized files (GGUF's Q8_0, compressed-tensors). Each
 # value is an 8-bit number times the scale of its row, or of its 128, 64 or 32 neighbours, rounded to the weight's
 # dtype. The numbers are recovered exactly, and the scales so that every value rounds to the weight's.
 GROUP_8BIT = 32

@@ -29,10 +29,10 @@ class DecodeAttentionSpec(CacheSpec):
 
     # Heads of a group are the rows of a `tl.dot`, padded to 16, so keys and values are read once for all of them. Each
     # of `splits` programs takes every `splits`-th block of slots, for equal work wherever the slots of the mask lie.
-    # The last program to finish, by a counter, combines the sums, maxima and denominators: bits do not depend on the
-    # order (online softmax: Milakov and Gimelshein 2018; split keys: Flash-Decoding, Dao et al. 2023; last block:
-    # CUDA's sample threadFenceReduction). Keys and values of masked slots are never read; a masked block costs its
-    # mask.
+    # The last program to finish, by a counter, combines the sums, maxima and denominators, so bits do not depend on the
+    # order. Sources: online softmax (Milakov and Gimelshein 2018), split keys (Flash-Decoding, Dao et al. 2023), the
+    # last block (CUDA's sample threadFenceReduction). Keys and values of masked slots are never read; a masked block
+    # costs its mask.
     #
     # With `fill`, every program computes its heads of q from q|k|v, which is cheap compared with the cache. The program
     # whose blocks hold the new slot writes its key and value and attends to them in registers, so none waits for

@@ -97,7 +97,7 @@ def attend(
         counter: int32 or int64, one element: the first slot to write, to which T is added afterwards; or None. Mutated.
         mask, scale, softcap: as in `decode_attention`; the mask covers the new slots too. With `several`
             ``[B or 1, 1, T, S]``.
-        several: whether positions are a dimension of their own. A position's bits do not depend on the others, up to
+        several: whether positions are a separate dimension. A position's bits do not depend on the others, up to
             `MAX_EXACT_ROWS` positions of all sequences.
         causal: with `several`, position t attends to slots 0 to t, without a mask.
 

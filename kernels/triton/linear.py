@@ -1,8 +1,8 @@
 """Specs and tiles of the linear kernels, y = epilogue(norm(x) W^T), with 4-bit, 16-bit or lossless 12-bit weights.
 
 Legend: M rows, N output features, K input features, G group size, all of one weight of a gated pair.
-Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", groups of 32 in the form
-"groups", and new tiles for shapes far from all of a table (`tools.kernels.search` finds one).
+Not handled: float16 activations of several rows with weights beyond float16 in the form "dot", and groups of 32 in the
+form "groups". Tiles for shapes far from all of a table need `tools.kernels.search`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from river_compile.kernels.checks import check_choice, check_positive
 from river_compile.kernels.files import cache_folder
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.quant.lossless import BLOCK, FOUR, UNIT, UNIT_BYTES
 from river_compile.kernels.triton.spec import (
     ACTIVATION_DTYPES,
@@ -450,7 +451,8 @@ def _read(path: Path, _modified: int) -> Table:
             for device, forms in devices.items()
         }
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        warnings.warn(f"the tuning file {path} cannot be read and is ignored: {error}", stacklevel=3)
+        message = f"Cannot read the tuning file {path}: {error}. Default tiles are used. Delete or repair the file"
+        warnings.warn(with_id("RC084", message), stacklevel=3)
         return {}
 
 

@@ -2,7 +2,7 @@
 
 CUDA (and ROCm) tensors run compiled kernels, CPU tensors the same kernels in Triton's interpreter, for tests; both work
 in one process, whatever TRITON_INTERPRET is. Triton is imported only here, on the first load.
-Not handled: concurrent interpreted launches. They take turns, since the interpreter patches `triton.language`.
+Not handled: concurrent interpreted launches. They alternate, since the interpreter patches `triton.language`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels.files import atomic_write, cached_file
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.triton.spec import DEFAULT_DEVICE, DTYPES, KernelSpec, Stage, render
 
 _MAX_LAUNCHES = 4096  # prompts of all lengths must not fill the memory
@@ -39,7 +40,7 @@ def source_file(spec: KernelSpec) -> Path:
         with contextlib.suppress(FileNotFoundError):  # another process may delete it at any time
             if path.read_bytes() == source.encode():
                 return True
-            warnings.warn(f"the generated kernel {path} was damaged and is rebuilt", stacklevel=4)
+            warnings.warn(with_id("RC103", f"The generated kernel {path} was damaged and is rebuilt"), stacklevel=4)
         return False
 
     def make(path: Path) -> None:
@@ -206,7 +207,7 @@ def _options(stage: Stage) -> dict[str, int]:
 
 
 def _import(path: Path, mode: str) -> types.ModuleType:
-    # Triton reads the text of a function through `inspect`, which needs a file and a module of its own.
+    # Triton reads the text of a function through `inspect`, which needs a file and a separate module.
     # Python's own import would write bytecode next to the file and trust it after the file has changed.
     module = types.ModuleType(f"river_compile.kernels.generated.{path.stem}_{mode}")
     module.__file__ = str(path)

@@ -29,6 +29,7 @@ from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import begin_kernels, no_compiler
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
@@ -67,15 +68,15 @@ def accelerate(
 
     Only ``generate`` is replaced; its first calls trace the model and quantize its twins. A call that River does not
     support (beams, assisted modes, attention weights as outputs, ...) runs transformers' own code, with one warning for
-    each reason. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and :func:`river_compile.restore`
-    undoes all of it. A second call with other arguments replaces the first.
+    each reason. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and `river_compile.restore` undoes
+    all of it. A second call with other arguments replaces the first. After an error the model is as it was.
 
     Args:
         model: a causal language model of transformers.
         quality: "exact" (default): the twins draft, the model's own weights verify, and the output is the model's.
             "fast": tokens exit early to the 4-bit twins, and the output changes.
         strict: with "exact": raise an error if a verifying pass might not be bit-identical to one without drafts.
-        calibration: an exit rule of :func:`river_compile.tune_exit` or the file it was saved to; implies "fast".
+        calibration: an exit rule of `river_compile.tune_exit` or the file it was saved to; implies "fast".
         calibration_data: texts like yours, or tensors of token ids ``[T]`` or ``[B, T]``, to quantize the twins with
             ("gptq" and "awq"). None: the package's texts, or text that the model samples if its folder has no
             tokenizer.
@@ -90,19 +91,18 @@ def accelerate(
         The same model.
 
     Raises:
-        OptionError: (a ``ValueError``) an unknown or bad argument, one that does not go with the quality, or a model
-            that Dynamo cannot trace.
+        OptionError: (a ``ValueError``) an unknown or bad argument, one that does not go with the quality, a file
+            that holds no exit rule, or a model that Dynamo cannot trace.
         TwinsError: (a ``ValueError``) there are no saved twins. (Those of another model raise at the first token.)
-        ValueError: the exit rule's file cannot be read.
-        After an error the model is as it was before the call.
     """
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise OptionError(
-            f"accelerate takes a transformers model that generates, not a {type(model).__name__}{_unwrap_hint(model)}"
+            f"accelerate requires a transformers model that generates, got {type(model).__name__}{_unwrap_hint(model)}",
+            id="RC006",
         )
     why_not = untraceable(model)
     if why_not:
-        raise OptionError(f"this {type(model).__name__} cannot be accelerated: {why_not}")
+        raise OptionError(f"Cannot accelerate this {type(model).__name__}: {why_not}", id="RC006")
     chosen = _quality(quality, strict, calibration)
     compile_cache = FLAG("compile_cache", compile_cache, OptionError)
     background_packing = FLAG("background_packing", background_packing, OptionError)
@@ -117,7 +117,7 @@ def accelerate(
         if not os.path.exists(folder / FILE):
             TwinFile(folder)  # raises the error that says what is wrong
     if tokenizer is not None and calibration_data is None:
-        raise OptionError("tokenizer= is for the texts of calibration_data=; give both or none")
+        raise OptionError("tokenizer= requires calibration_data=. Give both or none", id="RC003")
     if calibration_data is not None:
         collect_statistics(model, calibration_data, tokenizer)
     record, call = record_of(model.parameters()), OwnCall(river, backend_options)
@@ -126,8 +126,11 @@ def accelerate(
     # The model changes last, so any error above leaves it as it was.
     if has_generate_of_its_own(model):
         warnings.warn(
-            f"this {type(model).__name__} came with a generate of its own (custom_generate of its folder), which stays "
-            "in use: accelerate changes nothing. Delete model.generate to accelerate it",
+            with_id(
+                "RC023",
+                f"accelerate changes nothing: this {type(model).__name__} has its own generate (custom_generate of its "
+                "folder), which stays in use. Delete model.generate to accelerate the model",
+            ),
             RiverWarning,
             stacklevel=2,
         )
@@ -169,10 +172,10 @@ def _built(
 def _unwrap_hint(model: object) -> str:
     """Return how to get at the model in a wrapper, for a message."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        return "; give it the model before torch.compile(model) wraps it"
+        return ". Pass the model before torch.compile(model) wraps it"
     if hasattr(model, "get_base_model"):
-        return "; give it model.get_base_model()"
-    return "; give it pipeline.model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
+        return ". Pass model.get_base_model()"
+    return ". Pass pipeline.model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
 
 
 def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str:
@@ -183,10 +186,11 @@ def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str
     chosen: str = _QUALITY("quality", quality, OptionError) or (EXACT if calibration is None else FAST)
     if chosen == EXACT and calibration is not None:
         raise OptionError(
-            "calibration= says which tokens exit, and with quality='exact' none does; leave one of them out"
+            "calibration= requires quality='fast', got 'exact'. Remove one of the two",
+            id="RC003",
         )
     if FLAG("strict", strict, OptionError) and chosen == FAST:
-        raise OptionError("strict=True requires quality='exact', got 'fast'; leave one of them out")
+        raise OptionError("strict=True requires quality='exact', got 'fast'. Remove one of the two", id="RC003")
     return chosen
 
 
@@ -195,15 +199,15 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
     for name in _RULE:
         if options.get(name) is not None:
             raise OptionError(
-                f"{name}={short_repr(options[name])} says which tokens exit, and with quality='exact' none does; "
-                "leave it out, or use quality='fast'"
+                f"{name}={short_repr(options[name])} requires quality='fast', got 'exact'. Remove it or change quality",
+                id="RC003",
             )
     drafting = {name: value for name, value in options.items() if name in vars(exact)}
     backend = {name: value for name, value in options.items() if name not in drafting}
     try:  # before the options below are added, which no error is to name
         check_paths(cast(RiverConfig, SimpleNamespace(**{**vars(RiverConfig()), **backend})))
     except ExactModeError as error:
-        raise OptionError(str(error)) from None
+        raise OptionError(error.text, id=error.id) from None
     return exact.with_options(strict=strict, **drafting), backend | _FULL_DEPTH
 
 
@@ -211,8 +215,8 @@ def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[
     """Return the backend's options, with those of an exit rule."""
     for name in filter(vars(exact).__contains__, options):
         raise OptionError(
-            f"{name}={short_repr(options[name])} is about drafts, and with quality='fast' there are none; leave it "
-            "out, or use quality='exact'"
+            f"{name}={short_repr(options[name])} requires quality='exact', got 'fast'. Remove it or change quality",
+            id="RC003",
         )
     if calibration is None:
         return {**options}
@@ -220,7 +224,7 @@ def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[
         calibration = ExitRule.load(PATH("calibration", calibration, OptionError))
     given = next((name for name in options if name in calibration.options), None)
     if given is not None:
-        raise OptionError(f"{given}={short_repr(options[given])} is what the calibration says; leave it out")
+        raise OptionError(f"{given}={short_repr(options[given])} is set by calibration=. Remove {given}", id="RC003")
     return {**calibration.options, **options}
 
 
@@ -237,8 +241,10 @@ def from_pretrained(
 
     Args:
         name: a model folder, or the name of a hub repository.
-        quality, strict, calibration: as for :func:`river_compile.accelerate`.
-        twins: a folder of :func:`river_compile.save_twins` or ``river quantize``; None: the first token quantizes.
+        quality: as for `river_compile.accelerate`.
+        strict: as for `river_compile.accelerate`.
+        calibration: as for `river_compile.accelerate`.
+        twins: a folder of `river_compile.save_twins` or ``river quantize``; None: the first token quantizes.
         kwargs: River's other arguments and options, and arguments of ``from_pretrained`` of transformers; ``dtype`` is
             the checkpoint's by default.
 
@@ -252,8 +258,9 @@ def from_pretrained(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
     except ImportError as error:
         raise OptionError(
-            f'{name} needs a package that is not installed ({error}). pip install ".[gguf]" in the clone brings those '
-            'for GGUF files, ".[accelerate]" that for device_map='
+            f'Cannot load {name}: a package is missing ({error}). In the clone, run pip install ".[gguf]" for GGUF '
+            'files, or pip install ".[accelerate]" for device_map=',
+            id="RC005",
         ) from error
     return accelerate(model, quality, strict=strict, calibration=calibration, twins=twins, **options)
 

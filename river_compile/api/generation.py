@@ -19,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder
-from river_compile.errors import ExactModeError, RiverWarning
+from river_compile.errors import ExactModeError, RiverError, RiverWarning
+from river_compile.kernels.messages import with_id
 from river_compile.model_record import record_of
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
@@ -110,11 +111,12 @@ def has_generate_of_its_own(model: nn.Module) -> bool:
     return _GENERATE in vars(model) and not is_patched(model)
 
 
-def _count_fallback(model: PreTrainedModel, refusal: Exception, by_backend: bool = False) -> None:
+def _count_fallback(model: PreTrainedModel, refusal: RiverError, by_backend: bool = False) -> None:
     """Count a call that runs transformers' loop; warn once for each reason, unless the backend has already."""
     record = record_of(model.parameters())
-    reason = str(refusal).partition("; ")[0]  # the fix is for callers of exact mode by name
+    reason = refusal.text.partition(". ")[0]  # its first sentence
     record.fallbacks[reason] += 1
     told = by_backend and any(graph.refusal for graph in record.graphs)
     if record.fallbacks[reason] == 1 and not told:
-        warnings.warn(f"{type(model).__name__}.generate runs plainly here: {reason}", RiverWarning, stacklevel=3)
+        message = f"{type(model).__name__}.generate runs without River's drafts or exits: {refusal.text}"
+        warnings.warn(with_id("RC064", message), RiverWarning, stacklevel=3)

@@ -76,15 +76,17 @@ def _current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
     made = record.packed if record else []
     if not made:
         raise TwinsError(
-            f"cannot save to {folder}: this model has no twins. Call river_compile.accelerate(model) first, or "
-            'generate a token with model.compile(backend="river")'
+            f"Cannot save to {folder}: this model has no twins. Call river_compile.accelerate(model) first, or "
+            'generate a token with model.compile(backend="river")',
+            id="RC045",
         )
     made = [twin for twin in made if is_in(model, twin)] or made  # without those of removed adapters
     stale = next((twin.name for twin in made if not twin.is_current), None)
     if stale is not None:
         raise TwinsError(
-            f"cannot save to {folder}: the weights of {stale} changed after they were quantized; call "
-            "river_compile.requantize(model) and generate a token first"
+            f"Cannot save to {folder}: the weights of {stale} changed after they were quantized. Call "
+            "river_compile.requantize(model) and generate a token first",
+            id="RC045",
         )
     return made
 
@@ -134,14 +136,15 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
     """
     folder = Path(PATH("folder", folder, TwinsError))
     if format not in FORMATS:
-        raise OptionError(f"format={format!r} is unknown; use {FORMATS[0]!r}")
+        raise OptionError(f"format={format!r} is not allowed; use {FORMATS[0]!r}")
     if ranks_of(unwrap(model).parameters()).several:
         raise TwinsError(
-            f"cannot export to {folder}: each rank holds a part of the twins. Load the model without "
-            "distributed_config= to export it"
+            f"Cannot export to {folder}: each rank holds a part of the twins. Load the model without "
+            "distributed_config= to export it",
+            id="RC046",
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TwinsError(f"cannot export to {folder}: it exists and is not an empty folder; name another")
+        raise TwinsError(f"Cannot export to {folder}: it exists and is not an empty folder. Name another", id="RC044")
     plain: Any = unwrap(model)
     with _symmetric_twins(plain, folder) as twins:
         _check(twins, folder)
@@ -159,7 +162,7 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
             config["quantization_config"] = _quantization(group_size, left)
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise TwinsError(f"cannot export to {folder}: {error}") from error
+        raise TwinsError(f"Cannot export to {folder}: {error}. Name a writable folder", id="RC044") from error
     return folder
 
 
@@ -201,12 +204,12 @@ def _check(twins: Sequence[TwinWeight], folder: Path) -> None:
     for twin in twins:
         if twin.matmul.experts or twin.matmul.transposed:
             kind = "a stack of experts" if twin.matmul.experts else "transposed"
-            why = f"{twin.name} is {kind}, and the format holds linears only"
+            why = f"{twin.name} is {kind}, and the format holds linear layers only. Use river_compile.save_twins"
         elif twin.group_size != twins[0].group_size:
             sizes = sorted({twin.group_size for twin in twins})
-            why = f"groups of {sizes[0]} and {sizes[-1]} weights in one model; use group_size={sizes[0]}"
+            why = f"groups of {sizes[0]} and {sizes[-1]} weights in one model. Use group_size={sizes[0]}"
         if why:
-            raise TwinsError(f"cannot export to {folder}: {why}")
+            raise TwinsError(f"Cannot export to {folder}: {why}", id="RC046")
 
 
 def _linears(twin: TwinWeight) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -223,7 +226,8 @@ def _tensors(name: str, grid: QuantizedWeight, dtype: torch.dtype, folder: Path)
     scale = grid.scale.to(dtype)
     if not torch.equal(scale.float(), grid.scale):
         raise TwinsError(
-            f"cannot export to {folder}: {dtype} does not hold the scales of {name}; load the model in bfloat16"
+            f"Cannot export to {folder}: {dtype} does not hold the scales of {name}. Load the model in bfloat16",
+            id="RC046",
         )
     return {
         f"{name}.weight_packed": (grid.q[:, 0::2] | grid.q[:, 1::2] << 4).contiguous().view(torch.int32),

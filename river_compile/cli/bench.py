@@ -41,16 +41,18 @@ def bench(
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions of each test.")] = 5,
     output: Annotated[str, typer.Option("--output", "-o", help="Format: md, json, jsonl or csv.")] = "md",
     rows: Annotated[list[str] | None, typer.Option("--row", help="Measure only this row; may be repeated.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Exit rule of `river tune`, for the row calibrated.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Exit rule written by `river tune`, for the row `calibrated`.")
+    ] = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Same as `-o json`.")] = False,
 ) -> None:
-    """Measure tokens per second: `pp512` reads a prompt, `tg128` generates after a text's beginning.
+    """Measure tokens per second: `pp512` processes a prompt of 512 tokens, `tg128` generates 128 tokens.
 
-    Rows run one after another in one process. Twins are quantized once, into a temporary folder (TMPDIR); a tuned exit
-    rule has its own. Decode speed excludes the first token. Exact and strict depend on the text: prose and code that
-    come with the package.
+    Rows run one after another in one process. Twins are quantized once, into a temporary folder (`TMPDIR`). The row
+    `calibrated` takes the options of its twins from its exit rule. Decode speed excludes the first token. The speed of
+    exact and strict depends on the text, which is prose and code from the package.
     """
     import torch
 

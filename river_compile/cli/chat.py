@@ -23,7 +23,7 @@ def chat(
     strict: Strict = False,
     calibration: Calibration = None,
     twins: Twins = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Ask this, then exit; may be repeated.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Answer this message, then exit; may be repeated.")] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum new tokens per answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="Sampling temperature (0: greedy).")] = 0.0,

@@ -1,6 +1,6 @@
 """The short commands: ``river doctor``, ``check``, ``quantize``, ``tune`` and ``cache``.
 
-No import at the top loads torch, so `river --help` is there at once.
+No import at the top loads torch, so `river --help` answers immediately.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Finding:
 
 
 def doctor(
-    self_test: Annotated[bool, typer.Option(help="Accelerate a tiny model and compare its output.")] = True,
+    self_test: Annotated[bool, typer.Option(help="Accelerate a tiny random model and compare its output.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Check versions, compiler, processor, GPU and caches, and run a self-test.
@@ -96,20 +96,22 @@ def compiler() -> Finding:
         command = working_compiler().command
     except CannotBuild as error:
         if has_prebuilt():
-            return Finding("compiler", WARN, f"the kernels came compiled, and models need no more than these: {error}")
+            return Finding(
+                "compiler", WARN, f"River's kernels are precompiled. Operators outside of them run one by one: {error}"
+            )
         return Finding("compiler", BAD, str(error))
     return Finding("compiler", OK, shutil.which(command) or command)
 
 
 def processor() -> Finding:
-    """Names the processor, and the instruction set of the C++ kernels with those that can be forced."""
+    """Name the processor, the instruction set of the C++ kernels, and the sets that can be forced."""
     from river_compile.kernels.native.build import choose_isa, supported_isas
     from river_compile.kernels.native.machine import processor_name
 
     chosen, others = choose_isa(), ", ".join(isa.name for isa in supported_isas())
     text = f"{processor_name()}, {os.cpu_count()} cores: kernels for {chosen.name} (RIVER_COMPILE_ISA: {others})"
     if chosen.name == "portable":
-        return Finding("processor", WARN, f"{text}; the C++ kernels have no vectors for it, so the river is slow")
+        return Finding("processor", WARN, f"{text}; they use no vector instructions of this processor and are slow")
     return Finding("processor", OK, text)
 
 
@@ -239,10 +241,14 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
 
 def quantize(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder, or one that this wrote.")],
-    quantizer: Annotated[str, typer.Option(help="gptq, awq, hqq or rtn. Ignored with compressed-tensors.")] = "gptq",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write: new, empty, or written by `river quantize`.")
+    ],
+    quantizer: Annotated[
+        str, typer.Option(help="Method: gptq, awq, hqq or rtn (not for compressed-tensors).")
+    ] = "gptq",
     format: Annotated[
-        str, typer.Option(help="river, or compressed-tensors: a 4-bit model for transformers and vLLM.")
+        str, typer.Option(help="Format: river, or compressed-tensors (a 4-bit model for transformers and vLLM).")
     ] = "river",
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
@@ -281,13 +287,17 @@ def _quantize_page(console: Console, result: dict[str, Any]) -> None:
 
 def tune(
     model: Model,
-    kl: Annotated[float | None, typer.Option(help="Budget: mean KL from full depth, nats per token.")] = None,
-    agreement: Annotated[float | None, typer.Option(help="Or: least share of tokens equal to full depth's.")] = None,
+    kl: Annotated[
+        float | None, typer.Option(help="Budget: largest mean KL from full depth, in nats per token.")
+    ] = None,
+    agreement: Annotated[
+        float | None, typer.Option(help="Budget: smallest share of tokens equal to full depth's.")
+    ] = None,
     texts: Texts = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the exit rule as JSON.")] = None,
-    criterion: Annotated[str, typer.Option(help="similarity or confidence.")] = "confidence",
-    tokens: Annotated[int, typer.Option(help="Tokens measured in each text.")] = 8,
-    context: Annotated[int, typer.Option(help="Tokens of each text that run as its prompt.")] = 16,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the exit rule to.")] = None,
+    criterion: Annotated[str, typer.Option(help="Exit criterion: similarity or confidence.")] = "confidence",
+    tokens: Annotated[int, typer.Option(help="Tokens to measure per text.")] = 8,
+    context: Annotated[int, typer.Option(help="Prompt tokens per text.")] = 16,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -317,7 +327,7 @@ def cache(
 ) -> None:
     """List the compile cache: twins and compiled programs of earlier runs, by model.
 
-    A running process keeps the files that it has mapped.
+    Running processes keep the files that they have mapped.
     """
     from river_compile.compile_cache import folder
 

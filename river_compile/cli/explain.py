@@ -25,13 +25,13 @@ def explain(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("river.html"),
     prompt: Annotated[str, typer.Option(help="Prompt of the sample text.")] = PROMPT,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of the sample text.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Number of tokens of the sample text.")] = 64,
     threshold: Annotated[float, typer.Option(help="Similarity above which tokens exit.")] = 0.7,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write one self-contained HTML file: plan, blocks and twins, the passes' changes, and where tokens exited."""
+    """Write one self-contained HTML page: graphs, twins, the changes of each pass, and the exit depth of each token."""
     import jinja2
 
     from river_compile.cli.shared import start

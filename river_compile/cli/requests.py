@@ -77,7 +77,7 @@ async def answer_error(_: object, error: Exception) -> JSONResponse:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks beside transformers' settings."""
+    """What a request asks besides transformers' settings."""
 
     seed: int | None = None
     stops: tuple[str, ...] = ()  # strings that end the text, and are left out of it

@@ -1,4 +1,4 @@
-"""``river serve MODEL``: an OpenAI-compatible server that answers several clients at once.
+"""``river serve MODEL``: an OpenAI-compatible server that answers several clients at the same time.
 
 The server itself is :mod:`river_compile.cli.serving`. Not handled: several models, or one that clients choose.
 """
@@ -31,8 +31,8 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that generate at the same time.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; later ones get 429.")] = 32,
+    max_num_seqs: Annotated[int, typer.Option(help="Maximum number of requests that generate at the same time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; later ones get status 429.")] = 32,
     quality: Quality = None,
     strict: Strict = False,
     calibration: Calibration = None,
@@ -41,9 +41,9 @@ def serve(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model to OpenAI clients until interrupted; SIGTERM lets running answers end.
+    """Serve a model over the OpenAI API until interrupted.
 
-    `--json` prints the address once it listens.
+    SIGTERM stops new requests and lets running answers end. `--json` prints the address when the server listens.
     """
     from river_compile.cli.shared import config_of, quiet, resolve
 
@@ -73,7 +73,7 @@ def serve(
 
 def _stop(server: Any, *_: object) -> None:
     """Take no more requests, and end the server's thread when the running ones have ended."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process immediately
     server.server.should_exit = True
 
 
@@ -99,5 +99,8 @@ def make_server(
     try:
         from river_compile.cli import serving
     except ImportError as error:
-        raise ValueError(f'serving needs more packages ({error}). In the clone, run: pip install ".[serve]"') from None
+        from river_compile.errors import OptionError
+
+        fix = 'In the clone, run pip install ".[serve]"'
+        raise OptionError(f"river serve requires more packages ({error}). {fix}", id="RC005") from None
     return serving.start(folder, host, port, dtype, device, max_num_seqs, queue, acceleration)

@@ -159,8 +159,8 @@ def resolve(name: str | Path) -> str:
         return str(folder)
     if not _HUB_NAME.fullmatch(str(name)) or folder.exists():
         raise ValueError(
-            f"model={str(name)!r} is neither a folder with a config.json nor a name on the hub (owner/name); call "
-            "`river chat FOLDER`; in a clone, `make demo` or `python -m tools.demo_models smollm2` fetches a small "
+            f"model={str(name)!r} is neither a folder with a config.json nor a name on the hub (owner/name). Pass "
+            "a model folder. In a clone, `make demo` or `python -m tools.demo_models smollm2` fetches a small "
             "model and prints its folder"
         )
     return str(name)

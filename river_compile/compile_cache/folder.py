@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from river_compile.errors import RiverWarning
 from river_compile.kernels.files import atomic_write, cache_folder
+from river_compile.kernels.messages import with_id
 
 log = logging.getLogger("river_compile.compile_cache")
 _HASH = 64  # hexadecimal digits
@@ -46,9 +47,8 @@ def is_trusted(path: Path) -> bool:
         _warned.add(str(path))
         why = f"others may write to it (mode {mode:04o})" if own else f"it belongs to another user ({found.st_uid})"
         fix = f"Run chmod -R go-w {compile_cache_folder()}, or set" if own else "Set"
-        warnings.warn(
-            f"{path} is ignored: {why}. {fix} RIVER_COMPILE_HOME to a folder of your own.", RiverWarning, stacklevel=4
-        )
+        message = f"The compile cache ignores {path}: {why}. {fix} RIVER_COMPILE_HOME to a folder of your own"
+        warnings.warn(with_id("RC102", message), RiverWarning, stacklevel=4)
     return False
 
 
@@ -91,7 +91,8 @@ class Entry:
 
     def remove_damaged(self, name: str, why: object) -> None:
         """Remove a file that cannot be used, with a warning."""
-        warnings.warn(f"{self.folder / name} is damaged and is rebuilt: {why}", RiverWarning, stacklevel=3)
+        message = f"The cached file {self.folder / name} is damaged and is rebuilt: {why}"
+        warnings.warn(with_id("RC103", message), RiverWarning, stacklevel=3)
         try:
             (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
@@ -129,14 +130,17 @@ class Entry:
             log.debug("%s cannot be marked as used", self.folder)
 
 
-def warn_not_writable(error: Exception) -> None:
+def warn_not_writable(error: object) -> None:
     """Warn, once in a process, about a compile cache that cannot be written."""
     folder = str(compile_cache_folder())
     if folder not in _warned:
         _warned.add(folder)
         warnings.warn(
-            f"the compile cache {folder} cannot be written ({error}), so the next process builds this model again. Set "
-            "RIVER_COMPILE_HOME to a folder that can be written, or RIVER_COMPILE_CACHE_DIR=0.",
+            with_id(
+                "RC104",
+                f"Cannot write the compile cache {folder} ({error}), so the next process builds this model again. Set "
+                "RIVER_COMPILE_HOME to a writable folder, or RIVER_COMPILE_CACHE_DIR=0",
+            ),
             RiverWarning,
             stacklevel=4,
         )

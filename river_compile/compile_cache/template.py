@@ -1,6 +1,6 @@
 """Traces a few layers in place of all: the first and the last of each kind, from which the others are stamped.
 
-Not handled (a Refusal): layers that are mostly of a kind of their own, and calls that do more than run one graph.
+Not handled (a Refusal): models whose layers mostly differ from each other, and calls that do more than run one graph.
 """
 
 from __future__ import annotations

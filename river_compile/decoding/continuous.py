@@ -26,7 +26,7 @@ from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder, Texts
-from river_compile.errors import OptionError
+from river_compile.errors import BatchError, OptionError
 from river_compile.kernels.checks import integer
 from river_compile.model_record import find_record
 
@@ -34,7 +34,9 @@ log = logging.getLogger("river_compile.continuous")
 
 _PIECE = 128  # prompt tokens between two cycles
 _RECENT = 1000  # calls in `first_token_seconds`
-_MOST = 4096  # rows of a batch: each has a KV cache of its own
+_CLOSED = "This ContinuousBatch was closed. Create another one"
+_ENDED = "The thread of this ContinuousBatch has ended. The log says why. Create another one"
+_MOST = 4096  # rows of a batch: each has its own KV cache
 _limit = integer(1, most=_MOST)
 
 
@@ -57,7 +59,7 @@ class BatchCounters:
 
 @dataclass(eq=False)
 class _Submitted:
-    """A submitted callable, which a thread of its own runs."""
+    """A submitted callable, which a separate thread runs."""
 
     generator: torch.Generator  # of its calls' random numbers
     since: float = field(default_factory=time.perf_counter)
@@ -95,7 +97,7 @@ class ContinuousBatch:
         OptionError: (a ``ValueError``) `max_num_seqs` is out of range, the model is not accelerated, or it has a batch.
     """
 
-    # A submitted callable runs in a thread of its own. Its generate call ends in `join`, which waits for the result.
+    # A submitted callable runs in a separate thread. Its generate call ends in `join`, which waits for the result.
     # One thread runs the rows: between two cycles, it runs a piece of one prompt on a cache of one row, which joins
     # as the last row. Each call keeps its own processors, criteria, streamer and random numbers, so its output is that
     # of a call alone, and an error in its code ends that call alone.
@@ -110,11 +112,12 @@ class ContinuousBatch:
         record = find_record(model)
         if record is None or record.call is None:
             raise OptionError(
-                f"ContinuousBatch takes an accelerated model, and this {type(model).__name__} is not; call "
-                "river_compile.accelerate(model) first"
+                f"ContinuousBatch requires an accelerated model, and this {type(model).__name__} is not. Call "
+                "river_compile.accelerate(model) first",
+                id="RC006",
             )
         if record.batch is not None:
-            raise OptionError("this model has a ContinuousBatch already; close it first")
+            raise OptionError("This model has a ContinuousBatch already. Close that one first", id="RC003")
         self._model, self._record = model, record
         self._changed = threading.Condition()
         self._waiting: deque[_Row] = deque()
@@ -142,7 +145,7 @@ class ContinuousBatch:
         self._thread.start()
 
     def submit(self, function: Callable[[], Any], seed: int | None = None) -> Future[Any]:
-        """Run a function that calls the model's generate, in a thread of its own; return immediately.
+        """Run a function that calls the model's generate, in a separate thread; return immediately.
 
         Args:
             function: may call generate any number of times, and return anything.
@@ -153,7 +156,7 @@ class ContinuousBatch:
             A future of the function's result or exception.
 
         Raises:
-            RuntimeError: the batch was closed, or its thread has died.
+            BatchError: (a ``RuntimeError``) the batch was closed, or its thread has ended.
         """
         submitted = _Submitted(self._generator(seed))
         with self._changed:
@@ -189,7 +192,7 @@ class ContinuousBatch:
 
     def _check_open(self) -> None:
         if self._closed or self._dead is not None:
-            raise RuntimeError("this ContinuousBatch was closed" if self._closed else "its thread has died")
+            raise BatchError(_CLOSED if self._closed else _ENDED)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's generate as a row of the batch, and wait for it."""
@@ -208,7 +211,7 @@ class ContinuousBatch:
                     self._calls += 1
 
     def cancel(self, future: Future[Any]) -> None:
-        """Cancel a submitted function: its generate call ends after the current cycle; one that runs alone goes on."""
+        """Cancel a submitted function: its generate call ends after the current cycle, unless it runs alone."""
         future.cancel()
         with self._changed:
             submitted = self._submitted.get(future)
@@ -263,7 +266,7 @@ class ContinuousBatch:
     def join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Generate a call's text as a row of the batch; None if it has to run alone."""
         if threading.current_thread() is self._thread:
-            raise RuntimeError("a processor, criterion or streamer of a batch cannot call the model's generate")
+            raise BatchError("A processor, criterion or streamer of a ContinuousBatch cannot call the model's generate")
         mine: _Submitted | None = getattr(self._mine, "submitted", None)
         if mine is not None and mine.cancelled:
             raise CancelledError("the call was cancelled")
@@ -497,7 +500,7 @@ def _run(batch_ref: weakref.ref[ContinuousBatch], changed: threading.Condition) 
             if batch._turn():
                 batch._cycle()
             elif batch._closed:
-                batch._end_all(RuntimeError("this ContinuousBatch was closed"))
+                batch._end_all(BatchError(_CLOSED))
                 return
         except BaseException as error:
             log.exception("the thread of a ContinuousBatch has died")

@@ -62,7 +62,7 @@ class MovedInputs:
         return inputs is self._inputs
 
     def _own(self, inputs: Inputs, slot: int) -> None:
-        """Use a pass's inputs, in tensors of their own, from here on."""
+        """Use a pass's inputs, in separate tensors, from here on."""
         masks = dict(masks_of(inputs))
         self._inputs, self._positions = inputs, inputs.get("position_ids")
         self._first = self._slot = slot

@@ -148,7 +148,7 @@ class Decode:
     """Greedy decoding and sampling with transformers' processors, stopping criteria and streamers."""
 
     __signature__ = KeepsTokenizer()
-    refusal: ClassVar[type[Exception]] = DecodeError
+    refusal: ClassVar[type[DecodeError | ExactModeError]] = DecodeError
     depth: ClassVar[int | None] = None  # of decode steps; None: by the exit policy
     per_call: ClassVar[tuple[str, ...]] = ()  # options that ``generate`` takes too
 
@@ -227,26 +227,26 @@ class Decode:
         """Return an unsupported request and its fix, or an empty string."""
         mode = config.get_generation_mode()
         if assistant_model is not None:
-            return f"assistant_model={type(assistant_model).__name__} is not available here; leave it out"
+            return f"assistant_model={type(assistant_model).__name__} is not available. Remove it"
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not self.copies(config):
-            return f"these options ask for {mode.value}; leave out num_beams and prompt_lookup_num_tokens"
+            return f"{mode.value} is not available. Remove num_beams and prompt_lookup_num_tokens"
         if model.config.is_encoder_decoder:
-            return f"{type(model).__name__} is an encoder-decoder model; leave out custom_generate"
+            return f"{type(model).__name__} is an encoder-decoder model. Use a decoder-only model"
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(config, name) and config.return_dict_in_generate:
-                return f"{name}=True is not available; output_scores and output_logits are"
+                return f"{name}=True is not available. Remove it, or use output_scores or output_logits"
         if synced_gpus:
-            return "synced_gpus=True is not available: processes would run other numbers of passes"
+            return "synced_gpus=True is not available, since processes run different numbers of passes. Remove it"
         if model.config.get_text_config(decoder=True)._attn_implementation == "flex_attention":
             # Its masks read a static cache's length when attention runs, which is after the pass has advanced it.
-            return "attn_implementation='flex_attention' needs a cache that grows ('sdpa' does not)"
+            return "attn_implementation='flex_attention' requires a cache that grows. Use attn_implementation='sdpa'"
         if cache_of(model_kwargs) is None:
-            return "use_cache=False leaves out the KV cache; leave out use_cache=False"
+            return "use_cache=False is not available, since decoding needs the KV cache. Remove it"
         given = callers_cache()
         if given is not None:
-            return f"the call brings a {type(given).__name__}, and this loop has a cache of its own; leave it out"
+            return f"past_key_values={type(given).__name__} is not available: River has its own KV cache. Remove it"
         if config.cache_implementation not in (None, "static"):
-            return f"cache_implementation={config.cache_implementation!r} is not available; leave it out"
+            return f"cache_implementation={config.cache_implementation!r} is not available. Remove it, or use 'static'"
         return _other_rows(rows, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
@@ -288,7 +288,7 @@ class ExactMode(Decode):
     prompt_lookup_num_tokens: int | None = None
     strict: bool = False
     __signature__ = KeepsTokenizer()
-    refusal: ClassVar[type[Exception]] = ExactModeError
+    refusal: ClassVar[type[DecodeError | ExactModeError]] = ExactModeError
     depth: ClassVar[int | None] = WHOLE
     per_call: ClassVar[tuple[str, ...]] = ("strict",)
 
@@ -321,8 +321,8 @@ class ExactMode(Decode):
     ) -> str:
         if model._is_stateful:
             return (
-                f"exact mode takes drafted tokens back, which the recurrent state of {type(model).__name__} cannot; "
-                "leave out custom_generate: exits and twins work"
+                f"Exact mode removes rejected tokens, which the recurrent state of {type(model).__name__} does not "
+                "support. Use quality='fast', whose output changes"
             )
         return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
@@ -353,5 +353,5 @@ def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:
     for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
         given = model_kwargs.get(name)
         if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:
-            return f"input_ids have {rows} rows, and {name} {given.shape[-2]}; give one for each text"
+            return f"input_ids have {rows} rows, and {name} has {given.shape[-2]}. Give one for each text"
     return ""

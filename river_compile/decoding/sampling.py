@@ -210,7 +210,7 @@ class SuffixAutomaton:
             link = self._link[link]
 
     def _split(self, state: int, token: int, after: int) -> int:
-        """Move the endings of a state that also occur elsewhere to a state of their own."""
+        """Move the endings of a state that also occur elsewhere to a separate state."""
         shorter = self._state(self._length[state] + 1, dict(self._next[after]), self._link[after], self._latest[after])
         self._link[after] = shorter
         while state >= 0 and self._next[state].get(token) == after:

@@ -164,7 +164,7 @@ class Session:
         """Let one row draft, or raise an ExactModeError with the reason why it cannot."""
         graph = self._graph
         if graph is None:
-            raise ExactModeError(f"exact mode needs a model that the river backend can rewrite: {self.record.why_not}")
+            raise ExactModeError(f"Exact mode requires a model that backend='river' can rewrite: {self.record.why_not}")
         check_paths(graph.config)
         if max_draft is None:
             max_draft = _LONGEST if graph.config.offload is None else LONGEST_OFFLOADED
@@ -175,15 +175,15 @@ class Session:
         given = inputs["input_ids"].shape[1]
         if given != 1:  # CPM-Ant, where every position attends to all others, later ones too
             raise ExactModeError(
-                "exact mode verifies several new tokens in one pass, and "
-                f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens in place of 1); leave "
-                "out custom_generate"
+                "Exact mode verifies several new tokens in one pass, and "
+                f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens instead of 1). Use "
+                "quality='fast', whose output changes"
             )
         if not self.kv.is_full:
             kinds = {type(layer).__name__ for layer in self.kv.cache.layers}
             raise ExactModeError(
-                "exact mode rewinds the KV cache after every draft, and layers of this one cannot be rewound "
-                f"({', '.join(sorted(kinds))}); it works with attention layers"
+                "Exact mode removes rejected tokens from the KV cache, which some layers of this one do not support "
+                f"({', '.join(sorted(kinds))}). Use quality='fast', whose output changes"
             )
         self.widths, self._strict = widths, strict
         self._vocabulary = logits_B1V.shape[-1]
@@ -199,7 +199,9 @@ class Session:
         assert program is not None, "the prompt ran in it"
         reason = program.width_matters
         if reason:
-            raise ExactModeError(f"strict=True cannot be kept for this {type(self.model).__name__}: {reason}")
+            raise ExactModeError(
+                f"Cannot guarantee strict=True for this {type(self.model).__name__}: {reason}", id="RC063"
+            )
         dtype = self.model.dtype
         most = {width: few_rows(dtype, width) if program.native else MAX_EXACT_ROWS for width in widths}
         return tuple(width for width in widths if width <= most[width])
@@ -309,7 +311,7 @@ class Session:
         ids_BS: Tensor,
         width: int = 1,
         depth: int | None = None,  # blocks to execute; None: the session's
-        vocab: DraftVocab | None = None,  # restricts the logits of the river's head
+        vocab: DraftVocab | None = None,  # restricts the logits of the twins' head
         last_token: bool = False,  # whether only the last token's logits are read, and others may be missing
     ) -> Tensor:
         """Run the last `width` ids and return their logits ``[B, width, V]``. Raises a CacheFullError."""
@@ -440,18 +442,21 @@ def check_paths(config: RiverConfig) -> None:
     """Raise an ExactModeError if a model was compiled without all twins or the whole backbone."""
     if config.prefill != "backbone":
         raise ExactModeError(
-            f"prefill={config.prefill!r} lets prompts leave the backbone, so nothing could verify the drafts; compile "
-            'the model with prefill="backbone"'
+            f"prefill={config.prefill!r} is not available in exact mode, since prompts that exit cannot verify drafts. "
+            "Use prefill='backbone'",
+            id="RC062",
         )
     if config.exit_depth is not None:
         raise ExactModeError(
-            f"exit_depth={config.exit_depth} leaves only one path in the compiled model; exact mode needs the whole "
-            "river and the whole backbone: compile it without exit_depth"
+            f"Exact mode requires all layers and all twins, and exit_depth={config.exit_depth} compiles one path only. "
+            "Remove exit_depth",
+            id="RC062",
         )
     if config.offload is not None and config.offload_policy == "exit":
         raise ExactModeError(
-            f"offload={config.offload} with offload_policy='exit' makes every token leave by that depth; exact mode "
-            "verifies with the whole backbone: compile the model with offload_policy='fetch'"
+            f"Exact mode verifies at full depth, and offload={config.offload} with offload_policy='exit' lets no token "
+            "go that far. Use offload_policy='fetch'",
+            id="RC062",
         )
 
 

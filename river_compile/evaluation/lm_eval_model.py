@@ -57,13 +57,14 @@ class RiverLM(HFLM):
         self._river = {name: arguments.pop(name) for name in sorted(names & arguments.keys())}
         super().__init__(pretrained, **arguments)
         if self.backend != "causal":
-            raise OptionError(f"backend={self.backend!r} is not available with lm-eval's model river; use hf")
+            raise OptionError(f"backend={self.backend!r} is not available with lm-eval's model river. Use --model hf")
         self._quality = quality or ("exact" if calibration is None else "fast")
         if quality != PLAIN:
             accelerate(self.model, quality, calibration=calibration, background_packing=False, **self._river)
         elif self._river:
             raise OptionError(
-                f"{next(iter(self._river))}= is an option of River, and quality='plain' runs without it; leave one out"
+                f"{next(iter(self._river))}= requires River, and quality='plain' runs without it. Remove one of them",
+                id="RC003",
             )
         self._decoder: tuple[int, TextDecoder] | None = None
 

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from river_compile.backend import river
 from river_compile.decoding.session import Session
+from river_compile.errors import UnsupportedGraphError
 from river_compile.exits import Criterion, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
 from river_compile.model_record import record_of
@@ -118,8 +119,9 @@ class Meter:
                     seconds.append(time.perf_counter() - start)
         steps = [step for step in seen.tokens if step.thread == threading.get_ident()]
         if len(steps) != len(seconds):
-            raise RuntimeError(
-                f"{len(steps)} of {len(seconds)} steps ran through River; river_compile.report(model) says why"
+            raise UnsupportedGraphError(
+                f"Only {len(steps)} of {len(seconds)} steps ran through River. river_compile.report(model) says why",
+                id="RC026",
             )
         for step, spent in zip(steps, self._ranks.agree(seconds), strict=True):
             self._seconds[step.depth].append(spent)
@@ -223,7 +225,7 @@ class TextDecoder:
     @torch.inference_mode()
     def logits(self, ids_1S: Tensor, first: int) -> Tensor:
         """Return the logits ``[S - first, V]`` after each token from number `first` on, by decode steps."""
-        # A prompt has two tokens at least: one would go on with the sequence before it.
+        # A prompt has two tokens at least: one would continue with the sequence before it.
         prompt = min(max(first, 2), ids_1S.shape[1])
         found = [self.prompt(ids_1S[:, :prompt])[first:]]
         found += [self.step(ids_1S[:, : i + 1])[None] for i in range(prompt, ids_1S.shape[1])]

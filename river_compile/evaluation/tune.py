@@ -75,7 +75,8 @@ def tune_exit(
             `tokens` tokens are skipped.
         budget: ``{"kl": 0.05}``: largest mean KL from full depth, in nats per token; or ``{"agreement": 0.98}``: least
             share of tokens whose most likely successor is full depth's.
-        kl, agreement: the same, shorter: one of the two in place of `budget`.
+        kl: short for ``budget={"kl": kl}``.
+        agreement: short for ``budget={"agreement": agreement}``.
         criterion: exit criterion, "similarity" or "confidence".
         confidence: probability, over the draw of the texts, that the budget holds.
         options: of the backend, but those that are tuned.
@@ -141,15 +142,16 @@ def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, obj
         raise OptionError(f"options={given!r} is not allowed; it must be a dict of the backend's options")
     for name in ("exit_depth", "threshold", "first_exit"):
         if name in given:
-            raise OptionError(f"{name}={given[name]!r} is tuned here; leave it out of options=")
+            raise OptionError(f"{name}={given[name]!r} is set by tune_exit. Remove it from options=", id="RC003")
     if "criterion" in given:
-        raise OptionError(f"give criterion={given['criterion']!r} to tune_exit itself, not in options=")
+        raise OptionError(f"Pass criterion={given['criterion']!r} to tune_exit itself, not in options=", id="RC003")
     base = {**given, "criterion": criterion}
     config = RiverConfig.from_options({**base, "first_exit": 1})
     if config.deepest is not None:
         raise OptionError(
-            f"offload={config.offload} with offload_policy='exit' lets no token run at full depth, which "
-            "tuning compares with; use offload_policy='fetch', or leave offload out until it is done"
+            f"tune_exit compares with full depth, and offload={config.offload} with offload_policy='exit' lets no "
+            "token go that far. Use offload_policy='fetch', or remove offload",
+            id="RC003",
         )
     return base, config
 
@@ -213,7 +215,9 @@ class Budget:
         short = {name: value for name, value in (("kl", kl), ("agreement", agreement)) if value is not None}
         if (budget is not None) + len(short) != 1:
             given = short if budget is None else {"budget": budget, **short}
-            raise OptionError(f"one budget is needed, such as kl=0.05 or agreement=0.98; given: {given or 'none'}")
+            raise OptionError(
+                f"tune_exit requires one budget, got {given or 'none'}. Give kl=0.05 or agreement=0.98, for example"
+            )
         budget = short if budget is None else budget
         if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) <= _ASKED.keys():
             raise OptionError(f'budget={budget!r} is not allowed; give {{"kl": 0.05}} or {{"agreement": 0.98}}')
@@ -232,8 +236,8 @@ class Budget:
         if count < needed:
             raise BudgetError(
                 f"{self.metric}={self.asked} with confidence {self.confidence:.0%} takes at least {needed} texts to "
-                f"test, even without any error, and a quarter of that to choose candidates; {count} are left for the "
-                "test. Give more texts that are long enough, a lower confidence, or an easier budget"
+                f"test, and a quarter of that to choose candidates. Only {count} are left. Give more texts "
+                "that are long enough, a lower confidence, or an easier budget"
             )
 
     @property

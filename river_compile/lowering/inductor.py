@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels import portable
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native_kernels
 from river_compile.kernels.native.build import CannotBuild, has_prebuilt, working_compiler
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, PLAIN_LAYOUT
@@ -75,8 +76,9 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
     compiler = "eager" if config.kernels == "eager" else "inductor"
     if flex and device.type == "cpu" and compiler != "eager":
         warn_once(
+            "RC083",
             "attn_implementation='flex_attention' is not fully supported by Inductor on a CPU, so this model runs "
-            "operator by operator. Load it with attn_implementation='sdpa', which the CPU kernels compute."
+            "operator by operator. Load it with attn_implementation='sdpa', which River's C++ kernels support",
         )
         return Lowering("eager", PLAIN_LAYOUT, fuse=False)
     on_gpu = device.type == "cuda"
@@ -84,10 +86,11 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
         return Lowering(compiler, PLAIN_LAYOUT, fuse=False)
     if device.type not in ("cpu", "cuda"):
         raise OptionError(
-            f"there are no 4-bit kernels for a model on {device}. Move it to a CPU or a GPU, or use quantizer='none'."
+            f"River has no 4-bit kernels for a model on {device}. Move it to a CPU or a GPU, or use quantizer='none'",
+            id="RC004",
         )
     if config.kernels == "native" and on_gpu:
-        raise OptionError("kernels='native' has no kernel for a model on a GPU. Use kernels='auto'.")
+        raise OptionError("kernels='native' has no kernel for a model on a GPU. Use kernels='auto'", id="RC004")
     if config.kernels == "native" or (config.kernels == "auto" and not on_gpu):
         native_kernels.load()
         return Lowering("inductor", NATIVE_LAYOUT, fuse=True)
@@ -95,8 +98,9 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
         return Lowering(compiler, PLAIN_LAYOUT, fuse=False)
     if importlib.util.find_spec("triton") is None:
         raise OptionError(
-            f"kernels={config.kernels!r} needs Triton here, which is not installed. Run pip install triton, or move "
-            "the model to a CPU and use kernels='auto'."
+            f"kernels={config.kernels!r} requires Triton here, which is not installed. Run pip install triton, or move "
+            "the model to a CPU and use kernels='auto'",
+            id="RC005",
         )
     return Lowering(compiler, TRITON_LAYOUT, fuse=config.kernels in ("auto", "triton"))
 
@@ -125,19 +129,21 @@ def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: b
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
     if lowering.layout == PLAIN_LAYOUT and lowering.compiler == "inductor":
         warn_once(
+            "RC083",
             "kernels='inductor' on a CPU computes 4-bit matmuls in plain torch, which is correct and slow. Use "
-            "kernels='auto' except for tests."
+            "kernels='auto' except for tests",
         )
     elif lowering.layout == TRITON_LAYOUT and device.type == "cpu":
         warn_once(
+            "RC083",
             "kernels='triton' on a CPU runs the generated kernels in Triton's interpreter. Results are a GPU's up to "
-            "rounding and take thousands of times longer. Use kernels='auto' except for tests."
+            "rounding and take thousands of times longer. Use kernels='auto' except for tests",
         )
 
 
 @functools.cache
-def warn_once(message: str) -> None:
-    warnings.warn(message, RiverWarning, stacklevel=4)
+def warn_once(id: str, text: str) -> None:
+    warnings.warn(with_id(id, text), RiverWarning, stacklevel=4)
 
 
 def inductor_settings(mode: str | None, whole: bool = True) -> dict[str, object]:
@@ -153,7 +159,7 @@ def lower_segment(segment: Segment, lowering: Lowering) -> Code:
     module = native_graph(segment) if lowering.native else None
     runs_by: Literal["native", "operators", "inductor"] = "native"
     if module is None:
-        # A prologue has so few operators that compiling them takes longer, and operator by operator a token gets the
+        # An embedding stage has too few operators to be worth compiling, and operator by operator a token gets the
         # same bits in passes of every width.
         by_operator = lowering.compiler == "eager" or (lowering.native and segment.kind == "prologue")
         module, runs_by = lower_ops(segment.graph, lowering.native), "operators" if by_operator else "inductor"
@@ -255,7 +261,7 @@ def _lacks_compiler() -> bool:
     try:
         working_compiler()
     except CannotBuild as error:
-        warn_once(f"operators that the compiled kernels do not cover run one by one: {error}")
+        warn_once("RC101", f"Operators outside of the C++ kernels run one by one, so they are slower. {error}")
         return True
     return False
 
@@ -268,7 +274,7 @@ def _fake_mode(examples: Sequence[Any]) -> FakeTensorMode:
 
 
 class ProgramExamples(dict[int, Any]):
-    """Fake tensors and numbers for a program's slots, made on first use in a ShapeEnv of their own."""
+    """Fake tensors and numbers for a program's slots, made on first use in a separate ShapeEnv."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()

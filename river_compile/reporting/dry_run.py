@@ -42,8 +42,8 @@ def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
 def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     """Trace prompt and decode step of a model on the meta device; part of the result of ``river check``.
 
-    "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported; "bytes" the
-    weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
+    "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported. "bytes" has
+    the weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
     """
     parameters = sum(p.numel() for p in model.parameters())
     layers = layers_of(model)
@@ -55,7 +55,7 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
         programs = _trace(with_layers(model, layers.path, chosen), model.config)
     if not programs or any(isinstance(p, Refusal) or p.plan.num_blocks != len(repeats) for p in programs):
         whole = _trace(model, model.config)  # its code needs all layers, or its blocks are not its layers
-        # Of two refusals the first one says more: Dynamo goes on with what the first trace left.
+        # Of two refusals the first one says more: Dynamo continues with what the first trace left.
         programs = programs if programs and _refused(programs) and _refused(whole) else whole
         repeats = [1] * max((p.plan.num_blocks for p in programs if isinstance(p, RiverProgram)), default=0)
     prefill, decode = programs

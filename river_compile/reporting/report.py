@@ -35,7 +35,7 @@ _BAR = 32
 
 @dataclass(frozen=True)
 class Report:
-    """What River did with a model: ``print`` it, or take `to_dict`; see :func:`report`."""
+    """What River did with a model: ``print`` it, or take `to_dict`; `report` makes it."""
 
     model: str
     record: ModelRecord
@@ -130,7 +130,7 @@ def report(model: nn.Module, estimate_loss: bool = False) -> Report:
     Args:
         model: an accelerated or compiled model, or the wrapper that ``torch.compile`` returned.
         estimate_loss: whether to measure the KL divergence that the twins cause together, if it is not known yet. It
-            runs the model on text of its own: seconds for 100 million parameters, minutes for 8 billion.
+            runs the model on text that it samples: seconds for 100 million parameters, minutes for 8 billion.
 
     Raises:
         OptionError: (a ``ValueError``) the argument is not a module.

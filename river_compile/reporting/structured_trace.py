@@ -35,7 +35,7 @@ def trace_program(kind: str, program: RiverProgram) -> None:
 
 
 def plan_text(program: RiverProgram) -> str:
-    """Describe the decoder's blocks with their KV caches, its segments, and the weights in 16 bits."""
+    """Describe the decoder's blocks with their KV caches, its segments, and the 16-bit weights."""
     plan = program.plan
     lines = [
         f"{plan.num_blocks} blocks, batch {plan.batch}, {plan.query_length} tokens per row",

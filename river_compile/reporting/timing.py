@@ -16,6 +16,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from river_compile.errors import OptionError
 from river_compile.model_record import find_record
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
@@ -46,7 +47,7 @@ class Generation:
 def decode_rate(times: tuple[float, ...] | list[float]) -> float:
     """Return tokens per second between the first and the last of at least two times, in seconds."""
     if len(times) < 2:
-        raise ValueError(f"a decode rate needs at least 2 tokens, there are {len(times)}; generate more")
+        raise OptionError(f"A decode rate requires at least 2 tokens, got {len(times)}. Generate more")
     return (len(times) - 1) / (times[-1] - times[0])
 
 

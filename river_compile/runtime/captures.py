@@ -298,8 +298,9 @@ def check_captures(device: torch.device, config: RiverConfig, native: bool) -> N
     """Raise an OptionError if captures are requested on a device without them."""
     if config.graphs is True and not native and device.type != "cuda" and _stand_in(True, device) is None:
         raise OptionError(
-            f"graphs=True needs a model on a GPU or kernels='native', and this one lies on {device}; move it "
-            "there, or leave graphs out"
+            f"graphs=True requires a model on a GPU or kernels='native', got a model on {device}. Move the model, or "
+            "remove graphs",
+            id="RC004",
         )
 
 

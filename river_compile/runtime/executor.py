@@ -185,8 +185,8 @@ class RiverExecutor:
                 filled = int(length)
         if filled + new > size:
             raise CacheFullError(
-                f"the static KV cache holds {size} tokens; {filled} are filled and this step adds {new}. Make it "
-                f"larger (max_cache_len or max_new_tokens, at least {filled + new}) or use a dynamic cache"
+                f"The static KV cache holds {size} tokens, {filled} are filled, and this step adds {new}. Set "
+                f"max_cache_len or max_new_tokens to {filled + new} or more, or use a dynamic cache"
             )
         return filled + new
 

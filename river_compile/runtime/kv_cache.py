@@ -26,8 +26,8 @@ from river_compile.upstream.transformers import allocate, full_static_cache
 LEAST_PREFIX = 17
 _AHEAD = 512  # new tokens that a new cache has slots for
 _STEP = 256  # slots are a multiple of this, so that prompts of similar lengths fit into the same cache
-# Bytes of all saved texts: about twenty conversations of 1,000 tokens with SmolLM2 (23 kB a token), four with a model
-# of 8B parameters (131 kB), and less than a tenth of the memory of a machine that runs it.
+# Bytes of all saved texts. They hold about twenty conversations of 1,000 tokens with SmolLM2 (23 kB a token), or four
+# with a model of 8B parameters (131 kB). That is less than a tenth of the memory of a machine that runs it.
 _SAVED = 512 * 2**20
 
 

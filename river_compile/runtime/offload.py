@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
+from river_compile.kernels.messages import with_id
 from river_compile.lowering.native import Callee
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, Program, SegmentSpec
@@ -51,9 +52,9 @@ class OffloadedWeights:
         self._stored: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
         self.store = WeightStore()
-        # For the report, empty while nothing is offloaded: `blocks` (first and last, from 1), `policy`, `where`, and in
-        # bytes `weights` (parameters and packed twins), those `moved` and `resident`, those `kept` of offloaded blocks,
-        # `brought_in` since they moved, and the peak memory `peak_before` and `peak_after` they moved.
+        # For the report, empty while nothing is offloaded: `blocks` (first and last, from 1), `policy`, `where`.
+        # In bytes: `weights` (parameters and packed twins), those `moved` and `resident`, those `kept` of offloaded
+        # blocks, `brought_in` since they moved, and the peak memory `peak_before` and `peak_after` they moved.
         self.stats: dict[str, Any] = {}
 
     def find(self, weight: Tensor) -> Stored | None:
@@ -71,7 +72,8 @@ class OffloadedWeights:
         if quantized is not None:
             raise OptionError(
                 f"offload={config.offload} is not available for weights of type {type(value_of(quantized)).__name__}, "
-                f"such as {input_name(quantized)}. Leave offload out, or load the model unquantized."
+                f"such as {input_name(quantized)}. Remove offload, or load the model unquantized",
+                id="RC004",
             )
         self.store = make_store(config, plan)
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
@@ -90,7 +92,7 @@ class OffloadedWeights:
             first = {"peak_before": self.store.peak(), "peak_after": 0, "brought_in": 0}
             self._put([weight for weight in away if self.find(weight) is None])
             moved, everything = _bytes(away), _bytes(weights) + packed_bytes
-            self.stats = first | self.stats  # stats of another graph of the same model go on
+            self.stats = first | self.stats  # stats of another graph of the same model continue
             self.stats |= {"blocks": [resident + 1, program.num_blocks], "policy": config.offload_policy}
             self.stats |= {"where": self.store.where, "moved": moved, "kept": _bytes(kept), "weights": everything}
             self.stats["resident"] = everything - moved
@@ -266,7 +268,8 @@ class MappedFiles(WeightStore):
                 pass
         except OSError as error:
             raise OptionError(
-                f"offload_dir={str(self._folder)!r} takes no files ({error.strerror}). Name a folder on a disk."
+                f"Cannot write to offload_dir={str(self._folder)!r} ({error.strerror}). Name a folder on a disk",
+                id="RC080",
             ) from error
         self.where = f"memory-mapped files in {self._folder}"
 
@@ -276,12 +279,13 @@ class MappedFiles(WeightStore):
             raise self._no_room(nbytes, free)
         if file_system(self._folder) in _TMPFS:
             why = f"offload_dir={str(self._folder)!r} is in memory (tmpfs), so offloading saves nothing"
-            warnings.warn(f"{why}. Name a folder on a disk.", RiverWarning, stacklevel=2)
+            warnings.warn(with_id("RC081", f"{why}. Name a folder on a disk"), RiverWarning, stacklevel=2)
 
     def _no_room(self, nbytes: int, free: int) -> OptionError:
         return OptionError(
             f"offload_dir={str(self._folder)!r} has {free / 1e6:.1f} MB free, and the weights take "
-            f"{nbytes / 1e6:.1f} MB. Make room, or name another folder."
+            f"{nbytes / 1e6:.1f} MB. Make room, or name another folder",
+            id="RC080",
         )
 
     def put(self, tensor: Tensor) -> Stored:
@@ -335,8 +339,9 @@ class PinnedMemory(WeightStore):
             host = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)  # torch rounds up to a power of two
         except RuntimeError as error:
             raise OptionError(
-                f"offload= cannot allocate {tensor.nbytes / 1e6:.1f} MB of pinned host memory "
-                f"({str(error).splitlines()[0]}). Offload fewer blocks."
+                f"Cannot allocate {tensor.nbytes / 1e6:.1f} MB of pinned host memory for offload= "
+                f"({str(error).splitlines()[0]}). Offload fewer blocks",
+                id="RC080",
             ) from error
         values = host.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
         array = {"shape": host.shape, "typestr": "|u1", "data": (host.data_ptr(), False), "strides": None, "version": 3}
@@ -344,7 +349,9 @@ class PinnedMemory(WeightStore):
         seen = torch.as_tensor(pointer, device=self._device)
         if seen.data_ptr() != host.data_ptr():
             raise OptionError(
-                f"offload= needs a device that can address pinned host memory, and {self._device} cannot. Leave it out."
+                f"offload= requires a device that can address pinned host memory, and {self._device} cannot. Remove "
+                "offload",
+                id="RC080",
             )
         return Stored(seen.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()), values)
 

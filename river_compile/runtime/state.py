@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from river_compile.exits import ExitPolicy, SequenceState, SequenceStates, thresholds_of
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import (
@@ -153,7 +154,7 @@ class StepState:
         copy_into((self.slots[i], args[i]) for i in numbers)
 
     def restrict_logits(self, blocks: Tensor | None) -> None:
-        """Restrict the river's head to the logits of these vocabulary blocks; None: all."""
+        """Restrict the twins' head to the logits of these vocabulary blocks; None: all."""
         # The other logits are `river_compile.kernels.ops.MASKED_LOGIT`. A head without a list computes all.
         everything = self.compiled.all_logits
         if everything is None or blocks is self._blocks:
@@ -266,7 +267,7 @@ class StepState:
             replay, size = device.capture(unit, self.slots, self.flags, self._buffer)
         except CaptureFailed as error:
             compiled.log.uncaptured_units[unit.name] = str(error)
-            log.warning("%s runs uncaptured: %s", unit.name, error)
+            log.warning("%s", with_id("RC082", f"{unit.name} runs without a capture, so it is slower: {error}"))
             return None
         before, _ = compiled.program.keys
         rows = 0 if before is None else self.slots[before].shape[0]

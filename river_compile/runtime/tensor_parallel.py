@@ -108,7 +108,9 @@ class Ranks:
         values = self.gather(value)
         if any(other != values[0] for other in values):
             each = ", ".join(f"rank {i}: {other}" for i, other in enumerate(values))
-            raise RankError(f"the {self.size} ranks of this model disagree about {what}: {each}")
+            raise RankError(
+                f"The {self.size} ranks of this model disagree about {what}: {each}. Give every rank the same arguments"
+            )
 
     def raise_if_lost(self, error: object) -> None:
         """Raise a RankError for an error of torch that means a rank is gone or an exchange timed out."""
@@ -117,8 +119,9 @@ class Ranks:
         if isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST):
             reason = str(error).strip().partition("\n")[0]
             raise RankError(
-                f"{self.name}: another rank of this model ended, raised an error or did not come to an exchange in "
-                f"time. Its own message says why; this rank cannot go on: {reason}"
+                f"{self.name} cannot continue: another rank of this model ended, failed or missed an exchange. "
+                f"Its own message says why. Here torch said: {reason}",
+                id="RC121",
             ) from error
 
     @contextmanager
@@ -136,7 +139,8 @@ class Ranks:
         if others:
             raise TwinsError(
                 f"{whole} holds the twins of a model on {others[0]} ranks, and this one runs on {self.size}. Start "
-                f"{others[0]} processes, or save its twins to another folder without twins=."
+                f"{others[0]} processes, or save its twins to another folder without twins=",
+                id="RC047",
             )
         return whole / self.name if self.several else whole
 
@@ -164,7 +168,8 @@ def ranks_of(tensors: Iterable[object]) -> Ranks:
     if mesh.ndim > 1:
         raise OptionError(
             f"this model is spread over a mesh of {tuple(mesh.shape)} devices {mesh.mesh_dim_names}; backend 'river' "
-            "supports tensor parallelism only. Use DistributedConfig(tp_size=...) without other sizes."
+            "supports tensor parallelism only. Use DistributedConfig(tp_size=...) without other sizes",
+            id="RC122",
         )
     group = mesh.get_group()
     return Ranks(dist.get_rank(group), mesh.size(), group, mesh.device_type)
@@ -173,18 +178,18 @@ def ranks_of(tensors: Iterable[object]) -> Ranks:
 def check_supported(ranks: Ranks, config: RiverConfig, mode: str | None, traced: fx.Graph) -> None:
     """Raise an OptionError for options and embeddings that do not work on several ranks."""
     for problem in (*_unsupported_options(config, mode), *_unsupported_embeddings(traced.nodes)):
-        raise OptionError(f"{problem} This model is spread over {ranks.size} ranks.")
+        raise OptionError(f"{problem} This model is spread over {ranks.size} ranks", id="RC122")
 
 
 def _unsupported_options(config: RiverConfig, mode: str | None) -> Iterator[str]:
     if config.offload is not None:
         yield (
             f"offload={config.offload} is not available under tensor parallelism, where each rank holds a share of "
-            "every block. Leave it out, or use more ranks."
+            "every block. Remove it, or use more ranks."
         )
     if config.graphs or mode in ("reduce-overhead", "max-autotune"):
         asked = f"graphs={config.graphs!r}" if config.graphs else f"mode={mode!r}"
-        yield f"{asked} is not available under {NOT_CAPTURED}. Leave it out."
+        yield f"{asked} is not available under {NOT_CAPTURED}. Remove it."
 
 
 def _unsupported_embeddings(nodes: Iterable[fx.Node]) -> Iterator[str]:

@@ -82,9 +82,9 @@ class Unit:
 class Units:
     """The units of one program, made on demand."""
 
-    #     span a-b   [prologue,] blocks a+1..b, whose last check has a score
-    #     last a-L   [prologue,] blocks a+1..L and the head
-    #     tail d     [prologue,] twins d+1..L and the river's head
+    #     span a-b   [embedding stage,] blocks a+1..b, whose last check has a score
+    #     last a-L   [embedding stage,] blocks a+1..L and the head
+    #     tail d     [embedding stage,] twins d+1..L and the twins' head
 
     def __init__(
         self, program: Program, steps: Mapping[SegmentSpec, Step], obstacle: Callable[[Step], Refusal | None]
@@ -94,7 +94,7 @@ class Units:
         self._made: dict[tuple[SegmentSpec, ...], tuple[Unit, ...]] = {}
 
     def span(self, start: int, end: int) -> tuple[Unit, ...]:
-        """Return the units of blocks start+1..end; the first includes the prologue, the last the head."""
+        """Return the units of blocks start+1..end; the first includes the embedding stage, the last the head."""
         program = self._program
         if start == end:
             return ()

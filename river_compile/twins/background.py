@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 
+from river_compile.kernels.messages import with_id
 from river_compile.progress import stage_reached, stage_shown, stages_told
 
 log = logging.getLogger("river_compile.twins")
@@ -28,7 +29,7 @@ _begun: weakref.WeakSet[Packing] = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
-    """Cancel what goes on after Ctrl-C ended the interpreter's wait for threads: none may be in torch when it exits."""
+    """Cancel what still runs after Ctrl-C ended the wait for threads: none may be in torch when Python exits."""
     for packing in [*_begun]:
         packing.cancel()
         packing.join()
@@ -39,7 +40,7 @@ class _Cancelled(BaseException):
 
 
 class Packing:
-    """Work that goes on in a thread of its own, by stages that have progress."""
+    """Work in a separate thread, by stages that have progress."""
 
     def __init__(self, work: Callable[[], None], finishes_at_exit: bool) -> None:
         """Begin; `finishes_at_exit`: whether the interpreter waits for it, since a later process uses the result."""
@@ -48,7 +49,7 @@ class Packing:
         self._finishes_at_exit = finishes_at_exit
         self._error: Exception | None = None
         self._done = threading.Event()
-        self._next: list[Callable[[], None]] | None = [work]  # nobody waits for later ones; None: no more is taken
+        self._next: list[Callable[[], None]] | None = [work]  # no caller waits for later ones; None: no more is taken
         self._lock = threading.Lock()
         self._cancelled = self._told_of_exit = False
         self._thread = threading.Thread(target=self._run, name="river packing")
@@ -57,12 +58,12 @@ class Packing:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing goes on any more; in a forked process, nothing does."""
+        """Whether all work has ended; in a forked process, it has."""
         return self._done.is_set() or not self._thread.is_alive()
 
     @property
     def idle(self) -> bool:
-        """Whether the work that nobody waits for has ended too."""
+        """Whether the work that no caller waits for has ended too."""
         return not self._thread.is_alive()
 
     def then(self, work: Callable[[], None]) -> bool:
@@ -123,7 +124,8 @@ class Packing:
             pass
         except Exception as error:
             if self._done.is_set():
-                log.warning("later processes read the model's own weights: %s: %s", type(error).__name__, error)
+                why = f"{type(error).__name__}: {error}"
+                log.warning("%s", with_id("RC050", f"Could not pack the 16-bit layers for later processes ({why})"))
             else:
                 self._error = error  # raised where the twins are asked for
 

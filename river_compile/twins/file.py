@@ -27,6 +27,7 @@ from xxhash import xxh3_128
 from river_compile.compile_cache.folder import Entry, evict, is_trusted, warn_not_writable
 from river_compile.errors import RiverWarning, TwinsError
 from river_compile.kernels.files import atomic_write, locked
+from river_compile.kernels.messages import with_id
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
@@ -38,17 +39,19 @@ log = logging.getLogger("river_compile.twins")
 #     <key>.qweight, .scale_zero   as the layout has them (kernels/quant/layouts.py); a stack of experts has a leading
 #                                  dimension more
 #     <key>.input_scale            float32 [K], if its inputs are scaled
-# and as metadata "format", "version", "matrices" (JSON: the fields of `_Saved`; ratios as text, since JSON has no
-# infinity) and "xxh3", the hash of the file with this hash as zeros. Tensors are the bytes that the kernel reads, the
-# same on every machine, so the processes that map them share one copy; other kernels pack them again. Biases come from
-# the model, whose hash covers them.
+#
+# Its metadata are "format", "version", "matrices" and "xxh3", the hash of the file with this hash as zeros. "matrices"
+# is JSON with the fields of `_Saved`, ratios as text, since JSON has no infinity. Tensors are the bytes that the kernel
+# reads, the same on every machine, so the processes that map them share one copy; other kernels pack them again. Biases
+# come from the model, whose hash covers them.
 FORMAT = "river-twins"
 VERSION = 8
 FILE = "twins.safetensors"
 _PACKED = "packed"  # the folder in a cache entry
 _MANIFEST_2 = "river.json"  # the manifest of version 2
 _KINDS = {name: str for name in ("name", "quantizer", "asked", "statistics", "weights_hash")}
-_NEW = "leave twins= out and save a new one"
+_NEW = "remove twins= and save the twins to a new folder"
+_WHICH = "Set twins= to a folder that river_compile.save_twins wrote"
 _INFINITIES = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # all bits of the exponent
 _DTYPES = {
     torch.float32: "F32",
@@ -118,9 +121,9 @@ def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:
-        raise TwinsError(f"cannot save to {folder!s:.200}: {error}") from error
+        raise _not_written(folder, error) from error
     if taken:
-        raise TwinsError(f"cannot save to {folder}: it exists and is not an empty folder; name another or remove it")
+        raise _not_written(folder, "it exists and is not an empty folder")
     matrices: dict[str, dict[str, object]] = {}
     tensors: dict[str, Tensor] = {}
     for twin in weights:
@@ -146,7 +149,7 @@ def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
             scratch.mkdir()
             write_tensors(scratch / FILE, tensors, metadata)
     except (OSError, ValueError) as error:
-        raise TwinsError(f"cannot save to {folder}: {error}") from error
+        raise _not_written(folder, error) from error
 
 
 def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> None:
@@ -159,7 +162,11 @@ def write_missing(folder: Path, make: Callable[[], Sequence[TwinWeight]]) -> Non
             if not (folder / FILE).exists():
                 write(folder, make())
     except OSError as error:
-        raise TwinsError(f"cannot save to {folder!s:.200}: {error}") from error
+        raise _not_written(folder, error) from error
+
+
+def _not_written(folder: Path, why: object) -> TwinsError:
+    return TwinsError(f"Cannot save to {folder!s:.200}: {why}. Name a new or empty folder that is writable", id="RC044")
 
 
 class TwinFile:
@@ -172,9 +179,9 @@ class TwinFile:
             self._matrices = self._read_matrices()
             self._tensors = map_tensors(self._file)
         except FileNotFoundError as error:
-            raise self._refusal("No such file", "twins= takes a folder of river_compile.save_twins") from error
+            raise self._refusal("RC040", "no such file", _WHICH) from error
         except (OSError, SafetensorError) as error:
-            raise self._refusal(f"it is damaged or cannot be read ({error})") from error
+            raise self._refusal("RC041", f"it is damaged or cannot be read ({error})") from error
         self._check_tensors()
 
     @functools.cached_property
@@ -188,8 +195,9 @@ class TwinFile:
         for matrix in self._matrices:
             if not linears.issuperset(matrix.name.split("|")):
                 raise self._refusal(
+                    "RC042",
                     f"it holds a matrix {matrix.name}, which this model does not have",
-                    f"name the saved twins of this model, or {_NEW}",
+                    f"Name the saved twins of this model, or {_NEW}",
                 )
 
     def find(self, matmul: Matmul, quantizer: str, digest: str) -> tuple[PackedLinear, dict[str, Any]]:
@@ -197,27 +205,30 @@ class TwinFile:
         matrices = [matrix for matrix in self._matrices if matrix.name == matmul.name]
         if not matrices:
             raise self._refusal(
+                "RC042",
                 f"it holds no matrix {matmul.name}",
-                "it is another model's or was saved with an exit_depth that leaves this one out. Leave twins= out "
-                "and save a new one",
+                "It belongs to another model or was saved with an exit_depth that leaves this matrix out. Remove "
+                "twins= and save the twins to a new folder",
             )
         ways = {(matrix.asked, matrix.group_size): matrix for matrix in matrices}
         matrix = ways.get((quantizer, matmul.group_size))
         if matrix is None:
             found = ", ".join(f"quantizer={name!r} group_size={size}" for name, size in sorted(ways))
             raise self._refusal(
-                f"{matmul.name} was made with {found}; the options are quantizer={quantizer!r} "
+                "RC042",
+                f"{matmul.name} was made with {found}, and the options are quantizer={quantizer!r} "
                 f"group_size={matmul.group_size}",
-                f"pass the options it was made with, or {_NEW}",
+                f"Pass the options that it was made with, or {_NEW}",
             )
         if matrix.weights_hash != digest or matrix.shape != matmul.shape:
             raise self._refusal(
+                "RC042",
                 f"{matmul.name} was made from other weights than this model's",
-                f"name the saved twins of this model, or {_NEW}",
+                f"Name the saved twins of this model, or {_NEW}",
             )
         input_scale = self._tensors.get(f"{matrix.key}.input_scale")
         if input_scale is not None and not matmul.scales_inputs:
-            raise self._refusal(f"{matmul.name} has an input_scale that its twin does not apply")
+            raise self._refusal("RC041", f"{matmul.name} has an input_scale that its twin does not apply")
         q, scale_zero = (self._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
         sizes = matrix.group_size, matrix.shape[1], matrix.rows, matrix.experts
         return PackedLinear(matrix.layout, q, scale_zero, *sizes), {
@@ -232,46 +243,47 @@ class TwinFile:
         """Read the header; check format, version and hash in this order."""
         if (self.folder / _MANIFEST_2).exists():
             self._file = self.folder / _MANIFEST_2
-            raise self._refusal(_other_version("2"))
+            raise self._refusal("RC043", _other_version("2"))
         metadata = read_metadata(self._file)
         if metadata.get("format") != FORMAT:
-            raise self._refusal("it holds no saved twins", "twins= takes a folder of river_compile.save_twins")
+            raise self._refusal("RC040", "it holds no saved twins", _WHICH)
         if metadata.get("version") != str(VERSION):
-            raise self._refusal(_other_version(metadata.get("version")))
+            raise self._refusal("RC043", _other_version(metadata.get("version")))
         if not is_whole(self._file, metadata):
-            raise self._refusal("it is damaged (its hash differs from the one it states)")
+            raise self._refusal("RC041", "it is damaged (its hash differs from the one it states)")
         try:
             return [_Saved.from_json(entry) for entry in json.loads(metadata["matrices"])]
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise self._refusal(f"its list of matrices is wrong ({error})") from error
+            raise self._refusal("RC041", f"its list of matrices is wrong ({error})") from error
 
     def _check_tensors(self) -> None:
         """Raise for tensors that do not fit their weights: a kernel would read out of bounds."""
         left = dict(self._tensors)
         twice = [key for key, count in Counter(matrix.key for matrix in self._matrices).items() if count > 1]
         if twice:
-            raise self._refusal(f"{twice[0]} is in its list of matrices twice")
+            raise self._refusal("RC041", f"{twice[0]} is in its list of matrices twice")
         for matrix in self._matrices:
             for part, (shape, dtypes) in matrix.tensors().items():
                 name = f"{matrix.key}.{part}"
                 tensor = left.pop(name, None)
                 if tensor is None and part != "input_scale":
-                    raise self._refusal(f"{name} is missing")
+                    raise self._refusal("RC041", f"{name} is missing")
                 if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
                     raise self._refusal(
+                        "RC041",
                         f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and a matrix of shape {matrix.shape} in "
-                        f"layout {matrix.layout!r} has {dtypes[0]} {shape} there"
+                        f"layout {matrix.layout!r} has {dtypes[0]} {shape} there",
                     )
                 if tensor is not None and part != "qweight" and not _is_finite(tensor):
-                    raise self._refusal(f"{name} holds infinite or NaN values")
+                    raise self._refusal("RC041", f"{name} holds infinite or NaN values")
             side = self._tensors[f"{matrix.key}.scale_zero"]
             if matrix.layout in lossless.LAYOUTS_12BIT and not lossless.has_valid_patches(side, *matrix.shape):
-                raise self._refusal(f"{matrix.key} has patches outside of its matrix")
+                raise self._refusal("RC041", f"{matrix.key} has patches outside of its matrix")
         if left:
-            raise self._refusal(f"{next(iter(left))} belongs to no matrix")
+            raise self._refusal("RC041", f"{next(iter(left))} belongs to no matrix")
 
-    def _refusal(self, why: str, fix: str = "save the twins again") -> TwinsError:
-        return TwinsError(f"{self._file}: {why}; {fix}")
+    def _refusal(self, id: str, why: str, fix: str = "Save the twins again") -> TwinsError:
+        return TwinsError(f"Cannot use {self._file}: {why}. {fix}", id=id)
 
 
 def entry_for(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: str) -> Entry:
@@ -298,7 +310,8 @@ def open_stored(entry: Entry) -> TwinFile | None:
     try:
         found = TwinFile(folder)
     except TwinsError as error:
-        warnings.warn(f"cached weights cannot be used and are quantized again: {error}", RiverWarning, stacklevel=2)
+        message = f"Cached weights cannot be used and are quantized again. {error.text}"
+        warnings.warn(with_id("RC103", message), RiverWarning, stacklevel=2)
         shutil.rmtree(entry.folder, ignore_errors=True)
         return None
     entry.touch()
@@ -321,7 +334,7 @@ def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
                 (folder / FILE).chmod(0o600)
                 entry.describe()
     except (TwinsError, OSError) as error:
-        warn_not_writable(error)
+        warn_not_writable(error.text if isinstance(error, TwinsError) else error)
     evict()
 
 
@@ -336,7 +349,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _other_version(version: str | None) -> str:
-    return f"it has version {version}, this release reads {VERSION}"
+    return f"it has version {version}, and this release reads {VERSION}"
 
 
 def _tensors(key: str, packed: PackedLinear, input_scale: Tensor | None) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 # With this many times more features than tokens, quantizers take the inputs themselves; with fewer, which form is
 # cheaper depends on the weight's rows.
 _FEWER = 4
-_WINDOW = 512  # tokens at once: the logits of a large vocabulary take memory
+_WINDOW = 512  # tokens per forward pass: the logits of a large vocabulary take memory
 
 
 @torch.no_grad()
@@ -84,14 +84,15 @@ def windows_of(data: Iterable[str] | Iterable[Tensor] | None, tokenizer: Tokeniz
     if any(not isinstance(entry, Tensor) for entry in listed):
         if not callable(tokenizer):
             raise OptionError(
-                "calibration_data= of texts needs tokenizer=, which maps a text to its input_ids; give both"
+                "Texts in calibration_data= require tokenizer=, which maps a text to its input_ids. Give both",
+                id="RC007",
             )
         listed = [torch.tensor(tokenizer(text)["input_ids"]) for text in checked_texts(listed)]
     elif tokenizer is not None:
-        raise OptionError("tokenizer= is for texts, and calibration_data= holds token ids; leave it out")
+        raise OptionError("calibration_data= holds token ids, which need no tokenizer. Remove tokenizer", id="RC003")
     windows = [window for ids in map(torch.atleast_2d, listed) if ids.numel() for window in ids.split(_WINDOW, dim=1)]
     if not windows:
-        raise OptionError("calibration_data= has no token; give texts of some thousand tokens in all")
+        raise OptionError("calibration_data= has no token. Give texts of some thousand tokens in all", id="RC007")
     return windows
 
 

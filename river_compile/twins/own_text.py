@@ -44,7 +44,7 @@ LOSS_SEED = 1  # not that of the statistics' text, so that nothing was fitted to
 _LARGE = 0.2  # nats
 _ROWS_AT_ONCE = 16
 _WINDOW, _WINDOWS = 256, 4  # of the package's texts
-_KL_TOKENS = 64  # tokens at once: large vocabularies take memory in float32
+_KL_TOKENS = 64  # tokens per comparison: large vocabularies take memory in float32
 
 
 class Text(NamedTuple):
@@ -133,14 +133,15 @@ class SelfCalibration:
 
 
 def _raise_on_ranks(model: nn.Module, error: Exception) -> None:
-    """Raise if ranks share the model: one that went on with other twins would diverge."""
+    """Raise if ranks share the model: one that continued with other twins would diverge."""
     ranks = ranks_of(model.parameters())
     if not ranks.several:
         return
     ranks.raise_if_lost(error)
     raise OptionError(
-        f"{type(model).__name__} on {ranks.size} ranks cannot sample the text for its twins' statistics "
-        f"({_why(error)}); use river_compile.collect_statistics, or quantizer='hqq'"
+        f"{type(model).__name__} on {ranks.size} ranks cannot sample text for the statistics of its twins "
+        f"({_why(error)}). Call river_compile.collect_statistics, or use quantizer='hqq'",
+        id="RC007",
     ) from error
 
 
@@ -242,7 +243,7 @@ def package_ids(model: nn.Module) -> Tensor | None:
 def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     """Sample token ids ``[rows, tokens]`` from a model, at temperature 1. Raises as the model does."""
     # One batch of rows that begin with a uniformly drawn token, as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888). A
-    # generator of its own makes the text reproducible and leaves the caller's random state alone. Ranks take the first
+    # separate generator makes the text reproducible and leaves the caller's random state alone. Ranks take the first
     # one's draws. The model runs uncompiled, also while Dynamo compiles it.
     network: Any = model
     forward, device = uncompiled_forward(model), next(model.parameters()).device

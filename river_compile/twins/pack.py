@@ -57,12 +57,12 @@ _TOGETHER = 4  # matmuls per thread: those of a block or two, so that no thread 
 _REMEMBERED = 8  # digests kept per matmul of a program
 _LOSS = "loss.json"
 _numbers = itertools.count()  # of files
-_SMALL = 20_000_000  # weights that are packed in a second or two, so at once
+_SMALL = 20_000_000  # weights that are packed in a second or two, so immediately
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Where a model's statistics come from: observed texts, else text of its own."""
+    """Where a model's statistics come from: observed texts, else text that it samples."""
 
     observed: Observation | None = None
     own: SelfCalibration = field(default_factory=SelfCalibration)
@@ -160,7 +160,7 @@ class TwinWeights:
 
     @property
     def packing_share(self) -> float | None:
-        """How much of the present stage is done in the background; None if nothing goes on there."""
+        """How much of the present stage is done in the background; None if nothing runs there."""
         return None if self.packing is None or self.packing.ended else self.packing.share
 
     @property
@@ -262,7 +262,7 @@ class TwinWeights:
     def _begun_or_made(
         self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
     ) -> dict[Matmul, TwinWeight]:
-        """Make weights and write them to an entry, at once or in the background, which returns none."""
+        """Make weights and write them to an entry, immediately or in the background, which returns none."""
         may_wait = may_wait and not job.statistics.ranks.several and sum(map(_size, matmuls)) > _SMALL
         if not may_wait:
             made = self._made(job, matmuls, lossless)
@@ -430,9 +430,9 @@ def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameter
     moments = None if recorded is None else recorded.moments_of(parameters.weights[0])
     if recorded is not None and moments is None and not recorded.own:
         raise OptionError(
-            f"a calibrated quantizer needs statistics of every weight, and no observed text reached "
-            f"{matmul.name}; give other texts as calibration_data= before the first generation, "
-            "name a folder of saved twins (twins=), or use quantizer='hqq'"
+            f"Cannot calibrate {matmul.name}: no token of calibration_data= reached it. Give more texts before the "
+            "first generation, set twins= to saved twins, or use quantizer='hqq'",
+            id="RC007",
         )
     return moments
 
@@ -468,7 +468,7 @@ def _stream_and_make(
 
 
 def _spilled(folder: Path, made: TwinWeight) -> TwinWeight:
-    """Return a weight whose tensors lie in files of a folder, which nobody else sees."""
+    """Return a weight whose tensors lie in files of a folder, which no other process sees."""
 
     def spilled(tensor: Tensor) -> Tensor:
         if not tensor.numel():

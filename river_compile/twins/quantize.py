@@ -45,7 +45,9 @@ def make_weight(
     except ValueError as error:
         names = zip(matmul.name.split("|"), parameters.weights, strict=not matmul.experts)
         name = next((name for name, weight in names if not weight.isfinite().all()), matmul.name)
-        raise UnsupportedGraphError(f"no 4-bit twin can be made of {name}: {error}") from None
+        raise UnsupportedGraphError(
+            f"Cannot make a 4-bit twin of {name}: {error}. Load intact weights, or use quantizer='none'", id="RC022"
+        ) from None
     return pack_weight(matmul, parameters, digest, asked, grid, facts, device)
 
 

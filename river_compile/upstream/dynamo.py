@@ -1,6 +1,6 @@
 """All uses of TorchDynamo and Inductor beyond their public API.
 
-Not handled: code that Dynamo does not see (hooks that it skips, calls that go on in other threads), and commands of
+Not handled: code that Dynamo does not see (hooks that it skips, calls that continue in other threads), and commands of
 Inductor's C++ builder without ``-o``.
 """
 
@@ -100,7 +100,7 @@ class OwnCall:
     """The compiled call of one model, ``(model, **inputs)``, with hooks of modules guarded."""
 
     def __init__(self, backend: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        # With code and globals of its own, its graphs count towards no other model's recompile limit and die with it.
+        # With its own code and globals, its graphs count towards no other model's recompile limit and die with it.
         self.code = _call.__code__.replace(co_name="call_of_one_model")
         own = FunctionType(self.code, {"__builtins__": builtins})
         self._compiled = torch.compile(own, backend=backend, options=dict(options))

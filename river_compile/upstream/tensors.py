@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from river_compile.errors import RiverWarning
+from river_compile.kernels.messages import with_id
 from river_compile.passes.nodes import is_ordinary
 
 # Linux. DONTNEED takes pages out of the process and leaves them in the system's cache; on a private mapping it undoes
@@ -143,7 +144,7 @@ def warn_of_untested() -> None:
     found = ", ".join(untested())
     if found:
         warnings.warn(
-            f"river_compile was not tested with {found}. If something fails, install a tested version first.",
+            with_id("RC024", f"River was not tested with {found}. If something fails, install a tested version first"),
             RiverWarning,
             stacklevel=2,
         )

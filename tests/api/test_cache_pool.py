@@ -59,7 +59,7 @@ def caches_of(model, monkeypatch):
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
-@pytest.mark.parametrize("family", ["llama", "gemma3"])  # full attention; windows of 8 tokens beside it
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # full attention; windows of 8 tokens next to it
 @pytest.mark.slow
 def test_texts_that_outgrow_the_cache_are_plain(family, quality, monkeypatch):
     """Two rows, one of them padded, of which one may fall behind; the second call begins in the long cache."""
@@ -100,11 +100,11 @@ def fast():
 @pytest.mark.parametrize("quality", QUALITIES)
 @pytest.mark.parametrize("options", [{"cache_implementation": "dynamic"}, {"past_key_values": DynamicCache}])
 def test_callers_who_name_or_bring_a_cache_generate_with_it(quality, options, monkeypatch):
-    """Exact mode says so, and runs plainly."""
+    """Exact mode says so, and runs without drafts."""
     model, ids = accelerated(quality=quality), prompt()
     seen = caches_of(model, monkeypatch)
     options = {name: value() if name == "past_key_values" else value for name, value in options.items()}
-    said = pytest.warns(river_compile.RiverWarning, match="runs plainly here: .*cache")
+    said = pytest.warns(river_compile.RiverWarning, match="runs without River.*cache")
     with said if quality == "exact" else contextlib.nullcontext():
         text = generate(model, ids, **options)
     assert torch.equal(text, generate(make("llama", layers=2), ids))

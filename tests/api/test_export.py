@@ -60,8 +60,8 @@ def test_the_folder_holds_nibbles_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("gpt2", "is transposed, and the format holds linears only"),
-        ("mixtral", "is a stack of experts, and the format holds linears only"),
+        ("gpt2", "is transposed, and the format holds linear layers only"),
+        ("mixtral", "is a stack of experts, and the format holds linear layers only"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(family, words, tmp_path):
@@ -72,7 +72,7 @@ def test_what_the_format_cannot_hold_is_refused(family, words, tmp_path):
 
 
 def test_arguments(tmp_path):
-    with pytest.raises(OptionError, match=f"format='gguf' is unknown; use {FORMATS[0]!r}"):
+    with pytest.raises(OptionError, match=f"format='gguf' is not allowed; use {FORMATS[0]!r}"):
         export(make("llama"), tmp_path / "w4", format="gguf")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(TwinsError, match="it exists and is not an empty folder"):

@@ -112,7 +112,7 @@ def test_a_conversation_goes_on_in_place(eager):
 
 
 def test_conversations_in_turn_have_their_texts_each(eager):
-    """Four that share a beginning; a text that another one begins with is not kept beside it."""
+    """Four that share a beginning; a text that another one begins with is not kept as well."""
     model, system = eager("fast"), prompt(30, 1)
     talks = {talk: then(system, talk) for talk in range(4)}
     for turn in range(3):
@@ -196,7 +196,7 @@ def test_a_call_that_fails_leaves_no_text_behind(one):
 
 
 def test_calls_at_the_same_time_share_no_entry(one):
-    """One has the kept text, the other one a fresh prompt; both texts are kept."""
+    """One uses the prefix cache, the other one runs a fresh prompt; both texts are kept."""
     ids, inner = prompt(60, 1), []
     river_compile.empty_cache(one)
     text = generate(one, ids)
@@ -264,7 +264,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_a_model_that_changes_takes_a_fresh_prompt(change, eager):
-    """Its text is that of a plain model with the same change, and goes on from then on."""
+    """Its text is that of a plain model with the same change, also in later turns."""
     model, ids = eager(), prompt(60, 1)
     generate(model, ids)
     assert ran(model, ids)[1] == 60 - MANY

@@ -8,7 +8,19 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, decode, llama_cpp_runner, memory, offload, prefixes, roofline, schedule, step_cost
+from benchmarks import (
+    common,
+    decode,
+    decode_rows,
+    llama_cpp_runner,
+    memory,
+    offload,
+    prefixes,
+    records,
+    roofline,
+    schedule,
+    step_cost,
+)
 from benchmarks.prompts import mixed, prompts
 
 WORKER = """
@@ -149,27 +161,47 @@ class FakeWorker:
 
 
 def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys):
-    """Rows are prepared one by one, measured in rounds, and the JSON holds medians, ratios and absent rows."""
+    """Rows are prepared one by one and measured in rounds; the outcome holds medians, ratios and absent rows."""
     monkeypatch.setattr(FakeWorker, "log", [])
     monkeypatch.setattr(common, "Worker", FakeWorker)
     (tmp_path / "config.json").write_text("{}")
     out = tmp_path / "out.json"
-    rows = ["eager", "river", "llama_cpp"]
-    more = ["--repeats", "3", "--prompts", "32", "--json", str(out)]
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    rows = ["eager", "fast", "llama_cpp"]
+    more = ["--repeats", "3", "--prompts", "32", "--json", str(out), "--record", "some"]
     status = decode.main(["--model", str(tmp_path), "--rows", *rows, *more])
     assert status == 0
-    turn = [("measure", "eager"), ("measure", "river")]
-    assert FakeWorker.log[:2] == [("prepare", "eager"), ("prepare", "river")]
+    turn = [("measure", "eager"), ("measure", "fast")]
+    assert FakeWorker.log[:2] == [("prepare", "eager"), ("prepare", "fast")]
     assert FakeWorker.log[2:8] == turn * 3
-    assert sorted(FakeWorker.log[8:]) == [("close", "eager"), ("close", "river")]
+    assert sorted(FakeWorker.log[8:]) == [("close", "eager"), ("close", "fast")]
     outcome = json.loads(out.read_text())
-    assert outcome["rows"]["river"]["decode_tokens_per_s"] == 4.0
-    assert outcome["rows"]["river"]["pp32_tokens_per_s"] == 40.0
-    assert outcome["ratios"] == {"river/eager": 1.0}
+    assert outcome["rows"]["fast"]["decode_tokens_per_s"] == 4.0
+    assert outcome["rows"]["fast"]["pp32_tokens_per_s"] == 40.0
+    assert outcome["ratios"] == {"fast/eager": 1.0}
     assert list(outcome["absent"]) == ["llama_cpp"]
+    kept = records.read(tmp_path / "results" / "some.jsonl")
+    assert [(r["row"], r["value"]) for r in kept if r["key"] == "decode_tokens_per_s"] == [
+        ("eager", 4.0),
+        ("fast", 4.0),
+    ]
+    assert kept[0]["command"].endswith(
+        f"--rows eager fast llama_cpp --repeats 3 --prompts 32 --json {out} --record some"
+    )
+    assert kept[0]["machine"]["bandwidth_bytes_per_s"] > 0
     out = capsys.readouterr().out
-    assert "river/eager" in out
+    assert "fast/eager" in out
     assert "pp32 tokens/s" in out
+
+
+def test_one_process_at_a_time_if_memory_is_short(monkeypatch, tmp_path):
+    monkeypatch.setattr(FakeWorker, "log", [])
+    monkeypatch.setattr(common, "Worker", FakeWorker)
+    (tmp_path / "config.json").write_text("{}")
+    more = ["--rows", "eager", "fast", "--repeats", "2", "--prompts", "32", "--one-process"]
+    assert decode.main(["--model", str(tmp_path), *more]) == 0
+    asked = ("prepare", "measure", "measure", "close")
+    assert FakeWorker.log == [(command, row) for row in ("eager", "fast") for command in asked]
 
 
 def test_an_unknown_model_is_named(capsys):
@@ -183,9 +215,9 @@ def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, caps
     arguments = ["--model", str(tmp_path), "--rows", "llama_cpp"]
     options = decode._parse(arguments)
     monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: None)
-    assert "is not installed" in decode._absent_rows(options)["llama_cpp"]
+    assert "is not installed" in decode_rows.absent(options, tmp_path)["llama_cpp"]
     monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: object())
-    assert "did not come from a GGUF file" in decode._absent_rows(options)["llama_cpp"]
+    assert "did not come from a GGUF file" in decode_rows.absent(options, tmp_path)["llama_cpp"]
     assert decode.main([*arguments, "--gguf", "/no/such.gguf"]) == 1
     assert "--gguf /no/such.gguf is not a file" in capsys.readouterr().err
 
@@ -249,7 +281,7 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
 
 
 def test_a_token_costs_what_its_blocks_cost():
-    """Bytes of Llama-3.1-8B by hand: 16-bit weights and the cache for never leaving, 4.5 bits a weight for depth 0."""
+    """Bytes of Llama-3.1-8B by hand: 16-bit weights and the cache for full depth, 4.5 bits a weight for depth 0."""
     line = roofline.Roofline("llama-3.1-8b", context=1024, group_size=64)
     weights = 32 * (4096 * (6144 + 4096 + 3 * 14336) + 2 * 4096)
     head, cache = 2 * 4096 * 128256, 32 * 2 * 2 * 1024 * 1024
@@ -307,7 +339,7 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     assert steps == {
         ("never", "forced"): (1, 0),
         ("never", "asked"): (4, 3),
-        ("depth 0", "forced"): (1, 0),  # (the prologue is in it)
+        ("depth 0", "forced"): (1, 0),  # (the embedding stage is in it)
         ("depth 3", "forced"): (2, 0),
         ("depth 3", "asked"): (4, 3),
     }
@@ -321,6 +353,7 @@ def test_the_estimate_prints_costs_targets_and_the_schedule(tmp_path, capsys, mo
     [
         (["--device", "cuda"], "name the models to build: --random llama-3.2-1b llama-3.2-3b llama-3.1-8b"),
         (["--estimate"], "name the models to build"),
+        (["--estimate", "--record", "some"], "--record keeps numbers of a CPU; use --json for those of a GPU"),
         (["--random", "llama-9", "--estimate"], "--random llama-9 is not a model that can be built"),
         (["--random", "llama-3.2-1b"], "--random needs --device cuda, or --estimate"),
         (["--random", "llama-3.2-1b", "--device", "cuda"], "torch sees no GPU here; --estimate prints"),

@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def no_grad():
-    """A worker switches gradients off for good."""
+    """A worker switches gradients off permanently."""
     with torch.no_grad():
         yield
 
@@ -107,7 +107,7 @@ def workers(monkeypatch):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A card that nobody measures on: its name, its facts and its clocks."""
+    """A card without measurements: its name, its facts and its clocks."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -6,7 +6,7 @@ from benchmarks.estimate import exact_cycle, exact_rows
 
 
 class Paper:
-    """A model whose passes take as long as they are told to."""
+    """A model whose passes take a given time."""
 
     def __init__(self, draft: float, verify: float) -> None:
         self._draft, self._verify = draft, verify

@@ -20,7 +20,7 @@ def test_features_know_the_text_before_a_token_and_nothing_after_it():
     assert margin == pytest.approx(math.log(2))
     assert surprise == 15, "6 was all but impossible"
     assert rest[:3] == [pytest.approx(entropy)] * 3
-    # The river gave it; "6" and "5 6" stood before; 6 followed 5 then too; twice 6 among five tokens.
+    # The twins gave it; "6" and "5 6" stood before; 6 followed 5 then too; twice 6 among five tokens.
     assert rest[3:] == pytest.approx([1, 1 / 16, 2, 1, math.log(2), math.log(16), math.log(5)])
     assert second[2] == pytest.approx(math.log(4))
     assert second[6:] == pytest.approx([0, 1 / 16, 0, 0, 0, math.log(19), math.log(6)]), "7 followed 6 before"
@@ -46,7 +46,7 @@ def test_a_fitted_order_finds_what_tells_on_texts_that_it_has_not_seen():
 
 def test_nothing_is_learned_from_the_texts_that_are_tested():
     texts = scripted(12)
-    for text in texts:  # each text has a feature of its own that would give its losses away
+    for text in texts:  # each text has its own feature that would give its losses away
         text["features"] = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
     marks = torch.eye(12)
     for text, mark in zip(texts, marks, strict=True):

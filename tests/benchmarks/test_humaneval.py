@@ -1,4 +1,4 @@
-"""Answers to HumanEval: judged in a process of their own, within limits, which leaves nothing behind."""
+"""Answers to HumanEval: judged in a separate process, within limits, which leaves nothing behind."""
 
 import pytest
 

@@ -9,7 +9,7 @@ from benchmarks.serving import Answer, arrivals, summary
 
 
 def test_clients_come_at_random_from_a_seed():
-    """The first at once, the others after gaps whose mean is what the rate says."""
+    """The first immediately, the others after gaps whose mean is what the rate says."""
     times = arrivals(2000, rate=4.0, seed=1)
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert times == arrivals(2000, 4.0, 1) != arrivals(2000, 4.0, 2)

@@ -1,4 +1,4 @@
-"""What the benchmark of a start counts: the most memory of its own at a time, and the times of its calls."""
+"""What the benchmark of a start counts: its peak of private memory, and the times of its calls."""
 
 from __future__ import annotations
 

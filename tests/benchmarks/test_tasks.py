@@ -69,7 +69,7 @@ def test_several_problems_are_answered_at_once_and_a_run_goes_on_with_its_file(t
 
 
 def test_perplexities_are_compared(tiny, tmp_path, monkeypatch):
-    """The plain model's is that of its own logits, token by token."""
+    """The plain model's is that of its logits, token by token."""
     text = "a text for a test that is long enough"
     monkeypatch.setattr(perplexity, "topics", lambda: [text])
     rows = rows_of(tiny, tmp_path, "--task", "perplexity", "--new-tokens", 8, "--rules", "plain", "4-bit")
@@ -107,7 +107,7 @@ def test_intervals_of_a_share():
 
 @pytest.mark.slow
 def test_the_table_has_a_row_for_each_rule_and_goes_on_where_it_was(tiny, tmp_path, capsys):
-    """Exact has never's texts, and leaving tokens a depth; a second run answers nothing anew."""
+    """Exact has full depth's texts, and exiting tokens have a depth; a second run answers nothing again."""
     answers, outcome = tmp_path / "a.jsonl", tmp_path / "table.json"
     arguments = ["--model", tiny, "--dtype", "float32", "--task", "gsm", "--limit", "3", "--new-tokens", "6"]
     arguments += ["--quantizers", "rtn", "--similarity", "-2", "0.7", "--batch", "2", "--timed", "1", "--threads", "1"]

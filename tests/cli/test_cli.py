@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
@@ -29,6 +30,7 @@ from river_compile.reporting.timing import Painter
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
+from tools import cli_page
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -68,6 +70,13 @@ def test_help_is_there_at_once(capsys):
 def test_every_command_has_help_and_json(command, capsys):
     assert "--json" in river(capsys, command, "--help").out
     assert {"$ref": f"#/$defs/{command}"} in SCHEMA["oneOf"]
+
+
+def test_the_page_of_commands_has_their_help():
+    """``python -m tools.cli_page`` changes nothing."""
+    page = cli_page.PAGE.read_text(encoding="utf-8")
+    assert cli_page.replaced(page) == page
+    assert all(f"\n## river {command}\n" in page for command in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +271,7 @@ def test_doctor_tries_the_compiler(capsys):
         said = finding_of(found, "compiler")
         assert said["state"] == "bad"
         assert compiler in said["text"]
-        assert "install g++" in said["text"]
+        assert "Install g++" in said["text"]
 
 
 def test_a_self_test_without_a_compiler_says_what_to_install(capsys, monkeypatch):
@@ -272,8 +281,8 @@ def test_a_self_test_without_a_compiler_says_what_to_install(capsys, monkeypatch
         found = printed_json(capsys, "doctor", code=3)
     said = finding_of(found, "self-test")
     assert said["state"] == "bad"
-    assert said["text"].startswith("backend 'river' runs a model uncompiled: ")
-    assert "install g++" in said["text"]
+    assert said["text"].startswith("RC100: Could not compile River's C++ kernels, so the model runs uncompiled")
+    assert "Install g++" in said["text"]
 
 
 def test_doctor_says_that_a_self_test_fails(capsys, monkeypatch):
@@ -350,7 +359,7 @@ class Typed(io.StringIO):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C raises, also where whoever started the tests (a shell's background job, say) ignores it."""
+    """Ctrl-C raises, also if the parent of the tests (a shell's background job, say) ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -407,8 +416,12 @@ def test_a_painter_gives_each_token_its_source():
 
 
 @pytest.mark.slow
-def test_the_demo_runs_to_its_picture(tiny, tmp_path, capsys):
-    """Three ways, and a picture with the depth of every token after the first."""
-    assert demo.main(["--model", tiny, "--new-tokens", "6", "--picture", str(tmp_path / "new" / "depths.png")]) == 0
-    assert "exact: the same text" in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "new" / "depths.png").read_bytes().startswith(b"\x89PNG")
+def test_the_demo_runs_to_its_pictures(tiny, tmp_path, capsys):
+    """Three ways, what is so of their texts, a picture with the depth of every token, and the recording."""
+    picture, recording = tmp_path / "new" / "depths.png", tmp_path / "newer" / "demo.svg"
+    files = ("--picture", str(picture), "--record", str(recording))
+    assert demo.main(["--model", tiny, "--new-tokens", "6", *files]) == 0
+    out = capsys.readouterr().out
+    assert "exact equals River without drafts token for token, 6 of 6." in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(recording).getroot().tag.endswith("svg")

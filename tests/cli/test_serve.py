@@ -1,6 +1,6 @@
 """`river serve` as its clients see it: texts side by side, limits, clients that leave, metrics.
 
-A step that is held holds whoever generates, so that what happens meanwhile does not depend on time.
+A step that is held blocks its caller, so that what happens meanwhile does not depend on time.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ def served(tiny):
 
 @contextlib.contextmanager
 def held():
-    """Steps wait inside: yields an event that lets them go on, and one that says that the first step is there."""
+    """Steps wait inside: yields an event that lets them continue, and one that says that the first step is there."""
     release, begun = threading.Event(), threading.Event()
 
     def step(*_):
@@ -168,7 +168,7 @@ def test_four_clients_at_once_get_the_texts_that_each_gets_alone(served, plain, 
 
 
 def test_a_seed_is_its_clients_alone(served, plain):
-    """The same question with the same seed has the same text, whoever comes between."""
+    """The same question with the same seed has the same text, whatever requests come between."""
     first = served.text("dice", seed=3, **SAMPLED)
     assert first == plain("dice", seed=3, **SAMPLED)
     with ThreadPoolExecutor(3) as pool:
@@ -339,7 +339,7 @@ def post(served, text, **settings):
 
 
 def test_a_full_queue_is_429_and_places_come_back(served, plain):
-    """All rows generate, one client waits, the next is told to come back; a client that hung up gives its place."""
+    """All rows generate, one client waits, the next is asked to retry; a client that hung up gives its place."""
     with held() as (release, _):
         streams = [served.ask(f"row {i}", 4, stream=True) for i in range(ROWS)]
         left = post(served, "left", max_tokens=4)
@@ -405,7 +405,7 @@ def test_a_bad_value_is_its_clients_error(served, bad, stream):
 
 
 def test_metrics_count_what_was_asked_of_one_server(served, tiny):
-    """Another server of the process has metrics of its own."""
+    """Another server of the process has its own metrics."""
     before = served.metrics()
     served.ask("hello", 5)
     pieces(served.ask("hello", 6, stream=True))

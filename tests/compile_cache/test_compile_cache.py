@@ -108,7 +108,7 @@ class TestASecondStart:
 
         monkeypatch.setattr("river_compile.kernels.native.load.load", refuses)
         monkeypatch.setattr("river_compile.backend.compile_fx", lambda graph, *_, **__: graph.forward)
-        with pytest.warns(RiverWarning, match="the C.. kernels cannot be compiled"):
+        with pytest.warns(RiverWarning, match="^RC100: Could not compile River's C.. kernels"):
             text, _, found = start()
         assert torch.equal(text, generate(make("llama", layers=3), prompt()))
         assert found.graphs
@@ -223,7 +223,7 @@ class TestAnotherModel:
 
 
 def _forget_code():
-    """As a new process: code and versions are looked at once in one."""
+    """As a new process, which looks at code and versions a single time."""
     from river_compile.compile_cache import identity
 
     identity._hash_code.cache_clear()
@@ -308,14 +308,14 @@ class TestACacheThatOthersMayWriteTo:
         paths = {"the cache": [used], "an entry": entries, "a file": [*used.rglob("*.pass")]}[what]
         for path in paths:
             path.chmod(0o777)
-        with pytest.warns(RiverWarning, match=r"is ignored: others may write to it \(mode 0777\)\. Run chmod -R go-w"):
+        with pytest.warns(RiverWarning, match=r"ignores .*: others may write to it \(mode 0777\)\. Run chmod -R go-w"):
             text, traced, _ = start()
         assert torch.equal(text, first[1])
         assert traced > 0
 
     def test_of_another_user_is_ignored(self, used, first, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        with pytest.warns(RiverWarning, match=r"is ignored: it belongs to another user .*\. Set RIVER_COMPILE_HOME"):
+        with pytest.warns(RiverWarning, match=r"ignores .*: it belongs to another user .*\. Set RIVER_COMPILE_HOME"):
             text, traced, _ = start()
         assert torch.equal(text, first[1])
         assert traced > 0

@@ -81,7 +81,7 @@ def test_texts_are_those_of_calls_alone(kind, request):
 
 
 def test_prompts_that_begin_with_a_kept_text_run_only_what_is_new(exact):
-    """In pieces or at once, after one another in the batch."""
+    """In pieces or as a whole, after one another in the batch."""
     system, sizes = ids_of(200), (30, 300, 17)
     prompts = [torch.cat([system, ids_of(size, seed=7)], dim=1) for size in sizes]
     calls = [
@@ -200,7 +200,7 @@ def test_an_error_ends_its_call_alone(kind, request):
 
 
 class Tells(BaseStreamer):
-    """Tells when the first token has come, and waits then until it may go on."""
+    """Tells when the first token has come, and waits then until it may continue."""
 
     def __init__(self):
         self.came, self.go_on, self.puts = threading.Event(), threading.Event(), 0
@@ -298,7 +298,7 @@ def test_closing_ends_what_runs_and_what_waits(exact):
 def test_bad_arguments_are_named(exact):
     with pytest.raises(OptionError, match="max_num_seqs=0"):
         river_compile.ContinuousBatch(exact, max_num_seqs=0)
-    with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="close it first"):
+    with river_compile.ContinuousBatch(exact), pytest.raises(OptionError, match="Close that one first"):
         river_compile.ContinuousBatch(exact)
     with pytest.raises(OptionError, match="max_num_seqs=1000000 is not allowed; it must be an integer from 1 to 4096"):
         river_compile.ContinuousBatch(exact, max_num_seqs=1_000_000)

@@ -46,7 +46,7 @@ def draft_of(proposed=(), copy=(), room=15):
 
 
 def steps_taken(length, probability, room=15, at_once=False):
-    """Returns how many steps the river takes where each of its tokens holds with this probability."""
+    """Returns how many steps the twins take if each of its tokens holds with this probability."""
     length._next = AcceptanceRate([], [probability])
     draft = draft_of(room=room)
     for taken in range(room + 1):

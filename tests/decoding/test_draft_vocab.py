@@ -1,4 +1,4 @@
-"""Drafts from a part of the vocabulary: which part, what the river's head then computes, and that the text stays."""
+"""Drafts from a part of the vocabulary: which part, what the twins' head then computes, and that the text stays."""
 
 import functools
 import threading
@@ -56,7 +56,7 @@ class TestWhichTokens:
         tokens = DraftVocab(VOCABULARY)
         before = tokens.blocks
         tokens.add(torch.tensor([[3, 5], [7, 7]]))
-        assert tokens.blocks is before  # so nothing is written anew
+        assert tokens.blocks is before  # so nothing is written again
         tokens.add(torch.tensor([[3, 9_000], [VOCABULARY - 1, 7]]))
         new = wanted_by(tokens) & (torch.arange(VOCABULARY) >= 2512)
         expected = [*range(8_992, 9_008), *range(10_000, VOCABULARY)]
@@ -86,7 +86,7 @@ def steps(model, depth: int, tokens: DraftVocab | None, count: int = 3) -> torch
 
 
 def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all():
-    """The largest, those that are computed anew, have the bits of a whole head's."""
+    """The largest, those that are recomputed, have the bits of a whole head's."""
     model, tokens = compiled(), DraftVocab(VOCABULARY)
     tokens.add(torch.tensor([9_999]))
     wanted = wanted_by(tokens)

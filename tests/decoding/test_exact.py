@@ -119,7 +119,7 @@ def test_a_batch_has_the_plain_text_and_its_last_row_drafts(name, shared):
 
 @pytest.mark.slow
 def test_prompts_of_one_token_run_through_the_backbone():
-    """Their graph is a decode step's, and tokens that may leave would leave at once."""
+    """Their graph is a decode step's, and tokens that may exit would exit immediately."""
     model, ids = compiled(threshold=-1.0, first_exit=1), prompt(1)
     with river_compile.trace() as trace:
         assert torch.equal(exactly(model, ids), generate(make("llama"), ids))
@@ -198,7 +198,7 @@ def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype)
 
 @pytest.mark.parametrize("options", [{}, {"kernels": "native", "target_kernels": "model"}])
 def test_what_strict_cannot_keep_is_an_error(options):
-    reason = "strict=True cannot be kept for this LlamaForCausalLM: .*not River's own"
+    reason = "Cannot guarantee strict=True for this LlamaForCausalLM: .*not River's own"
     with pytest.raises(ExactModeError, match=reason):
         exactly(compiled(**options), prompt(), strict=True)
 
@@ -290,7 +290,7 @@ def test_the_report_counts_cycles():
 @pytest.mark.core
 @pytest.mark.parametrize("batch", [1, 2])
 def test_sampled_text_is_plain_samplings_for_the_same_seed(batch, shared):
-    """One text, or two for each of two prompts; and PyTorch's generator goes on from the same place.
+    """One text, or two for each of two prompts; and PyTorch's generator continues from the same place.
 
     A processor that holds a number for each row, as a repetition penalty does, is given the last row alone.
     """
@@ -316,7 +316,7 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed(batch, shared):
     [
         ({"num_beams": 2}, "beam_search"),
         ({"use_cache": False, "static": False}, "use_cache=False"),
-        ({"past_key_values": DynamicCache(), "static": False}, "brings a DynamicCache"),
+        ({"past_key_values": DynamicCache(), "static": False}, "past_key_values=DynamicCache is not available"),
         ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
         ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
@@ -360,7 +360,7 @@ def order(monkeypatch):
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_late_draft_is_queued_as_a_whole_and_read_once(order, shared, sample, lookup):
-    """And its verification once where nobody looks at the text on the way; a text ends within a draft."""
+    """And its verification a single time if no streamer reads the text on the way; a text ends within a draft."""
     model, (ids, mask) = shared(), padded_row()
     torch.manual_seed(5)
     text = generate(make("llama"), ids, mask, do_sample=sample)[0, ids.shape[1] :].tolist()
@@ -433,7 +433,7 @@ def test_a_cycle_on_a_card_waits_for_its_draft_and_for_its_verification():
 def test_models_that_have_no_two_paths_are_refused():
     with pytest.raises(ValueError, match="never reached"):
         exactly(make("llama"), prompt())
-    with pytest.raises(ValueError, match=r"the whole backbone was asked for, .* exit_depth=1"):
+    with pytest.raises(ValueError, match=r"Full depth is not available: .* exit_depth=1"):
         exactly(compiled(exit_depth=1), prompt(1))
     for option, message in (({"prefill": "exit"}, "prefill='exit'"), ({"exit_depth": 1}, "exit_depth=1")):
         with pytest.raises(ValueError, match=message):
@@ -441,7 +441,7 @@ def test_models_that_have_no_two_paths_are_refused():
 
 
 def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
-    """By greedy and sampled texts; where drafts are to be the same in every run, each call begins anew."""
+    """By greedy and sampled texts; where drafts are to be the same in every run, each call starts from nothing."""
     model, ids = shared(), prompt(12)
     learned = record_of(model.parameters()).drafts
     exactly(model, ids, max_new_tokens=8)

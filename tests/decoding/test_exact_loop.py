@@ -180,7 +180,7 @@ def test_steps_that_are_read_together_are_those_that_are_read_one_by_one():
 
 
 def test_an_error_in_the_calls_own_code_ends_its_texts_and_is_raised():
-    """Whatever it is: the cache and the loop stay as they were, for texts beside these."""
+    """Whatever it is: the cache and the loop stay as they were, for other texts."""
     prompt = torch.tensor([[1, 2, 3]])
     for error in (ValueError("no"), KeyboardInterrupt()):
         runner = ScriptedRunner(prompt, 5, 8, 7, capacity=100, memory=6)

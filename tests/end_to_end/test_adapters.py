@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a model's matrices (LoRA), as PEFT puts them in: not merged, switched off, and merged."""
+"""Low-rank adapters next to a model's matrices (LoRA), as PEFT puts them in: not merged, switched off, and merged."""
 
 import pytest
 import torch

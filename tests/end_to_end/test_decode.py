@@ -130,8 +130,8 @@ def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 2}, "beam_search; leave out num_beams"),
-        ({"use_cache": False}, "leave out use_cache=False"),
+        ({"num_beams": 2}, "beam_search is not available. Remove num_beams"),
+        ({"use_cache": False}, "use_cache=False is not available"),
         ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions=True is not available"),
     ],
 )

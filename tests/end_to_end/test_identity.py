@@ -1,7 +1,7 @@
 """The rewritten model is the plain model wherever it promises to be, for every family and both caches.
 
-The eager lowering runs the rewritten graph operator by operator, so that an exit can be held to the very bits of never
-leaving: logits, keys, values and lengths. What Inductor makes of it is compared within a tolerance, on fewer families.
+The eager lowering runs the rewritten graph operator by operator, so that an exit can be held to the very bits of full
+depth: logits, keys, values and lengths. What Inductor makes of it is compared within a tolerance, on fewer families.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ EAGER = {"kernels": "eager", "quantizer": "none", "first_exit": 1}
 def test_any_exit_of_an_unquantized_river_is_the_plain_model(name, kind):
     """Every depth from 0 to never, one token each, left padding.
 
-    Never leaving gives the plain model's logits and cache up to rounding (it may mask otherwise when it is traced), and
-    leaving anywhere gives the bits of never leaving.
+    Full depth gives the plain model's logits and cache up to rounding (it may mask otherwise when it is traced), and
+    leaving anywhere gives the bits of full depth.
     """
     model = make(name, layers=2)
     layers = model.config.num_hidden_layers
@@ -54,7 +54,7 @@ def test_any_exit_of_an_unquantized_river_is_the_plain_model(name, kind):
 
 
 def test_sinks_windows_and_experts_give_the_plain_text():
-    """GPT-OSS, prompts of 5 and 20 tokens: every token leaves at once, half of the blocks see a window of 8 tokens."""
+    """GPT-OSS, prompts of 5 and 20 tokens: every token exits immediately, half of the blocks see 8 tokens."""
     model, ids = make("gpt_oss", layers=2), prompt(20, 2)
     mask = torch.ones_like(ids)
     ids[0, :15] = mask[0, :15] = 0
@@ -87,7 +87,7 @@ before_torch_2_13 = pytest.mark.xfail(
 )
 @pytest.mark.slow
 def test_inductor_gives_the_plain_model_within_rounding(name, attention):
-    """Never exit, and an unquantized exit, through compiled segments: close logits and caches, equal lengths."""
+    """Full depth, and an unquantized exit, through compiled segments: close logits and caches, equal lengths."""
     model = make(name, layers=2, attention=attention)
     layers = model.config.num_hidden_layers
     depths = [layers, 0, 1, layers]
@@ -105,7 +105,7 @@ def autocast():
 
 
 def test_autocast_reaches_every_segment():
-    """The difference from the plain model under autocast is small beside what autocast does.
+    """The difference from the plain model under autocast is small compared with what autocast does.
 
     The model's blocks leave autocast for the attention scores.
     """
@@ -173,7 +173,7 @@ def test_generating_under_autocast(family):
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_their_dtype(dtype):
-    """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to never leaving."""
+    """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to full depth."""
     model = make("qwen2", dtype=dtype, layers=2)
     model.compile(backend=river, options={"kernels": "eager", "quantizer": "rtn", "group_size": 32})
     never, left = (decode(model, new_cache(model, "static"), [depth], plain_prompt=True)[-1] for depth in (2, 1))

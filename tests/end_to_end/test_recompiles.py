@@ -59,7 +59,7 @@ def test_a_cache_that_grows_takes_one_graph_of_prompts_and_two_of_steps(padded):
 
 
 def test_an_accelerated_model_takes_two_graphs_for_prompts_of_any_length():
-    """Steps of the river, and prompts, whose graph serves passes that verify drafts too."""
+    """Steps of the twins, and prompts, whose graph serves passes that verify drafts too."""
     model = accelerate(make("llama", layers=2), kernels="eager", quantizer="rtn", group_size=32)
     for length in (5, 9, 23):
         model.generate(prompt(length), max_new_tokens=12, do_sample=False)
@@ -95,7 +95,7 @@ def test_a_model_whose_first_call_is_a_step_takes_one_graph_of_steps():
 
 
 def test_batches_of_any_size_run_in_the_graphs_of_the_first_batch():
-    """One text has graphs of its own; two rows make the number of rows dynamic, and three to seven compile nothing."""
+    """A single row has separate graphs; two rows make their number dynamic, and three to seven compile nothing."""
     model = accelerate(make("llama", layers=2), kernels="eager", quantizer="rtn", group_size=32)
 
     def compiled_after(rows):

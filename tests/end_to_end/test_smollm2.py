@@ -1,8 +1,8 @@
 """End to end on a real model: SmolLM2-135M-Instruct in float32, through Inductor and the C++ kernels.
 
-What only a real model can show: that 4-bit twins of trained weights at the default threshold answer in a sentence of
-their own, and that thirty blocks compiled for this machine keep the plain model's greedy text of 64 tokens, whether
-nothing leaves, drafts are verified, or an unquantized river is left at random depths. Half a minute of one core.
+Only a real model can show this. 4-bit twins of trained weights at the default threshold answer in a sentence that
+differs from the model's. Thirty blocks compiled for this machine keep the plain model's greedy text of 64 tokens: at
+full depth, with verified drafts, and with unquantized twins and random exit depths. Half a minute of one core.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_sliding_windows_count_as_dynamo_has_them_count(window):
 
 
 class Adapter(nn.Module):
-    """A linear layer with a scaled low-rank one beside it, the scale in a dict as PEFT has it."""
+    """A linear layer with a scaled low-rank one next to it, the scale in a dict as PEFT has it."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def _other_dtype(model):
     norm.weight.data = norm.weight.data.half()
 
 
-# In this order: no step of a model with hooks of its own is noted.
+# In this order: no step of a model with its own hooks is noted.
 CHANGES = [
     _scaled_weight,
     _other_data,

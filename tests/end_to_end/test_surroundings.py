@@ -1,4 +1,4 @@
-"""A process of its own in the surroundings that users have: caches, compilers, locales, folders, terminals."""
+"""A separate process in the surroundings that users have: caches, compilers, locales, folders, terminals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_without_a_compiler_generation_is_plain(tmp_path):
     found = generates(CXX="/no/such", RIVER_COMPILE_HOME=str(tmp_path))
     assert found["cycles"] == 0
     (said,) = found["said"]
-    assert "there is no C++ compiler /no/such that works" in said
+    assert "No C++ compiler works here (tried /no/such)" in said
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_each_token_keeps_its_logits():
     [
         ({"scoring": "guess"}, "scoring='guess' is not allowed"),
         ({"quality": "best"}, "quality='best' is not allowed"),
-        ({"quality": "plain", "threshold": 0.5}, "threshold= is an option of River"),
+        ({"quality": "plain", "threshold": 0.5}, "threshold= requires River"),
     ],
 )
 def test_bad_arguments_are_refused(model, arguments, message):

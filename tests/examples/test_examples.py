@@ -1,34 +1,13 @@
 """The examples: what they show, and a run of each way to compare."""
 
 import re
-import sys
 
 import pytest
 import torch
 import transformers
-from rich.console import Console
 
-from examples import compare_thresholds, demo, exact
+from examples import compare_thresholds, exact
 from river_compile.runtime.stats import CycleRecord
-
-
-def test_the_demo_marks_changed_words_side_by_side(capsys):
-    """In 80 columns; the texts themselves are whole, whatever spaces they have."""
-    plain = "def f(n):\n    return n  # the number"
-    texts = {"plain": plain, "exact": plain, "fast": plain.replace("number", "count of steps")}
-    assert "".join(piece for piece, _ in demo.compared(plain, texts["fast"])) == texts["fast"]
-    assert [piece for piece, differs in demo.compared(plain, texts["fast"]) if differs] == ["count", "of", "steps"]
-    Console(width=demo.WIDTH, file=sys.stdout).print(demo.side_by_side(texts, marks=True))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["plain", "exact:", "the", "same", "text", "fast:", "3", "words", "changed"]
-    assert "*count*" in "".join(lines)
-    assert max(map(len, lines)) <= demo.WIDTH
-
-
-def test_too_few_tokens_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        demo.main(["--new-tokens", "1"])
-    assert "1 is too few to measure a rate" in capsys.readouterr().err
 
 
 def test_cycles_are_shown_with_the_source_of_every_token():

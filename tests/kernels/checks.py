@@ -329,7 +329,7 @@ def buffers_of_several(
 
 
 def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: int = 0, device: str = "cpu") -> None:
-    """Checks attention from several positions, each with slots of its own, and the counter."""
+    """Checks attention from several positions, each with its own slots, and the counter."""
     buffers, live = buffers_of_several(spec, positions, seed, device)
     result = run_guarded(spec, positions, device, **buffers)
     k, v = (buffers[name].nan_to_num() for name in KV)

@@ -1,4 +1,4 @@
-"""A folder of their own for generated sources and tuning files; C++ libraries are the machine's, named by a hash."""
+"""A separate folder for generated sources and tuning files; C++ libraries are the machine's, named by a hash."""
 
 import pytest
 

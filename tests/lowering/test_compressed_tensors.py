@@ -116,7 +116,7 @@ def test_layers_of_their_own_are_refused_with_the_way_to_load_them(tmp_path):
     written(tmp_path, "pack-quantized")
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     fix = r"q_proj is a layer of compressed-tensors, .*CompressedTensorsConfig\(dequantize=True\)"
-    with pytest.raises(OptionError, match=f"this LlamaForCausalLM cannot be accelerated: .*{fix}"):
+    with pytest.raises(OptionError, match=f"Cannot accelerate this LlamaForCausalLM: .*{fix}"):
         accelerate(model)
     model.compile(backend="river", options={"on_unsupported": "raise"})
     with pytest.raises(UnsupportedGraphError, match=fix):

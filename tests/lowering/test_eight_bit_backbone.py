@@ -134,5 +134,5 @@ def test_a_matrix_is_packed_by_what_it_is_when_a_text_begins():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_weights_are_no_such_file(dtype):
-    with pytest.raises(OptionError, match="target_weights='8bit' is for weights that are numbers of 8 bits"):
+    with pytest.raises(OptionError, match="target_weights='8bit' requires weights that are 8-bit numbers"):
         generate(accelerated(make("llama", layers=2, dtype=dtype), target_weights="8bit"))

@@ -78,7 +78,7 @@ def test_the_option_reaches_the_kernels_through_inductor():
 def passes(model, widths: list[int], batch: int = 2) -> list[torch.Tensor]:
     """Feeds a left-padded prompt and then fixed tokens, so many in each pass; returns the logits ``[B, T, V]``.
 
-    Those of padding, which reads no slot and which nobody reads, are 0.
+    Those of padding, which reads no slot and which no kernel reads, are 0.
     """
     ids, mask = left_padded(batch)
     tokens = prompt(sum(widths), batch, seed=1)
@@ -122,7 +122,7 @@ def test_passes_of_several_tokens_compute_what_the_model_does(name, compiler):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 @pytest.mark.slow
 def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
-    """Nothing but the prologue of a step goes through Inductor; up to eight rows no sum depends on the others."""
+    """Only a step's embedding stage goes through Inductor; up to eight rows no sum depends on the others."""
     model = make(name, layers=2, dtype=torch.bfloat16)
     model.compile(backend=river, options={**OPTIONS, "kernels": "native"})
     found = [torch.cat(passes(model, widths, batch=1)[1:], 1) for widths in ([1] * 8, [8], [3, 5], [2, 4, 2])]
@@ -134,7 +134,7 @@ def test_a_token_has_the_same_bits_in_passes_of_any_width(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_follows(dtype):
-    """Every unit of a step is captured; with another prologue that would be one of its own, which is not."""
+    """Every unit of a step is captured; with another embedding stage that would be a separate unit, which is not."""
     model = make("llama", layers=2, dtype=torch.bfloat16)
     model.model.rotary_emb.to(dtype)  # (float32 where a model is loaded, the model's where it was cast)
     options = {"quantizer": "rtn", "group_size": 32, "kernels": "native", "exit_depth": 0}
@@ -183,14 +183,14 @@ def test_where_the_compiler_refuses_the_kernels_a_model_runs_plainly_and_it_is_s
         found = [model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for _ in range(2)]
     assert all(torch.equal(text, expected) for text in found)
     (said,) = (str(warning.message) for warning in said if issubclass(warning.category, RiverWarning))
-    assert "cannot be compiled (it knows no such flag); set CXX to another g++ or clang++" in said
+    assert "it knows no such flag. If the compiler is the cause, set CXX to another g++ or clang++" in said
     assert all(graph.refusal for graph in report(model).graphs)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernels": "eager", "target_kernels": "river"}, "target_kernels='river' needs the kernels in C"),
+        ({"kernels": "eager", "target_kernels": "river"}, "target_kernels='river' requires the C"),
     ],
 )
 def test_what_needs_the_kernels_says_so(options, message):
@@ -204,7 +204,7 @@ def test_what_needs_the_kernels_says_so(options, message):
 @pytest.mark.slow
 def test_passes_of_gemma_are_recorded_whole(kv_heads):
     """Heads are normalised after positions and heads change places, and one head needs no change; of each pass only the
-    prologue goes through Inductor, also where the head's entropy decides."""
+    embedding stage goes through Inductor, also where the head's entropy decides."""
     config = CONFIGS["gemma3"](2)
     config.sliding_window, config.num_key_value_heads = 2 * CAPACITY, kv_heads
     model = make("gemma3", dtype=torch.bfloat16, config=config)
@@ -245,7 +245,7 @@ def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch
 def test_a_head_of_4_bits_gives_the_models_logits():
     """One token that left: its logits with each head, against those of the model's own head after the same twins.
 
-    With so few logits the head in 4 bits has all of them computed anew.
+    With so few logits the head in 4 bits recomputes all of them.
     """
     ids, found = torch.arange(5, 12)[None], {}
     for head in ("keep", "w4"):

@@ -151,8 +151,8 @@ class TestTheCompileCache:
         assert not packed
 
     def test_has_none_of_another_layout(self, saved):
-        """The same weights in 8 bits are what they would be in a fresh process: an error that says what they lack."""
-        with pytest.raises(OptionError, match="target_weights='8bit' is for weights that are numbers of 8 bits"):
+        """The same 8-bit weights are what they would be in a fresh process: an error that says what they lack."""
+        with pytest.raises(OptionError, match="target_weights='8bit' requires weights that are 8-bit numbers"):
             generate(accelerated(self.model(), "8bit"))
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class TestTheCompileCache:
         content = bytearray(saved[0].read_bytes())
         content[-100] ^= 1
         saved[0].write_bytes(content)
-        with pytest.warns(RiverWarning, match="cached weights cannot be used and are quantized again"):
+        with pytest.warns(RiverWarning, match="^RC103: Cached weights cannot be used and are quantized again"):
             assert all(map(torch.equal, generate(accelerated(self.model(), "12bit")), saved[1]))
         assert len(packed) > 5
         assert saved[0].read_bytes() != content
@@ -295,9 +295,9 @@ def test_other_qualities_have_it_too(options):
 @pytest.mark.parametrize(
     ("options", "dtype", "message"),
     [
-        ({"kernels": "eager"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
-        ({"target_kernels": "model"}, torch.bfloat16, "is for the C.. kernels on a CPU"),
-        ({}, torch.float32, r"is for weights in bfloat16, .* call model.to\(torch.bfloat16\)"),
+        ({"kernels": "eager"}, torch.bfloat16, "requires the C.. kernels on a CPU"),
+        ({"target_kernels": "model"}, torch.bfloat16, "requires the C.. kernels on a CPU"),
+        ({}, torch.float32, r"requires bfloat16 weights, .* Call model.to\(torch.bfloat16\)"),
     ],
 )
 def test_where_it_is_not_possible_it_says_so(options, dtype, message):
@@ -320,7 +320,7 @@ class TestLaterProcesses:
         lossless.pays_12bit.cache_clear()
 
     def run(self, model=None):
-        """Generates with a model as a process of its own would; returns texts and scores, and origins and bytes."""
+        """Generates with a model as a new process would; returns texts and scores, and origins and bytes."""
         model = accelerated(model or model_of(), "auto")
         found = generate(model)
         graphs = report(model).to_dict()["graphs"]

@@ -32,6 +32,7 @@ from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 from tools import demo_models
 from tools.kernels.resources import token_cost
 from tools.kernels.shapes import ModelShape, model_kernels
+from tools.marked import filled
 from tools.recorder import recording
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -93,7 +94,7 @@ def run(name: str, **options) -> dict[str, object]:
 
 
 def operators(segment: SegmentSpec) -> list[str]:
-    """Names the river's operators in a segment: on a GPU, as many launches."""
+    """Names River's operators in a segment: on a GPU, as many launches."""
     targets = [node.target for node in segment.code.module.graph.nodes]
     return [target._opname for target in targets if getattr(target, "namespace", "") == "river"]
 
@@ -198,14 +199,10 @@ def table() -> list[str]:
 @pytest.mark.slow
 def test_the_page_lists_what_the_rules_make_of_each_family():
     """RIVER_UPDATE_DOCS=1 replaces the table between the page's marks."""
-    text = PAGE.read_text()
-    before, rest = text.split("<!-- families -->\n")
-    old, after = rest.split("<!-- end -->\n")
-    new = "\n".join(table()) + "\n"
+    new = filled(PAGE, "families", lambda _: "\n".join(table()) + "\n")
     if os.environ.get("RIVER_UPDATE_DOCS"):
-        PAGE.write_text(f"{before}<!-- families -->\n{new}<!-- end -->\n{after}")
-    else:
-        assert old == new
+        PAGE.write_text(new, encoding="utf-8")
+    assert new == PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
@@ -336,7 +333,7 @@ def test_saved_twins_serve_both_layouts(tmp_path):
 
 
 def test_which_lowering_is_chosen(monkeypatch):
-    """By option and device; HIP devices are torch's "cuda" and need no word of their own."""
+    """By option and device; HIP devices are torch's "cuda" and need no special case."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     chosen = {
         (option, device.type): choose_lowering(RiverConfig(kernels=option), device)
@@ -354,10 +351,10 @@ def test_which_lowering_is_chosen(monkeypatch):
         ("eager", "cuda"): Lowering("eager", "triton", False),
     }
     assert not choose_lowering(RiverConfig(kernels="triton", quantizer="none"), cpu).fuse
-    with pytest.raises(OptionError, match="no 4-bit kernels for a model on xpu"):
+    with pytest.raises(OptionError, match="River has no 4-bit kernels for a model on xpu"):
         choose_lowering(RiverConfig(), torch.device("xpu"))
     monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="kernels='triton' needs Triton here, which is not installed"):
+    with pytest.raises(OptionError, match="kernels='triton' requires Triton here, which is not installed"):
         choose_lowering(RiverConfig(kernels="triton"), cpu)
 
 

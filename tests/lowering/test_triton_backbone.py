@@ -177,7 +177,7 @@ def check_verified_text(model, rows: int) -> None:
     found = report(model).to_dict()
     captured = {record["unit"] for graph in found["graphs"] for record in graph["captures"]["captures"]}
     assert f"last 0-{LAYERS}" in captured
-    if rows == 1:  # (several decode plainly)
+    if rows == 1:  # several rows decode without River
         assert "tail 0" in captured
         assert 0 < found["exact"]["accepted"] < found["exact"]["drafted"]
 
@@ -193,11 +193,13 @@ def check_verified_text(model, rows: int) -> None:
 )
 def test_what_strict_cannot_keep_is_an_error(name, options, reason):
     model = compiled(name, dtype=torch.bfloat16, **{**VERIFIES, **options})
-    with pytest.raises(ExactModeError, match=f"strict=True cannot be kept for this {type(model).__name__}: .*{reason}"):
+    with pytest.raises(
+        ExactModeError, match=f"Cannot guarantee strict=True for this {type(model).__name__}: .*{reason}"
+    ):
         generated(model, 1, strict=True, **DRAFTS)
 
 
 def test_without_such_kernels_the_option_is_refused():
     model = compiled("llama", UNFUSED)
-    with pytest.raises(OptionError, match="target_kernels='river' needs the kernels in C\\+\\+ or the generated ones"):
+    with pytest.raises(OptionError, match="target_kernels='river' requires the C\\+\\+ kernels or the generated ones"):
         decode(model, new_cache(model, "full"), NEVER)

@@ -103,7 +103,7 @@ def test_the_first_hidden_state_may_be_an_input():
 
 
 def test_blocks_without_a_cache_are_blocks_beside_others_and_none_alone():
-    """A tower without caches belongs to the prologue; a later block without a cache stays a block."""
+    """A tower without caches belongs to the embedding stage; a later block without a cache stays a block."""
     blocks = Blocks()
     hidden = blocks.hidden
     for i in range(3):

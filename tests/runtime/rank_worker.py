@@ -83,7 +83,7 @@ def decode(
 
 
 def unquantized(folder: Path) -> dict[str, Any]:
-    """Llama with twins that keep 16 bits: as it is, never exit, and at every depth."""
+    """Llama with twins that keep 16 bits: as it is, at full depth, and at every depth."""
     model = load(folder, "llama")
     plain, _, plain_cache = decode(model, (None,) * len(DEPTHS))
     model.compile(backend=river, options={**EAGER, "quantizer": "none", "threshold": 2.0})
@@ -134,7 +134,7 @@ def kept(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def quantized(folder: Path) -> dict[str, Any]:
-    """Llama with the default quantizer; the other cases go on with it."""
+    """Llama with the default quantizer; the other cases use it too."""
     model = held["model"] = load(folder, "llama")
     plain = model.generate(prompt(PROMPT), max_new_tokens=12, do_sample=False)
     model.compile(backend=river, options=EAGER)
@@ -174,7 +174,7 @@ def scores(folder: Path) -> dict[str, Any]:
 
 
 def exact(folder: Path) -> dict[str, Any]:
-    """Exact mode: greedy text, and sampled text of ranks with seeds of their own."""
+    """Exact mode: greedy text, and sampled text of ranks with their own seeds."""
     model = held["model"]
     texts = {}
     exactly = mode.exact.with_options(num_assistant_tokens=1)

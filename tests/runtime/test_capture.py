@@ -4,7 +4,7 @@ The recorder stands in for CUDA graphs: it runs launches late, spoils every valu
 written, and refuses to replay on inputs that have moved (`tools/recorder.py`). On a machine with a
 GPU most tests run with CUDA graphs as well (marked `gpu`), and one looks at the device's memory.
 
-Tracing takes most of the time, so one decoder serves many tests: the bound on captures is set on its runner, and what
+Tracing takes most of the time, so one decoder serves many tests. The bound on captures is set on its runner, and what
 is expected of it comes from the same compiled steps in a plain runner.
 """
 
@@ -249,7 +249,7 @@ class TestCaches:
 
 
 def test_threads_never_mix_their_results(decoder):
-    """Two threads decode on caches of their own at once: each gets the bits that it gets alone."""
+    """Two threads decode on separate caches at the same time: each gets the bits that it gets alone."""
     steps = [2.0, 2.0, -1.0, -1.0, 0.9, 2.0, -1.0, 0.9, 2.0, -1.0]
 
     def go(cache, seed, out):
@@ -279,7 +279,7 @@ class TestReported:
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_every_capture_is_logged_and_listed(self, device, caplog):
-        """The decoder is the test's own: on a cache at a freed one's addresses nothing would be captured anew."""
+        """The decoder is the test's own: on a cache at a freed one's addresses no capture would be made."""
         decoder = Decoder(device=device, layers=2)
         run(decoder, [STAY])
         with caplog.at_level(logging.INFO, logger="river_compile.runtime.captures"):
@@ -297,7 +297,7 @@ class TestReported:
         assert f"captured     {decoder.log.made} graphs" in str(report(decoder.model))
 
     def test_cuda_graphs_on_a_cpu_are_an_error(self):
-        wanted = pytest.raises(OptionError, match="graphs=True needs a model on a GPU or kernels=")
+        wanted = pytest.raises(OptionError, match="graphs=True requires a model on a GPU or kernels=")
         with captured_by(None), wanted:
             Decoder(compiled_prompts=True).start()
 
@@ -329,7 +329,7 @@ class TestReported:
         full, free = decoder.start(0), decoder.start(1)
         for _ in range(CAPACITY - 6):
             decoder.step(full, 4, depth=1)
-        with pytest.raises(CacheFullError, match="holds 40 tokens; 40 are filled"):
+        with pytest.raises(CacheFullError, match="holds 40 tokens, 40 are filled"):
             decoder.step(full, 4, depth=1)
         assert decoder.step(free, 4, depth=1).isfinite().all()
 

@@ -93,7 +93,7 @@ def test_flags_outlive_the_replays_that_write_them(cuda):
     assert device._flags is flags
     device.end()
     *_, event = cuda.Event.made
-    assert not event.timing  # (one with a time takes longer to record, and nobody asks for it)
+    assert not event.timing  # one with a time takes longer to record, and its time is not used
     assert not event.waited
     del device
     assert event.waited

@@ -164,7 +164,7 @@ def test_fetching_gives_the_bits_of_a_model_in_memory(elsewhere, reference, kind
     ],
 )
 def test_changed_weights_are_brought_in_anew(elsewhere, when, how):
-    """Whoever loads other weights into an offloaded model gets their logits, not those of a copy made before."""
+    """Other weights loaded into an offloaded model give their logits, not those of a copy made before."""
 
     def change(block: torch.nn.Module) -> None:
         for parameter in (p for p in block.parameters() if p.dim() == 2):
@@ -243,7 +243,7 @@ def test_exit_makes_every_token_leave_in_time(elsewhere, reference, options):
     assert [step.depth for step in seen.tokens] == [2, 2, 2]
     assert_same(reference["static", (2, 2, 2)], (logits, cache))
     assert set(report(model).graphs[-1].candidates) <= {1}
-    with pytest.raises(ValueError, match=r"depth 3 was asked for.*offload=2.*with offload_policy='fetch'"):
+    with pytest.raises(ValueError, match=r"Depth 3 is not available.*offload=2.*with offload_policy='fetch'"):
         decode(model, new_cache(model, "static"), [3])
 
 
@@ -337,7 +337,7 @@ def test_exact_mode_streams_or_is_refused():
     )
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, "offload": 1})
-    with pytest.raises(ValueError, match=r"offload=1.*compile the model with offload_policy='fetch'"):
+    with pytest.raises(ValueError, match=r"offload=1.*Use offload_policy='fetch'"):
         model.generate(
             ids, max_new_tokens=12, do_sample=False, custom_generate=exact, num_assistant_tokens_schedule="constant"
         )
@@ -349,9 +349,9 @@ def test_exact_mode_streams_or_is_refused():
         ({"offload": -1}, ["offload=-1", "from 0 to"]),
         ({"offload": True}, ["offload=True"]),
         ({"offload": 2, "offload_policy": "drop"}, ["offload_policy='drop'", "'exit', 'fetch'"]),
-        ({"offload_policy": "fetch"}, ["offload_policy='fetch' needs offload="]),
+        ({"offload_policy": "fetch"}, ["offload_policy='fetch' requires offload="]),
         ({"offload": 2, "offload_dir": 3}, ["offload_dir=3", "a path"]),
-        ({"offload": 2, "quantizer": "none"}, ["offload=2", "quantizer='none'", "use 'hqq'"]),
+        ({"offload": 2, "quantizer": "none"}, ["offload=2", "quantizer='none'", "Use quantizer='hqq'"]),
         ({"offload": 2, "exit_depth": 3}, ["exit_depth=3", "offload=2", "offload=3 or offload_policy='fetch'"]),
         ({"offload": 2, "first_exit": 3}, ["first_exit=3", "offload=2", "offload=3 or more, exit_depth=2"]),
     ],
@@ -373,7 +373,7 @@ def test_depths_and_folders_are_checked_before_anything_is_packed(tmp_path, monk
 
     assert "offload=3 leaves none of 3 blocks" in message(offload=3)
     absent = tmp_path / "absent"
-    assert f"offload_dir='{absent}' takes no files" in message(offload=2, offload_dir=absent)
+    assert f"Cannot write to offload_dir='{absent}'" in message(offload=2, offload_dir=absent)
     monkeypatch.setattr(offload.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert "has 0.0 MB free, and the weights take 0.1 MB" in message(offload=2, offload_dir=tmp_path)
 
@@ -518,7 +518,7 @@ def test_device_memory_shrinks_by_what_left():
     model.compile(backend=river, options={"quantizer": "rtn", "offload": 2})
     ids = torch.ones(1, 16, dtype=torch.long, device="cuda")
     settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
-    settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
+    settings["disable_compile"] = True  # on a GPU transformers would compile the call, past River
     model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     stats = report(model).to_dict()["offloaded"]
     packed = sum(p.nbytes for p in report(model).packed)
@@ -542,7 +542,7 @@ def test_streams_give_the_bits_of_a_model_in_memory(graphs):
         torch._dynamo.reset()
         model = compiled({**options, "threshold": 2.0, "graphs": graphs}, "cuda")
         settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static"}
-        settings["disable_compile"] = True  # (on a GPU transformers would compile the call, past the river)
+        settings["disable_compile"] = True  # on a GPU transformers would compile the call, past River
         texts = [model.generate(prompt().cuda(), **settings) for _ in range(2)]
         assert bool(report(model).to_dict()["offloaded"]) == ("offload" in options)
         return texts

@@ -100,7 +100,7 @@ def test_replays_are_the_uncaptured_steps(name, dtype, batch):
 @pytest.mark.parametrize(("name", "uncaptured"), [("gpt_neox", {"twins 0"}), ("gemma2", {"head"})])
 @pytest.mark.slow
 def test_what_is_more_than_kernels_runs_uncaptured_and_says_so(name, uncaptured):
-    """Keys that lie apart in their product are no kernel's; beside a head with a soft cap twins are."""
+    """Keys that lie apart in their product are no kernel's; twins are, with a head with a soft cap."""
     pair = Pair(name)
     pair.check(FORCED)
     said = pair.log.uncaptured_units

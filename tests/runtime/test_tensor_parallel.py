@@ -61,7 +61,7 @@ class TestTheSameAnswers:
         assert same(both, "quantized", "logits")
 
     def test_kv_slots(self, both):
-        """Each rank's are those of never exit to the bit, and near the plain model's."""
+        """Each rank's are those at full depth to the bit, and near the plain model's."""
         for found in (rank["unquantized"] for rank in both):
             assert found["same cache"]
             for ours, plain in zip(found["cache"], found["plain cache"], strict=True):
@@ -175,7 +175,7 @@ class TestRefusals:
         ],
     )
     def test_what_is_not_done(self, options, mode, name):
-        with pytest.raises(OptionError, match=f"^{name}.*2 ranks"):
+        with pytest.raises(OptionError, match=f"^RC122: {name}.*2 ranks"):
             check_supported(TWO, RiverConfig.from_options(options), mode, torch.fx.Graph())
 
     def test_the_default_options_are_done(self):

@@ -1,7 +1,7 @@
 """A tiny model whose decode steps are captured, and the same steps uncaptured to compare with.
 
-The recorder stands in for CUDA graphs on a machine without a GPU (`tools/recorder.py`); whoever uses this on a CPU is
-inside `recording`.
+The recorder stands in for CUDA graphs on a machine without a GPU (`tools/recorder.py`); a test that uses this on a CPU
+is inside `recording`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Decoder:
 
     Args:
         name: of the model's family.
-        compiled_prompts: prompts run through a graph of their own too, which takes as long to trace as that of steps.
+        compiled_prompts: prompts run through a separate graph too, which takes as long to trace as that of steps.
         layers: number of decoder blocks.
-        options: of the backend, beside `OPTIONS`.
+        options: of the backend, besides `OPTIONS`.
     """
 
     def __init__(

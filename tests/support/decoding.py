@@ -32,7 +32,7 @@ def new_cache(model: PreTrainedModel, kind: str, capacity: int = CAPACITY) -> St
 
 
 class Halved(QuantizedLayer):
-    """Entries in half precision, as a stand-in for quantizers that have packages of their own."""
+    """Entries in half precision, as a stand-in for quantizers from other packages."""
 
     def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
         return tensor.half()

@@ -1,7 +1,7 @@
 """Tiny randomly initialised causal language models of many families, for tests that need structure but no sense.
 
 Every model has hidden size 64, a vocabulary of 128, and matrix dimensions divisible by 32, so that groups of 32
-exist. Weights are drawn anew from a seed (`tools.families.tiny.draw_weights`). Sliding windows are 8 tokens long,
+exist. Weights are drawn from a seed (`tools.families.tiny.draw_weights`). Sliding windows are 8 tokens long,
 shorter than most prompts in the tests. Generation never ends early (no end-of-sequence token).
 
 These models say nothing about quality or speed; `river_compile/cli/shared.py` has real ones for that.
@@ -83,7 +83,7 @@ CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
     ),
     "qwen2": _common("Qwen2Config"),  # biases of q, k and v
     "qwen3": _common("Qwen3Config", head_dim=32, tie_word_embeddings=True),  # norms of q and k
-    "phi": _common("PhiConfig"),  # attention beside the MLP, partial rotary embedding, biases everywhere
+    "phi": _common("PhiConfig"),  # attention parallel to the MLP, partial rotary embedding, biases everywhere
     "phi3": _common("Phi3Config"),  # q, k, v in one matrix; gate and up in one matrix
     "gemma2": _alternating("Gemma2Config", head_dim=32, query_pre_attn_scalar=32),  # four norms, capped logits
     "gemma3": _alternating("Gemma3TextConfig", head_dim=32, query_pre_attn_scalar=32),
@@ -108,8 +108,8 @@ CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
 }
 
 
-# Families of which single tests want one: experts that are interleaved, transposed and biased, beside sinks; experts
-# shared by all tokens, beside latent attention; and experts that each have rows of their own.
+# Families of which single tests want one: experts that are interleaved, transposed and biased, with sinks; experts
+# shared by all tokens, with latent attention; and experts that each have their own rows.
 MORE_CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
     "gpt_oss": _alternating("GptOssConfig", head_dim=16, num_local_experts=4, num_experts_per_tok=2),
     "deepseek_v3": _common(
@@ -162,7 +162,7 @@ REFUSED = {"mpt": "no decoder blocks"}
 REWRITTEN = [name for name in FAMILIES if name not in REFUSED]
 
 
-# Blocks of each kind: plain, with four norms and windows, with attention beside the MLP, transposed, with experts.
+# Blocks of each kind: plain, with four norms and windows, with attention parallel to the MLP, transposed, with experts.
 QUICK = ("llama", "gemma3", "phi", "gpt2", "mixtral")
 
 

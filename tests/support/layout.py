@@ -1,5 +1,7 @@
 """Where the package's sources lie, under which names they are installed, and how tests build and run them."""
 
+import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from tools.house.sources import FOLDERS, ROOT
 
+OURS = ("river_compile", "benchmarks", "examples", "tools", "tests")
 SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -36,3 +39,25 @@ def run_python(code: str, cwd: Path, path: Path, **environment: str) -> subproce
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@functools.cache
+def names_in(module: str) -> set[str]:
+    """Returns the names that a module of the project binds anywhere, and those of its submodules."""
+    parts = module.split(".")
+    if parts[1:2] in (["passes"], ["kernels"]) and parts[0] == "river_compile":
+        parts = parts[1:]
+    folder = ROOT.joinpath(*parts)
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    names = {entry.stem for entry in folder.iterdir()} if folder.is_dir() else set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else ():
+        match node:
+            case ast.FunctionDef() | ast.ClassDef() | ast.AsyncFunctionDef():
+                names.add(node.name)
+            case ast.Name(ctx=ast.Store()):
+                names.add(node.id)
+            case ast.alias():
+                names.add((node.asname or node.name).split(".")[0])
+            case ast.Constant(value=str() as text) if module == "river_compile":  # exported lazily
+                names.add(text)
+    return names | ({"passes", "kernels"} if module == "river_compile" else set())

@@ -1,6 +1,6 @@
 """A scripted pair of models on one fake cache, for tests of exact mode's loop that need no real model.
 
-The backbone's next token is a fixed function of the ids so far, and the river's is the same but where a second function
+The backbone's next token is a fixed function of the ids so far, and the twins' is the same but where a second function
 says otherwise. The cache remembers which ids of each row stand in which slots and whether the backbone wrote them;
 every pass checks that it continues exactly what is cached.
 """
@@ -32,7 +32,7 @@ class ScriptedRunner:
     Args:
         prompt: ``[B, S]``.
         seed: of both models.
-        river_right: in how many of 10 cases the river proposes the backbone's token.
+        river_right: in how many of 10 cases the twins propose the backbone's token.
         max_draft: longest draft.
         capacity: slots of the cache.
         memory: how many of the last ids a next token depends on; few make the text repeat itself.
@@ -41,7 +41,7 @@ class ScriptedRunner:
         slots: for each row what stands in the filled slots, an id and whether the backbone wrote it; None for filler.
         rows: which rows of the call are in the batch.
         ended: rows whose slots are not looked at any more; the test's loop sets it.
-        shrinks: whether the last row of a batch may go on alone.
+        shrinks: whether the last row of a batch may continue alone.
         runs_late: whether passes are taken to return before they have run.
     """
 

@@ -30,7 +30,7 @@ def dequantized(model: nn.Module, sites: Iterable[TwinWeight]) -> dict[str, Tens
 
 
 class Trace(NamedTuple):
-    """What Dynamo made of a step of a family: every model of that family runs it, on inputs of its own.
+    """What Dynamo made of a step of a family: every model of that family runs it, on its own inputs.
 
     Attributes:
         inputs: a value for each input of the graph; those that are named or cached are each model's own.

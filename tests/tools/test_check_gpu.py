@@ -1,4 +1,4 @@
-"""Facts and smoke of a GPU, without one: what is asked of torch and nvidia-smi, which doubts follow, what is kept."""
+"""Facts and smoke of a GPU, without one: what is asked of torch and nvidia-smi, which warnings follow, what is kept."""
 
 import json
 import os

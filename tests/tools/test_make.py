@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
-#: Stands in for the programs of the virtual environment: notes what is called, and fails where it is told to.
+#: Stands in for the programs of the virtual environment: notes what is called, and fails on request.
 PROGRAM = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
 echo "said by $2"
@@ -31,7 +31,7 @@ def make(tmp_path):
         (tmp_path / stamp).touch()
 
     def run(target: str, fails: str = "nothing fails") -> tuple[int, str, list[str]]:
-        # (Without what a make that runs this test has been told.)
+        # Without the variables of a make that runs this test.
         environment = {**os.environ, "CALLS": str(tmp_path / "calls"), "FAILS": fails, "MAKEFLAGS": "", "LAYERS": ""}
         command = ["make", target, f"VENV={tmp_path}"]
         done = subprocess.run(
@@ -47,12 +47,15 @@ def test_make_test_lints_checks_types_and_runs_the_tests(make):
     assert status == 0, said
     for program in ("python -m ruff check", "python -m ruff format --check", "clang-format --dry-run -Werror"):
         assert any(call.startswith(program) for call in calls), calls
-    assert "python -m tools.typecheck" in calls
+    assert {"python -m tools.typecheck", "python -m tools.prose"} <= {*calls}
+    assert any(call.startswith("python -m mkdocs build --strict") for call in calls)
     assert any(call.startswith("python -m pytest") and "--slow" not in call for call in calls)
     assert any("--slow" in call for call in make("test-all")[2])
 
 
-@pytest.mark.parametrize("fails", ["ruff check", "ruff format", "--dry-run", "tools.typecheck"])
+@pytest.mark.parametrize(
+    "fails", ["ruff check", "ruff format", "--dry-run", "tools.typecheck", "tools.prose", "mkdocs"]
+)
 def test_make_test_fails_with_its_lint_and_says_so_after_the_tests(make, fails):
     status, said, _ = make("test", fails)
     assert status != 0

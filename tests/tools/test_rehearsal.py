@@ -1,6 +1,6 @@
 """The rehearsal of `make gpu`: what the stand-in for a card does as a card would, what is noticed, what is estimated.
 
-A process that has the card keeps it, so what asks for one runs in a process of its own.
+A process that has the card keeps it, so what asks for one runs in its own process.
 """
 
 import json

@@ -63,7 +63,7 @@ with pytest.MonkeyPatch.context() as patch:
 def test_without_a_compiler_the_text_is_the_plain_models(tmp_path):
     """A backend that does not ask whether anything compiles is found.
 
-    A process of its own: Inductor keeps what a compiler could do, and loaded C++ kernels need no compiler.
+    In a separate process: Inductor keeps what a compiler could do, and loaded C++ kernels need no compiler.
     """
     run_python(NO_COMPILER.replace("sys.argv[1]", repr(str(tmp_path))), ROOT, ROOT)
 
@@ -112,7 +112,7 @@ def test_threads(tmp_path):
 
 @pytest.mark.slow
 def test_clients_of_a_server_get_their_texts_whoever_else_is_there(tmp_path, capsys):
-    """One leaves and one asks nonsense; with as many places as clients nobody is refused."""
+    """One hangs up and one sends nonsense; with as many places as clients none is refused."""
     pytest.importorskip("prometheus_client", reason="the server's packages are not installed")
     asks = {"text": "abc", "settings": {"max_tokens": 6, "temperature": 0}, "bad": {}, "stream": True, "reads": 1}
     others = [{**asks, "end": "leaves"}, {**asks, "end": "bad", "bad": {"top_p": 7}}]

@@ -39,7 +39,7 @@ print(torch.equal(plain, text), sorted(kinds))
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Installs the wheel alone into a folder of its own and returns that folder."""
+    """Installs the wheel alone into its own folder and returns that folder."""
     target = tmp_path_factory.mktemp("installed")
     wheel = build_wheel(tmp_path_factory.mktemp("wheel"), kernels=TAG is not None)
     assert wheel.name.endswith(f"-py3-none-{TAG or 'any'}.whl")

@@ -163,7 +163,7 @@ def test_an_error_reaches_the_next_call(held):
     generate(model, 2)
     finish(model, held)
     for _ in range(2):
-        with pytest.raises(UnsupportedGraphError, match=r"no 4-bit twin can be made of .*layers\.1\.mlp"):
+        with pytest.raises(UnsupportedGraphError, match=r"Cannot make a 4-bit twin of .*layers\.1\.mlp"):
             generate(model)
 
 

@@ -135,7 +135,9 @@ def test_a_warning_once_then_the_log_and_the_report(caplog):
             step.call(executor)
     said = [str(w.message) for w in seen if issubclass(w.category, RiverWarning)]
     assert len(said) == 1
-    assert said[0].startswith("weights changed after their 4-bit twins were packed (model.layers.0.mlp.down_proj and 1")
+    assert said[0].startswith(
+        "RC048: The weights changed after their 4-bit twins were packed (model.layers.0.mlp.down_proj and 1"
+    )
     assert caplog.text.count("weights changed after") == 3
     assert "packed again 3 times after weights changed, 2 matrices the last time" in str(report(step.model))
     assert report(step.model).to_dict()["packed_again"] == 3
@@ -203,7 +205,7 @@ class TestWhatElseTheyAreMadeFrom:
         step.call(gptq)
         with torch.no_grad():
             step.model.model.layers[1].input_layernorm.weight.mul_(2)
-        with pytest.warns(RiverWarning, match=r"again in .* s, 1 with what was observed before; river_compile.collect"):
+        with pytest.warns(RiverWarning, match=r"again in .* s, 1 with the old statistics. river_compile.collect"):
             logits = step.call(awq)
         torch.testing.assert_close(logits, step.call(step.compiled(quantizer="awq")))
         observed.clear()

@@ -30,7 +30,7 @@ OPTIONS = {"kernels": "eager", "quantizer": "hqq", "group_size": 32, "first_exit
 
 
 def start_anew(model, **options):
-    """Compiles the model afresh, decodes a token at each depth and returns their logits."""
+    """Compiles the model again, decodes a token at each depth and returns their logits."""
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, **options})
     return torch.stack(decode(model, new_cache(model, "static"), (1, 0))[1:])
@@ -62,7 +62,7 @@ def whole(packed, tmp_path_factory):
 
 @pytest.fixture
 def saved(whole, tmp_path):
-    """A folder of saved twins of one's own to damage."""
+    """A separate folder of saved twins to damage."""
     return shutil.copytree(whole, tmp_path / "twins")
 
 
@@ -184,7 +184,7 @@ class TestMissing:
 
     def test_a_place_that_cannot_be_written_is_named(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(TwinsError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
+        with pytest.raises(TwinsError, match=r"Cannot save to .*file/twins: .*(Not a directory|File exists)"):
             run(start(), twins=tmp_path / "file" / "twins", on_missing_twins="save")
 
 
@@ -206,7 +206,7 @@ def test_other_weights_are_refused(saved):
 
 
 def test_an_artifact_of_another_model_is_refused(saved):
-    with pytest.raises(TwinsError, match=r"it holds a matrix model.layers.0.* which this model does not have; name th"):
+    with pytest.raises(TwinsError, match=r"it holds a matrix model.layers.0.* which this model does not have. Name th"):
         run(start("gpt2"), family="gpt2", twins=saved)
 
 
@@ -220,21 +220,21 @@ def test_an_artifact_that_lacks_a_matrix_is_refused(saved):
 
 @pytest.mark.parametrize("changed", [{"group_size": 64}, {"quantizer": "rtn"}])
 def test_other_ways_to_quantize_are_refused(saved, changed):
-    with pytest.raises(TwinsError, match="was made with quantizer='hqq' group_size=32; the options are quantizer="):
+    with pytest.raises(TwinsError, match="was made with quantizer='hqq' group_size=32, and the options are quantizer="):
         run(start(), twins=saved, **changed)
 
 
 def test_another_version_is_refused(saved):
     tensors, metadata, _ = contents(saved)
     write_back(saved, tensors, metadata, version="7")
-    with pytest.raises(TwinsError, match=rf"{FILE}: it has version 7, this release reads 8; save"):
+    with pytest.raises(TwinsError, match=rf"{FILE}: it has version 7, and this release reads 8. Save"):
         run(start(), twins=saved)
 
 
 def test_version_2_with_its_two_files_is_refused(saved):
     save_file(load_file(saved / FILE), saved / FILE)
     (saved / "river.json").write_text(json.dumps({"format": "river-twins", "version": 2}))
-    with pytest.raises(TwinsError, match=r"river.json: it has version 2, this release reads 8; save"):
+    with pytest.raises(TwinsError, match=r"river.json: it has version 2, and this release reads 8. Save"):
         TwinFile(saved)
 
 
@@ -242,7 +242,7 @@ def test_version_2_with_its_two_files_is_refused(saved):
 def test_a_truncated_file_is_refused(saved, keep):
     file = saved / FILE
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(TwinsError, match=rf"{FILE}: it is damaged .*save the twins again"):
+    with pytest.raises(TwinsError, match=rf"{FILE}: it is damaged .*Save the twins again"):
         TwinFile(saved)
 
 
@@ -274,7 +274,9 @@ def test_nothing_of_a_damaged_artifact_is_used(saved):
 
 def test_a_missing_file_is_named(saved):
     (saved / FILE).unlink()
-    with pytest.raises(TwinsError, match=rf"{FILE}: No such file; twins= takes a folder of river_compile.save_twins"):
+    with pytest.raises(
+        TwinsError, match=rf"{FILE}: no such file. Set twins= to a folder that river_compile.save_twins wrote"
+    ):
         TwinFile(saved)
 
 
@@ -306,7 +308,7 @@ class TestEdited:
         name = f"{self.KEY}.{part}"
         tensors[name] = change(tensors.get(name))
         write_back(saved, {name: t for name, t in tensors.items() if t is not None}, metadata)
-        with pytest.raises(TwinsError, match=rf"{FILE}: .*{words}.*save the twins again"):
+        with pytest.raises(TwinsError, match=rf"{FILE}: .*{words}.*Save the twins again"):
             run(start(), twins=saved)
 
     @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ class TestEdited:
         """The second entry would decide."""
         tensors, metadata, matrices = contents(saved)
         write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "sqnr": "1.0"}])
-        with pytest.raises(TwinsError, match=r"/hqq/32 is in its list of matrices twice; save the twins again"):
+        with pytest.raises(TwinsError, match=r"/hqq/32 is in its list of matrices twice. Save the twins again"):
             TwinFile(saved)
 
     def test_a_matrix_that_the_model_does_not_have(self, saved):
@@ -354,14 +356,14 @@ class TestEdited:
             k.replace(matrices[0]["name"], name): t.clone() for k, t in tensors.items() if matrices[0]["name"] in k
         }
         write_back(saved, tensors, metadata, [*matrices, {**matrices[0], "name": name}])
-        with pytest.raises(TwinsError, match=r"holds a matrix model.layers.7.*, which this model does not have; name"):
+        with pytest.raises(TwinsError, match=r"holds a matrix model.layers.7.*, which this model does not have. Name"):
             run(start(), twins=saved)
 
     def test_values_that_are_no_numbers(self, saved):
         tensors, metadata, _ = contents(saved)
         tensors[f"{self.KEY}.scale_zero"][3, 0, 0] = torch.nan
         write_back(saved, tensors, metadata)
-        with pytest.raises(TwinsError, match=r"down_proj/hqq/32.scale_zero holds infinite or NaN values; save"):
+        with pytest.raises(TwinsError, match=r"down_proj/hqq/32.scale_zero holds infinite or NaN values. Save"):
             TwinFile(saved)
 
     def test_a_matrix_of_another_shape_with_tensors_to_fit(self, saved):
@@ -396,7 +398,7 @@ def test_weights_that_changed_since_are_not_saved(tmp_path):
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         layer.weight.mul_(2)
-    stale = r"the weights of .*up_proj changed after they were quantized; call river_compile.requantize\(model\)"
+    stale = r"the weights of .*up_proj changed after they were quantized. Call river_compile.requantize\(model\)"
     with pytest.raises(TwinsError, match=stale):
         save_twins(model, tmp_path / "twins")
     logits = run(model)
@@ -436,7 +438,7 @@ class TestFolder:
 
     def test_a_place_that_cannot_be_written(self, packed, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(TwinsError, match=r"cannot save to .*file/twins: .*(Not a directory|File exists)"):
+        with pytest.raises(TwinsError, match=r"Cannot save to .*file/twins: .*(Not a directory|File exists)"):
             save_twins(packed, tmp_path / "file" / "twins")
 
     @pytest.mark.parametrize(
@@ -445,9 +447,9 @@ class TestFolder:
             ("", r"folder='' is not allowed; it must be a path"),
             ("a\0b", r"folder='a\\x00b' is not allowed; it must be a path"),
             (7, r"folder=7 is not allowed; it must be a path"),
-            ("x" * 300, "cannot save to x*: .*File name too long"),
-            ("\ud800", "cannot save to .*surrogates not allowed"),
-            ("/proc/twins", "cannot save to /proc/twins: .*No such file or directory"),
+            ("x" * 300, "Cannot save to x*: .*File name too long"),
+            ("\ud800", "Cannot save to .*surrogates not allowed"),
+            ("/proc/twins", "Cannot save to /proc/twins: .*No such file or directory"),
         ],
     )
     def test_names_that_no_folder_can_have(self, packed, tmp_path, monkeypatch, name, words):
@@ -461,7 +463,7 @@ class TestFolder:
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr("pathlib.Path.iterdir", refuse)
-        with pytest.raises(TwinsError, match=r"cannot save to .*Permission denied"):
+        with pytest.raises(TwinsError, match=r"Cannot save to .*Permission denied"):
             save_twins(packed, tmp_path)
 
     def test_a_disk_that_fills_up_leaves_nothing(self, packed, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_matrices_that_read_one_value_share_its_moments():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
 def test_a_visit_hands_over_what_a_record_keeps(family):
-    """One matrix after another, and nobody computes logits."""
+    """One matrix after another, without computing logits."""
     model, ids, seen, alive = make(family, layers=2), prompt(20, 3), {}, []
     recorded = record(model, [ids])
     weights = [weight for weight in model.parameters() if weight in recorded.moments]
@@ -187,11 +187,11 @@ def test_nothing_of_a_freed_model_stays():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "of texts needs tokenizer="),
-        ({"data": ["text"]}, "of texts needs tokenizer="),
+        ({}, "Texts in calibration_data= require tokenizer="),
+        ({"data": ["text"]}, "Texts in calibration_data= require tokenizer="),
         ({"data": "text", "tokenizer": dict}, "calibration_data='text' is not allowed"),
         ({"data": [3], "tokenizer": dict}, r"texts\[0\]=3 is not allowed"),
-        ({"tokenizer": dict, "data": [prompt()]}, "tokenizer= is for texts"),
+        ({"tokenizer": dict, "data": [prompt()]}, "need no tokenizer"),
         ({"data": []}, "has no token"),
         ({"data": [torch.empty(1, 0, dtype=torch.long)]}, "has no token"),
     ],

@@ -87,7 +87,7 @@ def test_the_same_weights_give_the_same_twins():
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = started()
-    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers go on as if nothing was drawn
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers follow as if nothing was drawn
     torch.manual_seed(2)
     twins = bytes_of(first)
     assert same(twins, bytes_of(started()))
@@ -145,7 +145,7 @@ def test_weights_that_changed_write_anew():
     model, other = started(), make("llama", layers=2, seed=7)
     assert report(model, estimate_loss=True).record.twins.loss is not None
     model.load_state_dict(other.state_dict())
-    with pytest.warns(RiverWarning, match="weights changed after their 4-bit twins were packed"):
+    with pytest.warns(RiverWarning, match="^RC048: The weights changed after their 4-bit twins were packed"):
         decode(model, new_cache(model, "static"), [0])
     other.compile(backend=river, options=OPTIONS)
     decode(other, new_cache(other, "static"), [0])

@@ -1,4 +1,4 @@
-"""How many matrices are packed at once: as many as torch has threads on a CPU, one on a device."""
+"""How many matrices are packed at the same time: as many as torch has threads on a CPU, one on a device."""
 
 import threading
 
@@ -22,7 +22,7 @@ class Made:
 
 
 class Maker:
-    """Packs nothing, and notes how many do so at once."""
+    """Packs nothing, and notes how many do so at the same time."""
 
     def __init__(self):
         self.most, self._now, self._lock = 0, 0, threading.Lock()

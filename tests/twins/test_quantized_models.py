@@ -30,7 +30,7 @@ def quantized(request):
 
 @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
 def test_twins_of_torchao_tensors(quantized):
-    """Never leaving has the bits of the traced model (tracing changes those of torchao's products); twins are made from
+    """Full depth has the bits of the traced model (tracing changes those of torchao's products); twins are made from
     the values, and follow them when they change."""
     quantized.compile(backend="eager")
     plain = decode(quantized, new_cache(quantized, "static"), [None, None], plain_prompt=True)

@@ -17,7 +17,7 @@ OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit
 
 @functools.cache
 def twin_run(name: str) -> dict[str, object]:
-    """Decodes one token that leaves after the first block, with 4-bit twins, beside one that never leaves."""
+    """Decodes one token that leaves after the first block, with 4-bit twins, and one that runs at full depth."""
     model = make(name, layers=2)
     plain, river_cache = new_cache(model, "static"), new_cache(model, "static")
     model.compile(backend=river, options=OPTIONS)

@@ -21,7 +21,7 @@ def test_layers_of_sliding_windows_hold_all_tokens(name):
 
 
 def test_generate_on_a_gpu_does_not_compile_a_compiled_model_again(monkeypatch):
-    """With Inductor around it nothing of the river would be left; who asks for that gets it."""
+    """With Inductor around it nothing of River would be left; a caller that asks for that gets it."""
     model = make("llama", layers=2)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     cache, config = StaticCache(config=model.config, max_cache_len=8), copy.deepcopy(model.generation_config)

@@ -32,7 +32,7 @@ def test_tested_versions_are_not_mentioned(newest, recwarn):
 
 
 def import_anew(module):
-    """Runs a module's code as its first import does, in a module of its own."""
+    """Runs a module's code as its first import does, in a separate module."""
     spec = util.find_spec(module.__name__)
     spec.loader.exec_module(util.module_from_spec(spec))
 

@@ -4,8 +4,9 @@
     python -m tools.families --only llama mpt   # these, whatever is known of them; other rows stay
     python -m tools.families --page             # the page from known results alone
 
-Each type runs in a process of its own, which is killed when it takes too long. Results are kept in `docs/models.jsonl`
-as they come, so a stopped run goes on where it was. The exit status is 1 where any type failed: wrong, crashed or hung.
+Each type runs in its own process, which is killed when it takes too long. Results are kept in `docs/models.jsonl`
+as they come, so a stopped run continues where it was. The exit status is 1 where any type failed: wrong, crashed or
+hung.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def model_types() -> list[str]:
 
 
 def isolated(name: str, exact: bool, timeout: float, verbose: bool) -> Outcome:
-    """Check one type in a process of its own; a crash or a time-out is an outcome too."""
+    """Check one type in its own process; a crash or a time-out is an outcome too."""
     context = multiprocessing.get_context("fork")  # (what is imported here need not be imported there)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, name, exact, verbose), daemon=True)

@@ -66,7 +66,7 @@ class Outcome:
 
 
 class Wrong(Exception):
-    """The river's text or logits are others than the plain model's, or it did not run where it should have."""
+    """River's text or logits differ from the plain model's, or it did not run although it should have."""
 
 
 def check(
@@ -75,7 +75,7 @@ def check(
     caches: Sequence[str] = CACHES,
     build: Callable[[str], PreTrainedModel] = tiny_model,
 ) -> Outcome:
-    """Build a tiny model, compare it with the river and reports. Raises nothing that an `Outcome` can hold."""
+    """Build a tiny model, compare it with River and reports. Raises nothing that an `Outcome` can hold."""
     outcome = Outcome(model_type)
     try:
         model = build(model_type)
@@ -170,7 +170,7 @@ def say(model: PreTrainedModel, kind: str, tokens: Tensor | None = None) -> Gene
 
 
 def compare(outcome: Outcome, build: Callable[[], PreTrainedModel], kind: str, expected: Generated) -> Traced | None:
-    """Note the depths that were equal with a cache, or why the river did not run; return the decode step if it did.
+    """Note the depths that were equal with a cache, or why River did not run; return the decode step if it did.
 
     Raises:
         Wrong: anything else.
@@ -196,7 +196,7 @@ def compare(outcome: Outcome, build: Callable[[], PreTrainedModel], kind: str, e
         if not left.depths:
             reasons = [graph.refusal for graph in river_compile.report(model).graphs if graph.refusal]
             if not reasons:
-                raise Wrong(f"{kind} cache: no step reached the river, and the report does not say why")
+                raise Wrong(f"{kind} cache: no step reached River, and the report does not say why")
             outcome.without[kind] = next((reason for reason in reasons if "broke the graph" in reason), reasons[-1])
             return None
         if left.depths != {depth: NEW_TOKENS - 1}:
@@ -212,7 +212,7 @@ def rounding(model: PreTrainedModel, kind: str, expected: Generated) -> float:
 
 
 class Traced:
-    """A backend: the river with unquantized twins, which keeps the first decode step to rewrite it in another way."""
+    """A backend: River with unquantized twins, which keeps the first decode step to rewrite it in another way."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model

@@ -136,7 +136,7 @@ def tiny_config(config_class: type[PretrainedConfig], overrides: Mapping[str, ob
         if isinstance(inner, PretrainedConfig):
             small[name] = tiny_config(type(inner), overrides.get(name, OVERRIDES.get(inner.model_type, {})))
     fixed = {name: value for name, value in overrides.items() if name not in config_class.sub_configs}
-    # A decoder that keeps a cache, also where the family has encoders beside it.
+    # A decoder that keeps a cache, also where the family also has encoders.
     role = {"is_decoder": True, "use_cache": True} if {"is_decoder", "use_cache"} & names else {}
     config = config_class(**{**small, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, **role, **fixed})
     return config

@@ -157,8 +157,9 @@ def circle(graph: Mapping[str, set[str]]) -> str:
 def singletons(sources: Mapping[str, Source]) -> list[str]:
     """Return every place that keeps or fetches state which no signature shows, as "path:line name".
 
-    These are calls ``.of(Class)`` of a registry by class, and mutable objects at the top of a module: containers that
-    are empty there or that a function writes to, instances of the product's classes that change, and ``global``.
+    These are calls ``.of(Class)`` of a registry by class, and mutable objects at the top of a module. The latter are
+    containers that are empty there or that a function writes to, instances of the product's classes that change, and
+    ``global``.
     """
     changing = {name for source in sources.values() for name in _changing_classes(source.tree)}
     found = []

@@ -76,9 +76,9 @@ def walking(root: Path = ROOT, follow: Follow | None = None) -> Iterator[Walk]:
 class Follow:
     """Follows one parameter from the module to its packed operand.
 
-    A value is the followed weight's if it is that parameter, the placeholder that stands for it in a graph, a tensor
-    of as many elements or of 4 bits each that a function made of it, or an instance of the product's classes that holds
-    one of these and nothing of other weights.
+    A value is the followed weight's if it is that parameter or the placeholder that stands for it in a graph. So is a
+    tensor that a function made of it, of as many elements, or of 4 bits each. So is an instance of the product's
+    classes that holds one of these and nothing of other weights.
 
     Args:
         parameters: by name; with those of `OTHERS`.

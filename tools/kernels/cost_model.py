@@ -59,7 +59,7 @@ class Estimate:
 class Compiled:
     """What a compiler made of a kernel, in the place of the model's estimates."""
 
-    resident: int  # programs that a processor holds at once
+    resident: int  # programs that a processor holds at a time
     instructions: float | None = None  # of a thread, all steps together; None where they were not counted
 
 
@@ -148,8 +148,8 @@ def attention_estimate(
 
     Of several positions `times` programs read the same slots, all but the first from the cache that processors share.
 
-    The loop over blocks is not pipelined: each waits for memory's 0.9 us and for 300 instructions that follow one
-    another (counted for heads of 128, 190 for 64), while the other programs of a processor have their turns. The last
+    The loop over blocks is not pipelined. Each block waits for memory's 0.9 us and for 300 instructions that follow
+    one another (counted for heads of 128, 190 for 64), while the other programs of a processor run. The last
     program puts the parts together, 16 KB of them in 0.3 us.
     """
     programs, block = times * heads * splits, 4 * ATTENTION_BLOCK * head_dim
@@ -178,7 +178,7 @@ def attention_estimate(
 
 
 def rows_of(spec: LinearSpec, rows: int | None = None) -> int:
-    """Return the rows that a spec counts with; where it leaves them open and nobody says, 64, or `WIDTH`."""
+    """Return the rows that a spec counts with; where it leaves them open and no caller says, 64, or `WIDTH`."""
     return spec.rows or rows or (WIDTH if spec.any_width else 64)
 
 

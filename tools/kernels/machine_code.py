@@ -1,8 +1,8 @@
 """Counts the machine code of a product: a thread's instructions for each weight.
 
 Loops count as often as they run. How often that is follows from the instructions that turn bits into numbers, since a
-thread must execute one of them for every weight (or pair of weights) that it has: `LinearSpec` says how many those are.
-Weights in 16 bits need none; of those the loads or the matrix instructions are counted. On AMD every step of a product
+thread must execute one of them for every weight (or pair of weights) that it has. `LinearSpec` says how many those are.
+16-bit weights need none; of those the loads or the matrix instructions are counted. On AMD every step of a product
 has the same matrix instructions.
 
 Not handled: loops without weights in them make a kernel with 4-bit weights uncountable; those of others, of row

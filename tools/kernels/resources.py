@@ -7,7 +7,7 @@ what a token costs.
 Registers, spills and shared memory come from the compiled code, widths of loads and matrix instructions from its text.
 The machine code of products is counted: instructions that a thread executes for each of its weights (see
 `machine_code`). What bounds a launch says the kernels' cost model (`cost_model.Estimate`), with these registers and
-instructions in the place of its own: nothing here has run. Columns of its part:
+instructions in its place: nothing here has run. Columns of its part:
 
     KB ahead    bytes of weights (of keys and values) on their way to one processor before the first is used
     waves       of programs; the digits behind the point are how full the last one is
@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
                 compiled[target, spec] = list(usages(spec, label, target))
             first, *rest = (replace(found, kernel=label, model=name, **sizes) for found in compiled[target, spec])
             usage_of[label] = [bounded(first, spec, rows), *rest]
-        for group, labels in reversed(groups.items()):  # (attention's share is that of a token that leaves at once)
+        for group, labels in reversed(groups.items()):  # (attention's share is that of a token that exits immediately)
             part = {label: usage_of[label][0] for label in labels}
             seconds = {label: shape.layers ** (not _is_head(label)) * usage.seconds for label, usage in part.items()}
             for label, time in seconds.items():

@@ -68,7 +68,7 @@ def most_registers(spec: LinearSpec) -> int:
 
 
 def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
-    # A warp has groups of its own, so a step is a number of groups for each warp, and no split-K is needed.
+    # A warp has its own groups, so a step is a number of groups for each warp, and no split-K is needed.
     if device.backend != "cuda":  # matrix cores take 16 columns, and narrow tiles load words of 8 bytes
         yield LinearTile(32, 4 * spec.group_size, 16, 1, 4, 2)
         return
@@ -86,11 +86,11 @@ def _group_tiles(spec: LinearSpec, device: Device) -> Iterator[LinearTile]:
 
 
 def _pipeline(spec: LinearSpec, device: Device, block_n: int, steps: int) -> int:
-    """Return how many steps are on their way at once: three, or what was seen to keep values in registers.
+    """Return how many steps are on their way at a time: three, or what was seen to keep values in registers.
 
-    Behind a norm, pairs of matrices spill with several rows in longer pipelines than two, and on sm_100 with one row in
-    shorter ones than four (Triton 3.9), where single matrices spill in longer ones than three (3.7 and 3.9). Triton 3.6
-    and 3.7 unroll four steps in a pipeline of three into too many registers.
+    Behind a norm, pairs of matrices spill with several rows in longer pipelines than two. On sm_100 they spill with one
+    row in shorter ones than four (Triton 3.9), where single matrices spill in longer ones than three (3.7 and 3.9).
+    Triton 3.6 and 3.7 unroll four steps in a pipeline of three into too many registers.
     """
     behind_norm = spec.norm != "none"
     if behind_norm and spec.gated and not spec.row_by_row:
@@ -103,8 +103,8 @@ def _pipeline(spec: LinearSpec, device: Device, block_n: int, steps: int) -> int
 
 
 def _row_tiles(spec: LinearSpec) -> Iterator[LinearTile]:
-    # Lanes lie side by side along K, 16 bytes each (32 weights of 4 bits), so that a warp reads whole lines and a lane
-    # needs few activations; more rows of W then only repeat the pattern.
+    # Lanes lie side by side along K, 16 bytes each (32 4-bit weights), so that a warp reads whole lines and a lane
+    # needs few activations. More rows of W then only repeat the pattern.
     splits = (1,) if spec.norm != "none" else (1, 2, 4)
     per_warp = 1024 if spec.weights == "w4" else 512
     twelve, least = spec.weights == "bf12", min_columns(spec.weights, spec.form)

@@ -24,7 +24,7 @@ _ROWS = (1, 4, 16, 64)  # of which a table's forms tell one, up to 8, up to 16 a
 
 
 def forms() -> Iterator[dict[str, Any]]:
-    """Yield arguments of `untiled`, but the sizes, that have tiles of their own; of equal forms the first counts."""
+    """Yield arguments of `untiled`, but the sizes, that have separate tiles; of equal forms the first counts."""
     kinds = [{"gated": gated, "norm": norm} for gated in (False, True) for norm in ("none", "rms")]
     for group, dtype, rows in itertools.product((32, 64, 128), ("bfloat16", "float32"), _ROWS):
         fields = {"rows": rows, "group_size": group, "dtype": dtype}

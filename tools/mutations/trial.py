@@ -120,7 +120,7 @@ def _environment(copy: Path) -> dict[str, str]:
 
 
 def _first_failure(copy: Path, selection: Sequence[str]) -> tuple[str, str]:
-    """Return which test of a copy fails first, if any, and why nobody can tell, if so."""
+    """Return which test of a copy fails first, if any, and why that is unknown, if it is."""
     pytest = [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", "not slow", "-p", "no:cacheprovider"]
     done = subprocess.run([*pytest, *selection], cwd=copy, env=_environment(copy), capture_output=True, text=True)
     if done.returncode == 0:

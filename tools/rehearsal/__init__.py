@@ -1,9 +1,9 @@
 """The steps of `make gpu` as they are rehearsed, what went wrong in one, and what it would take on a card.
 
 A rehearsed step is the same commands through `tools.rehearsal`, with a few arguments more. Programs that note a failure
-and go on end well; what they noted counts here (:func:`shortcomings`). Minutes on a card are an estimate: what the
-rehearsal counted (processes, kernels, graphs, captures, timings, tests), each at its `SECONDS`, and the tokens of full
-size by the cost model (`benchmarks.roofline`).
+and continue have status 0; what they noted counts here (:func:`shortcomings`). Minutes on a card are an estimate: what
+the rehearsal counted (processes, kernels, graphs, captures, timings, tests), each at its `SECONDS`, and the tokens of
+full size by the cost model (`benchmarks.roofline`).
 
 Not handled: numbers of the rehearsal as figures. They mean nothing.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 COUNTS = "RIVER_REHEARSAL_COUNTS"  # a variable: the file of counts
 MINUTES = 600.0  # of a rehearsed step: its limit is the card's, and a machine without one may be slow
-#: What a program is asked beside what a card is asked: later options win.
+#: Arguments of a program besides those on a card: later options win.
 SMALLER = {
     "benchmarks.kernels": ("--context", "64"),
     "tools.kernels.tune": ("--top", "2", "--budget", "1e6"),
@@ -69,7 +69,7 @@ def rehearsed(step: Step) -> Step:
 
 
 def shortcomings(step: Step, out: Path) -> list[str]:
-    """Return what a rehearsed step failed at and went on, by its files and its log."""
+    """Return what failed in a rehearsed step that continued, by its files and its log."""
     log = (out / f"{step.name}.log").read_text(encoding="utf-8")
     found = [line for line in log.splitlines() if line.startswith("left out ")]
     found += [f"{a} of {b} kernels tuned" for a, b in re.findall(r"(\d+) of (\d+) kernels tuned", log) if a != b]
@@ -99,7 +99,7 @@ def _tests(step: Step, out: Path) -> Iterator[ET.Element]:
 
 
 def _files(step: Step, out: Path, ending: str) -> Iterator[Path]:
-    """Return the files that a step's commands are told to write."""
+    """Return the files that a step's commands write."""
     for command in step.commands:
         yield from (Path(part.replace("{out}", str(out))) for part in command if part.endswith(ending))
 

@@ -125,7 +125,7 @@ TORCH_LIBRARY(rehearsal, library) {
   library.def("host(Tensor tensor) -> Tensor", torch::dispatch(c10::DispatchKey::CUDA, host));
 }
 
-// Importing torch has made the hooks of a build without CUDA already. Neither class has members beside its table of
+// Importing torch has made the hooks of a build without CUDA already. Neither class has members besides its table of
 // functions, so that object becomes one of ours.
 const bool hooked = [] {
   static const Hooks hooks;

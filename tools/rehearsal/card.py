@@ -1,7 +1,7 @@
 """A card that is not there: tensors on "cuda" whose memory is the host's, and the parts of `torch.cuda` that use it.
 
 :func:`install` gives this process one. Tensors on it are real ones of device "cuda", so everything that asks
-(``is_cuda``, ``device.type``, guards, dispatch) hears what a card would say; what a kernel would do there, the CPU does
+(``is_cuda``, ``device.type``, guards, dispatch) hears what a card would say. What a kernel would do there, the CPU does
 on the same memory. As on a card,
 
 - an operator refuses tensors of both devices;
@@ -265,7 +265,7 @@ def _operator(op: Any, *arguments: Any, **named: Any) -> Any:
     shaped, settings = tree_map(on_meta, (given, options))
     found = run(*shaped, **settings)
     resized = [_resized(seen[key][1], meta) for key, meta in metas.items() if seen[key][0].shape != meta.shape]
-    if resized:  # (which is all that happens at once)
+    if resized:  # which is all that happens immediately
         return _operator(op, *arguments, **named)
     own = {id(meta): seen[key][1] for key, meta in metas.items()}
     result = tree_map_only(Tensor, lambda t: own[id(t)] if id(t) in own else _like(t, "cuda"), found)
@@ -407,7 +407,7 @@ class _Kernel(loader.Kernel):
 
 
 class Profile(torch.profiler.profile):
-    """A profile that has what ran on the card, by its clock, beside what ran on the host."""
+    """A profile that has what ran on the card, by its clock, and what ran on the host."""
 
     def __init__(self, *, activities: Iterable[ProfilerActivity], **settings: Any) -> None:
         super().__init__(activities=[a for a in activities if a != ProfilerActivity.CUDA], **settings)

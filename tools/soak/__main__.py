@@ -1,4 +1,4 @@
-"""Runs random cases for as long as it is told: ``python -m tools.soak --minutes 60`` (or ``make soak``).
+"""Runs random cases for a given time: ``python -m tools.soak --minutes 60`` (or ``make soak``).
 
     text      families, options, caches, batches, sampling and orders of calls against the plain model
     damage    saved twins, exit rules, generated kernels and tuned tiles that were damaged between two uses

@@ -67,7 +67,7 @@ def refused_by_us(error: Exception) -> bool:
 
 
 def attempt(kind: Kind, case: Case) -> tuple[str, str]:
-    """Run a case in a folder of its own; return its outcome and the traceback of its failure, empty without one."""
+    """Run a case in its own folder; return its outcome and the traceback of its failure, empty without one."""
     with tempfile.TemporaryDirectory(prefix="river-soak-") as folder:
         try:
             return kind.run(case, Path(folder)), ""

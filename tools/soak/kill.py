@@ -1,6 +1,6 @@
 """Cases of kind "kill": a process is killed while it writes a file; the next start works.
 
-The process is a fork that writes the same thing again and again, each time in a place of its own, until it is killed
+The process is a fork that writes the same thing again and again, each time in its own place, until it is killed
 after a random time. Then each place holds all of what was written or nothing, reading that works, and so does writing
 into the place that the killed process was at.
 

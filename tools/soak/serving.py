@@ -1,9 +1,9 @@
 """Cases of kind "serving": random clients of one server, some of whom leave, ask nonsense or ask too much.
 
 A tiny model is served in this process. Its texts are taken first, one after another; then the same requests come from
-several clients at once, round after round. Every text that is finished is the one that was alone, whatever its
-neighbours did: they hang up before or while they are answered, send bad values or prompts beyond the context, and are
-refused where the queue is full. In the end nobody is left in a row or in the queue, and memory has not risen.
+several clients at the same time, round after round. Every text that is finished is the one that was alone, whatever its
+neighbours did. They hang up before or while they are answered, send bad values or prompts beyond the context, and are
+refused where the queue is full. In the end no request is left in a row or in the queue, and memory has not risen.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class _Served:
                     response.readline()
 
     def is_empty(self) -> None:
-        """Wait until nobody is left in a row or in the queue."""
+        """Wait until no request is left in a row or in the queue."""
         for _ in range(3000):
             (manager,) = self.server._generation_state.managers
             counters = manager.batch.counters
@@ -170,7 +170,7 @@ def _key(request: Case) -> str:
 
 
 def _round(served: _Served, clients: list[list[Case]], alone: dict[str, tuple[int, str]]) -> Counter[int]:
-    """Let all clients ask at once; return how often each status came."""
+    """Let all clients ask at the same time; return how often each status came."""
 
     def visit(requests: list[Case]) -> list[int]:
         found = []
@@ -186,7 +186,7 @@ def _round(served: _Served, clients: list[list[Case]], alone: dict[str, tuple[in
                 if status < 400:
                     raise Failure(f"a request that cannot be answered got {status}: {request}")
             elif (status, text) != alone[_key(request)]:
-                raise Failure(f"beside others {request} got {(status, text)!r}, alone {alone[_key(request)]!r}")
+                raise Failure(f"among others {request} got {(status, text)!r}, alone {alone[_key(request)]!r}")
         return found
 
     with ThreadPoolExecutor(len(clients)) as pool:

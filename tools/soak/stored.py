@@ -59,7 +59,7 @@ def packed_model() -> torch.nn.Module:
 
 @functools.cache
 def _built() -> tuple[torch.nn.Module, Program]:
-    """Return it with a program of its own, which lasts longer than what Dynamo keeps."""
+    """Return it with a separate program, which lasts longer than what Dynamo keeps."""
     torch._dynamo.reset()
     model = make("llama", layers=2)
     options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}

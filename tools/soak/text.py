@@ -2,7 +2,7 @@
 
 Twins are unquantized and kernels="eager", so that wherever a token exits its logits are the plain model's up to
 rounding. What is compared is more than text: each step's logits, up to the first token where two texts part. A token
-may differ only where the logits agree, which makes it a near-tie; where they do not, the case runs again in float64,
+may differ only where the logits agree, which makes it a near-tie. If they do not, the case runs again in float64,
 and a difference that is gone there was rounding (experts chosen by a near-tie, say), and is counted as such.
 
 Among the calls are ids in 32 bits, rows that stop strings end, and scores that leave no token, where sampling raises
@@ -182,7 +182,7 @@ class Walk:
         check_close(ours.detach()[counts], expected.detach()[counts], self.tolerance, step["do"])
 
     def _hooked_sibling(self, step: Case) -> None:
-        """A model of the same class breaks its graph at hooks, and the next one runs through the river all the same."""
+        """A model of the same class breaks its graph at hooks, and the next one runs through River all the same."""
         dtype, call = self.plain.dtype, {**step, "lengths": [5], "cache": "dynamic", "arguments": {"max_new_tokens": 4}}
         hooked, whole = (make(self.family, dtype, step["seed"] + i, layers=2) for i in range(2))
         expected = [generate(model, call, {}) for model in (hooked, whole)]
@@ -194,7 +194,7 @@ class Walk:
                 warnings.simplefilter("ignore", river_compile.RiverWarning)
                 compare(generate(model, call, {}), wanted, 1, self.tolerance)
         if not trace.steps:
-            raise Failure(f"the river of a {type(whole).__name__} is off after one with hooks")
+            raise Failure(f"River of a {type(whole).__name__} is off after one with hooks")
 
     def _generate(self, step: Case) -> str:
         expected = outcome_of(self.plain, step, {})
@@ -217,7 +217,7 @@ class Walk:
             raise Failure(f"{ours if isinstance(ours, str) else 'a text'} instead of {expected}")
         passes = len(expected.logits) if step["do"] == "generate" else 1
         if len(trace.steps) < passes and not any(issubclass(w.category, river_compile.RiverWarning) for w in said):
-            raise Failure(f"{len(trace.steps)} of {passes} passes reached the river in step {step}, without a word")
+            raise Failure(f"{len(trace.steps)} of {passes} passes reached River in step {step}, without a word")
         return compare(ours, expected, len(step["lengths"]), self.tolerance)
 
 

@@ -1,7 +1,7 @@
 """Cases of kind "threads": threads generate at the same time, with one model or each with its own.
 
 Every text and its logits are those of the plain model, as in cases of kind "text". Threads share options, since those
-are the process's; each has prompts and caches of its own.
+are the process's; each has separate prompts and caches.
 
 Not handled: threads that compile or change weights while others generate.
 """
@@ -48,7 +48,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(case: Case, folder: Path) -> str:
-    """Generate the texts one by one with plain models, then all at once."""
+    """Generate the texts one by one with plain models, then all at the same time."""
     torch._dynamo.reset()
     numbers = range(case["models"])
     plain, ours = ([make(case["family"], seed=i, layers=2) for i in numbers] for _ in range(2))

@@ -97,9 +97,9 @@ class SlotsOfBlock {
   const float* added() const { return added_; }
 
  private:
-  // Counts the positions of the block that read each slot, 128 beside it where the mask adds to the scores.
+  // Counts the positions of the block that read each slot, plus 128 where the mask adds to the scores.
   void count_readers(int last) {
-    uint8_t* const readers = readers_;  // (which the compiler would read anew for every byte)
+    uint8_t* const readers = readers_;  // (which the compiler would read again for every byte)
     const int slots = end_;
     std::fill(readers, readers + slots, 0);
     for (int position = first_; position < last; ++position) {

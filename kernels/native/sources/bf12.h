@@ -1,4 +1,4 @@
-// bfloat16 weights in 12 bits, bit for bit: the lower byte, and 4 bits that choose the upper byte among the 16 most
+// 12-bit packed bfloat16 weights, bit for bit: the lower byte, and 4 bits that choose the upper byte among the 16 most
 // frequent ones; other weights are patches. Weights become bfloat16 again before they are multiplied, in registers for
 // a few rows, in the first cache for more, so sums are those of 16-bit weights.
 #pragma once

@@ -1,4 +1,4 @@
-// Operators for matmuls with weights in 4 bits, in 8, in 12, or in the activations' dtype: from tensors to phases.
+// Operators for matmuls with 4-bit, 8-bit or 12-bit weights, or in the activations' dtype: from tensors to phases.
 #pragma once
 
 #include "tensors.h"

@@ -1,4 +1,4 @@
-// The operators on logits: the largest computed anew, and the entropy of their distribution.
+// The operators on logits: the largest recomputed, and the entropy of their distribution.
 #pragma once
 
 #include "bindings_linear.h"

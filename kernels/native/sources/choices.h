@@ -52,7 +52,7 @@ inline Weighed weigh_chunk(const float* z, bool only_largest) {
   const float largest = largest_of_chunk(z);
   if (only_largest) return {largest, 0, 0};
   Floats total = zeros(), spread = zeros();
-  // (Of what nobody wants any part is nothing.)
+  // Unwanted logits add nothing to any sum, so a part of the chunk is enough.
   const int weighed = largest == kUnwanted ? kLanes : kLogitsTogether;
   for (int k = 0; k < weighed; k += kLanes) {
     const Floats shifted = load_floats(z + k) - largest, weight = exp_of(shifted);

@@ -78,7 +78,7 @@ class BlockOfWeights {
   const int64_t first_;
   const int count_;
   const char* in_place_ = nullptr;
-  std::optional<UnpackedBlock> unpacked_;  // of weights in 12 bits
+  std::optional<UnpackedBlock> unpacked_;  // of 12-bit weights
   alignas(64) uint16_t copy_[kBlock * kStep];
 };
 

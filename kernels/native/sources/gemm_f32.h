@@ -135,7 +135,7 @@ void microkernel_8_bits(const GemmArgs& a, int64_t n, int row, int rows, float (
   for (; at < count; ++at) some(at, std::integral_constant<int, 1>());
 }
 
-// The same of weights in 12 bits.
+// The same for 12-bit weights.
 class MicrokernelF32Bf12 {
  public:
   explicit MicrokernelF32Bf12(const GemmArgs& a) : blocks_(a) {}

@@ -83,14 +83,14 @@ struct Epilogue {
 // y = epilogue(x W^T), summed in float32. Parts split the blocks of output features.
 struct GemmArgs {
   Activations x;
-  const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]: byte 4 n + j of line i holds the features 8 i + j and
+  const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]. Byte 4 n + j of line i holds the features 8 i + j and
                                // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
   const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
   Rows dense;                  // [N, K] of the epilogue's dtype, in place of the 4-bit weights
-  const int32_t* palette;      // of weights of bfloat16 in 12 bits, null otherwise; then `weight` is [N' / 4, K'' / 64,
+  const int32_t* palette;      // of 12-bit weights, null otherwise; then `weight` is [N' / 4, K'' / 64,
                                // 6, 64], K'' of 64 features (bf12.h). 16 bytes, the number of each four's first patch
                                // [N' / 4 + 1], and the patches [2]: 4 k + n within the four, and the weight
-  const float* scale;          // [N, 1 or K / 32] of weights in 8 bits, null otherwise; then `weight` is [N, K]
+  const float* scale;          // [N, 1 or K / 32] of 8-bit weights, null otherwise; then `weight` is [N, K]
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null if there is one for all;
                                // a row with none of their numbers gets zeros
   const int32_t* wanted;       // how many blocks of 16 output features are wanted, and their numbers, ascending; the
@@ -103,7 +103,7 @@ struct GemmArgs {
   int64_t padded_features() const { return groups() * group_size; }
 };
 
-constexpr float kUnwanted = -32768.0f;  // (all dtypes have it, and whoever masks logits further meets no NaN)
+constexpr float kUnwanted = -32768.0f;  // all dtypes have it, and masking logits further gives no NaN
 
 // The epilogue of a matmul that a library computed: bias and weights are in `product` already. Parts split the rows.
 struct LibraryEpilogueArgs {
@@ -114,7 +114,7 @@ struct LibraryEpilogueArgs {
 
 constexpr int kBlockOfLogits = 64;
 
-// y = logits, the largest of each row computed anew as x W^T + bias. Part `ways` m + w computes share w of row m.
+// y = logits, the largest of each row recomputed as x W^T + bias. Part `ways` m + w computes share w of row m.
 struct RescoreArgs {
   Strided logits;      // [M, N] of `dtype`
   Activations x;       // in format kFloats, rows of `padded_features`

@@ -1,5 +1,5 @@
-// Phases of an operator run on the threads, or go on the tape that the calling thread records, with all that their
-// arguments point to, except the operators' tensors, which must keep their addresses.
+// Phases of an operator run on the threads, or are added to the tape that the calling thread records, with all that
+// their arguments point to, except the operators' tensors, which must keep their addresses.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,7 @@ inline Memory allocate(size_t bytes) {
 
 class Tape {
  public:
-  // The tape that this thread records, null where operators run at once.
+  // The tape that this thread records, null if operators run immediately.
   static Tape*& recording() {
     static thread_local Tape* tape = nullptr;
     return tape;
@@ -107,7 +107,7 @@ void run_phases(const Args& args, std::initializer_list<Phase> phases, bool besi
   }
 }
 
-// What the phases of a call noted as wrong becomes an error: at once, or after each replay of the tape.
+// What the phases of a call noted as wrong becomes an error: immediately, or after each replay of the tape.
 inline void expect_zero(int32_t* failed, const char* what) {
   if (Tape* tape = Tape::recording())
     tape->watch(failed, what);

@@ -1,4 +1,4 @@
-// A replay that reads the clock around each part of each phase, for whoever asks where a token's time goes. Phases are
+// A replay that reads the clock around each part of each phase, to show where a token's time goes. Phases are
 // told apart by their functions. A part takes some 50 ns longer than in a replay without clock.
 #pragma once
 

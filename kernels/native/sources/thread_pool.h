@@ -1,4 +1,4 @@
-// Runs phases, split into parts, with a barrier between phases. Each thread takes parts of its own range in order, to
+// Runs phases, split into parts, with a barrier between phases. Each thread takes the parts of its range in order, to
 // read on where it stopped, then those that others have not begun. The caller works too, and waits for parts, not for
 // helpers without a core. Helpers are torch's threads in one parallel loop: others would compete with them while they
 // spin. If such a loop ends late, since another process has a core, own threads help for a while, which sleep without
@@ -68,7 +68,7 @@ class ThreadPool {
 
  private:
   // The present phase: its number, parts and ranges. A range's cursor: the phase that it is of, and the next part that
-  // nobody took; that of an earlier phase stands for the range's first part.
+  // no thread took; that of an earlier phase stands for the range's first part.
   static constexpr int kLow = 24, kRangeBits = 8, kMostRanges = 64;
   static uint64_t joined(uint64_t epoch, uint64_t low) { return epoch << kLow | low; }
   static uint64_t epoch_of(uint64_t joined) { return joined >> kLow; }

@@ -18,7 +18,7 @@ native = torch.ops.river_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # By default the instruction set that this machine uses and the portable one; with --slow those in between too, each of
-# which is a build of its own.
+# which is a separate build.
 _QUICK = (supported_isas()[0], supported_isas()[-1])
 EACH_ISA = [pytest.param(isa, id=isa.name, marks=() if isa in _QUICK else pytest.mark.slow) for isa in supported_isas()]
 ISAS = pytest.mark.parametrize("isa", EACH_ISA)

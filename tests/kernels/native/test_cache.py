@@ -1,4 +1,4 @@
-"""C++ operators on the KV cache against float64: the checks of generated kernels, and some of their own.
+"""C++ operators on the KV cache against float64: the checks of generated kernels, and some more.
 
 Several positions are in test_positions.py. Every call also runs from a tape (`running.called`).
 """

@@ -202,7 +202,7 @@ def test_recording_again_takes_the_place_of_what_was_there():
 
 
 def test_a_thread_records_one_tape_at_a_time():
-    """The rejected tape is unchanged, and the other one goes on."""
+    """The rejected tape is unchanged, and the other one still runs."""
     a, other, tape = torch.tensor([0]), Tape(), Tape()
     with other.recording():
         native.advance(a, 100)

@@ -1,4 +1,4 @@
-"""bfloat16 weights in 12 bits: any weight is recovered bit for bit."""
+"""12-bit packed bfloat16 weights: any weight is recovered bit for bit."""
 
 from __future__ import annotations
 

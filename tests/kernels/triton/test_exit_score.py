@@ -1,4 +1,4 @@
-"""The fused exit score against float64, and inputs that never exit."""
+"""The fused exit score against float64, and inputs without an exit."""
 
 import math
 

@@ -97,7 +97,7 @@ def test_a_damaged_tuning_file_is_ignored_with_a_warning(tmp_path, monkeypatch, 
     path = tmp_path / "tuning.json"
     path.write_text(damage)
     monkeypatch.setenv("RIVER_COMPILE_TUNING", str(path))
-    with pytest.warns(UserWarning, match="cannot be read and is ignored"):
+    with pytest.warns(UserWarning, match="^RC084: Cannot read the tuning file"):
         assert registers(best_tile(untiled(1, 256, 256))) <= MAX_REGISTERS
 
 

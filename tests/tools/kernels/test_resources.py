@@ -74,7 +74,7 @@ def test_matrices_of_the_backbone_that_stay_apart_are_read_in_16_bytes_without_s
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_four_bits_become_numbers_in_one_instruction_without_a_conversion(dtype, gated):
-    """Bits are OR-ed into a power of two, of 16-bit numbers two at once: `counted` refuses other numbers of those."""
+    """Bits are OR-ed into a power of two, of 16-bit numbers in pairs: `counted` refuses other numbers of those."""
     spec = best_tile(untiled(1, 2048, 2048, gated=gated, dtype=dtype), "sm_90")
     (compiled,) = compile_for(spec, "cuda", 90)
     assert not re.search(r"cvt\.\w+\.f(16|32)\.[su]\d", compiled.asm["ptx"])

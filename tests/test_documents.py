@@ -1,0 +1,134 @@
+"""What pages, docstrings and comments name exists: modules, files, links with anchors, commands and their options.
+
+Not handled: names in docs/notes and generated pages, and that an option belongs to the very command it stands with.
+"""
+
+import ast
+import functools
+import itertools
+import re
+
+import pytest
+from markdown_it import MarkdownIt
+
+from tests.support.layout import OURS, ROOT, names_in
+from tools.prose import GENERATED, PAGES
+
+MANUAL = [page for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
+LINKED = [*MANUAL, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/notes/*.md"))]
+SOURCES = [file for folder in (*OURS, "passes", "kernels") for file in sorted((ROOT / folder).rglob("*.py"))]
+NATIVE = sorted(ROOT.glob("kernels/native/sources/*"))
+
+MODULE = re.compile(rf"(?<![\w./-])((?:{'|'.join(OURS)})(?:\.\w+)+)(?![\w/(]*[/\"'])")
+FILE = re.compile(r"(?<![\w./<{*-])((?:[\w-]+/)*[\w-]+\.(?:py|h|cpp|md|jinja|jsonl))\b(?![\w.]*[(*])")
+COMMAND = re.compile(r"python -m ((?:benchmarks|examples|tools)(?:\.\w+)+)([^`\n|]*)")
+OPTION = re.compile(r"(?<!\w)--[a-z][\w-]+")
+# Files of other packages, of users, and those that a command writes.
+OTHERS = re.compile(
+    r"(?:benchmarks/results/)?(?:NAME|decode)\.jsonl|llama\.cpp|modeling_\w+\.py|cache_utils\.py|Python\.h|torch/library\.h|script\.py|answers?\.\w+"
+)
+
+
+@functools.cache
+def paths() -> str:
+    """Returns the paths of all files, each after a slash and before a line's end."""
+    folders = (*OURS, "passes", "kernels", "docs", ".github")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
+    return "".join(f"/{path.relative_to(ROOT).as_posix()}\n" for path in [*found, *ROOT.glob("*")])
+
+
+def prose(file):
+    """Returns a page, the docstrings and comments of a Python file, or the comments of a C++ file."""
+    source = file.read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        return "" if file.relative_to(ROOT).as_posix() in GENERATED else source
+    if file.suffix != ".py":
+        return "\n".join(re.findall(r"//.*", source))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    return "\n".join([*(ast.get_docstring(node) or "" for node in nodes), *re.findall(r"# .*", source)])
+
+
+def is_module_or_name_in_one(name):
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = "/".join(parts[1:count] if parts[1:2] in (["passes"], ["kernels"]) else parts[:count])
+        if f"/{path}.py\n" in paths() or (ROOT / path).is_dir():
+            return count == len(parts) or parts[count] in names_in(".".join(parts[:count]))
+    return False
+
+
+def absent_modules(text):
+    return [name for name in MODULE.findall(text) if not is_module_or_name_in_one(name)]
+
+
+def absent_files(text):
+    return [name for name in FILE.findall(text) if f"/{name}\n" not in paths() and not OTHERS.fullmatch(name)]
+
+
+@functools.cache
+def options_of(folder: str) -> str:
+    return "".join(file.read_text(encoding="utf-8") for file in SOURCES if file.relative_to(ROOT).parts[0] == folder)
+
+
+def absent_commands(text):
+    for module, arguments in COMMAND.findall(text):
+        path, folder = module.replace(".", "/"), module.split(".")[0]
+        if not any(f"/{path}{end}\n" in paths() for end in (".py", "/__main__.py")):
+            yield f"python -m {module}"
+        else:
+            found = OPTION.findall(arguments)
+            known = options_of(folder)  # (`benchmarks.common.command_line` takes names without their dashes)
+            yield from (f"python -m {module} {o}" for o in found if f'"{o}"' not in known and f'"{o[2:]}"' not in known)
+
+
+@pytest.mark.parametrize("absent", [absent_modules, absent_files, absent_commands])
+def test_what_is_named_exists(absent):
+    files = [*MANUAL, *NATIVE, *(file for file in SOURCES if "tests/tools" not in file.as_posix())]  # (samples there)
+    missing = [f"{file.relative_to(ROOT)}: {name}" for file in files for name in absent(prose(file))]
+    assert not missing, "\n".join(missing)
+
+
+def anchors(page):
+    """Returns a page's own anchors, and those that GitHub and the site give its headings."""
+    text = page.read_text(encoding="utf-8")
+    tokens, found = MarkdownIt("commonmark").parse(text), re.findall(r'<a id="([\w-]+)">', text)
+    for before, heading in itertools.pairwise(tokens):
+        if before.type == "heading_open":
+            text = "".join(child.content for child in heading.children if child.type in ("text", "code_inline"))
+            slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+            found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return found
+
+
+def targets(page):
+    """Yields the targets of a page's links and images."""
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+        for child in token.children or ():
+            yield from (str(child.attrs[name]) for name in ("href", "src") if name in child.attrs)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page):
+    dead = []
+    for target in targets(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if re.match(r"[a-z]+:", target) or anchor.startswith("river_compile."):  # (docs/api.md's are generated)
+            continue
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            dead.append(target)
+    assert not dead, "\n".join(dead)
+
+
+def test_the_checks_see_what_does_not_exist(tmp_path):
+    assert absent_modules("river_compile.runtime.nothing and river_compile.accelerate") == [
+        "river_compile.runtime.nothing"
+    ]
+    assert absent_files("`runtime/nothing.py`, `runtime/executor.py`") == ["runtime/nothing.py"]
+    text = "python -m tools.nothing, `python -m tools.prose --rot --root X`"
+    assert list(absent_commands(text)) == ["python -m tools.nothing", "python -m tools.prose --rot"]
+    page = tmp_path / "page.md"
+    page.write_text("# One `two`: three\n\n## A_b & c\n\n## A_b & c\n\n[x](kernels.md#z)", encoding="utf-8")
+    assert anchors(page) == ["one-two-three", "a_b--c", "a_b--c-1"]
+    assert list(targets(page)) == ["kernels.md#z"]

@@ -1,0 +1,118 @@
+"""Marked tables of README.md and docs/ are what ``python -m tools.figures`` writes from benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tools import figures, machines
+from tools.marked import ROOT, filled, pages
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A function that adds a run to decode.jsonl; it returns the folder of results."""
+
+    def add(model, day, commit="abc", **speeds):
+        machine = {
+            "cpu": "A CPU",
+            "threads": 2,
+            "instruction_set": "avx2",
+            "bandwidth_bytes_per_s": 4e10,
+            "torch": "2.13",
+        }
+        run = {"model": model, "batch": 1, "new_tokens": 128, "repeats": 3, "machine": machine, "commit": commit}
+        run |= {"date": f"2030-01-0{day}T10:00:00+00:00", "command": f"python -m benchmarks.decode --model {model}"}
+        with (tmp_path / "decode.jsonl").open("a") as file:
+            for row, value in speeds.items():
+                for key in ("first_token_s", "decode_tokens_per_s"):
+                    file.write(json.dumps({**run, "row": row, "key": key, "value": value}) + "\n")
+        return tmp_path
+
+    return add
+
+
+@pytest.mark.parametrize("page", pages("figures"), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_documents_have_the_recorded_numbers(page):
+    """``python -m tools.figures`` changes nothing."""
+    assert filled(page, "figures", figures.content) == page.read_text(encoding="utf-8")
+
+
+def test_a_column_is_the_last_run_of_a_model(results):
+    results("smollm2", 2, eager=44.04, exact=278.4)
+    results("smollm2", 1, eager=1.0, fast=1.0)
+    folder = results("other", 2, eager=6.0, exact=99.97)
+    lines = figures.content("decode smollm2 other", folder).splitlines()
+    assert lines[0] == "| decode tokens/s | output comes from | SmolLM2-135M-Instruct | other |"
+    assert "| transformers, eager | 16-bit weights | 44.0 | 6.0 |" in lines
+    assert '| **River, default (`quality="exact"`)** | 16-bit weights | **278** | **100** |' in lines
+    assert '| River, `quality="fast"` | 2 layers in 16 bits, then 4-bit | – | – |' in lines
+    assert len(lines) == 2 + len(figures.PROGRAMS) + 2
+
+
+def test_the_note_names_machine_date_commit_and_command(results):
+    """Runs of one setting share a sentence; another setting has its own."""
+    results("smollm2", 2, eager=1.0)
+    folder = results("other", 2, eager=1.0)
+    note = figures.content("decode smollm2 other", folder).splitlines()[-1]
+    assert "A CPU, 2 threads, avx2, 40 GB/s; 2030-01-02, commit abc; torch 2.13: " in note
+    assert "`python -m benchmarks.decode --model smollm2`, `python -m benchmarks.decode --model other`." in note
+    assert note.endswith("–: not measured.")
+    folder = results("other", 3, commit="def", **dict.fromkeys(figures.PROGRAMS, 1.0))
+    assert figures.content("decode smollm2 other", folder).count("A CPU, 2 threads") == 2
+    assert "not measured" not in figures.content("decode other", folder)
+
+
+def test_a_changed_record_changes_the_page(results, tmp_path):
+    folder, page = results("smollm2", 1, eager=1.0), tmp_path / "page.md"
+    page.write_text("before\n<!-- figures: decode smollm2 -->\nold\n<!-- end of figures -->\nafter\n")
+
+    def new():
+        return filled(page, "figures", lambda arguments: figures.content(arguments, folder))
+
+    page.write_text(new())
+    text = page.read_text()
+    assert new() == text
+    assert (text.startswith("before\n<!-- figures: decode smollm2 -->\n\n| decode"), "old" in text) == (True, False)
+    assert text.endswith("not measured.\n\n<!-- end of figures -->\nafter\n")
+    results("smollm2", 2, eager=2.0)
+    assert new() != text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("decode smollm2", "has no record of smollm2; measure it with --record decode"), ("speed", "no table 'speed'")],
+)
+def test_what_has_no_numbers_is_an_error(arguments, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        figures.content(arguments, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no mark\n",
+        "<!-- some: a -->\n",
+        "<!-- end of some -->\n<!-- some: a -->\n",
+        "<!-- some: a -->\n<!-- some: b -->\n<!-- end of some -->\n",
+    ],
+)
+def test_a_mark_needs_its_end(text, tmp_path):
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(ValueError, match="needs a line <!-- end of some -->"):
+        filled(tmp_path / "page.md", "some", str)
+
+
+def test_a_prediction_is_bandwidth_over_bytes():
+    """A model of a billion weights in ten blocks: by hand."""
+    sizes = {"blocks_bytes": 1.6e9, "twins_bytes": 0.45e9, "head_bytes": 0.4e9, "blocks": 10, "parameters": 1.1e9}
+    found = machines.bytes_per_token(sizes)
+    assert found["plain"] == 2e9
+    assert found["exact"] == pytest.approx((1.5e9 + 3 * (0.45e9 + 0.1125e9)) / 3.3)
+    assert found["fast"] == pytest.approx(0.2 * 1.2e9 + 0.8 * 0.45e9 + 0.1125e9)
+    assert machines.memory_bytes(sizes) == pytest.approx(1.5e9 + 0.5625e9 + 0.2e9)
+    records = [{"row": "a", "key": key, "value": value} for key, value in sizes.items()]
+    (row,) = machines.table(records).splitlines()[2:]
+    assert row.startswith("| a | 1.1B | 2.3 | 10 / 21 / 28 | ")
+    assert row.endswith(" | 200 / 414 / 500+ |")

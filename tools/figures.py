@@ -1,0 +1,122 @@
+"""Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
+
+They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ..." is the README's
+table, with a column for the last recorded run of each model; "machines" predicts tokens/s by memory bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+from tools import machines
+from tools.demo_models import MODELS
+from tools.marked import filled, pages
+
+Record = dict[str, Any]
+BF16, BY_4_BITS = "16-bit weights", "4-bit weights"
+# By row of `benchmarks.decode`: the program, and the weights that its output comes from.
+PROGRAMS = {
+    "eager": ("transformers, eager", BF16),
+    "inductor": ("transformers, `torch.compile` (Inductor)", BF16),
+    "llama_cpp_bf16": ("llama.cpp, bf16 file", BF16),
+    "llama_cpp": ("llama.cpp, 4-bit file", BY_4_BITS),
+    "openvino": ("OpenVINO, 16-bit", BF16),
+    "openvino_4bit": ("OpenVINO, 4-bit file", BY_4_BITS),
+    "no_draft": ("River, speculation off", BF16),
+    "exact": ('**River, default (`quality="exact"`)**', BF16),
+    "fast": ('River, `quality="fast"`', "2 layers in 16 bits, then 4-bit"),
+    "all_4bit": ("River, all layers in 4 bits (`exit_depth=0`)", BY_4_BITS),
+}
+_VERSIONS = ("torch", "transformers", "llama-cpp-python", "openvino-genai")
+_KEY = "decode_tokens_per_s"
+
+
+def content(arguments: str, results: Path = records.RESULTS) -> str:
+    """Return the table of a mark's arguments.
+
+    Raises:
+        ValueError: no such table, or no record of what it shows.
+    """
+    name, *models = arguments.split()
+    if name == "decode":
+        return decode_table({model: last_run(results / "decode.jsonl", model) for model in models})
+    if name == "machines":
+        return machines.table(last_run(results / "reads.jsonl", "shapes"))
+    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode or machines")
+
+
+def last_run(path: Path, model: str) -> list[Record]:
+    """Return the records of a model's last run in a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [record for record in records.read(path) if record["model"] == model] if path.exists() else []
+    if not found:
+        raise ValueError(f"{path} has no record of {model}; measure it with --record {path.stem}")
+    last = max(record["date"] for record in found)
+    return [record for record in found if record["date"] == last]
+
+
+def decode_table(runs: dict[str, list[Record]]) -> str:
+    """Return a table of decode speeds with a row for each of `PROGRAMS`, and where its numbers come from."""
+    speeds = {model: {r["row"]: r["value"] for r in run if r["key"] == _KEY} for model, run in runs.items()}
+    titles = [MODELS[model].title if model in MODELS else model for model in runs]
+    lines = [
+        f"| decode tokens/s | output comes from | {' | '.join(titles)} |",
+        f"|---|---|{'---:|' * len(titles)}",
+    ]
+    for row, (program, weights) in PROGRAMS.items():
+        cells = [_cell(of_model.get(row), row == "exact") for of_model in speeds.values()]
+        lines.append(f"| {program} | {weights} | {' | '.join(cells)} |")
+    missing = any(row not in of_model for row in PROGRAMS for of_model in speeds.values())
+    note = " ".join([*_sources(runs), *(["–: not measured."] if missing else [])])
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def _sources(runs: dict[str, list[Record]]) -> list[str]:
+    """Return one sentence for each setting, with the commands that measured it."""
+    commands: dict[str, list[str]] = {}
+    for run in runs.values():
+        commands.setdefault(_setting(run[0]), []).append(f"`{run[0]['command']}`")
+    return [f"{setting}: {', '.join(measured)}." for setting, measured in commands.items()]
+
+
+def _setting(record: Record) -> str:
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in _VERSIONS if machine.get(name))
+    return (
+        f"Batch {record['batch']}, {record['new_tokens']} tokens, prefill excluded, medians of {record['repeats']} "
+        f"repeats. {machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
+        f"{machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s; "
+        f"{record['date'][:10]}, commit {record['commit']}; {versions}"
+    )
+
+
+def _cell(value: float | None, bold: bool) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+    return f"**{text}**" if bold else text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    argparse.ArgumentParser(description="Writes the tables of measured numbers.").parse_args(arguments)
+    try:
+        texts = {page: filled(page, "figures", content) for page in pages("figures")}
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
