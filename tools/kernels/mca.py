@@ -1,8 +1,8 @@
 """Cycles and bytes a weight of the ARM kernels' inner loops on paper, by llvm-mca: ``python -m tools.kernels.mca``.
 
-Compiles the kernels for ARM (``aarch64-linux-gnu-g++``), takes the innermost loop of each function from the machine code
-and gives it to llvm-mca, together with llama.cpp's loop for repacked Q4_0, written from its description. Not handled:
-caches, the memory's speed, and what stands between two loops (scales of a group).
+Compiles the kernels for ARM (``aarch64-linux-gnu-g++``), takes each innermost loop from the machine code and gives it
+to llvm-mca, together with llama.cpp's loop for repacked Q4_0, written from its description. Not handled: caches, the
+memory's speed, and what stands between two loops (scales of a group).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-ffp-contract=off", "-w")
 CPUS = ("neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2", "apple-m1", "cortex-a55")
 I8MM = "-march=armv8.2-a+dotprod+i8mm+bf16"
 
-# One step of ggml's 4x4 repacked Q4_0 GEMV: 32 input features of four interleaved columns, signed nibbles in the upper
-# halves of bytes (weights are stored xor 8), sdot by lanes, a float16 scale for each column and one for the row.
+# One step of ggml's 4x4 repacked Q4_0 GEMV: 32 input features of four interleaved columns. Nibbles are signed in the
+# upper halves of bytes (weights are stored xor 8). Each column has a float16 scale, and so has the row.
 LLAMA_CPP = """
 #include <arm_neon.h>
 extern "C" void q4_0_4x4(const uint8_t* w, const int8_t* x, const uint16_t* x_scale, float* y, long blocks) {
@@ -145,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         if shutil.which(program) is None:
             print(f"error: {program} is not installed; apt-get install g++-aarch64-linux-gnu llvm-19", file=sys.stderr)
             return 1
-    table = Table("loop", "instructions", "bytes a weight", *options.cpu, title="for each weight and row: instructions, cycles")
+    title = "for each weight and row: instructions, cycles"
+    table = Table("loop", "instructions", "bytes a weight", *options.cpu, title=title)
     with tempfile.TemporaryDirectory() as folder:
         code = listings(Path(folder))
     for loop in LOOPS:

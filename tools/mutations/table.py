@@ -582,6 +582,32 @@ _TRIALS = (  # faults that trial found: their mends, taken back
     ),
 )
 
+_ARM_TESTS = ("tests/kernels/native/test_phases.py::test_each_phase_on_an_emulated_arm_core",)
+_ARM_NEEDS = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")
+_ARM = tuple(
+    Mutation(name, f"{SOURCES}/gemv_int4_neon.h", old, new, breaks, _ARM_TESTS, needs=_ARM_NEEDS)
+    for name, old, new, breaks in (
+        (
+            "arm-nibble",
+            "second = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));",
+            "second = first;",
+            "ARM: the upper nibbles are taken for the lower ones",
+        ),
+        (
+            "arm-lane",
+            "of.second, values[r], 2 * j + 1);",
+            "of.second, values[r], 2 * j);",
+            "ARM: upper nibbles meet the activations of lower ones",
+        ),
+        (
+            "arm-tiles",
+            "vtrn2q_s64(low, high)",
+            "vtrn1q_s64(low, high)",
+            "ARM: the second row of a tile has the sums of the first",
+        ),
+    )
+)
+
 MUTATIONS: tuple[Mutation, ...] = (
-    *_PASSES, *_QUANT, *_NATIVE, *_TWELVE_BITS, *_TRITON, *_EXITS, *_EXACT, *_PROMISES, *_TRIALS,
+    *_PASSES, *_QUANT, *_NATIVE, *_ARM, *_TWELVE_BITS, *_TRITON, *_EXITS, *_EXACT, *_PROMISES, *_TRIALS,
 )  # fmt: skip

@@ -6,13 +6,12 @@ An older core stops with SIGILL, which proves that the library uses its instruct
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 
-from river_compile.kernels.native import build
+from river_compile.kernels.native import build, machine
 from tests.kernels.native import program
 from tests.kernels.native.running import EACH_ISA
 from tests.support.examples import slow_but
@@ -38,17 +37,14 @@ OLDER = {"neon_dotprod": "cortex-a57", "neon_i8mm": "neoverse-n1"}
 BEST = ("neon_i8mm",)
 
 supported = build.supported_isas()
-is_arm = platform.machine() in ("aarch64", "arm64")
 # Those of this architecture that this machine lacks.
-LACKED = [isa for isa in build.ISAS if isa not in supported and (isa.name in ARM) == is_arm]
+LACKED = [isa for isa in build.isas_of(machine.architecture()) if isa not in supported]
 
 
 def arm_isa(name: str) -> build.Isa:
     """Returns an instruction set of ARM, or skips where nothing can compile or run it."""
     program.require_arm_tools()
-    by_name = {isa.name: isa for isa in build.ISAS}
-    assert name in by_name, f"build.ISAS has no {name}"
-    return by_name[name]
+    return next(isa for isa in build.isas_of(machine.ARM) if isa.name == name)
 
 
 @pytest.mark.parametrize("isa", EACH_ISA)
