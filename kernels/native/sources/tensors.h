@@ -13,6 +13,10 @@
 #include "phases.h"
 #include "tape.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace river {
 
 using torch::headeronly::ScalarType;

@@ -185,7 +185,8 @@ class ThreadPool {
     for (; started_ < helpers; ++started_) std::thread(&ThreadPool::help, this, started_).detach();
   }
 
-  static constexpr auto kLate = std::chrono::microseconds(300), kApart = std::chrono::milliseconds(500);
+  static constexpr auto kLate = std::chrono::microseconds(300);
+  static constexpr auto kApart = std::chrono::milliseconds(500);
 
   std::mutex turn_, sleep_;
   std::condition_variable wake_;
