@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks import records
+from river_compile.kernels.native.machine import processor_name
 from tools import demo_models
-from tools.machine import cpu_model
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
@@ -173,7 +173,7 @@ def machine_facts(threads: int) -> dict:
     from river_compile.kernels.native.build import choose_isa
 
     return {
-        "cpu": cpu_model(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_set": choose_isa().name,

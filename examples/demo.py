@@ -22,9 +22,9 @@ from rich.text import Text
 
 from river_compile.cli import shared
 from river_compile.kernels.files import cache_folder
+from river_compile.kernels.native.machine import processor_name
 from river_compile.progress import stage_reached, stage_shown
 from tools import demo_models
-from tools.machine import cpu_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -157,7 +157,7 @@ def _setting(options: argparse.Namespace, load: float) -> Iterator[str]:
     source = demo_models.MODELS.get(options.model)
     name = source.title if source else Path(options.model).name
     runs = f"; the fastest of {options.repeats} runs" if options.repeats > 1 else ""
-    yield f"{name}, {options.dtype}, {torch.get_num_threads()} threads, {cpu_model()}{runs}"
+    yield f"{name}, {options.dtype}, {torch.get_num_threads()} threads, {processor_name()}{runs}"
     if load > BUSY * (os.cpu_count() or 1):
         yield f"Other programs were busy (load {load:.1f}), which slows each way by another factor."
 

@@ -1,4 +1,4 @@
-"""What `python -m build` and pip call: setuptools, and the C++ kernels in a wheel for Linux on x86-64.
+"""What `python -m build` and pip call: setuptools, and the C++ kernels in a wheel for this machine.
 
     python -m build                                    # the source archive, and the wheel with compiled kernels
     RIVER_COMPILE_KERNELS_IN_WHEEL=0 python -m build   # the wheel with their sources alone, for any machine
@@ -7,15 +7,15 @@ The kernels are compiled from the sources that the wheel also carries (:mod:`riv
 torch is needed for that, for its headers. So a wheel from a source archive has them, and `pip install .` in a checkout,
 which is to be quick, compiles nothing and fetches no second torch; the variable says otherwise.
 
-Not handled: other machines, whose wheels carry sources alone; the tag of a wheel for many distributions, which
-auditwheel gives (`auditwheel repair --exclude libtorch_cpu.so`).
+`_PYTHON_HOST_PLATFORM=linux-aarch64` builds for another machine, with a cross compiler in CXX that finds the other
+machine's libtorch_cpu.so. Not handled: machines that `_tag` does not know, whose wheels carry sources alone; the tag of
+a wheel for many distributions, which auditwheel gives (`auditwheel repair --exclude libtorch_cpu.so`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,42 +27,60 @@ from setuptools.build_meta import *  # noqa: F403  (the other hooks)
 
 _ROOT = Path(__file__).parents[1]
 _NEEDED = ("torch>=2.11", "filelock>=3.12", "numpy")  # numpy spares a warning of torch's
-_TAG = "linux_x86_64"
+_OLDEST_MACOS = "11.0"  # torch's wheels say the same
 
 Settings = Mapping[str, Any] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     """Return what a wheel's build needs besides setuptools."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *(_NEEDED if _compiles() else ())]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *(_NEEDED if _tag() else ())]
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     """Build the wheel; return its name."""
-    settings = dict(config_settings or {})
-    if not _compiles():
+    settings, tag = dict(config_settings or {}), _tag()
+    if not tag:
         return build_meta.build_wheel(wheel_directory, settings, metadata_directory)
     given = settings.get("--build-option", [])
-    settings["--build-option"] = [*([given] if isinstance(given, str) else given), f"--plat-name={_TAG}"]
+    settings["--build-option"] = [*([given] if isinstance(given, str) else given), f"--plat-name={tag}"]
     with _compiled():
         return build_meta.build_wheel(wheel_directory, settings, metadata_directory)
 
 
-def _compiles() -> bool:
+def _tag() -> str:
+    """Return the platform of a wheel with compiled kernels, empty if the wheel carries sources alone."""
     asked = os.environ.get("RIVER_COMPILE_KERNELS_IN_WHEEL")
     wanted = (_ROOT / "PKG-INFO").exists() if asked is None else asked != "0"  # (which every source archive has)
-    return wanted and sys.platform == "linux" and platform.machine() == "x86_64"
+    if not wanted:
+        return ""
+    with _importable():
+        from river_compile.kernels.native.machine import ARM, X86, target_architecture
+    machine = target_architecture()
+    if sys.platform == "darwin" and machine == ARM:
+        oldest = os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", _OLDEST_MACOS)  # the compiler reads it too
+        return f"macosx_{oldest.replace('.', '_')}_arm64"
+    return f"linux_{machine}" if sys.platform == "linux" and machine in (X86, ARM) else ""
 
 
 @contextlib.contextmanager
 def _compiled() -> Iterator[None]:
     """Inside, the libraries lie next to their sources, where the wheel takes them from."""
-    sys.path.insert(0, str(_ROOT))
-    from river_compile.kernels.native.build import BUILT, build_all
+    with _importable():
+        from river_compile.kernels.native.build import BUILT, build_all
 
-    print(f"compiled kernels: {build_all(BUILT) / 1e6:.1f} MB")
+        print(f"compiled kernels: {build_all(BUILT) / 1e6:.1f} MB")
     try:
         yield
     finally:
         shutil.rmtree(BUILT)
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """Inside, the product is imported from this folder."""
+    sys.path.insert(0, str(_ROOT))
+    try:
+        yield
+    finally:
         sys.path.remove(str(_ROOT))

@@ -1,7 +1,7 @@
 """The shared libraries of the C++ kernels: prebuilt in the wheel, or compiled here into the cache folder.
 
-Not handled: compilers other than GCC and Clang, Windows, integer tiles of AMX, and vectors of ARM beyond what a
-compiler makes of the portable instruction set. Loading is in `native.load`.
+Not handled: compilers other than GCC and Clang, Windows, integer tiles of AMX, SVE and SME. Loading is in
+`native.load`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -30,11 +29,12 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from river_compile.kernels.checks import one_of
 from river_compile.kernels.files import atomic_write, cached_file, locked
 from river_compile.kernels.messages import with_id
+from river_compile.kernels.native.machine import ARM, X86, architecture, arm_features, target_architecture
 
 log = logging.getLogger("river_compile.kernels.native.build")
 
 SOURCES = Path(__file__).parent / "sources"
-# A wheel for Linux on x86-64 holds one library for each instruction set here, next to the hash of their sources. They
+# A wheel of one machine holds a library for each of its instruction sets here, next to the hash of their sources. They
 # are written against torch's stable ABI. Checkouts and installations with changed sources compile their own.
 BUILT = Path(__file__).parent / "built"
 _HASH_FILE = "sources.sha256"
@@ -43,7 +43,13 @@ _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest re
 _PACKING_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _MIN_FREE_BYTES = 16 << 20  # a library takes a few MiB
 _DIGEST = hashlib.sha256().digest_size
-_INSTALL = "Install g++ (Debian and Ubuntu: apt-get install g++), or set CXX to a compiler that works"
+_MACOS = sys.platform == "darwin"
+_INSTALL = (
+    "Install Apple's compiler and OpenMP (xcode-select --install; brew install libomp), or set CXX to a compiler that "
+    "works"
+    if _MACOS
+    else "Install g++ (Debian and Ubuntu: apt-get install g++), or set CXX to a compiler that works"
+)
 # Inductor's code includes and links with these.
 _PROBE = """
 #if !__has_include(<Python.h>)
@@ -69,12 +75,14 @@ class Isa:
 
     name: str
     flags: tuple[str, ...]  # of the compiler
-    needs: tuple[str, ...]  # the processor's capabilities as torch names them
+    needs: tuple[str, ...]  # the processor's capabilities, as torch names those of x86 and `arm_features` those of ARM
 
 
-# Best first. "amx" and "avx512_bf16" multiply bfloat16 weights by tiles or by dot products of pairs; the rest of them
-# is "avx512_vnni".
-ISAS = (
+PORTABLE = Isa("portable", (), ())
+
+# By architecture, best first. "amx" and "avx512_bf16" multiply bfloat16 weights by tiles or by dot products of pairs;
+# the rest of them is "avx512_vnni".
+_X86_ISAS = (
     Isa(
         "amx",
         (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
@@ -89,8 +97,17 @@ ISAS = (
     Isa("avx512", _AVX512, _AVX512_NEEDS),
     Isa("avx_vnni", (*_AVX2, "-mavxvnni"), (*_AVX2_NEEDS, "avx_vnni")),
     Isa("avx2", _AVX2, _AVX2_NEEDS),
-    Isa("portable", (), ()),
 )
+_ARM_ISAS = (
+    Isa("neon_i8mm", ("-march=armv8.2-a+dotprod+i8mm+bf16",), ("neon", "dotprod", "i8mm", "bf16")),
+    Isa("neon_dotprod", ("-march=armv8.2-a+dotprod",), ("neon", "dotprod")),
+    Isa("neon", ("-march=armv8-a",), ("neon",)),
+)
+
+
+def isas_of(machine: str) -> tuple[Isa, ...]:
+    """Return the instruction sets of an architecture, best first; "portable" is the last one of each."""
+    return (*{X86: _X86_ISAS, ARM: _ARM_ISAS}.get(machine, ()), PORTABLE)
 
 
 def choose_isa() -> Isa:
@@ -106,14 +123,14 @@ def supported_isas() -> tuple[Isa, ...]:
     found = _capabilities()
     if "amx_tile" in found and not (hasattr(torch.cpu, "_init_amx") and torch.cpu._init_amx()):
         found.discard("amx_tile")  # the system must permit tiles for each process
-    return tuple(isa for isa in ISAS if found.issuperset(isa.needs))
+    return tuple(isa for isa in isas_of(architecture()) if found.issuperset(isa.needs))
 
 
 def _capabilities() -> set[str]:
+    if architecture() != X86:
+        return arm_features() if architecture() == ARM else set()
     if hasattr(torch.cpu, "get_capabilities"):
         return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return set()
     least = {"AVX512": (*_AVX512_NEEDS, "avx2"), "AVX2": _AVX2_NEEDS}  # older versions of torch report no more
     return set(least.get(torch.backends.cpu.get_cpu_capability(), ()))
 
@@ -139,15 +156,16 @@ def has_prebuilt() -> bool:
 
 
 def build_all(folder: Path) -> int:
-    """Compile every library into a wheel's folder and return their bytes; raise as :func:`build`."""
+    """Compile the libraries of a wheel's machine into its folder and return their bytes; raise as :func:`build`."""
+    isas = isas_of(target_architecture())
     with ThreadPoolExecutor(2) as pool:
         made = [pool.submit(operators_library)]
-        made += [pool.submit(function, isa) for isa in ISAS for function in (kernels_library, packing_library)]
+        made += [pool.submit(function, isa) for isa in isas for function in (kernels_library, packing_library)]
         libraries = [future.result() for future in made]
     folder.mkdir(parents=True, exist_ok=True)
     for library in libraries:
         name, _, _ = library.stem.rpartition("_")
-        shutil.copy(library, folder / f"{name}.so")
+        (folder / f"{name}.so").write_bytes(library.read_bytes()[:-_DIGEST])  # tools of wheels reject what follows
     (folder / _HASH_FILE).write_text(_hash_of_sources())
     return sum(library.stat().st_size for library in libraries)
 
@@ -202,7 +220,8 @@ def working_compiler() -> Compiler:
 
 @functools.cache
 def _try_out(compiler: Compiler) -> None:
-    flags = ("-std=c++17", "-fPIC", "-shared", "-fopenmp", f"-I{sysconfig.get_path('include')}")
+    include = sysconfig.get_path("include")
+    flags = ("-std=c++17", "-fPIC", "-shared", *_openmp_flags(compiler.command), f"-I{include}")
     try:
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
             source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
@@ -218,10 +237,26 @@ def _try_out(compiler: Compiler) -> None:
         ) from error
 
 
+def _openmp_flags(command: str) -> list[str]:
+    """Return Inductor's flags for OpenMP, which Apple's compiler lacks and Homebrew or conda add."""
+    if not _MACOS:
+        return ["-fopenmp"]
+    from torch._inductor.cpp_builder import _get_openmp_args
+
+    flags, link_flags, includes, folders, libraries, others = _get_openmp_args(command)
+    return [
+        *(f"-{flag}" for flag in (*flags, *link_flags)),
+        *(f"-I{folder}" for folder in includes),
+        *(f"-L{folder}" for folder in folders),
+        *(f"-l{library}" for library in libraries),
+        *others,
+    ]
+
+
 def build(compiler: Compiler, source: str, name: str, flags: Sequence[str]) -> Path:
     """Return the cached library `name` of a file in `SOURCES`; raise CannotBuild."""
     command = [compiler.command, *_FLAGS, source, *flags]
-    inputs = [*command, compiler.version, torch.__version__, sys.platform]
+    inputs = [*command, compiler.version, torch.__version__, sys.platform, target_architecture()]
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
     digest = hashlib.sha256(b"\0".join([*map(str.encode, inputs), *texts])).hexdigest()[:16]
     try:
@@ -249,8 +284,10 @@ def _make(command: list[str], library: Path) -> None:
 
 
 def torch_flags() -> list[str]:
+    """Return the flags of a library that calls torch, which is loaded before it."""
     folder = Path(torch.__file__).parent
-    return [f"-I{folder / 'include'}", f"-L{folder / 'lib'}", "-ltorch_cpu"]
+    links = ["-undefined", "dynamic_lookup"] if _MACOS else [f"-L{folder / 'lib'}", "-ltorch_cpu"]
+    return [f"-I{folder / 'include'}", *links]
 
 
 def _is_whole(library: Path) -> bool:

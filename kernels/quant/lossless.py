@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels.files import atomic_write, cached_file
+from river_compile.kernels.native import cores
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa, kernels_library
+from river_compile.kernels.native.machine import processor_name
 
 log = logging.getLogger("river_compile.kernels.quant.lossless")
 
@@ -150,21 +151,13 @@ def pays_12bit(n: int, k: int, many_rows: bool) -> bool:
 @functools.cache
 def speedups_12bit(n: int, k: int) -> dict[int, float]:
     """Return the speedup of a 12-bit over a 16-bit linear by rows, measured once per machine; empty without kernels."""
-    isa, threads = choose_isa(), torch.get_num_threads()
+    isa, threads = choose_isa(), cores.threads()
     if isa.name == "portable" or not native.has_packing():
         return {}
-    made_by = f"{_processor()} {kernels_library(isa).name}"
+    made_by = f"{processor_name()} {kernels_library(isa).name}"
     name = f"native/12bit_{isa.name}_{threads}_{hashlib.sha256(made_by.encode()).hexdigest()[:12]}_{n}x{k}.json"
     text = cached_file(name, _has_gains, functools.partial(_measure, n, k)).read_text(encoding="utf-8")
     return {int(rows): float(gain) for rows, gain in json.loads(text).items()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _has_gains(file: Path) -> bool:

@@ -1,16 +1,20 @@
 """An installed wheel, alone in a folder: found by torch, imported at no cost, under one name, without a compiler."""
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from river_compile.kernels.native.build import ISAS
+from river_compile.kernels.native import build as native
+from river_compile.kernels.native.build import isas_of
+from river_compile.kernels.native.machine import ARM, X86, target_architecture
 from tests.support.layout import build_wheel, run_python
+from tools import build_backend
 
-WITH_KERNELS = sys.platform == "linux" and platform.machine() == "x86_64"
+MACHINE = target_architecture()
+TAGS = {("linux", X86): "linux_x86_64", ("linux", ARM): "linux_aarch64", ("darwin", ARM): "macosx_11_0_arm64"}
+TAG = TAGS.get((sys.platform, MACHINE))
 GENERATES = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,8 +41,8 @@ print(torch.equal(plain, text), sorted(kinds))
 def installed(tmp_path_factory):
     """Installs the wheel alone into its own folder and returns that folder."""
     target = tmp_path_factory.mktemp("installed")
-    wheel = build_wheel(tmp_path_factory.mktemp("wheel"), kernels=WITH_KERNELS)
-    assert wheel.name.endswith("-py3-none-linux_x86_64.whl" if WITH_KERNELS else "-py3-none-any.whl")
+    wheel = build_wheel(tmp_path_factory.mktemp("wheel"), kernels=TAG is not None)
+    assert wheel.name.endswith(f"-py3-none-{TAG or 'any'}.whl")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -72,11 +76,47 @@ def test_importing_prints_nothing_and_loads_neither_torch_nor_triton(installed, 
     assert (done.stdout, done.stderr) == ("", "")
 
 
-@pytest.mark.skipif(not WITH_KERNELS, reason="wheels carry compiled kernels for Linux on x86-64")
+@pytest.mark.skipif(TAG is None, reason="this machine's wheels carry no compiled kernels")
 def test_it_has_the_kernels_of_each_instruction_set_and_a_machine_without_a_compiler_uses_them(installed, tmp_path):
     built = {file.name for file in (installed / "river_compile" / "kernels" / "native" / "built").iterdir()}
-    names = {f"{kind}_{isa.name}.so" for kind in ("kernels", "packing") for isa in ISAS}
+    names = {f"{kind}_{isa.name}.so" for kind in ("kernels", "packing") for isa in isas_of(MACHINE)}
     assert built == {*names, "operators.so", "sources.sha256"}
     done = run_python(GENERATES, tmp_path, installed, CXX="false", RIVER_COMPILE_HOME=str(tmp_path / "cache"))
     assert done.stdout.split(maxsplit=1) == ["True", "['decode', 'prefill']\n"], done.stdout + done.stderr
     assert not [*(tmp_path / "cache").rglob("*.so")]
+
+
+@pytest.mark.parametrize(
+    ("system", "platform", "tag"),
+    [
+        ("linux", "linux-x86_64", "linux_x86_64"),
+        ("linux", "linux-aarch64", "linux_aarch64"),
+        ("darwin", "macosx-14.0-arm64", "macosx_11_0_arm64"),
+        ("linux", "linux-riscv64", ""),
+        ("darwin", "macosx-10.13-x86_64", ""),
+        ("win32", "win-amd64", ""),
+    ],
+)
+def test_a_wheel_with_kernels_says_which_machine_it_is_for(system, platform, tag, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", platform)
+    monkeypatch.setenv("RIVER_COMPILE_KERNELS_IN_WHEEL", "1")
+    monkeypatch.setenv("MACOSX_DEPLOYMENT_TARGET", "11.0")
+    monkeypatch.setattr(native, "BUILT", tmp_path / "built")
+    monkeypatch.setattr(native, "build_all", lambda folder: folder.mkdir() or 1)
+    monkeypatch.setattr(build_backend.build_meta, "build_wheel", lambda folder, settings, metadata: settings)
+    needed = build_backend.get_requires_for_build_wheel()
+    assert any(name.startswith("torch") for name in needed) == bool(tag)
+    options = build_backend.build_wheel("dist", {"--build-option": "--quiet"})["--build-option"]
+    assert options == (["--quiet", f"--plat-name={tag}"] if tag else "--quiet")
+    assert not (tmp_path / "built").exists()
+
+
+def test_a_wheel_of_a_checkout_compiles_nothing_unless_asked(monkeypatch):
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-x86_64")
+    for asked, compiles in (("0", False), ("1", True), (None, False)):
+        monkeypatch.delenv("RIVER_COMPILE_KERNELS_IN_WHEEL", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("RIVER_COMPILE_KERNELS_IN_WHEEL", asked)
+        needed = build_backend.get_requires_for_build_wheel()
+        assert any(name.startswith("torch") for name in needed) == compiles
