@@ -32,6 +32,7 @@ from river_compile.kernels.native.build import (
     operators_library,
     packing_library,
 )
+from river_compile.kernels.native.cores import limit
 from river_compile.kernels.portable import fused_width
 
 log = logging.getLogger("river_compile.kernels.native.load")
@@ -54,6 +55,8 @@ def load(isa: Isa | None = None) -> Any:
                 torch.ops.load_library(str(bindings))
                 for name, fake in _FAKES.items():
                     torch.library.register_fake(f"river_native::{name}", fake)
+                if limited := limit():
+                    torch.ops.river_native.use_cores(*limited)
             _tables[isa.name] = _table(kernels)
         torch.ops.river_native.use_kernels(_tables[isa.name])
     return torch.ops.river_native
@@ -197,7 +200,7 @@ class Tape:
         self._kept.append(tensor)
 
     def replay(self) -> None:
-        """Run the tape with ``torch.get_num_threads()`` threads; raise RuntimeError if nothing was recorded."""
+        """Run the tape with `cores.threads()` threads; raise RuntimeError if nothing was recorded."""
         torch.ops.river_native.replay(self._address)
 
     def replay_timed(self) -> Tensor:

@@ -6,7 +6,6 @@ No import at the top loads torch, so `river --help` answers immediately.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 OK, WARN, BAD = "ok", "warning", "bad"
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _MARKS = {OK: "[green]ok     [/]", WARN: "[yellow]warning[/]", BAD: "[red]bad    [/]"}
 
 
@@ -57,7 +55,7 @@ def doctor(
 
     Exit code 3 if something is broken.
     """
-    findings = [*versions(), compiler(), processor(), gpu(), _cache_folder()]
+    findings = [*versions(), compiler(), processor(), threads(), gpu(), _cache_folder()]
     if self_test:
         findings.append(try_out())
     result = {"healthy": all(f.state != BAD for f in findings), "findings": [asdict(f) for f in findings]}
@@ -106,19 +104,23 @@ def compiler() -> Finding:
 
 
 def processor() -> Finding:
-    """Names the processor, and its instructions that matter."""
-    import torch
+    """Name the processor, the instruction set of the C++ kernels, and the sets that can be forced."""
+    from river_compile.kernels.native.build import choose_isa, supported_isas
+    from river_compile.kernels.native.machine import processor_name
 
-    from river_compile.kernels.native.build import choose_isa
-
-    info = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
-    name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    flags = set(next((line.split() for line in info.splitlines() if line.startswith("flags")), []))
-    has = ", ".join(flag for flag in _FLAGS if flag in flags) or torch.backends.cpu.get_cpu_capability()
-    text = f"{name or platform.machine()}, {os.cpu_count()} cores: {has}"
-    if choose_isa().name == "portable":
-        return Finding("processor", WARN, f"{text}; the C++ kernels have no vectors for it, so the river is slow")
+    chosen, others = choose_isa(), ", ".join(isa.name for isa in supported_isas())
+    text = f"{processor_name()}, {os.cpu_count()} cores: kernels for {chosen.name} (RIVER_COMPILE_ISA: {others})"
+    if chosen.name == "portable":
+        return Finding("processor", WARN, f"{text}; they use no vector instructions of this processor and are slow")
     return Finding("processor", OK, text)
+
+
+def threads() -> Finding:
+    """Say how many threads the C++ kernels run on."""
+    from river_compile.kernels.native.cores import limit_text
+    from river_compile.kernels.native.cores import threads as used
+
+    return Finding("threads", OK, f"{used()}{limit_text()}")
 
 
 def gpu() -> Finding:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from river_compile.exits import WHOLE, threshold_text
+from river_compile.kernels.native import cores
+from river_compile.kernels.native.load import loaded
 from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
 from river_compile.passes.program import Fusion
 from river_compile.runtime.stats import ExactStats
@@ -74,6 +76,7 @@ class Report:
             "ran": self.ran,
             "graphs": [_graph_dict(g) for g in self.graphs],
             "recompiles": self.recompiles,
+            "threads": cores.threads(),
             "kept_cache_bytes": record.prefixes.bytes,
             "kept_texts": record.prefixes.texts._asdict(),
             "plain_calls": dict(record.fallbacks),
@@ -111,6 +114,8 @@ class Report:
                 yield from _offload_lines(offloaded)
             if record.twins.packs_backbone:
                 yield "  packing        the 16-bit layers without loss in the background, for later processes"
+            if loaded() and (why := cores.limit_text()):
+                yield f"  threads        {cores.threads()}{why}"
             yield f"  recompiles     {self.recompiles}"
             yield from _cache_lines(record)
         for reason, count in record.fallbacks.items():

@@ -23,6 +23,8 @@ import river_compile
 from examples import demo
 from river_compile.cli import app
 from river_compile.cli.shared import error_line
+from river_compile.kernels.native.build import supported_isas
+from river_compile.kernels.native.cores import Cores
 from river_compile.reporting import dry_run
 from river_compile.reporting.timing import Painter
 from river_compile.runtime.state import on_step
@@ -48,6 +50,11 @@ def printed_json(capsys, *arguments, code=0):
     jsonschema.validate(found, SCHEMA)
     assert found["command"] == arguments[0]
     return found
+
+
+def finding_of(found, what):
+    (finding,) = (finding for finding in found["findings"] if finding["what"] == what)
+    return finding
 
 
 def test_help_is_there_at_once(capsys):
@@ -231,9 +238,29 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
 def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys, monkeypatch):
     found = printed_json(capsys, "doctor")
     states = {finding["what"]: finding["state"] for finding in found["findings"]}
-    assert {"Python", "torch", "transformers", "compiler", "processor", "GPU", "cache"} <= set(states)
+    assert {"Python", "torch", "transformers", "compiler", "processor", "threads", "GPU", "cache"} <= set(states)
     assert states["self-test"] == "ok"
     assert found["healthy"]
+
+
+def test_doctor_names_the_instruction_set_and_those_that_can_be_forced(capsys, monkeypatch):
+    names = [isa.name for isa in supported_isas()]
+    for name in (names[0], names[-1]):
+        monkeypatch.setenv("RIVER_COMPILE_ISA", name)
+        said = finding_of(printed_json(capsys, "doctor", "--no-self-test"), "processor")
+        assert f"kernels for {name} (RIVER_COMPILE_ISA: {', '.join(names)})" in said["text"]
+        assert said["state"] == ("warning" if name == "portable" else "ok")
+
+
+def test_doctor_says_which_cores_are_left_out(capsys, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("river_compile.kernels.native.cores.cores", lambda: Cores(8, 3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    said = finding_of(printed_json(capsys, "doctor", "--no-self-test"), "threads")
+    assert said["text"].startswith("3 on the fast cores of 8, ")
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert finding_of(printed_json(capsys, "doctor", "--no-self-test"), "threads")["text"] == "8"
 
 
 def test_doctor_tries_the_compiler(capsys):
@@ -241,7 +268,7 @@ def test_doctor_tries_the_compiler(capsys):
     for compiler in ("no-such-compiler", shutil.which("false")):
         with inductor.patch({"cpp.cxx": (None, compiler)}):
             found = printed_json(capsys, "doctor", "--no-self-test", code=3)
-        (said,) = (finding for finding in found["findings"] if finding["what"] == "compiler")
+        said = finding_of(found, "compiler")
         assert said["state"] == "bad"
         assert compiler in said["text"]
         assert "Install g++" in said["text"]
@@ -252,7 +279,7 @@ def test_a_self_test_without_a_compiler_says_what_to_install(capsys, monkeypatch
     monkeypatch.undo()  # (the backend's own defaults need a compiler)
     with inductor.patch({"cpp.cxx": (None, shutil.which("false"))}):
         found = printed_json(capsys, "doctor", code=3)
-    (said,) = (finding for finding in found["findings"] if finding["what"] == "self-test")
+    said = finding_of(found, "self-test")
     assert said["state"] == "bad"
     assert said["text"].startswith("RC100: Could not compile River's C++ kernels, so the model runs uncompiled")
     assert "Install g++" in said["text"]

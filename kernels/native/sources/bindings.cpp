@@ -83,9 +83,16 @@ void copy_to(const Tensor& from, Tensor to) {
   check(from.is_cpu() && to.is_cpu() && from.is_contiguous() && to.is_contiguous() &&
             from.scalar_type() == to.scalar_type() && from.numel() == to.numel(),
         "a copy's tensors", "be contiguous, of one dtype and size");
-  const CopyArgs args{from.data_ptr(), to.data_ptr(), from.numel() * from.element_size()};
+  const CopyArgs args{from.data_ptr(), to.data_ptr(), int64_t(from.numel() * from.element_size())};
   run_phases(args, {{copy, &args, 1}});
 }
+
+void use_cores(int64_t all, int64_t fast) {
+  fast_cores.store(int(fast));
+  all_cores.store(int(all));
+}
+
+int64_t used_threads() { return threads(); }
 
 Tape* tape_at(int64_t address) {
   STD_TORCH_CHECK(address, "nothing was recorded on this tape");
@@ -182,6 +189,8 @@ const Operator kOnNumbers[] = {
     {"tape_phases", "(int tape) -> int", boxed<tape_phases>},
     {"tape_bytes", "(int tape) -> int", boxed<tape_bytes>},
     {"use_kernels", "(int address) -> ()", boxed<use_kernels>},
+    {"use_cores", "(int all, int fast) -> ()", boxed<use_cores>},
+    {"threads", "() -> int", boxed<used_threads>},
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -73,7 +74,14 @@ inline char* workspace(size_t bytes) {
   return kept.get();
 }
 
-inline int threads() { return int(torch::stable::get_num_threads()); }
+// If torch has its default number of threads on a machine with slow cores, or more: the fast cores alone. All zero
+// without slow cores.
+inline std::atomic<int> all_cores{0}, fast_cores{0};
+
+inline int threads() {
+  const int given = int(torch::stable::get_num_threads()), all = all_cores.load(std::memory_order_relaxed);
+  return all && given >= all ? fast_cores.load(std::memory_order_relaxed) : given;
+}
 
 // Parts of a phase, of at least `least` work each, and at most four for each thread, for load balance.
 inline int parts_of(int64_t work, int64_t least) {
