@@ -7,7 +7,6 @@ blocks, parameters that the caller replaces (``p.data = ...``) after they moved,
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import itertools
@@ -36,6 +35,7 @@ from river_compile.kernels.messages import with_id
 from river_compile.lowering.native import Callee
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, Program, SegmentSpec
+from river_compile.runtime.system import file_system, peak_bytes, reserve, resident_bytes, trim_heap
 from river_compile.runtime.units import Step
 from river_compile.upstream.tensors import MADV_PAGEOUT, advise, parts_of, version_of
 
@@ -291,7 +291,7 @@ class MappedFiles(WeightStore):
     def put(self, tensor: Tensor) -> Stored:
         with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a page without room would be a SIGBUS later
+                reserve(file.fileno(), tensor.nbytes)  # a page without room would be a SIGBUS later
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise self._no_room(tensor.nbytes, shutil.disk_usage(self._folder).free) from error
@@ -319,10 +319,10 @@ class MappedFiles(WeightStore):
             advise(stored.tensor.untyped_storage(), mmap.MADV_DONTNEED)
 
     def memory(self) -> int:
-        return _process_bytes("VmRSS")
+        return resident_bytes()
 
     def peak(self) -> int:
-        return _process_bytes("VmHWM")
+        return peak_bytes()
 
 
 class PinnedMemory(WeightStore):
@@ -411,27 +411,3 @@ def _address(weight: Tensor) -> int:
 def _bytes(weights: Iterable[Tensor]) -> int:
     """Return the size of weights; memory that several share counts once."""
     return sum({_address(weight): weight.nbytes for weight in weights}.values())
-
-
-def trim_heap() -> None:
-    """Return unused memory of the allocator to the system, if it is glibc's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def file_system(folder: Path) -> str:
-    """Return the type of a folder's file system, empty if unknown."""
-    try:
-        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    except OSError:
-        return ""
-    path = folder.resolve()
-    inside = [(len(Path(point).parts), kind) for point, kind in mounts if path.is_relative_to(point)]
-    return max(inside, key=lambda pair: pair[0], default=(0, ""))[1]
-
-
-def _process_bytes(name: str) -> int:
-    """Return a size of this process, by its name in /proc."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))

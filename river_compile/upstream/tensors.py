@@ -96,14 +96,15 @@ def _mapped_files() -> list[tuple[int, int]]:
 
 
 def advise(storage: UntypedStorage, advice: int, inside: bool = False) -> None:
-    """Advise the kernel about pages of a page-aligned storage, or with `inside` of any storage's whole pages."""
+    """Advise Linux about pages of a page-aligned storage, or with `inside` of any storage's whole pages."""
     _madvise(storage.data_ptr(), storage.data_ptr() + storage.nbytes(), advice, inside)
 
 
 def _madvise(start: int, end: int, advice: int, inside: bool) -> None:
     if inside:
         start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if start < end:  # an error (such as an old kernel's) is ignored: only memory and time depend on the advice
+    if start < end and sys.platform == "linux":
+        # An error (such as an old kernel's) is ignored: only memory and time depend on the advice.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 

@@ -10,6 +10,7 @@ import copy
 import errno
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from river_compile.exits import forced_depth
 from river_compile.reporting.trace import trace
 from river_compile.runtime import offload
 from river_compile.runtime.offload import Arrival, MappedFiles, Stored, WeightStore
+from river_compile.runtime.system import reserve
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep
@@ -393,6 +395,18 @@ def test_a_disk_that_fills_up_moves_nothing(monkeypatch, tmp_path):
         step.run(quantizer="rtn", offload=2, offload_dir=tmp_path)
     assert [p.data_ptr() for p in step.model.parameters()] == before
     assert report(step.model).to_dict()["offloaded"] is None
+
+
+def test_where_the_system_cannot_allocate_a_file_it_is_written(monkeypatch, tmp_path):
+    """As on macOS: a page that was never written has no room for certain."""
+    write, written = os.pwrite, []
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(os, "pwrite", lambda *call: written.append(write(*call)))
+    for nbytes in (1, 4096, 3 * 2**20 + 5):
+        written.clear()
+        with (tmp_path / str(nbytes)).open("wb") as file:
+            reserve(file.fileno(), nbytes)
+            assert os.fstat(file.fileno()).st_size == sum(written) == nbytes
 
 
 def test_a_folder_in_memory_is_reported(monkeypatch, tmp_path):
