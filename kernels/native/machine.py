@@ -18,7 +18,7 @@ X86, ARM = "x86_64", "aarch64"
 _CPUINFO = Path("/proc/cpuinfo")
 _SAME = {"amd64": X86, "arm64": ARM}
 
-# Linux: the type of an entry of the auxiliary vector, and the bit of a feature in it (asm/hwcap.h).
+# Linux: the type of an entry of the auxiliary vector, and the bit of a feature in it (HWCAP_* of its headers).
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
 _BITS = {
     "neon": (_AT_HWCAP, 1),  # HWCAP_ASIMD

@@ -13,11 +13,14 @@ import torch
 import river_compile
 from river_compile import report
 from river_compile.exits import forced_threshold
+from river_compile.kernels.native import load as native
+from river_compile.kernels.native.cores import Cores
 from river_compile.lowering.inductor import Lowering
 from river_compile.runtime.captures import CaptureLog
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make
 from tests.support.lowerings import lowered
+from tests.support.traced import TracedStep
 
 LAYERS = 3
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -108,3 +111,19 @@ def test_what_is_more_than_kernels_runs_uncaptured_and_says_so(name, uncaptured)
     assert all("it is not made of C++ kernels alone" in said[unit] for unit in uncaptured)
     assert ("twins 0" in {c.unit for c in pair.log.captures}) == (uncaptured == {"head"})
     pair.check(CHOSEN, batch=2, threshold=-1.0)
+
+
+def test_the_report_says_which_cores_the_kernels_leave_out(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    step = TracedStep()
+    step.run(depth=1, quantizer="rtn")
+    native.load()
+    monkeypatch.setattr("river_compile.kernels.native.cores.cores", lambda: Cores(8, 3))
+    torch.set_num_threads(8)
+    found = report(step.model)
+    assert found.to_dict()["threads"] == 3
+    assert "threads        3 on the fast cores of 8, where PyTorch has 8 threads" in str(found)
+    torch.set_num_threads(7)
+    assert report(step.model).to_dict()["threads"] == 7
+    assert "fast cores" not in str(report(step.model))
