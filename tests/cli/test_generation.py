@@ -28,7 +28,7 @@ def test_a_warm_up_stops_early_with_the_same_tokens():
 def test_rates_leave_the_first_token_out():
     assert Generation((5, 6, 7), (10.0, 10.5, 11.0)).decode_tokens_per_s == 2.0
     assert Generation((5, 6, 7), (10.0, 10.5, 11.0)).first_token_s == 10.0
-    with pytest.raises(ValueError, match="at least 2 tokens, there are 1"):
+    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
         decode_rate([1.0])
 
 
