@@ -83,7 +83,9 @@ def _sources(runs: dict[str, list[Record]]) -> list[str]:
     """Return one sentence for each setting, with the commands that measured it."""
     commands: dict[str, list[str]] = {}
     for run in runs.values():
-        commands.setdefault(_setting(run[0]), []).append(f"`{run[0]['command']}`")
+        record, speed = run[0], run[0]["machine"]["bandwidth_bytes_per_s"] / 1e9
+        measured = f"`{record['command']}` (commit {record['commit']}, memory at {speed:.0f} GB/s)"
+        commands.setdefault(_setting(record), []).append(measured)
     return [f"{setting}: {', '.join(measured)}." for setting, measured in commands.items()]
 
 
@@ -93,8 +95,7 @@ def _setting(record: Record) -> str:
     return (
         f"Batch {record['batch']}, {record['new_tokens']} tokens, prefill excluded, medians of {record['repeats']} "
         f"repeats. {machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
-        f"{machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s; "
-        f"{record['date'][:10]}, commit {record['commit']}; {versions}"
+        f"{record['date'][:10]}; {versions}"
     )
 
 

@@ -59,7 +59,7 @@ _WORDS = [(re.compile(rf"(?<![\w-])(?:{word})(?![\w-])", re.IGNORECASE), say) fo
 _SENTENCE = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|cf|vs|etc|et al|approx|Sec|Fig)\.")
 _INLINE = re.compile(r"``.+?``|`[^`]+`|\"[\w-]+\"", re.DOTALL)  # a quoted word is a value
-_MARK = re.compile(r"<!-- (?:(end of )|\w+: python -m )")
+_MARK = re.compile(r"<!-- (?:(end of )|\w+: )")
 _COUNTED = re.compile(r"\w")
 _C = re.compile(r'R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|(//[^\n]*|/\*.*?\*/)', re.DOTALL)
 _SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:", "Attributes:")
