@@ -56,7 +56,10 @@ def test_the_note_names_machine_date_commit_and_command(results):
     results("smollm2", 2, eager=1.0)
     folder = results("other", 2, eager=1.0)
     note = figures.content("decode smollm2 other", folder).splitlines()[-1]
-    assert "A CPU, 2 threads, avx2, 2030-01-02; torch 2.13: `python -m benchmarks.decode --model smollm2` (commit abc" in note
+    assert (
+        "A CPU, 2 threads, avx2, 2030-01-02; torch 2.13: `python -m benchmarks.decode --model smollm2` (commit abc"
+        in note
+    )
     assert ", memory at 40 GB/s), `python -m benchmarks.decode --model other` (commit abc, memory at 40 GB/s)." in note
     assert note.endswith("–: not measured.")
     folder = results("other", 3, commit="def", **dict.fromkeys(figures.PROGRAMS, 1.0))
