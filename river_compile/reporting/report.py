@@ -287,11 +287,11 @@ def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[s
 def _cache_lines(record: ModelRecord) -> Iterator[str]:
     size, texts = record.prefixes.bytes, record.prefixes.texts
     if size:
-        yield f"  kept cache     {size / 1e6:.1f} MB of keys and values, for the next call of generate"
+        yield f"  KV cache       {size / 1e6:.1f} MB of keys and values, kept for the next call of generate"
     if texts.texts or texts.reused:
         yield (
-            f"  kept texts     {texts.texts} of {texts.tokens} tokens, {texts.saved_bytes / 1e6:.1f} MB outside of the "
-            f"cache; {texts.reused} tokens of prompts were reused"
+            f"  prefix cache   {texts.texts} sequences of {texts.tokens} tokens, {texts.saved_bytes / 1e6:.1f} MB outside "
+            f"of the KV cache; {texts.reused} prompt tokens were reused"
         )
 
 

@@ -164,7 +164,7 @@ def test_the_cache_can_be_freed():
     model = accelerated(quality="fast")
     assert empty_cache(model) == 0
     generate(model, prompt())
-    assert "kept cache     0.0 MB" in str(river_compile.report(model))
+    assert "KV cache       0.0 MB" in str(river_compile.report(model))
     assert empty_cache(model) == sum(2 * 2 * 16 * 4 * slots for slots in (32, 32))  # K and V, heads, features, bytes
     assert empty_cache(model) == 0
     generate(model, prompt())
