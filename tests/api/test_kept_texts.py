@@ -108,7 +108,7 @@ def test_a_conversation_goes_on_in_place(eager):
         assert torch.equal(text, generate(plain, ids))
         assert found == ids.shape[1] - 151
     assert ids.shape[1] > 800
-    assert f"{reused(model)} tokens of prompts were reused" in str(river_compile.report(model))
+    assert f"{reused(model)} prompt tokens were reused" in str(river_compile.report(model))
 
 
 def test_conversations_in_turn_have_their_texts_each(eager):
