@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.decode_rows import ROWS
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
@@ -82,11 +84,15 @@ def test_make_test_fails_with_a_test(make):
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_call_targets_of_the_makefile_and_nothing_else(workflow):
+def test_workflows_call_targets_rows_and_modules_that_exist(workflow):
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1].split()
     for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
-        used = [step.get("uses", "").partition("@")[0] for step in job["steps"]]
-        assert used == ["actions/checkout", "actions/setup-python", ""]
-        make, target = job["steps"][-1]["run"].split()
-        assert make == "make"
-        assert target in targets
+        used = [step["uses"].partition("@")[0] for step in job["steps"] if "uses" in step]
+        assert used[:2] == ["actions/checkout", "actions/setup-python"]
+        assert {*used[2:]} <= {"actions/upload-artifact"}
+        commands = " ".join(step.get("run", "") for step in job["steps"]).replace("\\\n", " ")
+        assert {*re.findall(r"\bmake (\S+)", commands)} <= {*targets}
+        modules = re.findall(r"-m ((?:benchmarks|tools)[.\w]+)", commands)
+        assert all((ROOT / f"{module.replace('.', '/')}.py").exists() for module in modules)
+        rows = " ".join(re.findall(r"--rows ([\w\s]+)", commands)).split()
+        assert {*rows} <= {*ROWS}

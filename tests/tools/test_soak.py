@@ -34,7 +34,7 @@ def test_files(kind, what, tmp_path):
         folder.mkdir()
         if kind is damage:
             case["file"] = stored.STORED[what].files[0]
-        assert kind.run(case, folder) in ("passed", "refused (TwinsError)", "refused (ValueError)")
+        assert kind.run(case, folder) in ("passed", "refused (TwinsError)", "refused (OptionError)")
 
 
 def test_cases_are_data_and_their_seed_alone_decides():
