@@ -290,8 +290,8 @@ def _cache_lines(record: ModelRecord) -> Iterator[str]:
         yield f"  KV cache       {size / 1e6:.1f} MB of keys and values, kept for the next call of generate"
     if texts.texts or texts.reused:
         yield (
-            f"  prefix cache   {texts.texts} sequences of {texts.tokens} tokens, {texts.saved_bytes / 1e6:.1f} MB outside "
-            f"of the KV cache; {texts.reused} prompt tokens were reused"
+            f"  prefix cache   {texts.texts} sequences of {texts.tokens} tokens, {texts.saved_bytes / 1e6:.1f} MB "
+            f"outside of the KV cache; {texts.reused} prompt tokens were reused"
         )
 
 
