@@ -103,9 +103,8 @@ def needs_gguf(name: str) -> bool:
 def _why_not(row: Row, options: argparse.Namespace, folder: Path) -> str:
     reasons = []
     if row.backend == "llama_cpp" or row.file:
-        reasons.append(llama_cpp_runner.why_not(options.batch))
+        reasons.append(llama_cpp_runner.why_not(options.gguf, options.model, options.batch))
     if row.backend == "openvino":
         reasons.append(openvino_runner.why_not(folder, options.batch))
-    if reasons:
         reasons.append(llama_cpp_runner.why_no_file(options.gguf, options.model))
     return next(filter(None, reasons), "")

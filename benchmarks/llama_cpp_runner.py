@@ -10,23 +10,18 @@ import importlib.util
 import time
 from pathlib import Path
 
-from river_compile.cli import shared
+from benchmarks.gguf_runner import GgufRunner, token_ids
 from tools import demo_models
 
 
 def build(job: dict) -> LlamaCppRunner:
     """Return the runner of a job of `benchmarks.decode`."""
     from llama_cpp import Llama
-    from transformers import AutoTokenizer
 
-    from river_compile.cli.bench import beginning
-
-    shared.quiet()
-    tokenizer, longest = AutoTokenizer.from_pretrained(job["folder"]), max(job["prompts"], default=1)
-    prompt, text = shared.encode(tokenizer, job["prompt"])[0].tolist(), beginning(tokenizer, longest)[0].tolist()
+    prompt, text = token_ids(job)
     llama = Llama(
         model_path=job["gguf"],
-        n_ctx=max(len(prompt), longest) + job["new_tokens"] + 1,
+        n_ctx=max(len(prompt), *job["prompts"], 1) + job["new_tokens"] + 1,
         n_threads=job["threads"],
         n_threads_batch=job["threads"],
         verbose=False,
@@ -34,46 +29,23 @@ def build(job: dict) -> LlamaCppRunner:
     return LlamaCppRunner(llama, prompt, text, job)
 
 
-class LlamaCppRunner:
-    """Generates with llama.cpp from the GGUF file that the model was made of."""
+class LlamaCppRunner(GgufRunner):
+    """Generates with llama.cpp from the GGUF file that the model was made of; `program` is its `Llama`."""
 
-    def __init__(self, llama, prompt: list[int], text: list[int], job: dict) -> None:
-        self.llama, self.prompt, self.text, self.job = llama, prompt, text, job
-
-    def first_call(self) -> tuple[float, float]:
-        """Return the seconds to the first and to the second new token; nothing is compiled."""
-        first, second = self._generate(2)
-        return first, second
-
-    def warm_up(self) -> None:
-        """Generate once untimed; there are no exits to report."""
-        self._generate(self.job["new_tokens"])
-
-    def rate(self) -> float:
-        """Return the decode tokens/s of one generation."""
-        from river_compile.reporting.timing import decode_rate
-
-        return decode_rate(self._generate(self.job["new_tokens"]))
-
-    def prompt_seconds(self, length: int) -> float:
-        """Return the seconds to the first new token after a prompt of so many tokens."""
-        return self._generate(1, self.text[:length])[0]
-
-    def _generate(self, new_tokens: int, prompt: list[int] | None = None) -> list[float]:
-        """Generate greedily, past any end-of-sequence token; return the seconds to each new token."""
-        self.llama.reset()
+    def seconds(self, new_tokens: int, prompt: list[int] | None = None) -> list[float]:
+        self.program.reset()
         start = time.perf_counter()
-        stream = self.llama.generate(prompt or self.prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
+        stream = self.program.generate(prompt or self.prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
         return [time.perf_counter() - start for _, _ in zip(range(new_tokens), stream, strict=False)]
 
 
-def why_not(batch: int) -> str:
+def why_not(named: Path | None, model: str, batch: int) -> str:
     """Return why a row cannot run here, "" where it can."""
     if batch > 1:
         return "llama-cpp-python decodes one text at a time"
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed (pip install llama-cpp-python)"
-    return ""
+    return why_no_file(named, model)
 
 
 def why_no_file(named: Path | None, model: str) -> str:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from river_compile.cli import shared
+from benchmarks.gguf_runner import GgufRunner, token_ids
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # of GGUF files that OpenVINO GenAI reads, as transformers names them
 
@@ -20,41 +20,16 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")  # of GGUF files that OpenVINO GenAI
 def build(job: dict) -> OpenVinoRunner:
     """Return the runner of a job of `benchmarks.decode`."""
     from openvino_genai import LLMPipeline
-    from transformers import AutoTokenizer
 
-    from river_compile.cli.bench import beginning
-
-    shared.quiet()
-    tokenizer, longest = AutoTokenizer.from_pretrained(job["folder"]), max(job["prompts"], default=1)
-    prompt, text = shared.encode(tokenizer, job["prompt"])[0].tolist(), beginning(tokenizer, longest)[0].tolist()
     pipeline = LLMPipeline(job["gguf"], "CPU", INFERENCE_NUM_THREADS=job["threads"])
-    return OpenVinoRunner(pipeline, prompt, text, job)
+    return OpenVinoRunner(pipeline, *token_ids(job), job)
 
 
-class OpenVinoRunner:
-    """Generates with OpenVINO from a GGUF file."""
+class OpenVinoRunner(GgufRunner):
+    """Generates with OpenVINO from a GGUF file; `program` is its `LLMPipeline`."""
 
-    def __init__(self, pipeline: Any, prompt: list[int], text: list[int], job: dict) -> None:
-        self.pipeline, self.prompt, self.text, self.job = pipeline, prompt, text, job
-
-    def first_call(self) -> tuple[float, float]:
-        """Return the seconds to the first and to the second new token; the model was compiled when it was loaded."""
-        (_, first), (_, second) = stream(self.pipeline, self.prompt, 2)
-        return first, second
-
-    def warm_up(self) -> None:
-        """Generate once untimed; there are no exits to report."""
-        stream(self.pipeline, self.prompt, self.job["new_tokens"])
-
-    def rate(self) -> float:
-        """Return the decode tokens/s of one generation."""
-        from river_compile.reporting.timing import decode_rate
-
-        return decode_rate([seconds for _, seconds in stream(self.pipeline, self.prompt, self.job["new_tokens"])])
-
-    def prompt_seconds(self, length: int) -> float:
-        """Return the seconds to the first new token after a prompt of so many tokens."""
-        return stream(self.pipeline, self.text[:length], 1)[0][1]
+    def seconds(self, new_tokens: int, prompt: list[int] | None = None) -> list[float]:
+        return [seconds for _, seconds in stream(self.program, prompt or self.prompt, new_tokens)]
 
 
 def stream(pipeline: Any, prompt: list[int], new_tokens: int) -> list[tuple[int, float]]:

@@ -76,7 +76,7 @@ class LlamaCppConversation:
 
     def turns(self) -> dict:
         """As above; the tokens that llama.cpp keeps are those before the message but the last."""
-        job, text, llama = self._job, self._runner.text, self._runner.llama
+        job, text, llama = self._job, self._runner.text, self._runner.program
         first, message = text[: job["tokens"]], text[job["tokens"] : job["tokens"] + job["message"]]
         llama.reset()
         answer = self._answer(first, job["new_tokens"])[1]
@@ -89,7 +89,7 @@ class LlamaCppConversation:
     def _answer(self, ids: list[int], tokens: int) -> tuple[float, list[int]]:
         """Return the seconds to the first token, and so many tokens."""
         start, seconds, found = time.perf_counter(), 0.0, []
-        for token in self._runner.llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True):
+        for token in self._runner.program.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True):
             seconds = seconds or time.perf_counter() - start
             found.append(int(token))
             if len(found) == tokens:

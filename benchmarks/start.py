@@ -87,7 +87,7 @@ def start_llama_cpp(job: dict) -> dict:
     from river_compile.reporting.timing import decode_rate
 
     runner = llama_cpp_runner.build(job)
-    calls = [tuple(runner._generate(job["new_tokens"])) for _ in range(1 + _CALLS)]
+    calls = [tuple(runner.seconds(job["new_tokens"])) for _ in range(1 + _CALLS)]
     peak = common.peak_rss_bytes()
     return {**_seconds(calls), "tokens_per_s": decode_rate(calls[-1]), "peak_rss_bytes": peak}
 

@@ -277,7 +277,7 @@ def test_the_llama_cpp_runner_takes_no_token_too_many():
     assert runner.warm_up() is None
     assert runner.rate() > 0
     assert runner.prompt_seconds(3) > 0
-    assert (runner.llama.pulled, runner.llama.resets) == (2 + 4 + 4 + 1, 4)
+    assert (runner.program.pulled, runner.program.resets) == (2 + 4 + 4 + 1, 4)
 
 
 def test_a_token_costs_what_its_blocks_cost():

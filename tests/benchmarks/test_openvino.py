@@ -58,7 +58,7 @@ def test_its_text_is_the_plain_model_s(smollm2_folder, tmp_path):
     file = llama_cpp_runner.requantize(demo_models.gguf_path("smollm2"), tmp_path / "f16.gguf", "F16")
     job = {"folder": str(smollm2_folder), "gguf": str(file), "threads": 1, "prompts": [], "prompt": PROMPT}
     runner = openvino_runner.build(job)
-    tokens = [token for token, _ in openvino_runner.stream(runner.pipeline, runner.prompt, 16)]
+    tokens = [token for token, _ in openvino_runner.stream(runner.program, runner.prompt, 16)]
     model, tokenizer = shared.load(str(smollm2_folder), "float32")
     ids = shared.encode(tokenizer, PROMPT)
     assert tokens == model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()

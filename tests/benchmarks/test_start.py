@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 
+import pytest
 import torch
 
-from benchmarks import memory, processors, start
+from benchmarks import memory, prefixes, processors, start
 
 MIB = 2**20
 
@@ -32,3 +34,12 @@ def test_every_processor_that_river_applies_itself_is_in_the_table(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     ours = {line[0] for line in lines if line[-1] != "-"}
     assert ours == {kind.__name__ for kind in processors.BARRED} | {"MaxLengthCriteria", "EosTokenCriteria"}
+
+
+@pytest.mark.parametrize("benchmark", [start, prefixes])
+def test_without_llama_cpp_its_row_is_left_out_with_the_reason(benchmark, tmp_path, monkeypatch, capsys):
+    """Rows of nothing but llama.cpp: the command still ends well."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    benchmark.main(["--model", str(tmp_path), "--rows", "llama_cpp"])
+    assert "llama_cpp is left out: llama-cpp-python is not installed" in capsys.readouterr().err
