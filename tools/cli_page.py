@@ -9,15 +9,14 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import typer.main
 
 from river_compile.cli.app import app
+from tools.marked import ROOT, filled
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/cli.md"
-BEGIN, END = "<!-- commands: python -m tools.cli_page -->\n", "<!-- end of commands -->\n"
+PAGE = ROOT / "docs/cli.md"
 
 
 def commands() -> str:
@@ -26,10 +25,9 @@ def commands() -> str:
     return "\n".join(line for name, command in river.commands.items() for line in _section(name, command))
 
 
-def replaced(page: str) -> str:
-    """Return a page with the commands' sections between the marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{commands()}\n{END}{rest.split(END)[1]}"
+def replaced() -> str:
+    """Return the page with the commands' sections between its marks."""
+    return filled(PAGE, "commands", lambda _: commands())
 
 
 def _section(name: str, command: Any) -> Iterator[str]:
@@ -65,7 +63,7 @@ def _cell(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argparse.ArgumentParser(description="Writes the commands' sections of docs/cli.md.").parse_args(arguments)
-    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(replaced(), encoding="utf-8")
     return 0
 
 

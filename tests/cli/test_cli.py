@@ -75,7 +75,7 @@ def test_every_command_has_help_and_json(command, capsys):
 def test_the_page_of_commands_has_their_help():
     """``python -m tools.cli_page`` changes nothing."""
     page = cli_page.PAGE.read_text(encoding="utf-8")
-    assert cli_page.replaced(page) == page
+    assert cli_page.replaced() == page
     assert all(f"\n## river {command}\n" in page for command in COMMANDS)
 
 
