@@ -135,9 +135,10 @@ def _capabilities() -> set[str]:
     return set(least.get(torch.backends.cpu.get_cpu_capability(), ()))
 
 
-def kernels_library(isa: Isa) -> Path:
-    """Return the library of an instruction set's kernels; raise as :func:`build`."""
-    return _library("kernels.cpp", f"kernels_{isa.name}", [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"])
+def kernels_library(isa: Isa, compiler: Compiler | None = None) -> Path:
+    """Return the library of an instruction set's kernels, by another compiler if one is given; raise as `build`."""
+    name, flags = f"kernels_{isa.name}", [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"]
+    return build(compiler, "kernels.cpp", name, flags) if compiler else _library("kernels.cpp", name, flags)
 
 
 def packing_library(isa: Isa) -> Path:
@@ -199,7 +200,7 @@ class Compiler:
 def find_compiler() -> Compiler:
     """Return the compiler that Inductor uses with the calling thread's settings; raise CannotBuild if none works."""
     from torch._inductor import config
-    from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
     if os.name == "nt":
         raise CannotBuild("The C++ kernels need GCC or Clang. Compilers on Windows are not supported. Use WSL")
@@ -208,6 +209,13 @@ def find_compiler() -> Compiler:
     except Exception as error:  # Inductor has no public class for it
         tried = ", ".join(filter(None, config.cpp.cxx)) if isinstance(config.cpp.cxx, tuple) else config.cpp.cxx
         raise CannotBuild(f"No C++ compiler works here (tried {tried}). {_INSTALL}") from error
+    return compiler_of(command)
+
+
+def compiler_of(command: str) -> Compiler:
+    """Return the compiler of a command."""
+    from torch._inductor.cpp_builder import get_compiler_version_info
+
     return Compiler(command, get_compiler_version_info(command))
 
 

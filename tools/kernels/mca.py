@@ -19,12 +19,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from river_compile.kernels.native.build import SOURCES
+from river_compile.kernels.native.build import compiler_of, isas_of, kernels_library
+from river_compile.kernels.native.machine import ARM
 
 COMPILER, OBJDUMP = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump"
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-ffp-contract=off", "-w")
 CPUS = ("neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2", "apple-m1", "cortex-a55")
-I8MM = "-march=armv8.2-a+dotprod+i8mm+bf16"
 
 # One step of ggml's 4x4 repacked Q4_0 GEMV: 32 input features of four interleaved columns. Nibbles are signed in the
 # upper halves of bytes (weights are stored xor 8). Each column has a float16 scale, and so has the row.
@@ -73,15 +72,14 @@ class Loop:
 
 
 LOOPS = (
-    Loop("4 bits, sdot, 1 row", "NEON_DOTPROD", "microkernel_int4ILi1E", "sdot", 256, 1, 144),
-    Loop("4 bits, sdot, 4 rows", "NEON_DOTPROD", "microkernel_int4ILi4E", "sdot", 256, 4, 144),
-    Loop("4 bits, smmla, 2 rows", "NEON_I8MM", "microkernel_int4ILi2E", "smmla", 128, 2, 72),
-    Loop("4 bits, smmla, 4 rows", "NEON_I8MM", "microkernel_int4ILi4E", "smmla", 128, 4, 72),
-    Loop("4 bits, NEON alone, 1 row", "NEON", "microkernel_int4ILi1E", "smlal", 128, 1, 72),
+    Loop("4 bits, sdot, 1 row", "neon_dotprod", "microkernel_int4ILi1E", "sdot", 256, 1, 144),
+    Loop("4 bits, sdot, 4 rows", "neon_dotprod", "microkernel_int4ILi4E", "sdot", 256, 4, 144),
+    Loop("4 bits, smmla, 2 rows", "neon_i8mm", "microkernel_int4ILi2E", "smmla", 128, 2, 72),
+    Loop("4 bits, smmla, 4 rows", "neon_i8mm", "microkernel_int4ILi4E", "smmla", 128, 4, 72),
+    Loop("4 bits, NEON alone, 1 row", "neon", "microkernel_int4ILi1E", "smlal", 128, 1, 72),
     Loop("llama.cpp Q4_0 4x4, 1 row", "", "q4_0_4x4", "sdot", 128, 1, 72),
-    Loop("bfloat16, bfdot, 1 row", "NEON_I8MM", "dots_of_pairsILi1ELi4E", "bfdot", 128, 1, 256),
+    Loop("bfloat16, bfdot, 1 row", "neon_i8mm", "dots_of_pairsILi1ELi4E", "bfdot", 128, 1, 256),
 )
-MARCH = {"NEON": "-march=armv8-a", "NEON_DOTPROD": "-march=armv8.2-a+dotprod", "NEON_I8MM": I8MM, "": I8MM}
 
 
 def innermost_loops(listing: str, function: str, instruction: str) -> list[list[str]]:
@@ -124,15 +122,17 @@ def cycles(body: list[str], cpu: str, mca: str) -> float | None:
 
 def listings(folder: Path) -> dict[str, str]:
     """Return the machine code of the kernels by instruction set, and of llama.cpp's loop under ""."""
-    (folder / "llama.cpp").write_text(LLAMA_CPP)
-    code = {}
-    for isa, march in MARCH.items():
-        source, define = (SOURCES / "kernels.cpp", [f"-DRIVER_ISA_{isa}"]) if isa else (folder / "llama.cpp", [])
-        made = folder / f"{isa or 'llama'}.o"
-        subprocess.run([COMPILER, *FLAGS, march, *define, "-c", str(source), "-o", str(made)], check=True)
-        dump = [OBJDUMP, "-d", "--no-show-raw-insn", str(made)]
-        code[isa] = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-    return code
+    compiler, isas = compiler_of(COMPILER), isas_of(ARM)
+    source, loop = folder / "llama.cpp", folder / "llama.o"
+    source.write_text(LLAMA_CPP)
+    subprocess.run([COMPILER, "-O3", *isas[0].flags, "-c", str(source), "-o", str(loop)], check=True)
+    files = {"": loop} | {isa.name: kernels_library(isa, compiler) for isa in isas}
+    return {name: _disassembled(file) for name, file in files.items()}
+
+
+def _disassembled(file: Path) -> str:
+    dump = [OBJDUMP, "-d", "--no-show-raw-insn", str(file)]
+    return subprocess.run(dump, check=True, capture_output=True, text=True).stdout
 
 
 def main(arguments: list[str] | None = None) -> int:

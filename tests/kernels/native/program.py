@@ -37,14 +37,12 @@ def require_arm_tools() -> None:
 
 @functools.cache
 def arm_compiler() -> build.Compiler:
-    command = _ARM_TOOLS[0]
-    return build.Compiler(command, subprocess.check_output([command, "--version"], text=True))
+    return build.compiler_of(_ARM_TOOLS[0])
 
 
 def arm_library(isa: build.Isa) -> Path:
-    """Returns the kernels of an instruction set as `build.kernels_library` does, compiled for ARM."""
-    flags = [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"]
-    return build.build(arm_compiler(), "kernels.cpp", f"kernels_arm_{isa.name}", flags)
+    """Returns the kernels of an instruction set, compiled for ARM."""
+    return build.kernels_library(isa, arm_compiler())
 
 
 def instructions(library: Path) -> list[str]:
