@@ -5,6 +5,10 @@
 // The exit status is 0 if every entry of the table was checked and no case failed. A library holds one instruction
 // set, and the program knows none, so one program serves all libraries of an architecture. Not handled: speed.
 #include <dlfcn.h>
+#ifdef __x86_64__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <chrono>
 #include <cstddef>
@@ -82,6 +86,14 @@ int check_all(const Kernels& kernels, const std::string& only) {
   return done == all && all > 0 && failed == 0 ? 0 : 1;
 }
 
+// Asks the system for AMX tiles, as torch.cpu._init_amx does; without its permission they are illegal instructions.
+void permit_tiles() {
+#ifdef __x86_64__
+  constexpr long kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  syscall(SYS_arch_prctl, kRequest, kTiles);      // (a library without tiles does not need it)
+#endif
+}
+
 int list_names() {
   for (const Check& check : all_checks()) std::printf("%s\n", check.name.c_str());
   return 0;
@@ -102,6 +114,7 @@ int main_of(const std::vector<std::string>& arguments) {
     std::fprintf(stderr, "%s\nusage: phases LIBRARY [--only NAME] [--list]\n", library.empty() ? "" : dlerror());
     return 2;
   }
+  permit_tiles();
   return check_all(*reinterpret_cast<const Kernels* (*)()>(table)(), only);
 }
 
