@@ -1,7 +1,7 @@
 """Checks prose: words with a plainer or an established replacement, and long sentences: ``python -m tools.prose``.
 
-Reads the manual's Markdown, docstrings, comments, messages and the subject of the last commit. Code is not prose.
-Not handled: grammar, docs/notes, generated tables.
+Reads the manual's Markdown, docstrings, comments and messages; ``--commit FILE`` reads the message of a commit that is
+being made. Code is not prose. Not handled: grammar, docs/notes, generated tables, commits that exist.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import argparse
 import ast
 import io
 import re
-import shutil
-import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -219,28 +217,24 @@ def texts(root: Path = ROOT) -> Iterator[Text]:
             yield from read(path, file.read_text(encoding="utf-8"))
 
 
-def subject(text: str) -> Iterator[str]:
-    """Yield what is wrong with a commit's subject."""
-    if len(text) > SUBJECT:
-        yield f"the last commit's subject has {len(text)} characters, {SUBJECT} at most"
-    yield from findings(Text("the last commit's subject", 1, _plain(text), most=0))
-
-
-def last_subject(root: Path) -> str:
-    """Return the subject of the last commit, empty without git."""
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return ""
-    command = ["git", "-C", str(root), "log", "-1", "--format=%s"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def subject(message: str) -> Iterator[str]:
+    """Yield what is wrong with the first line of a commit's message."""
+    line = message.split("\n", 1)[0]
+    if len(line) > SUBJECT:
+        yield f"the commit's subject has {len(line)} characters, {SUBJECT} at most"
+    yield from findings(Text("the commit's subject", 1, _plain(line), most=0))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 1 if there are findings."""
     parser = argparse.ArgumentParser(description="Checks the words and sentences of pages, docstrings and comments.")
     parser.add_argument("--root", type=Path, default=ROOT, help="repository to check (default: this one)")
-    root: Path = parser.parse_args(arguments).root
-    found = [line for text in texts(root) for line in findings(text)]
-    found += subject(last_subject(root))
+    parser.add_argument("--commit", type=Path, metavar="FILE", help="check the commit message in this file instead")
+    options = parser.parse_args(arguments)
+    if options.commit:
+        found = [*subject(options.commit.read_text(encoding="utf-8"))]
+    else:
+        found = [line for text in texts(options.root) for line in findings(text)]
     print("\n".join(found) if found else "no findings")
     return 1 if found else 0
 

@@ -99,9 +99,20 @@ def test_comments_of_cpp():
 
 def test_subjects_of_commits():
     assert list(prose.subject("A short one")) == []
-    assert list(prose.subject("x" * 73)) == ["the last commit's subject has 73 characters, 72 at most"]
+    assert list(prose.subject("x" * 72 + "\n\nAnd " + "a long line " * 9)) == []
+    assert list(prose.subject("x" * 73)) == ["the commit's subject has 73 characters, 72 at most"]
     (line,) = prose.subject("Kernels are built anew")
     assert '"anew"' in line
+
+
+def test_a_message_is_checked_before_its_commit(tmp_path, capsys):
+    """As the hook of .pre-commit-config.yaml does, whatever the pages say."""
+    (tmp_path / "README.md").write_text("anew")
+    message = tmp_path / "COMMIT_EDITMSG"
+    for subject, status in (("Kernels say why", 0), ("Kernels say why, " * 5, 1)):
+        message.write_text(f"{subject}\n")
+        assert prose.main(["--root", str(tmp_path), "--commit", str(message)]) == status
+    assert capsys.readouterr().out.splitlines() == ["no findings", "the commit's subject has 85 characters, 72 at most"]
 
 
 def test_a_folder_without_git_is_read_and_gives_the_exit_status(tmp_path, capsys):
