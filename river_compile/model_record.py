@@ -33,9 +33,10 @@ from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.offload import OffloadedWeights
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
+from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation
 from river_compile.twins.own_text import SelfCalibration
-from river_compile.twins.pack import Statistics, TwinWeights
+from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import TwinWeight
 from river_compile.upstream.dynamo import OwnCall, drop_graphs
 

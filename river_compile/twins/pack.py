@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import tempfile
 import threading
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.pool import ThreadPool
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,17 +24,12 @@ from torch import Tensor
 
 from river_compile.compile_cache.folder import Entry, is_enabled, warn_not_writable
 from river_compile.config import RiverConfig
-from river_compile.errors import OptionError
-from river_compile.kernels.quant.calibrated import OBSERVING
-from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
-from river_compile.progress import stage_reached
-from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.twins.background import Packing
 from river_compile.twins.file import FILE, TwinFile, entry_for, is_stored, open_stored, write_missing, write_stored
-from river_compile.twins.observe import Moments, Observation
-from river_compile.twins.own_text import SelfCalibration, TwinLoss
-from river_compile.twins.quantize import make_weight, pack_weight
+from river_compile.twins.making import Job, Statistics, spilled
+from river_compile.twins.own_text import TwinLoss
+from river_compile.twins.quantize import pack_weight
 from river_compile.twins.weights import (
     LOSSLESS,
     Parameters,
@@ -50,37 +42,9 @@ from river_compile.twins.weights import (
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Runs the model, calls back with the moments of each given weight, and returns the text in words.
-Keep = Callable[["TwinWeight"], "TwinWeight"]
-Stream = Callable[[Sequence[Tensor], Callable[[Tensor, Moments], None]], str]
-_TOGETHER = 4  # matmuls per thread: those of a block or two, so that no thread waits long
 _REMEMBERED = 8  # digests kept per matmul of a program
 _LOSS = "loss.json"
-_numbers = itertools.count()  # of files
 _SMALL = 20_000_000  # weights that are packed in a second or two, so immediately
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Where a model's statistics come from: observed texts, else text that it samples."""
-
-    observed: Observation | None = None
-    own: SelfCalibration = field(default_factory=SelfCalibration)
-    ranks: Ranks = ALONE  # that share the model; they take statistics together or not at all
-
-    @property
-    def number(self) -> int:
-        """The observation's number, also after it was cleared."""
-        return 0 if self.observed is None else self.observed.number
-
-    def collect(self, *, refresh: bool = False) -> tuple[Observation | None, Stream | None]:
-        """Return known statistics, or a function that streams those of the model's own text."""
-        if self.observed is not None and self.observed.moments:
-            return self.observed, None
-        # Ranks run the model together, and may pack different weights, so they record all moments before.
-        if self.ranks.several:
-            return self.own.observation(resample=refresh), None
-        return None, functools.partial(self.own.stream_moments, resample=refresh)
 
 
 class TwinWeights:
@@ -126,7 +90,7 @@ class TwinWeights:
                     self.packing.cancel()
                 self.packing.wait()
             parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*matmuls, *savable)}
-            job = _Job(config, statistics, device, parameters, self._digests_of(parameters), refresh)
+            job = Job(config, statistics, device, parameters, self._digests_of(parameters), refresh)
             if config.twins is not None and not refresh:
                 job.file = self._file_of(job, savable)
                 job.file.check_names(every)
@@ -223,7 +187,7 @@ class TwinWeights:
         stamp, digest = self._digests.get(tuple(map(id, tensors)), (None, ""))
         return digest if stamp is not None and stamp == ParameterStamp(tensors) else None
 
-    def _file_of(self, job: _Job, savable: Sequence[Matmul]) -> TwinFile:
+    def _file_of(self, job: Job, savable: Sequence[Matmul]) -> TwinFile:
         """Return the file that the options name; write it first if missing and the options say so."""
         ranks = job.statistics.ranks
         folder = ranks.folder(Path(job.config.twins or ""))
@@ -237,7 +201,7 @@ class TwinWeights:
         return self._opened
 
     def _loaded_or_made(
-        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool
+        self, job: Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool
     ) -> dict[Matmul, TwinWeight]:
         """Load weights from the options' file or the compile cache, or make them; none if the background does."""
         if job.file is not None and not lossless:
@@ -260,7 +224,7 @@ class TwinWeights:
         return self._loaded(job, there, file, str(file.folder)) | (self._made(job, others, lossless) if others else {})
 
     def _begun_or_made(
-        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
+        self, job: Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
     ) -> dict[Matmul, TwinWeight]:
         """Make weights and write them to an entry, immediately or in the background, which returns none."""
         may_wait = may_wait and not job.statistics.ranks.several and sum(map(_size, matmuls)) > _SMALL
@@ -275,26 +239,13 @@ class TwinWeights:
             self.packing = Packing(work, finishes_at_exit=entry is not None)
         return {}
 
-    def _make_later(self, job: _Job, matmuls: Sequence[Matmul], entry: Entry | None) -> None:
+    def _make_later(self, job: Job, matmuls: Sequence[Matmul], entry: Entry | None) -> None:
         """Make twins, unless their parameters change meanwhile, which the next sequence finds."""
-        made = self._made_unless_changed(job, matmuls, lossless=False)
+        self._loss_is_old |= job.observes
+        made = job.make_unless_changed(matmuls, lossless=False)
         if made and entry is not None:
             write_stored(entry, [*made.values()])
         self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
-
-    def _made_unless_changed(
-        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, keep: Keep = lambda made: made
-    ) -> dict[Matmul, TwinWeight]:
-        """Make weights; return none if parameters change meanwhile."""
-        tensors = [tensor for matmul in matmuls for tensor in job.parameters[matmul].tensors]
-        stamp = ParameterStamp(tensors)
-        try:
-            made = self._made(job, matmuls, lossless, keep)
-        except Exception:
-            if stamp == ParameterStamp(tensors):
-                raise
-            return {}
-        return made if stamp == ParameterStamp(tensors) else {}
 
     def packs_later(self, weights: int) -> bool:
         """Whether a backbone of so many weights is packed for later processes, in the background."""
@@ -333,21 +284,21 @@ class TwinWeights:
             entry.make_folder()
             # One after another is moved to a file: all of them are three quarters of the model.
             with tempfile.TemporaryDirectory(dir=entry.folder, prefix=".spilled.") as folder:
-                keep = functools.partial(_spilled, Path(folder))
-                write_stored(entry, [*self._made_unless_changed(job, matmuls, lossless=True, keep=keep).values()])
+                keep = functools.partial(spilled, Path(folder))
+                write_stored(entry, [*job.make_unless_changed(matmuls, lossless=True, keep=keep).values()])
         except OSError as error:
             warn_not_writable(error)
         return is_stored(entry)
 
-    def _lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> tuple[Entry, _Job]:
+    def _lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> tuple[Entry, Job]:
         """Return the entry of lossless weights, and the job that makes them."""
         parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in matmuls}
         with self._lock:
             digests = self._digests_of(parameters)
-        job = _Job(RiverConfig(), Statistics(), torch.device("cpu"), parameters, digests, refresh=False)
+        job = Job(RiverConfig(), Statistics(), torch.device("cpu"), parameters, digests, refresh=False)
         return entry_for(matmuls, digests, LOSSLESS), job
 
-    def _loaded(self, job: _Job, matmuls: Sequence[Matmul], file: TwinFile, folder: str) -> dict[Matmul, TwinWeight]:
+    def _loaded(self, job: Job, matmuls: Sequence[Matmul], file: TwinFile, folder: str) -> dict[Matmul, TwinWeight]:
         """Load weights from a file. All are looked up before the first is packed: all or none fit."""
         asked = {matmul: job.quantizer(matmul.lossless) for matmul in matmuls}
         saved = {matmul: file.find(matmul, asked[matmul], job.digests[matmul]) for matmul in matmuls}
@@ -361,139 +312,9 @@ class TwinWeights:
 
         return dict(zip(matmuls, _in_threads(load, matmuls), strict=True))
 
-    def _made(
-        self, job: _Job, matmuls: Sequence[Matmul], lossless: bool, keep: Keep = lambda made: made
-    ) -> dict[Matmul, TwinWeight]:
-        """Make weights in threads; with streamed statistics, in the order in which the model reads them."""
-        recorded, stream = None, None
-        if job.observes and not lossless:
-            recorded, stream = job.statistics.collect(refresh=job.refresh)
-            self._loss_is_old = True
-        known = {matmul: _moments(recorded, matmul, job.parameters[matmul]) for matmul in matmuls}
-        found: dict[Matmul, TwinWeight] = {}
-        weights = [job.parameters[matmul].weights[0] for matmul in matmuls]
-        threads = threads_for(weights[0])
-        with _thread_pool(threads) as pool:
-
-            def one(given: tuple[Matmul, Moments | None]) -> TwinWeight:
-                matmul, moments = given
-                asked = job.quantizer(lossless)
-                return make_weight(matmul, job.parameters[matmul], job.digests[matmul], asked, moments, job.device)
-
-            def work(jobs: Sequence[tuple[Matmul, Moments | None]]) -> None:
-                for (matmul, _), twin in zip(jobs, pool.imap(one, jobs), strict=True):
-                    found[matmul] = keep(twin)
-                    stage_reached(len(found) / len(matmuls))
-
-            source = "" if recorded is None else recorded.source
-            if stream is not None:
-                source = _stream_and_make(stream, matmuls, weights, work, _TOGETHER * threads)
-            left = [(matmul, known[matmul]) for matmul in matmuls if matmul not in found]
-            for start in range(0, len(left), _TOGETHER * threads):  # (imap does not wait for what is kept)
-                work(left[start : start + _TOGETHER * threads])
-        for twin in found.values():
-            if twin.output_sqnr is not None:
-                twin.statistics = source
-        return found
-
-
-@dataclass
-class _Job:
-    """The arguments of one call of `get`."""
-
-    config: RiverConfig
-    statistics: Statistics
-    device: torch.device
-    parameters: dict[Matmul, Parameters]
-    digests: dict[Matmul, str]
-    refresh: bool
-    file: TwinFile | None = None
-
-    @property
-    def observes(self) -> bool:
-        """Whether weights are made with statistics."""
-        return self.file is None and self.config.quantizer in OBSERVING
-
-    def quantizer(self, lossless: bool) -> str:
-        return LOSSLESS if lossless else self.config.quantizer
-
-    def key(self, matmul: Matmul) -> tuple[object, ...]:
-        """Return the key of a weight besides its digest."""
-        number = self.statistics.number if self.observes and not matmul.lossless else 0
-        origin = "" if self.file is None or matmul.lossless else str(self.file.folder)
-        how = self.quantizer(matmul.lossless), matmul.layout, matmul.group_size, matmul.scales_inputs
-        return matmul.name, self.device, *how, origin, number
-
-
-def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameters) -> Moments | None:
-    """Return the recorded moments of a matmul's inputs, None without a record."""
-    moments = None if recorded is None else recorded.moments_of(parameters.weights[0])
-    if recorded is not None and moments is None and not recorded.own:
-        raise OptionError(
-            f"Cannot calibrate {matmul.name}: no token of calibration_data= reached it. Give more texts before the "
-            "first generation, set twins= to saved twins, or use quantizer='hqq'",
-            id="RC007",
-        )
-    return moments
-
-
-def _stream_and_make(
-    stream: Stream,
-    matmuls: Sequence[Matmul],
-    weights: Sequence[Tensor],
-    work: Callable[[Sequence[tuple[Matmul, Moments | None]]], None],
-    together: int,
-) -> str:
-    """Stream weights' moments and work on a few at a time meanwhile, so that few moments are held."""
-    of_weight = defaultdict[int, list[Matmul]](list)  # by the first weight of a matmul
-    for matmul, weight in zip(matmuls, weights, strict=True):
-        of_weight[id(weight)].append(matmul)
-    waiting: list[tuple[Matmul, Moments | None]] = []
-    failed: list[Exception] = []
-
-    def see(weight: Tensor, moments: Moments) -> None:
-        waiting.extend((matmul, moments) for matmul in of_weight[id(weight)])
-        if len(waiting) >= together and not failed:
-            try:
-                work([*waiting])
-            except Exception as error:  # not of the model, so it must not end the text
-                failed.append(error)
-            waiting.clear()
-
-    source = stream(weights, see)
-    if failed:
-        raise failed[0]
-    work(waiting)
-    return source
-
-
-def _spilled(folder: Path, made: TwinWeight) -> TwinWeight:
-    """Return a weight whose tensors lie in files of a folder, which no other process sees."""
-
-    def spilled(tensor: Tensor) -> Tensor:
-        if not tensor.numel():
-            return tensor
-        file = folder / str(next(_numbers))
-        tensor.contiguous().view(torch.uint8).numpy().tofile(file)
-        mapped = torch.from_file(str(file), size=tensor.nbytes, dtype=torch.uint8)
-        file.unlink()  # the system frees it with the mapping, however the process ends
-        return mapped.view(tensor.dtype).view(tensor.shape)
-
-    weight = made.weight
-    weight = replace(weight, qweight=spilled(weight.qweight), scale_zero=spilled(weight.scale_zero))
-    return replace(made, weight=weight)
-
-
-@contextlib.contextmanager
-def _thread_pool(threads: int) -> Iterator[ThreadPool]:
-    """Give a pool whose threads have ended afterwards: none may be in torch when the interpreter exits."""
-    # That of concurrent.futures takes no work while the interpreter waits for its last threads.
-    pool = ThreadPool(threads)
-    try:
-        yield pool
-    finally:
-        pool.close()
-        pool.join()
+    def _made(self, job: Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
+        self._loss_is_old |= job.observes and not lossless
+        return job.make(matmuls, lossless)
 
 
 def _size(matmul: Matmul) -> int:

@@ -1,6 +1,6 @@
 """Make packed weights: from known quantized ones, or from parameters and statistics of their inputs.
 
-Not handled: which weights are made, and when (:mod:`river_compile.twins.pack`).
+Not handled: statistics and threads (:mod:`river_compile.twins.making`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from river_compile.errors import OptionError
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
-from river_compile.twins import pack
+from river_compile.twins import making, pack
 from tests.support.families import each, make, prompt
 
 pytestmark = pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors")
@@ -347,8 +347,8 @@ class TestLaterProcesses:
         assert all(map(torch.equal, first, second))
 
     def test_programs_are_stored_when_it_is_known_which(self, tmp_path, monkeypatch):
-        release, make_weight = threading.Event(), pack.make_weight
-        monkeypatch.setattr(pack, "make_weight", lambda *args: (release.wait(60), make_weight(*args))[1])
+        release, make_weight = threading.Event(), making.make_weight
+        monkeypatch.setattr(making, "make_weight", lambda *args: (release.wait(60), make_weight(*args))[1])
         model = accelerated(model_of(), "auto")
         generate(model)
         assert not [*tmp_path.rglob("*.pass")]

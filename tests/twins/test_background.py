@@ -13,7 +13,7 @@ import torch
 import river_compile
 from river_compile.errors import UnsupportedGraphError
 from river_compile.model_record import find_record
-from river_compile.twins import pack
+from river_compile.twins import making, pack
 from tests.support.families import make, prompt
 
 OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
@@ -38,14 +38,14 @@ def drafted(model) -> int:
 @pytest.fixture
 def held(monkeypatch):
     """Every model's twins take as long as a test holds them."""
-    release, make_weight = threading.Event(), pack.make_weight
+    release, make_weight = threading.Event(), making.make_weight
 
     def hold(matmul, *args):
         if not matmul.lossless:
             assert release.wait(60)
         return make_weight(matmul, *args)
 
-    monkeypatch.setattr(pack, "make_weight", hold)
+    monkeypatch.setattr(making, "make_weight", hold)
     monkeypatch.setattr(pack, "_SMALL", 0)
     yield release
     release.set()

@@ -8,8 +8,9 @@ import torch
 from river_compile.config import RiverConfig
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
-from river_compile.twins import pack
-from river_compile.twins.pack import Statistics, TwinWeights
+from river_compile.twins import making, pack
+from river_compile.twins.making import Statistics
+from river_compile.twins.pack import TwinWeights
 
 
 class Made:
@@ -44,9 +45,9 @@ class Maker:
 def test_a_device_packs_one_matrix_after_the_other(device, threads, monkeypatch):
     """Each takes float32 copies of its weights there."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(pack, "make_weight", maker := Maker())
+    monkeypatch.setattr(making, "make_weight", maker := Maker())
     monkeypatch.setattr(pack, "digest_of", lambda tensors: str(id(tensors[0])))
-    monkeypatch.setattr(pack.ParameterStamp, "__init__", lambda self, tensors: None)
+    monkeypatch.setattr(making.ParameterStamp, "__init__", lambda self, tensors: None)
     inputs = [torch.empty(4, 4, device=device) for _ in range(6)]
     options = {"in_features": 4, "out_features": (4,), "transposed": False, "group_size": 4, "layout": "plain"}
     matmuls = [Matmul(name=str(i), weights=(i,), biases=(None,), **options) for i in range(6)]
