@@ -14,11 +14,11 @@ from tools.marked import ROOT, filled, pages
 def results(tmp_path):
     """A function that adds a run to decode.jsonl; it returns the folder of results."""
 
-    def add(model, day, commit="abc", **speeds):
+    def add(model, day, commit="abc", isa="avx2", **speeds):
         machine = {
             "cpu": "A CPU",
             "threads": 2,
-            "instruction_set": "avx2",
+            "instruction_set": isa,
             "bandwidth_bytes_per_s": 4e10,
             "torch": "2.13",
         }
@@ -51,6 +51,13 @@ def test_a_column_is_the_last_run_of_a_model(results):
     assert len(lines) == 2 + len(figures.PROGRAMS) + 2
 
 
+def test_a_table_can_be_of_machines_of_an_instruction_set(results):
+    results("smollm2", 2, isa="amx", eager=3.0)
+    folder = results("smollm2", 1, eager=1.0)
+    shown = {on: figures.content(f"decode smollm2{on}", folder).splitlines()[2] for on in ("", " on amx", " on avx2")}
+    assert [line[-5:] for line in shown.values()] == ["3.0 |", "3.0 |", "1.0 |"]
+
+
 def test_the_note_names_machine_date_commit_and_command(results):
     """Runs of one setting share a sentence; another setting has its own."""
     results("smollm2", 2, eager=1.0)
@@ -65,6 +72,21 @@ def test_the_note_names_machine_date_commit_and_command(results):
     folder = results("other", 3, commit="def", **dict.fromkeys(figures.PROGRAMS, 1.0))
     assert figures.content("decode smollm2 other", folder).count("A CPU, 2 threads") == 2
     assert "not measured" not in figures.content("decode other", folder)
+
+
+def test_starts_are_rows_of_their_models(results):
+    """What a row has no number of is a dash; a row that is ready at once is ready at its second token."""
+    folder = results("smollm2", 1, eager=1.0)
+    run = {**json.loads((folder / "decode.jsonl").read_text().splitlines()[0]), "command": "python -m benchmarks.start"}
+    exact = {"first_token_s": 1.82, "second_token_s": 2.7, "ready_s": 13.0, "own_bytes": 8.04e8}
+    rows = {"llama_cpp": {"first_token_s": 0.2, "second_token_s": 0.31}, "exact": exact}
+    new = [{**run, "row": row, "key": key, "value": value} for row, of in rows.items() for key, value in of.items()]
+    (folder / "start.jsonl").write_text("".join(json.dumps(record) + "\n" for record in new))
+    assert figures.content("start smollm2", folder).splitlines()[2:4] == [
+        "| SmolLM2-135M-Instruct | River, first start | 1.8 | 13.0 | 0.8 |",
+        "| SmolLM2-135M-Instruct | llama.cpp, 4-bit file | 0.2 | 0.3 | – |",
+    ]
+    assert "`python -m benchmarks.start` (commit abc, memory at 40 GB/s)." in figures.content("start smollm2", folder)
 
 
 def test_a_changed_record_changes_the_page(results, tmp_path):
@@ -85,7 +107,11 @@ def test_a_changed_record_changes_the_page(results, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [("decode smollm2", "has no record of smollm2; measure it with --record decode"), ("speed", "no table 'speed'")],
+    [
+        ("decode smollm2", "has no record of smollm2; measure it with --record decode"),
+        ("start smollm2 on amx", "has no record of smollm2 on amx; measure it with --record start"),
+        ("speed", "no table 'speed'"),
+    ],
 )
 def test_what_has_no_numbers_is_an_error(arguments, words, tmp_path):
     with pytest.raises(ValueError, match=words):

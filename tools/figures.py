@@ -1,7 +1,8 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
-They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ..." is the README's
-table, with a column for the last recorded run of each model; "machines" predicts tokens/s by memory bandwidth.
+They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ... on ISA" has a
+column for each model, from its last run on a machine of an instruction set (any without "on"). "start MODEL ... on ISA"
+has a row for each process of such a run, and "machines" predicts tokens/s by memory bandwidth.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ PROGRAMS = {
     "fast": ('River, `quality="fast"`', "2 layers in 16 bits, then 4-bit"),
     "all_4bit": ("River, all layers in 4 bits (`exit_depth=0`)", BY_4_BITS),
 }
+# By row of `benchmarks.start`: what started.
+STARTS = {
+    "plain": "transformers",
+    "exact": "River, first start",
+    "exact, again": "River, later start",
+    "fast": 'River, `quality="fast"`, first start',
+    "fast, again": 'River, `quality="fast"`, later start',
+    "llama_cpp": "llama.cpp, 4-bit file",
+}
 _VERSIONS = ("torch", "transformers", "llama-cpp-python", "openvino-genai")
 _KEY = "decode_tokens_per_s"
 
@@ -42,23 +52,30 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     Raises:
         ValueError: no such table, or no record of what it shows.
     """
-    name, *models = arguments.split()
-    if name == "decode":
-        return decode_table({model: last_run(results / "decode.jsonl", model) for model in models})
+    what, _, isa = arguments.partition(" on ")
+    name, *models = what.split()
+    tables = {"decode": decode_table, "start": start_table}
+    if name in tables:
+        return tables[name]({model: last_run(results / f"{name}.jsonl", model, isa) for model in models})
     if name == "machines":
         return machines.table(last_run(results / "reads.jsonl", "shapes"))
-    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode or machines")
+    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode, start or machines")
 
 
-def last_run(path: Path, model: str) -> list[Record]:
-    """Return the records of a model's last run in a file.
+def last_run(path: Path, model: str, isa: str = "") -> list[Record]:
+    """Return the records of a model's last run in a file, of all machines or those of an instruction set.
 
     Raises:
         ValueError: there is none.
     """
-    found = [record for record in records.read(path) if record["model"] == model] if path.exists() else []
+    found = [
+        record
+        for record in (records.read(path) if path.exists() else [])
+        if record["model"] == model and isa in ("", record["machine"]["instruction_set"])
+    ]
     if not found:
-        raise ValueError(f"{path} has no record of {model}; measure it with --record {path.stem}")
+        where = f" on {isa}" if isa else ""
+        raise ValueError(f"{path} has no record of {model}{where}; measure it with --record {path.stem}")
     last = max(record["date"] for record in found)
     return [record for record in found if record["date"] == last]
 
@@ -66,26 +83,48 @@ def last_run(path: Path, model: str) -> list[Record]:
 def decode_table(runs: dict[str, list[Record]]) -> str:
     """Return a table of decode speeds with a row for each of `PROGRAMS`, and where its numbers come from."""
     speeds = {model: {r["row"]: r["value"] for r in run if r["key"] == _KEY} for model, run in runs.items()}
-    titles = [MODELS[model].title if model in MODELS else model for model in runs]
     lines = [
-        f"| decode tokens/s | output comes from | {' | '.join(titles)} |",
-        f"|---|---|{'---:|' * len(titles)}",
+        f"| decode tokens/s | output comes from | {' | '.join(map(_title, runs))} |",
+        f"|---|---|{'---:|' * len(runs)}",
     ]
     for row, (program, weights) in PROGRAMS.items():
         cells = [_cell(of_model.get(row), row == "exact") for of_model in speeds.values()]
         lines.append(f"| {program} | {weights} | {' | '.join(cells)} |")
     missing = any(row not in of_model for row in PROGRAMS for of_model in speeds.values())
-    note = " ".join([*_sources(runs), *(["–: not measured."] if missing else [])])
+    what = "Batch {batch}, {new_tokens} tokens, prefill excluded, medians of {repeats} repeats."
+    note = " ".join([*_sources(what, runs), *(["–: not measured."] if missing else [])])
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def _sources(runs: dict[str, list[Record]]) -> list[str]:
-    """Return one sentence for each setting, with the commands that measured it."""
+def start_table(runs: dict[str, list[Record]]) -> str:
+    """Return a table of starts with a row for each of `STARTS` that a model's run has, and where they come from."""
+    lines = ["| model | program | first token, s | full speed after, s | memory, GB |", "|---|---|---:|---:|---:|"]
+    for model, run in runs.items():
+        found = {(record["row"], record["key"]): record["value"] for record in run}
+        for row, program in STARTS.items():
+            if (row, "first_token_s") in found:
+                full = found.get((row, "ready_s"), found[row, "second_token_s"])
+                own = found.get((row, "own_bytes"))
+                cells = [_cell(found[row, "first_token_s"]), _cell(full), _cell(own and own / 1e9)]
+                lines.append(f"| {' | '.join([_title(model), program, *cells])} |")
+    what = (
+        "Seconds count from the call of `generate`, the model's weights being loaded. *Memory* is the most at a time "
+        "that no file backs; mapped weights are not in it."
+    )
+    return "\n".join([*lines, "", " ".join(_sources(what, runs))]) + "\n"
+
+
+def _title(model: str) -> str:
+    return MODELS[model].title if model in MODELS else model
+
+
+def _sources(what: str, runs: dict[str, list[Record]]) -> list[str]:
+    """Return one sentence for each setting, with the commands that measured it; `what` has fields of records."""
     commands: dict[str, list[str]] = {}
     for run in runs.values():
         record, speed = run[0], run[0]["machine"]["bandwidth_bytes_per_s"] / 1e9
         measured = f"`{record['command']}` (commit {record['commit']}, memory at {speed:.0f} GB/s)"
-        commands.setdefault(_setting(record), []).append(measured)
+        commands.setdefault(f"{what.format(**record)} {_setting(record)}", []).append(measured)
     return [f"{setting}: {', '.join(measured)}." for setting, measured in commands.items()]
 
 
@@ -93,13 +132,12 @@ def _setting(record: Record) -> str:
     machine = record["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in _VERSIONS if machine.get(name))
     return (
-        f"Batch {record['batch']}, {record['new_tokens']} tokens, prefill excluded, medians of {record['repeats']} "
-        f"repeats. {machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
         f"{record['date'][:10]}; {versions}"
     )
 
 
-def _cell(value: float | None, bold: bool) -> str:
+def _cell(value: float | None, bold: bool = False) -> str:
     if value is None:
         return "–"
     text = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
