@@ -75,7 +75,7 @@ def test_the_note_names_machine_date_commit_and_command(results):
 
 
 def test_starts_are_rows_of_their_models(results):
-    """What a row has no number of is a dash; a row that is ready at once is ready at its second token."""
+    """What a row has no number of is a dash; a row without a time of readiness has its second token."""
     folder = results("smollm2", 1, eager=1.0)
     run = {**json.loads((folder / "decode.jsonl").read_text().splitlines()[0]), "command": "python -m benchmarks.start"}
     exact = {"first_token_s": 1.82, "second_token_s": 2.7, "ready_s": 13.0, "own_bytes": 8.04e8}

@@ -1,4 +1,4 @@
-"""Makes packed weights: in threads, from observed statistics, or while the model reads text of its own.
+"""Makes packed weights: in threads, from observed statistics, or while the model reads its own text.
 
 Not handled: which weights are made, and when (:mod:`river_compile.twins.pack`).
 """
