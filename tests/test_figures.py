@@ -83,8 +83,8 @@ def test_starts_are_rows_of_their_models(results):
     new = [{**run, "row": row, "key": key, "value": value} for row, of in rows.items() for key, value in of.items()]
     (folder / "start.jsonl").write_text("".join(json.dumps(record) + "\n" for record in new))
     assert figures.content("start smollm2", folder).splitlines()[2:4] == [
-        "| SmolLM2-135M-Instruct | River, first start | 1.8 | 13.0 | 0.8 |",
-        "| SmolLM2-135M-Instruct | llama.cpp, 4-bit file | 0.2 | 0.3 | – |",
+        "| SmolLM2-135M-Instruct | River, first start | 1.8 | 13.0 | 0.80 |",
+        "| SmolLM2-135M-Instruct | llama.cpp, 4-bit file | 0.20 | 0.31 | – |",
     ]
     assert "`python -m benchmarks.start` (commit abc, memory at 40 GB/s)." in figures.content("start smollm2", folder)
 

@@ -140,7 +140,7 @@ def _setting(record: Record) -> str:
 def _cell(value: float | None, bold: bool = False) -> str:
     if value is None:
         return "–"
-    text = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+    text = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
     return f"**{text}**" if bold else text
 
 
