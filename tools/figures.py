@@ -8,6 +8,7 @@ has a row for each process of such a run, and "machines" predicts tokens/s by me
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tools.demo_models import MODELS
 from tools.marked import filled, pages
 
 Record = dict[str, Any]
+Run = list[Record]  # of one date
 BF16, BY_4_BITS = "16-bit weights", "4-bit weights"
 # By row of `benchmarks.decode`: the program, and the weights that its output comes from.
 PROGRAMS = {
@@ -56,51 +58,67 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     name, *models = what.split()
     tables = {"decode": decode_table, "start": start_table}
     if name in tables:
-        return tables[name]({model: last_run(results / f"{name}.jsonl", model, isa) for model in models})
+        return tables[name]({model: runs_of(results / f"{name}.jsonl", model, isa) for model in models})
     if name == "machines":
-        return machines.table(last_run(results / "reads.jsonl", "shapes"))
+        return machines.table(runs_of(results / "reads.jsonl", "shapes")[-1])
     raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode, start or machines")
 
 
-def last_run(path: Path, model: str, isa: str = "") -> list[Record]:
-    """Return the records of a model's last run in a file, of all machines or those of an instruction set.
+def runs_of(path: Path, model: str, isa: str = "") -> list[Run]:
+    """Return a model's runs in a file, oldest first, of all machines or those of an instruction set.
 
     Raises:
         ValueError: there is none.
     """
-    found = [
-        record
-        for record in (records.read(path) if path.exists() else [])
-        if record["model"] == model and isa in ("", record["machine"]["instruction_set"])
-    ]
-    if not found:
+    runs: dict[str, Run] = {}
+    for record in records.read(path) if path.exists() else []:
+        if record["model"] == model and isa in ("", record["machine"]["instruction_set"]):
+            runs.setdefault(record["date"], []).append(record)
+    if not runs:
         where = f" on {isa}" if isa else ""
         raise ValueError(f"{path} has no record of {model}{where}; measure it with --record {path.stem}")
-    last = max(record["date"] for record in found)
-    return [record for record in found if record["date"] == last]
+    return [runs[date] for date in sorted(runs)]
 
 
-def decode_table(runs: dict[str, list[Record]]) -> str:
-    """Return a table of decode speeds with a row for each of `PROGRAMS`, and where its numbers come from."""
-    speeds = {model: {r["row"]: r["value"] for r in run if r["key"] == _KEY} for model, run in runs.items()}
+def decode_table(runs: dict[str, list[Run]]) -> str:
+    """Return a table of decode speeds with a row for each of `PROGRAMS`, and where its numbers come from.
+
+    A number that a model's last run lacks is the one of an earlier run, which a footnote names.
+    """
     lines = [
         f"| decode tokens/s | output comes from | {' | '.join(map(_title, runs))} |",
         f"|---|---|{'---:|' * len(runs)}",
     ]
+    notes: list[str] = []
     for row, (program, weights) in PROGRAMS.items():
-        cells = [_cell(of_model.get(row), row == "exact") for of_model in speeds.values()]
+        cells = []
+        for last, *earlier in (of_model[::-1] for of_model in runs.values()):
+            run = next((run for run in (last, *earlier) if row in _speeds(run)), last)
+            cells.append(_cell(_speeds(run).get(row), row == "exact") + ("" if run is last else "¹"))
+            notes += [] if run is last else [_footnote(row, run)]
         lines.append(f"| {program} | {weights} | {' | '.join(cells)} |")
-    missing = any(row not in of_model for row in PROGRAMS for of_model in speeds.values())
     what = "Batch {batch}, {new_tokens} tokens, prefill excluded, medians of {repeats} repeats."
-    note = " ".join([*_sources(what, runs), *(["–: not measured."] if missing else [])])
-    return "\n".join([*lines, "", note]) + "\n"
+    notes += ["–: not measured."] if any("–" in line for line in lines) else []
+    return "\n".join([*lines, "", " ".join([*_sources(what, runs), *notes])]) + "\n"
 
 
-def start_table(runs: dict[str, list[Record]]) -> str:
-    """Return a table of starts with a row for each of `STARTS` that a model's run has, and where they come from."""
+def _speeds(run: Run) -> dict[str, float]:
+    return {record["row"]: record["value"] for record in run if record["key"] == _KEY}
+
+
+def _footnote(row: str, run: Run) -> str:
+    """Return where a row of an earlier run comes from, with the row before it of the same weights for comparison."""
+    speeds, weights = _speeds(run), PROGRAMS[row][1]
+    before = [other for other in itertools.takewhile(lambda other: other != row, PROGRAMS) if other in speeds]
+    compared = [f"{PROGRAMS[o][0]}: {_cell(speeds[o])} there" for o in before if PROGRAMS[o][1] == weights]
+    return f"¹ Another run, {'; '.join([_command(run), *compared[-1:]])}."
+
+
+def start_table(runs: dict[str, list[Run]]) -> str:
+    """Return a table of starts with a row for each of `STARTS` that a model's last run has, and their origin."""
     lines = ["| model | program | first token, s | full speed after, s | memory, GB |", "|---|---|---:|---:|---:|"]
-    for model, run in runs.items():
-        found = {(record["row"], record["key"]): record["value"] for record in run}
+    for model, of_model in runs.items():
+        found = {(record["row"], record["key"]): record["value"] for record in of_model[-1]}
         for row, program in STARTS.items():
             if (row, "first_token_s") in found:
                 full = found.get((row, "ready_s"), found[row, "second_token_s"])
@@ -118,14 +136,17 @@ def _title(model: str) -> str:
     return MODELS[model].title if model in MODELS else model
 
 
-def _sources(what: str, runs: dict[str, list[Record]]) -> list[str]:
+def _sources(what: str, runs: dict[str, list[Run]]) -> list[str]:
     """Return one sentence for each setting, with the commands that measured it; `what` has fields of records."""
     commands: dict[str, list[str]] = {}
-    for run in runs.values():
-        record, speed = run[0], run[0]["machine"]["bandwidth_bytes_per_s"] / 1e9
-        measured = f"`{record['command']}` (commit {record['commit']}, memory at {speed:.0f} GB/s)"
-        commands.setdefault(f"{what.format(**record)} {_setting(record)}", []).append(measured)
+    for *_, last in runs.values():
+        commands.setdefault(f"{what.format(**last[0])} {_setting(last[0])}", []).append(_command(last))
     return [f"{setting}: {', '.join(measured)}." for setting, measured in commands.items()]
+
+
+def _command(run: Run) -> str:
+    record, speed = run[0], run[0]["machine"]["bandwidth_bytes_per_s"] / 1e9
+    return f"`{record['command']}` (commit {record['commit']}, memory at {speed:.0f} GB/s)"
 
 
 def _setting(record: Record) -> str:

@@ -42,7 +42,7 @@ def test_a_run_again_replaces_the_records_of_its_command_on_its_machine(tmp_path
 
 def test_the_recorded_bytes_are_those_that_check_counts():
     """Of the smallest shape; docs/guides/machines.md predicts from them."""
-    recorded = figures.last_run(records.RESULTS / "reads.jsonl", "shapes")
+    recorded = figures.runs_of(records.RESULTS / "reads.jsonl", "shapes")[-1]
     (name, *_) = reads.SHAPES
     assert {r["key"]: r["value"] for r in recorded if r["row"] == name} == reads.reads(name, "bfloat16")
     assert list(dict.fromkeys(r["row"] for r in recorded)) == list(reads.SHAPES)
