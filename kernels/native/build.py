@@ -18,7 +18,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ SOURCES = Path(__file__).parent / "sources"
 BUILT = Path(__file__).parent / "built"
 _HASH_FILE = "sources.sha256"
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
+_KERNELS = ("kernels.cpp", "gemm.cpp")
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest release that a library runs with
 _PACKING_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _MIN_FREE_BYTES = 16 << 20  # a library takes a few MiB
@@ -138,17 +139,17 @@ def _capabilities() -> set[str]:
 def kernels_library(isa: Isa, compiler: Compiler | None = None) -> Path:
     """Return the library of an instruction set's kernels, by another compiler if one is given; raise as `build`."""
     name, flags = f"kernels_{isa.name}", [*isa.flags, f"-DRIVER_ISA_{isa.name.upper()}"]
-    return build(compiler, "kernels.cpp", name, flags) if compiler else _library("kernels.cpp", name, flags)
+    return build(compiler, _KERNELS, name, flags) if compiler else _library(_KERNELS, name, flags)
 
 
 def packing_library(isa: Isa) -> Path:
     """Return the library that packs weights; raise as :func:`build`."""
-    return _library("packing.cpp", f"packing_{isa.name}", [*isa.flags, *_PACKING_FLAGS])
+    return _library(["packing.cpp"], f"packing_{isa.name}", [*isa.flags, *_PACKING_FLAGS])
 
 
 def operators_library() -> Path:
     """Return the library of the operators ``torch.ops.river_native.*``; raise as :func:`build`."""
-    return _library("bindings.cpp", "operators", [*torch_flags(), _STABLE_ABI])
+    return _library(["bindings.cpp"], "operators", [*torch_flags(), _STABLE_ABI])
 
 
 def has_prebuilt() -> bool:
@@ -171,8 +172,8 @@ def build_all(folder: Path) -> int:
     return sum(library.stat().st_size for library in libraries)
 
 
-def _library(source: str, name: str, flags: Sequence[str]) -> Path:
-    return _prebuilt(name) or build(find_compiler(), source, name, flags)
+def _library(sources: Sequence[str], name: str, flags: Sequence[str]) -> Path:
+    return _prebuilt(name) or build(find_compiler(), sources, name, flags)
 
 
 def _prebuilt(name: str) -> Path | None:
@@ -261,19 +262,20 @@ def _openmp_flags(command: str) -> list[str]:
     ]
 
 
-def build(compiler: Compiler, source: str, name: str, flags: Sequence[str]) -> Path:
-    """Return the cached library `name` of a file in `SOURCES`; raise CannotBuild."""
-    command = [compiler.command, *_FLAGS, source, *flags]
-    inputs = [*command, compiler.version, torch.__version__, sys.platform, target_architecture()]
+def build(compiler: Compiler, sources: Sequence[str], name: str, flags: Sequence[str]) -> Path:
+    """Return the cached library `name` of files in `SOURCES`; raise CannotBuild."""
+    command = [compiler.command, *_FLAGS]
+    make = functools.partial(_make, functools.partial(_compile, command, sources, flags))
+    inputs = [*command, *sources, *flags, compiler.version, torch.__version__, sys.platform, target_architecture()]
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
     digest = hashlib.sha256(b"\0".join([*map(str.encode, inputs), *texts])).hexdigest()[:16]
     try:
-        return cached_file(f"native/{name}_{digest}.so", _is_whole, functools.partial(_make, command))
+        return cached_file(f"native/{name}_{digest}.so", _is_whole, make)
     except OSError as error:
         raise CannotBuild(f"No folder for compiled code is writable ({error}). Set TMPDIR to one that is") from error
 
 
-def _make(command: list[str], library: Path) -> None:
+def _make(compiled: Callable[[Path], None], library: Path) -> None:
     with locked(library):
         if _is_whole(library):
             return
@@ -285,10 +287,22 @@ def _make(command: list[str], library: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(library.parent))
         start = time.perf_counter()
         with atomic_write(library) as scratch:
-            _run([*command, "-o", str(scratch)])
+            compiled(scratch)
             with scratch.open("ab") as file:  # a loader ignores bytes after the end
                 file.write(hashlib.sha256(scratch.read_bytes()).digest())
         log.info("compiled %s in %.1f s", library.name, time.perf_counter() - start)
+
+
+def _compile(command: Sequence[str], sources: Sequence[str], flags: Sequence[str], library: Path) -> None:
+    """Compile a library; several sources at the same time."""
+    if len(sources) == 1:
+        return _run([*command, *sources, *flags, "-o", str(library)])
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".objects.") as folder:
+        objects = [str(Path(folder, f"{source}.o")) for source in sources]
+        with ThreadPoolExecutor(len(sources)) as pool:
+            commands = [[*command, "-c", s, *flags, "-o", o] for s, o in zip(sources, objects, strict=True)]
+            list(pool.map(_run, commands))
+        return _run([*command, *objects, *flags, "-o", str(library)])
 
 
 def torch_flags() -> list[str]:

@@ -3,27 +3,35 @@
 #include "attention.h"
 #include "choices.h"
 #include "exit_scores.h"
-#include "gemm.h"
 #include "gemm_library.h"
 #include "kv_fill.h"
 #include "prompt_attention.h"
 #include "rescore.h"
 
-extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() {
-  static constexpr river::Kernels kernels{
-      .prepare = river::prepare,
-      .gemm = river::gemm,
-      .gemm_epilogue = river::gemm_epilogue,
-      .kv_fill = river::kv_fill,
-      .attend = river::attend,
-      .combine = river::combine,
-      .attend_prompt = river::attend_prompt,
-      .rescore = river::rescore,
-      .exit_score = river::exit_score,
-      .weigh = river::weigh,
-      .choose = river::choose,
-      .bfloat16 = river::kBFloat16Format,
-      .vectors = river::kHasVectors,
-  };
-  return &kernels;
-}
+namespace river {
+
+void gemm(const void* args, int part, int parts);  // gemm.cpp
+extern const int32_t kBFloat16Format;              // gemm.cpp
+
+namespace {
+
+const Kernels kKernels{
+    .prepare = prepare,
+    .gemm = gemm,
+    .gemm_epilogue = gemm_epilogue,
+    .kv_fill = kv_fill,
+    .attend = attend,
+    .combine = combine,
+    .attend_prompt = attend_prompt,
+    .rescore = rescore,
+    .exit_score = exit_score,
+    .weigh = weigh,
+    .choose = choose,
+    .bfloat16 = kBFloat16Format,
+    .vectors = kHasVectors,
+};
+
+}  // namespace
+}  // namespace river
+
+extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() { return &river::kKernels; }

@@ -1,5 +1,6 @@
 """Building and loading: caching, rebuilds, and errors without a compiler."""
 
+import contextlib
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ def sources(tmp_path, monkeypatch):
 
 
 def built(source, name, flags):
-    return build.build(build.find_compiler(), source, name, flags)
+    return build.build(build.find_compiler(), [source], name, flags)
 
 
 def answer(library):
@@ -54,7 +55,7 @@ def test_whatever_a_library_is_made_from_is_in_its_name(sources, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "0.0")
     names.add(built("answer.cpp", "answer", ()).name)
     patched = build.Compiler(build.find_compiler().command, "another version")
-    names.add(build.build(patched, "answer.cpp", "answer", ()).name)
+    names.add(build.build(patched, ["answer.cpp"], "answer", ()).name)
     assert len(names) == 5
 
 
@@ -110,7 +111,7 @@ def test_a_compiler_counts_once_it_has_compiled_something(does, says, tmp_path):
 def test_what_a_compiler_did_not_write_is_not_kept(sources, tmp_path):
     compiler = build.Compiler(script(tmp_path / "c++"), "1")
     with pytest.raises(build.CannotBuild, match="wrote nothing"):
-        build.build(compiler, "answer.cpp", "answer", ())
+        build.build(compiler, ["answer.cpp"], "answer", ())
     assert [file.suffix for file in (sources.parent / "cache/native").iterdir()] == [".lock"]
 
 
@@ -153,6 +154,20 @@ def test_a_compiler_that_refuses_is_quoted(sources):
     assert [file.suffix for file in (sources.parent / "cache/native").iterdir()] == [".lock"]
 
 
+def test_several_sources_become_one_library(sources):
+    """They are compiled at the same time; if one is refused, nothing of the other stays."""
+    (sources / "answer.cpp").write_text(
+        'int half();\nextern "C" __attribute__((visibility("default"))) int answer() { return 2 * half(); }\n'
+    )
+    cache = sources.parent / "cache/native"
+    for half, error in (("#error no half\n", "no half"), ("int half() { return 21; }\n", None)):
+        (sources / "half.cpp").write_text(half)
+        with pytest.raises(build.CannotBuild, match=error) if error else contextlib.nullcontext():
+            library = build.build(build.find_compiler(), ["answer.cpp", "half.cpp"], "answer", ())
+        assert {file.suffix for file in cache.iterdir()} == ({".lock"} if error else {".lock", ".so"})
+    assert answer(library) == 42
+
+
 @pytest.mark.slow
 def test_what_began_to_compile_is_what_is_loaded(tmp_path):
     """In a new process, with a compiler that logs its commands: none runs twice."""
@@ -170,7 +185,7 @@ assert load.loaded()
     where = {"RIVER_COMPILE_HOME": str(tmp_path / "cache"), "RIVER_COMPILE_ISA": "portable"}
     run_python(code, tmp_path, ROOT, CXX=compiler, **where)
     asked = [word for line in log.read_text().splitlines() for word in line.split() if word.endswith(".cpp")]
-    assert sorted(asked) == ["bindings.cpp", "kernels.cpp", "packing.cpp"]
+    assert sorted(asked) == ["bindings.cpp", "gemm.cpp", "kernels.cpp", "packing.cpp"]
 
 
 def test_where_there_is_no_compiler_nothing_begins():
@@ -204,7 +219,7 @@ def test_operators_that_nobody_loaded_name_the_fix(tmp_path):
     code = """
 import torch
 from river_compile.kernels.native import build, load
-torch.ops.load_library(str(build.build(build.find_compiler(), "bindings.cpp", "operators", build.torch_flags())))
+torch.ops.load_library(str(build.build(build.find_compiler(), ["bindings.cpp"], "operators", build.torch_flags())))
 x = torch.ones(1, 32)
 try:
     torch.ops.river_native.linear(x, torch.zeros(1, 1, 4, 64, dtype=torch.uint8), torch.zeros(1, 1, 16, 2).bfloat16(),

@@ -1,6 +1,5 @@
-// The choice of a matmul's kernel, by the format of its activations and by rows.
-#pragma once
-
+// The choice of a matmul's kernel, by the format of its activations and by rows. Matmuls take more than half of a
+// library's time to compile, so they are compiled at the same time as kernels.cpp, which has the table of phases.
 #include <climits>
 #include <cstring>
 
@@ -33,7 +32,7 @@ constexpr GemmChoice kGemms[] = {
     {kEvenOdd, INT_MAX, gemm_f32},
 #endif
 };
-constexpr int32_t kBFloat16Format = kGemms[2].format;
+extern const int32_t kBFloat16Format = kGemms[2].format;  // kernels.cpp declares it, and `gemm`
 
 inline void gemm_of(const GemmArgs& a, int part, int parts) {
   const GemmChoice* choice = kGemms;
@@ -73,7 +72,7 @@ inline void moe_gemm(const GemmArgs& a, int part, int parts) {
   }
 }
 
-inline void gemm(const void* args, int part, int parts) {
+void gemm(const void* args, int part, int parts) {
   const auto& a = *static_cast<const GemmArgs*>(args);
   return a.expert ? moe_gemm(a, part, parts) : gemm_of(a, part, parts);
 }
