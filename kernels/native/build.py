@@ -18,9 +18,10 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -265,7 +266,7 @@ def _openmp_flags(command: str) -> list[str]:
 def build(compiler: Compiler, sources: Sequence[str], name: str, flags: Sequence[str]) -> Path:
     """Return the cached library `name` of files in `SOURCES`; raise CannotBuild."""
     command = [compiler.command, *_FLAGS]
-    make = functools.partial(_make, functools.partial(_compile, command, sources, flags))
+    make = functools.partial(_make, command, sources, flags)
     inputs = [*command, *sources, *flags, compiler.version, torch.__version__, sys.platform, target_architecture()]
     texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
     digest = hashlib.sha256(b"\0".join([*map(str.encode, inputs), *texts])).hexdigest()[:16]
@@ -275,7 +276,7 @@ def build(compiler: Compiler, sources: Sequence[str], name: str, flags: Sequence
         raise CannotBuild(f"No folder for compiled code is writable ({error}). Set TMPDIR to one that is") from error
 
 
-def _make(compiled: Callable[[Path], None], library: Path) -> None:
+def _make(command: Sequence[str], sources: Sequence[str], flags: Sequence[str], library: Path) -> None:
     with locked(library):
         if _is_whole(library):
             return
@@ -287,7 +288,7 @@ def _make(compiled: Callable[[Path], None], library: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(library.parent))
         start = time.perf_counter()
         with atomic_write(library) as scratch:
-            compiled(scratch)
+            _compile(command, sources, flags, scratch)
             with scratch.open("ab") as file:  # a loader ignores bytes after the end
                 file.write(hashlib.sha256(scratch.read_bytes()).digest())
         log.info("compiled %s in %.1f s", library.name, time.perf_counter() - start)
@@ -299,9 +300,10 @@ def _compile(command: Sequence[str], sources: Sequence[str], flags: Sequence[str
         return _run([*command, *sources, *flags, "-o", str(library)])
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".objects.") as folder:
         objects = [str(Path(folder, f"{source}.o")) for source in sources]
-        with ThreadPoolExecutor(len(sources)) as pool:
-            commands = [[*command, "-c", s, *flags, "-o", o] for s, o in zip(sources, objects, strict=True)]
-            list(pool.map(_run, commands))
+        commands = [[*command, "-c", s, *flags, "-o", o] for s, o in zip(sources, objects, strict=True)]
+        # A pool of concurrent.futures takes no work once the main thread has ended, and a build continues then.
+        with ThreadPool(len(sources)) as pool:
+            pool.map(_run, commands)
         return _run([*command, *objects, *flags, "-o", str(library)])
 
 

@@ -95,7 +95,7 @@ class Job:
         stamp = ParameterStamp(tensors)
         try:
             made = self.make(matmuls, lossless, keep)
-        except Exception:
+        except Exception:  # whatever weights that change while they are read lead to
             if stamp == ParameterStamp(tensors):
                 raise
             return {}

@@ -168,6 +168,26 @@ def test_several_sources_become_one_library(sources):
     assert answer(library) == 42
 
 
+def test_a_build_goes_on_when_the_main_thread_has_ended(sources):
+    """So a process that is done early leaves the library to later ones."""
+    (sources / "half.cpp").write_text("int half() { return 21; }\n")
+    code = f"""
+import pathlib, time
+from concurrent.futures import ThreadPoolExecutor, thread
+from river_compile.kernels.native import build
+build.SOURCES = pathlib.Path({str(sources)!r})
+def late():
+    while not thread._shutdown:  # which the main thread sets when it has ended, before it waits for this one
+        time.sleep(0.01)
+    build.build(build.find_compiler(), ["answer.cpp", "half.cpp"], "answer", ())
+ThreadPoolExecutor(1).submit(late)
+"""
+    cache = sources.parent / "cache"
+    run_python(code, sources, ROOT, RIVER_COMPILE_HOME=str(cache))
+    (library,) = (cache / "native").glob("*.so")
+    assert answer(library) == 42
+
+
 @pytest.mark.slow
 def test_what_began_to_compile_is_what_is_loaded(tmp_path):
     """In a new process, with a compiler that logs its commands: none runs twice."""
