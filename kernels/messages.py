@@ -45,6 +45,7 @@ TITLES = {
     "RC064": "generate runs without River",
     "RC065": "Static KV cache is full",
     "RC066": "ContinuousBatch is closed or cannot take the call",
+    "RC067": "An id is no row of an embedding",
     # Memory and speed.
     "RC080": "No room for offloaded weights",
     "RC081": "Offload folder is in memory",

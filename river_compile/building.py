@@ -358,7 +358,7 @@ def _compiled(
     steps: dict[SegmentSpec, Step] = {}
     with graph.stage("compiling"):
         for number, segment in enumerate(segments):
-            stage_reached(number / len(segments))
+            stage_reached(number / len(segments), compiler.describe(segment))
             operands = [tensor for linear in segment.packed for tensor in packed[linear].tensors]
             if all(linear.lossless for linear in segment.packed):
                 graph.lossless_bytes += sum(packed[linear].weight.qweight.nbytes for linear in segment.packed)

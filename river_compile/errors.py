@@ -102,6 +102,12 @@ class BatchError(RiverError, RuntimeError):
     id = "RC066"
 
 
+class EmbeddingError(RiverError, IndexError):
+    """An id of a token, position or type is no row of its embedding; the message has the range of each input."""
+
+    id = "RC067"
+
+
 class RankError(RiverError, RuntimeError):
     """Processes that share a model cannot continue: one has ended, or they disagree; the message says which."""
 

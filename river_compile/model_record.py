@@ -38,7 +38,7 @@ from river_compile.twins.observe import Observation
 from river_compile.twins.own_text import SelfCalibration
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import TwinWeight
-from river_compile.upstream.dynamo import OwnCall, drop_graphs
+from river_compile.upstream.dynamo import OwnCall, current_stance, drop_graphs
 
 BROKE = "Dynamo broke the graph here"  # in the refusal of a piece of a model
 
@@ -171,11 +171,13 @@ class ModelRecord:
     @property
     def why_not(self) -> str:
         """Why a prompt ran in none of the model's rewritten graphs."""
-        if not self.graphs:
-            return 'this model never reached it. Call model.compile(backend="river")'
         refusals = [graph.refusal for graph in reversed(self.graphs) if graph.refusal]
-        refusal = next((refusal for refusal in refusals if BROKE in refusal), refusals[0] if refusals else "")
-        return f"it refused: {refusal}" if refusal else 'this call did not reach it. Use model.compile(backend="river")'
+        if refusals:
+            return f"it refused: {next((refusal for refusal in refusals if BROKE in refusal), refusals[0])}"
+        if self.call is not None:
+            return f"Dynamo traced no graph of this call, with the stance {current_stance()!r}"
+        reached = "this call did not reach it" if self.graphs else "this model never reached it"
+        return f'{reached}. Call model.compile(backend="river")'
 
     def state_of(self, model: PreTrainedModel) -> ModelState | None:
         """Return the state of an accelerated model, None if it has no identity."""

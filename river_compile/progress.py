@@ -68,17 +68,19 @@ def _show() -> None:
     _bars[0].set_description_str(_stages[-1])
 
 
-def stage_reached(share: float) -> None:
-    """Set the progress of the innermost stage, from 0 to 1."""
+def stage_reached(share: float, part: str = "") -> None:
+    """Set the progress of the innermost stage, from 0 to 1, and the part that begins."""
     if _told.tell is not None:
         _told.tell(_told.stages[-1], share)
         return
     with _lock:
         if not _bars:
             return
+        name = f"{_stages[-1]} {part}".rstrip()
+        _bars[0].set_description_str(name, refresh=False)
         _bars[0].update(share - _bars[0].n)
         began, written = _lines
         now = time.monotonic()
         if _bars[0].disable and now - written >= _EVERY:
-            print(f"river: {_stages[-1]}, {share:.0%} after {now - began:.0f} s", file=sys.stderr, flush=True)
+            print(f"river: {name}, {share:.0%} after {now - began:.0f} s", file=sys.stderr, flush=True)
             _lines[1] = now

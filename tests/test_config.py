@@ -142,9 +142,9 @@ class TestNumbersOfOtherLibraries:
 
 def test_exact_modes_settings_and_kernel_specs_are_refused_in_the_same_words():
     with pytest.raises(
-        OptionError, match="num_assistant_tokens=0 is not allowed; it must be None or an integer of 1 or more"
+        OptionError, match="num_assistant_tokens=-1 is not allowed; it must be None or an integer of 0 or more"
     ):
-        ExactMode(num_assistant_tokens=0)
+        ExactMode(num_assistant_tokens=-1)
     with pytest.raises(
         ValueError, match="dtype='float64' is not allowed; choose one of 'bfloat16', 'float16', 'float32'"
     ):

@@ -6,8 +6,11 @@ Not handled: calls with their own ``custom_generate``, and ``type(model).generat
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -26,6 +29,8 @@ from river_compile.upstream.transformers import keep_out_of_copies, restore_copy
 
 _GENERATE = "generate"
 _OURS = "river_compile_mode"  # an attribute of River's function
+# Whether this thread runs a refused call: transformers' assisted modes call a model's generate again.
+_falls_back: ContextVar[bool] = ContextVar("_falls_back", default=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
 
     @functools.wraps(plain)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("custom_generate") is not None:
+        if kwargs.get("custom_generate") is not None or _falls_back.get():
             return plain(self, *args, **kwargs)
         streamer = kwargs.get("streamer")
         late = {} if streamer is None else {"streamer": _LateStreamer(streamer)}
@@ -85,13 +90,32 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
             if isinstance(mode, ExactMode) and mode.strict:
                 raise
             _count_fallback(self, refusal)
-        with record_of(self.parameters()).alone():
+        with record_of(self.parameters()).alone(), _fallback(self):
             return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
 
     setattr(generate, _OURS, loop)
     method = MethodType(generate, model)
     keep_out_of_copies(model, _GENERATE)
     vars(model)[_GENERATE] = method
+
+
+@contextlib.contextmanager
+def _fallback(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, every generate of this thread is transformers' own; after an error the model is configured as before."""
+    # A draft by early exit sets `num_hidden_layers` and leaves it so if it raises.
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    settings = [*configs.values(), *filter(None, [getattr(model, "generation_config", None)])]
+    known = [(config, {**vars(config)}) for config in settings]
+    token = _falls_back.set(True)
+    try:
+        yield
+    except BaseException:
+        for config, fields in known:
+            vars(config).clear()
+            vars(config).update(fields)
+        raise
+    finally:
+        _falls_back.reset(token)
 
 
 def restore_generate(model: nn.Module) -> None:

@@ -232,16 +232,23 @@ def _is_one_token(inputs: Mapping[str, Any]) -> bool:
 def _signature(inputs: Mapping[str, Any], cache: Cache, one_token: bool | None = None) -> str:
     """Return a hash of the kinds of inputs, not their sizes; `one_token` overrides that property of theirs."""
     one_token = _is_one_token(inputs) if one_token is None else one_token
-
-    def kind(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value.dtype, value.dim()
-        return type(value).__qualname__ if isinstance(value, Cache) else value
-
-    arguments = sorted((str(name), str(kind(value))) for name, value in named_arguments(inputs))
     layers = [type(layer).__qualname__ for layer in cache.layers]
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return hashlib.sha256(repr((one_token, arguments, layers, modes)).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((one_token, argument_kinds(inputs), layers, modes)).encode()).hexdigest()[:24]
+
+
+def argument_kinds(inputs: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return the name and the kind of each argument of a forward: a tensor's dtype and dimensions, other values."""
+    # A program reads one tensor for two arguments that were one tensor when it was traced.
+    first: dict[int, str] = {}
+
+    def kind(name: str, value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.dtype, value.dim(), first.setdefault(id(value), name)
+        return type(value).__qualname__ if isinstance(value, Cache) else value
+
+    arguments = sorted(((str(name), value) for name, value in named_arguments(inputs)), key=operator.itemgetter(0))
+    return tuple((name, str(kind(name, value))) for name, value in arguments)
 
 
 def named_arguments(inputs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:

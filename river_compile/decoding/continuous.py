@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from river_compile.decoding.inputs import BY_SLOT
+from river_compile.decoding.inputs import KNOWN
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
@@ -87,6 +87,7 @@ class ContinuousBatch:
         text = batch.generate(**inputs, max_new_tokens=100)             # from any number of threads
         future = batch.submit(lambda: model.generate(**inputs))         # without waiting
 
+    Leaving a ``with`` block waits for what was submitted, as executors of `concurrent.futures` do.
     With early exits all rows exit together, when the least certain one may.
 
     Args:
@@ -224,7 +225,7 @@ class ContinuousBatch:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End all calls with an error; return when the batch's thread has ended."""
+        """Cancel all calls, which raise an error; return when the batch's thread has ended."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -236,7 +237,15 @@ class ContinuousBatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            while running := self._running():  # which may submit others
+                wait(running)
+        finally:
+            self.close()
+
+    def _running(self) -> list[Future[Any]]:
+        with self._changed:
+            return [future for future in self._submitted if not future.done()]
 
     @property
     def alive(self) -> bool:
@@ -311,10 +320,10 @@ class ContinuousBatch:
     def _can_join(self, call: Call, kwargs: Mapping[str, Any], mode: Decode) -> bool:
         strict = isinstance(mode, ExactMode) and mode.strict
         mask, positions = (kwargs.get(name) for name in ("attention_mask", "position_ids"))
-        others = [n for n, value in kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
         return (
             len(call.ids_BS) == 1
-            and not (call.config.return_dict_in_generate or strict or others or self._record.ranks.several)
+            and KNOWN.issuperset(kwargs)  # rows have the same arguments
+            and not (call.config.return_dict_in_generate or strict or self._record.ranks.several)
             and isinstance(positions, Tensor)
             and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
             and call.config.prefill_chunk_size is None

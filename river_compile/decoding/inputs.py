@@ -149,6 +149,17 @@ def with_masks(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     return {**inputs, "attention_mask": {**given, **dict.fromkeys(missing, mask)} if given is not None else mask}
 
 
+def extended_inputs(model: PreTrainedModel, kwargs: Mapping[str, object], more: int) -> dict:
+    """Return generate's model arguments after `more` new tokens, as they are after decoding one by one."""
+    if not more:
+        return dict(kwargs)
+    extended: dict = model._update_model_kwargs_for_generation({}, dict(kwargs), num_new_tokens=more)
+    types = kwargs.get("token_type_ids")
+    if isinstance(types, Tensor):  # transformers repeats the last `more` types; one by one, that is the last one
+        extended["token_type_ids"] = torch.cat([types, types[:, -1:].expand(-1, more)], dim=-1)
+    return extended
+
+
 def joined_inputs(kwargs: Mapping[str, object], others: Mapping[str, object]) -> dict:
     """Return generate's model arguments for the rows of both; all end in the same column."""
     joined = dict(kwargs)

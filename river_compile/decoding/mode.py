@@ -21,19 +21,20 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
+from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
 from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, integer, one_of, optional
+from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
 from river_compile.runtime.draft_length import DraftLength
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.tensor_parallel import Ranks
+from river_compile.upstream.dynamo import current_stance
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
     cache_argument,
@@ -48,7 +49,7 @@ _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
 CONSTANT = "constant"
 _CHECKS = {
-    "num_assistant_tokens": optional(integer(1)),
+    "num_assistant_tokens": optional(integer(0)),
     "num_assistant_tokens_schedule": one_of(None, CONSTANT),
     "prompt_lookup_num_tokens": optional(integer(0)),
     "strict": FLAG,
@@ -229,7 +230,7 @@ class Decode:
         if assistant_model is not None:
             return f"assistant_model={type(assistant_model).__name__} is not available. Remove it"
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not self.copies(config):
-            return f"{mode.value} is not available. Remove num_beams and prompt_lookup_num_tokens"
+            return f"{mode.value} is not available. Remove {_asking_for(config)}"
         if model.config.is_encoder_decoder:
             return f"{type(model).__name__} is an encoder-decoder model. Use a decoder-only model"
         for name in ("output_attentions", "output_hidden_states"):
@@ -247,6 +248,10 @@ class Decode:
             return f"past_key_values={type(given).__name__} is not available: River has its own KV cache. Remove it"
         if config.cache_implementation not in (None, "static"):
             return f"cache_implementation={config.cache_implementation!r} is not available. Remove it, or use 'static'"
+        if config.prefill_chunk_size is not None and not _is_cut_by_tokens(model_kwargs):
+            return "prefill_chunk_size is not available with other inputs than ids and 2D masks. Remove it"
+        if current_stance() == "force_eager" and record_of(model.parameters()).call is not None:
+            return "torch.compiler.set_stance('force_eager') turns compilation off. Set the stance 'default'"
         return _other_rows(rows, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
@@ -272,7 +277,7 @@ class ExactMode(Decode):
     The options have transformers' names. Each can be given to ``generate`` too, for one call.
 
     Attributes:
-        num_assistant_tokens: longest draft in tokens, at least 1. Drafts are verified in passes of 2, 4, 8 ...
+        num_assistant_tokens: longest draft in tokens; 0: no drafts. Drafts are verified in passes of 2, 4, 6, 8, 16 ...
             ``num_assistant_tokens + 1`` tokens. None: 15, or 63 if target layers are offloaded.
         num_assistant_tokens_schedule: None: measured times decide the length of each draft. "constant": every draft has
             `num_assistant_tokens` tokens, and nothing depends on time.
@@ -327,6 +332,8 @@ class ExactMode(Decode):
         return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
+        if self.num_assistant_tokens == 0:
+            return super().decoder(call, session, logits)
         session.allow_drafts(call.ids_BS, logits, self.num_assistant_tokens, self.strict)
         if self.num_assistant_tokens_schedule == CONSTANT:
             length = DraftLength(adaptive=False)
@@ -346,6 +353,34 @@ def _ends(criteria: StoppingCriteriaList) -> Ends | None:
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     tokens = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
     return Ends(min(lengths, default=sys.maxsize), frozenset(itertools.chain(*tokens)))
+
+
+# Settings that make transformers search in another way than token by token, and the values that do not.
+_SEARCHES = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0),
+    "dola_layers": (None,),
+    "use_mtp": (None, False),
+    "assistant_early_exit": (None,),
+    "prompt_lookup_num_tokens": (None,),
+}
+
+
+def _asking_for(config: GenerationConfig) -> str:
+    """Return the settings of a config that ask for its generation mode."""
+    given = ((name, getattr(config, name, None)) for name in _SEARCHES)
+    return " and ".join(f"{name}={short_repr(value)}" for name, value in given if value not in _SEARCHES[name])
+
+
+def _is_cut_by_tokens(model_kwargs: Mapping[str, object]) -> bool:
+    """Whether a prompt's first tokens are the first columns of all its tensors."""
+    given = {name: value for name, value in model_kwargs.items() if isinstance(value, Tensor)}
+    return given.keys() <= {*BY_SLOT} and all(
+        value.ndim == 2 or name == "position_ids" for name, value in given.items()
+    )
 
 
 def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:

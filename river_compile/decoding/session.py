@@ -13,7 +13,7 @@ import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +21,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.compile_cache.codec import NotCacheable
-from river_compile.compile_cache.programs import Bindable, named_arguments, with_sources
+from river_compile.compile_cache.programs import Bindable, argument_kinds, named_arguments, with_sources
 from river_compile.config import RiverConfig
 from river_compile.decoding.inputs import (
     BY_SLOT,
     KNOWN,
     Inputs,
     MovedInputs,
+    extended_inputs,
     joined_inputs,
     selected_inputs,
     with_all_logits,
@@ -61,6 +62,13 @@ def verification_widths(max_draft: int) -> tuple[int, ...]:
     return (*sorted(widths), max_draft + 1)
 
 
+class _Bound(NamedTuple):
+    """A state that a KV cache keeps for later calls, and the arguments of the forward that it was bound for."""
+
+    state: StepState
+    kinds: tuple[tuple[str, str], ...]  # by :func:`argument_kinds`
+
+
 class Session:
     """The passes of one call of generate."""
 
@@ -75,7 +83,7 @@ class Session:
     ) -> None:
         self.model, self.kv, self.depth = model, kv, depth
         self._kwargs = {**kwargs, cache_argument(model): kv.cache}
-        self._kwargs_tokens = 0  # tokens of the masks and positions in them
+        self._kwargs_tokens = 0  # tokens of the masks and positions in them; 0 before the prompt
         self.record = record_of(model.parameters())
         self._call = model if self.record.call is None else functools.partial(self.record.call, model)
         self._state, self._keeps_text = state, keeps_text
@@ -91,6 +99,36 @@ class Session:
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
         """Run the prompt ``[B, S]``, without tokens that the cache holds; return the last or all logits."""
+        chunk = None if self.record.call is None else config.prefill_chunk_size
+        if chunk is None or all_logits:
+            return self._run_prompt(ids_BS, config, all_logits)
+        while (logits := self.prefill_piece(ids_BS, config, chunk)) is None:
+            pass
+        return logits
+
+    def prefill_piece(self, ids_BS: Tensor, config: GenerationConfig, tokens: int) -> Tensor | None:
+        """Run the next `tokens` of a prompt through an accelerated model; return its last logits, None before."""
+        whole, filled = ids_BS.shape[1], self.kv.filled
+        # The last piece has at least `tokens`, so that it runs like a prompt and not like a few decode steps.
+        upto = whole if whole - filled < 2 * tokens else filled + tokens
+        if not self._kwargs_tokens:
+            self._of_prompt = {
+                name: self._kwargs[name] for name in BY_SLOT if isinstance(self._kwargs.get(name), Tensor)
+            }
+            self._cut_kwargs(upto)
+            logits = self._run_prompt(ids_BS[:, :upto], config)
+        else:
+            self._cut_kwargs(upto)
+            logits = self.step(ids_BS[:, :upto], upto - filled, last_token=True)[:, -1:]
+        return logits if upto == whole else None
+
+    def _cut_kwargs(self, tokens: int) -> None:
+        """Use the prompt's masks and positions of its first tokens."""
+        self._kwargs |= {name: value[..., :tokens] for name, value in self._of_prompt.items()}
+        self._kwargs_tokens = tokens
+
+    def _run_prompt(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
+        """Run the prompt in one pass; return the last or all logits."""
         model, record, kept = self.model, self.record, self.kv.filled
         inputs = self._rest_inputs(ids_BS) if kept else self._prompt_inputs(ids_BS, config)
         outputs: Any = {}
@@ -116,24 +154,9 @@ class Session:
         self._kwargs_tokens = self.kv.filled + 1
         return logits if all_logits else logits[:, -1:]
 
-    def prefill_piece(self, ids_BS: Tensor, config: GenerationConfig, tokens: int) -> Tensor | None:
-        """Run the next `tokens` of a one-row prompt; return its last logits ``[1, 1, V]``, None before."""
-        whole, filled = ids_BS.shape[1], self.kv.filled
-        # The last piece has at least `tokens`, so that it runs like a prompt and not like a few decode steps.
-        upto = whole if whole - filled < 2 * tokens else filled + tokens
-        if not self._kwargs_tokens:
-            cut = {
-                name: self._kwargs[name][..., :upto] for name in BY_SLOT if isinstance(self._kwargs.get(name), Tensor)
-            }
-            self._kwargs |= cut
-            logits = self.prefill(ids_BS[:, :upto], config)
-        else:
-            logits = self.step(ids_BS[:, :upto], upto - filled, last_token=True)[:, -1:]
-        return logits if upto == whole else None
-
     def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
         """Return the inputs of a prompt that runs like any other pass; None for others."""
-        if self.record.call is None or config.prefill_chunk_size is not None or not KNOWN.issuperset(self._kwargs):
+        if self.record.call is None or not KNOWN.issuperset(self._kwargs):
             return None
         if not (self.kv.is_full and self.kv.memory_rows):  # allocating the cache is not in the graph
             return None
@@ -146,7 +169,7 @@ class Session:
 
     def _run_any_prompt(self, ids_BS: Tensor, config: GenerationConfig) -> Any:
         """Return the model's outputs for any prompt."""
-        if self.record.call is None or config.prefill_chunk_size is not None:
+        if self.record.call is None:
             return self.model._prefill(ids_BS, config, self._kwargs, not config.is_assistant)
         return self._call_model(self._first_inputs(ids_BS, config))
 
@@ -317,8 +340,8 @@ class Session:
         """Run the last `width` ids and return their logits ``[B, width, V]``. Raises a CacheFullError."""
         moved = self._inputs.get(width)
         if moved is None:
-            state = self.kv.states.get((self.kv.rows, width))
-            moved = self._inputs[width] = MovedInputs(self.model, width, {} if state is None else state.inputs)
+            kept = self._kept_state(width)
+            moved = self._inputs[width] = MovedInputs(self.model, width, {} if kept is None else kept.state.inputs)
         inputs = moved.update(self.kv.filled, ids_BS, functools.partial(self._prepare_inputs, ids_BS, width))
         depth = self.depth if depth is None else depth
         return self._pass(inputs, width, depth, vocab, last_token)[:, -width:]
@@ -354,8 +377,9 @@ class Session:
 
     def _find_state(self, width: int, inputs: Inputs) -> StepState | None:
         """Return a compatible state of the cache, or bind a program that was traced before."""
-        state = self.kv.states.get((self.kv.rows, width))
-        if state is not None and _is_compatible(state, inputs, self._inputs[width].owns(inputs)):
+        kept = self._kept_state(width)
+        if kept is not None and _is_compatible(kept, inputs, self._inputs[width].owns(inputs)):
+            state = kept.state
             self._check_weights(state.executor, state.args)
             if state.compiled is state.executor.compiled:
                 self._states[width] = state
@@ -368,8 +392,14 @@ class Session:
         if not self._inputs[width].owns(inputs):
             given = {id(value) for _, value in named_arguments(inputs)}
             args = [arg.clone() if id(arg) in given and isinstance(arg, Tensor) else arg for arg in args]
-        state = self._states[width] = self.kv.states[self.kv.rows, width] = executor.bind(args)
+        state = self._states[width] = executor.bind(args)
+        self.kv.states[self.kv.rows, width] = _Bound(state, argument_kinds(inputs))
         return state
+
+    def _kept_state(self, width: int) -> _Bound | None:
+        """Return the state that an earlier call bound to the cache for passes of a width."""
+        kept: _Bound | None = self.kv.states.get((self.kv.rows, width))
+        return kept
 
     def _recall(self, inputs: Inputs) -> Bindable | None:
         """Return a program that was traced before, in this process or another one, and its inputs."""
@@ -420,8 +450,7 @@ class Session:
 
     def _kwargs_for(self, tokens: int) -> dict:
         """Return generate's model arguments for this many tokens."""
-        kwargs, more = dict(self._kwargs), tokens - self._kwargs_tokens
-        return self.model._update_model_kwargs_for_generation({}, kwargs, num_new_tokens=more) if more else kwargs
+        return extended_inputs(self.model, self._kwargs, tokens - self._kwargs_tokens)
 
     def _prepare_inputs(self, ids_BS: Tensor, width: int) -> Inputs:
         """Return the inputs of a pass over the last `width` ids, by transformers' methods."""
@@ -429,10 +458,13 @@ class Session:
         return with_all_logits(self.model.prepare_inputs_for_generation(ids_BS, next_sequence_length=width, **kwargs))
 
 
-def _is_compatible(state: StepState, inputs: Inputs, owned: bool) -> bool:
-    """Whether a state may run with these inputs: they are its own, or look like them."""
+def _is_compatible(kept: _Bound, inputs: Inputs, owned: bool) -> bool:
+    """Whether a state may run with these inputs: the same arguments, which are its own or look like them."""
+    # An argument that the state does not read is another program, as for the first call with it.
+    if kept.kinds != argument_kinds(inputs):
+        return False
     values = dict(named_arguments(inputs))
-    pairs = [(tensor, values.get(name)) for name, tensor in state.inputs.items()]
+    pairs = [(tensor, values.get(name)) for name, tensor in kept.state.inputs.items()]
     if owned:
         return all(a is b for a, b in pairs)
     return all(isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)

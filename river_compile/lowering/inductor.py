@@ -32,7 +32,7 @@ from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native_kernels
 from river_compile.kernels.native.build import CannotBuild, has_prebuilt, working_compiler
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, PLAIN_LAYOUT
-from river_compile.lowering.native import Callee, NativeSegment, native_graph, use_native
+from river_compile.lowering.native import Callee, NativeSegment, foreign_operators, native_graph, use_native
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called
@@ -239,6 +239,14 @@ class SegmentCompiler:
         log.info("compiled %s in %.1f s%s", segment.name, done.seconds, "" if direct else ", called through wrappers")
         self.compiled.append(done)
         return callee
+
+    def describe(self, segment: SegmentSpec) -> str:
+        """Return a segment's name; if Inductor compiles it, which takes seconds, say so and why."""
+        if segment.code.runs_by != "inductor":
+            return segment.name
+        names = foreign_operators(segment.code.module.graph) if self.native else ()
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{segment.name} by Inductor" + (f", since {names[0]}{more} have no C++ kernel" if names else "")
 
     def _guards_hold(self, known: Compiled, segment: SegmentSpec) -> bool:
         """Evaluate the guards for another segment's sizes; true ones become guards of the whole graph."""

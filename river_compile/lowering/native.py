@@ -111,6 +111,16 @@ def native_graph(segment: Segment) -> fx.GraphModule | None:
     return fx.GraphModule(segment.graph.owning_module, graph, class_name="Segment")
 
 
+def foreign_operators(graph: fx.Graph) -> list[str]:
+    """Return the names of a lowered graph's operators that have no C++ kernel, each once."""
+    targets = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_function")
+    return [
+        getattr(target, "__name__", str(target))
+        for target in targets
+        if getattr(target, "namespace", None) != "river_native" and target not in (*_VIEWS, *_CONSTANTS)
+    ]
+
+
 def use_native(graph: fx.Graph) -> None:
     """Replace the operators of `torch.ops.river` by the C++ ones, linears if their layout is native."""
     ours, native_ops = torch.ops.river, native.load()

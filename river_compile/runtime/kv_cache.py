@@ -41,7 +41,7 @@ class KVCache:
         # Of other caches only the tokens are counted.
         self.is_full = all(type(layer) is StaticLayer for layer in cache.layers)
         self.slots = cache.layers[0].max_cache_len if self.is_full else sys.maxsize
-        self.states: dict[tuple[int, int], Any] = {}  # bound `StepState`s by rows and width of a pass
+        self.states: dict[tuple[int, int], Any] = {}  # of a session: bound states by rows and width of a pass
         self.take_in()
 
     def take_in(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from river_compile.errors import EmbeddingError
 from river_compile.exits import ExitPolicy, SequenceState, SequenceStates, thresholds_of
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.ops import VOCAB_BLOCK
@@ -33,6 +34,7 @@ from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
 log = logging.getLogger("river_compile.runtime.captures")
+_NO_ROW = "is no row of the embedding"  # kernels/native/sources/bindings_inputs.h
 _steps: Observers[[StepState, StepRecord]] = Observers()
 
 
@@ -179,6 +181,8 @@ class StepState:
             path = self.run(policy)
         except BaseException as error:
             compiled.ranks.raise_if_lost(error)
+            if isinstance(error, RuntimeError) and _NO_ROW in str(error):
+                raise EmbeddingError(self._ranges_of_ids()) from None
             raise
         compiled.stats.count(path.depth, decodes)
         if _steps:
@@ -186,6 +190,20 @@ class StepState:
             _steps(self, StepRecord(path.depth, path.scores, decodes, thread, model, path.entropy, seconds))
         if compiled.on_close is not None:
             compiled.on_close()
+
+    def _ranges_of_ids(self) -> str:
+        """Return the message of an :class:`EmbeddingError`."""
+        given = zip(self.compiled.program.inputs, self.args, strict=True)
+        ids = (
+            (known.name.strip("[']"), x)
+            for known, x in given
+            if isinstance(x, Tensor) and x.dim() == 2 and x.dtype == torch.long
+        )
+        return (
+            "An id is no row of its embedding: this pass has "
+            f"{' and '.join(f'{name} from {x.min()} to {x.max()}' for name, x in ids)}. Use the model's own tokenizer, "
+            "and no longer text than its positions allow"
+        )
 
     def run(self, policy: ExitPolicy) -> StepPath:
         """Run a pass; the policy decides the exit."""

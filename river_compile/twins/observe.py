@@ -237,6 +237,10 @@ class MatmulHook(TorchFunctionMode):
     def on_input(self, x: Tensor, parameter: Tensor, index: int) -> None:
         """See inputs ``[..., K]`` of a weight; of a stack, of the expert with this index."""
 
+    def _see_input(self, x: Tensor, parameter: Tensor, index: int) -> None:
+        with torch._C._DisableAutocast():  # moments and what is made of them are float32
+            self.on_input(x, parameter, index)
+
     def substitute(self, matrix: Tensor, parameter: Tensor, index: int | None) -> Tensor:
         """Return the operand in place of a weight; index None: of a whole stack."""
         return matrix
@@ -256,11 +260,11 @@ class MatmulHook(TorchFunctionMode):
             at = next((i for i, found in enumerate(known) if found is not None), 0)
             found = known[at] if at > 0 else None  # the first argument is an input or a bias
             if found is not None:
-                self.on_input(tensors[at - 1], *found)
+                self._see_input(tensors[at - 1], *found)
                 before, after = tensors[at], self.substitute(tensors[at], *found)
         elif func is torch.bmm and (stack := self._stacks.get(tensors[1].data_ptr())) is not None:
             for expert, x in enumerate(tensors[0]):  # rows of tokens that chose other experts are zero
-                self.on_input(x[(x != 0).any(-1)], stack, expert)
+                self._see_input(x[(x != 0).any(-1)], stack, expert)
             before, after = tensors[1], self.substitute(tensors[1], stack, None)
         if after is before:
             return func(*args, **kwargs)

@@ -141,6 +141,12 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[fx.GraphModule, 
     return found[0] if found else None
 
 
+def current_stance() -> str:
+    """Return the stance of ``torch.compiler.set_stance``."""
+    stance: str = eval_frame._stance.stance
+    return stance
+
+
 class _NoModel:
     pass
 

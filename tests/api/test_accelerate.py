@@ -363,7 +363,7 @@ def test_strict_is_an_error_where_it_cannot_be_kept():
         ({"calibration_data": "text"}, "calibration_data='text' is not allowed; give a list"),
         ({"prefill": "exit"}, "prefill='exit'"),
         ({"group_sise": 32}, "group_sise.*group_size"),
-        ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
+        ({"num_assistant_tokens": -1}, "num_assistant_tokens=-1"),
         (
             {"quality": "fast", "num_assistant_tokens": 3},
             "num_assistant_tokens=3 requires quality='exact', got 'fast'",
@@ -549,7 +549,10 @@ class TestDraftSettings:
             cycles = self.drafted(drafting, prompt_lookup_num_tokens=most, num_assistant_tokens=7)
             assert all(drafted.count("lookup") <= most for drafted in cycles)
 
-    @pytest.mark.parametrize("setting", [{"num_assistant_tokens": 0}, {"prompt_lookup_num_tokens": -1}])
+    def test_a_length_of_zero_means_no_drafts(self, drafting):
+        assert self.drafted(drafting, num_assistant_tokens=0) == []
+
+    @pytest.mark.parametrize("setting", [{"num_assistant_tokens": -1}, {"prompt_lookup_num_tokens": -1}])
     def test_bad_values_are_named(self, drafting, setting):
         ((name, value),) = setting.items()
         with pytest.raises(OptionError, match=f"{name}={value} is not allowed"):

@@ -319,7 +319,7 @@ def test_sampled_text_is_plain_samplings_for_the_same_seed(batch, shared):
         ({"past_key_values": DynamicCache(), "static": False}, "past_key_values=DynamicCache is not available"),
         ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
-        ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
+        ({"num_assistant_tokens": -1}, "num_assistant_tokens=-1"),
         ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens=-1"),
     ],
 )

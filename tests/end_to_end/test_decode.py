@@ -130,7 +130,14 @@ def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 2}, "beam_search is not available. Remove num_beams"),
+        ({"num_beams": 2}, "beam_search is not available. Remove num_beams=2"),
+        (
+            {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5},
+            "group_beam_search is not available. Remove num_beams=2 and num_beam_groups=2",
+        ),
+        ({"penalty_alpha": 0.5, "top_k": 4}, r"contrastive_search is not available. Remove penalty_alpha=0.5\."),
+        ({"dola_layers": "low"}, r"dola_generation is not available. Remove dola_layers='low'\."),
+        ({"assistant_early_exit": 1}, r"assisted_generation is not available. Remove assistant_early_exit=1\."),
         ({"use_cache": False}, "use_cache=False is not available"),
         ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions=True is not available"),
     ],
