@@ -2,7 +2,7 @@
 
     python -m benchmarks.reads --record reads
 
-tools/machines.py predicts tokens/s from the record.
+River's predictions are made from the record (`python -m tools.figures`).
 """
 
 from __future__ import annotations

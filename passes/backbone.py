@@ -5,8 +5,10 @@ Not handled: weights or results of another dtype than the input, transposed weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -33,14 +35,20 @@ def river_backbone(layout: str) -> Pass:
     return river_backbone
 
 
-def packed_backbone(weights: str, pays: Callable[[int, int], bool] = lambda n, k: True) -> Pass:
+Shape: TypeAlias = tuple[int, int]  # of a matmul's weight [N, K]
+
+
+def packed_backbone(weights: str, worth: Callable[[Mapping[Shape, int]], Collection[Shape]] = tuple) -> Pass:
     """Make the pass below; `weights`: "12bit", "8bit", or "model" (only torchao's 8-bit weights are packed)."""
-    # pays: whether a weight [N, K] is to have 12 bits.
+    # worth: which of a program's shapes, with how often each occurs, are to have 12 bits.
 
     def packed_backbone(program: RiverProgram) -> RiverProgram:
         """Blocks and head read weights packed without loss."""
-        blocks = tuple(_packed(block, program, weights, pays) for block in program.blocks)
-        return replace(program, blocks=blocks, head=_packed(program.head, program, weights, pays))
+        segments = (*program.blocks, program.head)
+        shapes = Counter(_shape(weights) for segment in segments for _, weights, _ in _plain_matmuls(segment))
+        in_12_bits = worth(shapes) if weights == "12bit" else ()
+        *blocks, head = (_packed(segment, program, weights, in_12_bits) for segment in segments)
+        return replace(program, blocks=tuple(blocks), head=head)
 
     return packed_backbone
 
@@ -96,18 +104,28 @@ def _joined(parameters: list[fx.Node], like: fx.Node) -> fx.Node:
     return call(torch.cat, (parameters, 0), like_of.new_empty((rows, *value.shape[1:])), like)
 
 
-def _packed(segment: Segment, program: RiverProgram, how: str, pays: Callable[[int, int], bool]) -> Segment:
+def _plain_matmuls(segment: Segment) -> Iterator[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
+    """Yield matmuls whose weights are as the model has them, with their weights and biases."""
+    for node in segment.graph.find_nodes(op="call_function", target=torch.ops.river.linear.default):
+        _, weight, scale_zero, bias, *_ = node.args
+        weights, biases = parts_of(weight), parts_of(bias)
+        if scale_zero is None and all(map(is_parameter, [*weights, *biases])):
+            yield node, weights, biases
+
+
+def _shape(weights: Sequence[fx.Node]) -> Shape:
+    return sum(len(value_of(part)) for part in weights), value_of(weights[0]).shape[1]
+
+
+def _packed(segment: Segment, program: RiverProgram, how: str, in_12_bits: Collection[Shape]) -> Segment:
     made = segment.copy()
     origins = made.origins
     number_of = {placeholder: program.slots[value] for placeholder, value in origins.items()}
     packed: list[Matmul] = []
     read: dict[fx.Node, None] = {}  # parameters, in order
-    for node in list(made.graph.find_nodes(op="call_function", target=torch.ops.river.linear.default)):
-        x, weight, scale_zero, bias, out_features, _, layout = node.args
-        weights, biases = parts_of(weight), parts_of(bias)
-        if scale_zero is not None or not all(map(is_parameter, [*weights, *biases])):
-            continue
-        layout = _layout(layout, [value_of(part) for part in weights], how, pays)
+    for node, weights, biases in list(_plain_matmuls(made)):
+        x, weight, _, bias, out_features, _, layout = node.args
+        layout = _layout(layout, [value_of(part) for part in weights], how, _shape(weights) in in_12_bits)
         if layout is None:
             continue
         if layout == lossless.LAYOUT_12BIT_TRITON and node.kwargs.get("gated") and out_features // 2 % lossless.FOUR:
@@ -139,11 +157,11 @@ def _packed(segment: Segment, program: RiverProgram, how: str, pays: Callable[[i
     return replace(made, inputs=inputs, packed=(*made.packed, *packed))
 
 
-def _layout(kernels: str, weights: list[torch.Tensor], how: str, pays: Callable[[int, int], bool]) -> str | None:
+def _layout(kernels: str, weights: list[torch.Tensor], how: str, in_12_bits: bool) -> str | None:
     """Return the packed layout of a matmul's weights, None if they stay; `kernels` is the 16-bit layout."""
     if all(lossless.torchao_parts(weight) is not None for weight in weights):
         return lossless.LAYOUT_8BIT
     dtypes = {weight.dtype for weight in weights}
-    if how == "12bit" and dtypes == {torch.bfloat16} and pays(sum(map(len, weights)), weights[0].shape[1]):
+    if in_12_bits and dtypes == {torch.bfloat16}:
         return lossless.LAYOUT_12BIT if kernels == "dense" else lossless.LAYOUT_12BIT_TRITON
     return lossless.LAYOUT_8BIT if how == "8bit" and len(dtypes) == 1 else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ import torch
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import WHOLE, ExitPolicy
+from river_compile.kernels.measured import Shapes, worth_12_bits
 from river_compile.kernels.native.build import choose_isa
-from river_compile.kernels.quant import lossless
 from river_compile.lowering.inductor import Lowering
 from river_compile.passes.backbone import packed_backbone, river_backbone
 from river_compile.passes.edits import Pass
@@ -40,7 +40,7 @@ class Choices:
     head_twinning: TwinSpec | None  # None: tokens that exited use the 16-bit head
     own_backbone: bool  # whether the 16-bit blocks use River's kernels
     target_weights: str  # that these read: the "model"'s, or packed as "12bit" or "8bit"
-    pays: Callable[[int, int], bool]  # whether a weight [N, K] is to have 12 bits
+    worth_12_bits: Callable[[Shapes], Collection[tuple[int, int]]]  # which weights are to have 12 bits
 
 
 def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Choices:
@@ -60,7 +60,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
         head_twinning=twinning if head == "w4" else None,
         own_backbone=own_backbone,
         target_weights=_backbone_weights(program, config, lowering, own_backbone),
-        pays=functools.partial(lossless.pays_12bit, many_rows=config.first_exit == WHOLE) if auto else _always,
+        worth_12_bits=functools.partial(worth_12_bits, many_rows=config.first_exit == WHOLE) if auto else tuple,
     )
 
 
@@ -94,7 +94,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         if lowering.native and plan.is_decode:
             passes.append(draft_vocab)
     if choices.own_backbone and (lowering.native or choices.target_weights != "model"):
-        passes.append(packed_backbone(choices.target_weights, choices.pays))
+        passes.append(packed_backbone(choices.target_weights, choices.worth_12_bits))
     return passes
 
 
@@ -130,10 +130,6 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
             "target_weights='12bit' requires a processor with AVX2. Use target_weights='model'", id="RC004"
         )
     return asked
-
-
-def _always(n: int, k: int) -> bool:
-    return True
 
 
 def has_room(program: RiverProgram) -> bool:

@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from benchmarks import records
+from benchmarks.records import RESULTS
+from river_compile.reporting import predict
 from tools import figures, machines
 from tools.marked import ROOT, filled, pages
 
@@ -145,15 +148,30 @@ def test_a_mark_needs_its_end(text, tmp_path):
         filled(tmp_path / "page.md", "some", str)
 
 
-def test_a_prediction_is_bandwidth_over_bytes():
-    """A model of a billion weights in ten blocks: by hand."""
-    sizes = {"blocks_bytes": 1.6e9, "twins_bytes": 0.45e9, "head_bytes": 0.4e9, "blocks": 10, "parameters": 1.1e9}
-    found = machines.bytes_per_token(sizes)
-    assert found["plain"] == 2e9
-    assert found["exact"] == pytest.approx((1.5e9 + 3 * (0.45e9 + 0.1125e9)) / 3.3)
-    assert found["fast"] == pytest.approx(0.2 * 1.2e9 + 0.8 * 0.45e9 + 0.1125e9)
-    assert machines.memory_bytes(sizes) == pytest.approx(1.5e9 + 0.5625e9 + 0.2e9)
-    records = [{"row": "a", "key": key, "value": value} for key, value in sizes.items()]
+SIZES = {
+    "parameters": 1_100_000_000, "blocks": 10, "blocks_bytes": 1_600_000_000, "twins_bytes": 450_000_000,
+    "head_bytes": 400_000_000,
+}  # fmt: skip
+
+
+def test_predictions_are_bytes_by_bandwidth_times_a_measured_efficiency():
+    sizes = predict.Sizes(1_100_000_000, 10, 1.6e9, 0.45e9, 0.4e9)
+    reads = predict.bytes_per_token(sizes)
+    assert reads["plain"] == 2e9
+    assert reads["exact"] == pytest.approx((1.5e9 + 3 * 0.5625e9) / 3.3)
+    assert reads["fast"] == pytest.approx(0.2 * 1.2e9 + 0.8 * 0.45e9 + 0.1125e9)
+    assert reads["all_4bit"] == pytest.approx(0.5625e9)
+    assert predict.memory_bytes(sizes) == pytest.approx(1.5e9 + 0.5625e9 + 0.2e9)
+    assert predict.disk_bytes(sizes) == pytest.approx(1.5e9 + 0.5625e9)
+    speeds = predict.tokens_per_s(sizes, 20e9)
+    assert speeds == {name: pytest.approx(predict.EFFICIENCY[name] * 20e9 / count) for name, count in reads.items()}
+    records = [{"row": "a", "key": key, "value": value} for key, value in SIZES.items()]
     (row,) = machines.table(records).splitlines()[2:]
-    assert row.startswith("| a | 1.1B | 2.3 | 10 / 21 / 28 | ")
-    assert row.endswith(" | 200 / 414 / 500+ |")
+    assert row.startswith(f"| a | 1.1B | 2.3 | {speeds['plain']:.1f} / {speeds['exact']:.0f} / {speeds['fast']:.0f} | ")
+
+
+def test_efficiencies_are_means_over_all_recorded_machines():
+    """Those that `river check` predicts with; a new record that moves one changes the constant."""
+    reads = machines.sizes_of(figures.runs_of(RESULTS / "reads.jsonl", "shapes")[-1])
+    found = machines.efficiencies(reads, records.read(RESULTS / "decode.jsonl"))
+    assert {name: round(share, 2) for name, share in found.items()} == predict.EFFICIENCY

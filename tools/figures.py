@@ -2,7 +2,8 @@
 
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ... on ISA" has a
 column for each model, from its last run on a machine of an instruction set (any without "on"). "start MODEL ... on ISA"
-has a row for each process of such a run, and "machines" predicts tokens/s by memory bandwidth.
+has a row for each process of such a run, "machines" predicts tokens/s by memory bandwidth, and "checks" has each
+measurement beside its prediction.
 """
 
 from __future__ import annotations
@@ -59,9 +60,14 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     tables = {"decode": decode_table, "start": start_table}
     if name in tables:
         return tables[name]({model: runs_of(results / f"{name}.jsonl", model, isa) for model in models})
-    if name == "machines":
-        return machines.table(runs_of(results / "reads.jsonl", "shapes")[-1])
-    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode, start or machines")
+    if name in ("machines", "checks"):
+        reads = runs_of(results / "reads.jsonl", "shapes")[-1]
+        return (
+            machines.checks(reads, records.read(results / "decode.jsonl"))
+            if name == "checks"
+            else machines.table(reads)
+        )
+    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode, start, machines or checks")
 
 
 def runs_of(path: Path, model: str, isa: str = "") -> list[Run]:

@@ -1,55 +1,102 @@
-"""Predicted tokens/s by memory bandwidth and model, from the bytes that `benchmarks.reads` recorded.
+"""Predicted tokens/s by memory bandwidth and model, and each measurement beside its prediction.
 
-A token takes as long as its weights take to be read. Not handled: arithmetic, attention, the KV cache and waits between
-threads, which small models and machines of much bandwidth meet first.
+The bytes are those that `benchmarks.reads` recorded, the formulas those of `river check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from river_compile.reporting.predict import (
+    ALL_4BIT,
+    EXACT,
+    FAST,
+    PLAIN,
+    Sizes,
+    bytes_per_token,
+    memory_bytes,
+    tokens_per_s,
+)
+
 BANDWIDTHS = (20, 40, 80, 200, 400)  # GB/s
-DRAFTED, KEPT = 3, 3.3  # tokens of a cycle in exact mode, as measured with Qwen2.5-Coder-1.5B
-FAST_LAYERS = 2  # 16-bit layers of a token with quality="fast": the mean exit depth of SmolLM2 is 2.05
 LARGEST = 500  # tokens/s, above which a token's fixed costs, which are not predicted, are most of its time
-_IN_12_BITS = 12 / 16  # of the bytes of bfloat16 weights
-_IN_4_BITS = 4.5 / 16  # with a scale and a zero point for each group
+SHOWN = (PLAIN, EXACT, FAST)
+_ROWS = {"eager": PLAIN, "exact": EXACT, "fast": FAST, "all_4bit": ALL_4BIT}  # of `benchmarks.decode`
+_SHAPES = {"smollm2": "smollm2-135m", "qwen-coder-1.5b": "qwen2.5-1.5b"}  # of `benchmarks.reads`, by model
+_SPEED = "decode_tokens_per_s"
+
+
+def sizes_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Sizes]:
+    """Return the sizes by shape of a run of `benchmarks.reads`."""
+    rows: dict[str, dict[str, float]] = {}
+    for record in records:
+        rows.setdefault(record["row"], {})[record["key"]] = record["value"]
+    return {
+        name: Sizes(
+            int(row["parameters"]), int(row["blocks"]), row["blocks_bytes"], row["twins_bytes"], row["head_bytes"]
+        )
+        for name, row in rows.items()
+    }
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the Markdown table of a run of `benchmarks.reads`."""
-    rows: dict[str, dict[str, float]] = {}
-    for record in records:
-        rows.setdefault(record["row"], {})[record["key"]] = record["value"]
     heads = ["model", "parameters", "memory, GB", *(f"{bandwidth} GB/s" for bandwidth in BANDWIDTHS)]
-    lines = [" | ".join(heads), "---|" + "---:|" * (len(heads) - 2) + "---:"]
-    for name, sizes in rows.items():
-        per_token = bytes_per_token(sizes)
-        cells = (" / ".join(_rate(gb * 1e9 / count) for count in per_token.values()) for gb in BANDWIDTHS)
-        title = [name, f"{sizes['parameters'] / 1e9:.2g}B", _rounded(memory_bytes(sizes) / 1e9)]
-        lines.append(" | ".join([*title, *cells]))
-    return "".join(f"| {line} |\n" if not line.startswith("---") else f"|{line}|\n" for line in lines)
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name, sizes in sizes_of(records).items():
+        title = [name, f"{sizes.parameters / 1e9:.2g}B", _rounded(memory_bytes(sizes) / 1e9)]
+        lines.append(f"| {' | '.join([*title, *(_cell(sizes, gb * 1e9) for gb in BANDWIDTHS)])} |")
+    return "\n".join(lines) + "\n"
 
 
-def bytes_per_token(sizes: Mapping[str, float]) -> dict[str, float]:
-    """Return the bytes of weights that a token reads with plain bfloat16, in exact mode and with quality="fast"."""
-    blocks, twins, head = sizes["blocks_bytes"], sizes["twins_bytes"], sizes["head_bytes"]
-    share = FAST_LAYERS / sizes["blocks"]
-    cycle = _IN_12_BITS * (blocks + head) + DRAFTED * (twins + _IN_4_BITS * head)
-    fast = share * _IN_12_BITS * blocks + (1 - share) * twins + _IN_4_BITS * head
-    return {"plain": blocks + head, "exact": cycle / KEPT, "fast": fast}
+def _cell(sizes: Sizes, bandwidth: float) -> str:
+    speeds = tokens_per_s(sizes, bandwidth)
+    return " / ".join(_rate(speeds[name]) for name in SHOWN)
 
 
-def memory_bytes(sizes: Mapping[str, float]) -> float:
-    """Return the bytes of weights that River keeps in memory: in 12 bits, in 4 bits, and other ones in 16."""
-    read = sizes["blocks_bytes"] + sizes["head_bytes"]
-    others = 2 * sizes["parameters"] - read  # embeddings that are no head
-    return _IN_12_BITS * read + sizes["twins_bytes"] + _IN_4_BITS * sizes["head_bytes"] + others
+def checks(reads: Sequence[Mapping[str, Any]], speeds: Iterable[Mapping[str, Any]]) -> str:
+    """Return the Markdown table of all measured speeds of `benchmarks.decode` beside the predicted ones."""
+    heads = ["machine", "memory, GB/s", "model", *(f"{name}, predicted / measured" for name in SHOWN)]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---|" + "---:|" * len(SHOWN)]
+    runs = _runs(speeds)
+    for (_, model), run in sorted(runs.items()):
+        machine = next(iter(run.values()))["machine"]
+        bandwidth = machine["bandwidth_bytes_per_s"]
+        predicted = tokens_per_s(sizes_of(reads)[_SHAPES[model]], bandwidth)
+        cells = (f"{_rounded(predicted[name])} / {_measured(run.get(name))}" for name in SHOWN)
+        title = [f"{machine['cpu']}, {machine['instruction_set']}", f"{bandwidth / 1e9:.0f}", model]
+        lines.append(f"| {' | '.join([*title, *cells])} |")
+    return "\n".join(lines) + "\n"
 
 
-def _rate(tokens_per_s: float) -> str:
-    return f"{LARGEST}+" if tokens_per_s > LARGEST else _rounded(tokens_per_s)
+def efficiencies(reads: Mapping[str, Sizes], speeds: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the geometric mean over all measured speeds of the share of the bandwidth that a token reaches."""
+    shares: dict[str, list[float]] = {}
+    for (_, model), run in _runs(speeds).items():
+        counts = bytes_per_token(reads[_SHAPES[model]])
+        for name, record in run.items():
+            share = record["value"] * counts[name] / record["machine"]["bandwidth_bytes_per_s"]
+            shares.setdefault(name, []).append(share)
+    return {name: statistics.geometric_mean(found) for name, found in shares.items()}
+
+
+def _runs(speeds: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
+    """Return the records that predictions are made for, by date and model, then by prediction."""
+    runs: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for record in speeds:
+        if record["model"] in _SHAPES and record["key"] == _SPEED and record["row"] in _ROWS:
+            runs.setdefault((record["date"], record["model"]), {})[_ROWS[record["row"]]] = record
+    return runs
+
+
+def _measured(record: Mapping[str, Any] | None) -> str:
+    return "–" if record is None else _rounded(record["value"])
+
+
+def _rate(tokens: float) -> str:
+    return f"{LARGEST}+" if tokens > LARGEST else _rounded(tokens)
 
 
 def _rounded(value: float) -> str:

@@ -7,26 +7,13 @@ values rounded twice, such as to float16 and then to bfloat16.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import itertools
-import json
-import logging
 import math
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from river_compile.kernels.files import atomic_write, cached_file
-from river_compile.kernels.native import cores
 from river_compile.kernels.native import load as native
-from river_compile.kernels.native.build import choose_isa, kernels_library
-from river_compile.kernels.native.machine import processor_name
-
-log = logging.getLogger("river_compile.kernels.quant.lossless")
 
 LAYOUT_12BIT = "12bit"  # for the C++ kernels
 LAYOUT_12BIT_TRITON = "12bit_triton"  # the same tensors, for the generated kernels
@@ -52,11 +39,6 @@ FOUR = 4  # output features of a unit
 BLOCK = 16  # output features of a block of the C++ kernels
 MAX_PATCHED_SHARE = 0.01  # of a weight: with more, patches cost more than they save
 _PALETTE = 16
-LEAST_GAIN = 1.05  # speedup from which packing pays
-_SMALL = 1 << 18  # weights of a matrix that stays in 16 bits: its time is not that of reading it
-# `speedups_12bit` measures passes of so many rows, so many rounds over so many bytes in 16 bits, more than a cache has.
-_ROWS, _ROUNDS, _MEASURED_BYTES = (1, 4, 8), 3, 3 << 25
-_MOST_MEASURED = 1 << 23  # weights of a matrix
 
 # 8 bits: qweight int8 or float8_e4m3fn [N, K] and scale float32 [N, 1], or for integers [N, K / 32]. They come from
 # torchao's weight-only tensors, and from floats loaded from quantized files (GGUF's Q8_0, compressed-tensors). Each
@@ -136,57 +118,6 @@ def has_valid_patches(side: Tensor, n: int, k: int) -> bool:
         return False
     places = patches[: int(first[-1]), 0]
     return bool(((places >= 0) & (places < FOUR * k)).all())
-
-
-@functools.cache
-def pays_12bit(n: int, k: int, many_rows: bool) -> bool:
-    """Whether a weight ``[N, K]`` is read faster in 12 bits than in 16: in passes of one row, or of 1, 4 and 8."""
-    # More rows of a matrix take as long each.
-    gains = speedups_12bit(min(n, max(BLOCK, _MOST_MEASURED // k)), k) if n * k >= _SMALL else {}
-    if not many_rows:
-        return gains.get(1, 0.0) >= LEAST_GAIN
-    return bool(gains) and math.prod(gains.values()) ** (1 / len(gains)) >= LEAST_GAIN
-
-
-@functools.cache
-def speedups_12bit(n: int, k: int) -> dict[int, float]:
-    """Return the speedup of a 12-bit over a 16-bit linear by rows, measured once per machine; empty without kernels."""
-    isa, threads = choose_isa(), cores.threads()
-    if isa.name == "portable" or not native.has_packing():
-        return {}
-    made_by = f"{processor_name()} {kernels_library(isa).name}"
-    name = f"native/12bit_{isa.name}_{threads}_{hashlib.sha256(made_by.encode()).hexdigest()[:12]}_{n}x{k}.json"
-    text = cached_file(name, _has_gains, functools.partial(_measure, n, k)).read_text(encoding="utf-8")
-    return {int(rows): float(gain) for rows, gain in json.loads(text).items()}
-
-
-def _has_gains(file: Path) -> bool:
-    try:
-        gains = json.loads(file.read_text(encoding="utf-8"))
-        return set(gains) == set(map(str, _ROWS)) and all(isinstance(gain, float) for gain in gains.values())
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-
-
-@torch.inference_mode()
-def _measure(n: int, k: int, file: Path) -> None:
-    ops, generator = native.load(), torch.Generator().manual_seed(0)  # leaves the user's generator alone
-    weight = (torch.randn(n, k, generator=generator) * 0.02).bfloat16()
-    packed = pack_12bit(weight)
-    copies = max(2, -(-_MEASURED_BYTES // weight.nbytes))  # more than a cache
-    several = [(weight.clone(), *(part.clone() for part in packed)) for _ in range(copies)]
-    gains = {}
-    for rows in _ROWS:
-        x, best = torch.ones(rows, k, dtype=torch.bfloat16), [math.inf, math.inf]
-        for _, way in itertools.product(range(_ROUNDS), range(2)):
-            start = time.perf_counter()
-            for in_16_bits, units, side in several:
-                ops.linear(x, units, side, None, n, 0) if way else ops.dense(x, [in_16_bits], [])
-            best[way] = min(best[way], time.perf_counter() - start)
-        gains[rows] = best[0] / best[1]
-    log.info("12-bit over 16-bit linears of %d x %d, by rows: %s", n, k, gains)
-    with atomic_write(file) as scratch:
-        scratch.write_text(json.dumps(gains), encoding="utf-8")
 
 
 def pack_8bit(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

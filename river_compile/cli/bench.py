@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,15 +21,28 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-PLAIN, INDUCTOR, ALL_4BIT, FAST, CALIBRATED, EXACT, STRICT = ROWS = (
+PLAIN, INDUCTOR, NO_DRAFT, EXACT, STRICT, FAST, CALIBRATED, ALL_4BIT = ROWS = (
     "eager",  # transformers, uncompiled
     "inductor",  # torch.compile with Inductor
-    "all-4bit",  # every token through all twins (depth 0): the fastest; other output
+    "no-draft",  # River's kernels, speculation off
+    "exact",  # `accelerate(model)`: the twins draft, the model verifies
+    "strict",  # exact, or an error if it may not be bit-identical
     "fast",  # tokens exit by the default rule: other output
     "calibrated",  # tokens exit by a tuned rule
-    "exact",  # the twins draft, the model verifies: the same output
-    "strict",  # exact, or an error if it may not be bit-identical
+    "all-4bit",  # every token through all twins (depth 0): the fastest; other output
 )
+_DEFAULT = (PLAIN, NO_DRAFT, EXACT, FAST, ALL_4BIT)
+# One text of each kind that drafts depend on; none of them calibrates twins.
+PROMPTS = {
+    "chat": "What should I think about before I adopt a dog?",
+    "code": "Write a Python function that checks a date such as 2024-02-30 and says what is wrong with it.",
+    "story": "Write the beginning of a story about a clockmaker who finds a small door behind her workbench.",
+    "edit": (
+        "Rewrite this text in the past tense: The ferry leaves the harbor at seven and crosses the bay in an hour. "
+        "Most passengers stay on deck, where they drink coffee and watch the gulls. The captain knows every sandbank "
+        "and never looks at his map. When fog comes in, he slows down, rings the bell and listens for an answer."
+    ),
+}
 FORMATS = ("md", "json", "jsonl", "csv")
 COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
 
@@ -38,7 +51,7 @@ def bench(
     model: Annotated[str, typer.Option("--model", "-m", help="A model folder, or a name on the hub.")],
     n_prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Prompt tokens (0: skip).")] = 512,
     n_gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to generate (0: skip).")] = 128,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions of each test.")] = 5,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions of each test.")] = 3,
     output: Annotated[str, typer.Option("--output", "-o", help="Format: md, json, jsonl or csv.")] = "md",
     rows: Annotated[list[str] | None, typer.Option("--row", help="Measure only this row; may be repeated.")] = None,
     calibration: Annotated[
@@ -50,9 +63,11 @@ def bench(
 ) -> None:
     """Measure tokens per second: `pp512` processes a prompt of 512 tokens, `tg128` generates 128 tokens.
 
-    Rows run one after another in one process. Twins are quantized once, into a temporary folder (`TMPDIR`). The row
-    `calibrated` takes the options of its twins from its exit rule. Decode speed excludes the first token. The speed of
-    exact and strict depends on the text, which is prose and code from the package.
+    `tg` is the mean over four prompts (chat, code, a story, an edit), since the speed of drafts depends on the text;
+    `±` is the standard deviation over all samples, and JSON has each prompt's mean. Decode speed excludes the first
+    token. Rows run one after another in one process, warmed up, with the defaults of `accelerate`. Without `--row` they
+    are eager, no-draft, exact, fast and all-4bit; others are inductor, strict and calibrated, whose exit rule names its
+    twins. Twins are quantized once, into a temporary folder (`TMPDIR`).
     """
     import torch
 
@@ -65,7 +80,7 @@ def bench(
         raise ValueError(f"-p {n_prompt} -n {n_gen} -r {repetitions} measures nothing; give -n 2 or more, -r 1 or more")
     wanted = chosen(rows, calibration)
     network, tokenizer = start(model, dtype, threads)
-    ids = beginning(tokenizer, max(n_prompt, 64))
+    prompts = {"pp": {"": beginning(tokenizer, max(n_prompt, 1))}, "tg": encoded(tokenizer)}
     shared = {
         "build": __version__,
         "model": model,
@@ -80,11 +95,9 @@ def bench(
         packed_once: dict[str, Any] = {"twins": f"{folder}/twins", "on_missing_twins": "save"}
         for row in wanted:
             options = {} if row == CALIBRATED else packed_once.copy()  # (a calibration says what its twins are)
-            if row in (EXACT, STRICT):
-                options["num_assistant_tokens_schedule"] = "constant"  # the same work in every run
             with running(network, row, calibration, **options):
                 for test, count in tests:
-                    speed = _measured(network, ids, test, count, repetitions)
+                    speed = _measured(network, prompts[test], test, count, repetitions)
                     results.append({**shared, "backend": row, "test": f"{test}{count}", **speed})
                     _print_last(results, output)
     if output == "json":
@@ -92,7 +105,7 @@ def bench(
 
 
 def chosen(rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
-    """Return the rows that `--row` asked for, in the order of `ROWS`; without it all, calibrated if it has a file.
+    """Return the rows that `--row` asked for, in the order of `ROWS`; without it what users run, or have a file for.
 
     Raises:
         ValueError: a row that is none of them, or "calibrated" without a calibration.
@@ -102,7 +115,7 @@ def chosen(rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
             raise ValueError(f"--row {row} is not known here; use one of {', '.join(ROWS)}")
     if CALIBRATED in (rows or ()) and calibration is None:
         raise ValueError("--row calibrated needs --calibration FILE, which `river tune` writes")
-    return [row for row in ROWS if (row in rows if rows else row != CALIBRATED or calibration)]
+    return [row for row in ROWS if (row in rows if rows else row in _DEFAULT or (row == CALIBRATED and calibration))]
 
 
 @contextlib.contextmanager
@@ -118,6 +131,8 @@ def running(model: PreTrainedModel, row: str, calibration: Path | None, **option
             options["calibration"] = calibration
         elif row == STRICT:
             options["strict"] = True
+        elif row == NO_DRAFT:
+            options["exit_depth"] = model.config.get_text_config(decoder=True).num_hidden_layers
         accelerate(model, EXACT if row in (EXACT, STRICT) else FAST, background_packing=False, **options)
     try:
         with forced_depth(0) if row == ALL_4BIT else contextlib.nullcontext():
@@ -127,23 +142,42 @@ def running(model: PreTrainedModel, row: str, calibration: Path | None, **option
         model._compiled_call_impl = None
 
 
+def encoded(tokenizer: Any) -> dict[str, Tensor]:
+    """Return the ids ``[1, length]`` of each of `PROMPTS`."""
+    from river_compile.cli.shared import encode
+
+    return {kind: encode(tokenizer, prompt) for kind, prompt in PROMPTS.items()}
+
+
 def beginning(tokenizer: Any, length: int) -> Tensor:
-    """Return the first ids ``[1, length]`` of the package's texts, repeated if they are too short."""
+    """Return the first ids ``[1, length]`` of `PROMPTS`, repeated if they are too short."""
     import torch
 
-    text = (Path(__file__).parents[1] / "twins" / "default_texts.txt").read_text(encoding="utf-8")
-    ids: list[int] = tokenizer(text.replace("%%", ""))["input_ids"]
+    ids: list[int] = tokenizer("\n\n".join(PROMPTS.values()))["input_ids"]
     if not ids:
         raise ValueError("this model's tokenizer gives no token for English text")
     return torch.tensor([(ids * (length // len(ids) + 1))[:length]])
 
 
-def _measured(model: PreTrainedModel, ids: Tensor, test: str, count: int, repetitions: int) -> dict[str, Any]:
-    """Return the speeds of a test, which warms up first."""
-    seconds = [_seconds(model, ids, test, count) for _ in range(repetitions + 1)][1:]
-    speeds = [(count if test == "pp" else count - 1) / s for s in seconds]
-    deviation = statistics.stdev(speeds) if len(speeds) > 1 else 0.0
-    return {"avg_ts": statistics.fmean(speeds), "stddev_ts": deviation, "samples_ts": speeds}
+def _measured(
+    model: PreTrainedModel, prompts: Mapping[str, Tensor], test: str, count: int, repetitions: int
+) -> dict[str, Any]:
+    """Return the speeds of a test, which warms up first: of each sample, of each prompt, and over all."""
+    tokens = count if test == "pp" else count - 1
+    samples: dict[str, list[float]] = {kind: [] for kind in prompts}
+    for repetition in range(repetitions + 1):
+        for kind, ids in prompts.items():
+            seconds = _seconds(model, ids, test, count)
+            if repetition:
+                samples[kind].append(tokens / seconds)
+    speeds = [speed for of_prompt in samples.values() for speed in of_prompt]
+    found = {
+        "avg_ts": statistics.fmean(speeds),
+        "stddev_ts": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        "samples_ts": speeds,
+    }
+    means = {kind: statistics.fmean(of_prompt) for kind, of_prompt in samples.items()}
+    return found | ({"prompts_ts": means} if test == "tg" else {})
 
 
 def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> float:
@@ -152,7 +186,7 @@ def _seconds(model: PreTrainedModel, ids: Tensor, test: str, count: int) -> floa
 
     if test == "pp":
         return generate(model, ids[:, :count], 2, stop_after=1).first_token_s
-    times = generate(model, ids[:, :64], count).times
+    times = generate(model, ids, count).times
     return times[-1] - times[0]
 
 
@@ -166,7 +200,7 @@ def _print_last(results: list[dict[str, Any]], output: str) -> None:
     elif output == "jsonl":
         print(json.dumps(result), flush=True)
     elif output == "csv":
-        columns = [name for name in result if name != "samples_ts"]
+        columns = [name for name in result if name not in ("samples_ts", "prompts_ts")]
         writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore")
         if is_first:
             writer.writeheader()

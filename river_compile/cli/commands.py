@@ -185,7 +185,13 @@ def try_out() -> Finding:
     return Finding("self-test", OK, f"exact mode gives a tiny model's plain text ({time.perf_counter() - start:.0f} s)")
 
 
-BASIS = "an estimate: the bytes of weights that a token reads, at the memory's bandwidth"
+BASIS = "an estimate: the bytes that a token reads at the memory's bandwidth, times a measured efficiency"
+_PREDICTED = {
+    "plain": "transformers",
+    "exact": "River, default (exact)",
+    "fast": "River, fast",
+    "all_4bit": "River, all layers in 4 bits",
+}
 
 
 def check(
@@ -194,10 +200,11 @@ def check(
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in GB/s (0: measure it here).")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Predict support and speed from a model's **config**; no weight is read, nothing is compiled.
+    """Predict support, speed and memory from a model's **config**; no weight is read, nothing is compiled.
 
-    Exit code 3 if decode steps are unsupported.
+    Exit code 3 if `accelerate` would not make the model faster.
     """
+    from river_compile.reporting import predict
     from river_compile.reporting.dry_run import bandwidth as measure
     from river_compile.reporting.dry_run import dry_run, empty_model
 
@@ -206,17 +213,20 @@ def check(
     with loading(folder):
         network = empty_model(config, dtype)
     found = dry_run(network)
-    rate, size = bandwidth * 1e9 or measure(), found["bytes"]
-    reads = size and {"full_depth": size["blocks"] + size["head"], "all_4bit": size["twins"] + size["head"]}
+    rate = bandwidth * 1e9 or measure()
+    sizes = found["bytes"] and predict.Sizes(found["parameters"], found["blocks"], **found["bytes"])
     result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
         **found,
         "bandwidth_bytes_per_s": rate,
-        "predicted_tokens_per_s": reads and {name: rate / count for name, count in reads.items()},
+        "bytes_per_token": sizes and predict.bytes_per_token(sizes),
+        "predicted_tokens_per_s": sizes and predict.tokens_per_s(sizes, rate),
+        "memory_bytes": sizes and predict.memory_bytes(sizes),
+        "disk_bytes": sizes and predict.disk_bytes(sizes),
     }
     show("check", result, as_json, lambda console: _check_page(console, result))
-    if found["refusal"]:
+    if found["refusal"] or found["exact_refusal"]:
         raise typer.Exit(NO)
 
 
@@ -228,14 +238,18 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
         console.print(f"  {kind:<9} {verdict}")
     if result["refusal"]:
         return
-    size, speed = result["bytes"], result["predicted_tokens_per_s"]
     console.print(f"  twins     {result['twin_matmuls']} matmuls in 4 bits")
-    rows = [
-        ["full depth", megabytes(size["blocks"] + size["head"]), speed["full_depth"]],
-        ["all-4bit (drafts)", megabytes(size["twins"] + size["head"]), speed["all_4bit"]],
-    ]
+    why_not = result["exact_refusal"]
+    if why_not:
+        console.print(f"  exact     [red]runs at transformers' speed[/]: {why_not}. quality='fast' works")
+    reads, speed = result["bytes_per_token"], result["predicted_tokens_per_s"]
+    names = {name: title for name, title in _PREDICTED.items() if not (why_not and name == "exact")}
     console.print()
-    console.print(table(["a token", "reads", "tokens/s, about"], rows))
+    rows = [[title, megabytes(reads[name]), speed[name]] for name, title in names.items()]
+    console.print(table(["a token of", "reads", "tokens/s, about"], rows))
+    console.print(
+        f"memory {megabytes(result['memory_bytes'])} of weights, compile cache {megabytes(result['disk_bytes'])}"
+    )
     console.print(f"[dim]{BASIS} ({result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)[/]")
 
 

@@ -6,6 +6,7 @@ Not handled: graph breaks that depend on a real prompt.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from river_compile.choices import choose
 from river_compile.compile_cache.layers import Layers, layers_of, with_layers
@@ -27,7 +29,7 @@ from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import recognise
 from river_compile.passes.twins import river_twins
-from river_compile.upstream.transformers import cache_argument
+from river_compile.upstream.transformers import cache_argument, full_static_cache
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # scale and zero-point in 16 bits
@@ -42,6 +44,7 @@ def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
 def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     """Trace prompt and decode step of a model on the meta device; part of the result of ``river check``.
 
+    "exact_refusal" says why exact mode, the default, runs on plain transformers; None if it does not.
     "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported. "bytes" has
     the weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
     """
@@ -61,6 +64,7 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     prefill, decode = programs
     found: dict[str, Any] = {
         "parameters": parameters,
+        "exact_refusal": exact_refusal(model) or None,
         "graphs": {"prefill": _outcome(prefill, repeats), "decode": _outcome(decode, repeats)},
     }
     if isinstance(decode, Refusal):
@@ -83,6 +87,16 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
             "head": _bytes([decode.head]),
         },
     }
+
+
+def exact_refusal(model: PreTrainedModel) -> str:
+    """Return what a model keeps of past tokens that exact mode cannot rewind; empty if it can rewind all."""
+    if model._is_stateful:
+        return f"the recurrent state of {type(model).__name__} cannot give rejected tokens back"
+    with contextlib.suppress(ValueError, KeyError):  # a configuration that transformers makes no static cache for
+        kinds = {type(layer).__name__ for layer in full_static_cache(model, _SLOTS).layers} - {StaticLayer.__name__}
+        return f"cache layers of kind {', '.join(sorted(kinds))} cannot give rejected tokens back" if kinds else ""
+    return ""
 
 
 def _total(repeats: Sequence[int], values: Iterable[int]) -> int:

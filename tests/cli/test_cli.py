@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,17 @@ import transformers
 import river_compile
 from examples import demo
 from river_compile.cli import app
+from river_compile.cli.bench import PROMPTS
 from river_compile.cli.shared import error_line
 from river_compile.kernels.native.build import supported_isas
 from river_compile.kernels.native.cores import Cores
 from river_compile.reporting import dry_run
+from river_compile.reporting.predict import EFFICIENCY
 from river_compile.reporting.timing import Painter
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
+from tests.support.families import COMMON
 from tools import cli_page
 
 ROOT = Path(__file__).parents[2]
@@ -216,12 +220,37 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
     assert found["bytes"]["head"] == 2 * head
     assert found["bytes"]["twins"] < 0.4 * found["bytes"]["blocks"]
     assert found["twin_matmuls"] == 3 * 4
-    speeds = found["predicted_tokens_per_s"]
-    assert speeds["full_depth"] == pytest.approx(10e9 / (2 * (blocks + head)))
-    assert speeds["all_4bit"] > speeds["full_depth"]
+    reads, speeds = found["bytes_per_token"], found["predicted_tokens_per_s"]
+    assert reads["plain"] == 2 * (blocks + head)
+    assert reads["plain"] > reads["exact"] > reads["fast"] > reads["all_4bit"]
+    for name, efficiency in EFFICIENCY.items():
+        assert speeds[name] == pytest.approx(efficiency * 10e9 / reads[name])
+    assert found["memory_bytes"] > found["disk_bytes"] > 0.75 * reads["plain"]
     page = river(capsys, "check", tiny, "--bandwidth", "10").out
-    assert "supported, 3 blocks" in page
-    assert "an estimate" in page
+    for text in ("supported, 3 blocks", "an estimate", "River, default (exact)", "transformers", "compile cache"):
+        assert text in page
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128), "the recurrent state of Mamba"),
+        (
+            transformers.Lfm2Config(**COMMON, num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+            "cache layers of kind LinearAttentionLayer",
+        ),
+    ],
+    ids=["recurrence", "convolution"],
+)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_check_says_which_models_run_at_transformers_speed_by_default(config, why, tmp_path, capsys):
+    config.save_pretrained(tmp_path)
+    found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", code=3)
+    assert why in found["exact_refusal"]
+    page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out.split())
+    assert "exact runs at transformers' speed: " in page
+    assert "River, default" not in page
+    assert "River, fast" in page
 
 
 @pytest.mark.slow
@@ -295,11 +324,14 @@ def test_bench_has_a_row_of_each_test_for_each_backend_and_packs_twins_once(tiny
     made = []
     quantized = quantize._grid
     monkeypatch.setattr(quantize, "_grid", lambda *given: (made.append(given), quantized(*given))[1])
-    rows = [part for row in ("eager", "all-4bit", "exact") for part in ("--row", row)]
-    found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", *rows)
+    found = printed_json(capsys, "bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2")
     tests = [(row["backend"], row["test"]) for row in found["results"]]
-    assert tests == [(row, test) for row in ("eager", "all-4bit", "exact") for test in ("pp8", "tg4")]
-    assert all(len(row["samples_ts"]) == 2 for row in found["results"])
+    rows = ("eager", "no-draft", "exact", "fast", "all-4bit")
+    assert tests == [(row, test) for row in rows for test in ("pp8", "tg4")]
+    for row in found["results"]:
+        prompts = len(PROMPTS) if row["test"] == "tg4" else 1
+        assert len(row["samples_ts"]) == 2 * prompts
+        assert statistics.fmean(row.get("prompts_ts", {"": row["avg_ts"]}).values()) == pytest.approx(row["avg_ts"])
     assert len(made) == 3 * 4  # blocks, and a block's products
 
 

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import river_compile
 from river_compile import RiverWarning, choices, report
 from river_compile.errors import OptionError
+from river_compile.kernels import measured
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
@@ -198,81 +199,85 @@ def packed_by_default(quality="exact"):
     return [graph["lossless_bytes"] for graph in report(model).to_dict()["graphs"]]
 
 
+@pytest.fixture
+def gains(monkeypatch):
+    """A function that sets what a pass gains in 12 bits, by its rows, for matrices of any size."""
+    monkeypatch.setattr(measured, "_SMALL", 0)
+    calls = []
+
+    def gain(by_rows):
+        monkeypatch.setattr(measured, "pass_speedups", lambda shapes: calls.append(shapes) or by_rows)
+        return calls
+
+    return gain
+
+
 @pytest.mark.parametrize(
-    ("gains", "exact", "fast"),
+    ("by_rows", "exact", "fast"),
     [
-        ({1: 1.3, 4: 1.2, 8: 1.0}, True, True), ({1: 1.3, 4: 0.8, 8: 0.8}, False, True),
-        ({1: 1.0, 4: 1.4, 8: 1.4}, True, False), ({}, False, False),
+        ({1: 1.3, 4: 1.2, 6: 1.0}, True, True), ({1: 1.3, 4: 0.8, 6: 0.8}, False, True),
+        ({1: 1.0, 4: 1.4, 6: 1.4}, True, False), ({1: 1.04, 4: 1.04, 6: 1.04}, False, False), ({}, False, False),
     ],
 )  # fmt: skip
-def test_matrices_are_packed_where_that_was_measured_to_pay(monkeypatch, gains, exact, fast):
-    monkeypatch.setattr(lossless, "_SMALL", 0)
-    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: gains)
-    lossless.pays_12bit.cache_clear()
-    try:
-        assert {found > 0 for found in packed_by_default()} == {exact}
-        assert {found > 0 for found in packed_by_default("fast")} == {fast}
-    finally:
-        lossless.pays_12bit.cache_clear()
+def test_weights_are_packed_where_whole_passes_were_measured_to_gain(gains, by_rows, exact, fast):
+    """Where the passes tie, the model's own weights stay."""
+    gains(by_rows)
+    assert {found > 0 for found in packed_by_default()} == {exact}
+    assert {found > 0 for found in packed_by_default("fast")} == {fast}
 
 
-def test_each_matrix_is_measured_for_itself(monkeypatch):
-    """Here the MLP's pay, which are larger than attention's."""
-    monkeypatch.setattr(lossless, "_SMALL", 0)
-    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 1.0 + (n * k >= 8192), 4: 1.0, 8: 1.0})
-    lossless.pays_12bit.cache_clear()
-    try:
-        some = packed_by_default()
-    finally:
-        lossless.pays_12bit.cache_clear()
-    every = accelerated(model_of(), "12bit")
-    generate(every)
-    for packed, graph in zip(some, report(every).to_dict()["graphs"], strict=True):
-        assert 0 < packed < graph["lossless_bytes"]
+def test_a_pass_is_measured_with_all_its_weights(gains):
+    """Two layers of four matmuls, some of which are merged, and the head."""
+    calls = gains({1: 1.0, 4: 1.0, 6: 1.0})
+    model = model_of()
+    generate(accelerated(model, "auto"))
+    matmuls = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert {sum(n * k * count for (n, k), count in shapes) for shapes in calls} == {matmuls}
 
 
-def test_small_matrices_and_models_without_room_stay_in_16_bits(monkeypatch):
-    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 2.0, 4: 2.0, 8: 2.0})
+def test_small_matrices_and_models_without_room_stay_in_16_bits(gains, monkeypatch):
+    gains({1: 2.0, 4: 2.0, 6: 2.0})
+    monkeypatch.setattr(measured, "_SMALL", 1 << 18)
     assert set(packed_by_default()) == {0}
-    monkeypatch.setattr(lossless, "_SMALL", 0)
+    monkeypatch.setattr(measured, "_SMALL", 0)
     monkeypatch.setattr(choices, "_memory", lambda: 1000)
-    lossless.pays_12bit.cache_clear()
-    try:
-        assert set(packed_by_default()) == {0}
-    finally:
-        lossless.pays_12bit.cache_clear()
+    assert set(packed_by_default()) == {0}
 
 
-def test_of_a_large_matrix_some_rows_are_measured(monkeypatch):
-    measured = []
-    monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: measured.append((n, k)) or {1: 2.0})
-    lossless.pays_12bit.cache_clear()
-    try:
-        assert lossless.pays_12bit(128_256, 4096, many_rows=False)
-    finally:
-        lossless.pays_12bit.cache_clear()
-    assert measured == [(2048, 4096)]
+@pytest.mark.parametrize("shapes", [{(128_256, 4096): 1}, {(960, 576): 30, (576, 576): 30, (49_152, 576): 1}])
+def test_a_measured_pass_has_each_weight_by_its_share_of_the_bytes(shapes):
+    """Of a large matrix some rows are measured, so that a pass is neither long nor in a cache."""
+    sample = list(measured._sample(shapes))
+    assert measured._BYTES / 2 < sum(weight.nbytes for weight in sample) < 2 * measured._BYTES
+    assert all(weight.numel() <= measured._MOST_WEIGHTS for weight in sample)
+    whole = sum(n * k * count for (n, k), count in shapes.items())
+    read = sum(weight.numel() for weight in sample)
+    for n, k in shapes:
+        rows = min(n, measured._MOST_WEIGHTS // k)
+        share = sum(weight.numel() for weight in sample if weight.shape == (rows, k)) / read
+        assert abs(share - shapes[n, k] * n * k / whole) < 0.15
 
 
 def test_what_was_measured_is_kept_for_the_machine(monkeypatch, tmp_path):
     native.load()
-    library = lossless.kernels_library(choose_isa())
-    monkeypatch.setattr(lossless, "kernels_library", lambda isa: library)  # (another home has none)
+    library = measured.kernels_library(choose_isa())
+    monkeypatch.setattr(measured, "kernels_library", lambda isa: library)  # (another home has none)
     monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
-    monkeypatch.setattr(lossless, "_MEASURED_BYTES", 1 << 16)
-    lossless.speedups_12bit.cache_clear()
+    monkeypatch.setattr(measured, "_BYTES", 1 << 16)
+    shapes = (((64, 128), 2), ((128, 64), 1))
+    measured.pass_speedups.cache_clear()
     try:
-        first = lossless.speedups_12bit(64, 128)
-        (file,) = tmp_path.rglob("*64x128.json")
-        assert first.keys() == {1, 4, 8}
-        file.write_text('{"1": 3.0, "4": 2.0, "8": 1.0}')
-        lossless.speedups_12bit.cache_clear()
-        assert lossless.speedups_12bit(64, 128) == {1: 3.0, 4: 2.0, 8: 1.0}
+        first = measured.pass_speedups(shapes)
+        (file,) = tmp_path.rglob("pass_*.json")
+        assert first.keys() == {1, 4, 6}
+        file.write_text('{"1": 3.0, "4": 2.0, "6": 1.0}')
+        measured.pass_speedups.cache_clear()
+        assert measured.pass_speedups(shapes) == {1: 3.0, 4: 2.0, 6: 1.0}
         file.write_text("{")
-        lossless.speedups_12bit.cache_clear()
-        assert lossless.speedups_12bit(64, 128).keys() == {1, 4, 8}
+        measured.pass_speedups.cache_clear()
+        assert measured.pass_speedups(shapes).keys() == {1, 4, 6}
     finally:
-        lossless.speedups_12bit.cache_clear()
+        measured.pass_speedups.cache_clear()
 
 
 def test_the_model_keeps_its_tensors():
@@ -310,14 +315,10 @@ class TestLaterProcesses:
     """The first process reads the model's own weights; it packs them for later ones while it answers."""
 
     @pytest.fixture(autouse=True)
-    def everything_pays(self, monkeypatch, tmp_path):
+    def everything_pays(self, gains, monkeypatch, tmp_path):
         monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(tmp_path))
-        for module in (lossless, pack):
-            monkeypatch.setattr(module, "_SMALL", 0)
-        monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 2.0, 4: 2.0, 8: 2.0})
-        lossless.pays_12bit.cache_clear()
-        yield
-        lossless.pays_12bit.cache_clear()
+        monkeypatch.setattr(pack, "_SMALL", 0)
+        gains({1: 2.0, 4: 2.0, 6: 2.0})
 
     def run(self, model=None):
         """Generates with a model as a new process would; returns texts and scores, and origins and bytes."""
@@ -357,8 +358,8 @@ class TestLaterProcesses:
             time.sleep(0.01)
         assert len([*tmp_path.rglob("*.pass")]) == 2
 
-    def test_where_nothing_pays_the_models_weights_stay(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(lossless, "speedups_12bit", lambda n, k: {1: 1.0, 4: 1.0, 8: 1.0})
+    def test_where_nothing_pays_the_models_weights_stay(self, tmp_path, gains):
+        gains({1: 1.0, 4: 1.0, 6: 1.0})
         self.run()
         assert len([*tmp_path.rglob("*.pass")]) == 2
         assert not [*tmp_path.glob("backbone-*")]

@@ -1,0 +1,117 @@
+"""Measures on this machine whether a pass reads its weights faster in 12 bits than in 16; the result is kept on disk.
+
+Not handled: attention, norms and the KV cache, which take as long in both.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from river_compile.kernels.files import atomic_write, cached_file
+from river_compile.kernels.native import cores
+from river_compile.kernels.native import load as native
+from river_compile.kernels.native.build import choose_isa, kernels_library
+from river_compile.kernels.native.load import Tape
+from river_compile.kernels.native.machine import processor_name
+from river_compile.kernels.quant.lossless import BLOCK, pack_12bit
+
+log = logging.getLogger("river_compile.kernels.measured")
+
+Shapes = Mapping[tuple[int, int], int]  # how many weights [N, K] a pass reads
+
+LEAST_GAIN = 1.05  # speedup of a pass from which packing pays; else 16 bits cost neither memory nor packing
+_SMALL = 1 << 18  # weights of a matrix that stays in 16 bits: its time is not that of reading it
+_WIDTHS = (1, 4, 6)  # rows of a measured pass: a decode step, and verifying passes of usual drafts
+_ROUNDS = 5
+_BYTES = 3 << 25  # of a measured pass in 16 bits: more than a cache has
+_MOST_WEIGHTS = 1 << 23  # of a matrix that is measured: more rows take as long each
+
+
+def worth_12_bits(shapes: Shapes, many_rows: bool) -> frozenset[tuple[int, int]]:
+    """Return the shapes of weights that a pass is to read in 12 bits: all large ones if that is faster, or none.
+
+    Args:
+        shapes: of all weights that could be packed.
+        many_rows: whether passes of several rows count as much as those of one.
+    """
+    large = {shape: count for shape, count in shapes.items() if math.prod(shape) >= _SMALL}
+    gains = pass_speedups(tuple(sorted(large.items()))) if large else {}
+    counted = [gain for rows, gain in gains.items() if many_rows or rows == 1]
+    pays = bool(counted) and math.prod(counted) ** (1 / len(counted)) >= LEAST_GAIN
+    return frozenset(large) if pays else frozenset()
+
+
+@functools.cache
+def pass_speedups(shapes: tuple[tuple[tuple[int, int], int], ...]) -> dict[int, float]:
+    """Return how much faster a pass is in 12 bits, by its rows, measured once per machine; empty without kernels."""
+    isa, threads = choose_isa(), cores.threads()
+    if isa.name == "portable" or not native.has_packing():
+        return {}
+    made_by = f"{processor_name()} {kernels_library(isa).name} {shapes}"
+    name = f"native/pass_{isa.name}_{threads}_{hashlib.sha256(made_by.encode()).hexdigest()[:12]}.json"
+    text = cached_file(name, _has_gains, functools.partial(_measure, dict(shapes))).read_text(encoding="utf-8")
+    return {int(rows): float(gain) for rows, gain in json.loads(text).items()}
+
+
+def _has_gains(file: Path) -> bool:
+    try:
+        gains = json.loads(file.read_text(encoding="utf-8"))
+        return set(gains) == set(map(str, _WIDTHS)) and all(isinstance(gain, float) for gain in gains.values())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
+@torch.inference_mode()
+def _measure(shapes: Shapes, file: Path) -> None:
+    in_16_bits = list(_sample(shapes))
+    in_12_bits = [(*pack_12bit(weight), *weight.shape) for weight in in_16_bits]
+    ops, gains = native.load(), {}
+    for rows in _WIDTHS:
+        inputs = {k: torch.ones(rows, k, dtype=torch.bfloat16) for _, k in shapes}
+        plain, packed = Tape(), Tape()
+        with plain.recording():
+            for weight in in_16_bits:
+                ops.dense(inputs[weight.shape[1]], [weight], [])
+        with packed.recording():
+            for units, side, n, k in in_12_bits:
+                ops.linear(inputs[k], units, side, None, n, 0)
+        gains[rows] = _ratio(plain, packed)
+    log.info("passes in 12 bits over 16 bits, by rows: %s", gains)
+    with atomic_write(file) as scratch:
+        scratch.write_text(json.dumps(gains), encoding="utf-8")
+
+
+def _sample(shapes: Shapes) -> Iterator[Tensor]:
+    """Yield weights of these shapes in turn, each as often as its share of a pass's bytes asks for."""
+    generator = torch.Generator().manual_seed(0)  # leaves the user's generator alone
+    cut = {
+        (min(n, max(BLOCK, _MOST_WEIGHTS // k)), k): count * n // min(n, max(BLOCK, _MOST_WEIGHTS // k))
+        for (n, k), count in shapes.items()
+    }
+    whole = sum(2 * n * k * count for (n, k), count in cut.items())
+    counts = {shape: max(1, round(count * _BYTES / whole)) for shape, count in cut.items()}
+    for turn in range(max(counts.values())):
+        for (n, k), count in counts.items():
+            if turn * count // max(counts.values()) != (turn + 1) * count // max(counts.values()):
+                yield (torch.randn(n, k, generator=generator) * 0.02).bfloat16()
+
+
+def _ratio(first: Tape, second: Tape) -> float:
+    """Return the best time of one tape over that of another; their replays alternate."""
+    best = [math.inf, math.inf]
+    for _ in range(_ROUNDS):
+        for number, tape in enumerate((first, second)):
+            start = time.perf_counter()
+            tape.replay()
+            best[number] = min(best[number], time.perf_counter() - start)
+    return best[0] / best[1]
