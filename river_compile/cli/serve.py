@@ -1,12 +1,13 @@
 """``river serve MODEL``: an OpenAI-compatible server that answers several clients at the same time.
 
-The server itself is :mod:`river_compile.cli.serving`. Not handled: several models, or one that clients choose.
+The server itself is :mod:`river_compile.cli.serving.server`. Not handled: several models, or one that clients choose.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import re
 import signal
 import socket
 from typing import Annotated, Any
@@ -26,6 +27,8 @@ from river_compile.cli.shared import (
     use_threads,
 )
 
+_KEY = "Key that clients must send; better in RIVER_COMPILE_API_KEY, since other users see arguments."
+
 
 def serve(
     model: Model,
@@ -33,6 +36,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     max_num_seqs: Annotated[int, typer.Option(help="Maximum number of requests that generate at the same time.")] = 8,
     queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; later ones get status 429.")] = 32,
+    api_key: Annotated[str | None, typer.Option(help=_KEY, envvar="RIVER_COMPILE_API_KEY")] = None,
     quality: Quality = None,
     strict: Strict = False,
     calibration: Calibration = None,
@@ -51,6 +55,8 @@ def serve(
         raise ValueError(f"--max-num-seqs {max_num_seqs} is not allowed; give 1 or more")
     if queue < 0:
         raise ValueError(f"--queue {queue} is not allowed; give 0 (no request waits) or more")
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise ValueError("--api-key is empty, or has spaces or letters beyond ASCII; give printable ASCII characters")
     _check_address(host, port)
     use_threads(threads)
     quiet()
@@ -60,21 +66,21 @@ def serve(
     quality = quality or ("exact" if calibration is None else "fast")
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
-    server = make_server(folder, host, port, dtype, max_num_seqs, queue, **acceleration)
+    server = make_server(folder, host, port, dtype, max_num_seqs, queue, api_key, **acceleration)
     show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
     signal.signal(signal.SIGTERM, functools.partial(_stop, server))
     try:
-        server._thread.join()
+        server.wait()
     finally:
-        server.kill_server()
-    if not server.server.started:
+        server.close()
+    if not server.started:
         raise ValueError(f"the server could not listen at {url}; its log above says why")
 
 
 def _stop(server: Any, *_: object) -> None:
     """Take no more requests, and end the server's thread when the running ones have ended."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process immediately
-    server.server.should_exit = True
+    server.stop()
 
 
 def _check_address(host: str, port: int) -> None:
@@ -90,17 +96,24 @@ def _check_address(host: str, port: int) -> None:
 
 
 def make_server(
-    folder: str, host: str, port: int, dtype: str, max_num_seqs: int = 8, queue: int = 32, **acceleration: Any
+    folder: str,
+    host: str,
+    port: int,
+    dtype: str,
+    max_num_seqs: int = 8,
+    queue: int = 32,
+    api_key: str | None = None,
+    **acceleration: Any,
 ) -> Any:
     """Start a server in a thread, with these arguments of `accelerate`; return it."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        from river_compile.cli import serving
+        from river_compile.cli.serving.server import Server
     except ImportError as error:
         from river_compile.errors import OptionError
 
         fix = 'In the clone, run pip install ".[serve]"'
         raise OptionError(f"river serve requires more packages ({error}). {fix}", id="RC005") from None
-    return serving.start(folder, host, port, dtype, device, max_num_seqs, queue, acceleration)
+    return Server(folder, host, port, dtype, device, max_num_seqs, queue, acceleration, api_key)

@@ -3,20 +3,15 @@
 A step that is held blocks its caller, so that what happens meanwhile does not depend on time.
 """
 
-import contextlib
-import http.client
 import itertools
 import json
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -26,103 +21,18 @@ from hypothesis import strategies as st
 
 import river_compile
 from river_compile.cli import app, serve
-from river_compile.runtime.state import on_step
 from tests.support.decoding import rows_of_steps
 
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")
-for package in ("fastapi", "uvicorn", "prometheus_client"):
+for package in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="the server's packages are not installed")
 
-from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
-
-from river_compile.cli.requests import Refused, Stops  # noqa: E402
+from river_compile.cli.serving.errors import Refused  # noqa: E402
+from river_compile.cli.serving.streams import Stops  # noqa: E402
+from tests.support.serving import CHAT, HELLO, ROWS, WAIT, Served, held, pieces, post, whole  # noqa: E402
 
 CONTEXT, LONG = 2048, 1500  # the tiny model's; tokens that take far longer than any other request here
-CHAT = "/v1/chat/completions"
-WAIT = 600  # seconds, for what a busy machine compiles first; no test waits so long where nothing is wrong
 SAMPLED = {"temperature": 0.9, "top_p": 0.95}
-
-
-class Served:
-    """A server in this process, and a client."""
-
-    def __init__(self, folder, **more):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        options = {
-            "num_assistant_tokens": 1,
-            "num_assistant_tokens_schedule": "constant",
-            "kernels": "auto",
-            "group_size": 32,
-        }
-        self.server = serve.make_server(folder, "127.0.0.1", self.port, "float32", **more, **options)
-        self.url, self.name = f"http://127.0.0.1:{self.port}", folder
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=WAIT, max_retries=0)
-        while not self.server.server.started:
-            self.server._thread.join(0.01)
-
-    def ask(self, text, count=8, **options):
-        options = {"temperature": 0, **options}
-        messages = [{"role": "user", "content": text}]
-        return self.client.chat.completions.create(model=self.name, messages=messages, max_tokens=count, **options)
-
-    def text(self, text, count=8, **options):
-        return whole(self.ask(text, count, **options).choices[0].message.content)
-
-    def metrics(self):
-        with urlopen(f"{self.url}/metrics") as page:
-            families = text_string_to_metric_families(page.read().decode())
-        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-
-    def until(self, true):
-        """Asks for metrics until they are as wanted."""
-        end = time.monotonic() + WAIT
-        while not true(self.metrics()):
-            assert time.monotonic() < end
-
-    def until_free(self):
-        """Waits until no row generates."""
-        self.until(lambda found: found["river:num_requests_running",] == found["river:num_requests_waiting",] == 0)
-
-    def close(self):
-        self.server.kill_server()
-
-
-def pieces(stream):
-    return [c.choices[0].delta.content or "" for c in stream if c.choices]
-
-
-def whole(text):
-    """Returns a text without the half characters in its end, which a server may wait for."""
-    return text.rstrip("\ufffd")
-
-
-ROWS = 3
-
-
-@pytest.fixture(scope="module")
-def served(tiny):
-    """A server with three rows and one place to wait."""
-    made = Served(tiny, max_num_seqs=ROWS, queue=1)
-    yield made
-    made.close()
-
-
-@contextlib.contextmanager
-def held():
-    """Steps wait inside: yields an event that lets them continue, and one that says that the first step is there."""
-    release, begun = threading.Event(), threading.Event()
-
-    def step(*_):
-        begun.set()
-        release.wait(WAIT)
-
-    with on_step(step):
-        try:
-            yield release, begun
-        finally:
-            release.set()
 
 
 @pytest.fixture(scope="module")
@@ -199,79 +109,11 @@ def test_a_stop_string_of_several_tokens_is_left_out(served, plain, stream):
     assert found == text[: text.index(stop)]
 
 
-def asks(served, path="chat/completions", **body):
-    """Sends a body as it is; returns the status and the answer."""
-    request = Request(f"{served.url}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urlopen(request, timeout=WAIT) as answer:
-            return answer.status, json.load(answer)
-    except HTTPError as error:
-        return error.code, json.load(error)
-
-
-PICTURE = {"type": "image_url", "image_url": {"url": "x"}}
-HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2, "temperature": 0}
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "named"),
-    [
-        ("chat/completions", {}, "messages is missing"),
-        ("chat/completions", {"messages": "hi"}, "messages='hi'"),
-        ("chat/completions", {"messages": [{"content": "hi"}]}, "messages="),
-        ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "messages="),
-        ("completions", {}, "prompt is missing"),
-        ("completions", {"prompt": 3}, "prompt=3"),
-        ("responses", {}, "input is missing"),
-        ("chat/completions", {**HELLO, "wrong": 1}, "wrong"),
-    ],
-)
-def test_a_body_of_another_form_is_422(served, path, body, named):
-    status, answer = asks(served, path, **body)
-    assert (status, answer["error"]["type"]) == (422, "invalid_request_error")
-    assert named in answer["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "field"),
-    [
-        *[("chat/completions", field) for field in (
-            {"response_format": {"type": "json_object"}}, {"n": 2}, {"logprobs": True}, {"top_logprobs": 2},
-            {"tool_choice": "required"}, {"parallel_tool_calls": False}, {"modalities": ["audio"]},
-            {"reasoning_effort": "high"}, {"function_call": {"name": "f"}},
-        )],
-        *[("completions", field) for field in ({"echo": True}, {"best_of": 2}, {"logprobs": 0}, {"n": 3})],
-        ("responses", {"text": {"format": {"type": "json_object"}}}),
-        ("responses", {"previous_response_id": "x"}),
-    ],
-)  # fmt: skip
-def test_what_is_not_supported_is_refused_by_name(served, path, field):
-    body = {"completions": {"prompt": "hello"}, "responses": {"input": "hello"}}.get(path, HELLO)
-    status, answer = asks(served, path, **body, **field)
-    assert (status, answer["error"]["code"]) == (400, "unsupported_value")
-    assert answer["error"]["message"].startswith(f"{next(iter(field))}=")
-
-
 def test_values_that_ask_for_nothing_are_taken(served, plain):
     nothing = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "tool_choice": "auto", "user": "me"}
-    status, answer = asks(served, **HELLO, **nothing, presence_penalty=0, stop=None, top_logprobs=None)
+    status, answer = served.asks(**HELLO, **nothing, presence_penalty=0, stop=None, top_logprobs=None)
     assert status == 200, answer
     assert whole(answer["choices"][0]["message"]["content"]) == plain("hello", 2)
-
-
-@pytest.mark.parametrize(
-    ("field", "named"),
-    [
-        ({"logit_bias": {"a": 1}}, "'a'"), ({"logit_bias": {"5": 101}}, "101"), ({"logit_bias": [5]}, "[5]"),
-        ({"presence_penalty": 3}, "presence_penalty=3"), ({"frequency_penalty": "x"}, "frequency_penalty='x'"),
-        ({"stop": ["a"] * 5}, "stop="), ({"max_tokens": True}, "max_tokens=True"),
-        ({"messages": [{"role": "user", "content": [PICTURE]}]}, "'image_url'"),
-    ],
-)  # fmt: skip
-def test_a_value_that_fits_nothing_is_400(served, field, named):
-    status, answer = asks(served, **{**HELLO, **field})
-    assert (status, answer["error"]["code"]) == (400, "invalid_value")
-    assert named in answer["error"]["message"]
 
 
 def test_a_bias_in_integers(served):
@@ -330,14 +172,6 @@ def test_a_client_that_hangs_up_frees_its_row(served, streamed):
     assert len(steps) < LONG / 2
 
 
-def post(served, text, **settings):
-    """Sends a request and does not wait for its answer; returns the connection."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port)
-    body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **settings}
-    connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
-    return connection
-
-
 def test_a_full_queue_is_429_and_places_come_back(served, plain):
     """All rows generate, one client waits, the next is asked to retry; a client that hung up gives its place."""
     with held() as (release, _):
@@ -361,7 +195,7 @@ def test_a_full_queue_is_429_and_places_come_back(served, plain):
 
 def test_an_answer_that_has_ended_holds_no_place(served, monkeypatch):
     """Its client may ask again before the call that wrote it has returned."""
-    manager = served.server._generation_state.get_manager(served.name)
+    manager = served.server.state.manager
     calls = SimpleNamespace(alive=True, submit=lambda *_: Future(), cancel=lambda call: None)
     monkeypatch.setattr(manager, "batch", calls)
     monkeypatch.setattr(manager, "_calls", [])
@@ -392,21 +226,9 @@ def test_a_text_ends_where_the_models_context_does(served):
     assert answer.choices[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 3}, {"max_tokens": 0}, {"max_tokens": "many"}])
-def test_a_bad_value_is_its_clients_error(served, bad, stream):
-    """It is named, and the next client is answered."""
-    response = post(served, "hello", stream=stream, **bad).getresponse()
-    error = json.load(response)["error"]
-    assert response.status == 400
-    assert str(next(iter(bad.values()))) in error["message"]
-    assert error["code"] == "invalid_value"
-    assert served.text("hello", 1)
-
-
-def test_metrics_count_what_was_asked_of_one_server(served, tiny):
+def test_metrics_count_what_was_asked_of_one_server(served, keyed):
     """Another server of the process has its own metrics."""
-    before = served.metrics()
+    before, others = served.metrics(), keyed.metrics()
     served.ask("hello", 5)
     pieces(served.ask("hello", 6, stream=True))
     served.until_free()
@@ -423,11 +245,7 @@ def test_metrics_count_what_was_asked_of_one_server(served, tiny):
     assert 0 <= more("river:spec_decode_num_accepted_tokens_total") <= more("river:spec_decode_num_draft_tokens_total")
     assert more("river:busy_seconds_total") > 0
     assert after["river:max_num_seqs",] == ROWS
-    other = Served(tiny)
-    try:
-        assert other.metrics()["river:generation_tokens_total",] == 0
-    finally:
-        other.close()
+    assert keyed.metrics()["river:generation_tokens_total",] == others["river:generation_tokens_total",]
 
 
 def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
@@ -435,9 +253,9 @@ def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
     try:
         with urlopen(f"{dying.url}/health") as answer:
             assert json.load(answer) == {"status": "ok"}
-        model = dying.server._generation_state.get_manager(tiny).model
+        model = dying.server.state.manager.model
         assert river_compile.report(model).decode_depths  # it has generated before it listened
-        dying.server._generation_state.get_manager(tiny).batch.close()
+        dying.server.state.manager.batch.close()
         with pytest.raises(OSError, match="503"):
             urlopen(f"{dying.url}/health")
         assert "the generating thread has ended" in caplog.text
@@ -450,13 +268,14 @@ def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
 
 def test_serve_says_where_it_listens(tiny, capsys, monkeypatch):
     class Ended:
-        _thread = threading.Thread(target=lambda: None)
-        server = SimpleNamespace(started=True)
+        started = True
 
-        def kill_server(self):
-            self.killed = True
+        def wait(self):
+            pass
 
-    Ended._thread.start()
+        def close(self):
+            pass
+
     monkeypatch.setattr(serve, "make_server", lambda *arguments, **more: Ended())
     monkeypatch.setattr(serve, "_check_address", lambda *address: None)
     monkeypatch.setattr(serve.signal, "signal", lambda *handler: None)

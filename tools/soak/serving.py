@@ -118,10 +118,9 @@ class _Served:
         self.server = serve.make_server(
             *where, case["rows"], case["queue"], strict=case["quality"] == "strict", **quick
         )
-        for logger in ("uvicorn.access", "transformers.cli.serving.chat_completion"):
-            logging.getLogger(logger).disabled = True
-        while not self.server.server.started:
-            self.server._thread.join(0.01)
+        logging.getLogger("uvicorn.access").disabled = True
+        while not self.server.started:
+            self.server.wait(0.01)
 
     def send(self, request: Case) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -154,15 +153,14 @@ class _Served:
     def is_empty(self) -> None:
         """Wait until no request is left in a row or in the queue."""
         for _ in range(3000):
-            (manager,) = self.server._generation_state.managers
-            counters = manager.batch.counters
+            counters = self.server.state.manager.batch.counters
             if counters.rows_in_use == counters.queued == 0:
                 return
             threading.Event().wait(0.01)
         raise Failure(f"clients have gone, and {counters.rows_in_use} rows and {counters.queued} places stay taken")
 
     def close(self) -> None:
-        self.server.kill_server()
+        self.server.close()
 
 
 def _key(request: Case) -> str:

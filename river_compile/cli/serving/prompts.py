@@ -1,0 +1,191 @@
+"""A request's text becomes tokens: in a thread, up to the model's context, and no longer than its client waits.
+
+transformers' handlers do all of this in the event loop, before they wait for `generate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving import utils
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.response import ResponseHandler
+
+from river_compile.cli.serving import forms
+from river_compile.cli.serving.connections import check_client
+from river_compile.cli.serving.errors import Refused, invalid
+from river_compile.cli.serving.requests import Asked, Body, translated
+from river_compile.cli.shared import error_line
+
+_PIECE = 1 << 16  # characters that are tokenized before the next look at the client
+_SEAM = 64  # tokens that a cut between pieces may add at most
+_UNBOUNDED = 1 << 17  # tokens, for the size of a body where a model has no maximum context
+_BYTES, _MORE = 32, 1 << 16  # of JSON: for each token (a word of escaped Cyrillic has as many), and besides the prompt
+_MEDIA = 32 << 20  # bytes of images and audio in one body
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Return a model's maximum context length in tokens; None if it has none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def most_bytes(model: PreTrainedModel, only_text: bool) -> int:
+    """Return the size beyond which a request's body cannot fit the context."""
+    return _MORE + _BYTES * (context_of(model) or _UNBOUNDED) + (0 if only_text else _MEDIA)
+
+
+class _Unfit(Exception):
+    """A prompt that the model cannot take; :func:`prepare` names the field that it came from."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _too_long(context: int, length: str) -> _Unfit:
+    return _Unfit(
+        "context_length_exceeded",
+        f"This model's maximum context length is {context} tokens. However, your prompt has {length} tokens. "
+        f"Please shorten it to {context - 1} or fewer.",
+    )
+
+
+class _Bounded:
+    """Mixed into a tokenizer's class: a long text is counted in pieces, and refused when they exceed the context.
+
+    A text that fits is tokenized twice then, which takes far less time than its prefill.
+    """
+
+    context: int
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        for one in (text,) if isinstance(text, str) else text or ():
+            if isinstance(one, str) and len(one) > _PIECE:
+                self._check(one)
+        check_client()
+        return super().__call__(text, *args, **kwargs)  # type: ignore[misc]
+
+    def _check(self, text: str) -> None:
+        tokens = 0
+        for at in range(0, len(text), _PIECE):
+            check_client()
+            piece = super().__call__(text[at : at + _PIECE], add_special_tokens=False, verbose=False)  # type: ignore[misc]
+            tokens += len(piece["input_ids"]) - _SEAM
+            if tokens >= self.context:
+                raise _too_long(self.context, f"more than {tokens}")
+
+
+def bound(processor: Any, model: PreTrainedModel) -> None:
+    """Make a processor's tokenizer refuse texts beyond a model's context before they are tokenized as a whole."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    tokenizer("")  # the first call changes its settings of padding, which no two threads may do
+    context = context_of(model)
+    if context is not None:
+        theirs = type(tokenizer)
+        tokenizer.__class__ = type(theirs.__name__, (_Bounded, theirs), {"context": context})
+
+
+def _fit(config: GenerationConfig, model: PreTrainedModel, length: int) -> None:
+    """Adapt a request's settings after a prompt of `length` tokens; raise _Unfit if it fills the context."""
+    # As in OpenAI's API, a temperature or top_p asks for sampling; transformers wants `do_sample` too.
+    theirs = model.generation_config
+    if config.temperature != 0 and (config.temperature, config.top_p) != (theirs.temperature, theirs.top_p):
+        config.do_sample = True
+    vocabulary = model.config.get_text_config().vocab_size
+    beyond = [token for tokens in config.sequence_bias or () for token in tokens if token >= vocabulary]
+    if beyond:
+        raise invalid(f"logit_bias has token {beyond[0]}, and the vocabulary has {vocabulary}", "logit_bias")
+    if length < 1:
+        raise _Unfit("invalid_value", "the prompt is empty; give at least one token")
+    context = context_of(model)
+    if context is None:
+        return
+    if length >= context:
+        raise _too_long(context, str(length))
+    if config.max_new_tokens is not None:
+        config.max_new_tokens = min(config.max_new_tokens, context - length)
+
+
+class _Prepares:
+    """Mixed into transformers' handlers: `handle_request` ends before it generates, and returns what is left to do."""
+
+    text: str  # the field that has the prompt
+
+    def _validate_request(self, body: Body) -> None:
+        pass  # :func:`requests.translated` has
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return _left(super()._streaming, *args, **kwargs)  # type: ignore[misc]
+
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return _left(super()._non_streaming, *args, **kwargs)  # type: ignore[misc]
+
+    def get_processor_inputs_from_messages(self, messages: list[Body], modality: utils.Modality) -> Any:
+        if modality is utils.Modality.LLM:
+            forms.check_only_text(messages)
+        return super().get_processor_inputs_from_messages(messages, modality)  # type: ignore[misc]
+
+
+def _left(generates: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    given = inspect.signature(generates).bind(*args, **kwargs).arguments
+    _fit(given["gen_config"], given["model"], given["inputs"]["input_ids"].shape[-1])
+    return functools.partial(generates, *args, **kwargs)
+
+
+class Chats(_Prepares, ChatCompletionHandler):
+    """Answers /v1/chat/completions."""
+
+    text = "messages"
+
+
+class Completions(_Prepares, CompletionHandler):
+    """Answers /v1/completions."""
+
+    text = "prompt"
+
+
+class Responses(_Prepares, ResponseHandler):
+    """Answers /v1/responses."""
+
+    text = "input"
+
+
+def prepare(handler: Any, body: bytes, request_id: str) -> tuple[Asked, Callable[[], Any]]:
+    """Check a request and tokenize its text; called in a thread.
+
+    Args:
+        handler: one of those above.
+        body: JSON.
+        request_id: of the answer.
+
+    Returns:
+        what it asks, and a function that starts its answer: a response or an awaitable of one.
+
+    Raises:
+        Refused: something is not allowed, or the client has gone.
+    """
+    given = forms.parsed(body)
+    asking = translated(handler, given)
+    try:
+        return asking, _run(handler.handle_request(given, request_id))
+    except _Unfit as error:
+        raise Refused(400, error.code, str(error), handler.text) from None
+    except TemplateError as error:
+        why = f"the model's chat template refuses this conversation: {error_line(error)}"
+        raise invalid(why, handler.text) from None
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a coroutine that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        return ended.value
+    raise RuntimeError("transformers' handler waits for something before it generates")

@@ -1,0 +1,212 @@
+"""What a client may ask of ``river serve``: checked, put into transformers' terms, or refused by name.
+
+Formats are those of OpenAI's API. Not handled: fields that transformers' server knows and applies itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+
+from river_compile.cli.serving import forms
+from river_compile.cli.serving.errors import Refused, invalid
+from river_compile.kernels.checks import did_you_mean, short_repr
+
+Body = dict[str, Any]
+
+# Fields that transformers' server ignores: with one of these values (or null) they ask for nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "background": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "response_format": ({"type": "text"},),
+    "text": ({"format": {"type": "text"}},),
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+# Those that do not change a text.
+_INERT = {"metadata", "prediction", "service_tier", "store", "stream_options", "user"}
+# Transformers' own: it reaches all that `generate` does, what changes the model for later calls too.
+_TRANSFORMERS = {"generation_config"}
+_MOST_STOPS = 4  # OpenAI's limit
+_COLDEST = 1e-5  # temperatures below are greedy, as vLLM's are: logits divided by them overflow
+
+# Numbers: their kind, whether one is allowed, and which are.
+_Number = tuple[type, Callable[[float], bool], str]
+_COUNT: _Number = (int, lambda value: 1 <= value < 2**31, "1 or more")
+_PENALTY: _Number = (float, lambda value: -2 <= value <= 2, "-2 to 2")
+_NUMBERS: dict[str, _Number] = {
+    "max_tokens": _COUNT,
+    "max_completion_tokens": _COUNT,
+    "max_output_tokens": _COUNT,
+    "seed": (int, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits"),
+    "temperature": (float, lambda value: 0 <= value <= 2, "0 (no sampling) to 2"),
+    "top_p": (float, lambda value: 0 < value <= 1, "more than 0, up to 1"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+}
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+# Other fields: their kind, and how a message names it.
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "model": (str, "a string"),
+    "stream": (bool, "true or false"),
+    "suffix": (str, "a string"),
+    "instructions": (str, "a string"),
+    "tools": (list, "a list of objects"),
+    "stop": ((str, list), f"a string, or a list of up to {_MOST_STOPS}"),
+    "logit_bias": (dict, "an object of token ids and numbers"),
+    "chat_template_kwargs": (dict, "an object"),
+}
+# What `apply_chat_template` itself takes is the server's to give.
+_TEMPLATES_OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks besides transformers' settings."""
+
+    seed: int | None = None
+    stops: tuple[str, ...] = ()  # strings that end the text, and are left out of it
+    presence: float = 0.0  # penalties of OpenAI's API
+    frequency: float = 0.0
+
+    def processors(self, length: int) -> list[LogitsProcessor]:
+        """Return the processors after a prompt of `length` tokens."""
+        return [Penalties(length, self.presence, self.frequency)] if self.presence or self.frequency else []
+
+
+NOTHING = Asked()
+asked: ContextVar[Asked] = ContextVar("asked", default=NOTHING)  # by the request that this task answers
+
+
+def translated(handler: Any, body: Body) -> Asked:
+    """Check what a handler of transformers' server is asked, and put it into transformers' terms.
+
+    Args:
+        handler: that will answer.
+        body: changed in place; what has no place in it is returned.
+
+    Raises:
+        Refused: it is not supported, or a value is not allowed; the error names it.
+    """
+    _check_names(handler, body)
+    for name, (kind, form) in _KINDS.items():
+        if body.get(name) is not None:
+            forms.need(body[name], kind, name, form)
+    served = handler.model_manager.force_model
+    if body.get("model") not in (None, served):
+        raise no_model(body["model"], served)
+    _check_prompt(handler, body)
+    _check_unsupported(handler._unused_fields, body)
+    _check_numbers(body)
+    for i, tool in enumerate(body.get("tools") or ()):
+        forms.need(tool, dict, f"tools[{i}]", "an object")
+        forms.need(tool.get("function", {}), dict, f"tools[{i}].function", "an object")
+    for name in sorted(_TEMPLATES_OWN & (body.get("chat_template_kwargs") or {}).keys()):
+        where = f"chat_template_kwargs.{name}"
+        raise Refused(400, "unsupported_value", f"{where} is not supported; leave it out", where)
+    if body.get("temperature") is not None and body["temperature"] < _COLDEST:
+        body["temperature"] = 0
+    # transformers' responses are streamed by default, OpenAI's are not
+    body["stream"], body["chat_template_kwargs"] = bool(body.get("stream")), body.get("chat_template_kwargs") or {}
+    if body.get("logit_bias") is not None:
+        body["logit_bias"] = _biases(body["logit_bias"])
+    stops = _stops(body)
+    penalties = [float(body.pop(name, None) or 0) for name in _PENALTIES]
+    # (A seed given to transformers would seed the whole process.)
+    return Asked(body.pop("seed", None), stops, *penalties)
+
+
+def _check_names(handler: Any, body: Body) -> None:
+    known = handler._valid_params_class.__mutable_keys__
+    for name in body:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise Refused(400, "unknown_parameter", f"{short_repr(name)} is no parameter here{hint}", name)
+
+
+def no_model(name: str, served: str) -> Refused:
+    """Return the error for a model that is not served."""
+    message = f"model={short_repr(name)} is not served; give {served!r}, or leave it out"
+    return Refused(404, "model_not_found", message, "model")
+
+
+def _check_prompt(handler: Any, body: Body) -> None:
+    if isinstance(handler, ChatCompletionHandler):
+        forms.check_messages(body.get("messages"))
+    elif isinstance(handler, CompletionHandler):
+        forms.need(body.get("prompt"), str, "prompt", "a string")
+    else:
+        forms.check_input(body.get("input"))
+
+
+def _check_unsupported(ignored: set[str], body: Body) -> None:
+    for name in sorted((ignored | _TRANSFORMERS) & body.keys() - _INERT - {*_PENALTIES}):
+        neutral = _NEUTRAL.get(name, ())
+        value = body[name]
+        if value is not None and not any(type(value) is type(given) and value == given for given in neutral):
+            allowed = f"give {' or '.join(map(repr, neutral))}, or leave it out" if neutral else "leave it out"
+            raise Refused(400, "unsupported_value", f"{name}={short_repr(value)} is not supported; {allowed}", name)
+    if body.get("tool_choice") == "none":
+        body.pop("tools", None)
+
+
+def _check_numbers(body: Body) -> None:
+    for name, (kind, fits, allowed) in _NUMBERS.items():
+        value = body.get(name)
+        if value is None:
+            continue
+        kinds, form = ((int, float), "a number") if kind is float else (int, "an integer")
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise invalid(f"{name}={short_repr(value)} is not {form}", name)
+        if not fits(value):
+            raise invalid(f"{name}={short_repr(value)} is not allowed; give {allowed}", name)
+
+
+def _stops(body: Body) -> tuple[str, ...]:
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    if len(stops) > _MOST_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+        allowed = f"give a string, or a list of up to {_MOST_STOPS}"
+        raise invalid(f"stop={short_repr(stops)} is not allowed; {allowed}", "stop")
+    body["stop"] = stops or None
+    return tuple(stops)
+
+
+def _biases(given: Mapping[str, Any]) -> dict[str, float]:
+    for token, bias in given.items():
+        shown = f"logit_bias={{{short_repr(token)}: {short_repr(bias)}}}"
+        if not token.isdecimal() or isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise invalid(f"{shown} is not a token id and a number", "logit_bias")
+        if not -100 <= bias <= 100:
+            raise invalid(f"{shown} is not allowed; give -100 to 100", "logit_bias")
+    return {token: float(bias) for token, bias in given.items()}
+
+
+class Penalties(LogitsProcessor):
+    """Subtracts OpenAI's presence and frequency penalties from the logits of tokens that were generated before."""
+
+    def __init__(self, length: int, presence: float, frequency: float) -> None:
+        self.length, self.presence, self.frequency = length, presence, frequency
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        new = input_ids[:, self.length :]
+        counts = scores.new_zeros(scores.shape).scatter_add_(1, new, scores.new_ones(new.shape))
+        return scores - self.frequency * counts - self.presence * (counts > 0)
