@@ -170,7 +170,7 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     for file in SOURCES:
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
-    data = ("py.typed", "twins/default_texts.txt")
+    data = ("py.typed", "twins/default_texts.txt", "docs/troubleshooting.md")
     assert {f"river_compile/{name}" for name in data} <= names
     for folder in ("triton/templates", "native/sources"):
         texts = {path.relative_to(ROOT) for path in (ROOT / "kernels" / folder).rglob("*") if path.is_file()}

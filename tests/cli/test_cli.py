@@ -21,8 +21,9 @@ import transformers
 
 import river_compile
 from examples import demo
-from river_compile.cli import app
+from river_compile.cli import app, explain_error
 from river_compile.cli.shared import error_line
+from river_compile.kernels.messages import TITLES
 from river_compile.kernels.native.build import supported_isas
 from river_compile.kernels.native.cores import Cores
 from river_compile.reporting import dry_run
@@ -34,7 +35,7 @@ from tools import cli_page
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
-COMMANDS = ("check", "doctor", "bench", "chat", "quantize", "tune", "explain", "serve")
+COMMANDS = ("check", "doctor", "bench", "chat", "quantize", "tune", "explain", "explain-error", "serve")
 
 
 def river(capsys, *arguments, code=0):
@@ -319,6 +320,17 @@ def test_bench_prints_other_forms(tiny, form, capsys):
         jsonschema.validate(
             json.loads(lines[0]), {"$ref": "#/$defs/bench/properties/results/items", "$defs": SCHEMA["$defs"]}
         )
+
+
+def test_explain_error_prints_the_section_of_every_id_without_links(capsys):
+    """Its title is the registry's, and its text names no page that an installed package lacks."""
+    said = explain_error.sections()
+    assert {id: title for id, (title, _) in said.items()} == TITLES
+    assert not [id for id, (_, text) in said.items() if not text.endswith(".") or re.search(r"\]\(|<a |^#|\.md", text)]
+    page = river(capsys, "explain-error", "rc065").out
+    assert page.startswith("RC065: Static KV cache is full\n\nThe text outgrew the cache")
+    assert printed_json(capsys, "explain-error", "RC065")["text"] == said["RC065"][1]
+    assert "RC999 is no id of an error or a warning. Ids are RC001," in failure(capsys, "explain-error", "RC999")
 
 
 def test_quantize_and_chat_with_the_twins(tiny, tmp_path, capsys):
