@@ -1,5 +1,6 @@
 """Each command of `river` on a tiny model: what it prints, as people and the published schema want it; errors."""
 
+import inspect
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ import transformers
 
 import river_compile
 from examples import demo
-from river_compile.cli import app, explain_error
+from river_compile.cli import app, commands, explain_error
 from river_compile.cli.shared import error_line
 from river_compile.kernels.messages import TITLES
 from river_compile.kernels.native.build import supported_isas
@@ -320,6 +321,15 @@ def test_bench_prints_other_forms(tiny, form, capsys):
         jsonschema.validate(
             json.loads(lines[0]), {"$ref": "#/$defs/bench/properties/results/items", "$defs": SCHEMA["$defs"]}
         )
+
+
+def test_tune_has_the_defaults_of_tune_exit():
+    """The page says that both do the same."""
+    of_function = inspect.signature(river_compile.tune_exit).parameters
+    of_command = inspect.signature(commands.tune).parameters
+    shared = [name for name in of_command if name in of_function and name not in ("model", "texts")]
+    assert {"tokens", "context", "criterion", "kl", "agreement"} == set(shared)
+    assert [of_command[name].default for name in shared] == [of_function[name].default for name in shared]
 
 
 def test_explain_error_prints_the_section_of_every_id_without_links(capsys):
