@@ -81,7 +81,7 @@ def accelerate(
             tokenizer.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/startup.md).
-        background_packing: with "exact" on a CPU: whether to answer without drafts, with the same text, while new twins
+        background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
             are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule`` and ``prompt_lookup_num_tokens`` (docs/options.md).
