@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are 
 LOG_LINES = 20
 RUNNER = ("-m",)  # of Python, before a worker's module
 DTYPES = ("bfloat16", "float16", "float32")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
 PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python", "openvino-genai")
 
 
@@ -177,10 +178,17 @@ def machine_facts(threads: int) -> dict:
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_set": choose_isa().name,
+        "last_level_cache_bytes": last_level_cache(),
         "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
     }
+
+
+def last_level_cache(folder: Path = CACHES) -> int | None:
+    """Return the bytes of the first core's outermost cache; None if the system does not say."""
+    found = {int((cache / "level").read_text()): (cache / "size").read_text() for cache in folder.glob("index*")}
+    return int(found[max(found)].strip().removesuffix("K")) * 1024 if found else None
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

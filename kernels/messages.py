@@ -5,7 +5,6 @@ Ids are stable, and their order is that of the topics. A new one takes the next 
 
 from __future__ import annotations
 
-PAGE = "docs/troubleshooting.md"
 TITLES = {
     # Arguments and options.
     "RC001": "Unknown option",
@@ -66,6 +65,6 @@ TITLES = {
 
 
 def with_id(id: str, text: str) -> str:
-    """Return the message of an error or a warning: the id of its cause, its text, and the section that explains it."""
+    """Return the message of an error or a warning: the id of its cause, its text, and the command that explains it."""
     assert id in TITLES, id
-    return f"{id}: {text.rstrip().removesuffix('.')}. See {PAGE}#{id.lower()}"
+    return f"{id}: {text.rstrip().removesuffix('.')}. See `river explain-error {id}`"

@@ -34,7 +34,10 @@ if _TYPE_CHECKING:
     from river_compile.api.twins import requantize as requantize
     from river_compile.api.twins import save_twins as save_twins
     from river_compile.config import RiverConfig as RiverConfig
+    from river_compile.decoding.continuous import BatchCounters as BatchCounters
     from river_compile.decoding.continuous import ContinuousBatch as ContinuousBatch
+    from river_compile.decoding.mode import Decode as Decode
+    from river_compile.decoding.mode import ExactMode as ExactMode
     from river_compile.decoding.mode import decode as decode
     from river_compile.decoding.mode import exact as exact
     from river_compile.errors import RiverError as RiverError
@@ -50,7 +53,10 @@ if _TYPE_CHECKING:
 # Public names and their modules. They load on first use. No module may share its name with one of them: importing the
 # module would take the name's place.
 _EXPORTS = {
+    "BatchCounters": "decoding.continuous",
     "ContinuousBatch": "decoding.continuous",
+    "Decode": "decoding.mode",
+    "ExactMode": "decoding.mode",
     "ExitRule": "exit_rule",
     "Report": "reporting.report",
     "RiverConfig": "config",

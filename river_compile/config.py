@@ -104,10 +104,11 @@ class RiverConfig:
         optional(integer(0, "it must be an integer from 0 to the number of blocks - 1")),
         "16-bit layers that stay in device memory; later ones are offloaded ([hardware](hardware.md#offloading))",
     )
-    offload_policy: str = _option(
-        "exit",
-        one_of("exit", "fetch"),
-        '`"exit"`: every token exits by that depth; `"fetch"`: later layers are streamed in when a token continues',
+    offload_policy: str | None = _option(
+        None,
+        one_of(None, "exit", "fetch"),
+        '`"exit"`: every token exits by that depth; `"fetch"`: later layers are streamed in when a token continues; '
+        "`None`: fetch in exact mode, else exit",
     )
     on_unsupported: str = _option(
         "inductor",
@@ -161,6 +162,8 @@ class RiverConfig:
         criterion = CRITERIA[self.criterion]
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
+        if self.offload_policy is None:
+            object.__setattr__(self, "offload_policy", "exit")
         if criterion.reads == "block":
             self._set("first_exit", integer(1))
         else:
@@ -202,7 +205,7 @@ class RiverConfig:
                     f"exit_depth={self.exit_depth} lies beyond {nowhere}. "
                     f"Use exit_depth={k}, offload={self.exit_depth} or offload_policy='fetch'"
                 )
-        elif self.first_exit > k:
+        elif k < self.first_exit < WHOLE:
             yield (
                 f"first_exit={self.first_exit} lies beyond {nowhere}. "
                 f"Use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"

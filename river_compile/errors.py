@@ -21,7 +21,7 @@ class RiverError(Exception):
         id: of the cause, if it has one; else that of the class.
 
     Attributes:
-        id: such as "RC002", which docs/troubleshooting.md explains; the message begins with it.
+        id: such as "RC002", which ``river explain-error RC002`` explains; the message begins with it.
         text: the message without the id.
     """
 

@@ -10,9 +10,10 @@ import pytest
 
 from river_compile import errors
 from river_compile.errors import RiverError
-from river_compile.kernels.messages import PAGE, TITLES, with_id
+from river_compile.kernels.messages import TITLES, with_id
 from tests.support.layout import ROOT, SOURCES
 
+PAGE = ROOT / "docs" / "troubleshooting.md"
 REGISTRY = ROOT / "kernels" / "messages.py"
 ID = re.compile(r"RC\d{3}")
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, RiverError)]
@@ -80,7 +81,7 @@ def test_the_ids_are_those_that_the_code_uses_each_registered_once_and_in_order(
 
 
 def test_the_page_has_one_section_for_each_id():
-    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     assert [(id, title) for _, id, title in sections(page)] == list(TITLES.items())
     assert [anchor for anchor, _, _ in sections(page)] == [id.lower() for id in TITLES]
     assert page.count('<a id="rc') == len(TITLES)
@@ -93,9 +94,9 @@ def test_every_error_has_an_id_which_a_raise_can_replace(kind):
         assert not hasattr(kind, "id")
         return
     assert kind.id in TITLES
-    assert str(kind("No room. Make room.")) == f"{kind.id}: No room. Make room. See {PAGE}#{kind.id.lower()}"
+    assert str(kind("No room. Make room.")) == f"{kind.id}: No room. Make room. See `river explain-error {kind.id}`"
     named = kind("No room", id="RC080")
-    assert str(named) == with_id("RC080", "No room") == f"RC080: No room. See {PAGE}#rc080"
+    assert str(named) == with_id("RC080", "No room") == "RC080: No room. See `river explain-error RC080`"
     again = pickle.loads(pickle.dumps(named))
     assert (type(again), str(again), again.text) == (kind, str(named), "No room")
     assert issubclass(kind, (ValueError, RuntimeError, IndexError))
@@ -119,4 +120,4 @@ def test_a_warning_of_the_kernels_begins_with_its_id(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert read_table(tmp_path / "tiles.json") == {}
-    assert re.match(rf"RC084: .*See {PAGE}#rc084$", str(said[0].message))
+    assert re.match(r"RC084: .*See `river explain-error RC084`$", str(said[0].message))

@@ -9,6 +9,7 @@ Neither files nor folders import each other in a circle, wherever in a file an i
 import ast
 import importlib
 import itertools
+import re
 import zipfile
 
 import pytest
@@ -170,7 +171,7 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
     for file in SOURCES:
         folder, *rest = file.relative_to(ROOT).parts
         assert "/".join([FOLDERS[folder].replace(".", "/"), *rest]) in names
-    data = ("py.typed", "twins/default_texts.txt")
+    data = ("py.typed", "twins/default_texts.txt", "docs/troubleshooting.md")
     assert {f"river_compile/{name}" for name in data} <= names
     for folder in ("triton/templates", "native/sources"):
         texts = {path.relative_to(ROOT) for path in (ROOT / "kernels" / folder).rglob("*") if path.is_file()}
@@ -220,3 +221,11 @@ def test_every_public_name_loads():
     import river_compile
 
     assert all(getattr(river_compile, name) is not None for name in river_compile.__all__)
+
+
+def test_every_name_of_the_api_page_is_public():
+    """It says to import each from the package itself; errors, which are in their module, have no entry each."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: river_compile\.(?!errors$)[\w.]+\.(\w+)$", page, re.MULTILINE)
+    assert len(documented) >= 20
+    assert set(documented) <= set(importlib.import_module("river_compile").__all__)

@@ -12,8 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -82,7 +81,7 @@ def accelerate(
             tokenizer.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/startup.md).
-        background_packing: with "exact" on a CPU: whether to answer without drafts, with the same text, while new twins
+        background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
             are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule`` and ``prompt_lookup_num_tokens`` (docs/options.md).
@@ -111,7 +110,7 @@ def accelerate(
         mode, backend_options = _exact_mode(strict, options)
     else:
         backend_options = _fast_options(calibration, options)
-    config = RiverConfig.from_options(backend_options)
+    config = _config(chosen, backend_options)
     if config.twins is not None and config.on_missing_twins == "raise":
         folder = ranks_of(model.parameters()).folder(Path(config.twins))
         if not os.path.exists(folder / FILE):
@@ -210,12 +209,21 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
                 id="RC003",
             )
     drafting = {name: value for name, value in options.items() if name in vars(exact)}
-    backend = {name: value for name, value in options.items() if name not in drafting}
-    try:  # before the options below are added, which no error is to name
-        check_paths(cast(RiverConfig, SimpleNamespace(**{**vars(RiverConfig()), **backend})))
-    except ExactModeError as error:
-        raise OptionError(error.text, id=error.id) from None
-    return exact.with_options(strict=strict, **drafting), backend | _FULL_DEPTH
+    backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
+    if backend.get("offload") is not None and backend.get("offload_policy") is None:
+        backend["offload_policy"] = "fetch"  # drafts are verified by all layers
+    return exact.with_options(strict=strict, **drafting), backend
+
+
+def _config(quality: str, options: Mapping[str, Any]) -> RiverConfig:
+    """Return the backend's options, checked, with exact mode also against those that it does not support."""
+    config = RiverConfig.from_options(options)
+    if quality == EXACT:
+        try:
+            check_paths(config)
+        except ExactModeError as error:
+            raise OptionError(error.text, id=error.id) from None
+    return config
 
 
 def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def requantize(model: nn.Module) -> int:
 
 
 def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed-tensors") -> Path:
-    """Write the twins as a 4-bit checkpoint that transformers and vLLM load like any other model.
+    """Write the twins as a 4-bit checkpoint that transformers loads like any other model; the format is vLLM's, too.
 
     Each linear of a twin becomes ``weight_packed`` (int32 ``[N, K / 8]``, eight 4-bit values in a word) and
     ``weight_scale`` ``[N, K / group]``; all other weights stay as they are. The format has no zero-points, so the model

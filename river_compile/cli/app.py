@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from river_compile.cli import bench, chat, commands, explain, serve
+from river_compile.cli import bench, chat, commands, explain, explain_error, serve
 from river_compile.cli.shared import FAILED, error_line
 from river_compile.version import __version__
 
@@ -53,10 +53,11 @@ for command in (
     commands.quantize,
     commands.tune,
     explain.explain,
+    explain_error.explain_error,
     commands.cache,
     serve.serve,
 ):
-    app.command(command.__name__)(command)
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

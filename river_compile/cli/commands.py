@@ -310,7 +310,7 @@ def tune(
     texts: Texts = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the exit rule to.")] = None,
     criterion: Annotated[str, typer.Option(help="Exit criterion: similarity or confidence.")] = "confidence",
-    tokens: Annotated[int, typer.Option(help="Tokens to measure per text.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure per text.")] = 16,
     context: Annotated[int, typer.Option(help="Prompt tokens per text.")] = 16,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,

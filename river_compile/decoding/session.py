@@ -487,7 +487,7 @@ def check_paths(config: RiverConfig) -> None:
     if config.offload is not None and config.offload_policy == "exit":
         raise ExactModeError(
             f"Exact mode verifies at full depth, and offload={config.offload} with offload_policy='exit' lets no token "
-            "go that far. Use offload_policy='fetch'",
+            "go that far. Use offload_policy='fetch', the default of accelerate",
             id="RC062",
         )
 

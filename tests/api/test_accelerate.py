@@ -342,6 +342,17 @@ def test_fast_runs_in_the_own_loop_and_what_that_refuses_in_transformers(monkeyp
     assert generate(ours, custom_generate=lambda *_, **__: "theirs") == "theirs"
 
 
+def test_offload_streams_the_layers_that_verify_by_default(expected):
+    """The printed call, with exact and with fast: each has the policy that works for it."""
+    model = river_compile.accelerate(plain(), offload=1, **EXACT)
+    with river_compile.trace() as trace:
+        assert torch.equal(generate(model), expected)
+    assert trace.cycles
+    assert find_record(model).programs.config.offload_policy == "fetch"
+    river_compile.accelerate(model, "fast", offload=1, first_exit=1, **OPTIONS)
+    assert find_record(model).programs.config.offload_policy == "exit"
+
+
 def test_strict_is_an_error_where_it_cannot_be_kept():
     with pytest.raises(ExactModeError, match="Cannot guarantee strict=True"):
         generate(river_compile.accelerate(plain(), strict=True, **EXACT))
@@ -361,7 +372,9 @@ def test_strict_is_an_error_where_it_cannot_be_kept():
         ({"tokenizer": byte_tokenizer()}, "tokenizer= requires calibration_data="),
         ({"calibration_data": ["text"]}, "Texts in calibration_data= require tokenizer="),
         ({"calibration_data": "text"}, "calibration_data='text' is not allowed; give a list"),
-        ({"prefill": "exit"}, "prefill='exit'"),
+        ({"prefill": "exit"}, "^RC062: prefill='exit'"),
+        ({"offload": 1, "offload_policy": "exit"}, "^RC062: .*offload=1 with offload_policy='exit'.*policy='fetch'"),
+        ({"offload_policy": "fetch"}, "^RC003: offload_policy='fetch' requires offload="),
         ({"group_sise": 32}, "group_sise.*group_size"),
         ({"num_assistant_tokens": -1}, "num_assistant_tokens=-1"),
         (

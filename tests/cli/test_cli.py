@@ -1,5 +1,6 @@
 """Each command of `river` on a tiny model: what it prints, as people and the published schema want it; errors."""
 
+import inspect
 import io
 import itertools
 import json
@@ -22,9 +23,10 @@ import transformers
 
 import river_compile
 from examples import demo
-from river_compile.cli import app
+from river_compile.cli import app, commands, explain_error
 from river_compile.cli.bench import PROMPTS
 from river_compile.cli.shared import error_line
+from river_compile.kernels.messages import TITLES
 from river_compile.kernels.native.build import supported_isas
 from river_compile.kernels.native.cores import Cores
 from river_compile.reporting import dry_run
@@ -38,7 +40,7 @@ from tools import cli_page
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
-COMMANDS = ("check", "doctor", "bench", "chat", "quantize", "tune", "explain", "serve")
+COMMANDS = ("check", "doctor", "bench", "chat", "quantize", "tune", "explain", "explain-error", "serve")
 
 
 def river(capsys, *arguments, code=0):
@@ -351,6 +353,26 @@ def test_bench_prints_other_forms(tiny, form, capsys):
         jsonschema.validate(
             json.loads(lines[0]), {"$ref": "#/$defs/bench/properties/results/items", "$defs": SCHEMA["$defs"]}
         )
+
+
+def test_tune_has_the_defaults_of_tune_exit():
+    """The page says that both do the same."""
+    of_function = inspect.signature(river_compile.tune_exit).parameters
+    of_command = inspect.signature(commands.tune).parameters
+    shared = [name for name in of_command if name in of_function and name not in ("model", "texts")]
+    assert {"tokens", "context", "criterion", "kl", "agreement"} == set(shared)
+    assert [of_command[name].default for name in shared] == [of_function[name].default for name in shared]
+
+
+def test_explain_error_prints_the_section_of_every_id_without_links(capsys):
+    """Its title is the registry's, and its text names no page that an installed package lacks."""
+    said = explain_error.sections()
+    assert {id: title for id, (title, _) in said.items()} == TITLES
+    assert not [id for id, (_, text) in said.items() if not text.endswith(".") or re.search(r"\]\(|<a |^#|\.md", text)]
+    page = river(capsys, "explain-error", "rc065").out
+    assert page.startswith("RC065: Static KV cache is full\n\nThe text outgrew the cache")
+    assert printed_json(capsys, "explain-error", "RC065")["text"] == said["RC065"][1]
+    assert "RC999 is no id of an error or a warning. Ids are RC001," in failure(capsys, "explain-error", "RC999")
 
 
 def test_quantize_and_chat_with_the_twins(tiny, tmp_path, capsys):

@@ -11,6 +11,14 @@ from pathlib import Path
 from tools.house.sources import FOLDERS, ROOT
 
 OURS = ("river_compile", "benchmarks", "examples", "tools", "tests")
+COPIED = (  # files that a build needs besides the folders
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "docs/troubleshooting.md",
+    "tools/build_backend.py",
+)
 SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -22,7 +30,7 @@ def build_wheel(folder: Path, kernels: bool = False) -> Path:
     copy, out = folder / "sources", folder / "out"
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "tools/build_backend.py"):
+    for name in COPIED:
         (copy / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
