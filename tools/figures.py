@@ -3,7 +3,7 @@
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ... on ISA" has a
 column for each model, from its last run on a machine of an instruction set (any without "on"). "start MODEL ... on ISA"
 has a row for each process of such a run, "machines" predicts tokens/s by memory bandwidth, and "checks" has each
-measurement beside its prediction.
+measurement next to its prediction.
 """
 
 from __future__ import annotations

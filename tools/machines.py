@@ -1,4 +1,4 @@
-"""Predicted tokens/s by memory bandwidth and model, and each measurement beside its prediction.
+"""Predicted tokens/s by memory bandwidth and model, and each measurement next to its prediction.
 
 The bytes are those that `benchmarks.reads` recorded, the formulas those of `river check`.
 """
@@ -57,7 +57,7 @@ def _cell(sizes: Sizes, bandwidth: float) -> str:
 
 
 def checks(reads: Sequence[Mapping[str, Any]], speeds: Iterable[Mapping[str, Any]]) -> str:
-    """Return the Markdown table of all measured speeds of `benchmarks.decode` beside the predicted ones."""
+    """Return the Markdown table of all measured speeds of `benchmarks.decode` next to the predicted ones."""
     heads = ["machine", "memory, GB/s", "model", *(f"{name}, predicted / measured" for name in SHOWN)]
     lines = [f"| {' | '.join(heads)} |", "|---|---:|---|" + "---:|" * len(SHOWN)]
     runs = _runs(speeds)

@@ -63,8 +63,8 @@ def bench(
 ) -> None:
     """Measure tokens per second: `pp512` processes a prompt of 512 tokens, `tg128` generates 128 tokens.
 
-    `tg` is the mean over four prompts (chat, code, a story, an edit), since the speed of drafts depends on the text;
-    `±` is the standard deviation over all samples, and JSON has each prompt's mean. Decode speed excludes the first
+    `tg` is the mean over four prompts (chat, code, a story, an edit), since the speed of drafts depends on the text.
+    `±` is the standard deviation over all samples. JSON has each prompt's mean. Decode speed excludes the first
     token. Rows run one after another in one process, warmed up, with the defaults of `accelerate`. Without `--row` they
     are eager, no-draft, exact, fast and all-4bit; others are inductor, strict and calibrated, whose exit rule names its
     twins. Twins are quantized once, into a temporary folder (`TMPDIR`).

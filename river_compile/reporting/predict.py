@@ -63,5 +63,5 @@ def memory_bytes(sizes: Sizes) -> float:
 
 
 def disk_bytes(sizes: Sizes) -> float:
-    """Return the bytes of the compile cache: weights in 12 bits and in 4."""
+    """Return the bytes of the compile cache: 12-bit and 4-bit weights."""
     return sizes.packed + sizes.twins + sizes.head_twin
