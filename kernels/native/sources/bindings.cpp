@@ -40,6 +40,7 @@ Tensor exit_score(const Tensor& hidden, const Tensor& previous) {
   Tensors held;
   check(hidden.dim() > 0 && has_rows(previous, hidden, columns_of(hidden)), "previous",
         "have hidden's dtype and shape");
+  check(hidden.numel() > 0, "hidden", "have a row");
   Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
   ScoreArgs args{rows_in(hidden, held, "hidden"), rows_in(previous, held, "previous")};
   args.score = static_cast<float*>(score.data_ptr());

@@ -21,7 +21,7 @@ from river_compile.kernels.files import atomic_write, cached_file, locked
 from river_compile.kernels.native import build
 
 FOLDER = Path(__file__).parent / "phases"
-_FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-pthread", f"-I{build.SOURCES}")
+_FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-pthread", "-rdynamic", f"-I{build.SOURCES}")
 _PREFIX = "aarch64-linux-gnu-"
 _ARM_TOOLS = (f"{_PREFIX}g++", f"{_PREFIX}objdump", "qemu-aarch64")
 _ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
