@@ -1,8 +1,7 @@
-"""Cases of kinds "program" and "twins": a stored file is edited and stated to be whole, as one from elsewhere may be.
+"""Cases of kinds "program" and "twins": a stored file is edited and has the right hash, as one from elsewhere may.
 
-A program is refused, or none of its text has become code. Twins are refused, or the C++ kernels run on them: a read or a
-write outside of the file's tensors ends the process, at the latest where the kernels are compiled with
-AddressSanitizer (`make test-sanitizers`).
+A program is refused, or none of its text has become code. Twins are refused, or the C++ kernels run on them. A read or
+a write outside of the file's tensors ends the process, at the latest with AddressSanitizer (`make test-sanitizers`).
 
 Not handled: files that take long to read, such as numbers of a million digits; wrong weights of the right form.
 """
@@ -32,7 +31,7 @@ from tools.soak.stored import program
 _MARK = "river_forged"
 _VALUES = (
     *(None, True, 0, 1, -1, 7, 2**31, 2**63, 2**70, 0.5, 1e400, "", "x", "class", "1x", "é", "s0", [], {}, [[]]),
-    *(f"x); {_MARK}(); (x", f"x = {_MARK}", f"x\n    {_MARK}()", _MARK + " ", "self", "torch", "_operator.add"),
+    *(f"x); {_MARK}(); (x", f"x = {_MARK}, y", f"x\n    {_MARK}()", _MARK + " ", "self", "torch", "_operator.add"),
     *({"tuple": []}, {"list": [1]}, {"dict": [["a", 1]]}, {"node": 0}, {"node": -1}, {"code": 0}, {"graph": []}),
     *({"size": f"{_MARK}()"}, {"size": ["Mod", 1, 0]}, {"slice": [1, 2]}, {"torch": "nn"}, {"device": "meta"}),
 )

@@ -88,8 +88,8 @@ inline void describe_attention(AttentionArgs& a, const Tensor& q, int64_t positi
   a.scale = float(scale);
   a.softcap = float(softcap);
   const bool shares = a.kv_heads ? a.heads % a.kv_heads == 0 : a.heads == 0;
-  check(q.size(0) == a.batch && columns_of(q) == a.head_dim && shares && q.scalar_type() == k_cache.scalar_type(),
-        "q", "have the sequences, features and dtype of the caches, and a multiple of their heads");
+  check(q.size(0) == a.batch && columns_of(q) == a.head_dim && shares && q.scalar_type() == k_cache.scalar_type(), "q",
+        "have the sequences, features and dtype of the caches, and a multiple of their heads");
 }
 
 inline void describe_mask(AttentionArgs& a, const Tensor& mask, int64_t sequence, int64_t position) {

@@ -1,7 +1,7 @@
 """Libraries of C++ kernels and test programs compiled with GCC's sanitizers.
 
-As pytest's plugin (`-p tests.kernels.native.sanitized`), in a process that starts with `preloaded()`, it makes all tests
-use libraries with AddressSanitizer. Not handled: Clang, whose runtime is found otherwise; leaks, as Python keeps memory.
+As pytest's plugin (`-p tests.kernels.native.sanitized`), in a process that starts with `preloaded()`, it makes all
+tests use libraries with AddressSanitizer. Not handled: Clang, whose runtime is found otherwise, and leaks.
 """
 
 from __future__ import annotations

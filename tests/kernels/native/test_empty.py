@@ -96,7 +96,7 @@ def test_what_has_no_value_is_an_error():
         lambda: native.largest_entropy(torch.ones(2, 0, 4)),
         lambda: native.rescore(torch.ones(2, 3), torch.ones(2, 0), torch.ones(3, 0), None, "rms", torch.ones(0)),
     ):
-        with pytest.raises(RuntimeError, match=r"must have a row|not empty|features to read"):
+        with pytest.raises(RuntimeError, match=r"must not be empty|, not empty|features to read"):
             wrong()
 
 

@@ -20,8 +20,10 @@ from tests.support.layout import ROOT
 # What calls each operator, on both sides of each size that decides how it runs.
 OPERATORS = [
     f"tests/kernels/native/test_{name}.py"
-    for name in ("around", "bf12", "bits8", "cache", "empty", "entropy", "inputs", "linear", "packing", "positions")
-    + ("rescore", "tape", "wanted")
+    for name in (
+        *("around", "bf12", "bits8", "cache", "empty", "entropy", "inputs", "linear", "packing", "positions"),
+        *("rescore", "tape", "wanted"),
+    )
 ]
 FUZZ = (
     "from tests.kernels.native.sanitized import use_address_sanitizer; use_address_sanitizer(); "
@@ -79,6 +81,7 @@ def test_the_pool_runs_each_part_once_and_phases_one_after_another(sanitizer, se
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_each_phase_under_the_address_sanitizer():
     """And undefined behaviour, with the kernels of this machine's best instruction set."""
     sanitized.starter(sanitized.ADDRESS)
@@ -87,18 +90,24 @@ def test_each_phase_under_the_address_sanitizer():
 
 def run_sanitized(*command: str) -> None:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=sanitized.preloaded(), capture_output=True, text=True, timeout=570
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+        [sys.executable, *command], cwd=ROOT, env=sanitized.preloaded(), stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20_000:]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_operators_in_python_under_the_address_sanitizer():
-    run_sanitized("-m", "pytest", "-x", "-p", "tests.kernels.native.sanitized", *OPERATORS)
+    # (-s: the sanitizer's report would go to a file that ends with the process.)
+    run_sanitized("-m", "pytest", "-x", "-s", "--timeout=0", "-p", "tests.kernels.native.sanitized", *OPERATORS)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_edited_files_under_the_address_sanitizer(tmp_path):
     """Half a minute of programs, and of twins whose kernels run."""
-    run_sanitized("-c", FUZZ, "--kinds", "program", "twins", "--minutes", "1", "--seed", "1", "--failures", str(tmp_path))
+    run_sanitized(
+        "-c", FUZZ, "--kinds", "program", "twins", "--minutes", "1", "--seed", "1", "--failures", str(tmp_path)
+    )
     assert [file.name for file in Path(tmp_path).iterdir()] == ["tally.txt"]

@@ -238,7 +238,7 @@ def test_an_error_ends_the_recording():
 
 
 def test_a_replay_after_two_wrong_ids_is_right():
-    """Both are noted, one is told, and neither is told again."""
+    """Both are noted, one is reported, and neither is reported again."""
     table, ids, tape = torch.eye(4), [torch.tensor([1]), torch.tensor([2])], Tape()
     with tape.recording():
         rows = [native.embed(each, table) for each in ids]

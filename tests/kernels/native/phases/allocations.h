@@ -1,5 +1,5 @@
-// Counts what the calling thread allocated with `new`, in libraries too. Not handled: malloc; with AddressSanitizer, which
-// has its own `new`, nothing is counted.
+// Counts what the calling thread allocated with `new`, in libraries too. Not handled: malloc; with AddressSanitizer,
+// which has its own `new`, nothing is counted.
 #pragma once
 
 #include <cstdint>

@@ -35,7 +35,7 @@ class Buffer {
   std::vector<uint8_t> content() const { return {data_, data_ + bytes_}; }
 
  private:
-  int64_t bytes_, size_;     // of the data, and of the pages with access
+  int64_t bytes_, size_;    // of the data, and of the pages with access
   uint8_t *begin_, *data_;  // of those pages
 };
 

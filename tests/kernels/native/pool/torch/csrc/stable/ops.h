@@ -1,5 +1,6 @@
-// Stands in for what the thread pool takes of torch: a parallel loop, on threads that ThreadSanitizer knows, and errors.
-// As torch's, the loop gives each thread one share, the caller the first one, and a thread ends it late now and then.
+// Stands in for what the thread pool takes of torch: a parallel loop, on threads that ThreadSanitizer knows, and
+// errors. As torch's, the loop gives each thread one share, the caller the first one, and a thread ends it late now and
+// then.
 #pragma once
 
 #include <chrono>
