@@ -4,6 +4,7 @@
 #              two on two cores (CONTRIBUTING.md)
 # make test-arm    the C++ kernels of ARM's instruction sets on emulated cores: installs a cross compiler and an emulator
 #              (apt-get, with sudo) where they are missing
+# make test-sanitizers    the C++ code under GCC's sanitizers (addresses, undefined behavior, threads), and edited files
 # make lint    ruff, clang-format, types, prose, links     make wheel   the source archive and the wheel, in dist/
 # make docs    the documentation as a site, in build/site
 # make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
@@ -49,7 +50,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-tools test-arm test-all lint docs wheel bench families gpu compat soak clean
+.PHONY: help demo test test-tools test-arm test-sanitizers test-all lint docs wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -79,13 +80,17 @@ test-arm: $(FOR_TEST)
 	  command -v $$tool >/dev/null || exec $(SUDO) apt-get install --yes g++-aarch64-linux-gnu qemu-user; done
 	$(IN_VENV) -m pytest --slow tests/kernels/native/test_phases.py
 
+test-sanitizers: $(FOR_TEST)
+	$(IN_VENV) -m pytest --slow -rs tests/kernels/native/test_sanitizers.py
+
 test-all:
 	$(MAKE) test LAYERS="--slow --tools"
 
 lint: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/* tests/kernels/native/phases/* tools/rehearsal/card.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/* tests/kernels/native/phases/* \
+	  tests/kernels/native/pool/main.cpp tests/kernels/native/pool/torch/csrc/stable/* tools/rehearsal/card.cpp
 	$(IN_VENV) -m tools.typecheck
 	$(IN_VENV) -m tools.prose
 	$(SITE) --site-dir build/site-of-lint

@@ -111,13 +111,16 @@ def shapes_12bit(n: int, k: int, patches: int = 0) -> tuple[tuple[int, ...], tup
 
 
 def has_valid_patches(side: Tensor, n: int, k: int) -> bool:
-    """Whether all patches of a weight ``[N, K]`` lie inside it; kernels do not check."""
+    """Whether the patches of a weight ``[N, K]`` lie inside it and ascend in each four; kernels do not check."""
     fours = shapes_12bit(n, k)[0][0]
     first, patches = side[4 : 5 + fours], side[5 + fours :].view(-1, 2)
     if first[0] != 0 or (first.diff() < 0).any() or first[-1] > len(patches):
         return False
     places = patches[: int(first[-1]), 0]
-    return bool(((places >= 0) & (places < FOUR * k)).all())
+    if not ((places >= 0) & (places < FOUR * k)).all():
+        return False
+    in_all = torch.repeat_interleave(torch.arange(fours) * (FOUR * k), first.diff()) + places
+    return bool((in_all.diff() > 0).all())
 
 
 def pack_8bit(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -9,6 +9,7 @@ import builtins
 import functools
 import importlib
 import json
+import keyword
 import operator
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -60,6 +61,11 @@ _MODULES = (
     *("torch._C", "torch.special", "torch.linalg", "torch.fft", "_operator", "operator", "math"),
     *("river_compile.kernels.portable", "river_compile.passes.experts"),
 )
+# What nodes of a graph take, apart from containers.
+_ARGUMENTS = (
+    *(bool, int, float, str, type(Ellipsis), fx.Node),
+    *(torch.dtype, torch.memory_format, torch.layout, torch.device),
+)
 _BUILTINS = ("abs", "float", "getattr", "int", "len", "max", "min", "round", "slice")
 
 
@@ -85,7 +91,7 @@ def loads(data: bytes) -> Program:
         for code in content["codes"]:
             reader.codes.append(reader.read(code))
         program = reader.read(content["program"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError, ArithmeticError) as error:
         raise NotCacheable(f"{type(error).__name__}: {error}") from error
     if not isinstance(program, Program):
         raise NotCacheable(f"it is a {type(program).__name__}, not a program")
@@ -189,8 +195,33 @@ class _Reader:
                 op == "call_method" and not hasattr(Tensor, target)
             ):
                 raise NotCacheable(f"{op} {target} cannot be part of a program")
-            self._nodes.append(graph.create_node(op, target, self.read(args), self.read(kwargs), name))
+            given = self.read(args), self.read(kwargs)
+            if tuple(map(type, given)) != (tuple, dict):
+                raise NotCacheable(f"{name!r:.60} has no arguments")
+            _check_arguments(given)
+            _check_identifiers(name, *given[1], *([] if op == "call_function" else [target]))
+            self._nodes.append(graph.create_node(op, target, *given, name))
         return fx.GraphModule(nn.Module(), graph, class_name="Segment")
+
+
+def _check_identifiers(*names: Any) -> None:
+    """Raise a NotCacheable for what is no Python identifier: these become the text of generated code as they are."""
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise NotCacheable(f"{name!r:.60} is not a name in a program")
+
+
+def _check_arguments(value: Any) -> None:
+    """Raise a NotCacheable for an argument whose text in generated code is not that of the value."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            _check_arguments(each)
+    elif isinstance(value, dict):
+        _check_arguments([*value, *value.values()])
+    elif isinstance(value, slice):
+        _check_arguments([value.start, value.stop, value.step])
+    elif value is not None and not isinstance(value, _ARGUMENTS):
+        raise NotCacheable(f"a {type(value).__name__} cannot be an argument in a program")
 
 
 @functools.cache
@@ -227,16 +258,21 @@ def _write_size(value: sympy.Basic) -> Any:
 
 def _read_size(held: Any) -> sympy.Basic:
     if isinstance(held, str):
-        return sympy.Symbol(held, integer=True, positive=True)
+        return _symbol(held, positive=True)
     if isinstance(held, bool):
         return sympy.true if held else sympy.false
     if isinstance(held, int):
         return sympy.Integer(held)
     name, *arguments = held
     if name == _ANY:  # not known to be positive, as a negative offset
-        return sympy.Symbol(str(arguments[0]), integer=True)
+        return _symbol(arguments[0])
     made: sympy.Basic = _EXPRESSIONS[name](*map(_read_size, arguments))
     return made
+
+
+def _symbol(name: Any, **known: bool) -> sympy.Symbol:
+    _check_identifiers(name)
+    return sympy.Symbol(name, integer=True, **known)
 
 
 def _torch_constant(name: str) -> Any:

@@ -278,7 +278,7 @@ class TwinFile:
                     raise self._refusal("RC041", f"{name} holds infinite or NaN values")
             side = self._tensors[f"{matrix.key}.scale_zero"]
             if matrix.layout in lossless.LAYOUTS_12BIT and not lossless.has_valid_patches(side, *matrix.shape):
-                raise self._refusal("RC041", f"{matrix.key} has patches outside of its matrix")
+                raise self._refusal("RC041", f"{matrix.key} has patches outside of its matrix or out of order")
         if left:
             raise self._refusal("RC041", f"{next(iter(left))} belongs to no matrix")
 

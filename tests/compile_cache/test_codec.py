@@ -102,6 +102,62 @@ def test_a_file_names_no_other_functions_than_models_call(target, program):
         loads(json.dumps(content).encode())
 
 
+LINE = "x); import os; (x"
+
+
+def named(nodes, name):
+    nodes[-2][4] = name
+
+
+def keyed(nodes, name):
+    calling = next(node for node in nodes if node[0] == "call_function")
+    calling[3]["dict"].append([name, 1])
+
+
+def placed(nodes, name):
+    nodes[0][1] = name
+
+
+def sized(nodes, name):
+    nodes[-2][2]["tuple"].append({"size": name})
+
+
+def sized_of_any_sign(nodes, name):
+    nodes[-2][2]["tuple"].append({"size": ["Integer", name]})
+
+
+@pytest.mark.parametrize("name", [LINE, "", "1x", "class", "a b", 7, None])
+@pytest.mark.parametrize("write", [named, keyed, placed, sized, sized_of_any_sign])
+def test_a_name_that_would_be_code_is_refused(write, name, program):
+    """fx writes the names of nodes, keywords, placeholders and sizes into `forward` as they are."""
+    content = json.loads(dumps(program))
+    write(content["codes"][0]["module"]["graph"], name)
+    with pytest.raises(NotCacheable):
+        loads(json.dumps(content).encode())
+
+
+def test_a_graph_that_is_no_python_is_refused(program):
+    """Two placeholders of one name are a SyntaxError."""
+    content = json.loads(dumps(program))
+    nodes = content["codes"][0]["module"]["graph"]
+    assert [node[0] for node in nodes[:2]] == ["placeholder"] * 2
+    nodes[1][1] = nodes[0][1]
+    with pytest.raises(NotCacheable, match="SyntaxError"):
+        loads(json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("argument", [{"type": "LastToken", "name": "x"}, {"graph": []}, {"size": "s0"}, "a line"])
+def test_an_argument_is_one_that_graphs_have(argument, program):
+    """Text is, in quotes; what else a file can hold would be written as its name."""
+    content = json.loads(dumps(program))
+    content["codes"][0]["module"]["graph"][-2][2]["tuple"].append(argument)
+    if isinstance(argument, str):
+        assert repr(argument) in loads(json.dumps(content).encode()).segments[0].code.module.code
+        return
+    with pytest.raises(NotCacheable):
+        loads(json.dumps(content).encode())
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[1]", b"\x80\x05N.", b'{"codes": [], "program": 3}', b'{"codes": 7}']
 )

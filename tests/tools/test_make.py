@@ -77,6 +77,10 @@ def test_make_test_arm_installs_what_is_missing_and_runs_the_tests(make, tmp_pat
     assert make("test-arm", "apt-get", "ARM_TOOLS=no-such-program", installer)[0] != 0
 
 
+def test_make_test_sanitizers_runs_the_slow_tests_and_tells_what_was_skipped(make):
+    assert make("test-sanitizers")[2] == ["python -m pytest --slow -rs tests/kernels/native/test_sanitizers.py"]
+
+
 def test_make_test_fails_with_a_test(make):
     status, said, _ = make("test", "pytest")
     assert status != 0

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from river_compile import trace
+from river_compile.compile_cache import codec
 from river_compile.runtime.state import on_step
 from river_compile.twins import file as twin_file
 from tests.support.layout import ROOT, run_python
 from tools.soak import __main__ as command
-from tools.soak import cases, compilers, damage, kill, memory, serving, stored, text, threads
+from tools.soak import cases, compilers, damage, forged, kill, memory, serving, stored, text, threads
 
 CASE = {
     "family": "llama",
@@ -38,11 +39,42 @@ def test_files(kind, what, tmp_path):
 
 
 def test_cases_are_data_and_their_seed_alone_decides():
-    for kind in (text, damage, kill, threads, serving, memory, compilers):
+    for kind in (text, damage, kill, threads, serving, memory, compilers, forged.Programs, forged.Twins):
         for seed in range(20):
             case = kind.draw(random.Random(seed))
             assert json.loads(json.dumps(case)) == case == kind.draw(random.Random(seed))
             assert all(simpler != case for simpler in kind.smaller(case))
+
+
+@pytest.mark.parametrize("kind", [forged.Programs, forged.Twins])
+def test_edited_files_are_refused_or_harmless(kind, tmp_path):
+    outcomes = set()
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcomes.add(kind.run(kind.draw(random.Random(number)), folder))
+    assert outcomes == {"passed", "refused"}
+
+
+def test_text_of_a_program_that_became_code_is_found(monkeypatch, tmp_path):
+    """The name of a keyword; quoted, as an argument's value, it is none."""
+    forged.check_code("def forward(self, x):\n    return f(x, 'river_forged()')")
+    content = json.loads(stored.program()[0])
+    places = [*forged._places(content)]
+    keyword = next(
+        argument
+        for code in content["codes"]
+        for node in code["module"]["graph"]
+        for argument in (node[3]["dict"] if node[0] == "call_function" else ())
+    )
+    at = next(i for i, (holder, key) in enumerate(places) if holder is keyword and key == 0)
+    value = "x = river_forged, y"
+    seed = next(seed for seed in range(1000) if random.Random(seed).choice(forged._VALUES) == value)
+    case = {"edits": [{"how": "replace", "at": (at + 0.5) / len(places), "seed": seed}]}
+    assert forged.Programs.run(case, tmp_path) == "refused"
+    monkeypatch.setattr(codec, "_check_identifiers", lambda *names: None)
+    with pytest.raises(cases.Failure, match="text became code"):
+        forged.Programs.run(case, tmp_path)
 
 
 NO_COMPILER = """

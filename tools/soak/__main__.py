@@ -5,6 +5,8 @@
     kill      processes killed while they write those
     threads   threads that generate with one model or with several
     serving   clients of a server, some of whom leave, ask nonsense or ask too much
+    program   programs of the compile cache that were edited
+    twins     twins' files that were edited
     memory    memory and live tensors over many tokens
     compiler  C++ compilers that are missing or fail
 
@@ -20,7 +22,7 @@ import random
 import sys
 from pathlib import Path
 
-from tools.soak import compilers, damage, kill, memory, serving, text, threads
+from tools.soak import compilers, damage, forged, kill, memory, serving, text, threads
 from tools.soak.cases import Kind, attempt, soak
 
 KINDS: dict[str, tuple[Kind, float]] = {
@@ -31,6 +33,8 @@ KINDS: dict[str, tuple[Kind, float]] = {
     "serving": (serving, 0.1),
     "memory": (memory, 0.15),
     "compiler": (compilers, 0.05),
+    "program": (forged.Programs, 0.05),
+    "twins": (forged.Twins, 0.05),
 }
 
 

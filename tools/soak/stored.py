@@ -142,10 +142,10 @@ def _read_calibration(folder: Path) -> None:
 
 
 @functools.cache
-def _program() -> tuple[bytes, list[str]]:
+def program() -> tuple[bytes, list[str]]:
     """Return a program as the compile cache has it, and what its segments are."""
-    program = _built()[1]
-    return codec.dumps(program), [segment.code.fingerprint.digest for segment in program.segments]
+    built = _built()[1]
+    return codec.dumps(built), [segment.code.fingerprint.digest for segment in built.segments]
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _entry(folder: Path) -> Iterator[Entry]:
 
 def _write_program(folder: Path) -> None:
     with _entry(folder) as entry:
-        entry.write("a.pass", _program()[0])
+        entry.write("a.pass", program()[0])
 
 
 def _read_program(folder: Path) -> None:
@@ -175,7 +175,7 @@ def _read_program(folder: Path) -> None:
         content = entry.read("a.pass")
     if content is None:
         return
-    if [segment.code.fingerprint.digest for segment in codec.loads(content).segments] != _program()[1]:
+    if [segment.code.fingerprint.digest for segment in codec.loads(content).segments] != program()[1]:
         raise Failure("a damaged program was taken for whole")
 
 

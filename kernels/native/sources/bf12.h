@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "vectors.h"
 
@@ -73,23 +72,35 @@ struct Four {
   }
 };
 
-// Memory of this thread for `count` weights, aligned to lines, which is kept.
-inline uint16_t* room_for(int64_t count) {
-  static thread_local std::unique_ptr<uint16_t[]> memory;
-  static thread_local int64_t size = 0;
-  if (size < count + 32) memory.reset(new uint16_t[size = count + 32]);
-  return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-}
+// A piece of `a.unpacked` for one part, mostly that which other parts of its thread had. None for other weights.
+class Piece {
+ public:
+  Piece(const GemmArgs& a, int part, int parts) : of_(a.palette ? a.unpacked : nullptr) {
+    if (!of_) return;
+    number_ = int(int64_t(part) * of_->count / parts);
+    while (__atomic_exchange_n(of_->flags + number_, 1, __ATOMIC_ACQUIRE)) number_ = (number_ + 1) % of_->count;
+  }
+  ~Piece() {
+    if (of_) __atomic_store_n(of_->flags + number_, 0, __ATOMIC_RELEASE);
+  }
+  Piece(const Piece&) = delete;
+
+  uint16_t* memory() const { return of_ ? reinterpret_cast<uint16_t*>(of_->at(number_)) : nullptr; }
+
+ private:
+  const Pieces* const of_;
+  int number_ = 0;
+};
 
 // One block of 16 output features, and as much of it as was unpacked to memory.
 class UnpackedBlock {
  public:
-  // Of two blocks that are in use at a time `which` tells which one this is.
-  UnpackedBlock(const GemmArgs& a, int which)
+  // Of two blocks that share a piece's memory `which` tells which one this is.
+  UnpackedBlock(const GemmArgs& a, int which, uint16_t* memory)
       : a_(a),
         padded_(ceil_div(int64_t(a.in_features), kUnit) * kUnit),
         palette_(repeated(reinterpret_cast<const uint8_t*>(a.palette))),
-        memory_(room_for(2 * kBlock * padded_) + which * kBlock * padded_) {}
+        memory_(memory + which * kBlock * padded_) {}
 
   void begin(int64_t n) {
     if (block_ == n) return;
@@ -200,7 +211,8 @@ RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Mat
 // y)`.
 class Bf12Blocks {
  public:
-  explicit Bf12Blocks(const GemmArgs& a) : first_(a, 0), second_(a, 1) {}
+  Bf12Blocks(const GemmArgs& a, int part, int parts)
+      : piece_(a, part, parts), first_(a, 0, piece_.memory()), second_(a, 1, piece_.memory()) {}
 
   template <class Few, class Many>
   void sum(const GemmArgs& a, int64_t n, int rows, float (*y)[kBlock], const Few& few, const Many& many) {
@@ -216,6 +228,7 @@ class Bf12Blocks {
   }
 
  private:
+  const Piece piece_;
   UnpackedBlock first_, second_;
 };
 

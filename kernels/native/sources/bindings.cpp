@@ -40,6 +40,7 @@ Tensor exit_score(const Tensor& hidden, const Tensor& previous) {
   Tensors held;
   check(hidden.dim() > 0 && has_rows(previous, hidden, columns_of(hidden)), "previous",
         "have hidden's dtype and shape");
+  check(hidden.numel() > 0, "hidden", "not be empty");
   Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
   ScoreArgs args{rows_in(hidden, held, "hidden"), rows_in(previous, held, "previous")};
   args.score = static_cast<float*>(score.data_ptr());
@@ -83,6 +84,7 @@ void copy_to(const Tensor& from, Tensor to) {
   check(from.is_cpu() && to.is_cpu() && from.is_contiguous() && to.is_contiguous() &&
             from.scalar_type() == to.scalar_type() && from.numel() == to.numel(),
         "a copy's tensors", "be contiguous, of one dtype and size");
+  if (from.numel() == 0) return;
   const CopyArgs args{from.data_ptr(), to.data_ptr(), int64_t(from.numel() * from.element_size())};
   run_phases(args, {{copy, &args, 1}});
 }

@@ -45,6 +45,7 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   a.kv_heads = int32_t(k_cache.size(1));
   a.slots = int32_t(k_cache.size(2));
   a.head_dim = int32_t(k_cache.size(3));
+  STD_TORCH_CHECK(a.kv_heads > 0 && a.head_dim > 0, "k_cache and v_cache must have heads with features");
   a.heads = int32_t(columns_of(qkv) / a.head_dim - 2 * a.kv_heads);
   check(qkv.numel() == int64_t(a.batch) * a.positions * (a.heads + 2 * a.kv_heads) * a.head_dim && a.heads > 0 &&
             qkv.scalar_type() == k_cache.scalar_type(),
@@ -65,6 +66,7 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   a.slot_bytes = wide ? 8 : 4;
   const int64_t sizes[] = {a.batch, a.positions, a.heads, a.head_dim}, one[] = {a.batch, a.heads, a.head_dim};
   Tensor q = a.positions == 1 ? empty(one, 3, qkv) : empty(sizes, 4, qkv);
+  if (q.numel() == 0) return q;
   a.q = q.data_ptr();
   a.interleaved = interleaved;
   run_phases(a, {{kernels().kv_fill, &a, parts_of(qkv.numel(), 1 << 14)}}, a.positions > kFewPositions);
@@ -85,9 +87,9 @@ inline void describe_attention(AttentionArgs& a, const Tensor& q, int64_t positi
   a.chunks = int32_t(ceil_div(a.slots, kChunk));
   a.scale = float(scale);
   a.softcap = float(softcap);
-  check(q.size(0) == a.batch && columns_of(q) == a.head_dim && a.heads % a.kv_heads == 0 &&
-            q.scalar_type() == k_cache.scalar_type(),
-        "q", "have the sequences, features and dtype of the caches, and a multiple of their heads");
+  const bool shares = a.kv_heads ? a.heads % a.kv_heads == 0 : a.heads == 0;
+  check(q.size(0) == a.batch && columns_of(q) == a.head_dim && shares && q.scalar_type() == k_cache.scalar_type(), "q",
+        "have the sequences, features and dtype of the caches, and a multiple of their heads");
 }
 
 inline void describe_mask(AttentionArgs& a, const Tensor& mask, int64_t sequence, int64_t position) {
@@ -125,6 +127,7 @@ inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
   check(q.is_contiguous() || !Tape::recording(), "q", "be contiguous to be recorded");
   const Tensor query = q.is_contiguous() ? q : torch::stable::contiguous(q);
   Tensor out = empty_rows(q, a.head_dim);
+  if (out.numel() == 0) return out;
   a.q = query.data_ptr();
   a.out = out.data_ptr();
   a.positions > kFewPositions ? run_many(a) : run_few(a);

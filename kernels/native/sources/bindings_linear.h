@@ -21,10 +21,11 @@ struct Fused {
 struct LinearCall {
   PrepareArgs prepare{};
   GemmArgs gemm{};
+  Pieces unpacked{};
 
   // In one of torch's parallel loops, or one for each phase if the call lies between calls of a library.
   void run(bool beside_library = false) {
-    if (gemm.rows == 0) return;
+    if (gemm.rows == 0 || gemm.epilogue.out_features == 0) return;
     check(!beside_library || !Tape::recording(), "a product of many rows", "not be recorded");
     place();
     const int64_t k = gemm.padded_features(), weights = ceil_div(gemm.epilogue.out_features, kBlock) * kBlock * k;
@@ -49,13 +50,19 @@ struct LinearCall {
     x.sum = reinterpret_cast<float*>(memory += aligned(groups * 4));
     x.start = reinterpret_cast<int32_t*>(memory + aligned(groups * 4));
     prepare.out = x;
+    if (!gemm.palette) return;
+    Tape* const tape = Tape::recording();
+    if (!tape) unpacked = pieces_of(gemm.unpacked_bytes());
+    gemm.unpacked = tape ? tape->pieces(gemm.unpacked_bytes()) : &unpacked;
   }
 };
+
+inline constexpr char kNoFeatures[] = "a product needs features to read and to write";
 
 inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int64_t k, int64_t n, int64_t group_size,
                             int64_t experts = 1) {
   STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size is not 32, 64 or 128");
-  STD_TORCH_CHECK(k > 0 && n > 0 && k < (1 << 30) && n < (1 << 30), "a product needs features to read and to write");
+  STD_TORCH_CHECK(k > 0 && n > 0 && k < (1 << 30) && n < (1 << 30), kNoFeatures);
   const int64_t blocks = experts * ceil_div(n, kBlock), groups = ceil_div(k, group_size);
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
                       weight.numel() == blocks * groups * group_size * kBlock / 2,
@@ -191,7 +198,7 @@ inline Tensor norm(const Tensor& x, const NormOf& norm, const Maybe& residual) {
   p.residual = residual_of(residual, x, p.in_features, held);
   Tensor y = empty_rows(x, p.in_features);
   p.out = {y.data_ptr(), nullptr, nullptr, nullptr, kUnchanged};
-  if (p.rows > 0) run_phases(p, {{kernels().prepare, &p, std::min(p.rows, parts_of(x.numel(), 1 << 14))}});
+  if (x.numel() > 0) run_phases(p, {{kernels().prepare, &p, std::min(p.rows, parts_of(x.numel(), 1 << 14))}});
   return y;
 }
 
@@ -270,6 +277,7 @@ inline Tensor dense(const Tensor& x, const Tensors& weights, const Tensors& bias
   check(!weights.empty() && (biases.empty() || biases.size() == weights.size()), "weights",
         "be one or more, and biases none or as many");
   const int64_t k = columns_of(x);
+  STD_TORCH_CHECK(k > 0, kNoFeatures);
   LinearCall call;
   Rows& rows = call.gemm.dense;
   rows = rows_of_many(weights, x, "weights", [&](const Tensor& w) { return w.dim() == 2 && w.size(1) == k; });

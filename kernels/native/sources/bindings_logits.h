@@ -17,20 +17,23 @@ inline Tensor rescore(const Tensor& logits, const Tensor& x, const Tensor& weigh
   check(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.size(1) == k,
         "weight", "be contiguous, in x's dtype, with x's features");
   check(has_rows(logits, x, n), "logits", "have x's dtype and rows, and a column for each row of weight");
+  STD_TORCH_CHECK(k > 0, kNoFeatures);
   Tensors held;
   RescoreCall call;
   RescoreArgs& a = call.rescore;
   describe_norm(call.prepare, x, norm, held);
   Tensor y = empty_rows(x, n);
   const int64_t rows = call.prepare.rows;
-  if (rows == 0) return y;
+  if (y.numel() == 0) return y;
   a.ways = rows < threads() ? threads() : 1;
+  const int parts = int(std::min<int64_t>(rows * a.ways, 4 * threads()));
+  a.rows = int32_t(rows);
   a.dtype = call.prepare.dtype;
   a.in_features = int32_t(k);
   a.padded_features = int32_t(call.prepare.groups() * kLargestGroup);
   a.out_features = int32_t(n);
-  const size_t values = size_t(rows) * a.padded_features * sizeof(float), parts = rows * a.ways;
-  char* memory = workspace(values + parts * 2 * ceil_div(n, kBlockOfLogits) * sizeof(float));
+  const size_t values = size_t(rows) * a.padded_features * sizeof(float);
+  char* memory = workspace(values + size_t(parts) * 2 * ceil_div(n, kBlockOfLogits) * sizeof(float));
   call.prepare.out = a.x = {memory, nullptr, nullptr, nullptr, kFloats};
   a.largest = reinterpret_cast<float*>(memory + values);
   a.logits = rows_in(logits, held, "logits");
@@ -38,7 +41,7 @@ inline Tensor rescore(const Tensor& logits, const Tensor& x, const Tensor& weigh
   a.bias = vector_of(bias, x, n, "bias");
   a.y = y.data_ptr();
   const int parts_of_norm = norm.weight ? std::min<int>(int(rows), 4 * threads()) : 1;
-  run_phases(call, {{kernels().prepare, &call.prepare, parts_of_norm}, {kernels().rescore, &a, int(parts)}});
+  run_phases(call, {{kernels().prepare, &call.prepare, parts_of_norm}, {kernels().rescore, &a, parts}});
   return y;
 }
 
@@ -56,8 +59,8 @@ inline void run_choices(ChoiceArgs& a, const Tensor& logits, const void* first, 
 }
 
 inline Tensor largest_entropy(const Tensor& logits) {
-  check(logits.dim() == 3 && logits.is_cpu() && logits.stride(2) == 1 && logits.size(1) > 0 && logits.size(2) > 0,
-        "logits", "be [B, T, V] in the CPU's memory, those of a position adjacent");
+  check(logits.dim() == 3 && logits.is_cpu() && logits.stride(2) == 1 && logits.numel() > 0, "logits",
+        "be [B, T, V] in the CPU's memory, not empty, those of a position adjacent");
   ChoiceArgs a{};
   Tensor score = empty(nullptr, 0, aoti_torch_dtype_float32());
   a.score = static_cast<float*>(score.data_ptr());

@@ -36,11 +36,11 @@ class Tiles {
 
 class BlockOfWeights {
  public:
-  // Of two blocks that are in use at a time `which` tells which one this is.
-  BlockOfWeights(const GemmArgs& a, int64_t n, int which)
+  // Of two blocks that share the memory of a piece `which` tells which one this is.
+  BlockOfWeights(const GemmArgs& a, int64_t n, int which, uint16_t* memory)
       : a_(a), first_(n * kBlock), count_(int(std::min<int64_t>(kBlock, a.epilogue.out_features - first_))) {
     if (a.palette) {
-      unpacked_.emplace(a, which);
+      unpacked_.emplace(a, which, memory);
       unpacked_->begin(n);
       return;
     }
@@ -83,9 +83,9 @@ class BlockOfWeights {
 };
 
 // All rows, of which there are at most 16.
-inline void microkernel_amx(const GemmArgs& a, int64_t n, int, int, float (*y)[kBlock]) {
+inline void microkernel_amx(const GemmArgs& a, int64_t n, uint16_t* memory, float (*y)[kBlock]) {
   alignas(64) float sums[kBlock * kBlock];
-  BlockOfWeights weights(a, n, 0);
+  BlockOfWeights weights(a, n, 0, memory);
   const int wide = 4 * a.rows;
   const char* x = static_cast<const char*>(a.x.values);
   _tile_zero(0);
@@ -103,7 +103,10 @@ inline void microkernel_amx(const GemmArgs& a, int64_t n, int, int, float (*y)[k
 
 inline void gemm_amx(const GemmArgs& a, int part, int parts) {
   const Tiles tiles(a.rows);
-  gemm_blocked(a, part, parts, microkernel_amx);
+  const Piece piece(a, part, parts);
+  gemm_blocked(a, part, parts, [&](const GemmArgs& a, int64_t n, int, int, float (*y)[kBlock]) {
+    microkernel_amx(a, n, piece.memory(), y);
+  });
 }
 
 // Of two blocks of features and two blocks of rows: [features, rows, 16 features, 16 rows].
@@ -142,6 +145,7 @@ inline void microkernel_amx_multi(const GemmArgs& a, BlockOfWeights& weights, Bl
 
 inline void gemm_amx_multi(const GemmArgs& a, int part, int parts) {
   const Tiles tiles(kBlock);
+  const Piece piece(a, part, parts);
   alignas(64) Sums sums;
   alignas(64) float y[2][kBlock][kBlock];
   const Epilogue& e = a.epilogue;
@@ -149,7 +153,7 @@ inline void gemm_amx_multi(const GemmArgs& a, int part, int parts) {
   for (int first = 0; first < a.rows; first += kRowsTogether)
     for (auto [pair, end] = share_of(pairs, part, parts); pair < end; ++pair) {
       const int64_t n = e.gated ? pair : 2 * pair, other = e.gated ? pair + pairs : std::min(n + 1, blocks - 1);
-      BlockOfWeights weights(a, n, 0), others(a, other, 1);
+      BlockOfWeights weights(a, n, 0, piece.memory()), others(a, other, 1, piece.memory());
       for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += 2 * kBlock) {
         const int ahead = row > first ? 0 : e.gated ? 1 : 2;
         microkernel_amx_multi(a, weights, others, {row / kBlock, std::min<int64_t>(row / kBlock + 1, last)}, ahead,

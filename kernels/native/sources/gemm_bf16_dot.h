@@ -62,13 +62,12 @@ inline void microkernel_bf16_dot(const GemmArgs& a, int64_t n, int row, int rows
 
 inline void gemm_bf16_dot(const GemmArgs& a, int part, int parts) {
   if (!a.palette) return gemm_blocked(a, part, parts, microkernel_bf16_dot);
-  Bf12Blocks blocks(a);
+  Bf12Blocks blocks(a, part, parts);
   gemm_blocked(a, part, parts, [&](const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
     const int64_t row_bytes = a.padded_features() * 2;
     const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
     const auto few = [&](const UnpackedBlock& block, int four, auto r, Matrix<float> to) RIVER_INLINED {
       dots_of_four<r, kMostRows, false>(  // (GCC 12 puts what two of these products share on the stack.)
-
           block.four(four), block.palette(), block.in_features(), to,
           [&](Floats sum, Ints weights, int64_t i, int row) RIVER_INLINED {
             return dot_pairs(sum, weights, load(reinterpret_cast<const uint8_t*>(x + row * row_bytes + i * 2)));

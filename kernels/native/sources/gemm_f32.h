@@ -138,7 +138,7 @@ void microkernel_8_bits(const GemmArgs& a, int64_t n, int row, int rows, float (
 // The same for 12-bit weights.
 class MicrokernelF32Bf12 {
  public:
-  explicit MicrokernelF32Bf12(const GemmArgs& a) : blocks_(a) {}
+  MicrokernelF32Bf12(const GemmArgs& a, int part, int parts) : blocks_(a, part, parts) {}
 
   void operator()(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) const {
     const int64_t padded = a.padded_features();
@@ -173,7 +173,7 @@ inline void gemm_f32(const GemmArgs& a, int part, int parts) {
   if (a.in_8_bits == kFloat8s) return gemm_blocked(a, part, parts, microkernel_8_bits<kFloat8s, false>, together);
   if (a.in_8_bits && a.grouped) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, true>, together);
   if (a.in_8_bits) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, false>, together);
-  if (a.palette) return gemm_blocked(a, part, parts, MicrokernelF32Bf12(a), together);
+  if (a.palette) return gemm_blocked(a, part, parts, MicrokernelF32Bf12(a, part, parts), together);
   with_dtype(a.epilogue.dtype, [&](auto d) { gemm_blocked(a, part, parts, microkernel_f32<d>, together); });
 }
 

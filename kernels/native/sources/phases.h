@@ -80,6 +80,18 @@ struct Epilogue {
   int64_t blocks() const { return ceil_div(width(), kBlock); }
 };
 
+// Pieces of memory, one for each part that runs at a time: flags, 0 where a piece is free, in a whole number of lines,
+// and behind them the pieces.
+struct Pieces {
+  int32_t* flags;
+  int32_t count;
+  int64_t each;  // bytes, whole lines
+
+  int64_t flag_bytes() const { return ceil_div(int64_t(count) * 4, int64_t(64)) * 64; }
+  int64_t bytes() const { return flag_bytes() + count * each; }
+  char* at(int64_t piece) const { return reinterpret_cast<char*>(flags) + flag_bytes() + piece * each; }
+};
+
 // y = epilogue(x W^T), summed in float32. Parts split the blocks of output features.
 struct GemmArgs {
   Activations x;
@@ -90,6 +102,7 @@ struct GemmArgs {
   const int32_t* palette;      // of 12-bit weights, null otherwise; then `weight` is [N' / 4, K'' / 64,
                                // 6, 64], K'' of 64 features (bf12.h). 16 bytes, the number of each four's first patch
                                // [N' / 4 + 1], and the patches [2]: 4 k + n within the four, and the weight
+  const Pieces* unpacked;      // of `unpacked_bytes` or more, for 12-bit weights
   const float* scale;          // [N, 1 or K / 32] of 8-bit weights, null otherwise; then `weight` is [N, K]
   const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null if there is one for all;
                                // a row with none of their numbers gets zeros
@@ -101,6 +114,8 @@ struct GemmArgs {
 
   int64_t groups() const { return ceil_div(in_features, group_size); }
   int64_t padded_features() const { return groups() * group_size; }
+  // Two blocks of 16 output features as bfloat16.
+  int64_t unpacked_bytes() const { return 2 * 2 * kBlock * ceil_div(int64_t(in_features), kUnit) * kUnit; }
 };
 
 constexpr float kUnwanted = -32768.0f;  // all dtypes have it, and masking logits further gives no NaN
@@ -114,7 +129,7 @@ struct LibraryEpilogueArgs {
 
 constexpr int kBlockOfLogits = 64;
 
-// y = logits, the largest of each row recomputed as x W^T + bias. Part `ways` m + w computes share w of row m.
+// y = logits, the largest of each row recomputed as x W^T + bias. Parts split the `ways` shares of all rows.
 struct RescoreArgs {
   Strided logits;      // [M, N] of `dtype`
   Activations x;       // in format kFloats, rows of `padded_features`
@@ -122,7 +137,7 @@ struct RescoreArgs {
   const void* bias;    // [N] of `dtype` or null
   void* y;             // [M, N] of `dtype`
   float* largest;      // for each part, twice as many as there are blocks of logits
-  int32_t dtype, in_features, padded_features, out_features, ways;
+  int32_t dtype, rows, in_features, padded_features, out_features, ways;
 };
 
 // A key-value cache [B, J, S, D], features contiguous.

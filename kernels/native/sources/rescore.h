@@ -112,12 +112,11 @@ class RowOfLogits {
   alignas(64) float values_[kBlockOfLogits];
 };
 
-inline void rescore(const void* args, int part, int) {
+inline void rescore(const void* args, int part, int parts) {
   const auto& a = *static_cast<const RescoreArgs*>(args);
-  const int64_t row = part / a.ways;
-  const int64_t blocks = ceil_div(a.out_features, kBlockOfLogits);
-  RowOfLogits logits(a, row, a.largest + 2 * blocks * part);
-  logits.write(part % a.ways, a.ways);
+  float* const largest = a.largest + 2 * ceil_div(a.out_features, kBlockOfLogits) * int64_t(part);
+  for (auto [i, end] = share_of(int64_t(a.rows) * a.ways, part, parts); i < end; ++i)
+    RowOfLogits(a, i / a.ways, largest).write(int(i % a.ways), a.ways);
 }
 
 }  // namespace river

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -27,6 +28,28 @@ inline Memory allocate(size_t bytes) {
   return memory;
 }
 
+// Memory that grows and is kept.
+class Kept {
+ public:
+  char* room(size_t bytes) {
+    if (size_ < bytes) memory_ = allocate(bytes), size_ = bytes;
+    return memory_.get();
+  }
+
+ private:
+  Memory memory_;
+  size_t size_ = 0;
+};
+
+// Pieces for as many parts as torch has threads, in the calling thread's memory; those of its next call are the same.
+inline Pieces pieces_of(int64_t each) {
+  static thread_local Kept kept;
+  Pieces pieces{nullptr, int32_t(torch::stable::get_num_threads()), each};
+  pieces.flags = reinterpret_cast<int32_t*>(kept.room(pieces.bytes()));
+  std::fill(pieces.flags, pieces.flags + pieces.count, 0);
+  return pieces;
+}
+
 class Tape {
  public:
   // The tape that this thread records, null if operators run immediately.
@@ -41,14 +64,23 @@ class Tape {
     return memory_.back().get();
   }
   void add(const Phase& phase) { phases_.push_back(phase); }
+  // Pieces of `each` bytes or more, which each replay takes from its thread.
+  const Pieces* pieces(int64_t each) {
+    pieces_.each = std::max(pieces_.each, each);
+    return &pieces_;
+  }
   void hold(const torch::stable::Tensor& tensor) { tensors_.push_back(tensor); }
   // After each replay `failed` must be 0; else the replay says `what`.
   void watch(int32_t* failed, const char* what) { watched_.push_back({failed, what}); }
   void replay(int threads) const { replay(phases_, threads); }
   // `phases`: the tape's, or others in their place.
   void replay(const std::vector<Phase>& phases, int threads) const {
+    if (pieces_.each) pieces_ = pieces_of(pieces_.each);
     ThreadPool::instance().run(phases.data(), int(phases.size()), threads);
-    for (const Watched& watched : watched_) STD_TORCH_CHECK(!std::exchange(*watched.failed, 0), watched.what);
+    const char* wrong = nullptr;
+    for (const Watched& watched : watched_)  // (each is set back, whichever the error names)
+      if (std::exchange(*watched.failed, 0) && !wrong) wrong = watched.what;
+    STD_TORCH_CHECK(!wrong, wrong);
   }
   const std::vector<Phase>& recorded() const { return phases_; }
   size_t bytes() const { return bytes_; }
@@ -63,15 +95,14 @@ class Tape {
   std::vector<Memory> memory_;
   std::vector<torch::stable::Tensor> tensors_;
   size_t bytes_ = 0;
+  mutable Pieces pieces_{};
 };
 
 // Memory that lives as long as one call's phases: the tape's, or the calling thread's, which grows and is kept.
 inline char* workspace(size_t bytes) {
   if (Tape* tape = Tape::recording()) return tape->memory(bytes);
-  static thread_local Memory kept;
-  static thread_local size_t size = 0;
-  if (size < bytes) kept = allocate(bytes), size = bytes;
-  return kept.get();
+  static thread_local Kept kept;
+  return kept.room(bytes);
 }
 
 // If torch has its default number of threads on a machine with slow cores, or more: the fast cores alone. All zero

@@ -46,10 +46,15 @@ class ThreadPool {
     return *pool;
   }
 
+  static constexpr int kMostParts = (1 << 16) - 1;  // of a phase
+
+  // Raises an error for a phase of more than kMostParts parts, before the first phase runs.
   void run(const Phase* phases, int count, int threads) {
+    int most = 0;
+    for (int i = 0; i < count; ++i) most = std::max(most, phases[i].parts);
+    STD_TORCH_CHECK(most <= kMostParts, "a phase of ", most, " parts has more than ", kMostParts);
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    const bool split = std::any_of(phases, phases + count, [](const Phase& phase) { return phase.parts > 1; });
-    if (threads <= 1 || !split || !turn.owns_lock()) {
+    if (threads <= 1 || most <= 1 || !turn.owns_lock()) {
       for (int i = 0; i < count; ++i)
         for (int part = 0; part < phases[i].parts; ++part) phases[i].run(phases[i].args, part, phases[i].parts);
       return;
@@ -70,6 +75,7 @@ class ThreadPool {
   // The present phase: its number, parts and ranges. A range's cursor: the phase that it is of, and the next part that
   // no thread took; that of an earlier phase stands for the range's first part.
   static constexpr int kLow = 24, kRangeBits = 8, kMostRanges = 64;
+  static_assert(kMostParts < 1 << (kLow - kRangeBits));
   static uint64_t joined(uint64_t epoch, uint64_t low) { return epoch << kLow | low; }
   static uint64_t epoch_of(uint64_t joined) { return joined >> kLow; }
   static uint64_t low_of(uint64_t joined) { return joined & ((1 << kLow) - 1); }

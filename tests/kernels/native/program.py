@@ -1,4 +1,6 @@
-"""The test program of `phases/`, which checks a library of kernels without torch: compiled once, here or for ARM.
+"""The test programs of `phases/` and `pool/`, which run kernels and the thread pool without torch.
+
+Each is compiled once, here or for ARM, with a sanitizer or without.
 
 Not handled: other architectures than this machine's and 64-bit ARM.
 """
@@ -20,8 +22,8 @@ import pytest
 from river_compile.kernels.files import atomic_write, cached_file, locked
 from river_compile.kernels.native import build
 
-FOLDER = Path(__file__).parent / "phases"
-_FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-pthread", f"-I{build.SOURCES}")
+PHASES, POOL = (Path(__file__).parent / name for name in ("phases", "pool"))
+_FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-pthread", "-rdynamic")
 _PREFIX = "aarch64-linux-gnu-"
 _ARM_TOOLS = (f"{_PREFIX}g++", f"{_PREFIX}objdump", "qemu-aarch64")
 _ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
@@ -71,37 +73,44 @@ class Done:
         return self.status == -signal.SIGILL
 
 
-def run(library: Path, *arguments: str) -> Done:
-    """Runs the program on a library of this machine's architecture."""
-    return _run([str(_program(build.find_compiler())), str(library), *arguments])
+def run(library: Path, *arguments: str, flags: Sequence[str] = ()) -> Done:
+    """Runs the phases of a library of this machine's architecture; `flags`: of a sanitizer."""
+    return _run([str(_program(build.find_compiler(), PHASES, flags)), str(library), *arguments])
+
+
+def run_pool(seconds: float, seed: int, flags: Sequence[str] = (), start: Sequence[str] = ()) -> Done:
+    """Runs the thread pool for some seconds; `flags`: of a sanitizer, `start`: a command that starts the program."""
+    return _run([*start, str(_program(build.find_compiler(), POOL, flags)), str(seconds), str(seed)])
 
 
 def run_arm(library: Path, core: str, *arguments: str) -> Done:
     """Runs the program on a library for ARM, emulated on a core as QEMU names it."""
     emulator = ["qemu-aarch64", "-cpu", core, "-L", _ARM_LIBRARIES]
-    return _run([*emulator, str(_program(arm_compiler())), str(library), *arguments])
+    return _run([*emulator, str(_program(arm_compiler(), PHASES)), str(library), *arguments])
 
 
 def _run(command: Sequence[str]) -> Done:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
     return Done(done.stdout, done.returncode)
 
 
-def _program(compiler: build.Compiler) -> Path:
-    """Returns the program that a compiler makes, from the cache folder of compiled kernels."""
-    sources = sorted([*FOLDER.iterdir(), build.SOURCES / "phases.h"])
-    inputs = [compiler.command, compiler.version, *_FLAGS[:-1]]
-    texts = [*map(str.encode, inputs), *(source.read_bytes() for source in sources)]
+def _program(compiler: build.Compiler, folder: Path, flags: Sequence[str] = ()) -> Path:
+    """Returns the program that a compiler makes of a folder, from the cache folder of compiled kernels."""
+    headers = (build.SOURCES / name for name in ("phases.h", "thread_pool.h"))
+    sources = sorted(file for file in (*folder.rglob("*"), *headers) if file.is_file())
+    texts = [compiler.command.encode(), compiler.version.encode(), *map(str.encode, (*_FLAGS, *flags))]
+    texts += [source.read_bytes() for source in sources]
     digest = hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
-    return cached_file(f"native/phases_{digest}", Path.exists, functools.partial(_compile, compiler))
+    name = f"native/{folder.name}_{digest}"
+    return cached_file(name, Path.exists, functools.partial(_compile, compiler, folder, flags))
 
 
-def _compile(compiler: build.Compiler, program: Path) -> None:
-    sources = sorted(map(str, FOLDER.glob("*.cpp")))
+def _compile(compiler: build.Compiler, folder: Path, flags: Sequence[str], program: Path) -> None:
+    sources, includes = sorted(map(str, folder.glob("*.cpp"))), (f"-I{folder}", f"-I{build.SOURCES}")
     with locked(program):
         if program.exists():
             return
         with atomic_write(program) as scratch:
-            command = [compiler.command, *_FLAGS, *sources, "-ldl", "-o", str(scratch)]
+            command = [compiler.command, *_FLAGS, *flags, *includes, *sources, "-ldl", "-o", str(scratch)]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert done.returncode == 0, done.stdout

@@ -95,3 +95,14 @@ def test_other_shapes_are_refused():
     for wrong in ((logits[:, 1:], x, weight), (logits, x[:, 1:], weight), (logits.double(), x, weight)):
         with pytest.raises(RuntimeError, match=r"(logits|weight) must"):
             native.rescore(*wrong, *rest)
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_rows_than_a_phase_has_parts(threads):
+    """A phase of 2^16 parts or more would never end."""
+    load.load()
+    torch.set_num_threads(threads)
+    x, weight = torch.arange(70_000.0).unsqueeze(1), torch.tensor([[1.0], [2.0]])
+    y = native.rescore(torch.zeros(70_000, 2), x, weight, None)
+    assert torch.equal(y, x @ weight.T)

@@ -237,6 +237,21 @@ def test_an_error_ends_the_recording():
     assert a.item() == 1
 
 
+def test_a_replay_after_two_wrong_ids_is_right():
+    """Both are noted, one is reported, and neither is reported again."""
+    table, ids, tape = torch.eye(4), [torch.tensor([1]), torch.tensor([2])], Tape()
+    with tape.recording():
+        rows = [native.embed(each, table) for each in ids]
+    for each in ids:
+        each.fill_(4)
+    with pytest.raises(RuntimeError, match="no row of the embedding"):
+        tape.replay()
+    for each in ids:
+        each.fill_(3)
+    tape.replay()
+    assert all(torch.equal(row, table[3:]) for row in rows)
+
+
 def test_an_empty_tape_is_refused():
     for use in (Tape.replay, lambda tape: tape.phases, lambda tape: tape.bytes):
         with pytest.raises(RuntimeError, match="nothing was recorded on this tape"):

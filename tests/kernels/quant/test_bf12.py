@@ -65,6 +65,24 @@ def test_patches_outside_of_their_matrix_are_noticed():
         assert not lossless.has_valid_patches(wrong, n, k)
 
 
+def test_patches_that_do_not_ascend_are_noticed():
+    """Kernels take them unit by unit: one of an earlier unit would be written below the memory of a later one."""
+    n, k = 16, 256
+    weight = torch.ones(n, k).bfloat16()
+    weight[:, ::50] = (torch.randn(n, 6, generator=torch.Generator().manual_seed(0)) * 30).exp().bfloat16()
+    side, fours = lossless.pack_12bit(weight)[1], n // lossless.FOUR
+    first, begin = side[4 : 5 + fours], 5 + fours
+    assert lossless.has_valid_patches(side, n, k), "a four's first patch may lie before the last one of another"
+    assert (first.diff() > 4).all()
+    for four in range(fours):
+        swapped, twice = side.clone(), side.clone()
+        places = swapped[begin + 2 * first[four] : begin + 2 * first[four + 1] : 2]
+        places[-2:] = places[-2:].flip(0)
+        twice[begin + 2 * first[four]] = twice[begin + 2 * first[four] + 2]
+        assert not lossless.has_valid_patches(swapped, n, k)
+        assert not lossless.has_valid_patches(twice, n, k)
+
+
 def test_trained_like_weights_take_12_bits_and_have_few_patches():
     weight = matrix(512, 1024, "normal", 0)
     units, side = lossless.pack_12bit(weight)

@@ -7,7 +7,7 @@ namespace {
 
 struct Product {
   PrepareArgs prepare{};
-  GemmArgs gemm{};
+  GemmArgs gemm{};  // whose `unpacked`, if any, is that of the first of several copies
 };
 
 enum Form {
@@ -25,7 +25,17 @@ enum Form {
 
 void run_product(Case& c, Product& p, int parts) {
   c.run(&Kernels::prepare, &p.prepare, parts);
+  const Pieces none{}, &pieces = p.gemm.unpacked ? *p.gemm.unpacked : none;
+  std::fill(pieces.flags, pieces.flags + pieces.count, 0);
   c.run(&Kernels::gemm, &p.gemm, parts);
+  c.expect(std::count(pieces.flags, pieces.flags + pieces.count, 0) == pieces.count, "a part kept its piece of memory");
+}
+
+// Pieces of memory, exactly as much as a matmul of 12-bit weights takes.
+Pieces pieces_for(Case& c, const GemmArgs& a) {
+  Pieces pieces{nullptr, c.random.between(1, 4), a.unpacked_bytes()};
+  pieces.flags = c.workspace(pieces.bytes()).data<int32_t>();
+  return pieces;
 }
 
 // The memory for the activations of all rows.
@@ -140,6 +150,8 @@ void check_form(Case& c, Form form) {
     a.grouped = form == kInt8Groups;
     weights = {pack_8_bits(c, a)};
   }
+  const Pieces pieces = form == k12Bits ? pieces_for(c, a) : Pieces{};
+  if (form == k12Bits) a.unpacked = &pieces;
   draw_epilogue(c, a.epilogue, a.rows, first);
   place(c, p);
   c.describe(" matrices=", int64_t(first.size() - 1));

@@ -1,23 +1,39 @@
 #include "harness.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <sstream>
+#include <stdexcept>
 #include <thread>
+
+#include "allocations.h"
 
 namespace river::checks {
 
-Buffer::Buffer(int64_t bytes, int64_t shift) : bytes_(bytes), memory_(bytes + 2 * kGuard + 64 + shift, 0xff) {
-  const auto first = reinterpret_cast<uintptr_t>(memory_.data()) + kGuard;
-  data_ = memory_.data() + kGuard + ((64 - first % 64) % 64 + shift);
+Buffer::Buffer(int64_t bytes, Side side) : bytes_(bytes) {
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  size_ = ceil_div(std::max<int64_t>(bytes, 1), page) * page;
+  void* const all = mmap(nullptr, size_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  begin_ = static_cast<uint8_t*>(all) + page;
+  if (all == MAP_FAILED || mprotect(begin_, size_, PROT_READ | PROT_WRITE)) throw std::runtime_error("no memory");
+  const int64_t end = side == Side::kBehindInLines ? ceil_div(bytes, int64_t(64)) * 64 : bytes;
+  data_ = side == Side::kBefore ? begin_ : begin_ + size_ - end;
+  std::fill(begin_, begin_ + size_, 0xff);
+}
+
+Buffer::~Buffer() {
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  munmap(begin_ - page, size_ + 2 * page);
 }
 
 void Buffer::poison() { std::fill(data_, data_ + bytes_, 0xff); }
 
 bool Buffer::is_intact() const {
   const auto is_guard = [](uint8_t byte) { return byte == 0xff; };
-  const uint8_t *begin = memory_.data(), *end = begin + memory_.size();
-  return std::all_of<const uint8_t*>(begin, data_, is_guard) &&
-         std::all_of<const uint8_t*>(data_ + bytes_, end, is_guard);
+  return std::all_of<const uint8_t*>(begin_, data_, is_guard) &&
+         std::all_of<const uint8_t*>(data_ + bytes_, begin_ + size_, is_guard);
 }
 
 namespace {
@@ -32,10 +48,10 @@ T& added(std::vector<std::unique_ptr<Buffer>>& to, std::unique_ptr<T> made) {
 }  // namespace
 
 Values& Case::input(int64_t count, int32_t dtype) {
-  return added(inputs_, std::make_unique<Values>(count, dtype, shift(size_of(dtype))));
+  return added(inputs_, std::make_unique<Values>(count, dtype, side()));
 }
 
-Buffer& Case::input_of(int64_t bytes) { return added(inputs_, std::make_unique<Buffer>(bytes, shift(8))); }
+Buffer& Case::input_of(int64_t bytes) { return added(inputs_, std::make_unique<Buffer>(bytes, side())); }
 
 Values& Case::normal(int64_t rows, int64_t columns, int64_t stride, int32_t dtype, double deviation) {
   Values& values = input((rows - 1) * stride + columns, dtype);
@@ -45,15 +61,20 @@ Values& Case::normal(int64_t rows, int64_t columns, int64_t stride, int32_t dtyp
 }
 
 Values& Case::output(int64_t count, int32_t dtype) {
-  return added(outputs_, std::make_unique<Values>(count, dtype, shift(size_of(dtype))));
+  return added(outputs_, std::make_unique<Values>(count, dtype, side()));
 }
 
-Buffer& Case::workspace(int64_t bytes) { return added(workspaces_, std::make_unique<Buffer>(bytes, 0)); }
+Buffer& Case::workspace(int64_t bytes) {
+  return added(workspaces_, std::make_unique<Buffer>(bytes, Side::kBehindInLines));
+}
 
 void Case::run(Entry entry, const void* args, int parts) {
   const Run phase = kernels.*entry;
   called_.insert(phase);
+  const int64_t before = allocations();
   for (int part = parts; part-- > 0;) phase(args, part, parts);
+  const int64_t made = allocations() - before;
+  expect(made == 0, "a part allocated memory");
 }
 
 void Case::run_on_threads(Entry entry, const void* args, int parts) {

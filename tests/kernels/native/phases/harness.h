@@ -1,4 +1,4 @@
-// One case of a check: buffers between guard zones, runs of a phase by several parts, and what was wrong.
+// One case of a check: buffers at pages without access, runs of a phase by several parts, and what was wrong.
 #pragma once
 
 #include <functional>
@@ -14,11 +14,16 @@ namespace river::checks {
 using Entry = Run Kernels::*;
 using Doubles = std::vector<double>;
 
-// Memory between guard zones. All bytes are 0xFF at first: NaN as a float, -1 as an integer.
+// Where a buffer lies between its pages without access. Lines are of 64 bytes.
+enum class Side { kBehind, kBefore, kBehindInLines };  // it ends at one, begins at one, or ends a line or less before
+
+// Memory between pages without access: a phase that reads or writes them ends with SIGSEGV. What else is on the
+// buffer's own pages is a guard zone. All bytes are 0xFF at first: NaN as a float, -1 as an integer.
 class Buffer {
  public:
-  // `shift`: bytes from a multiple of 64 to the address.
-  Buffer(int64_t bytes, int64_t shift);
+  Buffer(int64_t bytes, Side side);
+  virtual ~Buffer();
+  Buffer(const Buffer&) = delete;
 
   template <class T = void>
   T* data() {
@@ -30,17 +35,14 @@ class Buffer {
   std::vector<uint8_t> content() const { return {data_, data_ + bytes_}; }
 
  private:
-  static constexpr int64_t kGuard = 1024;
-
-  int64_t bytes_;
-  std::vector<uint8_t> memory_;
-  uint8_t* data_;
+  int64_t bytes_, size_;    // of the data, and of the pages with access
+  uint8_t *begin_, *data_;  // of those pages
 };
 
 // Numbers of one dtype in such memory.
 class Values : public Buffer {
  public:
-  Values(int64_t count, int32_t dtype, int64_t shift) : Buffer(count * size_of(dtype), shift), dtype_(dtype) {}
+  Values(int64_t count, int32_t dtype, Side side) : Buffer(count * size_of(dtype), side), dtype_(dtype) {}
 
   double at(int64_t i) { return value_of(data(), i, dtype_); }
   void set(int64_t i, double value) { set_value(data(), i, dtype_, value); }
@@ -59,11 +61,11 @@ class Case {
   Buffer& input_of(int64_t bytes);
   // Random values, rows `stride` apart with NaN between them.
   Values& normal(int64_t rows, int64_t columns, int64_t stride, int32_t dtype, double deviation = 1);
-  // Memory that is poisoned before each run; outputs have the same bits after each one.
+  // Memory that is poisoned before each run; outputs have the same bits after each one. Workspaces begin at a line.
   Values& output(int64_t count, int32_t dtype);
   Buffer& workspace(int64_t bytes);
 
-  // Runs all parts of a phase, the last one first.
+  // Runs all parts of a phase, the last one first; none may allocate memory.
   void run(Entry entry, const void* args, int parts);
   // Runs all parts at the same time, each on a separate thread.
   void run_on_threads(Entry entry, const void* args, int parts);
@@ -81,6 +83,7 @@ class Case {
   void expect_near(const char* what, int64_t i, double found, double expected, double allowed);
   void expect_same_bits(const char* what, const void* a, const void* b, int64_t bytes);
 
+  const std::string& description() const { return description_; }
   const std::string& wrong() const { return wrong_; }  // the first thing, empty if there is none
   const std::set<Run>& called() const { return called_; }
 
@@ -91,7 +94,7 @@ class Case {
   static std::string text_of(const char* text) { return text; }
   static std::string text_of(int64_t number) { return std::to_string(number); }
 
-  int64_t shift(int64_t each) { return random.between(0, 3) * each; }
+  Side side() { return random.one_in(4) ? Side::kBefore : Side::kBehind; }
   std::vector<uint8_t> outcome() const;
 
   std::vector<std::unique_ptr<Buffer>> inputs_, outputs_, workspaces_;

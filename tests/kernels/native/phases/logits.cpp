@@ -34,7 +34,7 @@ Head draw_head(Case& c, bool some) {
   Random& r = c.random;
   Head h;
   RescoreArgs& a = h.a;
-  const int rows = r.between(1, 3);
+  const int rows = a.rows = r.between(1, 3);
   a.dtype = r.dtype();
   a.in_features = r.between(1, some ? 300 : 40);
   a.padded_features = int32_t(padded_of(a.in_features, kLargestGroup));
@@ -67,11 +67,11 @@ void check_rescore(Case& c, bool some) {
   Head h = draw_head(c, some);
   RescoreArgs& a = h.a;
   const int64_t n = a.out_features, k = a.in_features, rows = int64_t(h.logits.size()) / n;
-  Buffer& largest = c.workspace(rows * 3 * 2 * ceil_div(n, int64_t(kBlockOfLogits)) * 4);
+  Buffer& largest = c.workspace(3 * 2 * ceil_div(n, int64_t(kBlockOfLogits)) * 4);
   a.largest = largest.data<float>();
   c.repeat([&](int parts) {
     a.ways = parts;
-    c.run(&Kernels::rescore, &a, int(rows) * parts);
+    c.run(&Kernels::rescore, &a, parts);
   });
   for (int64_t row = 0; row < rows; ++row) {
     const double least = least_of(&h.logits[row * n], n);

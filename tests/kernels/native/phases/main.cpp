@@ -11,8 +11,12 @@
 #endif
 
 #include <chrono>
+#include <csignal>
 #include <cstddef>
 #include <cstdio>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include "harness.h"
 
@@ -34,6 +38,33 @@ uint32_t seed_of(const std::string& name, int number) {
   return seed + uint32_t(number);
 }
 
+// The case that runs, for a message if it ends the program.
+struct Running {
+  const char* check;
+  int number;
+  const Case* one;
+} running;
+
+void name_running() {
+  if (!running.one) return;
+  std::printf("%s, case %d, %s: ended the program\n", running.check, running.number,
+              running.one->description().c_str());
+  std::fflush(stdout);
+}
+
+#ifdef __SANITIZE_ADDRESS__
+void name_what_ends() { __sanitizer_set_death_callback(name_running); }
+#else
+void name_what_ends() {
+  for (const int wrong : {SIGSEGV, SIGBUS, SIGFPE})
+    std::signal(wrong, [](int signal) {
+      name_running();
+      std::signal(signal, SIG_DFL);
+      std::raise(signal);
+    });
+}
+#endif
+
 struct Outcome {
   int checked = 0, failed = 0;
   bool complete = false;  // whether some case ran each entry
@@ -44,8 +75,10 @@ Outcome outcome_of(const Check& check, const Kernels& kernels) {
   std::set<Run> called;
   for (int number = 0; number < check.cases; ++number) {
     Case one(kernels, seed_of(check.name, number));
+    running = {check.name.c_str(), number, &one};
     check.run(one);
     one.finish();
+    running = {};
     called.insert(one.called().begin(), one.called().end());
     ++outcome.checked;
     if (one.wrong().empty()) continue;
@@ -115,6 +148,7 @@ int main_of(const std::vector<std::string>& arguments) {
     return 2;
   }
   permit_tiles();
+  name_what_ends();
   return check_all(*reinterpret_cast<const Kernels* (*)()>(table)(), only);
 }
 

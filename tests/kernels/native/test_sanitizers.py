@@ -1,0 +1,113 @@
+"""The C++ code under GCC's sanitizers, and what the programs of `phases/` and `pool/` notice without them.
+
+The slow ones are `make test-sanitizers`. A sanitizer that does not work here is a skip with the compiler's words.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from river_compile.kernels.native import build
+from tests.kernels.native import program, sanitized
+from tests.support.examples import slow
+from tests.support.layout import ROOT
+
+# What calls each operator, on both sides of each size that decides how it runs.
+OPERATORS = [
+    f"tests/kernels/native/test_{name}.py"
+    for name in (
+        *("around", "bf12", "bits8", "cache", "empty", "entropy", "inputs", "linear", "packing", "positions"),
+        *("rescore", "tape", "wanted"),
+    )
+]
+FUZZ = (
+    "from tests.kernels.native.sanitized import use_address_sanitizer; use_address_sanitizer(); "
+    "from tools.soak.__main__ import main; raise SystemExit(main())"
+)
+
+# A library whose exit score touches what a flag says.
+FAULTY = """
+#include <new>
+#include "phases.h"
+namespace river {
+static void exit_score(const void* args, int, int) {
+  const auto& a = *static_cast<const ScoreArgs*>(args);
+  const int64_t bytes = ((a.rows - 1) * a.hidden.stride + a.features) * (a.dtype == kFloat32 ? 4 : 2);
+  *a.score = 0;
+  static const volatile char* volatile data;
+  data = static_cast<const volatile char*>(a.hidden.data);
+  if (FAULT == 1) (void)data[bytes];
+  if (FAULT == 2) (void)data[-1];
+  if (FAULT == 3) ::operator delete(::operator new(8));
+}
+static const Kernels kernels{.exit_score = exit_score};
+}
+extern "C" __attribute__((visibility("default"))) const river::Kernels* river_kernels() { return &river::kernels; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (1, r"exit_score, case 0, M=.* ended the program"),
+        (2, r"exit_score, case \d+, M=.* ended the program"),
+        (3, r"a part allocated memory"),
+    ],
+)
+def test_a_phase_that_touches_what_it_must_not_is_found(fault, said, tmp_path):
+    """A byte behind a buffer, one before it, the heap."""
+    source, library = tmp_path / "faulty.cpp", tmp_path / "faulty.so"
+    source.write_text(FAULTY)
+    command = [build.find_compiler().command, "-O0", "-std=c++20", "-fPIC", "-shared", f"-DFAULT={fault}"]
+    subprocess.run([*command, f"-I{build.SOURCES}", str(source), "-o", str(library)], check=True)
+    done = program.run(library, "--only", "exit_score")
+    assert done.status != 0
+    assert re.search(said, done.said), done.said
+
+
+@pytest.mark.parametrize("seconds", [1, slow(20)])
+@pytest.mark.parametrize("sanitizer", [(), sanitized.THREAD], ids=["plain", "thread"])
+def test_the_pool_runs_each_part_once_and_phases_one_after_another(sanitizer, seconds):
+    """By ThreadSanitizer too; a phase of too many parts is an error and no hang."""
+    start = sanitized.starter(sanitizer) if sanitizer else []
+    done = program.run_pool(seconds, seed=1, flags=sanitizer, start=start)
+    assert done.status == 0, done.said
+    assert ", 0 wrong, too many parts refused" in done.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_each_phase_under_the_address_sanitizer():
+    """And undefined behaviour, with the kernels of this machine's best instruction set."""
+    sanitized.starter(sanitized.ADDRESS)
+    program.run(sanitized.library(build.supported_isas()[0]), flags=sanitized.ADDRESS).check()
+
+
+def run_sanitized(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=sanitized.preloaded(), stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20_000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_operators_in_python_under_the_address_sanitizer():
+    # (-s: the sanitizer's report would go to a file that ends with the process.)
+    run_sanitized("-m", "pytest", "-x", "-s", "--timeout=0", "-p", "tests.kernels.native.sanitized", *OPERATORS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_edited_files_under_the_address_sanitizer(tmp_path):
+    """Half a minute of programs, and of twins whose kernels run."""
+    run_sanitized(
+        "-c", FUZZ, "--kinds", "program", "twins", "--minutes", "1", "--seed", "1", "--failures", str(tmp_path)
+    )
+    assert [file.name for file in Path(tmp_path).iterdir()] == ["tally.txt"]

@@ -1,0 +1,194 @@
+"""Cases of kinds "program" and "twins": a stored file is edited and has the right hash, as one from elsewhere may.
+
+A program is refused, or none of its text has become code. Twins are refused, or the C++ kernels run on them. A read or
+a write outside of the file's tensors ends the process, at the latest with AddressSanitizer (`make test-sanitizers`).
+
+Not handled: files that take long to read, such as numbers of a million digits; wrong weights of the right form.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from river_compile.compile_cache import codec
+from river_compile.errors import TwinsError
+from river_compile.kernels.native import load
+from river_compile.kernels.quant import layouts, lossless
+from river_compile.kernels.quant.grid import quantize
+from river_compile.twins.file import FILE, FORMAT, VERSION, TwinFile, write_tensors
+from tools.soak.cases import Case, Failure
+from tools.soak.stored import program
+
+_MARK = "river_forged"
+_VALUES = (
+    *(None, True, 0, 1, -1, 7, 2**31, 2**63, 2**70, 0.5, 1e400, "", "x", "class", "1x", "é", "s0", [], {}, [[]]),
+    *(f"x); {_MARK}(); (x", f"x = {_MARK}, y", f"x\n    {_MARK}()", _MARK + " ", "self", "torch", "_operator.add"),
+    *({"tuple": []}, {"list": [1]}, {"dict": [["a", 1]]}, {"node": 0}, {"node": -1}, {"code": 0}, {"graph": []}),
+    *({"size": f"{_MARK}()"}, {"size": ["Mod", 1, 0]}, {"slice": [1, 2]}, {"torch": "nn"}, {"device": "meta"}),
+)
+_HOW = ("replace", "replace", "move", "delete", "repeat", "flip")
+
+
+class Programs:
+    """Edited programs of the compile cache."""
+
+    @staticmethod
+    def draw(rng: random.Random) -> Case:
+        return {"edits": _edits(rng)}
+
+    @staticmethod
+    def run(case: Case, folder: Path) -> str:
+        content = json.loads(_program())
+        for edit in case["edits"]:
+            content = edited(content, **edit)
+        try:
+            read = codec.loads(json.dumps(content).encode())
+        except codec.NotCacheable:
+            return "refused"
+        for segment in read.segments:
+            check_code(segment.code.module.code)
+        return "passed"
+
+    @staticmethod
+    def smaller(case: Case) -> Iterator[Case]:
+        yield from _fewer_edits(case)
+
+
+class Twins:
+    """Edited files of twins: 4-bit and 12-bit weights."""
+
+    @staticmethod
+    def draw(rng: random.Random) -> Case:
+        if rng.random() < 0.3:
+            return {"part": "matrices", "edits": _edits(rng)}
+        name = rng.choice([*_twins()[1]])
+        return {"part": name, "edits": _edits(rng, ("number", "number", "swap", "equal", "cut", "dtype"))}
+
+    @staticmethod
+    def run(case: Case, folder: Path) -> str:
+        matrices, tensors = copy.deepcopy(_twins())
+        for edit in case["edits"]:
+            if case["part"] == "matrices":
+                matrices = edited(matrices, **edit)
+            else:
+                tensors[case["part"]] = _edited_tensor(tensors[case["part"]], **edit)
+        metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(matrices)}
+        write_tensors(folder / FILE, tensors, metadata)
+        try:
+            saved = TwinFile(folder)
+        except TwinsError:
+            return "refused"
+        for matrix in saved._matrices:
+            q, scale_zero = (saved._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
+            for rows in (1, 12) if matrix.layout in ("native", lossless.LAYOUT_12BIT) and not matrix.experts else ():
+                x = torch.ones(rows, matrix.shape[1], dtype=torch.bfloat16)
+                load.load().linear(x, q, scale_zero, None, matrix.rows, matrix.group_size)
+        return "passed"
+
+    @staticmethod
+    def smaller(case: Case) -> Iterator[Case]:
+        yield from _fewer_edits(case)
+
+
+def check_code(code: str) -> None:
+    """Raise a Failure where text of a file is a part of code; quoted it may be."""
+    for node in ast.walk(ast.parse(code)):
+        names = (getattr(node, field, None) for field in ("id", "attr", "arg", "name"))
+        if any(isinstance(name, str) and _MARK in name for name in names):
+            raise Failure(f"a file's text became code:\n{code}")
+
+
+def edited(content: Any, how: str, at: float, seed: int) -> Any:
+    """Return JSON with one change at a place, as a share of all places."""
+    rng, places = random.Random(seed), [*_places(content)]
+    if not places:
+        return content
+    holder, key = places[int(at * len(places))]
+    if how == "replace":
+        holder[key] = rng.choice(_VALUES)
+    elif how == "move":
+        other, name = rng.choice(places)
+        holder[key] = copy.deepcopy(other[name])
+    elif how == "delete":
+        del holder[key]
+    elif how == "repeat" and isinstance(holder, list):
+        holder.insert(key, copy.deepcopy(holder[key]))
+    elif isinstance(holder[key], str) and holder[key]:
+        text = [*holder[key]]
+        text[rng.randrange(len(text))] = chr(rng.randrange(32, 127))
+        holder[key] = "".join(text)
+    return content
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each container in JSON with each of its keys."""
+    for key in [*value] if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from _places(value[key])
+
+
+def _edited_tensor(tensor: torch.Tensor, how: str, at: float, seed: int) -> torch.Tensor:
+    """Return a tensor with one change; 12-bit weights' numbers of patches and places begin behind the palette."""
+    rng, flat = random.Random(seed), tensor.clone().view(-1)
+    if len(flat) < 3:
+        return tensor
+    place = int(at * (len(flat) - 2))
+    change: dict[str, Callable[[], object]] = {
+        "number": lambda: flat.view(torch.uint8).__setitem__(place * flat.itemsize, rng.randrange(256)),
+        "swap": lambda: flat.__setitem__(slice(place, place + 3), flat[place : place + 3].flip(0)),
+        "equal": lambda: flat.__setitem__(place, flat[place + 2].clone()),
+    }
+    if how == "cut":
+        return flat[:place].clone()
+    if how == "dtype":
+        return flat.view(torch.uint8).clone()
+    change[how]()
+    return flat.view(tensor.shape)
+
+
+def _edits(rng: random.Random, how: tuple[str, ...] = _HOW) -> list[Case]:
+    return [
+        {"how": rng.choice(how), "at": rng.random() ** rng.choice((1, 3)), "seed": rng.randrange(10**6)}
+        for _ in range(rng.choice((1, 1, 2, 3)))
+    ]
+
+
+def _fewer_edits(case: Case) -> Iterator[Case]:
+    for i in range(len(case["edits"])):
+        if len(case["edits"]) > 1:
+            yield {**case, "edits": [*case["edits"][:i], *case["edits"][i + 1 :]]}
+
+
+@functools.cache
+def _program() -> bytes:
+    return program()[0]
+
+
+@functools.cache
+def _twins() -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Return the list and the tensors of a file with a 4-bit and a 12-bit weight, which has as many patches as fit."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 320, generator=generator)
+    packed = layouts.pack(quantize(weight, 32, "rtn"), "native")
+    rare = torch.randperm(weight.numel(), generator=generator)[: int(lossless.MAX_PATCHED_SHARE * weight.numel()) // 2]
+    wide = weight * 0.02
+    wide.view(-1)[rare] = (weight.view(-1)[rare] * 20).exp()
+    twelve = lossless.pack_12bit(wide.bfloat16())
+    found = {"4": ("native", 32, packed.qweight, packed.scale_zero), "12": (lossless.LAYOUT_12BIT, 0, *twelve)}
+    matrices, tensors = [], {}
+    for name, (layout, group_size, *parts) in found.items():
+        fields = {"name": name, "shape": [*weight.shape], "group_size": group_size, "experts": 0, "quantizer": "rtn"}
+        fields |= {"asked": "rtn", "statistics": "", "layout": layout, "weights_hash": "", "sqnr": "20.0"}
+        matrices.append({**fields, "output_sqnr": None})
+        key = f"{name}/rtn/{group_size}"
+        tensors |= dict(zip((f"{key}.qweight", f"{key}.scale_zero"), parts, strict=True))
+    return matrices, tensors
