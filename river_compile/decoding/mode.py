@@ -21,7 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
+from river_compile.decoding.inputs import BY_SLOT, KNOWN, masks_by_slots, prepares_as_most_do
 from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.session import Session
@@ -44,6 +44,8 @@ from river_compile.upstream.transformers import (
     given_settings,
     is_transformers_model,
 )
+
+_OUTPUTS = ("output_attentions", "output_hidden_states")  # of each pass, that River does not return
 
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
@@ -173,6 +175,8 @@ class Decode:
         obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
         if obstacle:
             raise self.refusal(obstacle)
+        for name in _OUTPUTS:  # asked for, and not returned without a dict: other graphs for nothing
+            model_kwargs.pop(name, None)
         streamer = streamer or generate_argument("streamer")
         if input_ids.dtype == torch.int32:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
@@ -210,7 +214,8 @@ class Decode:
         made = cache_of(kwargs)
         assert made is not None, "a generation without a cache is refused"
         kv = KVCache(made)
-        if model._can_compile_fullgraph or prepares_as_most_do(model):  # CPM-Ant's masks are for caches that grow
+        # The masks of CPM-Ant and GPT-Neo are for caches that grow.
+        if model._can_compile_fullgraph or (prepares_as_most_do(model) and not masks_by_slots(model)):
             entries = None if state is None else state.of_entries
             ours, _ = record.prefixes.acquire(model, len(ids_BS), tokens, ids, entries)
             kv = ours if ours.is_full else kv
@@ -233,7 +238,7 @@ class Decode:
             return f"{mode.value} is not available. Remove {_asking_for(config)}"
         if model.config.is_encoder_decoder:
             return f"{type(model).__name__} is an encoder-decoder model. Use a decoder-only model"
-        for name in ("output_attentions", "output_hidden_states"):
+        for name in _OUTPUTS:
             if getattr(config, name) and config.return_dict_in_generate:
                 return f"{name}=True is not available. Remove it, or use output_scores or output_logits"
         if synced_gpus:

@@ -30,6 +30,7 @@ from river_compile.decoding.inputs import (
     MovedInputs,
     extended_inputs,
     joined_inputs,
+    masks_by_slots,
     selected_inputs,
     with_all_logits,
     with_masks,
@@ -201,6 +202,11 @@ class Session:
                 "Exact mode verifies several new tokens in one pass, and "
                 f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens instead of 1). Use "
                 "quality='fast', whose output changes"
+            )
+        if masks_by_slots(self.model) and not self.kv.is_full:
+            raise ExactModeError(
+                f"Exact mode requires a static KV cache, and {type(self.model).__name__} masks by the number of its "
+                "slots. Use quality='fast', whose output changes"
             )
         if not self.kv.is_full:
             kinds = {type(layer).__name__ for layer in self.kv.cache.layers}

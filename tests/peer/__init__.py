@@ -1,0 +1,1 @@
+"""A peer's suite: accelerated `generate` compared with transformers' own, argument by argument."""
