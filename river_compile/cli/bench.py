@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.shared import Dtype, Threads, show
+from river_compile.cli.shared import Dtype, Threads, context_of, show
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ def bench(
         raise ValueError(f"-p {n_prompt} -n {n_gen} -r {repetitions} measures nothing; give -n 2 or more, -r 1 or more")
     wanted = chosen(rows, calibration)
     network, tokenizer = start(model, dtype, threads)
+    context, longest = context_of(network), max(n_prompt, 64 + n_gen if n_gen else 0)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"-p {n_prompt} -n {n_gen} takes {longest} tokens (-n continues 64), and {model} has {context} positions"
+        )
     ids = beginning(tokenizer, max(n_prompt, 64))
     shared = {
         "build": __version__,
