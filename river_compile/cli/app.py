@@ -60,9 +60,19 @@ for command in (
     app.command(command.__name__.replace("_", "-"))(command)
 
 
+def _open_streams() -> None:
+    """Open standard streams that the caller closed, so that nothing prints into a file with the number of one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _open_streams()
+    if os.environ.get("COLUMNS") == "0":  # of a terminal without a size; rich would print nothing
+        del os.environ["COLUMNS"]
     try:
         app(args=None if arguments is None else list(arguments), prog_name="river")
     except SystemExit as ended:

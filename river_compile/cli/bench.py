@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.shared import Dtype, Threads, show
+from river_compile.cli.shared import Dtype, Threads, context_of, show
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -81,6 +81,12 @@ def bench(
     wanted = chosen(rows, calibration)
     network, tokenizer = start(model, dtype, threads)
     prompts = {"pp": {"": beginning(tokenizer, max(n_prompt, 1))}, "tg": encoded(tokenizer)}
+    context, longest = context_of(network), max(ids.shape[1] for ids in prompts["tg"].values())
+    takes = max(n_prompt, longest + n_gen if n_gen else 0)
+    if context is not None and takes > context:
+        raise ValueError(
+            f"-p {n_prompt} -n {n_gen} takes {takes} tokens (-n continues {longest}), and {model} has {context} positions"
+        )
     shared = {
         "build": __version__,
         "model": model,

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.shared import AsJson, Calibration, Dtype, Model, Quality, Strict, Threads, Twins, show
+from river_compile.cli.shared import (
+    AsJson,
+    Calibration,
+    Dtype,
+    Model,
+    Quality,
+    Strict,
+    Threads,
+    Twins,
+    context_of,
+    error_line,
+    show,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +51,8 @@ def chat(
     from river_compile.api.accelerate import accelerate
     from river_compile.cli.shared import start
 
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature {temperature} is not allowed; give 0 (greedy) or more")
     network, tokenizer = start(model, dtype, threads)
     accelerate(network, quality, strict=strict, calibration=calibration, twins=twins)
     quality = quality or ("exact" if calibration is None else "fast")
@@ -50,7 +65,13 @@ def chat(
             if not talk.command(text):
                 break
             continue
-        painter = talk.answer(text, quiet=as_json)
+        try:
+            painter = talk.answer(text, quiet=as_json)
+        except ValueError as error:
+            if not person:
+                raise
+            print(f"error: {error_line(error)}", file=sys.stderr)
+            continue
         tokens = [{"text": piece, "source": source} for piece, source in painter.tokens]
         turn = {"user": text, "assistant": painter.text, "tokens": tokens, "tokens_per_s": painter.tokens_per_s}
         turns.append(turn)
@@ -112,8 +133,10 @@ class Conversation:
         from river_compile.cli.shared import encode_chat
         from river_compile.reporting.timing import Painter
 
-        self._messages.append({"role": "user", "content": text})
-        ids = encode_chat(self._tokenizer, self._messages)
+        messages = [*self._messages, {"role": "user", "content": text}]
+        ids = encode_chat(self._tokenizer, messages)
+        limits = self._limits(ids.shape[1])
+        self._messages = messages
         tokenizer = self._tokenizer
         painter = Painter(
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
@@ -124,7 +147,7 @@ class Conversation:
         before = _compiled_so_far(self._model)
         with painter.watching():
             try:
-                self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=painter, **self._options)
+                self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=painter, **limits)
             except KeyboardInterrupt:
                 if not self._goes_on:
                     raise
@@ -134,6 +157,18 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": painter.text})
         self._latest, self._compiled = painter, _compiled_so_far(self._model) > before
         return painter
+
+    def _limits(self, length: int) -> dict[str, Any]:
+        """Return the options for a prompt of this length, whose answer ends with the model's context."""
+        context = context_of(self._model)
+        if context is None:
+            return self._options
+        if length >= context:
+            raise ValueError(
+                f"the conversation has {length} tokens, and the model's context {context}. "
+                "Shorten the message; in a conversation, /reset begins a new one"
+            )
+        return {**self._options, "max_new_tokens": min(self._options["max_new_tokens"], context - length)}
 
     def command(self, text: str) -> bool:
         """Run a command; return False to end the conversation."""

@@ -5,6 +5,7 @@ No import at the top loads torch, so `river --help` answers immediately.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -21,6 +22,7 @@ from river_compile.cli.shared import (
     Model,
     Texts,
     Threads,
+    check_output,
     config_of,
     loading,
     megabytes,
@@ -208,6 +210,8 @@ def check(
     from river_compile.reporting.dry_run import bandwidth as measure
     from river_compile.reporting.dry_run import dry_run, empty_model
 
+    if not 0 <= bandwidth < math.inf:
+        raise ValueError(f"--bandwidth {bandwidth} is not allowed; give GB/s, or 0 to measure it here")
     folder = resolve(model)
     config = config_of(folder)
     with loading(folder):
@@ -319,6 +323,8 @@ def tune(
     """Find the fastest exit rule within a quality budget on texts like yours, for `calibration=FILE`."""
     from river_compile.evaluation.tune import tune_exit
 
+    if output is not None:
+        check_output(output)  # now, not after minutes
     network, tokenizer = start(model, dtype, threads)
     how: dict[str, Any] = {"criterion": criterion, "tokens": tokens, "context": context, "progress": not as_json}
     found = tune_exit(network, tokenizer, passages(texts), kl=kl, agreement=agreement, **how)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.shared import AsJson, Dtype, Model, Threads, show
+from river_compile.cli.shared import AsJson, Dtype, Model, Threads, check_output, show
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def explain(
 
     if new_tokens < 2:
         raise ValueError(f"--new-tokens {new_tokens} is too few; give 2 or more")
+    check_output(output)
     network, tokenizer = start(model, dtype, threads)
     with _traced() as artifacts:
         found = _run(network, tokenizer, prompt, new_tokens, threshold)

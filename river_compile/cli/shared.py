@@ -6,12 +6,14 @@ Not handled: models that are not causal language models; they are refused.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,9 +30,21 @@ if TYPE_CHECKING:
 
 FAILED, NO = 1, 3  # exit codes
 
+DTYPES = ("bfloat16", "float16", "float32")
+_MOST_THREADS = 1024  # beyond it the system's limits end the process
+
+
+def _checked_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name!r} is not known; use one of {', '.join(DTYPES)}")
+    return name
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document (docs/river.schema.json).")]
 Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the weights: bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype of the weights: bfloat16, float16 or float32.", callback=_checked_dtype)
+]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="PyTorch threads (0: PyTorch's default).")]
 Quality = Annotated[
     str | None,
@@ -102,8 +116,9 @@ def use_threads(threads: int) -> None:
     """Set PyTorch's threads; 0 keeps its default."""
     import torch
 
-    if threads < 0:
-        raise ValueError(f"--threads {threads} is not allowed; give 1 or more, or 0 for torch's own choice")
+    if not 0 <= threads <= _MOST_THREADS:
+        allowed = "1 or more, or 0 for torch's own choice" if threads < 0 else f"at most {_MOST_THREADS}"
+        raise ValueError(f"--threads {threads} is not allowed; give {allowed}")
     if threads:
         torch.set_num_threads(threads)
 
@@ -155,15 +170,21 @@ def config_of(folder: str) -> PretrainedConfig:
 def resolve(name: str | Path) -> str:
     """Return a model's folder or its name on the hub; raise a ValueError for other names."""
     folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):  # (False for a path that no system takes, too)
         return str(folder)
-    if not _HUB_NAME.fullmatch(str(name)) or folder.exists():
+    if not _HUB_NAME.fullmatch(str(name)) or os.path.exists(folder):
         raise ValueError(
-            f"model={str(name)!r} is neither a folder with a config.json nor a name on the hub (owner/name). Pass "
-            "a model folder. In a clone, `make demo` or `python -m tools.demo_models smollm2` fetches a small "
+            f"model={str(name)[:200]!r} is neither a folder with a config.json nor a name on the hub (owner/name). "
+            "Pass a model folder. In a clone, `make demo` or `python -m tools.demo_models smollm2` fetches a small "
             "model and prints its folder"
         )
     return str(name)
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Return the number of positions that a model knows, None if its config states none."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
@@ -172,7 +193,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
-    """Return a conversation's ids ``[1, length]``; without a chat template, those of its last message."""
+    """Return a conversation's ids ``[1, length]``; without a chat template, those of its last message.
+
+    Raises:
+        ValueError: a message has bytes that are no text (a surrogate stands for each).
+    """
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the {message['role']}'s message is no text in UTF-8: {error}") from None
     if not tokenizer.chat_template:
         return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
@@ -196,6 +226,17 @@ def topics() -> list[str]:
     from pydoc_data.topics import topics
 
     return list(dict.fromkeys(text.partition("\n\n")[2] for text in topics.values()))
+
+
+def check_output(file: Path) -> None:
+    """Raise a ValueError if a command could not write a file at its end; its folder is made."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise ValueError(f"--output {file!s:.200} cannot be written: {error.strerror}; name another file") from None
 
 
 def passages(file: Path | None) -> list[str]:
