@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks import common, llama_cpp_runner
+from benchmarks import common, peers
 from tools.kernels.shapes import MODELS, ModelShape
 
 _GGUF_NAMES = {
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         wide = Path(scratch, "f16.gguf")
         write_gguf(model, wide)
-        llama_cpp_runner.requantize(wide, options.folder / "model.gguf", "Q4_1")
+        peers.convert("llama-cpp-python", wide, options.folder / "model.gguf", "Q4_1")
     return 0
 
 
