@@ -3,8 +3,8 @@
     python -m benchmarks.random_llama llama-3.2-1b DIR                 # a model folder and DIR/model.gguf beside it
     python -m benchmarks.decode --model DIR --gguf DIR/model.gguf --rows eager all_4bit llama_cpp
 
-The GGUF file has the same shapes, in llama.cpp's Q4_1; what a weight means to llama.cpp (the order of rotated channels)
-is not kept, so its text is another.
+The GGUF file has the same shapes, in llama.cpp's Q4_1, which llama-cpp-python writes (benchmarks.peers). What a weight
+means to llama.cpp (the order of rotated channels) is not kept, so its text is another.
 """
 
 from __future__ import annotations

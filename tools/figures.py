@@ -36,7 +36,7 @@ PROGRAMS = {
     "llama_cpp_best4": ("llama.cpp, fastest of Q4_0, Q4_K_M, IQ4_NL", BY_4_BITS),
     "openvino": ("OpenVINO, 16-bit", BF16),
     "openvino_8bit": ("OpenVINO, int8", "8-bit weights"),
-    "openvino_4bit": ("OpenVINO, 4-bit file", BY_4_BITS),
+    "openvino_4bit": ("OpenVINO, 4-bit weights", BY_4_BITS),
     "onnxruntime_4bit": ("ONNX Runtime GenAI, int4", BY_4_BITS),
     "vllm": ("vLLM, bf16", BF16),
     "no_draft": ("River, speculation off", BF16),

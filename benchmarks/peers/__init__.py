@@ -1,4 +1,4 @@
-"""The programs that River is compared with, each in a virtual environment of its own below `RIVER_COMPILE_HOME`.
+"""The programs that River is compared with, each in a separate virtual environment below `RIVER_COMPILE_HOME`.
 
     python -m benchmarks.peers install all      # or some of their names
     python -m benchmarks.peers list
@@ -99,7 +99,7 @@ def version(package: str) -> str | None:
 
 
 def install(name: str) -> None:
-    """Make a peer's environment anew.
+    """Make a peer's environment, again where it is there.
 
     Raises:
         ValueError: pip could not install a package; nothing is left.

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="what", required=True)
     commands.add_parser("list", help="say which are installed")
-    names = commands.add_parser("install", help="make their environments, anew where they are there")
+    names = commands.add_parser("install", help="make their environments, again where they are there")
     names.add_argument("names", nargs="+", choices=[*peers.PEERS, "all"], metavar="NAME", help=", ".join(peers.PEERS))
     options = parser.parse_args(arguments)
     if options.what == "list":

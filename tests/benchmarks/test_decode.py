@@ -85,7 +85,7 @@ def test_rows_take_turns_and_prompts_have_medians_and_a_range(fake, capsys):
 
 
 def test_a_peer_runs_with_the_fastest_of_its_files(fake, capsys):
-    """Each is tried in a process of its own; the winner's name is in the table and in the records."""
+    """Each is tried in its own process; the winner's name is in the table and in the records."""
     assert run(fake, "--rows", "llama_cpp_best4", "--repeats", "1", "--new-tokens", "2", "--record", "some") == 0
     assert FakeWorker.log.count(("prepare", "llama_cpp_best4")) == 4
     kept = {(r["row"], r["key"]): r["value"] for r in records.read(fake / "results" / "some.jsonl")}

@@ -39,7 +39,7 @@ protocol.run(Counting, convert)
 
 @pytest.fixture
 def peer(tmp_path, monkeypatch):
-    """A peer that is a script beside the others, run by this Python."""
+    """A peer whose script is run by this Python."""
     monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONPATH", "not for peers")
     scripts = tmp_path / "scripts"
