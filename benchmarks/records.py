@@ -1,6 +1,7 @@
 """Measured numbers as records, one a line of ``benchmarks/results/NAME.jsonl``, from which documents are filled.
 
 A record has the benchmark, model, row, key, value and unit; the machine, commit, date and command; and versions.
+A value is a number, or a word such as the name of the file that was the fastest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from river_compile.kernels.files import atomic_write
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = ("benchmark", "model", "dtype", "new_tokens", "repeats", "batch")  # of an outcome, where it has them
-_GROUPS = ("rows", "kinds")  # what the parts of an outcome are called that name no row
+_GROUPS = ("rows", "kinds", "contexts")  # what the parts of an outcome are called that name no row
 _MACHINE = ("cpu", "threads", "instruction_set")  # two machines differ in one of these
 _UNITS = {"tokens_per_s": "tokens/s", "bytes_per_s": "bytes/s", "_ms": "ms", "_s": "s", "bytes": "bytes"}
 
@@ -27,7 +28,7 @@ def write(outcome: Mapping[str, Any], name: str, command: str, folder: Path) -> 
     """Add the numbers of an outcome to a file of records, in place of those of the same command on this machine.
 
     Args:
-        outcome: what `common.setting` returns, and numbers in nested dictionaries; lists are left out.
+        outcome: what `common.setting` returns, and numbers and words in nested dictionaries; lists are left out.
         name: of the file, without its ending.
         command: that measured it.
         folder: of the file.
@@ -39,7 +40,7 @@ def write(outcome: Mapping[str, Any], name: str, command: str, folder: Path) -> 
     kept = [record for record in read(path) if _run_of(record) != _run_of(run)] if path.exists() else []
     added = [
         {**measured, "row": row, "key": key, "value": value, "unit": _unit(key), **run}
-        for row, key, value in numbers({key: part for key, part in outcome.items() if key != "machine"})
+        for row, key, value in values({key: part for key, part in outcome.items() if key != "machine"})
         if row
     ]
     with atomic_write(path) as scratch:
@@ -52,13 +53,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def numbers(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, float]]:
-    """Yield row, key and value of every finite number in nested dictionaries; the row of the outermost is ""."""
+def values(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, float | str]]:
+    """Yield row, key and value of every finite number and word in nested dictionaries; the outermost row is ""."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from numbers(value, path if name in _GROUPS else (*path, name))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield from values(value, path if name in _GROUPS else (*path, name))
+        elif (isinstance(value, str) and value) or _is_number(value):
             yield "/".join(path), name, value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def commit() -> str:

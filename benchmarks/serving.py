@@ -8,8 +8,8 @@ another. Each server meets the same clients with the same questions at the same 
 
     river         river serve
     river_1       river serve --max-num-seqs 1: the same engine, requests one after another
-    llama_cpp     llama.cpp's own server with as many slots (pip install xllamacpp), from the GGUF file that the model
-                  was made of; llama_cpp_bf16: with its weights in bfloat16 (pip install llama-cpp-python too)
+    llama_cpp     llama.cpp's own server with as many slots (benchmarks.peers: xllamacpp), from the GGUF file that the
+                  model was made of; llama_cpp_bf16: with its weights in bfloat16 (llama-cpp-python writes the file)
 
 Not handled: llama-cpp-python's server (`python -m llama_cpp.server`), which holds a lock while it answers: one after
 another. Other machines for clients and server; both share the processor here.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
-import importlib.util
 import itertools
 import json
 import os
@@ -37,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import common, llama_cpp_runner
+from benchmarks import common, decode_rows, peers
 from benchmarks.prompts import mixed
 from tools import demo_models
 
@@ -192,20 +191,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
+def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     """Return the command of each server that can run here."""
     river = [sys.executable, "-m", "river_compile", "serve", demo_models.resolve(options.model), "--host", "127.0.0.1"]
     river += ["--port", "PORT", "--dtype", options.dtype, "--threads", str(options.threads), "--queue", "64"]
     found = {"river": [*river, "--max-num-seqs", str(options.rows)], "river_1": [*river, "--max-num-seqs", "1"]}
-    no_file = options.gguf is None and options.model not in demo_models.MODELS
-    if importlib.util.find_spec("xllamacpp") is None or no_file:
+    if peers.why_not("xllamacpp") or decode_rows.why_no_gguf(options):
         return found
-    gguf = llama_cpp_runner.gguf_file(options.gguf, options.model)
+    gguf = decode_rows.gguf_file(options)
     files = {"llama_cpp": gguf}
-    if importlib.util.find_spec("llama_cpp") is not None:
-        files["llama_cpp_bf16"] = llama_cpp_runner.requantize(gguf, scratch / "bf16.gguf", "BF16")
+    if not peers.why_not("llama-cpp-python"):
+        files["llama_cpp_bf16"] = peers.converted("llama-cpp-python", gguf, "BF16")
     for name, file in files.items():
-        theirs = [sys.executable, "-m", "benchmarks.llama_cpp_server", str(file), "PORT"]
+        theirs = [str(peers.python("xllamacpp")), str(peers.SERVER), str(file), "PORT"]
         found[name] = [*theirs, str(options.rows), str(options.threads)]
     return found
 
@@ -215,9 +213,9 @@ def _measure(options: argparse.Namespace) -> dict:
     outcome |= {"rate": options.rate, "seed": options.seed, "found": []}
     prompts = itertools.cycle(mixed())  # (each once: servers keep what they have read)
     threads = {"OMP_NUM_THREADS": str(options.threads)}
-    with tempfile.TemporaryDirectory(prefix="river_benchmark_") as scratch, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         servers = []
-        for name, command in commands(options, Path(scratch)).items():
+        for name, command in commands(options).items():
             server = Server(name, command, threads)
             stack.callback(server.close)
             servers.append(server)

@@ -1,4 +1,4 @@
-"""What a start costs: seconds from the call of `generate`, and memory, without a compile cache and with what it keeps.
+"""What a start costs: seconds from the call of `generate`, memory and disk, without a compile cache and with one.
 
     python -m benchmarks.start
     python -m benchmarks.start --model DIR --rows plain exact --json start.json
@@ -8,14 +8,16 @@ Rows, each in separate processes:
     plain           transformers
     exact, fast     `river_compile.accelerate`, cold: the compile cache is empty: traces the model, quantizes its twins
     ... again       the same in another process, which finds both in the compile cache
-    llama_cpp       llama.cpp on the GGUF file that the model was made of, where its Python package is installed
+    llama_cpp       llama.cpp on the GGUF file that the model was made of, where it is installed (benchmarks.peers)
+    C++ kernels     their build, once for a machine and version; a wheel may have them
 
-A process asks for a text, and again while exact mode packs its twins (*meanwhile*, tokens/s, ten times at most), waits
-until they are there (*ready*), and asks three times more. The last time is steady; what the others take longer is the
-row's *start*. A row *pays* from so many tokens in a process on for which plain, its own start included, takes as long.
-Peak RSS holds mapped files (weights, twins, libraries), whose pages the system shares and can drop; "own" is the most
-that no file backed at a time. With `--busy` the process asks all the time until the twins are there. The C++ kernels
-are compiled before the first row.
+A process asks for a text, and again while exact mode packs its twins (*meanwhile*, tokens/s, ten times at most), each
+time with the next prompt (prompt_sets.py). It waits until they are there (*ready*), and asks each prompt twice more.
+The last time is steady; what the earlier ones take longer is the row's *start*. A row *pays* from so many tokens in a process on for
+which plain, its own start included, takes as long. Tokens/s are the median over prompts and, in parentheses, the least
+and the most. Peak RSS holds mapped files (weights, twins, libraries), whose pages the system shares and can drop; "own"
+is the most that no file backed at a time. "Disk" is what the compile cache holds. With `--busy` the process asks all
+the time until the twins are there. The C++ kernels are compiled before the first row.
 """
 
 from __future__ import annotations
@@ -26,23 +28,29 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
-from benchmarks import common, llama_cpp_runner, memory
+from benchmarks import common, decode_rows, memory, prompt_sets
+from benchmarks.prompt_sets import ALL, Prompt, spread
 from river_compile.cli import shared
 from tools import demo_models
+from tools.figures import KERNELS
 
-PROMPT = "Explain in a few sentences why the sky is blue."
 ROWS = ("plain", "exact", "fast", "llama_cpp")
 MODULE = "benchmarks.start"
-_COLUMNS = "first_token_s", "second_token_s", "ready_s", "meanwhile_tokens_per_s", "start_s", "tokens_per_s"
-_CALLS = 3  # at the end
+_COLUMNS = "first_token_s", "second_token_s", "ready_s", "meanwhile_tokens_per_s", "start_s"
 _MEANWHILE = 10
 
+Times = tuple[float, ...]  # seconds from a call to each new token
+Calls = list[tuple[int, Times]]  # with the numbers of their prompts
 
-def start(folder: str, row: str, dtype: str, tokens: int, busy: bool) -> dict:
-    """Load a model and generate; return seconds from the calls of `generate`, and memory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+def start(folder: str, row: str, dtype: str, prompts: list[list[int]], tokens: int, busy: bool) -> dict:
+    """Load a model and generate; return the times of the calls of `generate`, and memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
     import river_compile
     from river_compile.reporting.timing import decode_rate, generate
@@ -53,49 +61,61 @@ def start(folder: str, row: str, dtype: str, tokens: int, busy: bool) -> dict:
         loaded = common.peak_rss_bytes()
         if row != "plain":
             river_compile.accelerate(model, row)
-        prompt = shared.encode(AutoTokenizer.from_pretrained(folder), PROMPT)
 
-        def call() -> tuple[float, ...]:
-            return generate(model, prompt, tokens, static_cache=False).times
+        def call(number: int) -> Times:
+            return generate(model, torch.tensor([prompts[number]]), tokens, static_cache=False).times
 
         def packs() -> bool:
             return row != "plain" and river_compile.report(model).to_dict()["packing_in_background"] is not None
 
         began = time.perf_counter()
-        calls, meanwhile = [call()], []
-        while packs() and (busy or len(meanwhile) < _MEANWHILE):
-            meanwhile.append(call())
+        early: Calls = [(0, call(0))]
+        while packs() and (busy or len(early) <= _MEANWHILE):
+            early.append((len(early) % len(prompts), call(len(early) % len(prompts))))
         while packs():
             time.sleep(0.05)
         ready = time.perf_counter() - began
         while row != "plain" and river_compile.report(model).to_dict()["packing_for_later"]:
             time.sleep(0.05)
-        calls += [*meanwhile, *(call() for _ in range(_CALLS))]
+        early += [(number, call(number)) for number in range(len(prompts))]  # (another cache length takes one call)
+        steady = [call(number) for number in range(len(prompts))]
+    meanwhile = [times for _, times in early[1 : -len(prompts)]]
     return {
-        **_seconds(calls),
-        "ready_s": ready if meanwhile else calls[0][1],
+        "early": early,
+        "steady": steady,
+        "ready_s": ready if meanwhile else early[0][1][1],
         "meanwhile_tokens_per_s": statistics.median(map(decode_rate, meanwhile)) if meanwhile else None,
-        "tokens_per_s": decode_rate(calls[-1]),
         "loaded_bytes": loaded,
         "peak_rss_bytes": common.peak_rss_bytes(),
         "own_bytes": own.bytes,
     }
 
 
-def start_llama_cpp(job: dict) -> dict:
-    """The same for llama.cpp."""
+def start_llama_cpp(ask: Callable[..., dict], prompts: list[list[int]], job: dict) -> dict:
+    """The same for llama.cpp, whose worker `ask` asks."""
+    ask("prepare", prompts=[], **job)
+
+    def call(number: int) -> Times:
+        return tuple(ask("generate", ids=prompts[number], new_tokens=job["new_tokens"])["times"])
+
+    early: Calls = [(0, call(0))]
+    return {"early": early, "steady": [call(number) for number in range(len(prompts))], **ask("facts")}
+
+
+def _row(said: dict, prompts: list[Prompt]) -> dict:
+    """Return a row's numbers from the times of its calls."""
     from river_compile.reporting.timing import decode_rate
 
-    runner = llama_cpp_runner.build(job)
-    calls = [tuple(runner.seconds(job["new_tokens"])) for _ in range(1 + _CALLS)]
-    peak = common.peak_rss_bytes()
-    return {**_seconds(calls), "tokens_per_s": decode_rate(calls[-1]), "peak_rss_bytes": peak}
+    early, steady = said.pop("early"), said.pop("steady")
+    cells = prompt_sets.by_kind(prompts, {"tokens_per_s": [decode_rate(times) for times in steady]})
+    whole = next(iter(cells.values()))[ALL]
+    return {**said, **_seconds(early, [times[-1] for times in steady]), **whole, "contexts": cells}
 
 
-def _seconds(calls: list[tuple[float, ...]]) -> dict:
-    steady = calls[-1][-1]
-    late = sum(max(call[-1] - steady, 0.0) for call in calls[:-1])
-    return {"first_token_s": calls[0][0], "second_token_s": calls[0][1], "start_s": late}
+def _seconds(early: Calls, steady: list[float]) -> dict:
+    """Return the times of the first call, and what all early ones took longer than the steady ones of their prompts."""
+    late = sum(max(times[-1] - steady[number], 0.0) for number, times in early)
+    return {"first_token_s": early[0][1][0], "second_token_s": early[0][1][1], "start_s": late}
 
 
 def pays_from(row: dict, plain: dict) -> float:
@@ -105,15 +125,22 @@ def pays_from(row: dict, plain: dict) -> float:
 
 
 def compile_kernels() -> dict:
-    """Compile the C++ kernels where the cache does not have them and there is a compiler."""
+    """Compile the C++ kernels where the cache does not have them and there is a compiler; return the seconds."""
+    from river_compile.kernels.files import cache_folder
     from river_compile.kernels.native import load
     from river_compile.kernels.native.build import CannotBuild
 
+    began = time.perf_counter()
     try:
         load.load()
     except CannotBuild as error:
         return {"built": False, "why": str(error)}
-    return {"built": True}
+    return {"built": True, "build_s": time.perf_counter() - began, "disk_bytes": disk_bytes(cache_folder())}
+
+
+def disk_bytes(folder: str | Path) -> int:
+    """Return the bytes of the files below a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,47 +150,54 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--busy", action="store_true", help="ask without a pause until the twins are packed")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="which rows (all)")
+    prompt_sets.add_arguments(parser)
     options: argparse.Namespace = parser.parse_args(arguments)
     if options.worker:
-        handlers = {"start": start, "start_llama_cpp": start_llama_cpp, "compile_kernels": compile_kernels}
-        common.serve(handlers)
+        common.serve({"start": start, "compile_kernels": compile_kernels})
         return 0
-    rows = common.attempted(_measure, options)
-    if rows is None:
+    found = common.attempted(_measure, options)
+    if found is None:
         return 1
+    rows, kernels = found
     plain = rows.get("plain")
     for row in rows.values():
         row["pays_from_tokens"] = None if plain in (None, row) else pays_from(row, plain)
-    outcome = {**common.setting("start", options), "rows": rows}
+    outcome = {**common.setting("start", options), "rows": rows | ({KERNELS: kernels} if kernels else {})}
     common.print_setting(outcome)
     common.print_table(
         [
             *("", "first token, s", "second, s", "ready, s", "meanwhile", "start, s", "tokens/s", "pays from"),
-            *("peak RSS, MiB", "own, MiB"),
+            *("peak RSS, MiB", "own, MiB", "disk, MiB"),
         ],
         [
             [
                 name,
                 *(row.get(key) for key in _COLUMNS),
+                spread(row),
                 None if row["pays_from_tokens"] in (None, math.inf) else round(row["pays_from_tokens"]),
-                *(row.get(key) and round(row[key] / 2**20) for key in ("peak_rss_bytes", "own_bytes")),
+                *(row.get(key) and round(row[key] / 2**20) for key in ("peak_rss_bytes", "own_bytes", "disk_bytes")),
             ]
             for name, row in rows.items()
         ],
     )
+    if kernels:
+        print(f"\nThe C++ kernels took {kernels['build_s']:.1f} s to build, {kernels['disk_bytes'] / 2**20:.0f} MiB")
     common.write_outcome(outcome, options.json)
     common.record(outcome, options)
     return 0
 
 
-def _measure(options: argparse.Namespace) -> dict[str, dict]:
+def _measure(options: argparse.Namespace) -> tuple[dict[str, dict], dict]:
+    """Return the rows, and what the C++ kernels' build took; empty where there is no compiler."""
     folder, rows = demo_models.resolve(options.model), {}
-    with closing(common.Worker(MODULE, "the kernels' compiler", options.threads)) as worker:
-        worker.ask("compile_kernels")
+    with tempfile.TemporaryDirectory() as empty:  # first a build from nothing, then what the cache lacks
+        kernels, _ = (_compile(options, caches) for caches in ({"RIVER_COMPILE_HOME": empty}, {}))
+    prompts = prompt_sets.encoded(folder, options)
+    ids = [prompt.ids for prompt in prompts]
     given = {"folder": folder, "dtype": options.dtype, "tokens": options.new_tokens, "busy": options.busy}
     for row in options.rows:
         if row == "llama_cpp":
-            rows |= _llama_cpp(options, folder)
+            rows |= _llama_cpp(options, prompts)
             continue
         with tempfile.TemporaryDirectory() as cache:
             for name in (row,) if row == "plain" else (row, f"{row}, again"):
@@ -171,19 +205,29 @@ def _measure(options: argparse.Namespace) -> dict[str, dict]:
                 with closing(
                     common.Worker(MODULE, name, options.threads, {"RIVER_COMPILE_CACHE_DIR": cache})
                 ) as worker:
-                    rows[name] = worker.ask("start", row=row, **given)
-    return rows
+                    rows[name] = _row(worker.ask("start", row=row, prompts=ids, **given), prompts)
+                if row != "plain":
+                    rows[name]["disk_bytes"] = disk_bytes(cache)
+    return rows, kernels
 
 
-def _llama_cpp(options: argparse.Namespace, folder: str) -> dict[str, dict]:
-    reason = llama_cpp_runner.why_not(None, str(options.model), 1)
+def _compile(options: argparse.Namespace, caches: dict[str, str]) -> dict:
+    with closing(common.Worker(MODULE, "the kernels' compiler", options.threads, caches)) as worker:
+        said = worker.ask("compile_kernels")
+    return {key: said[key] for key in ("build_s", "disk_bytes")} if said["built"] else {}
+
+
+def _llama_cpp(options: argparse.Namespace, prompts: list[Prompt]) -> dict[str, dict]:
+    row = decode_rows.ROWS["llama_cpp"]
+    reason = decode_rows.why_not(row, options)
     if reason:
         print(f"llama_cpp is left out: {reason}", file=sys.stderr)
         return {}
-    gguf = str(llama_cpp_runner.gguf_file(None, options.model))
-    job = {"folder": folder, "gguf": gguf, "prompt": PROMPT, "prompts": [], "new_tokens": options.new_tokens}
-    with closing(common.Worker(MODULE, "llama_cpp", options.threads)) as worker:
-        return {"llama_cpp": worker.ask("start_llama_cpp", job={**job, "threads": options.threads})}
+    job = {"file": str(decode_rows.gguf_file(options)), "threads": options.threads, "new_tokens": options.new_tokens}
+    job["context"] = prompt_sets.longest(prompts, options.new_tokens) + 1
+    print("llama_cpp ...", file=sys.stderr)
+    with closing(decode_rows.worker("llama_cpp", row, options.threads)) as worker:
+        return {"llama_cpp": _row(start_llama_cpp(worker.ask, [prompt.ids for prompt in prompts], job), prompts)}
 
 
 if __name__ == "__main__":

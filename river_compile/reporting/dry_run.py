@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ from river_compile.upstream.transformers import cache_argument, full_static_cach
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # scale and zero-point in 16 bits
+_LEAST_READ = 256 << 20  # bytes in all, of which each read takes so many:
+_READS = 4 << 20, 16 << 20
 
 
 def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
@@ -165,14 +169,24 @@ def _packed_bytes(matmul: Matmul, segment: Segment) -> int:
     return weights // 2 + _BYTES_OF_GROUP * weights // matmul.group_size
 
 
-def bandwidth(megabytes: int = 256, repeats: int = 6) -> float:
-    """Measure the memory's bandwidth in bytes per second: the best of many short reads."""
-    # A read of a fraction of a millisecond ends before the scheduler gives the core to another process. Together they
-    # exceed most caches, so each read comes from memory.
-    pieces = torch.ones(megabytes << 18, dtype=torch.float32).split(1 << 20)
-    best = float("inf")
-    for piece in pieces * repeats:
-        start = time.perf_counter()
-        piece.sum()
-        best = min(best, time.perf_counter() - start)
-    return pieces[0].nbytes / best
+def bandwidth(repeats: int = 2) -> float:
+    """Measure the memory's bandwidth in bytes per second, with all threads: the best of many short reads."""
+    # A read of a fraction of a millisecond ends before the scheduler gives the core to another process: of a shorter
+    # one threads' start is a larger part. Together they exceed the caches, so each read comes from memory.
+    size, best = max(_LEAST_READ, 2 * _last_level_cache_bytes()), 0.0
+    numbers = torch.ones(size >> 2, dtype=torch.int32)
+    for whole, length in itertools.product((numbers, numbers.view(torch.float32)), _READS):
+        for piece in whole.split(length >> 2) * repeats:
+            start = time.perf_counter()
+            piece.sum()
+            best = max(best, piece.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def _last_level_cache_bytes() -> int:
+    """Return the size of the largest cache of the first core, 0 where the system does not say."""
+    found = 0
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            found = max(found, int(file.read_text().strip().removesuffix("K")) << 10)
+    return found

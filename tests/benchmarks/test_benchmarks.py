@@ -11,12 +11,9 @@ import torch
 from benchmarks import (
     common,
     decode,
-    decode_rows,
-    llama_cpp_runner,
     memory,
     offload,
     prefixes,
-    records,
     roofline,
     schedule,
     step_cost,
@@ -149,144 +146,15 @@ def test_peak_memory_grows_with_what_the_process_held(start):
     assert memory["after"] - memory["before"] > 60 * 2**20
 
 
-class FakeWorker:
-    """Stands in for `common.Worker`: notes who was asked what and answers with growing speeds."""
-
-    log: list = []  # noqa: RUF012  (shared by all on purpose)
-
-    def __init__(self, module, name, threads):
-        self.name, self.rounds = name, 0
-
-    def ask(self, command, **arguments):
-        self.log.append((command, self.name))
-        if command == "prepare":
-            return {"first_token_s": 1.0, "second_token_s": 2.0, "mean_depth": 3.0}
-        self.rounds += 1
-        speed = [1.0, 9.0, 4.0][self.rounds - 1]
-        return {"tokens_per_s": speed, "prompts": {"32": 10 * speed}, "peak_rss_bytes": 2**20}
-
-    def close(self):
-        self.log.append(("close", self.name))
-
-
-def test_repeats_take_turns_and_the_median_counts(monkeypatch, tmp_path, capsys):
-    """Rows are prepared one by one and measured in rounds; the outcome holds medians, ratios and absent rows."""
-    monkeypatch.setattr(FakeWorker, "log", [])
-    monkeypatch.setattr(common, "Worker", FakeWorker)
-    (tmp_path / "config.json").write_text("{}")
-    out = tmp_path / "out.json"
-    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-    rows = ["eager", "fast", "llama_cpp"]
-    more = ["--repeats", "3", "--prompts", "32", "--json", str(out), "--record", "some"]
-    status = decode.main(["--model", str(tmp_path), "--rows", *rows, *more])
-    assert status == 0
-    turn = [("measure", "eager"), ("measure", "fast")]
-    assert FakeWorker.log[:2] == [("prepare", "eager"), ("prepare", "fast")]
-    assert FakeWorker.log[2:8] == turn * 3
-    assert sorted(FakeWorker.log[8:]) == [("close", "eager"), ("close", "fast")]
-    outcome = json.loads(out.read_text())
-    assert outcome["rows"]["fast"]["decode_tokens_per_s"] == 4.0
-    assert outcome["rows"]["fast"]["pp32_tokens_per_s"] == 40.0
-    assert outcome["ratios"] == {"fast/eager": 1.0}
-    assert list(outcome["absent"]) == ["llama_cpp"]
-    kept = records.read(tmp_path / "results" / "some.jsonl")
-    assert [(r["row"], r["value"]) for r in kept if r["key"] == "decode_tokens_per_s"] == [
-        ("eager", 4.0),
-        ("fast", 4.0),
-    ]
-    assert kept[0]["command"].endswith(
-        f"--rows eager fast llama_cpp --repeats 3 --prompts 32 --json {out} --record some"
-    )
-    assert kept[0]["machine"]["bandwidth_bytes_per_s"] > 0
-    out = capsys.readouterr().out
-    assert "fast/eager" in out
-    assert "pp32 tokens/s" in out
-
-
-def test_one_process_at_a_time_if_memory_is_short(monkeypatch, tmp_path):
-    monkeypatch.setattr(FakeWorker, "log", [])
-    monkeypatch.setattr(common, "Worker", FakeWorker)
-    (tmp_path / "config.json").write_text("{}")
-    more = ["--rows", "eager", "fast", "--repeats", "2", "--prompts", "32", "--one-process"]
-    assert decode.main(["--model", str(tmp_path), *more]) == 0
-    asked = ("prepare", "measure", "measure", "close")
-    assert FakeWorker.log == [(command, row) for row in ("eager", "fast") for command in asked]
-
-
 def test_an_unknown_model_is_named(capsys):
     assert decode.main(["--model", "/no/such/folder"]) == 1
     assert "model='/no/such/folder' is neither a folder with a config.json" in capsys.readouterr().err
-
-
-def test_llama_cpp_needs_its_package_and_a_gguf_file(tmp_path, monkeypatch, capsys):
-    """The row is absent with its reason, and a GGUF file that does not exist is named."""
-    (tmp_path / "config.json").write_text("{}")
-    arguments = ["--model", str(tmp_path), "--rows", "llama_cpp"]
-    options = decode._parse(arguments)
-    monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: None)
-    assert "is not installed" in decode_rows.absent(options, tmp_path)["llama_cpp"]
-    monkeypatch.setattr(llama_cpp_runner.importlib.util, "find_spec", lambda name: object())
-    assert "did not come from a GGUF file" in decode_rows.absent(options, tmp_path)["llama_cpp"]
-    assert decode.main([*arguments, "--gguf", "/no/such.gguf"]) == 1
-    assert "--gguf /no/such.gguf is not a file" in capsys.readouterr().err
 
 
 def test_numbers_too_small_are_refused(capsys):
     with pytest.raises(SystemExit):
         decode.main(["--new-tokens", "1"])
     assert "1 is too small; give 2 or more" in capsys.readouterr().err
-
-
-def test_the_torch_runner_times_a_tiny_model_without_river():
-    """The plain row runs end to end: two stamps for the first call, the full depth, a positive rate."""
-    from tests.support.families import make, prompt
-
-    job = {"backend": "eager", "options": {}, "new_tokens": 4}
-    runner = decode.TorchRunner(make("llama", layers=2), prompt(), prompt(20), job)
-    first, second = runner.first_call()
-    assert 0 < first < second
-    assert runner.warm_up() == 2.0
-    assert runner.rate() > 0
-    assert runner.prompt_seconds(15) > 0
-
-
-@pytest.mark.parametrize("backend", ["river", "torch_compile"])
-def test_rows_of_river_are_what_a_user_types(backend):
-    """Both run at the depth that their options say, and say what a token costs outside of the executor."""
-    from tests.support.families import make, prompt
-
-    options = {"exit_depth": 0, "kernels": "eager", "group_size": 32, "quantizer": "rtn"}
-    job = {"backend": backend, "options": options, "new_tokens": 4}
-    runner = decode.TorchRunner(make("llama", layers=2), prompt(), prompt(20), job)
-    first, second = runner.first_call()
-    assert 0 < first < second
-    assert runner.warm_up() == 0.0
-    assert runner.outside_ms() > 0
-    assert ("generate" in vars(runner.model)) == (backend == "river")
-
-
-def test_the_llama_cpp_runner_takes_no_token_too_many():
-    """Every generation starts from a clean state and pulls exactly the tokens it times."""
-
-    class Llama:
-        pulled, resets = 0, 0
-
-        def reset(self):
-            self.resets += 1
-
-        def generate(self, tokens, **options):
-            assert (tokens in ([1, 2], [7, 8, 9]), options["temp"]) == (True, 0.0)
-            while True:
-                self.pulled += 1
-                yield 5
-
-    runner = llama_cpp_runner.LlamaCppRunner(Llama(), [1, 2], [7, 8, 9, 10], {"new_tokens": 4})
-    first, second = runner.first_call()
-    assert 0 < first < second
-    assert runner.warm_up() is None
-    assert runner.rate() > 0
-    assert runner.prompt_seconds(3) > 0
-    assert (runner.program.pulled, runner.program.resets) == (2 + 4 + 4 + 1, 4)
 
 
 def test_a_token_costs_what_its_blocks_cost():
@@ -399,8 +267,9 @@ def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, ca
         row["tokens"] = [1, 2] if options["threshold"] > 1 else [1, 3]
         return {"weights_bytes": 10**7, "resident_bytes": 10**7 - moved, "process_bytes": 10**8, **row}
 
-    monkeypatch.setattr(FakeWorker, "ask", answer)
-    monkeypatch.setattr(common, "Worker", FakeWorker)
+    monkeypatch.setattr(common.Worker, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(common.Worker, "ask", answer)
+    monkeypatch.setattr(common.Worker, "close", lambda self: None)
     (tmp_path / "config.json").write_text("{}")
     assert offload.main(["--model", str(tmp_path), "--offload", "2"]) == 0
     usual, never = {"threshold": 0.7}, {"threshold": 2.0, "offload": 2, "offload_policy": "fetch"}

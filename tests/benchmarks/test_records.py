@@ -16,14 +16,18 @@ def outcome(rows, **machine):
     return {**setting, "machine": facts, "rows": rows, "ratios": {"a/b": 2.0}}
 
 
-def test_every_number_of_an_outcome_is_a_record(tmp_path):
-    """Numbers in lists, infinities, flags and numbers outside of rows are none."""
-    row = {"tokens_per_s": 4.5, "first_token_s": 1, "outside_ms": None, "fine": True, "by_repeat": [1.0]}
+def test_every_number_and_word_of_an_outcome_is_a_record(tmp_path):
+    """Numbers in lists, infinities, flags, empty words and what is outside of rows are none."""
+    row = {"tokens_per_s": 4.5, "first_token_s": 1, "outside_ms": None, "fine": True, "by_repeat": [1.0], "build": ""}
+    row["contexts"] = {"32": {"chat": {"tokens_per_s": 5.0}}}
+    row["choice"] = "Q4_0"
     path = records.write(outcome({"a": row, "b": {"pays_from": math.inf}}), "some", "python x", tmp_path)
     found = records.read(path)
     assert [(r["row"], r["key"], r["value"], r["unit"]) for r in found] == [
         ("a", "tokens_per_s", 4.5, "tokens/s"),
         ("a", "first_token_s", 1, "s"),
+        ("a/32/chat", "tokens_per_s", 5.0, "tokens/s"),
+        ("a", "choice", "Q4_0", ""),
         ("ratios", "a/b", 2.0, ""),
     ]
     kept = {"benchmark": "decode", "model": "smollm2", "dtype": "bfloat16", "repeats": 3, "command": "python x"}

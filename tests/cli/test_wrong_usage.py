@@ -48,7 +48,7 @@ def test_a_wrong_value_is_one_line_before_a_model_is_loaded(arguments, says, tin
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("bench", "-m", "{tiny}", "-p", "99999"), "-p 99999 -n 128 takes 99999 tokens (-n continues 64), and "),
+        (("bench", "-m", "{tiny}", "-p", "99999"), "-p 99999 -n 128 takes 99999 tokens (-n continues "),
         (("chat", "{tiny}", "--prompt", "\udcff"), "the user's message is no text in UTF-8: "),
         (("chat", "{tiny}", "--prompt", "x" * 3000), "tokens, and the model's context 2048. Shorten the message"),
     ],
