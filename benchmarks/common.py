@@ -171,6 +171,20 @@ def last_level_cache(folder: Path = CACHES) -> int | None:
     return int(found[max(found)].strip().removesuffix("K")) * 1024 if found else None
 
 
+def memory_speed(threads: int) -> dict[str, float]:
+    """Measure the bandwidth of the memory with so many threads, as a part of the machine's facts."""
+    import torch
+
+    from river_compile.reporting.dry_run import bandwidth
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return {"bandwidth_bytes_per_s": bandwidth()}
+    finally:
+        torch.set_num_threads(before)
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under headers: text to the left, numbers to the right with two decimals, None as a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
@@ -266,10 +280,9 @@ def write_outcome(outcome: object, path: Path | None) -> None:
 def record(outcome: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Keep an outcome's numbers among the results of the repository, if `--record` was given."""
     if options.record:
-        from river_compile.reporting.dry_run import bandwidth
-
-        machine = dict(outcome["machine"])
-        machine.setdefault("bandwidth_bytes_per_s", bandwidth())
+        machine = outcome["machine"]
+        if "bandwidth_bytes_per_s" not in machine:
+            machine = {**machine, **memory_speed(options.threads)}
         path = records.write({**outcome, "machine": machine}, options.record, options.command, records.RESULTS)
         print(f"\nRecorded in {path}; `python -m tools.figures` fills the documents")
 

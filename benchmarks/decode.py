@@ -9,7 +9,8 @@
 Every row is a separate process with an empty Inductor cache. Each generates the greedy continuation of the same
 prompts (prompt_sets.py: chat, code, story and edit, three of each; `--batch` copies of one together), past any end of
 the text. All are run once to compile and to warm up, and then in `--repeats` rounds: all prompts of a row in turn, and
-the rows of a round one after another. A row that generates 30 tokens/s takes four minutes with the defaults. Columns:
+the rows of a round one after another. A row that generates 30 tokens/s takes three minutes with the defaults, and
+the rows of the README half an hour for SmolLM2 and two to three hours for a model of 1.5 billion parameters. Columns:
 
     decode tokens/s   prefill excluded, all texts of the batch together: median over the prompts, of each the median
                       over the rounds, and in parentheses the least and the most of the prompts
@@ -139,7 +140,7 @@ def _prepared(
     worker = stack.enter_context(closing(decode_rows.worker(name, row, options.threads)))
     job = _job(name, prompts, options) | ways[way]
     said = worker.ask("prepare", prompts=[prompt.ids for prompt in prompts], **job)
-    found = {"choice": way, "tried": tried} if way else {}
+    found = {"choice": way, "tried": tried} if tried else {}
     return worker, {**said, **found, "texts": [], **{s: [[] for _ in prompts] for s in (_ALONE, _BESIDE, "first_s")}}
 
 
@@ -234,9 +235,9 @@ def memory_speed(outcome: dict, folder: Path, options: argparse.Namespace) -> di
     """Return the memory's bandwidth: as measured, or what a row read if that is more, with the row's name."""
     from transformers import AutoConfig
 
-    from river_compile.reporting.dry_run import bandwidth, dry_run, empty_model
+    from river_compile.reporting.dry_run import dry_run, empty_model
 
-    found: dict[str, Any] = {"bandwidth_bytes_per_s": bandwidth(), "bandwidth_row": None}
+    found: dict[str, Any] = {**common.memory_speed(options.threads), "bandwidth_row": None}
     per_token = dry_run(empty_model(AutoConfig.from_pretrained(folder), "bfloat16"))["bytes"]
     for name, row in outcome["rows"].items() if per_token and options.batch == 1 else ():
         bits = decode_rows.bits_read(ROWS[name], options.dtype, row)

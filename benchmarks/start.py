@@ -13,11 +13,11 @@ Rows, each in separate processes:
 
 A process asks for a text, and again while exact mode packs its twins (*meanwhile*, tokens/s, ten times at most), each
 time with the next prompt (prompt_sets.py). It waits until they are there (*ready*), and asks each prompt twice more.
-The last time is steady; what the earlier ones take longer is the row's *start*. A row *pays* from so many tokens in a process on for
-which plain, its own start included, takes as long. Tokens/s are the median over prompts and, in parentheses, the least
-and the most. Peak RSS holds mapped files (weights, twins, libraries), whose pages the system shares and can drop; "own"
-is the most that no file backed at a time. "Disk" is what the compile cache holds. With `--busy` the process asks all
-the time until the twins are there. The C++ kernels are compiled before the first row.
+The last time is steady; what the earlier ones take longer is the row's *start*. A row *pays* from so many tokens in a
+process on for which plain, its own start included, takes as long. Tokens/s are the median over prompts and, in
+parentheses, the least and the most. Peak RSS holds mapped files (weights, twins, libraries), whose pages the system
+shares and can drop; "own" is the most that no file backed at a time. "Disk" is what the compile cache holds. With
+`--busy` the process asks all the time until the twins are there. The C++ kernels are compiled before the first row.
 """
 
 from __future__ import annotations

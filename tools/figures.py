@@ -62,7 +62,6 @@ _VERSIONS = (
 _KIND_HEADS = {"all": "all prompts"}
 _KEY = "decode_tokens_per_s"
 _NONE = "–"
-_CHOOSING = ("llama_cpp_best4", "llama_cpp_draft_itself", "llama_cpp_draft_small")
 
 
 def content(arguments: str, results: Path = records.RESULTS) -> str:
@@ -164,7 +163,7 @@ def _decoded(run: Run, row: str) -> str:
     """Return a cell: the median, its range, and the file or the draft length that was the fastest."""
     cells = _by_key(run)
     choice, speed = cells.get((row, "choice")), _ranged(cells, row, _KEY, row == "exact")
-    return f"{speed} {choice}" if row in _CHOOSING and choice else speed
+    return f"{speed} {choice}" if choice else speed
 
 
 def _ranged(cells: dict[tuple[str, str], Any], row: str, key: str, bold: bool = False) -> str:

@@ -96,6 +96,8 @@ def run(peer: type[Peer], convert: Callable[[str, str, str], None] | None = None
 
     def prepare(prompts: list[list[int]], new_tokens: int, **job: Any) -> dict:
         loaded.append(peer(job))
+        if not prompts:
+            return {}
         first, second = generate(prompts[0], 2)["times"]
         for number, prompt in enumerate(prompts):
             generate(prompt, 2 if number else new_tokens)

@@ -67,6 +67,16 @@ def test_a_worker_gives_tokens_and_times(peer):
         worker.close()
 
 
+def test_a_worker_without_prompts_only_loads(peer):
+    """`benchmarks.start` times its first call."""
+    worker = common.Worker(peers.script(peer), "row", 1, python=peers.python(peer))
+    try:
+        assert worker.ask("prepare", prompts=[], new_tokens=4, file="x", threads=1) == {}
+        assert worker.ask("facts")["build"] == "kept 0"
+    finally:
+        worker.close()
+
+
 def test_a_file_is_converted_once(peer, tmp_path):
     source = tmp_path / "model.gguf"
     source.write_text("weights")

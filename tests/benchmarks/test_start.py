@@ -32,7 +32,7 @@ def test_a_start_is_what_early_calls_take_longer_than_later_ones_of_their_prompt
 
 
 def test_a_row_pays_from_the_tokens_that_make_up_for_its_start(monkeypatch, tmp_path, capsys):
-    """1 s more to start, 0.1 s less a token; the disk and the build of the kernels are told, too."""
+    """1 s more to start, 0.1 s less a token; the disk and the build of the kernels have their numbers."""
 
     class Worker:
         def __init__(self, module, name, threads, caches=None):
