@@ -50,6 +50,7 @@ inline Tensor embed(const Tensor& ids, const Tensor& table) {
   Tensors held;
   check(table.is_cpu() && table.dim() == 2 && table.is_contiguous(), "table", "be [V, D] in the CPU's memory");
   Tensor out = empty_behind(ids, columns_of(table), table);
+  if (out.numel() == 0) return out;
   EmbedArgs a{numbers_in(ids, held, "ids"), static_cast<char*>(table.data_ptr()), static_cast<char*>(out.data_ptr())};
   a.outside = reinterpret_cast<int32_t*>(workspace(sizeof(int32_t)));
   *a.outside = 0;
@@ -91,6 +92,7 @@ inline Tensor turns(const Tensor& positions, const Tensor& frequencies, double s
   check(frequencies.is_cpu() && frequencies.dim() == 1 && frequencies.is_contiguous() && 2 * half <= kMostHeadFeatures,
         "frequencies", "be one row in the CPU's memory, for half of a head's features at most");
   Tensor out = empty_behind(positions, 2 * half, like);
+  if (out.numel() == 0) return out;
   TurnArgs a{numbers_in(positions, held, "positions"), frequencies.data_ptr(), out.data_ptr()};
   a.count = positions.numel();
   a.half = int32_t(half);
