@@ -186,7 +186,8 @@ def forced_depth(depth: int | None) -> Iterator[None]:
     Raises (from the decode step):
         OptionError: (a ``ValueError``) the program was compiled for one other fixed depth and lacks the segments.
     """
-    before, _forced.depth = _forced.depth, depth
+    before = _forced.depth
+    _forced.depth = before if depth is None else depth
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from tests.support.peer_cases import ASSISTANTS, CASES
 ALL_DEPTHS = range(LAYERS + 1)
 IN_STEPS = [name for name, case in CASES.items() if case.does in (DRAFTS, STEPS) and case.name != "inputs"]
 FEW = ("greedy", "do_sample", "batch", "repetition_penalty")
+QUICK = [*(("llama", name) for name in FEW), ("gpt2", "greedy")]  # (its first step is traced apart from its prompt)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def fast() -> Iterator[Callable[[str], Peers]]:
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        pytest.param(family, name, marks=() if family == "llama" and name in FEW else pytest.mark.slow)
+        pytest.param(family, name, marks=() if (family, name) in QUICK else pytest.mark.slow)
         for family in FAMILIES
         for name in (IN_STEPS if family == "llama" else FEW)
     ],
