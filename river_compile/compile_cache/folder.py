@@ -1,12 +1,13 @@
 """The compile cache: a folder of what earlier processes built, with one entry for each model or set of weights.
 
-    $RIVER_COMPILE_CACHE_DIR/<key>/<name>    a file: the SHA-256 of its content in 64 hexadecimal digits, the content
+    $RIVER_COMPILE_CACHE_DIR/<key>/<name>    a file: the SHA-256 of its key, name and content in 64 digits, the content
 
 Not handled: a parent folder that other users may write to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -84,8 +85,8 @@ class Entry:
         except OSError:
             return None
         content = whole[_HASH:]
-        if hashlib.sha256(content).hexdigest().encode() != whole[:_HASH]:
-            self.remove_damaged(name, "its content does not have the hash that it begins with")
+        if self._hash(name, content) != whole[:_HASH]:
+            self.remove_damaged(name, "its place and content do not have the hash that it begins with")
             return None
         return content
 
@@ -106,11 +107,15 @@ class Entry:
                 return
             self.make_folder()
             with atomic_write(file) as scratch:
-                scratch.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+                scratch.write_bytes(self._hash(name, content) + content)
                 scratch.chmod(_FILE)
             self.describe()
         except OSError as error:
             warn_not_writable(error)
+
+    def _hash(self, name: str, content: bytes) -> bytes:
+        """Return the hash of a file, which another entry's file under this name does not have."""
+        return hashlib.sha256(f"{self.folder.name}/{name}\n".encode() + content).hexdigest().encode()
 
     def make_folder(self) -> None:
         """Make its folder, for this user alone; raise an OSError if it cannot."""
@@ -157,12 +162,13 @@ def list_entries() -> Iterator[EntryInfo]:
     """Yield all entries, the most recently used first."""
     try:
         folders = [folder for folder in compile_cache_folder().iterdir() if folder.is_dir()]
-        found = [
-            EntryInfo(_read_about(f), f, sum(x.stat().st_size for x in f.rglob("*") if x.is_file()), f.stat().st_mtime)
-            for f in folders
-        ]
     except OSError:
         return
+    found = []
+    for folder in folders:
+        with contextlib.suppress(OSError):  # another process removes a file
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            found.append(EntryInfo(_read_about(folder), folder, size, folder.stat().st_mtime))
     yield from sorted(found, key=lambda entry: -entry.used)
 
 
@@ -174,10 +180,11 @@ def _read_about(folder: Path) -> str:
 
 
 def clear() -> int:
-    """Remove all entries; return their bytes."""
+    """Remove all entries; return their bytes. Raises an OSError if one cannot be removed."""
     freed = 0
     for entry in list_entries():
-        shutil.rmtree(entry.folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+            shutil.rmtree(entry.folder)
         freed += entry.bytes
     return freed
 

@@ -46,7 +46,7 @@ class Packing:
         """Begin; `finishes_at_exit`: whether the interpreter waits for it, since a later process uses the result."""
         self.stage, self.share = _STAGE, 0.0  # the present stage, and how much of it is done
         self.seconds = 0.0
-        self._finishes_at_exit = finishes_at_exit
+        self.finishes_at_exit = finishes_at_exit
         self._error: Exception | None = None
         self._done = threading.Event()
         self._next: list[Callable[[], None]] | None = [work]  # no caller waits for later ones; None: no more is taken
@@ -58,8 +58,13 @@ class Packing:
 
     @property
     def ended(self) -> bool:
-        """Whether all work has ended; in a forked process, it has."""
-        return self._done.is_set() or not self._thread.is_alive()
+        """Whether the work that callers wait for has ended, with a result or an error."""
+        return self._done.is_set()
+
+    @property
+    def over(self) -> bool:
+        """Whether that work has ended or never will: in a process that was forked meanwhile, its thread is missing."""
+        return self.ended or not self._thread.is_alive()
 
     @property
     def idle(self) -> bool:
@@ -81,12 +86,12 @@ class Packing:
 
     def wait(self) -> None:
         """Wait for the end, with a progress bar."""
-        if self.ended:
+        if self.over:
             return
         with stage_shown(_STAGE):
-            while not self.ended:
+            while not self.over:
                 with stage_shown(stage := self.stage):
-                    while self.stage == stage and not self.ended:
+                    while self.stage == stage and not self.over:
                         self._thread.join(_POLL)
                         stage_reached(self.share)
 
@@ -132,7 +137,7 @@ class Packing:
     def _reach(self, stage: str, share: float) -> None:
         self.stage, self.share = stage, share
         exits = not threading.main_thread().is_alive()
-        if self._cancelled or (exits and not self._finishes_at_exit):
+        if self._cancelled or (exits and not self.finishes_at_exit):
             raise _Cancelled
         if exits and not self._told_of_exit:
             self._told_of_exit = True

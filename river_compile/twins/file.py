@@ -310,12 +310,17 @@ def open_stored(entry: Entry) -> TwinFile | None:
     try:
         found = TwinFile(folder)
     except TwinsError as error:
-        message = f"Cached weights cannot be used and are quantized again. {error.text}"
-        warnings.warn(with_id("RC103", message), RiverWarning, stacklevel=2)
-        shutil.rmtree(entry.folder, ignore_errors=True)
+        remove_damaged(entry, error)
         return None
     entry.touch()
     return found
+
+
+def remove_damaged(entry: Entry, error: TwinsError) -> None:
+    """Remove an entry whose file cannot be used, with a warning."""
+    message = f"Cached weights cannot be used and are quantized again. {error.text}"
+    warnings.warn(with_id("RC103", message), RiverWarning, stacklevel=3)
+    shutil.rmtree(entry.folder, ignore_errors=True)
 
 
 def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:

@@ -24,9 +24,19 @@ from torch import Tensor
 
 from river_compile.compile_cache.folder import Entry, is_enabled, warn_not_writable
 from river_compile.config import RiverConfig
+from river_compile.errors import TwinsError
 from river_compile.passes.program import Matmul
 from river_compile.twins.background import Packing
-from river_compile.twins.file import FILE, TwinFile, entry_for, is_stored, open_stored, write_missing, write_stored
+from river_compile.twins.file import (
+    FILE,
+    TwinFile,
+    entry_for,
+    is_stored,
+    open_stored,
+    remove_damaged,
+    write_missing,
+    write_stored,
+)
 from river_compile.twins.making import Job, Statistics, spilled
 from river_compile.twins.own_text import TwinLoss
 from river_compile.twins.quantize import pack_weight
@@ -125,7 +135,7 @@ class TwinWeights:
     @property
     def packing_share(self) -> float | None:
         """How much of the present stage is done in the background; None if nothing runs there."""
-        return None if self.packing is None or self.packing.ended else self.packing.share
+        return None if self.packing is None or self.packing.over else self.packing.share
 
     @property
     def packs_backbone(self) -> bool:
@@ -215,13 +225,18 @@ class TwinWeights:
         file = open_stored(entry)
         if file is None:
             return self._begun_or_made(job, matmuls, lossless, may_wait, entry)
+        there = [matmul for matmul in matmuls if not lossless or matmul.name in file.names]
+        others = [matmul for matmul in matmuls if matmul not in there]  # that a backbone's file omits
+        try:
+            loaded = self._loaded(job, there, file, str(file.folder))
+        except TwinsError as error:  # the file is whole and of other weights
+            remove_damaged(entry, error)
+            return self._begun_or_made(job, matmuls, lossless, may_wait, entry)
         if not lossless:
             known = entry.read(_LOSS)
             self.loss = None if known is None else TwinLoss(**json.loads(known))
             self._loss_is_old = job.observes and self.loss is None
-        there = [matmul for matmul in matmuls if not lossless or matmul.name in file.names]
-        others = [matmul for matmul in matmuls if matmul not in there]  # that a backbone's file omits
-        return self._loaded(job, there, file, str(file.folder)) | (self._made(job, others, lossless) if others else {})
+        return loaded | (self._made(job, others, lossless) if others else {})
 
     def _begun_or_made(
         self, job: Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
@@ -234,7 +249,7 @@ class TwinWeights:
                 write_stored(entry, [*made.values()])
             return made
         # If others are being made, the program is built again when those are there, and these begin.
-        if self.packing is None or self.packing.ended:
+        if self.packing is None or self.packing.over:
             work = functools.partial(self._make_later, job, matmuls, entry)
             self.packing = Packing(work, finishes_at_exit=entry is not None)
         return {}

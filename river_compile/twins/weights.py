@@ -203,7 +203,7 @@ class ProgramWeights:
     @property
     def can_be_whole(self) -> bool:
         """Whether missing twins are there by now. Raises the error that ended their making."""
-        if self._awaits is None or not self._awaits.ended:
+        if self._awaits is None or not self._awaits.over:
             return False
         self._awaits.check()
         return True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import gc
-import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 import weakref
 from importlib import metadata
@@ -25,6 +28,7 @@ from river_compile.compile_cache.identity import identity_of
 from river_compile.kernels.native.build import CannotBuild
 from tests.support.examples import slow_but
 from tests.support.families import FAMILIES, each, make, prompt
+from tests.support.layout import ROOT
 
 OPTIONS = {"kernels": "native", "group_size": 32, "quantizer": "rtn"}
 
@@ -230,22 +234,26 @@ def _forget_code():
     identity._versions.cache_clear()
 
 
-def _of_another_type(content):
+def _of_another_type(file):
     """As an earlier version may have written it: whole, its hash right, a field of another type."""
-    hash_size = len(hashlib.sha256().hexdigest())
-    if not content[hash_size:].startswith(b"{"):  # (twins are tensors)
-        return content
-    program = json.loads(content[hash_size:])
+    if file.suffix != ".pass":  # (twins are tensors)
+        return
+    entry = folder.Entry(file.parent.name)
+    program = json.loads(entry.read(file.name))
     program["program"]["candidates"] = "all"
-    changed = json.dumps(program).encode()
-    return hashlib.sha256(changed).hexdigest().encode() + changed
+    file.unlink()
+    entry.write(file.name, json.dumps(program).encode())
+
+
+def _changed(change):
+    return lambda file: file.write_bytes(change(file.read_bytes()))
 
 
 DAMAGE = {
-    "cut": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "one byte": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-    "foreign": lambda content: b"\x80\x05 something else altogether",
+    "cut": _changed(lambda content: content[: len(content) // 2]),
+    "empty": _changed(lambda content: b""),
+    "one byte": _changed(lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]),
+    "foreign": _changed(lambda content: b"\x80\x05 something else altogether"),
     "another type": _of_another_type,
 }
 
@@ -254,7 +262,7 @@ class TestADamagedCache:
     @pytest.mark.parametrize("damage", slow_but(["one byte", "another type"], DAMAGE))
     def test_costs_a_warning_and_a_fresh_build(self, used, first, damage):
         for file in files(used):
-            file.write_bytes(DAMAGE[damage](file.read_bytes()))
+            DAMAGE[damage](file)
         with pytest.warns(match="is rebuilt"):
             second, traced, _ = start()
         assert traced > 0
@@ -269,13 +277,53 @@ class TestADamagedCache:
         told = []
         for file in (file for file in files(used) if file.suffix == ".pass"):
             whole = file.read_bytes()
-            file.write_bytes(DAMAGE["one byte"](whole))
+            DAMAGE["one byte"](file)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 start(max_new_tokens=1)
             told.append(any("is rebuilt" in str(warning.message) for warning in caught))
             file.write_bytes(whole)
         assert sorted(told) == [False, True]
+
+    @pytest.mark.parametrize("ending", [".pass", ".safetensors"])
+    def test_with_files_of_another_model_costs_a_warning_and_a_fresh_build(self, used, first, ending):
+        """Programs of the same inputs with another constant, and twins of other weights."""
+
+        def change(model):
+            if ending == ".pass":
+                for module in model.modules():
+                    if hasattr(module, "variance_epsilon"):
+                        module.variance_epsilon = 1.0
+            else:
+                model.load_state_dict(make("llama", layers=3, seed=1).state_dict())
+
+        (mine,) = {file.parent for file in used.rglob(f"*{ending}")}
+        assert not torch.equal(start(change=change)[0], first[1])
+        (other,) = {file.parent for file in used.rglob(f"*{ending}")} - {mine}
+        shutil.rmtree(mine)
+        other.rename(mine)
+        with pytest.warns(match="RC103"):
+            text, _, _ = start()
+        assert torch.equal(text, first[1])
+        assert torch.equal(start()[0], first[1])
+
+    @pytest.mark.slow
+    def test_that_is_full_costs_a_warning(self, tmp_path):
+        """A limit on the size of files stands for a disk without space: twins and programs exceed it."""
+        code = (
+            "import resource, warnings; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+            "from tests.compile_cache.test_compile_cache import start\n"
+            "with warnings.catch_warnings(record=True) as said:\n"
+            "    warnings.simplefilter('always')\n"
+            "    text = start(kernels='eager')[0].tolist()\n"
+            "print([text, [str(w.message)[:6] for w in said if 'RC' in str(w.message)]])"
+        )
+        environment = {**os.environ, "RIVER_COMPILE_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        text, said = ast.literal_eval(done.stdout)
+        assert text == generate(make("llama", layers=3), prompt()).tolist()
+        assert said == ["RC104:"]
+        assert max((file.stat().st_size for file in files(tmp_path)), default=0) < 4096
 
     def test_that_cannot_be_written_is_told_once(self, tmp_path, monkeypatch, recwarn):
         blocked = tmp_path / "a file"
@@ -350,3 +398,12 @@ def test_the_command_lists_sizes_and_clears(used, capsys):
     assert main(["cache", "--clear"]) == 0
     assert "freed" in capsys.readouterr().out
     assert files(used) == []
+
+
+def test_the_command_says_that_nothing_could_be_cleared(used, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    assert main(["cache", "--clear"]) == 1
+    assert "Read-only file system" in capsys.readouterr().err
