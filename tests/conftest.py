@@ -6,6 +6,7 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also if the parent of the tests (a shell's background job, say) ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
 from river_compile.twins.observe import record as record_inputs
+from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import digest_of
 from river_compile.upstream.dynamo import OwnCall, compiled_with, untraceable
 
@@ -139,7 +140,15 @@ def accelerate(
     record.graphs.clear()
     record.call, record.programs = call, programs
     record.twins.stores, record.twins.background = compile_cache, background_packing
+    weakref.finalize(model, _end_packing, weakref.ref(record.twins)).atexit = False
     return model
+
+
+def _end_packing(twins: weakref.ref[TwinWeights]) -> None:
+    """End the packing for a model that is gone, which holds its weights, unless a later process uses the result."""
+    here = twins()
+    if here is not None and here.packing is not None and not here.packing.finishes_at_exit:
+        here.packing.cancel()
 
 
 def _built(

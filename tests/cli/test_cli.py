@@ -243,6 +243,16 @@ def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys
     assert found["healthy"]
 
 
+def test_doctor_says_that_the_cache_has_no_place(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    for home, free, state in ((file, 10**10, "bad"), (tmp_path, 10**6, "warning"), (tmp_path / "new", 10**10, "ok")):
+        monkeypatch.setenv("RIVER_COMPILE_HOME", str(home))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
+        found = printed_json(capsys, "doctor", "--no-self-test", code=3 if state == "bad" else 0)
+        assert finding_of(found, "cache")["state"] == state
+
+
 def test_doctor_names_the_instruction_set_and_those_that_can_be_forced(capsys, monkeypatch):
     names = [isa.name for isa in supported_isas()]
     for name in (names[0], names[-1]):
@@ -355,14 +365,6 @@ class Typed(io.StringIO):
 
     def isatty(self):
         return True
-
-
-@pytest.fixture
-def interruptible():
-    """Ctrl-C raises, also if the parent of the tests (a shell's background job, say) ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

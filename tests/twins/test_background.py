@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import faulthandler
+import gc
 import json
+import os
+import pickle
+import signal
 import subprocess
 import sys
 import threading
+import traceback
+import weakref
 
 import pytest
 import torch
@@ -13,6 +21,7 @@ import torch
 import river_compile
 from river_compile.errors import UnsupportedGraphError
 from river_compile.model_record import find_record
+from river_compile.runtime.state import on_step
 from river_compile.twins import making, pack
 from tests.support.families import make, prompt
 
@@ -167,6 +176,64 @@ def test_an_error_reaches_the_next_call(held):
             generate(model)
 
 
+def test_copies_that_are_made_meanwhile_are_plain_and_pack_on_their_own(packing, held):
+    expected = generate(plain()).tolist()
+    copies = copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))
+    for copied in copies:
+        assert generate(copied).tolist() == expected
+        assert find_record(copied) is None
+    river_compile.accelerate(copies[0], compile_cache=False, **EXACT)
+    generate(copies[0], prompt_lookup_num_tokens=0)
+    assert find_record(copies[0]).twins.packing is not find_record(packing).twins.packing
+    for model in (packing, copies[0]):
+        finish(model, held)
+        assert generate(model).tolist() == expected
+        assert drafted(model) > 0
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("at", ["in the call", "in the wait"])
+def test_ctrl_c_leaves_a_model_that_drafts_later(packing, held, at):
+    """An interrupt ends the call or the wait for twins, not their making."""
+    expected = generate(plain()).tolist()
+
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    if at == "in the call":
+        with on_step(interrupt), pytest.raises(KeyboardInterrupt):
+            generate(packing)
+    else:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            find_record(packing).twins.packing.wait()
+    assert generate(packing).tolist() == expected
+    finish(packing, held)
+    assert generate(packing).tolist() == expected
+    assert drafted(packing) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_process_that_is_forked_meanwhile_makes_them_anew(packing, held):
+    """The thread that packs is missing there; torch allows a forked process one thread."""
+    expected = generate(plain()).tolist()
+    child = os.fork()
+    if child == 0:
+        try:
+            faulthandler.dump_traceback_later(60, exit=True)
+            torch.set_num_threads(1)
+            same = [generate(packing).tolist() == expected]
+            finish(packing, held)
+            same += [generate(packing).tolist() == expected for _ in range(2)]
+            os._exit(0 if all(same) and drafted(packing) > 0 else 3)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert generate(packing).tolist() == expected
+
+
 def test_restore_ends_it(packing, held):
     packing_before = find_record(packing).twins.packing
     river_compile.restore(packing)
@@ -174,6 +241,20 @@ def test_restore_ends_it(packing, held):
     packing_before.wait()
     assert packing_before.share < 1
     packing_before.check()
+
+
+def test_a_model_that_goes_meanwhile_ends_it(held):
+    """No process would use the twins, and the thread holds the weights."""
+    model = river_compile.accelerate(plain(), compile_cache=False, **EXACT)
+    generate(model, 2)
+    begun, weight = find_record(model).twins.packing, weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    del model
+    gc.collect()
+    held.set()
+    begun.join()
+    gc.collect()
+    assert begun.share < 1
+    assert weight() is None
 
 
 PROGRAM = """
