@@ -281,10 +281,13 @@ class PrefixPool:
     def free(self) -> int:
         """Drop the cache and all texts; return the bytes that this frees."""
         held = self.bytes + self.texts.saved_bytes
+        self._drop()
+        return held
+
+    def _drop(self) -> None:
         with self._lock:
             self._pooled = None
             self._forget(None)
-        return held
 
     def _freed_with(self, model: PreTrainedModel) -> weakref.ref[PreTrainedModel]:
         """Return a reference that empties the pool with the model, whose weights the states hold."""
@@ -292,8 +295,8 @@ class PrefixPool:
 
         def free(_: object) -> None:
             pool = mine()
-            if pool is not None:
-                pool.free()
+            if pool is not None:  # (at the interpreter's exit, when this module's names may be gone)
+                pool._drop()
 
         return weakref.ref(model, free)
 

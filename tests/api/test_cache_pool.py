@@ -1,8 +1,11 @@
 """The static cache that a model keeps for its calls, longer where it is full."""
 
 import contextlib
+import gc
+import sys
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -158,6 +161,19 @@ def test_calls_at_the_same_time_have_caches_of_their_own(fast):
 
     assert torch.equal(generate(model, ids, logits_processor=[another]), text)
     assert torch.equal(inner[0], text)
+
+
+def test_a_model_that_goes_with_the_interpreter_says_nothing(monkeypatch):
+    """A model in a circle goes after the names of modules: each is None then."""
+    model, said = accelerated(quality="fast"), []
+    generate(model, prompt())
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    monkeypatch.setattr(kv_cache, "_tensors", None)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert said == []
 
 
 def test_the_cache_can_be_freed():
