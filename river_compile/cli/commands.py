@@ -36,6 +36,7 @@ from river_compile.cli.shared import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+_FREE = 100e6  # bytes, of kernels and of a small model's twins
 OK, WARN, BAD = "ok", "warning", "bad"
 _MARKS = {OK: "[green]ok     [/]", WARN: "[yellow]warning[/]", BAD: "[red]bad    [/]"}
 
@@ -141,11 +142,12 @@ def _cache_folder() -> Finding:
 
     folder = cache_folder()
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(parent, os.W_OK):
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
         return Finding("cache", BAD, f"{folder} cannot be written; set RIVER_COMPILE_HOME to a folder that can")
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
     free = shutil.disk_usage(parent).free
-    return Finding("cache", OK, f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_HOME)")
+    text = f"{folder}, {megabytes(held)}; {megabytes(free)} free (RIVER_COMPILE_HOME)"
+    return Finding("cache", OK if free > _FREE else WARN, text)
 
 
 def try_out() -> Finding:
