@@ -24,6 +24,7 @@ _NEVER_RAN = (
     'use model.compile(backend="river") or model.forward = torch.compile(model.forward, backend="river"), then '
     "generate"
 )
+_NOT_YET = "nothing to report yet: the first call of generate traces the model and quantizes its twins"
 _ORIGINS = {
     "traced": "",
     "stamped": ", from a trace of a few layers",
@@ -101,7 +102,7 @@ class Report:
     def _lines(self) -> Iterator[str]:
         record = self.record
         if not (self.ran or record.fallbacks):
-            yield f"  {_NEVER_RAN}"
+            yield f"  {_NEVER_RAN if record.call is None else _NOT_YET}"
             return
         if self.ran:
             for graph in self.graphs:

@@ -292,6 +292,11 @@ def test_sampling_without_drafts_draws_what_plain_sampling_draws():
     assert torch.equal(*drawn)
 
 
+def test_a_report_before_the_first_text_says_that_there_is_none():
+    model = river_compile.accelerate(make("llama", layers=2))
+    assert "nothing to report yet: the first call of generate" in str(river_compile.report(model))
+
+
 @pytest.mark.core
 def test_restore_takes_everything_back(model):
     """The generate of the class, the call, the twins; afterwards it can be accelerated again."""
