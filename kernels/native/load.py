@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -81,6 +82,18 @@ def _making(isa: Isa, *others: Callable[[Isa], Path]) -> tuple[Future[Path], Fut
             pool.submit(other, isa)
         pool.shutdown(wait=False)
     return _begun[isa.name]
+
+
+def _forget_builds() -> None:
+    """In a forked process: drop the builds whose threads it lacks, and a lock that one of them may have held."""
+    global _loading
+    _loading = threading.Lock()
+    for name in [name for name, made in _begun.items() if not all(future.done() for future in made)]:
+        del _begun[name]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_builds)
 
 
 def loaded() -> bool:

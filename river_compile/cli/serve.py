@@ -33,7 +33,7 @@ _KEY = "Key that clients must send; better in RIVER_COMPILE_API_KEY, since other
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     max_num_seqs: Annotated[int, typer.Option(help="Maximum number of requests that generate at the same time.")] = 8,
     queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; later ones get status 429.")] = 32,
     api_key: Annotated[str | None, typer.Option(help=_KEY, envvar="RIVER_COMPILE_API_KEY")] = None,

@@ -45,8 +45,6 @@ from river_compile.upstream.transformers import (
     is_transformers_model,
 )
 
-_OUTPUTS = ("output_attentions", "output_hidden_states")  # of each pass, that River does not return
-
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
 CONSTANT = "constant"
@@ -175,8 +173,6 @@ class Decode:
         obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
         if obstacle:
             raise self.refusal(obstacle)
-        for name in _OUTPUTS:  # asked for, and not returned without a dict: other graphs for nothing
-            model_kwargs.pop(name, None)
         streamer = streamer or generate_argument("streamer")
         if input_ids.dtype == torch.int32:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
@@ -238,8 +234,9 @@ class Decode:
             return f"{mode.value} is not available. Remove {_asking_for(config)}"
         if model.config.is_encoder_decoder:
             return f"{type(model).__name__} is an encoder-decoder model. Use a decoder-only model"
-        for name in _OUTPUTS:
-            if getattr(config, name) and config.return_dict_in_generate:
+        # Without a dict they are not returned, but the forward gets them: Falcon's then masks otherwise.
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name):
                 return f"{name}=True is not available. Remove it, or use output_scores or output_logits"
         if synced_gpus:
             return "synced_gpus=True is not available, since processes run different numbers of passes. Remove it"

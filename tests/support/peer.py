@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,7 @@ class Peers:
     def __init__(self, plain: PreTrainedModel, ours: PreTrainedModel) -> None:
         self.plain, self.ours = plain, ours
         self.compiles = True  # whether River has this family's layers
+        self.breaks: Collection[str] = ()  # names of calls that may run in any way
         self.drafts = True  # whether the accelerated one does
         self.tolerance = TOLERANCE
         self.broken = False  # whether a comparison failed, after which nothing is known about later ones
@@ -157,7 +158,7 @@ class Peers:
         if case.does == RAISES or case.does == DRAFTS:
             assert bool(expected.error) == (case.does == RAISES), f"{label}: plain gives {expected.error or 'no error'}"
         did = DRAFTS if any(cycle.drafted for cycle in trace.cycles) else STEPS if trace.steps else FALLBACK
-        if self.compiles and case.does in (DRAFTS, STEPS, FALLBACK):
+        if self.compiles and case.does in (DRAFTS, STEPS, FALLBACK) and case.name not in self.breaks:
             wanted = STEPS if case.does == DRAFTS and not self.drafts else case.does
             assert did == wanted, f"{label}: {did} instead of {wanted}"
 

@@ -249,3 +249,23 @@ except RuntimeError as error:
 """
     load.load()  # the operators are in the cache then
     assert run_python(code, tmp_path, ROOT).stdout.strip() == "True"
+
+
+def test_a_process_that_forks_during_a_build_loads_anew(tmp_path):
+    """The child lacks the threads that build, whose results it would wait for without an end."""
+    code = """
+import os, signal, time
+from river_compile.kernels.native import load
+built = load.kernels_library
+load.kernels_library = lambda isa: (time.sleep(3), built(isa))[1]
+load.begin()
+child = os.fork()
+if not child:
+    signal.alarm(100)
+    load.kernels_library = built
+    load.load()
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    load.load()  # the libraries are in the cache then
+    assert run_python(code, tmp_path, ROOT).stdout.strip() == "0"
