@@ -69,7 +69,7 @@ def test_calls_that_dynamo_must_not_trace_are_transformers_own(peers):
 
 
 def test_outputs_that_nobody_gets_compile_nothing(peers):
-    """Without a dict attention weights are not returned; the forward that is asked for them has graphs of its own."""
+    """Without a dict attention weights are not returned; the forward that is asked for them has separate graphs."""
     models = peers("llama")
     models.compare(CASES["greedy"])
     graphs = len(river_compile.report(models.ours).graphs)
