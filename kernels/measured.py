@@ -94,15 +94,15 @@ def _measure(shapes: Shapes, file: Path) -> None:
 def _sample(shapes: Shapes) -> Iterator[Tensor]:
     """Yield weights of these shapes in turn, each as often as its share of a pass's bytes asks for."""
     generator = torch.Generator().manual_seed(0)  # leaves the user's generator alone
-    cut = {
-        (min(n, max(BLOCK, _MOST_WEIGHTS // k)), k): count * n // min(n, max(BLOCK, _MOST_WEIGHTS // k))
-        for (n, k), count in shapes.items()
-    }
-    whole = sum(2 * n * k * count for (n, k), count in cut.items())
-    counts = {shape: max(1, round(count * _BYTES / whole)) for shape, count in cut.items()}
-    for turn in range(max(counts.values())):
+    share = _BYTES / sum(2 * n * k * count for (n, k), count in shapes.items())
+    counts: dict[tuple[int, int], int] = {}
+    for (n, k), count in shapes.items():
+        rows = min(n, max(BLOCK, _MOST_WEIGHTS // k))
+        counts[rows, k] = max(1, round(count * n * share / rows))
+    turns = max(counts.values())
+    for turn in range(turns):
         for (n, k), count in counts.items():
-            if turn * count // max(counts.values()) != (turn + 1) * count // max(counts.values()):
+            if turn * count // turns != (turn + 1) * count // turns:
                 yield (torch.randn(n, k, generator=generator) * 0.02).bfloat16()
 
 

@@ -59,7 +59,7 @@ def tokens_per_s(sizes: Sizes, bandwidth: float) -> dict[str, float]:
 def memory_bytes(sizes: Sizes) -> float:
     """Return the bytes of weights that River keeps in memory: in 12 bits, in 4 bits, and other ones in 16."""
     others = 2 * sizes.parameters - (sizes.blocks + sizes.head)  # embeddings that are no head
-    return sizes.packed + sizes.twins + sizes.head_twin + max(others, 0)
+    return disk_bytes(sizes) + max(others, 0)
 
 
 def disk_bytes(sizes: Sizes) -> float:
