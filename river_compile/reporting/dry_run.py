@@ -12,7 +12,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers.cache_utils import StaticLayer
 from river_compile.choices import choose
 from river_compile.compile_cache.layers import Layers, layers_of, with_layers
 from river_compile.config import RiverConfig
+from river_compile.kernels.native.machine import last_level_cache
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
 from river_compile.lowering.inductor import Lowering
 from river_compile.passes.experts import experts_per_token
@@ -173,7 +173,7 @@ def bandwidth(repeats: int = 2) -> float:
     """Measure the memory's bandwidth in bytes per second, with all threads: the best of many short reads."""
     # A read of a fraction of a millisecond ends before the scheduler gives the core to another process: of a shorter
     # one threads' start is a larger part. Together they exceed the caches, so each read comes from memory.
-    size, best = max(_LEAST_READ, 2 * _last_level_cache_bytes()), 0.0
+    size, best = max(_LEAST_READ, 2 * (last_level_cache() or 0)), 0.0
     numbers = torch.ones(size >> 2, dtype=torch.int32)
     for whole, length in itertools.product((numbers, numbers.view(torch.float32)), _READS):
         for piece in whole.split(length >> 2) * repeats:
@@ -181,12 +181,3 @@ def bandwidth(repeats: int = 2) -> float:
             piece.sum()
             best = max(best, piece.nbytes / (time.perf_counter() - start))
     return best
-
-
-def _last_level_cache_bytes() -> int:
-    """Return the size of the largest cache of the first core, 0 where the system does not say."""
-    found = 0
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            found = max(found, int(file.read_text().strip().removesuffix("K")) << 10)
-    return found

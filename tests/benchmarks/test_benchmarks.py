@@ -118,15 +118,6 @@ def test_json_files_are_whole_and_leave_no_scratch(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_the_last_level_cache_is_the_outermost_one(tmp_path):
-    for index, (level, size) in enumerate([(1, "48K"), (3, "32768K"), (2, "1024K")]):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "level").write_text(f"{level}\n")
-        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
-    assert common.last_level_cache(tmp_path) == 32 * 2**20
-    assert common.last_level_cache(tmp_path / "none") is None
-
-
 def test_ratios_leave_out_what_was_not_measured():
     assert common.ratios({"a": 3.0, "b": 2.0}, [("a", "b"), ("a", "c")]) == {"a/b": 1.5}
 

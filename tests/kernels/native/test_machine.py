@@ -114,3 +114,12 @@ def test_wheels_are_built_for_the_machine_that_the_environment_names(monkeypatch
     assert machine.target_architecture() == "aarch64"
     monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "macosx-10.13-universal2")
     assert machine.target_architecture() == machine.architecture()
+
+
+def test_the_last_level_cache_is_the_outermost_one(tmp_path):
+    for index, (level, size) in enumerate([(1, "48K"), (3, "32768K"), (2, "1024K")]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "level").write_text(f"{level}\n")
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert machine.last_level_cache(tmp_path) == 32 * 2**20
+    assert machine.last_level_cache(tmp_path / "none") is None
