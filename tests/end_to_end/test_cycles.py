@@ -58,5 +58,7 @@ def test_cycles_of_accelerate_and_restore(way, count, tmp_path, monkeypatch):
             before = held()
     after = held()
     grown = {name: after[name] - before[name] for name in after}
-    assert grown.pop("bytes") < 300_000 * (count - 3)  # (torch keeps the source of every graph that it compiles)
+    growth_of_bytes = grown.pop("bytes")
+    # Torch keeps the source of every graph that it compiles. Two cycles say nothing: the allocator moves by megabytes.
+    assert count < 30 or growth_of_bytes < 16_000_000, grown
     assert all(growth <= 0 for growth in grown.values()), grown
