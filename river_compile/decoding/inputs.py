@@ -192,12 +192,6 @@ def prepares_as_most_do(model: PreTrainedModel) -> bool:
     )
 
 
-def masks_by_slots(model: PreTrainedModel) -> bool:
-    """Whether attention cuts its masks out of a square buffer by the number of keys, as GPT-Neo's does."""
-    # The last key is then taken for the newest token's; a static cache has empty slots behind that.
-    return any(b.dtype == torch.bool and b.dim() == 4 and b.shape[-1] == b.shape[-2] for b in model.buffers())
-
-
 def _owned(inputs: Inputs, kept: Mapping[Any, Tensor]) -> Inputs:
     """Return a pass's inputs in writable tensors: those of an earlier pass that look the same, or new."""
     masks = {kind: _copied(mask) for kind, mask in masks_of(inputs)}

@@ -21,7 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.decoding.inputs import BY_SLOT, KNOWN, masks_by_slots, prepares_as_most_do
+from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
 from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.session import Session
@@ -32,7 +32,7 @@ from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_record import record_of
 from river_compile.runtime.draft_length import DraftLength
-from river_compile.runtime.kv_cache import KVCache
+from river_compile.runtime.kv_cache import KVCache, masks_by_slots, why_no_rewind
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.upstream.dynamo import current_stance
 from river_compile.upstream.transformers import (
@@ -326,11 +326,8 @@ class ExactMode(Decode):
         assistant_model: object,
         model_kwargs: Mapping[str, object],
     ) -> str:
-        if model._is_stateful:
-            return (
-                f"Exact mode removes rejected tokens, which the recurrent state of {type(model).__name__} does not "
-                "support. Use quality='fast', whose output changes"
-            )
+        if model._is_stateful:  # refused before its prompt runs; other reasons are of the cache that it makes
+            return f"{why_no_rewind(model)}. Use quality='fast', whose output changes"
         return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:

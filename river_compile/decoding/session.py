@@ -30,7 +30,6 @@ from river_compile.decoding.inputs import (
     MovedInputs,
     extended_inputs,
     joined_inputs,
-    masks_by_slots,
     selected_inputs,
     with_all_logits,
     with_masks,
@@ -43,7 +42,7 @@ from river_compile.model_record import GraphRecord, record_of
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
 from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
-from river_compile.runtime.kv_cache import KVCache, slots_for
+from river_compile.runtime.kv_cache import KVCache, slots_for, why_no_rewind
 from river_compile.runtime.state import DraftVocab, StepState
 from river_compile.upstream.dynamo import OwnCall, runs_one_graph
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_dynamic
@@ -203,16 +202,9 @@ class Session:
                 f"{type(self.model).__name__} takes the whole text in every pass ({given} tokens instead of 1). Use "
                 "quality='fast', whose output changes"
             )
-        if masks_by_slots(self.model) and not self.kv.is_full:
-            raise ExactModeError(
-                f"Exact mode requires a static KV cache, and {type(self.model).__name__} masks by the number of its "
-                "slots. Use quality='fast', whose output changes"
-            )
         if not self.kv.is_full:
-            kinds = {type(layer).__name__ for layer in self.kv.cache.layers}
             raise ExactModeError(
-                "Exact mode removes rejected tokens from the KV cache, which some layers of this one do not support "
-                f"({', '.join(sorted(kinds))}). Use quality='fast', whose output changes"
+                f"{why_no_rewind(self.model, self.kv.cache)}. Use quality='fast', whose output changes"
             )
         self.widths, self._strict = widths, strict
         self._vocabulary = logits_B1V.shape[-1]

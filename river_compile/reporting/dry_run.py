@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
 
 from river_compile.choices import choose
 from river_compile.compile_cache.layers import Layers, layers_of, with_layers
@@ -31,6 +30,7 @@ from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import recognise
 from river_compile.passes.twins import river_twins
+from river_compile.runtime.kv_cache import why_no_rewind
 from river_compile.upstream.transformers import cache_argument, full_static_cache
 
 _PROMPT, _SLOTS = 8, 32
@@ -94,13 +94,10 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def exact_refusal(model: PreTrainedModel) -> str:
-    """Return what a model keeps of past tokens that exact mode cannot rewind; empty if it can rewind all."""
-    if model._is_stateful:
-        return f"the recurrent state of {type(model).__name__} cannot give rejected tokens back"
+    """Return why exact mode refuses a model, as far as its configuration tells; empty where it does not."""
     with contextlib.suppress(ValueError, KeyError):  # a configuration that transformers makes no static cache for
-        kinds = {type(layer).__name__ for layer in full_static_cache(model, _SLOTS).layers} - {StaticLayer.__name__}
-        return f"cache layers of kind {', '.join(sorted(kinds))} cannot give rejected tokens back" if kinds else ""
-    return ""
+        return why_no_rewind(model, full_static_cache(model, _SLOTS))
+    return why_no_rewind(model)
 
 
 def _total(repeats: Sequence[int], values: Iterable[int]) -> int:

@@ -31,6 +31,31 @@ _STEP = 256  # slots are a multiple of this, so that prompts of similar lengths 
 _SAVED = 512 * 2**20
 
 
+def masks_by_slots(model: PreTrainedModel) -> bool:
+    """Whether attention cuts its masks out of a square buffer by the number of keys, as GPT-Neo's does."""
+    # The last key is then taken for the newest token's; a static cache has empty slots behind that.
+    return any(b.dtype == torch.bool and b.dim() == 4 and b.shape[-1] == b.shape[-2] for b in model.buffers())
+
+
+def other_layers(cache: Cache) -> list[str]:
+    """Return the kinds of a cache's layers that do not keep a slot for every token."""
+    return sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer})
+
+
+def why_no_rewind(model: PreTrainedModel, cache: Cache | None = None) -> str:
+    """Return why exact mode cannot remove rejected tokens of a model (and a cache of its); empty where it can."""
+    kind, layers = type(model).__name__, other_layers(cache) if cache is not None else []
+    if model._is_stateful:
+        kept = f"the recurrent state of {kind} does"
+    elif masks_by_slots(model) and not model._can_compile_fullgraph:
+        kept = f"{kind}, whose masks count the slots of the KV cache, does"
+    elif layers:
+        kept = f"KV cache layers of kind {', '.join(layers)} do"
+    else:
+        return ""
+    return f"Exact mode removes rejected tokens, which {kept} not allow"
+
+
 class KVCache:
     """A KV cache whose first rows are in use."""
 
@@ -39,7 +64,7 @@ class KVCache:
     def __init__(self, cache: Cache) -> None:
         self.whole = self.cache = cache  # `cache` is a view of the rows in use
         # Of other caches only the tokens are counted.
-        self.is_full = all(type(layer) is StaticLayer for layer in cache.layers)
+        self.is_full = not other_layers(cache)
         self.slots = cache.layers[0].max_cache_len if self.is_full else sys.maxsize
         self.states: dict[tuple[int, int], Any] = {}  # of a session: bound states by rows and width of a pass
         self.take_in()

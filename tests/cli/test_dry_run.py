@@ -48,3 +48,10 @@ def test_large_models_are_counted_by_the_weights_that_a_token_reads(size):
     assert found["graphs"] == dict.fromkeys(("prefill", "decode"), config.num_hidden_layers)
     assert found["bytes"]["blocks"] / 2e9 == pytest.approx(ACTIVE[size], rel=0.05)
     assert 0.25 < found["bytes"]["twins"] / found["bytes"]["blocks"] < 0.35
+
+
+def test_masks_that_count_slots_are_seen_without_a_trace():
+    """What refuses GPT-Neo in `generate` refuses it here: one function."""
+    config = transformers.GPTNeoConfig(hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])
+    assert "masks count the slots" in dry_run.exact_refusal(dry_run.empty_model(config, "bfloat16"))
+    assert dry_run.exact_refusal(make("llama")) == ""
