@@ -14,9 +14,11 @@ import torch
 from benchmarks import common
 from benchmarks.random_llama import llama_config
 from river_compile.reporting.dry_run import dry_run, empty_model
-from tools.kernels.shapes import MODELS
+from tools.kernels.shapes import MODELS, ModelShape
 
-SHAPES = ("smollm2-135m", "llama-3.2-1b", "qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b")
+# No tiles are kept for it, so it is not among the shapes of kernels.
+_OTHERS = {"qwen2.5-0.5b": ModelShape("qwen2.5-0.5b", 24, 896, 14, 2, 64, 4864, 151936, qkv_bias=True)}
+SHAPES = ("smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 def reads(name: str, dtype: str) -> dict[str, int]:
     """Return the parameters and blocks of a shape, and the bytes of all blocks, of all twins and of the head."""
     torch._dynamo.reset()  # (or it would take the next shape for one more recompilation, of which it permits few)
-    found = dry_run(empty_model(llama_config(MODELS[name]), dtype))
+    found = dry_run(empty_model(llama_config((MODELS | _OTHERS)[name]), dtype))
     sizes = {f"{part}_bytes": size for part, size in found["bytes"].items()}
     return {"parameters": found["parameters"], "blocks": found["blocks"], **sizes}
 

@@ -24,7 +24,12 @@ BANDWIDTHS = (20, 40, 80, 200, 400)  # GB/s
 LARGEST = 500  # tokens/s, above which a token's fixed costs, which are not predicted, are most of its time
 SHOWN = (PLAIN, EXACT, FAST)
 _ROWS = {"eager": PLAIN, "exact": EXACT, "fast": FAST, "all_4bit": ALL_4BIT}  # of `benchmarks.decode`
-_SHAPES = {"smollm2": "smollm2-135m", "qwen-coder-1.5b": "qwen2.5-1.5b"}  # of `benchmarks.reads`, by model
+_SHAPES = {  # of `benchmarks.reads`, by model
+    "smollm2": "smollm2-135m",
+    "smollm2-tuned": "smollm2-135m",
+    "qwen-coder-0.5b": "qwen2.5-0.5b",
+    "qwen-coder-1.5b": "qwen2.5-1.5b",
+}
 _SPEED = "decode_tokens_per_s"
 
 
