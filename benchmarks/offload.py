@@ -33,6 +33,7 @@ from typing import Any
 
 from benchmarks import common
 from river_compile.cli import shared
+from river_compile.runtime.offload import OffloadedWeights
 from tools import demo_models
 
 _NEVER = 2.0  # above every cosine
@@ -84,7 +85,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
-    moved = report.record.offloaded.stats.get("moved", 0)
+    moved = report.record.of(OffloadedWeights).stats.get("moved", 0)
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
     return {
         "weights_bytes": weights,
@@ -100,7 +101,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
 def _brought_in(report: Any) -> int:
     """Return the bytes of weights that had come in by a report."""
-    return report.record.offloaded.stats.get("brought_in", 0)
+    return report.record.of(OffloadedWeights).stats.get("brought_in", 0)
 
 
 def resident_bytes() -> int:

@@ -25,6 +25,7 @@ from contextlib import ExitStack, closing
 
 from benchmarks import common, decode_rows
 from river_compile.cli import shared
+from river_compile.runtime.kv_cache import PrefixPool
 from tools import demo_models
 
 ROWS = ("exact", "strict", "fast", "plain", "llama_cpp")
@@ -59,9 +60,9 @@ class Conversation:
         second = torch.cat([self._first, torch.tensor([answer.tokens]), self._message], dim=1)
         if self._job["row"] == "plain":
             return {"kept_s": None, "fresh_s": generate(self._model, second, 2, static_cache=False).first_token_s}
-        before = river_compile.report(self._model).record.prefixes.texts.reused
+        before = river_compile.report(self._model).record.of(PrefixPool).texts.reused
         kept = generate(self._model, second, 2, static_cache=False, fresh=False)
-        found = river_compile.report(self._model).record.prefixes.texts.reused - before
+        found = river_compile.report(self._model).record.of(PrefixPool).texts.reused - before
         fresh = generate(self._model, second, 2, static_cache=False)
         same = kept.tokens == fresh.tokens
         return {"kept_s": kept.first_token_s, "fresh_s": fresh.first_token_s, "kept_tokens": found, "same": same}

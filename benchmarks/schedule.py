@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.common import command_line, print_table
 from benchmarks.random_llama import random_llama
 from river_compile.backend import river
-from river_compile.building import bytes_of_token
+from river_compile.building.build import bytes_of_token
+from river_compile.building.graph_record import Graphs
 from river_compile.exits import CRITERIA
-from river_compile.model_record import find_record
+from river_compile.record import find_record
 from river_compile.runtime.state import CompiledProgram, StepState, on_step
 from river_compile.runtime.stats import StepRecord
 from river_compile.runtime.units import Step, Unit
@@ -108,7 +109,7 @@ def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
         )
         rows.append([depth, len(launches), calls, len(waits), order])
     print_table(["depth", "launches", "other calls", "flags", "order"], rows)
-    print(f"\n{find_record(model).graphs[-1].captures.made} captures\n")
+    print(f"\n{find_record(model).of(Graphs)[-1].captures.made} captures\n")
     if options.timeline:
         runs = {name: unit.steps for name, unit in units.items()}
         for depth, events in steps.items():

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import common
+from river_compile.building.graph_record import Graphs
 from river_compile.cli import shared
 from tools import demo_models
 from tools.ranks import run_ranks
@@ -56,8 +57,8 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
     """State what holds of a tiny model of a family."""
     from river_compile.backend import river
     from river_compile.exits import CRITERIA, forced_threshold
-    from river_compile.model_record import find_record
     from river_compile.passes.experts import ROUTER
+    from river_compile.record import find_record
     from tests.runtime.rank_worker import DEPTHS, EAGER, LAYERS, decode, kept, load
 
     depths = (*DEPTHS, *range(LAYERS + 1))
@@ -88,10 +89,10 @@ def check_family(name: str, folder: Path, lengths: int) -> None:
         25,
     ):  # (a sliding window of 8 has its own graphs before, when and after it is full)
         decode(model, (0,), length)
-    before = len(find_record(model).graphs)
+    before = len(find_record(model).of(Graphs))
     for length in range(1, lengths + 1):
         decode(model, (0,), length % 30 + 2)
-    claim(f"{name}: {lengths} prompts, no new graph", len(find_record(model).graphs) == before)
+    claim(f"{name}: {lengths} prompts, no new graph", len(find_record(model).of(Graphs)) == before)
     for criterion in sorted(CRITERIA.keys() - {"similarity"}) if name == "llama" else ():
         torch._dynamo.reset()
         model.compile(backend=river, options={**EAGER, "quantizer": "rtn", "criterion": criterion})

@@ -41,13 +41,15 @@ from benchmarks import common
 from benchmarks.quality import humaneval
 from benchmarks.quality.entries import of_cache
 from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
+from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.cli import shared
 from river_compile.cli.shared import topics
 from river_compile.evaluation.meter import compiled
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
 from river_compile.kernels.quant.calibrated import output_sqnr_db
-from river_compile.model_record import GraphRecord, find_record
+from river_compile.record import find_record
+from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation
 from river_compile.twins.own_text import sample
 from river_compile.twins.weights import TwinWeight
@@ -156,9 +158,9 @@ def measure(
         quantizer, _, source = name.partition(", ")
         name = name if lm_head is None else f"{name}, lm_head={lm_head}"
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        state = find_record(model)
+        graphs = find_record(model).of(Graphs)
         _observe(model, tokenizer, source, options)
-        before = [*state.graphs]
+        before = [*graphs]
         settings = {"quantizer": quantizer, "group_size": options.group_size, "lm_head": lm_head}
         with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
             num_blocks = decoder.run(0)["own"][0].entries.shape[1]  # compiles
@@ -166,9 +168,9 @@ def measure(
             row = {"quantizer": name, **quality(decoder, reference)}
         with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
             row["prompt in 4 bits"] = _mean_kl(reference["own"], decoder.run(0, ["own"])["own"])
-        rows.append({**row, **packing([graph for graph in state.graphs if graph not in before], judged)})
+        rows.append({**row, **packing([graph for graph in graphs if graph not in before], judged)})
         if options.blocks:
-            rows[-1]["blocks"] = block_errors(model, state.graphs[-1], [text.ids for text in texts["own"]])
+            rows[-1]["blocks"] = block_errors(model, graphs[-1], [text.ids for text in texts["own"]])
     return rows
 
 
@@ -182,7 +184,7 @@ def _observe(
         found = answers(model, tokenizer, CALIBRATION, options.calibration_tokens)
         river_compile.collect_statistics(model, [text.ids for text in found], progress=False)
     else:
-        find_record(model).observation = Observation()
+        find_record(model).of(Statistics).observed = Observation()
 
 
 @contextlib.contextmanager

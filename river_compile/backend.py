@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
-from river_compile.building import build
+from river_compile.building.build import build
+from river_compile.building.graph_record import BROKE, GraphRecord, Graphs
 from river_compile.config import RiverConfig, check_mode
 from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import Lowering, inductor_settings, no_compiler
-from river_compile.model_record import BROKE, GraphRecord, find_record, record_of
 from river_compile.passes.dtensor_locals import on_local_shards
 from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
+from river_compile.record import find_record, record_of
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.tensor_parallel import check_supported, ranks_of, take_local_shards
+from river_compile.twins.making import Statistics
 from river_compile.upstream.dynamo import (
     OwnCall,
     build_libraries_atomically,
@@ -78,16 +80,18 @@ def river(
     owned = [*(values[node] for node in parameters), *(owner.parameters() if owner else ())]
     model, ranks, local = record_of(owned), ranks_of(owned), frozenset[fx.Node]()
     if owner is not None:
-        model.self_calibration.attach(owner)
+        model.of(Statistics).own.attach(owner)
     if ranks.several:
         check_supported(ranks, config, mode, traced.graph)
-        model.ranks = ranks
+        model.put(ranks)
+        model.of(Statistics).ranks = ranks
         local = on_local_shards(traced, ranks.size, ranks.group.group_name)
         values |= {node: local_of(values[node]) for node in local}
     graph = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
-    model.add(graph)
+    graphs = model.of(Graphs)
+    graphs.add(graph)
     for parameter in parameters[:1]:
-        guard_model(parameter, counts=len(model.graphs) > torch._dynamo.config.recompile_limit)
+        guard_model(parameter, counts=len(graphs) > torch._dynamo.config.recompile_limit)
         graph.code = traced_code()
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
@@ -99,9 +103,11 @@ def river(
         except CannotBuild as error:
             why = " ".join(str(error).split())
             program = unbuildable = Refusal(f"{why}. If the compiler is the cause, set CXX to another g++ or clang++")
-    graph.refusal = str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner, model.call)}"
+    graph.refusal = (
+        str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner, model.find(OwnCall))}"
+    )
     plainly = config.kernels == "eager" or no_compiler(config, example_inputs, rewritten=False) is not None
-    is_new = graph.refusal not in {other.refusal for other in model.graphs if other is not graph}
+    is_new = graph.refusal not in {other.refusal for other in graphs if other is not graph}
     _report_refusal(graph.refusal, "RC100" if unbuildable else "RC021", plainly, is_new, config)
     if plainly:
         return graph_module.forward
@@ -133,7 +139,7 @@ def _graph_break(graph_module: fx.GraphModule, model: nn.Module | None, own: Own
 def executors_of(model: nn.Module) -> list[RiverExecutor]:
     """Return the live executors of a model, in the order of their compilation."""
     record = find_record(model)
-    graphs = [] if record is None else record.graphs
+    graphs = [] if record is None else record.of(Graphs)
     return [executor for graph in graphs if isinstance(executor := graph.executor(), RiverExecutor)]
 
 

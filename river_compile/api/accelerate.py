@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
 from river_compile.backend import obstacle, river
-from river_compile.building import build, rebuild
+from river_compile.building.build import build, rebuild
+from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
@@ -31,16 +32,19 @@ from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import begin_kernels, no_compiler
-from river_compile.model_record import GraphRecord, ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.passes.program import Program, RiverProgram
+from river_compile.record import ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.kv_cache import PrefixPool
+from river_compile.runtime.offload import OffloadedWeights
 from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import FILE, TwinFile
+from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
 from river_compile.twins.observe import record as record_inputs
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import digest_of
-from river_compile.upstream.dynamo import OwnCall, compiled_with, untraceable
+from river_compile.upstream.dynamo import OwnCall, compiled_with, drop_graphs, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -136,10 +140,10 @@ def accelerate(
         )
     else:
         generate_by(model, mode)
-    record.graphs.clear()
-    record.call, record.programs = call, programs
-    record.twins.stores, record.twins.background = compile_cache, background_packing
-    weakref.finalize(model, _end_packing, weakref.ref(record.twins)).atexit = False
+    record.put(call, programs, Graphs())
+    twins = record.of(TwinWeights)
+    twins.stores, twins.background = compile_cache, background_packing
+    weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
     return model
 
 
@@ -167,13 +171,13 @@ def _built(
     )
     if refusal is not None:  # the backend reports it
         raise CannotBuild(str(refusal))
-    record.self_calibration.attach(owner)
+    record.of(Statistics).own.attach(owner)
     graph = GraphRecord(config, inputs=tuple(names), origin=origin)
     if isinstance(found, Program):
         executor = rebuild(found, args, record, graph)
     else:
         executor = build(found, dict(zip(found.inputs, args, strict=True)), None, record, graph)
-    record.graphs.append(graph)
+    record.of(Graphs).append(graph)
     return executor
 
 
@@ -321,7 +325,7 @@ def collect_statistics(
     if ranks.several:
         ranks.check_alike("the calibration data", digest_of(windows))
     observation = record_inputs(model, windows, progress=progress)
-    record_of(model.parameters()).observation = observation
+    record_of(model.parameters()).of(Statistics).observed = observation
     return observation
 
 
@@ -348,6 +352,13 @@ def restore(model: Module) -> Module:
     restore_generate(inner)
     if compiled_with(river, inner._compiled_call_impl):
         vars(inner).pop("_compiled_call_impl")
+    record = find_record(inner)
+    if record is not None:
+        if record.find(OwnCall) is None:
+            drop_graphs(inner)
+        packing = record.of(TwinWeights).packing
+        if packing is not None:
+            packing.cancel()
     forget(inner)
     return model
 
@@ -362,7 +373,7 @@ def empty_cache(model: nn.Module) -> int:
         The bytes of keys and values that were freed.
     """
     record = find_record(model)
-    return 0 if record is None else record.prefixes.free()
+    return 0 if record is None else record.of(PrefixPool).free()
 
 
 def bring_back(model: nn.Module) -> int:
@@ -370,5 +381,5 @@ def bring_back(model: nn.Module) -> int:
     record = find_record(model)
     if record is None:
         return 0
-    with record.twins.moving():
-        return record.offloaded.restore([*model.parameters(), *model.buffers()])
+    with record.of(TwinWeights).moving():
+        return record.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])

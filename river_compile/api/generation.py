@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from river_compile.building.graph_record import Graphs
+from river_compile.decoding.joining import alone
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder
 from river_compile.errors import ExactModeError, RiverError, RiverWarning
 from river_compile.kernels.messages import with_id
-from river_compile.model_record import record_of
+from river_compile.record import record_of
+from river_compile.reporting.report import Fallbacks
 from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
 
 _GENERATE = "generate"
@@ -90,7 +93,7 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
             if isinstance(mode, ExactMode) and mode.strict:
                 raise
             _count_fallback(self, refusal)
-        with record_of(self.parameters()).alone(), _fallback(self):
+        with alone(record_of(self.parameters())), _fallback(self):
             return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
 
     setattr(generate, _OURS, loop)
@@ -139,8 +142,9 @@ def _count_fallback(model: PreTrainedModel, refusal: RiverError, by_backend: boo
     """Count a call that runs transformers' loop; warn once for each reason, unless the backend has already."""
     record = record_of(model.parameters())
     reason = refusal.text.partition(". ")[0]  # its first sentence
-    record.fallbacks[reason] += 1
-    told = by_backend and any(graph.refusal for graph in record.graphs)
-    if record.fallbacks[reason] == 1 and not told:
+    fallbacks = record.of(Fallbacks)
+    fallbacks[reason] += 1
+    told = by_backend and any(graph.refusal for graph in record.of(Graphs))
+    if fallbacks[reason] == 1 and not told:
         message = f"{type(model).__name__}.generate runs without River's drafts or exits: {refusal.text}"
         warnings.warn(with_id("RC064", message), RiverWarning, stacklevel=3)

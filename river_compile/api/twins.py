@@ -9,22 +9,27 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from river_compile.api.accelerate import accelerate, restore
+from river_compile.building.graph_record import Graphs
+from river_compile.compile_cache.programs import ProgramCache
 from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
-from river_compile.model_record import ModelRecord, find_record, record_of, unwrap
+from river_compile.record import ModelRecord, find_record, unwrap
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import write
+from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import TwinWeight, is_in
+from river_compile.upstream.dynamo import OwnCall
 
 FORMATS = ("compressed-tensors",)
 
@@ -48,7 +53,7 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(PATH("folder", folder, TwinsError))
     plain, record = unwrap(model), find_record(model)
-    if record is not None and record.call is not None and not record.packed:
+    if record is not None and record.find(OwnCall) is not None and not record.of(Graphs).packed:
         _pack(plain, record)
     mine = ranks_of(plain.parameters()).folder(folder)
     write(mine, _current_twins(plain, mine))
@@ -58,8 +63,9 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
 def _pack(model: Any, record: ModelRecord) -> None:
     """Have a model trace its passes and quantize its twins, and wait for them."""
     _generate_a_token(model)
-    if record.twins.packing is not None and not record.packed:
-        record.twins.packing.wait()
+    packing = record.of(TwinWeights).packing
+    if packing is not None and not record.of(Graphs).packed:
+        packing.wait()
         _generate_a_token(model)
 
 
@@ -73,7 +79,7 @@ def _generate_a_token(model: Any) -> None:
 def _current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
     """Return a model's twins; raise a TwinsError if there are none, or if their weights changed."""
     record = find_record(model)
-    made = record.packed if record else []
+    made = record.of(Graphs).packed if record else []
     if not made:
         raise TwinsError(
             f"Cannot save to {folder}: this model has no twins. Call river_compile.accelerate(model) first, or "
@@ -107,11 +113,11 @@ def requantize(model: nn.Module) -> int:
     record = find_record(model)
     if record is None:
         return 0
-    record.prefixes.forget_state()
-    for graph in record.graphs:
+    record.of(PrefixPool).forget_state()
+    for graph in record.of(Graphs):
         if isinstance(executor := graph.executor(), RiverExecutor):
             executor.model_state = None
-    return record.twins.compare_digests()
+    return record.of(TwinWeights).compare_digests()
 
 
 def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed-tensors") -> Path:
@@ -166,6 +172,28 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
     return folder
 
 
+class _State(NamedTuple):
+    """What `accelerate` changes in a record."""
+
+    graphs: Graphs
+    call: OwnCall | None
+    programs: ProgramCache | None
+    stores: bool
+    background: bool
+
+    @classmethod
+    def of(cls, record: ModelRecord) -> _State:
+        twins = record.of(TwinWeights)
+        graphs = Graphs(record.of(Graphs))
+        return cls(graphs, record.find(OwnCall), record.find(ProgramCache), twins.stores, twins.background)
+
+    def put_back(self, record: ModelRecord) -> None:
+        record.drop(OwnCall, ProgramCache)
+        record.put(*(held for held in (self.graphs, self.call, self.programs) if held is not None))
+        twins = record.of(TwinWeights)
+        twins.stores, twins.background = self.stores, self.background
+
+
 @contextlib.contextmanager
 def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
     """Give a model's symmetric twins: its own, or ones that are made for the time of the block."""
@@ -175,23 +203,21 @@ def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
     def blocks() -> list[TwinWeight]:
         return [twin for twin in _current_twins(model, folder) if twin.name != head]
 
-    if record is not None and record.packed and all(twin.quantizer == "symmetric" for twin in record.packed):
+    packed = record.of(Graphs).packed if record is not None else []
+    if packed and all(twin.quantizer == "symmetric" for twin in packed):
         yield blocks()
         return
-    mine = record_of(model.parameters())
-    before = mine.call, mine.programs, mine.twins.stores, mine.twins.background
-    graphs = mine.graphs[:]
     generate = vars(model).get("generate")
+    before = None if record is None else _State.of(record)
     accelerate(model, quantizer="symmetric", lm_head="keep", compile_cache=False, background_packing=False)
     try:
         _generate_a_token(model)
         yield blocks()
     finally:
-        if record is None:
+        if record is None or before is None:
             restore(model)
         else:
-            mine.call, mine.programs, mine.twins.stores, mine.twins.background = before
-            mine.graphs[:] = graphs
+            before.put_back(record)
             if generate is None:
                 vars(model).pop("generate", None)
             else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from river_compile.building.graph_record import Graphs
 from river_compile.cli.shared import (
     AsJson,
     Calibration,
@@ -98,10 +99,10 @@ def _lines(person: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
-    from river_compile.model_record import find_record
+    from river_compile.record import find_record
 
     record = find_record(model)
-    return 0 if record is None else record.prepared
+    return 0 if record is None else record.of(Graphs).prepared
 
 
 class Conversation:

@@ -22,13 +22,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from river_compile.decoding.inputs import KNOWN
+from river_compile.decoding.joining import OpenBatch
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder, Texts
 from river_compile.errors import BatchError, OptionError
 from river_compile.kernels.checks import integer
-from river_compile.model_record import find_record
+from river_compile.record import find_record
+from river_compile.runtime.stats import ExitStats
+from river_compile.runtime.tensor_parallel import Ranks
+from river_compile.upstream.dynamo import OwnCall
 
 log = logging.getLogger("river_compile.continuous")
 
@@ -111,13 +115,13 @@ class ContinuousBatch:
     def __init__(self, model: PreTrainedModel, max_num_seqs: int = 8) -> None:
         self._limit = _limit("max_num_seqs", max_num_seqs, OptionError)
         record = find_record(model)
-        if record is None or record.call is None:
+        if record is None or record.find(OwnCall) is None:
             raise OptionError(
                 f"ContinuousBatch requires an accelerated model, and this {type(model).__name__} is not. Call "
                 "river_compile.accelerate(model) first",
                 id="RC006",
             )
-        if record.batch is not None:
+        if record.of(OpenBatch).batch is not None:
             raise OptionError("This model has a ContinuousBatch already. Close that one first", id="RC003")
         self._model, self._record = model, record
         self._changed = threading.Condition()
@@ -142,7 +146,7 @@ class ContinuousBatch:
             target=_run, args=(weakref.ref(self), self._changed), name="river continuous batch", daemon=True
         )
         weakref.finalize(self, _notify, self._changed)
-        record.batch_ref = weakref.ref(self)
+        record.of(OpenBatch).ref = weakref.ref(self)
         self._thread.start()
 
     def submit(self, function: Callable[[], Any], seed: int | None = None) -> Future[Any]:
@@ -255,7 +259,7 @@ class ContinuousBatch:
     @property
     def counters(self) -> BatchCounters:
         """The totals now."""
-        exact = self._record.exit_stats.exact
+        exact = self._record.of(ExitStats).exact
         with self._changed:
             running = sum(future.running() for future in self._submitted)
             return BatchCounters(
@@ -323,7 +327,7 @@ class ContinuousBatch:
         return (
             len(call.ids_BS) == 1
             and KNOWN.issuperset(kwargs)  # rows have the same arguments
-            and not (call.config.return_dict_in_generate or strict or self._record.ranks.several)
+            and not (call.config.return_dict_in_generate or strict or self._record.of(Ranks).several)
             and isinstance(positions, Tensor)
             and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
             and call.config.prefill_chunk_size is None
@@ -437,7 +441,7 @@ class ContinuousBatch:
             self._end(row, None if row.texts is None else row.texts.error)
         if ended and not self._rows:
             self._decoding.close()
-            self._record.write_programs()
+            self._batch.write_programs()
 
     def _fail(self, error: Exception) -> None:
         """End all rows with an error of a shared pass; the next call begins a new batch."""
@@ -473,7 +477,7 @@ class ContinuousBatch:
         for row in rows:
             row.result.set_exception(error)
         self._decoding.close()
-        self._record.batch_ref = None
+        self._record.of(OpenBatch).ref = None
 
 
 @contextlib.contextmanager

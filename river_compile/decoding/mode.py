@@ -21,20 +21,23 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
+from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
+from river_compile.decoding.joining import OpenBatch, alone
 from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.sampling import Sampler
-from river_compile.decoding.session import Session
+from river_compile.decoding.session import PromptRows, Session
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
 from river_compile.kernels.native.load import any_rows, loaded
-from river_compile.model_record import record_of
-from river_compile.runtime.draft_length import DraftLength
-from river_compile.runtime.kv_cache import KVCache, masks_by_slots, why_no_rewind
+from river_compile.model_state import model_state
+from river_compile.record import record_of
+from river_compile.runtime.draft_length import DraftLength, DraftLengths
+from river_compile.runtime.kv_cache import KVCache, PrefixPool, masks_by_slots, why_no_rewind
 from river_compile.runtime.tensor_parallel import Ranks
-from river_compile.upstream.dynamo import current_stance
+from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
     KeepsTokenizer,
     cache_argument,
@@ -114,7 +117,7 @@ class Call:
         """Return the ids of a prompt that may use the prefix cache; None if its KV entries depend on more than ids."""
         # With `strict`, entries have the bits of a fresh prompt, so no library may multiply: its sums depend on rows.
         model, ids_BS = self.model, self.ids_BS
-        programs = record_of(model.parameters()).programs
+        programs = record_of(model.parameters()).find(ProgramCache)
         if programs is None or programs.config.prefill != "backbone":
             return None
         if strict and loaded() and not any_rows(model.dtype):
@@ -178,21 +181,22 @@ class Decode:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
         record = record_of(model.parameters())
-        joined = None if record.batch is None else record.batch.join(call, mode, model_kwargs)
+        batch = record.of(OpenBatch).batch
+        joined = None if batch is None else batch.join(call, mode, model_kwargs)
         if joined is not None:
             return joined
-        with record.alone():
+        with alone(record):
             session, text = mode.session(call, model_kwargs), None
             try:
                 logits = session.prefill(input_ids, config)[:, -1:]
-                record.batch_sizes.add(len(input_ids))
+                record.of(PromptRows).add(len(input_ids))
                 decoder = mode.decoder(call, session, logits)
                 texts = call.texts(session.ranks, decoder.drafts)
                 with model._optimize_model_for_decode():
                     ids = decoder.run(texts, logits)
                 # With early exits, some entries of new tokens are the twins'.
                 text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
-                record.write_programs()
+                session.write_programs()
                 if streamer is not None:
                     streamer.end()
                 return call.result(ids, texts.sampler, session.kv, cache_of(model_kwargs))
@@ -203,7 +207,8 @@ class Decode:
         """Return a session on a KV cache that may hold a prefix of the prompt."""
         model, ids_BS = call.model, call.ids_BS
         record = record_of(model.parameters())
-        state = record.state_of(model)
+        programs = record.find(ProgramCache)
+        state = None if programs is None else model_state(model, programs.config)
         ids = call.prefix_ids(kwargs, isinstance(self, ExactMode) and self.strict)
         embeds = kwargs.get("inputs_embeds")  # in place of ids, or of ids before them
         tokens = max(given.shape[1] for given in (ids_BS, embeds) if given is not None)
@@ -213,7 +218,7 @@ class Decode:
         # The masks of CPM-Ant and GPT-Neo are for caches that grow.
         if model._can_compile_fullgraph or (prepares_as_most_do(model) and not masks_by_slots(model)):
             entries = None if state is None else state.of_entries
-            ours, _ = record.prefixes.acquire(model, len(ids_BS), tokens, ids, entries)
+            ours, _ = record.of(PrefixPool).acquire(model, len(ids_BS), tokens, ids, entries)
             kv = ours if ours.is_full else kv
         return Session(model, kwargs, kv, self.depth, state, keeps_text=ids is not None)
 
@@ -252,7 +257,7 @@ class Decode:
             return f"cache_implementation={config.cache_implementation!r} is not available. Remove it, or use 'static'"
         if config.prefill_chunk_size is not None and not _is_cut_by_tokens(model_kwargs):
             return "prefill_chunk_size is not available with other inputs than ids and 2D masks. Remove it"
-        if current_stance() == "force_eager" and record_of(model.parameters()).call is not None:
+        if current_stance() == "force_eager" and record_of(model.parameters()).find(OwnCall) is not None:
             return "torch.compiler.set_stance('force_eager') turns compilation off. Set the stance 'default'"
         return _other_rows(rows, model_kwargs)
 
@@ -337,7 +342,7 @@ class ExactMode(Decode):
         if self.num_assistant_tokens_schedule == CONSTANT:
             length = DraftLength(adaptive=False)
         else:
-            length = session.record.drafts.setdefault(call.config.do_sample, DraftLength())
+            length = session.record.of(DraftLengths).setdefault(call.config.do_sample, DraftLength())
         copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
         return SpeculativeDecoder(session, length.carry_over(session.widths), copied)
 

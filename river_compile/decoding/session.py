@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.codec import NotCacheable
-from river_compile.compile_cache.programs import Bindable, argument_kinds, named_arguments, with_sources
+from river_compile.compile_cache.programs import Bindable, ProgramCache, argument_kinds, named_arguments, with_sources
 from river_compile.config import RiverConfig
 from river_compile.decoding.inputs import (
     BY_SLOT,
@@ -38,13 +39,16 @@ from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
 from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
-from river_compile.model_record import GraphRecord, record_of
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
+from river_compile.record import ModelRecord, record_of
 from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
-from river_compile.runtime.kv_cache import KVCache, slots_for, why_no_rewind
+from river_compile.runtime.kv_cache import KVCache, PrefixPool, slots_for, why_no_rewind
 from river_compile.runtime.state import DraftVocab, StepState
-from river_compile.upstream.dynamo import OwnCall, runs_one_graph
+from river_compile.runtime.stats import ExitStats
+from river_compile.runtime.tensor_parallel import Ranks
+from river_compile.twins.pack import TwinWeights
+from river_compile.upstream.dynamo import OwnCall, current_stance, runs_one_graph
 from river_compile.upstream.transformers import cache_argument, cache_of, mark_dynamic
 
 log = logging.getLogger("river_compile.decoding")
@@ -60,6 +64,10 @@ def verification_widths(max_draft: int) -> tuple[int, ...]:
     # Up to about six rows a pass waits for weights; eight cost a third more.
     widths = {2**i for i in range(max_draft.bit_length())} | ({6} if max_draft >= 6 else set())
     return (*sorted(widths), max_draft + 1)
+
+
+class PromptRows(set[int]):
+    """The numbers of rows that a model's prompts had so far."""
 
 
 class _Bound(NamedTuple):
@@ -85,21 +93,24 @@ class Session:
         self._kwargs = {**kwargs, cache_argument(model): kv.cache}
         self._kwargs_tokens = 0  # tokens of the masks and positions in them; 0 before the prompt
         self.record = record_of(model.parameters())
-        self._call = model if self.record.call is None else functools.partial(self.record.call, model)
+        self._own = self.record.find(OwnCall)  # None: the model is called as it is, compiled or not
+        self._call = model if self._own is None else functools.partial(self._own, model)
         self._state, self._keeps_text = state, keeps_text
-        self._programs = self.record.known_programs(model, state)  # None: passes cannot be cached
+        programs = self.record.find(ProgramCache)  # None: passes cannot be cached
+        begun = programs is not None and state is not None and programs.begin(model, state.identity)
+        self._programs = programs if begun else None
         self.widths: tuple[int, ...] = (1,)  # query lengths of verifying passes, ascending
         self._graph: GraphRecord | None = None
         self._vocab: DraftVocab | None = None
         self._strict = False
         self._begun: set[RiverExecutor] = set()  # that have checked the weights
-        packing = self.record.twins.packing
+        packing = self.record.of(TwinWeights).packing
         self._packed = packing if packing is not None and packing.ended else None  # whose twins the passes may use
         self._reset_passes()
 
     def prefill(self, ids_BS: Tensor, config: GenerationConfig, all_logits: bool = False) -> Tensor:
         """Run the prompt ``[B, S]``, without tokens that the cache holds; return the last or all logits."""
-        chunk = None if self.record.call is None else config.prefill_chunk_size
+        chunk = None if self._own is None else config.prefill_chunk_size
         if chunk is None or all_logits:
             return self._run_prompt(ids_BS, config, all_logits)
         while (logits := self.prefill_piece(ids_BS, config, chunk)) is None:
@@ -141,8 +152,8 @@ class Session:
                 logits = outputs.logits
         ran = self._begun.union(executor for executor, *_ in calls)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
-        self._graph = next((graph for graph in record.graphs if graph.executor() in ran), None)
-        self.stats, self.ranks = record.exit_stats, record.ranks
+        self._graph = next((graph for graph in record.of(Graphs) if graph.executor() in ran), None)
+        self.stats, self.ranks = record.of(ExitStats), record.of(Ranks)
         if inputs is None:
             cache = cache_of(self._kwargs)
             assert cache is not None, "a generation without a cache is refused"
@@ -156,7 +167,7 @@ class Session:
 
     def _prompt_inputs(self, ids_BS: Tensor, config: GenerationConfig) -> Inputs | None:
         """Return the inputs of a prompt that runs like any other pass; None for others."""
-        if self.record.call is None or not KNOWN.issuperset(self._kwargs):
+        if self._own is None or not KNOWN.issuperset(self._kwargs):
             return None
         if not (self.kv.is_full and self.kv.memory_rows):  # allocating the cache is not in the graph
             return None
@@ -169,7 +180,7 @@ class Session:
 
     def _run_any_prompt(self, ids_BS: Tensor, config: GenerationConfig) -> Any:
         """Return the model's outputs for any prompt."""
-        if self.record.call is None:
+        if self._own is None:
             return self.model._prefill(ids_BS, config, self._kwargs, not config.is_assistant)
         return self._call_model(self._first_inputs(ids_BS, config))
 
@@ -187,7 +198,8 @@ class Session:
         """Let one row draft, or raise an ExactModeError with the reason why it cannot."""
         graph = self._graph
         if graph is None:
-            raise ExactModeError(f"Exact mode requires a model that backend='river' can rewrite: {self.record.why_not}")
+            why_not = _why_not_rewritten(self.record)
+            raise ExactModeError(f"Exact mode requires a model that backend='river' can rewrite: {why_not}")
         check_paths(graph.config)
         if max_draft is None:
             max_draft = _LONGEST if graph.config.offload is None else LONGEST_OFFLOADED
@@ -243,7 +255,7 @@ class Session:
         # Only the cache and the inputs that `selected_inputs` knows may have rows. Strict text needs the bits of the
         # batch.
         others = [n for n, value in self._kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
-        known = 1 in self.record.batch_sizes or tokens_left >= _WORTH_GRAPHS
+        known = 1 in self.record.of(PromptRows) or tokens_left >= _WORTH_GRAPHS
         return known and not (others or self._strict) and self.kv.is_full
 
     def select(self, rows: Sequence[int]) -> None:
@@ -303,7 +315,7 @@ class Session:
 
     def can_draft(self) -> bool:
         """Whether the twins are there; if they have just come, the next passes read them."""
-        twins = self.record.twins
+        twins = self.record.of(TwinWeights)
         if twins.packing is not self._packed and twins.packing is not None:
             if not twins.packing.ended:
                 return False
@@ -424,7 +436,7 @@ class Session:
             logits: Tensor = self._call_model(inputs).logits
         if known or not self.kv.is_full:
             return logits
-        graph = locate(self.model, self.record.graphs, inputs, self.kv.cache, calls, logits, self.record.call)
+        graph = locate(self.model, self.record.of(Graphs), inputs, self.kv.cache, calls, logits, self._own)
         if graph is not None and graph.traced is not None:
             executor, args, _ = calls[0]
             self._begun.add(executor)
@@ -440,7 +452,13 @@ class Session:
         """Return the cache to the pool, with the text in it, `prompt` tokens of which are the prompt."""
         text_BS = text_BS if self._keeps_text else None
         state = None if self._state is None else self._state.of_entries
-        self.record.prefixes.release(self.model, self.kv, text_BS, prompt, state)
+        self.record.of(PrefixPool).release(self.model, self.kv, text_BS, prompt, state)
+
+    def write_programs(self) -> None:
+        """Write new programs of an accelerated model to the compile cache."""
+        programs = self.record.find(ProgramCache)
+        if programs is not None:
+            programs.write()
 
     def rewind(self, tokens: int) -> None:
         """Free the last entries of the cache."""
@@ -466,6 +484,17 @@ def _is_compatible(kept: _Bound, inputs: Inputs, owned: bool) -> bool:
     if owned:
         return all(a is b for a, b in pairs)
     return all(isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
+
+
+def _why_not_rewritten(record: ModelRecord) -> str:
+    """Return why a prompt ran in none of a model's rewritten graphs."""
+    graphs = record.of(Graphs)
+    if graphs.why_not:
+        return f"it refused: {graphs.why_not}"
+    if record.find(OwnCall) is not None:
+        return f"Dynamo traced no graph of this call, with the stance {current_stance()!r}"
+    reached = "this call did not reach it" if graphs else "this model never reached it"
+    return f'{reached}. Call model.compile(backend="river")'
 
 
 def check_paths(config: RiverConfig) -> None:

@@ -21,7 +21,8 @@ from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
 from river_compile.evaluation.meter import TextDecoder
 from river_compile.kernels.checks import one_of
-from river_compile.model_record import find_record
+from river_compile.record import find_record
+from river_compile.runtime.stats import ExitStats
 
 PLAIN = "plain"
 _SCORING = one_of("decode", "forward")
@@ -97,7 +98,7 @@ class RiverLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Add quality, scoring and mean depth to lm-eval's results."""
         record = find_record(self.model)
-        depths = record.exit_stats.decode if record is not None else {}
+        depths = record.of(ExitStats).decode if record is not None else {}
         steps = sum(depths.values())
         return {
             **super().get_model_info(),

@@ -26,9 +26,9 @@ from transformers.cache_utils import Cache
 from river_compile.backend import river
 from river_compile.decoding.session import Session
 from river_compile.errors import UnsupportedGraphError
-from river_compile.exits import Criterion, Threshold, forced_depth, forced_threshold
+from river_compile.exits import Criterion, SequenceStates, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
-from river_compile.model_record import record_of
+from river_compile.record import record_of
 from river_compile.reporting.trace import trace
 from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.stats import StepRecord
@@ -195,7 +195,7 @@ class TextDecoder:
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self._model = model
-        self._sequences = record_of(model.parameters()).sequences
+        self._sequences = record_of(model.parameters()).of(SequenceStates)
         self._kv = KVCache.of(model, capacity)
 
     @property

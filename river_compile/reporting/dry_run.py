@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
 
-from river_compile.choices import choose
+from river_compile.building.choose import choose
 from river_compile.compile_cache.layers import Layers, layers_of, with_layers
 from river_compile.config import RiverConfig
 from river_compile.kernels.native.machine import last_level_cache

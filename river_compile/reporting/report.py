@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from river_compile.exits import WHOLE, threshold_text
+from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.kernels.native import cores
 from river_compile.kernels.native.load import loaded
-from river_compile.model_record import GraphRecord, ModelRecord, find_record, unwrap
-from river_compile.passes.program import Fusion
-from river_compile.runtime.stats import ExactStats
+from river_compile.record import ModelRecord, find_record, unwrap
+from river_compile.runtime.kv_cache import PrefixPool
+from river_compile.runtime.offload import OffloadedWeights
+from river_compile.runtime.stats import ExactStats, ExitStats
+from river_compile.runtime.tensor_parallel import Ranks
+from river_compile.twins.making import Statistics
+from river_compile.twins.pack import TwinWeights
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import TwinWeight
+from river_compile.upstream.dynamo import OwnCall
 
 _NEVER_RAN = (
     "never ran: no graph of this model reached the backend. torch.compile(model).generate runs the original model; "
@@ -25,13 +30,11 @@ _NEVER_RAN = (
     "generate"
 )
 _NOT_YET = "nothing to report yet: the first call of generate traces the model and quantizes its twins"
-_ORIGINS = {
-    "traced": "",
-    "stamped": ", from a trace of a few layers",
-    "stored": ", from the compile cache",
-    "derived": ", from the graph of several tokens",
-}
 _BAR = 32
+
+
+class Fallbacks(Counter[str]):
+    """Calls of generate without River or drafts, by reason."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,16 @@ class Report:
 
     @property
     def graphs(self) -> tuple[GraphRecord, ...]:
-        return tuple(self.record.graphs)
+        return tuple(self.record.of(Graphs))
 
     @property
     def packed(self) -> list[TwinWeight]:
         """The twins' weights in the order of their layers."""
-        return sorted(self.record.packed, key=lambda twin: _natural(twin.name))
+        return sorted(self.record.of(Graphs).packed, key=lambda twin: _natural(twin.name))
 
     @property
     def ran(self) -> bool:
-        return bool(self.record.graphs)
+        return bool(self.record.of(Graphs))
 
     @property
     def recompiles(self) -> int:
@@ -71,24 +74,24 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as JSON's types; a number that does not exist is None."""
-        record, twins, offloaded = self.record, self.record.twins, self.record.offloaded.sample() or None
+        record, twins, prefixes = self.record, self.record.of(TwinWeights), self.record.of(PrefixPool)
         return {
             "model": self.model,
             "ran": self.ran,
             "graphs": [_graph_dict(g) for g in self.graphs],
             "recompiles": self.recompiles,
             "threads": cores.threads(),
-            "kept_cache_bytes": record.prefixes.bytes,
-            "kept_texts": record.prefixes.texts._asdict(),
-            "plain_calls": dict(record.fallbacks),
+            "kept_cache_bytes": prefixes.bytes,
+            "kept_texts": prefixes.texts._asdict(),
+            "plain_calls": dict(record.of(Fallbacks)),
             "packed_bytes": sum(twin.nbytes for twin in self.packed),
             "packing_seconds": twins.packing_seconds,
             "packing_in_background": None if twins.packing_share is None else round(twins.packing_share, 3),
             "packing_for_later": twins.packs_backbone,
             "packed_again": twins.changes,
-            "offloaded": offloaded,
+            "offloaded": record.of(OffloadedWeights).sample() or None,
             "matrices": [_weight_dict(twin) for twin in self.packed],
-            "own_text_refused": record.self_calibration.refusal or None,
+            "own_text_refused": record.of(Statistics).own.refusal or None,
             "twin_loss": twins.loss and {**asdict(twins.loss), "large": twins.loss.large},
             "exit_depths": self.decode_depths,
             "prefill_exit_depths": self.prefill_depths,
@@ -100,26 +103,26 @@ class Report:
         return "\n".join([f"River Compile report for {self.model}", *self._lines()])
 
     def _lines(self) -> Iterator[str]:
-        record = self.record
-        if not (self.ran or record.fallbacks):
-            yield f"  {_NEVER_RAN if record.call is None else _NOT_YET}"
+        record, twins, fallbacks = self.record, self.record.of(TwinWeights), self.record.of(Fallbacks)
+        if not (self.ran or fallbacks):
+            yield f"  {_NEVER_RAN if record.find(OwnCall) is None else _NOT_YET}"
             return
         if self.ran:
             for graph in self.graphs:
-                yield from graph_lines(graph)
+                yield from graph.lines()
             if self.packed:
                 yield from _twin_lines(record, self.packed)
-            if (share := record.twins.packing_share) is not None:
+            if (share := twins.packing_share) is not None:
                 yield f"  packing        {share:.0%} done in the background; drafts begin afterwards"
-            if offloaded := record.offloaded.sample():
+            if offloaded := record.of(OffloadedWeights).sample():
                 yield from _offload_lines(offloaded)
-            if record.twins.packs_backbone:
+            if twins.packs_backbone:
                 yield "  packing        the 16-bit layers without loss in the background, for later processes"
             if loaded() and (why := cores.limit_text()):
                 yield f"  threads        {cores.threads()}{why}"
             yield f"  recompiles     {self.recompiles}"
             yield from _cache_lines(record)
-        for reason, count in record.fallbacks.items():
+        for reason, count in fallbacks.items():
             yield f"  without drafts {count} calls of generate: {reason}"
         if self.ran:
             yield from _token_lines(self)
@@ -137,9 +140,9 @@ def report(model: nn.Module, estimate_loss: bool = False) -> Report:
         OptionError: (a ``ValueError``) the argument is not a module.
     """
     record = find_record(model) or ModelRecord()
-    if estimate_loss and not record.ranks.several:
-        record.twins.estimate_loss(record.packed, record.statistics)
-    depths = record.exit_stats
+    if estimate_loss and not record.of(Ranks).several:
+        record.of(TwinWeights).estimate_loss(record.of(Graphs).packed, record.of(Statistics).now())
+    depths = record.of(ExitStats)
     return Report(
         type(unwrap(model)).__name__,
         record,
@@ -187,7 +190,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         ],
         "seconds": dict(graph.seconds),
         "kept_in_16_bits": [{"name": k.name, "reason": k.reason} for k in graph.kept],
-        "other_group_sizes": _other_groups(graph),
+        "other_group_sizes": graph.other_groups,
         "packed_bytes": graph.packed_bytes,
         "lossless_bytes": graph.lossless_bytes,
         "given_back_bytes": graph.paged_out_bytes,
@@ -203,64 +206,8 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
     }
 
 
-def _other_groups(graph: GraphRecord) -> dict[str, int]:
-    """Return the weights, by name, with a group size other than the option's."""
-    return {p.name: p.group_size for p in graph.twins if p.group_size != graph.config.group_size}
-
-
-def graph_lines(graph: GraphRecord) -> Iterator[str]:
-    """Yield lines about one traced graph."""
-    if graph.refusal:
-        yield f"  graph          not rewritten: {graph.refusal}"
-        return
-    config = graph.config
-    decides = graph.kind == "decode" and config.exit_depth is None and config.first_exit != WHOLE
-    seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in graph.seconds.items())
-    yield f"  {graph.kind:<14} {graph.num_blocks} blocks, {graph.cache} cache{_ORIGINS[graph.origin]}; {seconds}"
-    yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in graph.compiled)}"
-    if decides and config.threshold is not None:
-        yield f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}"
-    if decides or graph.candidates:
-        yield f"    exits after  {_ranges(graph.candidates or (config.first_exit,))}"
-    if graph.kind == "decode" and config.deepest is not None:
-        yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
-    if graph.lossless_bytes:
-        yield f"    backbone     {graph.lossless_bytes / 1e6:.1f} MB of weights, packed without loss"
-    if graph.paged_out_bytes:
-        yield f"    given back   {graph.paged_out_bytes / 1e6:.1f} MB of parameters, which lie in their file alone"
-    for reason, count in Counter(k.reason for k in graph.kept).items():
-        yield f"    in 16 bits   {count} matrices: {reason}"
-    for size, count in Counter(_other_groups(graph).values()).items():
-        yield f"    group size   {size} instead of {config.group_size} in {count} matrices"
-    if graph.token_bytes < graph.packed_bytes:
-        read, held = graph.token_bytes / 1e6, graph.packed_bytes / 1e6
-        yield f"    experts      a token reads {read:.1f} MB of the twins' {held:.1f} MB"
-    for rank in graph.ranks:
-        yield (
-            f"    {rank['rank']:<12} {rank['matrices']} matrices in 4 bits, {rank['bytes'] / 1e6:.1f} MB, "
-            f"{rank['in_16_bits']} in 16 bits; least SQNR {rank['least_sqnr']:.1f} dB"
-        )
-    yield from _fusion_lines(graph.fusions)
-    yield from graph.captures.lines()
-
-
-def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
-    """Yield how often each fusion rule matched, and each reason for a mismatch with its first node."""
-    applied = Counter(f.rule for f in fusions if not f.missed)
-    if applied:
-        yield f"    fused        {', '.join(f'{rule} x{n}' for rule, n in applied.items())}"
-    missed = defaultdict(list)
-    for fusion in fusions:
-        if fusion.missed:
-            missed[fusion.rule, fusion.missed].append(fusion)
-    for (rule, reason), found in missed.items():
-        where = f" at {found[0].node}" if found[0].node else ""
-        segments = found[0].segment + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-        yield f"    not fused    {rule} in {segments}: {reason}{where}"
-
-
 def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[str]:
-    twins, refusal = record.twins, record.self_calibration.refusal
+    twins, refusal = record.of(TwinWeights), record.of(Statistics).own.refusal
     size = sum(p.nbytes for p in packed) / 1e6
     quantizers = ", ".join(sorted({p.quantizer for p in packed}))
     yield f"  packed         {len(packed)} matrices ({quantizers}), {size:.1f} MB, in {twins.packing_seconds:.1f} s"
@@ -286,7 +233,8 @@ def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[s
 
 
 def _cache_lines(record: ModelRecord) -> Iterator[str]:
-    size, texts = record.prefixes.bytes, record.prefixes.texts
+    prefixes = record.of(PrefixPool)
+    size, texts = prefixes.bytes, prefixes.texts
     if size:
         yield f"  KV cache       {size / 1e6:.1f} MB of keys and values, kept for the next call of generate"
     if texts.texts or texts.reused:
@@ -324,13 +272,6 @@ def histogram(depths: Mapping[int, int], num_blocks: int | None = None) -> list[
         + ("  full depth" if depth == num_blocks else "")
         for depth, n in sorted(depths.items())
     ]
-
-
-def _ranges(depths: tuple[int, ...]) -> str:
-    if len(depths) == 1:
-        return f"block {depths[0]}"
-    step = depths[1] - depths[0]
-    return f"blocks {depths[0]} to {depths[-1]}" + (f", every {step}" if step > 1 else "")
 
 
 def _finite(value: float | None) -> float | None:

@@ -17,9 +17,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.errors import OptionError
-from river_compile.model_record import find_record
+from river_compile.record import find_record
+from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
+from river_compile.upstream.dynamo import OwnCall
 
 STYLES = {"river": "green", "lookup": "cyan", "backbone": "default", "prompt": "default"}
 _SHADES = ("green", "cyan", "blue", "magenta", "default")  # from the first blocks to all of them
@@ -64,12 +66,12 @@ def generate(
     """Generate greedily after prompts ``[batch, length]`` without padding, and time every token."""
     record = find_record(model)
     if fresh and record is not None:
-        record.prefixes.forget_texts()
+        record.of(PrefixPool).forget_texts()
     clock = Clock()
     least = 2 if end_early else new_tokens
     # Each loop bars the end token in its own cheapest way.
     ends: dict[str, Any] = {"min_new_tokens": least}
-    if record is None or record.call is None:
+    if record is None or record.find(OwnCall) is None:
         no_end = _NoEnd(model.generation_config.eos_token_id, input_ids.shape[1] + least)
         ends = {"logits_processor": LogitsProcessorList([no_end])}
     options = {**ends, **more}

@@ -206,3 +206,7 @@ def _share(width: int, known: int) -> float:
     if width == _DRAFT:
         return _DRAFT_COSTS * _share(1, known)
     return width / known if width < known else (1 + 0.02 * (width - 1)) / (1 + 0.02 * (known - 1))
+
+
+class DraftLengths(dict[bool, DraftLength]):
+    """What a model's calls have learned about the lengths of drafts, by `do_sample`."""

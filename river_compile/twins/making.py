@@ -37,7 +37,7 @@ _TOGETHER = 4  # matmuls per thread: those of a block or two, so that no thread 
 _numbers = itertools.count()  # of files
 
 
-@dataclass(frozen=True)
+@dataclass
 class Statistics:
     """Where a model's statistics come from: observed texts, else text that it samples."""
 
@@ -49,6 +49,10 @@ class Statistics:
     def number(self) -> int:
         """The observation's number, also after it was cleared."""
         return 0 if self.observed is None else self.observed.number
+
+    def now(self) -> Statistics:
+        """Return a copy, which later observations do not change."""
+        return replace(self)
 
     def collect(self, *, refresh: bool = False) -> tuple[Observation | None, Stream | None]:
         """Return known statistics, or a function that streams those of the model's own text."""

@@ -15,8 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 import river_compile
 from river_compile import errors
 from river_compile.backend import river
+from river_compile.compile_cache.programs import ProgramCache
 from river_compile.errors import ExactModeError, OptionError, UnsupportedGraphError
-from river_compile.model_record import find_record
+from river_compile.record import find_record
+from river_compile.reporting.report import Fallbacks
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt
@@ -114,7 +116,7 @@ def test_calls_that_exact_mode_refuses_run_plainly_with_one_notice(model, option
     assert notices[0].startswith("RC064: LlamaForCausalLM.generate runs without River's drafts or exits: ")
     assert reason in notices[0]
     assert torch.equal(text, texts(generate(plain(), **options)))
-    assert any(reason in why and n == 2 for why, n in river_compile.report(model).record.fallbacks.items())
+    assert any(reason in why and n == 2 for why, n in river_compile.report(model).record.of(Fallbacks).items())
     assert reason in str(river_compile.report(model))
 
 
@@ -353,9 +355,9 @@ def test_offload_streams_the_layers_that_verify_by_default(expected):
     with river_compile.trace() as trace:
         assert torch.equal(generate(model), expected)
     assert trace.cycles
-    assert find_record(model).programs.config.offload_policy == "fetch"
+    assert find_record(model).find(ProgramCache).config.offload_policy == "fetch"
     river_compile.accelerate(model, "fast", offload=1, first_exit=1, **OPTIONS)
-    assert find_record(model).programs.config.offload_policy == "exit"
+    assert find_record(model).find(ProgramCache).config.offload_policy == "exit"
 
 
 def test_strict_is_an_error_where_it_cannot_be_kept():

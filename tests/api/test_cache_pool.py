@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import river_compile
 from river_compile.api.accelerate import empty_cache
-from river_compile.model_record import find_record
+from river_compile.record import find_record
 from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
 from tests.support.families import make, prompt

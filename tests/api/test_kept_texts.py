@@ -10,6 +10,7 @@ from transformers import LogitsProcessor
 import river_compile
 from river_compile.kernels.native.load import any_rows
 from river_compile.runtime import kv_cache
+from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import left_padded
 from tests.support.families import CONFIGS, make, prompt
@@ -53,7 +54,7 @@ def generate(model, ids, tokens=8, **options):
 
 def reused(model) -> int:
     """Returns how many tokens of prompts did not run so far."""
-    return river_compile.report(model).record.prefixes.texts.reused
+    return river_compile.report(model).record.of(PrefixPool).texts.reused
 
 
 def ran(model, ids, **options):
@@ -123,7 +124,7 @@ def test_conversations_in_turn_have_their_texts_each(eager):
             else:
                 assert found == ids.shape[1] - 28  # (of the answer's tokens some entries are twins')
             talks[talk] = then(text, 10 * turn + talk)
-    kept = river_compile.report(model).record.prefixes.texts
+    kept = river_compile.report(model).record.of(PrefixPool).texts
     assert kept.texts == 4
     assert kept.tokens == sum(ids.shape[1] - 28 for ids in talks.values())
 
@@ -134,11 +135,11 @@ def test_saved_texts_are_bounded_and_the_oldest_goes(eager, monkeypatch):
     model, texts = eager("fast"), [prompt(60, 1, seed=seed) for seed in range(4)]
     for ids in texts:
         generate(model, ids)
-    kept = river_compile.report(model).record.prefixes.texts
+    kept = river_compile.report(model).record.of(PrefixPool).texts
     assert (kept.texts, kept.saved_bytes) == (3, 2 * size)
     assert [ran(model, texts[seed])[1] for seed in (2, 3, 1, 0)] == [60 - MANY, 60 - MANY, 0, 0]
     assert river_compile.empty_cache(model) > kept.saved_bytes
-    assert river_compile.report(model).record.prefixes.texts.texts == 0
+    assert river_compile.report(model).record.of(PrefixPool).texts.texts == 0
     assert ran(model, texts[0])[1] == 0
 
 
@@ -189,7 +190,7 @@ def test_a_call_that_fails_leaves_no_text_behind(one):
     text = generate(one, ids)
     with pytest.raises(KeyboardInterrupt):
         generate(one, then(text, 1), stopping_criteria=[fail])
-    assert river_compile.report(one).record.prefixes.texts.texts == 0
+    assert river_compile.report(one).record.of(PrefixPool).texts.texts == 0
     again, found = ran(one, ids)
     assert torch.equal(again, text)
     assert found == 0

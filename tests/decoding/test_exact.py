@@ -21,7 +21,8 @@ from river_compile.decoding.mode import decode, exact
 from river_compile.decoding.session import Session
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
-from river_compile.model_record import record_of
+from river_compile.record import record_of
+from river_compile.runtime.draft_length import DraftLengths
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, each, prompt
@@ -443,7 +444,7 @@ def test_models_that_have_no_two_paths_are_refused():
 def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     """By greedy and sampled texts; where drafts are to be the same in every run, each call starts from nothing."""
     model, ids = shared(), prompt(12)
-    learned = record_of(model.parameters()).drafts
+    learned = record_of(model.parameters()).of(DraftLengths)
     exactly(model, ids, max_new_tokens=8)
     assert not learned
     exactly(model, ids, max_new_tokens=8, num_assistant_tokens_schedule=None)

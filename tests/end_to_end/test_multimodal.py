@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 import river_compile
 from river_compile.backend import river
 from river_compile.decoding.mode import exact
-from river_compile.model_record import find_record
+from river_compile.record import find_record
 
 IMAGE, BEGIN, END = 100, 101, 102
 TEXT = {

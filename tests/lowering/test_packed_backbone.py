@@ -12,7 +12,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import river_compile
-from river_compile import RiverWarning, choices, report
+from river_compile import RiverWarning, report
+from river_compile.building import choose
 from river_compile.errors import OptionError
 from river_compile.kernels import measured
 from river_compile.kernels.native import load as native
@@ -240,7 +241,7 @@ def test_small_matrices_and_models_without_room_stay_in_16_bits(gains, monkeypat
     monkeypatch.setattr(measured, "_SMALL", 1 << 18)
     assert set(packed_by_default()) == {0}
     monkeypatch.setattr(measured, "_SMALL", 0)
-    monkeypatch.setattr(choices, "_memory", lambda: 1000)
+    monkeypatch.setattr(choose, "_memory", lambda: 1000)
     assert set(packed_by_default()) == {0}
 
 

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from river_compile import building
 from river_compile.backend import river
+from river_compile.building import build as building
 from river_compile.lowering import inductor
 from river_compile.lowering.inductor import inductor_settings
 from tests.support.families import make, prompt

@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.choices import choose, passes_for
+from river_compile.building.choose import choose, passes_for
 from river_compile.config import RiverConfig
 from river_compile.lowering.inductor import Lowering
 from river_compile.passes.edits import PassRecord, run_passes, table

@@ -22,15 +22,18 @@ from transformers.distributed import DistributedConfig
 
 import river_compile
 from river_compile.backend import river
+from river_compile.building.graph_record import Graphs
 from river_compile.decoding import mode
 from river_compile.decoding.session import Session
 from river_compile.errors import OptionError, RankError, TwinsError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
-from river_compile.model_record import find_record
+from river_compile.record import find_record
 from river_compile.runtime.executor import on_call
 from river_compile.runtime.state import on_step
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
+from river_compile.twins.making import Statistics
+from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
 from tools.ranks import Wire
@@ -128,7 +131,7 @@ def experts(folder: Path) -> dict[str, Any]:
 
 def kept(model: PreTrainedModel) -> dict[str, Any]:
     """Returns what of a model's twins has 4 bits, and why the rest has not."""
-    graphs = [graph for graph in find_record(model).graphs if graph.twins]
+    graphs = [graph for graph in find_record(model).of(Graphs) if graph.twins]
     twins = {site.name: (site.shape, site.group_size, site.digest) for site in graphs[-1].twins}
     return {"packed": twins, "reasons": sorted({linear.reason for linear in graphs[-1].kept})}
 
@@ -145,7 +148,7 @@ def quantized(folder: Path) -> dict[str, Any]:
     return {
         "told": [str(w.message) for w in told],
         "logits": logits, "text": plain, "kept": kept(model), "report": str(report), "shown": report.to_dict(),
-        "ids": find_record(model).self_calibration._text.ids,
+        "ids": find_record(model).of(Statistics).own._text.ids,
     }  # fmt: skip
 
 
@@ -213,10 +216,10 @@ def lengths(folder: Path) -> dict[str, Any]:
     model = held["model"]
     for length in (3, 5):
         decode(model, (0,), length)
-    before = len(find_record(model).graphs)
+    before = len(find_record(model).of(Graphs))
     for length in range(2, 30, 3):
         decode(model, (0,), length)
-    return {"new graphs": len(find_record(model).graphs) - before}
+    return {"new graphs": len(find_record(model).of(Graphs)) - before}
 
 
 def changed(folder: Path) -> dict[str, Any]:
@@ -229,7 +232,7 @@ def changed(folder: Path) -> dict[str, Any]:
         decode(model, (0,))
         weight.div_(1 + dist.get_rank())
         decode(model, (0,))
-    return {"changes": find_record(model).twins.changes}
+    return {"changes": find_record(model).of(TwinWeights).changes}
 
 
 def saved_twins(folder: Path) -> dict[str, Any]:

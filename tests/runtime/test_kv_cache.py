@@ -9,7 +9,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 import river_compile
-from river_compile.runtime.kv_cache import KVCache
+from river_compile.reporting.report import Fallbacks
+from river_compile.runtime.kv_cache import KVCache, PrefixPool
 from tests.support.decoding import left_padded
 from tests.support.families import SLIDING_WINDOW, each, make, prompt
 
@@ -37,8 +38,8 @@ def test_texts_beyond_a_window_are_the_plain_models(name, quality):
         ours, theirs = (each.generate(ids, attention_mask=mask, **options) for each in (model, plain))
         assert torch.equal(ours, theirs)
     record = river_compile.report(model)
-    assert not record.record.fallbacks
-    assert record.record.prefixes.bytes > 0
+    assert not record.record.of(Fallbacks)
+    assert record.record.of(PrefixPool).bytes > 0
 
 
 def write(kv, tokens):

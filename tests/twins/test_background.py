@@ -19,10 +19,12 @@ import pytest
 import torch
 
 import river_compile
+from river_compile.building.graph_record import Graphs
 from river_compile.errors import UnsupportedGraphError
-from river_compile.model_record import find_record
+from river_compile.record import find_record
 from river_compile.runtime.state import on_step
 from river_compile.twins import making, pack
+from river_compile.twins.pack import TwinWeights
 from tests.support.families import make, prompt
 
 OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
@@ -65,8 +67,8 @@ def packing(held):
     """A model that has answered, and whose twins are held."""
     model = river_compile.accelerate(plain(), compile_cache=False, **EXACT)
     generate(model, prompt_lookup_num_tokens=0)
-    assert find_record(model).twins.packing_share is not None
-    begun = find_record(model).twins.packing
+    assert find_record(model).of(TwinWeights).packing_share is not None
+    begun = find_record(model).of(TwinWeights).packing
     yield model
     held.set()
     begun.wait()
@@ -74,7 +76,7 @@ def packing(held):
 
 def finish(model, release):
     release.set()
-    find_record(model).twins.packing.wait()
+    find_record(model).of(TwinWeights).packing.wait()
 
 
 def test_the_text_is_the_same_before_and_after(packing, held):
@@ -135,7 +137,7 @@ def test_fast_and_saved_twins_wait_for_them(packing, held, tmp_path):
     threading.Timer(0.2, held.set).start()
     river_compile.save_twins(packing, tmp_path / "twins")
     assert (tmp_path / "twins" / "twins.safetensors").exists()
-    assert find_record(packing).packed
+    assert find_record(packing).of(Graphs).packed
 
 
 def test_without_the_option_or_in_a_small_model_the_first_call_waits(held, monkeypatch):
@@ -148,7 +150,7 @@ def test_without_the_option_or_in_a_small_model_the_first_call_waits(held, monke
     fast = river_compile.accelerate(plain(), "fast", compile_cache=False, **OPTIONS)
     generate(fast)
     assert all(map(drafted, (waits, small)))
-    assert all(find_record(model).twins.packing is None for model in (waits, small, fast))
+    assert all(find_record(model).of(TwinWeights).packing is None for model in (waits, small, fast))
 
 
 def test_weights_that_change_meanwhile_get_twins_of_their_own(packing, held):
@@ -156,11 +158,11 @@ def test_weights_that_change_meanwhile_get_twins_of_their_own(packing, held):
     packing.load_state_dict(other.state_dict())
     held.set()
     for _ in range(2):
-        find_record(packing).twins.packing.wait()
+        find_record(packing).of(TwinWeights).packing.wait()
         assert generate(packing).tolist() == generate(other).tolist()
-    find_record(packing).twins.packing.wait()
+    find_record(packing).of(TwinWeights).packing.wait()
     assert generate(packing).tolist() == generate(other).tolist()
-    current = [twin.is_current for twin in find_record(packing).packed]
+    current = [twin.is_current for twin in find_record(packing).of(Graphs).packed]
     assert current == [True] * 8
 
 
@@ -184,7 +186,7 @@ def test_copies_that_are_made_meanwhile_are_plain_and_pack_on_their_own(packing,
         assert find_record(copied) is None
     river_compile.accelerate(copies[0], compile_cache=False, **EXACT)
     generate(copies[0], prompt_lookup_num_tokens=0)
-    assert find_record(copies[0]).twins.packing is not find_record(packing).twins.packing
+    assert find_record(copies[0]).of(TwinWeights).packing is not find_record(packing).of(TwinWeights).packing
     for model in (packing, copies[0]):
         finish(model, held)
         assert generate(model).tolist() == expected
@@ -206,7 +208,7 @@ def test_ctrl_c_leaves_a_model_that_drafts_later(packing, held, at):
     else:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            find_record(packing).twins.packing.wait()
+            find_record(packing).of(TwinWeights).packing.wait()
     assert generate(packing).tolist() == expected
     finish(packing, held)
     assert generate(packing).tolist() == expected
@@ -235,7 +237,7 @@ def test_a_process_that_is_forked_meanwhile_makes_them_anew(packing, held):
 
 
 def test_restore_ends_it(packing, held):
-    packing_before = find_record(packing).twins.packing
+    packing_before = find_record(packing).of(TwinWeights).packing
     river_compile.restore(packing)
     held.set()
     packing_before.wait()
@@ -247,7 +249,7 @@ def test_a_model_that_goes_meanwhile_ends_it(held):
     """No process would use the twins, and the thread holds the weights."""
     model = river_compile.accelerate(plain(), compile_cache=False, **EXACT)
     generate(model, 2)
-    begun, weight = find_record(model).twins.packing, weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    begun, weight = find_record(model).of(TwinWeights).packing, weakref.ref(model.model.layers[0].mlp.up_proj.weight)
     del model
     gc.collect()
     held.set()

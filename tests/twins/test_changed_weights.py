@@ -13,8 +13,9 @@ from river_compile.backend import executors_of, river
 from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
 from river_compile.kernels.quant.grid import quantize
-from river_compile.model_record import find_record
+from river_compile.record import find_record
 from river_compile.twins import weights
+from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import ParameterStamp
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep, dequantized
@@ -102,7 +103,7 @@ def twin_weights(model):
 
 
 def state_of(model):
-    return find_record(model).twins
+    return find_record(model).of(TwinWeights)
 
 
 def test_weights_put_elsewhere_or_loaded_again_are_the_same(step, executor):

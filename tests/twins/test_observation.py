@@ -11,9 +11,11 @@ from torch import nn
 
 from river_compile import collect_statistics
 from river_compile.backend import river
+from river_compile.building.graph_record import Graphs
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.calibrated import RowMoments, WholeMoments
-from river_compile.model_record import find_record
+from river_compile.record import find_record
+from river_compile.twins.making import Statistics
 from river_compile.twins.observe import InputMoments, default_texts, record, visit
 from tests.support.families import make, prompt
 
@@ -113,8 +115,8 @@ def test_a_compiled_model_is_observed_as_it_is():
         weight = model.model.layers[0].mlp.down_proj.weight
         assert torch.equal(before.moments_of(weight).matrix(), after.moments_of(weight).matrix())
     state = find_record(model)
-    assert state.graphs == []
-    assert state.observation is after
+    assert state.of(Graphs) == []
+    assert state.of(Statistics).observed is after
 
 
 def test_inputs_are_summed_up_when_they_take_more_room_than_moments():
@@ -167,7 +169,7 @@ def test_texts_that_come_with_the_package():
 def test_a_later_call_replaces_the_earlier_one_and_clear_frees():
     model = make("llama", layers=2)
     first, second = (collect_statistics(model, [prompt(20, seed=i)], progress=False) for i in range(2))
-    assert find_record(model).observation is second
+    assert find_record(model).of(Statistics).observed is second
     assert first.number != second.number
     assert second.nbytes > 0
     second.clear()

@@ -13,11 +13,13 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 from river_compile import RiverWarning, accelerate, collect_statistics, report, save_twins
 from river_compile.backend import river
 from river_compile.kernels.portable import token_kl
-from river_compile.model_record import find_record, record_of
+from river_compile.record import find_record, record_of
 from river_compile.twins import own_text
 from river_compile.twins.file import FILE
+from river_compile.twins.making import Statistics
 from river_compile.twins.observe import default_texts
 from river_compile.twins.own_text import LOSS_SEED, TwinLoss, estimate_loss, package_ids, sample
+from river_compile.twins.pack import TwinWeights
 from tests.support.decoding import decode, new_cache
 from tests.support.families import VOCABULARY, make, prompt
 from tests.support.tokenizers import save_tiny_llama
@@ -37,7 +39,7 @@ def started(family="llama", **options):
 def packed_by_default(family="llama", step=None, **options):
     """Does what `started` does with a step that was traced before, of which Dynamo would tell whose it is."""
     step = TracedStep(family) if step is None else step
-    record_of(step.model.parameters()).self_calibration.attach(step.model)
+    record_of(step.model.parameters()).of(Statistics).own.attach(step.model)
     step.run(**options)
     return step.model
 
@@ -98,7 +100,7 @@ def test_the_same_weights_give_the_same_twins():
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "gemma3"])
 def test_what_the_report_says(family):
     found = report((started if family == "gpt2" else packed_by_default)(family), estimate_loss=True)
-    loss, text, entries = found.record.twins.loss, str(found), found.to_dict()
+    loss, text, entries = found.record.of(TwinWeights).loss, str(found), found.to_dict()
     assert {p.quantizer for p in found.packed} == {"gptq"}
     assert f"{len(found.packed)} matrices were calibrated on 128 tokens that the model sampled" in text
     assert f"loss         KL {loss.kl:.3f}" in text
@@ -111,7 +113,7 @@ def test_what_was_observed_goes_first():
     collect_statistics(step.model, [prompt(40, 2)], progress=False)
     model = packed_by_default(step=step)
     assert {p.statistics for p in report(model).packed} == {"80 observed tokens"}
-    assert find_record(model).self_calibration.seconds == 0
+    assert find_record(model).of(Statistics).own.seconds == 0
 
 
 def test_a_model_that_cannot_write_takes_hqq_and_says_so(monkeypatch):
@@ -125,7 +127,7 @@ def test_a_model_that_cannot_write_takes_hqq_and_says_so(monkeypatch):
     reason = "took quantizer='hqq': the model wrote no text of its own (TypeError: no text from me)"
     assert reason in str(report(model))
     assert report(model).to_dict()["own_text_refused"] == "TypeError: no text from me"
-    assert report(model, estimate_loss=True).record.twins.loss is None
+    assert report(model, estimate_loss=True).record.of(TwinWeights).loss is None
 
 
 def test_a_body_without_a_head_cannot_write():
@@ -143,14 +145,14 @@ def test_a_body_without_a_head_cannot_write():
 def test_weights_that_changed_write_anew():
     """Their twins are those of a start with these weights."""
     model, other = started(), make("llama", layers=2, seed=7)
-    assert report(model, estimate_loss=True).record.twins.loss is not None
+    assert report(model, estimate_loss=True).record.of(TwinWeights).loss is not None
     model.load_state_dict(other.state_dict())
     with pytest.warns(RiverWarning, match="^RC048: The weights changed after their 4-bit twins were packed"):
         decode(model, new_cache(model, "static"), [0])
     other.compile(backend=river, options=OPTIONS)
     decode(other, new_cache(other, "static"), [0])
     assert same(bytes_of(model), bytes_of(other))
-    assert report(model).record.twins.loss is None  # of other weights
+    assert report(model).record.of(TwinWeights).loss is None  # of other weights
 
 
 def test_an_artifact_says_what_its_twins_knew(tmp_path):
@@ -164,7 +166,7 @@ def test_an_artifact_says_what_its_twins_knew(tmp_path):
     second = packed_by_default(twins=tmp_path / "twins")
     assert same(bytes_of(first), bytes_of(second))
     assert {p.statistics for p in report(second).packed} == {"128 tokens that the model sampled"}
-    assert find_record(second).self_calibration.seconds == 0
+    assert find_record(second).of(Statistics).own.seconds == 0
 
 
 def test_an_artifact_keeps_what_took_the_place_of_statistics(tmp_path, monkeypatch):
@@ -218,7 +220,7 @@ def test_a_large_loss_is_warned_of():
     model = packed_by_default()
     report_before = str(report(model))
     assert "WARNING" not in report_before
-    object.__setattr__(report(model, estimate_loss=True).record.twins.loss, "kl", 3.0)
+    object.__setattr__(report(model, estimate_loss=True).record.of(TwinWeights).loss, "kl", 3.0)
     assert "KL 3.000" in str(report(model))
     assert "WARNING" in str(report(model))
     assert TwinLoss(3.0, 0.5, 10).large

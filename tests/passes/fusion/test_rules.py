@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from river_compile.building.graph_record import Graphs
 from river_compile.exits import forced_depth
-from river_compile.model_record import record_of
+from river_compile.record import record_of
 from tests.passes.fusion.fusion_graphs import Spelling, block_decoder
 from tests.passes.graphs import random_decoder, shapes
 from tests.support.examples import examples
@@ -66,7 +67,7 @@ def run(graph_module, inputs, lowering, depth: int = 0):
     executor = lowered(lowering)(graph_module, inputs, options=OPTIONS)
     with torch.no_grad(), forced_depth(depth):
         outputs = executor(*clones)
-    return outputs, clones, record_of(inputs).graphs[-1].fusions
+    return outputs, clones, record_of(inputs).of(Graphs)[-1].fusions
 
 
 def assert_same(first, second) -> None:

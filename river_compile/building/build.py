@@ -18,11 +18,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from river_compile.choices import Choices, choose, has_room, passes_for
-from river_compile.compile_cache.programs import NotPacked
+from river_compile.building.choose import Choices, choose, has_room, passes_for
+from river_compile.building.graph_record import GraphRecord, Graphs
+from river_compile.building.structured_trace import trace_artifact, trace_pass, trace_program
+from river_compile.compile_cache.programs import NotPacked, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
-from river_compile.exits import CRITERIA, WHOLE
+from river_compile.exits import CRITERIA, WHOLE, SequenceStates
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native
 from river_compile.lowering.inductor import (
@@ -34,7 +36,6 @@ from river_compile.lowering.inductor import (
     lower_segment,
     warn_of_slow_lowering,
 )
-from river_compile.model_record import GraphRecord, ModelRecord, adopt
 from river_compile.passes.edits import run_passes
 from river_compile.passes.experts import ROUTER
 from river_compile.passes.freeze import freeze
@@ -43,16 +44,19 @@ from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentS
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.passes.twins import linear_names
 from river_compile.progress import stage_reached
-from river_compile.reporting.report import graph_lines
-from river_compile.reporting.structured_trace import trace_artifact, trace_pass, trace_program
+from river_compile.record import ModelRecord, adopt
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.offload import Streamer
+from river_compile.runtime.offload import OffloadedWeights, Streamer
 from river_compile.runtime.state import CompiledProgram, all_logits
+from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.runtime.units import Step, Units
+from river_compile.twins.making import Statistics
+from river_compile.twins.pack import TwinWeights
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import ProgramWeights, TwinWeight
+from river_compile.upstream.dynamo import OwnCall
 from river_compile.upstream.tensors import advise_pageout
 
 log = logging.getLogger("river_compile.twins")
@@ -73,13 +77,13 @@ def build(
     later = choices if by_default and _packs_later(found, model, config) else None
     if by_default and (later is not None or not _packs_here(found, model)):
         choices = replace(choices, target_weights="model")
-    if model.ranks.several and choices.target_weights != "model":
+    if model.of(Ranks).several and choices.target_weights != "model":
         raise OptionError(
             f"target_weights={config.target_weights!r} is not available on several ranks. Use target_weights='model'",
             id="RC122",
         )
     check_captures(plan.device, config, how.native)
-    model.offloaded.check(plan, config)
+    model.of(OffloadedWeights).check(plan, config)
     with graph.stage("rewriting"):
         rewritten, program = _frozen(found, choices, graph)
     graph.traced = found
@@ -88,7 +92,7 @@ def build(
     executor = _executor(_assembled(program, examples, [*values.values()], model, graph, warn), model, graph)
     if later is not None:
         executor.is_final = False
-        model.twins.then(
+        model.of(TwinWeights).then(
             functools.partial(
                 _pack_backbone, weakref.ref(model), weakref.ref(executor), graph, found, later, [*values.values()]
             )
@@ -106,20 +110,20 @@ def _frozen(found: RiverProgram, choices: Choices, graph: GraphRecord) -> tuple[
 
 def _packs_here(found: RiverProgram, model: ModelRecord) -> bool:
     """Whether this process reads 12-bit weights by default: they are there, or have room."""
-    return not model.ranks.several and (model.twins.has_lossless or has_room(found))
+    return not model.of(Ranks).several and (model.of(TwinWeights).has_lossless or has_room(found))
 
 
 def _packs_later(found: RiverProgram, model: ModelRecord, config: RiverConfig) -> bool:
     """Whether this process reads the model's own weights, and packs them in the background for later ones."""
-    if model.ranks.several or not _only_drafts(model, config):
+    if model.of(Ranks).several or not _only_drafts(model, config):
         return False
     nodes = {node for segment in found.segments for node in segment.inputs if is_parameter(node)}
-    return model.twins.packs_later(sum(value_of(node).numel() for node in nodes))
+    return model.of(TwinWeights).packs_later(sum(value_of(node).numel() for node in nodes))
 
 
 def _only_drafts(model: ModelRecord, config: RiverConfig) -> bool:
     """Whether only exact mode's drafts read a model's twins: none else runs its programs at another depth than full."""
-    return model.call is not None and config.first_exit == WHOLE
+    return model.find(OwnCall) is not None and config.first_exit == WHOLE
 
 
 def _pack_backbone(
@@ -132,16 +136,17 @@ def _pack_backbone(
 ) -> None:
     """Make a program that reads packed weights, and these, for later processes."""
     model, executor = model_ref(), executor_ref()
-    if model is None or executor is None or model.programs is None:
+    programs = None if model is None else model.find(ProgramCache)
+    if model is None or executor is None or programs is None:
         return
     try:
         _, program = _frozen(found, choices, graph)
         lossless = _lossless_of(program, graph.config)
-        stored = bool(lossless) and model.twins.store_lossless(lossless, inputs)
+        stored = bool(lossless) and model.of(TwinWeights).store_lossless(lossless, inputs)
     except Exception:  # later processes are to find this one's program, whatever is wrong with the other
-        model.programs.settle(executor, None)
+        programs.settle(executor, None)
         raise
-    model.programs.settle(executor, program if stored else None)
+    programs.settle(executor, program if stored else None)
 
 
 def _lossless_of(program: Program, config: RiverConfig) -> list[Matmul]:
@@ -157,7 +162,8 @@ def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: 
     if config.target_weights == "auto" and _only_drafts(model, config):
         lossless = _lossless_of(program, config)
         weights = sum(math.prod(linear.shape) for linear in lossless)
-        if model.twins.packs_later(weights) and not model.twins.has_stored(lossless, inputs):
+        twins = model.of(TwinWeights)
+        if twins.packs_later(weights) and not twins.has_stored(lossless, inputs):
             raise NotPacked
     return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
 
@@ -192,7 +198,7 @@ def _rebuild(
 
 def _tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: float) -> None:
     """Report requantized weights: the first time as a warning, later in the log, for training loops."""
-    twins = model.twins
+    twins = model.of(TwinWeights)
     twins.loss, twins.changes, twins.changed = None, twins.changes + 1, len(changed)
     others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     message = (
@@ -220,7 +226,7 @@ def _assembled(
     refresh: bool = False,
 ) -> Built:
     """Quantize a program's twins, compile its segments and put them together; `refresh`: its parameters changed."""
-    config, ranks = graph.config, model.ranks
+    config, ranks, offloaded = graph.config, model.of(Ranks), model.of(OffloadedWeights)
     graph.program = program
     policy = config.exit_policy(program)
     segments = policy.reachable(program)
@@ -229,22 +235,23 @@ def _assembled(
     segments = [segment for segment in segments if packed.keys() >= {*segment.packed}]  # twins may be missing
     if program.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
-        with model.twins.moving():
-            model.offloaded.arrange(program, inputs, config, resident)
-    streamer = Streamer(model.offloaded, program, inputs, config.offload)
+        with model.of(TwinWeights).moving():
+            offloaded.arrange(program, inputs, config, resident)
+    streamer = Streamer(offloaded, program, inputs, config.offload)
     wanted = all_logits(program)
     steps = _compiled(program, examples, segments, packed, wanted, streamer, graph)
     _note_ranks(program, graph, ranks)
-    trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph_lines(graph)))
-    model.exit_stats.num_blocks = program.num_blocks
+    trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph.lines()))
+    stats = model.of(ExitStats)
+    stats.num_blocks = program.num_blocks
     captures = choose_captures(program, config, graph.captures, ranks)
     compiled = CompiledProgram(
         program,
         Units(program, steps, _nothing),
         None if captures is None else Units(program, steps, captures.kind.obstacle),
         policy,
-        model.exit_stats,
-        model.sequences,
+        stats,
+        model.of(SequenceStates),
         policy.criterion.reads == "previous" and program.head.has_score,
         wanted,
         graph.captures,
@@ -298,7 +305,8 @@ def _packed(
     refresh: bool,
 ) -> ProgramWeights | None:
     """Return the packed weights of the matmuls that the passes made and tokens can reach."""
-    twins, config, how = model.twins, graph.config, graph.config.target_weights
+    twins, statistics = model.of(TwinWeights), model.of(Statistics).now()
+    config, how = graph.config, graph.config.target_weights
     with graph.stage("packing"):
         every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
@@ -314,12 +322,12 @@ def _packed(
         if reached:
             drafting = _only_drafts(model, config)
             weights = twins.get(
-                reached, inputs, config, model.statistics, program.device, program.matrices, savable, refresh, drafting
+                reached, inputs, config, statistics, program.device, program.matrices, savable, refresh, drafting
             )
     packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}
-    for other in model.graphs:  # rebuilt at its next run
+    for other in model.of(Graphs):  # rebuilt at its next run
         other.twins = tuple(t for t in other.twins if digests.get((t.name, t.asked), t.digest) == t.digest)
     lossless = [linear for linear in packed if linear.lossless]
     smaller = [linear for linear in lossless if not packed[linear].weight.unpacked]
@@ -338,8 +346,8 @@ def _packed(
     graph.paged_out_bytes = advise_pageout({id(inputs[i]): inputs[i] for i in replaced}.values())
     if graph.twins:
         warn()
-        if model.ranks.several:  # they estimate the loss together or not at all
-            twins.estimate_loss(graph.twins, model.statistics)
+        if model.of(Ranks).several:  # they estimate the loss together or not at all
+            twins.estimate_loss(graph.twins, statistics)
     return weights
 
 
