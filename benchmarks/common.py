@@ -168,7 +168,7 @@ def memory_speed(threads: int) -> dict[str, float]:
     """Measure the bandwidth of the memory with so many threads, as a part of the machine's facts."""
     import torch
 
-    from river_compile.reporting.dry_run import bandwidth
+    from river_compile.system import bandwidth
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -108,7 +108,7 @@ def measure(
 def _rules(meter: Meter, criterion: Criterion, texts: Sequence[int]) -> list[Rule]:
     """Return thresholds under which shares of the tokens leave, and some other first exits."""
     if criterion.reads == "block":
-        scores = [s.similarities[FIRST_EXIT - 1] for i in texts for s in meter.references[i].steps]
+        scores = [s.scores[FIRST_EXIT - 1] for i in texts for s in meter.references[i].steps]
         later = [round(meter.num_blocks * part) for part in (0.25, 0.5, 0.75)]
         rules = [(_quantile(scores, 1 - share), FIRST_EXIT) for share in SHARES]
         return [*rules, *((criterion.always, depth) for depth in (FIRST_EXIT, *later))]

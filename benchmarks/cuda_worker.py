@@ -24,11 +24,11 @@ from benchmarks.roofline import Roofline
 from benchmarks.schedule import leaving_at
 from river_compile import report
 from river_compile.backend import executors_of
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.mode import decode, exact
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.reporting.timing import generate
 from river_compile.runtime.captures import CaptureLog
-from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.upstream.transformers import cache_argument
@@ -141,7 +141,7 @@ class Bench:
         with forced_depth(self._roofline.shape.layers):
             self.loop.text(custom_generate=decode)
             plain, plain_seconds = self.loop.text_in_steps(custom_generate=decode)
-        how = {"custom_generate": exact, "num_assistant_tokens": drafted, "strict": True}
+        how = {"custom_generate": replace(exact, strict=True), "num_assistant_tokens": drafted}
         how |= {"prompt_lookup_num_tokens": 0, "num_assistant_tokens_schedule": "constant"}
         for _ in range(2):  # (the first one compiles each width's pass, the second one captures it)
             self.loop.text(**how)
@@ -167,7 +167,7 @@ class Bench:
             "seconds": sorted(times),
             "tokens_per_s": 1 / statistics.median(times),
             "cycles": len(ran),
-            "tokens_per_cycle": sum(len(cycle.kept) for cycle in ran) / len(ran),
+            "tokens_per_cycle": sum(len(cycle.emitted) for cycle in ran) / len(ran),
             "held": sum(cycle.accepted for cycle in ran) / sum(len(cycle.drafted) for cycle in ran),
             "cycle": {
                 "draft": draft / drafted,
@@ -322,7 +322,7 @@ class Loop:
         seen: list[tuple[CycleRecord, float]] = []
         with cycles.added(lambda cycle: seen.append((cycle, time.perf_counter()))):
             text = self.text(**how)
-        tokens = sum(len(cycle.kept) for cycle, _ in seen[1:])
+        tokens = sum(len(cycle.emitted) for cycle, _ in seen[1:])
         return text, [cycle for cycle, _ in seen], (seen[-1][1] - seen[0][1]) / tokens
 
     def profiled_cycles(self, **how: Any) -> dict:

@@ -283,7 +283,7 @@ def _row(repeats: list[dict], plain_texts: list[list[int]]) -> dict:
     return {
         "tokens_per_s": statistics.median(speeds),
         "by_repeat": speeds,
-        "tokens_per_cycle": sum(len(c.kept) for c in cycles) / len(cycles) if cycles else None,
+        "tokens_per_cycle": sum(len(c.emitted) for c in cycles) / len(cycles) if cycles else None,
         "acceptance": sum(c.accepted for c in cycles) / drafted if drafted else None,
         "time_shares": [s / sum(spent) for s in spent] if cycles else None,
         "same_texts": sum(a == b for a, b in zip(texts, plain_texts, strict=True)),

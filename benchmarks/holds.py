@@ -68,7 +68,7 @@ def judge(cycles: Sequence[CycleRecord]) -> dict[str, Judged]:
     """
     found: dict[str, Judged] = {}
     for cycle in cycles:
-        went_on = cycle.kept[-1:] == ("backbone",)
+        went_on = cycle.emitted[-1:] == ("backbone",)
         for position, source in enumerate(cycle.drafted[: cycle.accepted + went_on]):
             found.setdefault(source, Judged()).add(position, position < cycle.accepted)
     return found

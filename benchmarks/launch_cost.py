@@ -22,7 +22,7 @@ import torch
 from benchmarks import common
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.triton import calls_linear, loader
-from river_compile.kernels.triton.linear import best_tile
+from river_compile.kernels.triton.tiles import best_tile
 from tools.kernels.shapes import MODELS, ModelShape
 
 _GROUP = 64

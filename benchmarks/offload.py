@@ -85,7 +85,8 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
-    moved = report.record.of(OffloadedWeights).stats.get("moved", 0)
+    stats = report.record.of(OffloadedWeights).stats
+    moved = 0 if stats is None else stats.moved
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
     return {
         "weights_bytes": weights,
@@ -101,7 +102,8 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
 def _brought_in(report: Any) -> int:
     """Return the bytes of weights that had come in by a report."""
-    return report.record.of(OffloadedWeights).stats.get("brought_in", 0)
+    stats = report.record.of(OffloadedWeights).stats
+    return 0 if stats is None else stats.brought_in
 
 
 def resident_bytes() -> int:

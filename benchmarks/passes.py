@@ -34,9 +34,9 @@ def passes(model: Any, rows: int, repeats: int) -> dict[str, float]:
     measured: dict[str, float] = {}
 
     def measure(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:
+        from river_compile.decoding.kv_cache import KVCache
         from river_compile.decoding.session import Session
         from river_compile.exits import WHOLE
-        from river_compile.runtime.kv_cache import KVCache
         from river_compile.upstream.transformers import cache_of
 
         given = {name: value for name, value in arguments.items() if name not in NOT_THE_MODELS}

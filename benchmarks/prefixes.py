@@ -25,7 +25,7 @@ from contextlib import ExitStack, closing
 
 from benchmarks import common, decode_rows
 from river_compile.cli import shared
-from river_compile.runtime.kv_cache import PrefixPool
+from river_compile.decoding.prefix_cache import PrefixPool
 from tools import demo_models
 
 ROWS = ("exact", "strict", "fast", "plain", "llama_cpp")

@@ -9,7 +9,8 @@ attention, because only Inductor on the GPU at hand knows how many more there ar
 from __future__ import annotations
 
 from river_compile.kernels.triton.cache import DecodeAttentionSpec
-from river_compile.kernels.triton.linear import best_tile, untiled
+from river_compile.kernels.triton.linear import untiled
+from river_compile.kernels.triton.tiles import best_tile
 from tools.kernels.cost_model import LAUNCH_SECONDS
 from tools.kernels.devices import known
 from tools.kernels.shapes import (

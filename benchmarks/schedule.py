@@ -37,7 +37,7 @@ from tools.kernels.shapes import ModelShape
 from tools.recorder import Event, Recorder, recording
 
 _PROMPT = 4
-_COLUMNS = {"block": 6, "twin": 3, "head": 2, "river_head": 2, "prologue": 1}
+_COLUMNS = {"block": 6, "twin": 3, "head": 2, "twin_head": 2, "prologue": 1}
 
 
 @dataclass

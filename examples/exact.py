@@ -72,7 +72,7 @@ def cycle_lines(cycles: Sequence[CycleRecord], texts: Sequence[str]) -> list[str
     lines = [f"{'cycle':>5} {'drafted':>8} {'held':>5} {'width':>6} {'draft ms':>9} {'verify ms':>10}  kept"]
     rest = iter(texts)
     for number, cycle in enumerate(cycles, start=1):
-        kept = "".join(BRACKETS[source].format(next(rest).replace("\n", "⏎")) for source in cycle.kept)
+        kept = "".join(BRACKETS[source].format(next(rest).replace("\n", "⏎")) for source in cycle.emitted)
         draft, verify = (1e3 * s for s in cycle.seconds[:2])
         counts = f"{number:5} {len(cycle.drafted):8} {cycle.accepted:5} {cycle.width:6}"
         lines.append(f"{counts} {draft:9.1f} {verify:10.1f}  {kept}")

@@ -106,15 +106,15 @@ def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence
 
     Each cycle climbs like a staircase; grey outlines on its last step are drafted tokens that did not hold.
     """
-    kept = sum(len(cycle.kept) for cycle in cycles)
+    kept = sum(len(cycle.emitted) for cycle in cycles)
     names = _names(texts, kept, "tokens kept in cycles", first=2)
     dropped = [len(cycle.drafted) - cycle.accepted for cycle in cycles]
-    highest = max(len(cycle.kept) + more for cycle, more in zip(cycles, dropped, strict=True))
+    highest = max(len(cycle.emitted) + more for cycle, more in zip(cycles, dropped, strict=True))
     figure = _lines_of_tokens(names, highest, room=1.05)
     figure.suptitle(f"{kept} tokens in {len(cycles)} verifying passes, {kept / len(cycles):.2f} tokens per pass")
     bars = iter(range(kept))
     for cycle, more in zip(cycles, dropped, strict=True):
-        for height, source in enumerate(cycle.kept, start=1):
+        for height, source in enumerate(cycle.emitted, start=1):
             i = next(bars)
             axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
             axes.bar(x, height, color=_SOURCES[source][0], width=0.9)

@@ -72,8 +72,7 @@ def linear(
 
     Raises:
         ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these; `wanted`
-        with a
-            gate, a residual, or a weight in x.dtype.
+            with a gate, a residual, or a weight in x.dtype.
     """
     if wanted is not None and (gated or residual is not None or scale_zero is None):
         raise ValueError("wanted is for linears with packed weights, without gate and residual")

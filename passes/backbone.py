@@ -24,15 +24,15 @@ MOST_MERGED = 4  # weights of one matmul
 _MERGED_ROWS = 16  # a generated kernel merges weights whose rows are a multiple of this
 
 
-def river_backbone(layout: str) -> Pass:
+def own_matmuls(layout: str) -> Pass:
     """Make the pass below; `layout` is that of 16-bit weights: "dense" (C++) or "triton" (decode steps)."""
 
-    def river_backbone(program: RiverProgram) -> RiverProgram:
+    def own_matmuls(program: RiverProgram) -> RiverProgram:
         """Linear layers of blocks and head are operators of the package."""
         blocks = tuple(_with_river_linears(block, layout) for block in program.blocks)
         return replace(program, blocks=blocks, head=_with_river_linears(program.head, layout))
 
-    return river_backbone
+    return own_matmuls
 
 
 Shape: TypeAlias = tuple[int, int]  # of a matmul's weight [N, K]

@@ -63,16 +63,16 @@ def freeze(
             shared[segment.graph] = lower(segment), obstacle(segment, plan.device), experts
         code, why_not, experts = shared[segment.graph]
         return SegmentSpec(
-            segment.kind,
-            segment.depth,
-            code,
-            tuple(slots[node] for node in segment.inputs),
-            tuple(slots[node] for node in segment.outputs),
-            segment.packed,
-            segment.chooses_logits,
-            segment.has_score,
-            why_not,
-            experts,
+            kind=segment.kind,
+            depth=segment.depth,
+            code=code,
+            inputs=tuple(slots[node] for node in segment.inputs),
+            outputs=tuple(slots[node] for node in segment.outputs),
+            packed=segment.packed,
+            chooses_logits=segment.chooses_logits,
+            has_score=segment.has_score,
+            obstacle=why_not,
+            experts=experts,
         )
 
     inputs = tuple(
@@ -92,7 +92,7 @@ def freeze(
         blocks=tuple(map(spec, program.blocks)),
         head=spec(program.head),
         twins=tuple(map(spec, program.twins)),
-        river_head=None if program.river_head is None else spec(program.river_head),
+        twin_head=None if program.twin_head is None else spec(program.twin_head),
         candidates=program.candidates,
         kept=program.kept,
         fusions=program.fusions,
@@ -203,7 +203,7 @@ def _last_token(program: RiverProgram) -> LastToken | None:
     holder = number_inputs(program.inputs).get(symbol)
     if holder is None or hidden in program.returned:
         return None
-    for head in filter(None, (program.head, program.river_head)):
+    for head in filter(None, (program.head, program.twin_head)):
         if any(symbol in free_symbols(value_of(n)) for n in head.inputs if n not in (hidden, holder)):
             return None
     return LastToken(program.slots[hidden], program.slots[holder], plan.token_axis)

@@ -44,8 +44,8 @@ def logits_entropy(program: RiverProgram) -> RiverProgram:
     logits = find_logits(program)
     if logits is None:
         return program
-    river_head = program.river_head and _with_score(program.river_head, largest_entropy, logits)
-    return replace(program, head=_with_score(program.head, largest_entropy, logits), river_head=river_head)
+    twin_head = program.twin_head and _with_score(program.twin_head, largest_entropy, logits)
+    return replace(program, head=_with_score(program.head, largest_entropy, logits), twin_head=twin_head)
 
 
 def draft_vocab(program: RiverProgram) -> RiverProgram:
@@ -86,7 +86,7 @@ def _with_score(segment: Segment, function: Callable, *values: fx.Node) -> Segme
 
 def _change_head(program: RiverProgram, rule: str, change: Callable[[Segment], Segment], fallback: str) -> RiverProgram:
     """Apply `change` to a copy of the 4-bit head, if there is one, and record the outcome."""
-    head = program.river_head
+    head = program.twin_head
     if head is None or not head.packed:
         return program
     missed = where = ""
@@ -96,7 +96,7 @@ def _change_head(program: RiverProgram, rule: str, change: Callable[[Segment], S
         missed = f"{miss.reason}; {fallback}"
         where = "" if miss.node is None else source_of(miss.node)
     fusion = Fusion(rule, head.name, missed, where)
-    return replace(program, river_head=head, fusions=(*program.fusions, fusion))
+    return replace(program, twin_head=head, fusions=(*program.fusions, fusion))
 
 
 def _with_list(head: Segment, logits: fx.Node | None) -> Segment:

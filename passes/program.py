@@ -92,7 +92,7 @@ class Fingerprint:
 class Segment:
     """A part of the graph that is compiled and called as one function; compared by identity."""
 
-    kind: str  # "prologue", "block", "twin", "head" or "river_head"
+    kind: str  # "prologue", "block", "twin", "head" or "twin_head"
     depth: int  # its block's number from 1; 0 for the embedding stage, L + 1 for the heads
     graph: fx.Graph = field(repr=False)
     inputs: tuple[fx.Node, ...]  # of the traced graph, in the order of `graph`'s placeholders
@@ -191,7 +191,7 @@ class RiverProgram:
     blocks: tuple[Segment, ...]
     head: Segment
     twins: tuple[Segment, ...] = ()  # one for each block, with its outputs; none if no token can exit early
-    river_head: Segment | None = None  # for tokens that exited early; None: they use `head`
+    twin_head: Segment | None = None  # for tokens that exited early; None: they use `head`
     candidates: tuple[int, ...] = ()  # exit depths (blocks executed) with a check, ascending
     kept: tuple[KeptLinear, ...] = ()
     fusions: tuple[Fusion, ...] = ()
@@ -208,7 +208,7 @@ class RiverProgram:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
+        heads = (self.head,) if self.twin_head is None else (self.head, self.twin_head)
         return (self.prologue, *self.blocks, *self.twins, *heads)
 
 
@@ -306,7 +306,7 @@ class Program:
     blocks: tuple[SegmentSpec, ...]
     head: SegmentSpec
     twins: tuple[SegmentSpec, ...]
-    river_head: SegmentSpec | None
+    twin_head: SegmentSpec | None
     candidates: tuple[int, ...]
     kept: tuple[KeptLinear, ...]
     fusions: tuple[Fusion, ...]
@@ -333,7 +333,7 @@ class Program:
 
     @property
     def segments(self) -> tuple[SegmentSpec, ...]:
-        heads = (self.head,) if self.river_head is None else (self.head, self.river_head)
+        heads = (self.head,) if self.twin_head is None else (self.head, self.twin_head)
         return (self.prologue, *self.blocks, *self.twins, *heads)
 
     @functools.cached_property
@@ -359,4 +359,4 @@ def _is_symbol(example: Example) -> bool:
 
 def segment_name(kind: str, depth: int) -> str:
     """Return the kind, with the depth if there are several: "head", "block_3"."""
-    return kind if kind in ("prologue", "head", "river_head") else f"{kind}_{depth}"
+    return kind if kind in ("prologue", "head", "twin_head") else f"{kind}_{depth}"

@@ -99,7 +99,7 @@ def with_shared_graphs(program: RiverProgram) -> RiverProgram:
         blocks=tuple(map(shared, program.blocks)),
         head=shared(program.head),
         twins=tuple(map(shared, program.twins)),
-        river_head=None if program.river_head is None else shared(program.river_head),
+        twin_head=None if program.twin_head is None else shared(program.twin_head),
     )
 
 

@@ -47,10 +47,10 @@ class TwinSpec:
     scale_inputs: bool = False  # AWQ's scales, if they cost no operation
 
 
-def river_twins(how: TwinSpec | None) -> Pass:
+def twin_layers(how: TwinSpec | None) -> Pass:
     """Make the pass that adds twins; without `how`, all weights stay in 16 bits."""
 
-    def river_twins(program: RiverProgram) -> RiverProgram:
+    def twin_layers(program: RiverProgram) -> RiverProgram:
         """Every block has a twin with 4-bit matmuls, for tokens that exited early."""
         if how is None:
             return replace(program, twins=tuple(block.copy("twin") for block in program.blocks))
@@ -58,18 +58,18 @@ def river_twins(how: TwinSpec | None) -> Pass:
         kept = tuple(linear for _, left in made for linear in left)
         return replace(program, twins=tuple(twin for twin, _ in made), kept=(*program.kept, *kept))
 
-    return river_twins
+    return twin_layers
 
 
-def river_head(how: TwinSpec) -> Pass:
+def twin_head(how: TwinSpec) -> Pass:
     """Make the pass that adds a 4-bit head."""
 
-    def river_head(program: RiverProgram) -> RiverProgram:
+    def twin_head(program: RiverProgram) -> RiverProgram:
         """Tokens that exited early use a head with a quantized weight."""
-        head, kept = _twin(program.head, "river_head", how, program.slots)
-        return replace(program, river_head=head, kept=(*program.kept, *kept))
+        head, kept = _twin(program.head, "twin_head", how, program.slots)
+        return replace(program, twin_head=head, kept=(*program.kept, *kept))
 
-    return river_head
+    return twin_head
 
 
 def one_row_head(fuse: bool) -> Pass:
@@ -77,8 +77,8 @@ def one_row_head(fuse: bool) -> Pass:
 
     def one_row_head(program: RiverProgram) -> RiverProgram:
         """Tokens that exited early use a head whose matmul is made for one row."""
-        head = program.head.copy("river_head")
-        return replace(program, river_head=head) if fuse or simplify_linears(head.graph) else program
+        head = program.head.copy("twin_head")
+        return replace(program, twin_head=head) if fuse or simplify_linears(head.graph) else program
 
     return one_row_head
 

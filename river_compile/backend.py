@@ -41,8 +41,9 @@ from river_compile.upstream.dynamo import (
     traced_code,
     untraceable,
 )
-from river_compile.upstream.tensors import local_of, warn_of_untested
+from river_compile.upstream.tensors import local_of
 from river_compile.upstream.transformers import disable_auto_compile
+from river_compile.upstream.versions import warn_of_untested
 
 log = logging.getLogger("river_compile")
 warn_of_untested()

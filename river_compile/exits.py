@@ -99,7 +99,7 @@ class ExitPolicy:
         if self.fixed_depth is None and self.deepest is None:
             return list(program.segments)
         first, last = (0, self.deepest) if self.fixed_depth is None else (self.fixed_depth, self.fixed_depth)
-        head = program.head if last == program.num_blocks or program.river_head is None else program.river_head
+        head = program.head if last == program.num_blocks or program.twin_head is None else program.twin_head
         return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 
     def last(self, num_blocks: int) -> int:

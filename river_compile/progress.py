@@ -13,9 +13,49 @@ from tqdm import tqdm
 
 _EVERY = 10.0  # seconds
 _lock = threading.Lock()
-_stages: list[str] = []  # running, outermost first
-_bars: list[tqdm] = []  # the bar, while a stage runs
-_lines = [0.0, 0.0]  # when the start began, and when its last line was written
+
+
+class _Shown:
+    """The bar of the stages that run in the process."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []  # running, outermost first
+        self.bar: tqdm | None = None  # while a stage runs
+        self.began = self.written = 0.0  # when the start began, and when its last line was written
+
+    def begin(self, stage: str) -> None:
+        self.stages.append(stage)
+        if self.bar is None:
+            form = "river: {desc} {percentage:3.0f}%|{bar:30}| {elapsed}"
+            self.bar = tqdm(total=1.0, bar_format=form, leave=False, disable=None)
+            self.began = self.written = time.monotonic()
+        self.show(self.bar)
+
+    def end(self, stage: str) -> None:
+        self.stages.remove(stage)
+        if self.bar is not None and self.stages:
+            self.show(self.bar)
+        elif self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def show(self, bar: tqdm) -> None:
+        bar.n = 0
+        bar.set_description_str(self.stages[-1])
+
+    def reach(self, share: float, part: str) -> None:
+        if self.bar is None:
+            return
+        name = f"{self.stages[-1]} {part}".rstrip()
+        self.bar.set_description_str(name, refresh=False)
+        self.bar.update(share - self.bar.n)
+        now = time.monotonic()
+        if self.bar.disable and now - self.written >= _EVERY:
+            print(f"river: {name}, {share:.0%} after {now - self.began:.0f} s", file=sys.stderr, flush=True)
+            self.written = now
+
+
+_shown = _Shown()
 
 
 class _Told(threading.local):
@@ -49,23 +89,12 @@ def stage_shown(name: str) -> Iterator[None]:
             _told.stages = outer
         return
     with _lock:
-        _stages.append(name)
-        if not _bars:
-            form = "river: {desc} {percentage:3.0f}%|{bar:30}| {elapsed}"
-            _bars.append(tqdm(total=1.0, bar_format=form, leave=False, disable=None))
-            _lines[:] = [time.monotonic()] * 2
-        _show()
+        _shown.begin(name)
     try:
         yield
     finally:
         with _lock:
-            _stages.remove(name)
-            _show() if _stages else _bars.pop().close()
-
-
-def _show() -> None:
-    _bars[0].n = 0
-    _bars[0].set_description_str(_stages[-1])
+            _shown.end(name)
 
 
 def stage_reached(share: float, part: str = "") -> None:
@@ -74,13 +103,4 @@ def stage_reached(share: float, part: str = "") -> None:
         _told.tell(_told.stages[-1], share)
         return
     with _lock:
-        if not _bars:
-            return
-        name = f"{_stages[-1]} {part}".rstrip()
-        _bars[0].set_description_str(name, refresh=False)
-        _bars[0].update(share - _bars[0].n)
-        began, written = _lines
-        now = time.monotonic()
-        if _bars[0].disable and now - written >= _EVERY:
-            print(f"river: {name}, {share:.0%} after {now - began:.0f} s", file=sys.stderr, flush=True)
-            _lines[1] = now
+        _shown.reach(share, part)

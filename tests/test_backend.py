@@ -201,14 +201,14 @@ class TestRuntime:
         with trace() as t:
             step.run(None, first_exit=2, quantizer="none")
         assert t.tokens[0].depth == 3
-        assert t.tokens[0].similarities[0] != t.tokens[0].similarities[0]
+        assert t.tokens[0].scores[0] != t.tokens[0].scores[0]
 
     def test_depth_and_similarities_follow_the_threshold(self):
         """A threshold between two observed similarities makes the token leave at the first that exceeds it."""
         step = TracedStep(layers=4)
         with trace() as t:
             step.run(None, threshold=2.0, quantizer="rtn")
-        similarities = t.tokens[0].similarities
+        similarities = t.tokens[0].scores
         assert t.tokens[0].depth == 4
         assert len(similarities) == 3
         tau = sorted(similarities)[1]
@@ -375,7 +375,7 @@ class TestReport:
     def test_the_log_holds_the_table_of_passes(self, caplog):
         with caplog.at_level(logging.DEBUG, logger="river_compile"):
             TracedStep().run(quantizer="rtn")
-        assert "river_twins" in caplog.text
+        assert "twin_layers" in caplog.text
 
     def test_the_structured_trace_shows_the_passes(self, tmp_path):
         """TORCH_TRACE receives the plan, checks and twins by name, and what each pass changed, for tlparse."""

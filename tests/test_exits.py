@@ -180,7 +180,7 @@ class TestSimilarity:
         model = compiled(threshold=2.0)
         with trace() as seen:
             decode_by_hand(model, "static", STEPS)
-        scores = [step.similarities for step in seen.tokens]
+        scores = [step.scores for step in seen.tokens]
         assert scores == [pytest.approx(cosines, abs=1e-5) for cosines in cosines_of_plain_blocks(STEPS)]
         bound = sorted(first for first, *_ in scores)[STEPS // 2]
         with trace() as seen, forced_threshold(bound, first_exit=1):

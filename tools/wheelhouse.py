@@ -43,7 +43,7 @@ def pack(folder: Path, python: str) -> int:
 
 def alone() -> tuple[str, ...]:
     """Return what is packed by itself: what it needs is large, and there."""
-    from river_compile.upstream.tensors import TESTED
+    from river_compile.upstream.versions import TESTED
 
     return f"transformers=={TESTED['transformers'].newest}.*", "torchao>=0.15"
 

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from benchmarks.quality import humaneval, reasoning
 from river_compile.cli.shared import encode, error_line
 from river_compile.decoding.continuous import ContinuousBatch
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.record import find_record
 from river_compile.reporting.timing import Clock, StopAfter
 from river_compile.reporting.trace import trace
-from river_compile.runtime.kv_cache import PrefixPool
 
 _SURE = 1.96  # standard errors on each side of a 95 % interval
 _WARM_UP = 16  # tokens of an answer that are not timed

@@ -31,7 +31,7 @@ def measure(meter: Meter, depths: Sequence[int]) -> dict:
     blocks, texts = meter.num_blocks, range(len(meter.references))
     plain = [_entries(meter, i, blocks) for i in texts]
     cosines = {depth: _cosines(meter, plain, depth) for depth in depths}  # each [keys and values, layers, tokens]
-    similarity = torch.tensor([step.similarities for run in meter.references for step in run.steps])  # [tokens, L - 1]
+    similarity = torch.tensor([step.scores for run in meter.references for step in run.steps])  # [tokens, L - 1]
     return {
         "depths": list(depths),
         "keys": [cosines[d][0].mean(-1).tolist() for d in depths],

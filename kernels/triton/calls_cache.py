@@ -15,8 +15,9 @@ from torch import Tensor
 
 from river_compile.kernels.portable import cache_attention
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, attention_splits
+from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch
+from river_compile.kernels.triton.tiles import attention_splits
 
 # A function that describes the call, its buffers without the query, and the empty query.
 _Filling: TypeAlias = tuple[Callable[[], KvFillSpec], dict[str, Tensor], Tensor]

@@ -14,8 +14,9 @@ from torch import Tensor
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.layouts import PackedLinear
 from river_compile.kernels.triton.cache import ExitScoreSpec
-from river_compile.kernels.triton.linear import LinearSpec, best_tile, interpreter_tile, part_name, untiled
+from river_compile.kernels.triton.linear import LinearSpec, part_name, untiled
 from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch, load
+from river_compile.kernels.triton.tiles import best_tile, interpreter_tile
 
 
 def linear(

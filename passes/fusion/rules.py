@@ -167,12 +167,12 @@ def _fused(program: RiverProgram, dense_layout: str) -> RiverProgram:
     all_rules = program.plan.is_decode or dense_layout == "dense"
     rules = [rule for rule in RULES if all_rules or rule not in ONE_QUERY_RULES]
     twins, fusions = _fused_blocks(program.twins, rules, twins=True)
-    head = program.river_head and program.river_head.copy()
+    head = program.twin_head and program.twin_head.copy()
     if head is not None:
         fusions += _apply(head, [fuse_head(dense_layout)])
         if fusions[-1].missed and not head.packed:
             head = None  # use the backbone's head
-    return replace(program, twins=twins, river_head=head, fusions=(*program.fusions, *fusions))
+    return replace(program, twins=twins, twin_head=head, fusions=(*program.fusions, *fusions))
 
 
 def _fused_blocks(

@@ -11,6 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,6 +25,7 @@ from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.session import check_paths
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exit_rule import ExitRule
@@ -35,7 +37,6 @@ from river_compile.lowering.inductor import begin_kernels, no_compiler
 from river_compile.passes.program import Program, RiverProgram
 from river_compile.record import ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.offload import OffloadedWeights
 from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import FILE, TwinFile
@@ -225,7 +226,7 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
     backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
     if backend.get("offload") is not None and backend.get("offload_policy") is None:
         backend["offload_policy"] = "fetch"  # drafts are verified by all layers
-    return exact.with_options(strict=strict, **drafting), backend
+    return replace(exact, strict=strict, **drafting), backend
 
 
 def _config(quality: str, options: Mapping[str, Any]) -> RiverConfig:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.building.graph_record import Graphs
+from river_compile.decoding.given import Given
 from river_compile.decoding.joining import alone
 from river_compile.decoding.mode import Call, Decode, ExactMode
 from river_compile.decoding.session import Session
@@ -28,7 +30,7 @@ from river_compile.errors import ExactModeError, RiverError, RiverWarning
 from river_compile.kernels.messages import with_id
 from river_compile.record import record_of
 from river_compile.reporting.report import Fallbacks
-from river_compile.upstream.transformers import keep_out_of_copies, restore_copying
+from river_compile.upstream.transformers import forget_tokenizer, keep_out_of_copies, pass_tokenizer_to, restore_copying
 
 _GENERATE = "generate"
 _OURS = "river_compile_mode"  # an attribute of River's function
@@ -75,31 +77,49 @@ class _LateStreamer(BaseStreamer):
         self._begun = True
 
 
+class _Handed:
+    """A mode as a ``custom_generate`` callable, with what the caller gave."""
+
+    def __init__(self, mode: Decode, given: Given) -> None:
+        self._mode, self._given = mode, given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._mode(*args, **{**kwargs, "given": self._given})
+
+
 def generate_by(model: PreTrainedModel, mode: Decode) -> None:
     """Replace a model's ``generate``; copies and pickles have the class's. Refused calls run transformers' loop."""
     plain = type(model).generate
-    loop = _ExactOrPlain(**vars(mode)) if isinstance(mode, ExactMode) else mode
-    options = set(loop.per_call)
+    loop: Decode = _ExactOrPlain(**vars(mode)) if isinstance(mode, ExactMode) else mode
+    parameters = inspect.signature(plain)
 
     @functools.wraps(plain)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is not None or _falls_back.get():
             return plain(self, *args, **kwargs)
+        ours = loop
+        if isinstance(loop, ExactMode) and "strict" in kwargs:
+            strict = kwargs.pop("strict")
+            ours = loop if strict is None else replace(loop, strict=strict)
         streamer = kwargs.get("streamer")
-        late = {} if streamer is None else {"streamer": _LateStreamer(streamer)}
+        if streamer is not None:
+            kwargs["streamer"] = _LateStreamer(streamer)
+        given = Given.of(parameters.bind_partial(self, *args, **kwargs).arguments)
         try:
-            return plain(self, *args, **{**kwargs, "custom_generate": loop, **late})
+            return plain(self, *args, **{**kwargs, "custom_generate": _Handed(ours, given)})
         except mode.refusal as refusal:
-            if isinstance(mode, ExactMode) and mode.strict:
+            if isinstance(ours, ExactMode) and ours.strict:
                 raise
             _count_fallback(self, refusal)
+        if streamer is not None:
+            kwargs["streamer"] = streamer
         with alone(record_of(self.parameters())), _fallback(self):
-            return plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
+            return plain(self, *args, **kwargs)
 
     setattr(generate, _OURS, loop)
-    method = MethodType(generate, model)
-    keep_out_of_copies(model, _GENERATE)
-    vars(model)[_GENERATE] = method
+    attribute = pass_tokenizer_to(model, lambda custom: isinstance(custom, _Handed))
+    keep_out_of_copies(model, _GENERATE, attribute)
+    vars(model)[_GENERATE] = MethodType(generate, model)
 
 
 @contextlib.contextmanager
@@ -125,6 +145,7 @@ def restore_generate(model: nn.Module) -> None:
     """Give a model its class's ``generate`` back."""
     if is_patched(model):
         del vars(model)[_GENERATE]
+        forget_tokenizer(model)
         restore_copying(model)
 
 

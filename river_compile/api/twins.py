@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from river_compile.api.accelerate import accelerate, restore
+from river_compile.api.generation import restore_generate
 from river_compile.building.graph_record import Graphs
 from river_compile.compile_cache.programs import ProgramCache
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.record import ModelRecord, find_record, unwrap
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import write
 from river_compile.twins.pack import TwinWeights
@@ -219,7 +220,7 @@ def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
         else:
             before.put_back(record)
             if generate is None:
-                vars(model).pop("generate", None)
+                restore_generate(model)
             else:
                 vars(model)["generate"] = generate
 

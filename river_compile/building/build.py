@@ -52,12 +52,12 @@ from river_compile.runtime.state import CompiledProgram, all_logits
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.runtime.units import Step, Units
+from river_compile.system import advise_pageout
 from river_compile.twins.making import Statistics
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import ProgramWeights, TwinWeight
 from river_compile.upstream.dynamo import OwnCall
-from river_compile.upstream.tensors import advise_pageout
 
 log = logging.getLogger("river_compile.twins")
 
@@ -246,18 +246,18 @@ def _assembled(
     stats.num_blocks = program.num_blocks
     captures = choose_captures(program, config, graph.captures, ranks)
     compiled = CompiledProgram(
-        program,
-        Units(program, steps, _nothing),
-        None if captures is None else Units(program, steps, captures.kind.obstacle),
-        policy,
-        stats,
-        model.of(SequenceStates),
-        policy.criterion.reads == "previous" and program.head.has_score,
-        wanted,
-        graph.captures,
-        weights,
-        None if config.offload is None else streamer.release_prefetched,
-        ranks,
+        program=program,
+        plain=Units(program, steps, _nothing),
+        units=None if captures is None else Units(program, steps, captures.kind.obstacle),
+        policy=policy,
+        stats=stats,
+        sequences=model.of(SequenceStates),
+        remembers=policy.criterion.reads == "previous" and program.head.has_score,
+        all_logits=wanted,
+        log=graph.captures,
+        weights=weights,
+        on_close=None if config.offload is None else streamer.release_prefetched,
+        ranks=ranks,
     )
     return compiled, captures
 
@@ -269,7 +269,7 @@ def _nothing(_: object) -> None:
 def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
     """Return why a token's bits may depend on the tokens in its pass at full depth; empty if they do not."""
     config, how = choices.config, choices.target_weights
-    if not choices.own_backbone:
+    if not choices.has_own_matmuls:
         return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
     if choices.lowering.native:
         return ""

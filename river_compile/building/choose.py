@@ -6,7 +6,6 @@ Not handled: compiling segments (:mod:`river_compile.lowering`), quantizing weig
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -18,13 +17,14 @@ from river_compile.exits import WHOLE, ExitPolicy
 from river_compile.kernels.measured import Shapes, worth_12_bits
 from river_compile.kernels.native.build import choose_isa
 from river_compile.lowering.inductor import Lowering
-from river_compile.passes.backbone import packed_backbone, river_backbone
+from river_compile.passes.backbone import own_matmuls, packed_backbone
 from river_compile.passes.edits import Pass
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.heads import draft_vocab, exit_checks, find_logits, logits_entropy, rescored_head
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, RiverProgram
-from river_compile.passes.twins import TwinSpec, one_row_head, river_head, river_twins
+from river_compile.passes.twins import TwinSpec, one_row_head, twin_head, twin_layers
+from river_compile.system import memory_bytes
 
 _MOST_OF_MEMORY = 0.25  # that 12-bit weights may take by default
 
@@ -36,9 +36,9 @@ class Choices:
     config: RiverConfig
     lowering: Lowering
     policy: ExitPolicy  # when tokens exit
-    twinning: TwinSpec | None  # of the blocks; None: twins keep the 16-bit weights
-    head_twinning: TwinSpec | None  # None: tokens that exited use the 16-bit head
-    own_backbone: bool  # whether the 16-bit blocks use River's kernels
+    twin_spec: TwinSpec | None  # of the blocks; None: twins keep the 16-bit weights
+    head_spec: TwinSpec | None  # None: tokens that exited use the 16-bit head
+    has_own_matmuls: bool  # whether the 16-bit blocks use River's kernels
     target_weights: str  # that these read: the "model"'s, or packed as "12bit" or "8bit"
     worth_12_bits: Callable[[Shapes], Collection[tuple[int, int]]]  # which weights are to have 12 bits
 
@@ -47,19 +47,19 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
     """Decide how to build a program; raise an OptionError for options that contradict each other or the model."""
     plan = program.plan
     config.check_depths(plan.num_blocks)
-    twinning = None
+    twin_spec = None
     if config.quantizer != "none":
-        twinning = TwinSpec(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
+        twin_spec = TwinSpec(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
     head = config.lm_head or ("w4" if lowering.native else "keep")
-    own_backbone, auto = _uses_own_backbone(config, lowering), config.target_weights == "auto"
+    has_own_matmuls, auto = _uses_own_matmuls(config, lowering), config.target_weights == "auto"
     return Choices(
         config=config,
         lowering=lowering,
         policy=_exit_policy(program, config),
-        twinning=twinning,
-        head_twinning=twinning if head == "w4" else None,
-        own_backbone=own_backbone,
-        target_weights=_backbone_weights(program, config, lowering, own_backbone),
+        twin_spec=twin_spec,
+        head_spec=twin_spec if head == "w4" else None,
+        has_own_matmuls=has_own_matmuls,
+        target_weights=_backbone_weights(program, config, lowering, has_own_matmuls),
         worth_12_bits=functools.partial(worth_12_bits, many_rows=config.first_exit == WHOLE) if auto else tuple,
     )
 
@@ -69,15 +69,15 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
     lowering, policy = choices.lowering, choices.policy
     leaves, candidates = policy.may_leave(plan.num_blocks), policy.candidates(plan.num_blocks)
     passes: list[Pass] = []
-    head = choices.head_twinning if leaves else None
+    head = choices.head_spec if leaves else None
     if leaves:
-        passes.append(river_twins(choices.twinning))
+        passes.append(twin_layers(choices.twin_spec))
         if head is not None:
-            passes.append(river_head(head))
-        elif choices.twinning is not None and (plan.is_decode or not lowering.fuse):
+            passes.append(twin_head(head))
+        elif choices.twin_spec is not None and (plan.is_decode or not lowering.fuse):
             passes.append(one_row_head(lowering.fuse))
-    if choices.own_backbone:
-        passes.append(river_backbone(lowering.dense_layout))
+    if choices.has_own_matmuls:
+        passes.append(own_matmuls(lowering.dense_layout))
     if candidates:
         passes.append(exit_checks(candidates))
     if policy.criterion.reads == "previous":
@@ -85,7 +85,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
     if lowering.fuse and leaves and not lowering.native:
         # Before the backbone's rules, since it takes a block's last addition.
         passes.append(fuse_checks)
-    if choices.own_backbone:
+    if choices.has_own_matmuls:
         passes.append(fuse_backbone(lowering.dense_layout))
     if lowering.fuse and leaves:
         passes.append(fuse_twins(lowering.dense_layout))
@@ -93,7 +93,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         passes.append(rescored_head)
         if lowering.native and plan.is_decode:
             passes.append(draft_vocab)
-    if choices.own_backbone and (lowering.native or choices.target_weights != "model"):
+    if choices.has_own_matmuls and (lowering.native or choices.target_weights != "model"):
         passes.append(packed_backbone(choices.target_weights, choices.worth_12_bits))
     return passes
 
@@ -110,15 +110,15 @@ def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:
     return policy
 
 
-def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowering, own_backbone: bool) -> str:
+def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowering, has_own_matmuls: bool) -> str:
     """Return "model", "12bit" or "8bit"; raise an OptionError if the kernels cannot read what was asked for."""
     asked = config.target_weights
     if asked == "auto":
-        can = lowering.native and own_backbone and _is_bfloat16(program) and choose_isa().name != "portable"
+        can = lowering.native and has_own_matmuls and _is_bfloat16(program) and choose_isa().name != "portable"
         return "12bit" if can else "model"
-    if asked == "12bit" and own_backbone and not lowering.native:
+    if asked == "12bit" and has_own_matmuls and not lowering.native:
         return asked
-    if asked != "model" and not (own_backbone and lowering.native):
+    if asked != "model" and not (has_own_matmuls and lowering.native):
         on_gpu = ", and on a GPU for target_kernels='river'" if asked == "12bit" else ""
         raise OptionError(
             f"target_weights={asked!r} requires the C++ kernels on a CPU{on_gpu}. The 16-bit layers of this model use "
@@ -135,22 +135,14 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
 def has_room(program: RiverProgram) -> bool:
     """Whether the packed weights of blocks and head, which no file backs at first, take a small part of the memory."""
     nodes = {node for segment in (*program.blocks, program.head) for node in segment.inputs if is_parameter(node)}
-    return sum(0.75 * value_of(node).nbytes for node in nodes) <= _MOST_OF_MEMORY * _memory()
-
-
-def _memory() -> int:
-    """Return the bytes of the machine's memory, 0 where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
+    return sum(0.75 * value_of(node).nbytes for node in nodes) <= _MOST_OF_MEMORY * memory_bytes()
 
 
 def _is_bfloat16(program: RiverProgram) -> bool:
     return any(is_parameter(node) and value_of(node).dtype == torch.bfloat16 for node in program.blocks[0].inputs)
 
 
-def _uses_own_backbone(config: RiverConfig, lowering: Lowering) -> bool:
+def _uses_own_matmuls(config: RiverConfig, lowering: Lowering) -> bool:
     """Whether the 16-bit blocks use River's kernels; raises an OptionError if they are asked for and missing."""
     # By default on a CPU only: the generated kernels sum in another order than the model.
     if config.target_kernels == "river" and not lowering.fuse:

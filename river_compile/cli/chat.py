@@ -26,7 +26,7 @@ from river_compile.cli.shared import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from river_compile.reporting.timing import Painter
+    from river_compile.cli.painter import Painter
 
 HELP = "/stats  speed and sources    /report  the model's report    /reset  new conversation    /exit  (or Ctrl-D)"
 
@@ -131,8 +131,8 @@ class Conversation:
         """Answer a message and stream the answer to the terminal."""
         import torch
 
+        from river_compile.cli.painter import Painter
         from river_compile.cli.shared import encode_chat
-        from river_compile.reporting.timing import Painter
 
         messages = [*self._messages, {"role": "user", "content": text}]
         ids = encode_chat(self._tokenizer, messages)

@@ -76,7 +76,7 @@ def versions() -> list[Finding]:
     """Compare installed versions with the tested ones."""
     from importlib import metadata
 
-    from river_compile.upstream.tensors import TESTED, installed, untested
+    from river_compile.upstream.versions import TESTED, installed, untested
 
     outside = {text.split()[0] for text in untested()}
     found = []
@@ -209,8 +209,8 @@ def check(
     Exit code 3 if `accelerate` would not make the model faster.
     """
     from river_compile.reporting import predict
-    from river_compile.reporting.dry_run import bandwidth as measure
     from river_compile.reporting.dry_run import dry_run, empty_model
+    from river_compile.system import bandwidth as measure
 
     if not 0 <= bandwidth < math.inf:
         raise ValueError(f"--bandwidth {bandwidth} is not allowed; give GB/s, or 0 to measure it here")

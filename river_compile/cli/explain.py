@@ -56,9 +56,9 @@ def _run(
     import torch
 
     from river_compile.api.accelerate import accelerate
+    from river_compile.cli.painter import Painter
     from river_compile.cli.shared import encode
     from river_compile.reporting.report import report as report_of
-    from river_compile.reporting.timing import Painter
 
     accelerate(model, "fast", threshold=threshold, compile_cache=False)  # a cached program has no passes to run
     ids = encode(tokenizer, prompt)

@@ -212,8 +212,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 def quiet() -> None:
     """Silence libraries for a command; not for library code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for logger in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

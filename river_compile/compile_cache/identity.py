@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from river_compile import kernels, passes
 from river_compile.kernels.native.build import choose_isa
 from river_compile.passes.nodes import is_ordinary
-from river_compile.upstream.tensors import installed
+from river_compile.upstream.versions import installed
 
 # Modules of transformers that models call besides their own.
 _CALLED = ("masking_utils", "cache_utils", "modeling_rope_utils", "activations", "integrations.sdpa_attention")

@@ -56,7 +56,7 @@ class BatchCounters:
     prompt_tokens: int  # of joined calls
     prompt_tokens_kept: int  # those of them from the prefix cache
     drafted: int  # tokens, of this model
-    held: int  # drafted tokens that were accepted
+    accepted: int  # drafted tokens
     first_token_seconds: tuple[float, ...]  # from `submit` to the first token, of the latest calls, oldest first
     busy_seconds: float  # of the batch's thread
 
@@ -271,7 +271,7 @@ class ContinuousBatch:
                 prompt_tokens=self._prompt_tokens,
                 prompt_tokens_kept=self._prompt_tokens_kept,
                 drafted=exact.drafted,
-                held=exact.accepted,
+                accepted=exact.accepted,
                 first_token_seconds=tuple(self._first),
                 busy_seconds=self._busy,
             )

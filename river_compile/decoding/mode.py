@@ -22,8 +22,12 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.compile_cache.programs import ProgramCache
+from river_compile.decoding.draft_length import DraftLength, DraftLengths
+from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
+from river_compile.decoding.kv_cache import KVCache, masks_by_slots, why_no_rewind
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.session import PromptRows, Session
@@ -34,17 +38,11 @@ from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_state import model_state
 from river_compile.record import record_of
-from river_compile.runtime.draft_length import DraftLength, DraftLengths
-from river_compile.runtime.kv_cache import KVCache, PrefixPool, masks_by_slots, why_no_rewind
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
-    KeepsTokenizer,
     cache_argument,
     cache_of,
-    callers_cache,
-    generate_argument,
-    given_settings,
     is_transformers_model,
 )
 
@@ -151,10 +149,8 @@ class Call:
 class Decode:
     """Greedy decoding and sampling with transformers' processors, stopping criteria and streamers."""
 
-    __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[DecodeError | ExactModeError]] = DecodeError
     depth: ClassVar[int | None] = None  # of decode steps; None: by the exit policy
-    per_call: ClassVar[tuple[str, ...]] = ()  # options that ``generate`` takes too
 
     def __call__(
         self,
@@ -165,18 +161,17 @@ class Decode:
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: Any | None = None,
-        tokenizer: object | None = None,  # of stop_strings; taking it makes generate keep it
+        tokenizer: object | None = None,  # of stop_strings, which are criteria here
+        given: Given | None = None,  # by the caller; None: read from the running generate
         **model_kwargs: Any,
     ) -> Generated:
         """Run ``generate``'s loop; raise `refusal` for an unsupported call, an OptionError for a bad option."""
         config = generation_config
-        given = {name: model_kwargs.pop(name, None) for name in self.per_call}
-        mode = self.for_call(**{name: value for name, value in given.items() if value is not None})
-        assistant = generate_argument("assistant_model")
-        obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, assistant, model_kwargs)
+        given = given or Given.of_running_call()
+        mode, streamer = self.for_call(given), streamer or given.streamer
+        obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, given, model_kwargs)
         if obstacle:
             raise self.refusal(obstacle)
-        streamer = streamer or generate_argument("streamer")
         if input_ids.dtype == torch.int32:
             input_ids = input_ids.long()  # (new tokens are, and so is what generate returns)
         call = Call(model, input_ids, logits_processor, stopping_criteria, config, streamer)
@@ -228,13 +223,13 @@ class Decode:
         rows: int,
         config: GenerationConfig,
         synced_gpus: bool,
-        assistant_model: object,
+        given: Given,
         model_kwargs: Mapping[str, object],
     ) -> str:
         """Return an unsupported request and its fix, or an empty string."""
         mode = config.get_generation_mode()
-        if assistant_model is not None:
-            return f"assistant_model={type(assistant_model).__name__} is not available. Remove it"
+        if given.assistant_model is not None:
+            return f"assistant_model={type(given.assistant_model).__name__} is not available. Remove it"
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not self.copies(config):
             return f"{mode.value} is not available. Remove {_asking_for(config)}"
         if model.config.is_encoder_decoder:
@@ -250,9 +245,10 @@ class Decode:
             return "attn_implementation='flex_attention' requires a cache that grows. Use attn_implementation='sdpa'"
         if cache_of(model_kwargs) is None:
             return "use_cache=False is not available, since decoding needs the KV cache. Remove it"
-        given = callers_cache()
-        if given is not None:
-            return f"past_key_values={type(given).__name__} is not available: River has its own KV cache. Remove it"
+        if given.cache is not None:
+            return (
+                f"past_key_values={type(given.cache).__name__} is not available: River has its own KV cache. Remove it"
+            )
         if config.cache_implementation not in (None, "static"):
             return f"cache_implementation={config.cache_implementation!r} is not available. Remove it, or use 'static'"
         if config.prefill_chunk_size is not None and not _is_cut_by_tokens(model_kwargs):
@@ -265,9 +261,9 @@ class Decode:
         """Return the decoder for a call whose prompt ran; raise an ExactModeError if drafts cannot be verified."""
         return SpeculativeDecoder(session)
 
-    def for_call(self, **options: Any) -> Decode:
+    def for_call(self, given: Given) -> Decode:
         """Return the mode with the options of one call."""
-        return replace(self, **options)
+        return self
 
     def copies(self, config: GenerationConfig) -> bool:
         """Whether the mode does what makes a greedy or sampling config an assisted one."""
@@ -281,7 +277,8 @@ decode = Decode()
 class ExactMode(Decode):
     """Speculative decoding with the model's own output; a callable for ``generate(custom_generate=...)``.
 
-    The options have transformers' names. Each can be given to ``generate`` too, for one call.
+    The options have transformers' names. Each but `strict` can be given to ``generate`` too, for one call; a model that
+    `accelerate` changed takes `strict` there as well.
 
     Attributes:
         num_assistant_tokens: longest draft in tokens; 0: no drafts. Drafts are verified in passes of 2, 4, 6, 8, 16 ...
@@ -299,24 +296,18 @@ class ExactMode(Decode):
     num_assistant_tokens_schedule: str | None = None
     prompt_lookup_num_tokens: int | None = None
     strict: bool = False
-    __signature__ = KeepsTokenizer()
     refusal: ClassVar[type[DecodeError | ExactModeError]] = ExactModeError
     depth: ClassVar[int | None] = WHOLE
-    per_call: ClassVar[tuple[str, ...]] = ("strict",)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
-    def with_options(self, **options: Any) -> ExactMode:
-        """Return the same mode with other options."""
-        return replace(self, **options)
-
-    def for_call(self, **options: Any) -> Decode:
-        given = given_settings(("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens"))
-        if str(given.get("num_assistant_tokens_schedule")).startswith("heuristic"):
-            del given["num_assistant_tokens_schedule"]  # as a length by measured times is
-        return replace(self, **given, **options)
+    def for_call(self, given: Given) -> Decode:
+        settings = given.settings(("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens"))
+        if str(settings.get("num_assistant_tokens_schedule")).startswith("heuristic"):
+            del settings["num_assistant_tokens_schedule"]  # as a length by measured times is
+        return replace(self, **settings)
 
     def copies(self, config: GenerationConfig) -> bool:
         early_exit, multi_token = config.assistant_early_exit, getattr(config, "use_mtp", None)
@@ -328,12 +319,12 @@ class ExactMode(Decode):
         rows: int,
         config: GenerationConfig,
         synced_gpus: bool,
-        assistant_model: object,
+        given: Given,
         model_kwargs: Mapping[str, object],
     ) -> str:
         if model._is_stateful:  # refused before its prompt runs; other reasons are of the cache that it makes
             return f"{why_no_rewind(model)}. Use quality='fast', whose output changes"
-        return super().obstacle(model, rows, config, synced_gpus, assistant_model, model_kwargs)
+        return super().obstacle(model, rows, config, synced_gpus, given, model_kwargs)
 
     def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
         if self.num_assistant_tokens == 0:

@@ -36,14 +36,13 @@ class Sampler:
         keeps_scores: bool = False,
         keeps_logits: bool = False,
     ) -> None:
-        self.do_sample, self.scores, self.logits = do_sample, [] if keeps_scores else None, [] if keeps_logits else None
+        self.do_sample = do_sample
+        self.scores: list[Tensor] | None = [] if keeps_scores else None  # processed, of each emitted token
+        self.logits: list[Tensor] | None = [] if keeps_logits else None  # raw
         self._processors, self._of_drafts = processors, [p for p in processors if type(p) in STATELESS]
         self._ranks, self._drafting, self._generator, self._rows = ranks, drafting, generator, rows
         self._drawn = 0  # steps with noise
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
-
-    scores: list[Tensor] | None  # processed, of each emitted token; None if not requested
-    logits: list[Tensor] | None  # raw
 
     @property
     def is_greedy(self) -> bool:

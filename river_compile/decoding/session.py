@@ -24,6 +24,7 @@ from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.codec import NotCacheable
 from river_compile.compile_cache.programs import Bindable, ProgramCache, argument_kinds, named_arguments, with_sources
 from river_compile.config import RiverConfig
+from river_compile.decoding.draft_vocab import DraftVocab
 from river_compile.decoding.inputs import (
     BY_SLOT,
     KNOWN,
@@ -35,6 +36,8 @@ from river_compile.decoding.inputs import (
     with_all_logits,
     with_masks,
 )
+from river_compile.decoding.kv_cache import KVCache, slots_for, why_no_rewind
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.kernels.native.load import few_rows
@@ -43,8 +46,7 @@ from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
 from river_compile.record import ModelRecord, record_of
 from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
-from river_compile.runtime.kv_cache import KVCache, PrefixPool, slots_for, why_no_rewind
-from river_compile.runtime.state import DraftVocab, StepState
+from river_compile.runtime.state import StepState
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.twins.pack import TwinWeights

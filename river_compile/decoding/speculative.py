@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from river_compile.decoding.draft_length import LOOKUP, TWINS, Draft, DraftLength
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
 from river_compile.decoding.session import Session
-from river_compile.runtime.draft_length import LOOKUP, RIVER, Draft, DraftLength
 from river_compile.runtime.stats import CycleRecord
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
@@ -119,7 +119,7 @@ class SpeculativeDecoder:
         length.learn(draft, emitted, drafting, verifying + accepting)
         record = CycleRecord(
             drafted=tuple(token.source for token in draft.tokens),
-            kept=tuple(emitted),
+            emitted=tuple(emitted),
             width=session.width_for(len(draft.tokens)),
             seconds=(drafting, verifying, accepting),
             thread=threading.get_ident(),
@@ -146,7 +146,7 @@ class SpeculativeDecoder:
             if not steps or not (ids or session.can_draft()):
                 break
             for token, entropy in self._draft_steps(text, draft, steps if session.runs_late else 1):
-                draft.add(length.token(token, RIVER, entropy))
+                draft.add(length.token(token, TWINS, entropy))
                 ids.append(token)
                 if token in text.end_tokens:
                     draft.room = len(draft.tokens)

@@ -24,13 +24,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from river_compile.backend import river
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.session import Session
 from river_compile.errors import UnsupportedGraphError
 from river_compile.exits import Criterion, SequenceStates, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
 from river_compile.record import record_of
 from river_compile.reporting.trace import trace
-from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.stats import StepRecord
 from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.observe import full_attention_mask

@@ -272,7 +272,7 @@ def _score_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], every
     depths = range(1, meter.num_blocks, every)
     picked = {depths[round(i * (len(depths) - 1) / (_FIRST_EXITS - 1))] for i in range(_FIRST_EXITS)}
     steps = [step for i in texts for step in meter.references[i].steps]
-    medians = [statistics.median(step.similarities[column] for step in steps) for column in range(len(depths))]
+    medians = [statistics.median(step.scores[column] for step in steps) for column in range(len(depths))]
     by_depth = [criterion.never] * depths[-1]  # without a check nothing is compared
     for depth, median in zip(depths, medians, strict=True):
         by_depth[depth - 1] = median

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import math
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from river_compile.building.choose import choose
 from river_compile.compile_cache.layers import Layers, layers_of, with_layers
 from river_compile.config import RiverConfig
-from river_compile.kernels.native.machine import last_level_cache
+from river_compile.decoding.kv_cache import why_no_rewind
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
 from river_compile.lowering.inductor import Lowering
 from river_compile.passes.experts import experts_per_token
@@ -29,14 +27,11 @@ from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import recognise
-from river_compile.passes.twins import river_twins
-from river_compile.runtime.kv_cache import why_no_rewind
+from river_compile.passes.twins import twin_layers
 from river_compile.upstream.transformers import cache_argument, full_static_cache
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # scale and zero-point in 16 bits
-_LEAST_READ = 256 << 20  # bytes in all, of which each read takes so many:
-_READS = 4 << 20, 16 << 20
 
 
 def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
@@ -73,8 +68,8 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     }
     if isinstance(decode, Refusal):
         return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0, "bytes": None}
-    how = choose(decode, RiverConfig(), Lowering("inductor", PLAIN_LAYOUT, fuse=False)).twinning
-    twinned = river_twins(how)(decode)
+    how = choose(decode, RiverConfig(), Lowering("inductor", PLAIN_LAYOUT, fuse=False)).twin_spec
+    twinned = twin_layers(how)(decode)
     assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
     sites = [twin.packed for twin in twinned.twins]
     packed = {decode.inputs[weight] for linears in sites for linear in linears for weight in linear.weights}
@@ -164,17 +159,3 @@ def _packed_bytes(matmul: Matmul, segment: Segment) -> int:
     if matmul.experts:
         weights = weights * min(experts_per_token(segment).values(), default=matmul.experts) // matmul.experts
     return weights // 2 + _BYTES_OF_GROUP * weights // matmul.group_size
-
-
-def bandwidth(repeats: int = 2) -> float:
-    """Measure the memory's bandwidth in bytes per second, with all threads: the best of many short reads."""
-    # A read of a fraction of a millisecond ends before the scheduler gives the core to another process: of a shorter
-    # one threads' start is a larger part. Together they exceed the caches, so each read comes from memory.
-    size, best = max(_LEAST_READ, 2 * (last_level_cache() or 0)), 0.0
-    numbers = torch.ones(size >> 2, dtype=torch.int32)
-    for whole, length in itertools.product((numbers, numbers.view(torch.float32)), _READS):
-        for piece in whole.split(length >> 2) * repeats:
-            start = time.perf_counter()
-            piece.sum()
-            best = max(best, piece.nbytes / (time.perf_counter() - start))
-    return best

@@ -6,16 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
 from river_compile.building.graph_record import GraphRecord, Graphs
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.kernels.native import cores
 from river_compile.kernels.native.load import loaded
 from river_compile.record import ModelRecord, find_record, unwrap
-from river_compile.runtime.kv_cache import PrefixPool
-from river_compile.runtime.offload import OffloadedWeights
+from river_compile.runtime.offload import OffloadedWeights, OffloadStats
 from river_compile.runtime.stats import ExactStats, ExitStats
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.twins.making import Statistics
@@ -75,6 +74,7 @@ class Report:
     def to_dict(self) -> dict[str, object]:
         """Return the report as JSON's types; a number that does not exist is None."""
         record, twins, prefixes = self.record, self.record.of(TwinWeights), self.record.of(PrefixPool)
+        offloaded = record.of(OffloadedWeights).sample()
         return {
             "model": self.model,
             "ran": self.ran,
@@ -89,14 +89,20 @@ class Report:
             "packing_in_background": None if twins.packing_share is None else round(twins.packing_share, 3),
             "packing_for_later": twins.packs_backbone,
             "packed_again": twins.changes,
-            "offloaded": record.of(OffloadedWeights).sample() or None,
+            "offloaded": None if offloaded is None else {**asdict(offloaded), "blocks": [*offloaded.blocks]},
             "matrices": [_weight_dict(twin) for twin in self.packed],
             "own_text_refused": record.of(Statistics).own.refusal or None,
             "twin_loss": twins.loss and {**asdict(twins.loss), "large": twins.loss.large},
             "exit_depths": self.decode_depths,
             "prefill_exit_depths": self.prefill_depths,
             "mean_exit_depth": _finite(self.mean_depth),
-            "exact": {**self.exact._asdict(), "by_source": dict(self.exact.by_source)},
+            "exact": {
+                "cycles": self.exact.cycles,
+                "drafted": self.exact.drafted,
+                "accepted": self.exact.accepted,
+                "kept": self.exact.emitted,
+                "by_source": dict(self.exact.by_source),
+            },
         }
 
     def __str__(self) -> str:
@@ -166,14 +172,19 @@ def _weight_dict(twin: TwinWeight) -> dict[str, object]:
     }
 
 
-def _offload_lines(stats: Mapping[str, Any]) -> Iterator[str]:
-    first, last = stats["blocks"]
-    sizes = ("moved", "resident", "weights", "peak_before", "peak_after", "brought_in")
-    moved, resident, weights, before, after, brought_in = (stats[name] / 1e6 for name in sizes)
-    yield f"  offloaded      blocks {first} to {last}, {moved:.1f} MB in {stats['where']}; {stats['policy']!r}"
-    share = 100 * resident / weights
-    yield f"    resident     {resident:.1f} of {weights:.1f} MB of weights and twins ({share:.0f} %)"
-    yield f"    peak memory  {before:.1f} MB before, {after:.1f} MB since; {brought_in:.1f} MB brought in"
+def _offload_lines(stats: OffloadStats) -> Iterator[str]:
+    first, last = stats.blocks
+    share = 100 * stats.resident / stats.weights
+    yield f"  offloaded      blocks {first} to {last}, {_mb(stats.moved)} in {stats.where}; {stats.policy!r}"
+    yield f"    resident     {stats.resident / 1e6:.1f} of {_mb(stats.weights)} of weights and twins ({share:.0f} %)"
+    yield (
+        f"    peak memory  {_mb(stats.peak_before)} before, {_mb(stats.peak_after)} since; "
+        f"{_mb(stats.brought_in)} brought in"
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
 
 
 def _graph_dict(graph: GraphRecord) -> dict[str, object]:
@@ -259,7 +270,7 @@ def _token_lines(report: Report) -> Iterator[str]:
     yield f"  exits          {steps}"
     yield from histogram(report.decode_depths)
     if exact.cycles:
-        yield f"  exact mode     {exact.cycles} verifying passes, {exact.kept / exact.cycles:.2f} tokens per pass"
+        yield f"  exact mode     {exact.cycles} verifying passes, {exact.emitted / exact.cycles:.2f} tokens per pass"
     for source, (drafted, accepted) in exact.by_source.items():
         yield f"    {source:<12} {100 * accepted / drafted:.0f} % of {drafted} drafted tokens were accepted"
 

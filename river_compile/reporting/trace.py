@@ -33,7 +33,7 @@ class Trace:
     @property
     def kept_sources(self) -> dict[str, int]:
         """Tokens of exact mode by source; a prompt's first token is in no cycle."""
-        return dict(Counter(source for cycle in self.cycles for source in cycle.kept))
+        return dict(Counter(source for cycle in self.cycles for source in cycle.emitted))
 
     @property
     def acceptance_by_position(self) -> list[float]:

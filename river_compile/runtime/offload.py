@@ -35,14 +35,30 @@ from river_compile.kernels.messages import with_id
 from river_compile.lowering.native import Callee
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, Program, SegmentSpec
-from river_compile.runtime.system import file_system, peak_bytes, reserve, resident_bytes, trim_heap
 from river_compile.runtime.units import Step
-from river_compile.upstream.tensors import MADV_PAGEOUT, advise, parts_of, version_of
+from river_compile.system import MADV_PAGEOUT, advise, file_system, peak_bytes, reserve, resident_bytes, trim_heap
+from river_compile.upstream.tensors import parts_of, version_of
 
 log = logging.getLogger("river_compile.runtime.offload")
 
 _MIN_BYTES = 4096  # one page; smaller weights are not worth a mapping
 _TMPFS = {"tmpfs", "ramfs"}
+
+
+@dataclass
+class OffloadStats:
+    """What is offloaded of a model, for its report; sizes in bytes."""
+
+    blocks: tuple[int, int]  # first and last, from 1
+    policy: str | None
+    where: str
+    weights: int  # parameters and packed twins
+    moved: int
+    resident: int
+    kept: int  # of offloaded blocks, in device memory
+    peak_before: int  # of memory, until they moved
+    peak_after: int  # since then
+    brought_in: int  # since then
 
 
 class OffloadedWeights:
@@ -52,10 +68,7 @@ class OffloadedWeights:
         self._stored: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
         self.store = WeightStore()
-        # For the report, empty while nothing is offloaded: `blocks` (first and last, from 1), `policy`, `where`.
-        # In bytes: `weights` (parameters and packed twins), those `moved` and `resident`, those `kept` of offloaded
-        # blocks, `brought_in` since they moved, and the peak memory `peak_before` and `peak_after` they moved.
-        self.stats: dict[str, Any] = {}
+        self.stats: OffloadStats | None = None  # None while nothing is offloaded
 
     def find(self, weight: Tensor) -> Stored | None:
         """Return the store's tensors for a weight, None if it is in device memory."""
@@ -64,7 +77,7 @@ class OffloadedWeights:
 
     def check(self, plan: DecoderPlan, config: RiverConfig) -> None:
         """Raise an OptionError, before packing, if weights are quantized or have no place to go."""
-        if config.offload is None or self.stats:
+        if config.offload is None or self.stats is not None:
             return
         deeper = [node for node, part in plan.part_of.items() if config.offload < part <= plan.num_blocks]
         weights = {weight for node in deeper for weight in node.all_input_nodes if is_parameter(weight)}
@@ -87,29 +100,38 @@ class OffloadedWeights:
             leave = set(map(id, away))
             self._bring_back(weight for weight in weights if id(weight) not in leave)
             if not away:
-                self.stats = {}
+                self.stats = None
                 return
-            first = {"peak_before": self.store.peak(), "peak_after": 0, "brought_in": 0}
+            before = self.stats  # of another graph of the same model, whose counts continue
+            peak = self.store.peak() if before is None else before.peak_before
             self._put([weight for weight in away if self.find(weight) is None])
             moved, everything = _bytes(away), _bytes(weights) + packed_bytes
-            self.stats = first | self.stats  # stats of another graph of the same model continue
-            self.stats |= {"blocks": [resident + 1, program.num_blocks], "policy": config.offload_policy}
-            self.stats |= {"where": self.store.where, "moved": moved, "kept": _bytes(kept), "weights": everything}
-            self.stats["resident"] = everything - moved
+            self.stats = OffloadStats(
+                blocks=(resident + 1, program.num_blocks),
+                policy=config.offload_policy,
+                where=self.store.where,
+                weights=everything,
+                moved=moved,
+                resident=everything - moved,
+                kept=_bytes(kept),
+                peak_before=peak,
+                peak_after=0 if before is None else before.peak_after,
+                brought_in=0 if before is None else before.brought_in,
+            )
             self.sample()
-            log.info("offloaded blocks %d to %d, %.1f MB", *self.stats["blocks"], moved / 1e6)
+            log.info("offloaded blocks %d to %d, %.1f MB", *self.stats.blocks, moved / 1e6)
 
     def restore(self, weights: Iterable[Tensor]) -> int:
         """Move weights back into device memory; return their bytes."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self.stats = {}
+            self.stats = None
             return self._bring_back(weights)
 
-    def sample(self) -> dict[str, Any]:
-        """Update the peak memory; return a copy of the stats."""
-        if self.stats:
-            self.stats["peak_after"] = max(self.stats["peak_after"], self.store.memory())
-        return dict(self.stats)
+    def sample(self) -> OffloadStats | None:
+        """Update the peak memory and return the stats, None while nothing is offloaded."""
+        if self.stats is not None:
+            self.stats.peak_after = max(self.stats.peak_after, self.store.memory())
+        return self.stats
 
     def _put(self, weights: Sequence[Tensor]) -> None:
         with tqdm(weights, desc="river: offloading", unit="weight", leave=False, delay=1) as bar:
@@ -184,8 +206,8 @@ class Streamer:
         found = [(weight, self._offloaded.find(weight)) for weight in weights]
         away = {weight: stored for weight, stored in found if stored is not None}
         arrival = self._offloaded.store.start(tuple(away.values()))
-        if self._offloaded.stats:
-            self._offloaded.stats["brought_in"] += sum(weight.nbytes for weight in away)
+        if self._offloaded.stats is not None:
+            self._offloaded.stats.brought_in += sum(weight.nbytes for weight in away)
         return _Fetch(tuple(away), tuple(map(version_of, away)), tuple(away.values()), arrival)
 
 

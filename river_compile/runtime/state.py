@@ -33,7 +33,7 @@ from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
-log = logging.getLogger("river_compile.runtime.captures")
+log = logging.getLogger("river_compile.runtime.state")
 _NO_ROW = "is no row of the embedding"  # kernels/native/sources/bindings_inputs.h
 _steps: Observers[[StepState, StepRecord]] = Observers()
 
@@ -351,46 +351,10 @@ def on_step(observer: Callable[[StepState, StepRecord], object]) -> AbstractCont
     return _steps.added(observer)
 
 
-# A draft may use the first quarter of the vocabulary, at most 32,768 tokens: tokenizers number tokens roughly by
-# frequency. A missing token only ends the accepted draft there, and the head is a fifth of a draft step's reads in a
-# small model, more than half with a large vocabulary. FR-Spec (Zhao et al. 2025, arXiv 2502.14856) uses a corpus's
-# most frequent tokens.
-_FIRST = 4
-_AT_MOST = 32_768
-_WHOLE = 8_192  # a smaller vocabulary is not restricted
-
-
-class DraftVocab:
-    """The vocabulary blocks that a draft may use: the first ones, and those of tokens that occurred."""
-
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
-        self._chosen = torch.zeros(blocks_of(vocabulary), dtype=torch.bool)
-        first = vocabulary if vocabulary <= _WHOLE else min(vocabulary // _FIRST, _AT_MOST)
-        self._chosen[: blocks_of(first)] = True
-        self._list: Tensor | None = None
-
-    def add(self, ids: Tensor) -> None:
-        """Add tokens of the text, integers of any shape; ids outside the vocabulary (images) are clamped."""
-        if not ids.is_cpu:  # heads on other devices compute all logits, and reading ids would wait
-            return
-        blocks = (ids.flatten() // VOCAB_BLOCK).clamp(0, len(self._chosen) - 1)
-        if not self._chosen[blocks].all():
-            self._chosen[blocks] = True
-            self._list = None
-
-    @property
-    def blocks(self) -> Tensor:
-        """The blocks, ascending, int32; the same object until one is added."""
-        if self._list is None:
-            self._list = self._chosen.nonzero().flatten().int()
-        return self._list
-
-
 def all_logits(program: Program) -> Tensor | None:
     """Return the list of all vocabulary blocks, int32 ``[1 + blocks]``; None if the head takes no list."""
     # As `wanted` of `river::linear` has it. Only 4-bit heads of the C++ kernels take a list.
-    head = program.river_head
+    head = program.twin_head
     if head is None or not head.chooses_logits:
         return None
     count = blocks_of(sum(head.packed[0].out_features))

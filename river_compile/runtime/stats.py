@@ -45,7 +45,7 @@ class StepRecord(NamedTuple):
     """One forward pass."""
 
     depth: int  # backbone blocks executed before the exit
-    similarities: tuple[float, ...]  # exit score after each candidate block that ran
+    scores: tuple[float, ...]  # exit score after each candidate block that ran
     decode: bool  # False for a prompt
     thread: int  # identifier of its thread
     model: int  # `ExitStats.model_id`
@@ -58,7 +58,7 @@ class CycleRecord(NamedTuple):
 
     drafted: tuple[str, ...]  # source of each drafted token: "river", or "lookup" (copied from the context)
     # source of each emitted token: as above, or "backbone" for the token after the accepted drafts
-    kept: tuple[str, ...]
+    emitted: tuple[str, ...]
     width: int  # query length of the verifying pass, padding included
     seconds: tuple[float, float, float]  # wall time of drafting, verifying and accepting
     thread: int  # identifier of its thread
@@ -67,7 +67,7 @@ class CycleRecord(NamedTuple):
     @property
     def accepted(self) -> int:
         """Drafted tokens that were accepted."""
-        return sum(source != "backbone" for source in self.kept)
+        return sum(source != "backbone" for source in self.emitted)
 
 
 class ExactStats(NamedTuple):
@@ -76,7 +76,7 @@ class ExactStats(NamedTuple):
     cycles: int = 0  # verifying passes
     drafted: int = 0  # tokens
     accepted: int = 0  # drafted tokens
-    kept: int = 0  # emitted tokens, the backbone's own included
+    emitted: int = 0  # tokens, the backbone's own included
     by_source: Mapping[str, tuple[int, int]] = MappingProxyType({})  # (drafted, accepted) tokens by source
 
     def plus(self, cycle: CycleRecord) -> ExactStats:
@@ -85,7 +85,7 @@ class ExactStats(NamedTuple):
         for source in cycle.drafted:
             drafted, accepted = by_source.get(source, (0, 0))
             by_source[source] = (drafted + 1, accepted)
-        for source in cycle.kept:
+        for source in cycle.emitted:
             if source != "backbone":
                 drafted, accepted = by_source[source]
                 by_source[source] = (drafted, accepted + 1)
@@ -93,7 +93,7 @@ class ExactStats(NamedTuple):
             self.cycles + 1,
             self.drafted + len(cycle.drafted),
             self.accepted + cycle.accepted,
-            self.kept + len(cycle.kept),
+            self.emitted + len(cycle.emitted),
             by_source,
         )
 

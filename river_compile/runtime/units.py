@@ -106,7 +106,7 @@ class Units:
         program = self._program
         if depth == program.num_blocks:
             return ()
-        return self._units((*self._first(depth), *program.twins[depth:], program.river_head or program.head), depth)
+        return self._units((*self._first(depth), *program.twins[depth:], program.twin_head or program.head), depth)
 
     def units_for(self, depth: int) -> tuple[Unit, ...]:
         """Return the units of a token that exits after `depth` blocks."""
@@ -137,7 +137,7 @@ class Units:
         for step in steps:
             reads |= {slot: None for slot in step.reads if slot not in written}
             written |= dict.fromkeys(step.writes)
-        is_end = last in (program.head, program.river_head)
+        is_end = last in (program.head, program.twin_head)
         needed = set(program.returned) | ({SCORE} if is_end and last.has_score else set())
         if not is_end:
             needed |= {slot for s in program.segments if s.depth > last.depth for slot in s.inputs}
@@ -163,7 +163,7 @@ def _name(segments: Sequence[SegmentSpec], start: int, num_blocks: int) -> str:
         return f"{'last' if 'head' in kinds else 'span'} {blocks[0] - 1}-{blocks[-1]}"
     if "twin" in kinds:
         depth = next(segment.depth for segment in segments if segment.kind == "twin") - 1
-        return f"{'tail' if kinds & {'head', 'river_head'} else 'twins'} {depth}"
+        return f"{'tail' if kinds & {'head', 'twin_head'} else 'twins'} {depth}"
     if len(segments) == 1 or start == num_blocks:
         return "prologue" if segments[0].kind == "prologue" else "head"
     return segments[0].name

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -162,56 +162,31 @@ class _PlainState:
         return {name: value for name, value in state.items() if name not in self.leave_out}
 
 
-def generate_argument(name: str) -> Any:
-    """Return an argument of the running generate call, None if it has none."""
-    # Read from its frame: transformers passes a streamer and an assistant model to its own loops only.
-    frame = _running("generate")
-    return None if frame is None else frame.f_locals.get(name)
-
-
-# What transformers puts into the configuration of a call that names no other value.
-_FILLED_IN = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant"}
-
-
-def given_settings(names: Iterable[str]) -> dict[str, Any]:
-    """Return the generation settings of these names that the running generate call was given, by keyword or config."""
-    kwargs, config = generate_argument("kwargs") or {}, generate_argument("generation_config")
-    found = {name: kwargs.get(name) for name in names}
-    for name in names:
-        value = getattr(config, name, None)
-        if found[name] is None and value != _FILLED_IN.get(name):
-            found[name] = value
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def callers_cache() -> Cache | None:
-    """Return the KV cache that the caller passed to the running generate, None if it passed none."""
-    return cache_of(generate_argument("kwargs") or {})
-
-
-def _running(function: str) -> FrameType | None:
-    """Return the innermost frame of a function of that name."""
+def running_generate() -> Mapping[str, Any]:
+    """Return the arguments of the running generate call: the local variables of its frame; empty without one."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != function:
+    while frame is not None and frame.f_code.co_name != "generate":
         frame = frame.f_back
-    return frame
+    return {} if frame is None else frame.f_locals
 
 
-class KeepsTokenizer:
-    """Descriptor for ``__signature__`` of a ``custom_generate`` callable that needs the tokenizer."""
+_EXTRACT = "_extract_generation_mode_kwargs"  # a method of transformers' generate
 
-    # `generate` takes the tokenizer out, asks for the signature, and keeps only arguments that the signature names. So
-    # the tokenizer is put back when the signature is asked for.
 
-    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
-        if instance is None:
-            raise AttributeError("__signature__")  # the class itself has an ordinary signature
-        frame = _running("_extract_generation_mode_kwargs")
-        if frame is not None:
-            taken, left = (frame.f_locals.get(name) for name in ("generation_mode_kwargs", "kwargs"))
-            if isinstance(taken, dict) and isinstance(left, dict) and "tokenizer" in taken:
-                left["tokenizer"] = taken["tokenizer"]
-        whole = inspect.signature(owner.__call__)
-        _, *parameters, rest = whole.parameters.values()
-        options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in instance.per_call]
-        return whole.replace(parameters=[*parameters, *options, rest])
+def pass_tokenizer_to(model: PreTrainedModel, is_ours: Callable[[object], bool]) -> str:
+    """Have a model's generate keep the tokenizer for such ``custom_generate`` callables; return the attribute."""
+    # transformers keeps it for its own loops only, and needs it for stop strings before any loop begins.
+    theirs = getattr(type(model), _EXTRACT)
+
+    def extract(self: Any, custom_generate: object, kwargs: dict[str, Any], *others: Any) -> dict[str, Any]:
+        tokenizer = kwargs.get("tokenizer")
+        taken: dict[str, Any] = theirs(self, custom_generate, kwargs, *others)
+        return taken if tokenizer is None or not is_ours(custom_generate) else {**taken, "tokenizer": tokenizer}
+
+    vars(model)[_EXTRACT] = MethodType(extract, model)
+    return _EXTRACT
+
+
+def forget_tokenizer(model: nn.Module) -> None:
+    """Undo :func:`pass_tokenizer_to`."""
+    vars(model).pop(_EXTRACT, None)

@@ -13,8 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 import river_compile
 from river_compile.api.accelerate import empty_cache
+from river_compile.decoding import kv_cache, prefix_cache
 from river_compile.record import find_record
-from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
 from tests.support.families import make, prompt
 from tools.recorder import recording
@@ -30,7 +30,7 @@ QUALITIES = {
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     """Room for a few tokens, so that a short text outgrows it."""
-    monkeypatch.setattr(kv_cache, "_AHEAD", 4)
+    monkeypatch.setattr(prefix_cache, "_AHEAD", 4)
     monkeypatch.setattr(kv_cache, "_STEP", 8)
     with recording():
         yield

@@ -8,9 +8,9 @@ import torch
 from transformers import LogitsProcessor
 
 import river_compile
+from river_compile.decoding import prefix_cache
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.kernels.native.load import any_rows
-from river_compile.runtime import kv_cache
-from river_compile.runtime.kv_cache import PrefixPool
 from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import left_padded
 from tests.support.families import CONFIGS, make, prompt
@@ -131,7 +131,7 @@ def test_conversations_in_turn_have_their_texts_each(eager):
 
 def test_saved_texts_are_bounded_and_the_oldest_goes(eager, monkeypatch):
     size = 2 * 2 * 2 * 16 * 4 * 60  # layers, keys and values, heads, features, bytes, tokens
-    monkeypatch.setattr(kv_cache, "_SAVED", 2 * size)
+    monkeypatch.setattr(prefix_cache, "_SAVED", 2 * size)
     model, texts = eager("fast"), [prompt(60, 1, seed=seed) for seed in range(4)]
     for ids in texts:
         generate(model, ids)

@@ -25,13 +25,13 @@ import river_compile
 from examples import demo
 from river_compile.cli import app, commands, explain_error
 from river_compile.cli.bench import PROMPTS
+from river_compile.cli.painter import Painter
 from river_compile.cli.shared import error_line
-from river_compile.kernels.messages import TITLES
+from river_compile.error_ids import TITLES
 from river_compile.kernels.native.build import supported_isas
 from river_compile.kernels.native.cores import Cores
 from river_compile.reporting import dry_run
 from river_compile.reporting.predict import EFFICIENCY
-from river_compile.reporting.timing import Painter
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize

@@ -2,7 +2,7 @@
 
 import pytest
 
-from river_compile.runtime.draft_length import LOOKUP, RIVER, AcceptanceRate, Draft, DraftLength, DraftToken
+from river_compile.decoding.draft_length import LOOKUP, TWINS, AcceptanceRate, Draft, DraftLength, DraftToken
 
 WIDTHS = (1, 2, 4, 8, 16)
 STEP = 0
@@ -53,7 +53,7 @@ def steps_taken(length, probability, room=15, at_once=False):
         steps, _ = length.plan(draft)
         if at_once or not steps:
             return steps if at_once else taken
-        draft.add(*tokens(1, probability, RIVER))
+        draft.add(*tokens(1, probability, TWINS))
     raise AssertionError("drafted beyond the room")
 
 
@@ -114,7 +114,7 @@ def test_drafts_of_fixed_length_are_copies_where_those_are_as_likely_to_hold():
     length = DraftLength(adaptive=False).carry_over(WIDTHS)
     assert length.plan(draft_of(copy=tokens(5, 0.9))) == (0, 5)
     assert length.plan(draft_of(copy=tokens(5, 0.1)))[0] == 15
-    drafted = draft_of(tokens(2, 0.7, RIVER), tokens(5, 0.9))
+    drafted = draft_of(tokens(2, 0.7, TWINS), tokens(5, 0.9))
     assert length.plan(drafted) == (0, 3)  # (no wider a pass than the draft's own)
 
 
@@ -158,7 +158,7 @@ def test_what_seems_dear_is_tried_again():
 def test_drafts_that_stopped_paying_are_tried_again_after_a_while():
     length = rule(0.3)
     for _ in range(50):
-        length.learn(draft_of(tokens(1, 0.7, RIVER)), ["backbone"], 0.3, 1.0)
+        length.learn(draft_of(tokens(1, 0.7, TWINS)), ["backbone"], 0.3, 1.0)
     assert length.plan(Draft(15))[0] == 0
     for _ in range(200):
         length.learn(Draft(15), ["backbone"], 0.0, 1.0)

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
 from river_compile.backend import river
+from river_compile.decoding.draft_vocab import DraftVocab
 from river_compile.decoding.mode import exact
 from river_compile.kernels.ops import MASKED_LOGIT, VOCAB_BLOCK
-from river_compile.runtime.state import DraftVocab
 from tests.support.decoding import session_on
 
 VOCABULARY = 10_010  # (of a length that no block divides)

@@ -17,12 +17,12 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.backend import river
+from river_compile.decoding.draft_length import DraftLengths
 from river_compile.decoding.mode import decode, exact
 from river_compile.decoding.session import Session
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.record import record_of
-from river_compile.runtime.draft_length import DraftLengths
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, each, prompt

@@ -17,10 +17,10 @@ from transformers.generation import (
 )
 
 import river_compile
+from river_compile.decoding.draft_length import DraftLength
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
 from river_compile.decoding.session import verification_widths
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
-from river_compile.runtime.draft_length import DraftLength
 from tests.support.examples import slow
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
@@ -174,7 +174,7 @@ def test_steps_that_are_read_together_are_those_that_are_read_one_by_one():
         with river_compile.trace() as trace:
             ids = run_on(runner, prompt, Recorder(-1, 40), False, length=length)
         assert ids.tolist() == plain(runner, prompt, Recorder(-1, 40)).tolist()
-        cycles = [(cycle.drafted, cycle.kept) for cycle in trace.cycles]
+        cycles = [(cycle.drafted, cycle.emitted) for cycle in trace.cycles]
         learned.append(([length.token(0, "river", nats) for nats in (0.01, 0.3, 1.2, 2.5)], cycles))
     assert learned[0] == learned[1]
 

@@ -84,7 +84,7 @@ def test_stop_strings_stop_where_plain_generation_stops(smollm2):
         assert torch.equal(ours, plainly(model, ids, **options))
         assert tokenizer.decode(ours[0, ids.shape[1] :]).count(stop) == 1
         last = trace.cycles[-1]
-        inside += len(last.kept) <= len(last.drafted)
+        inside += len(last.emitted) <= len(last.drafted)
     assert inside, "every text ended after its draft"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import river_compile
-from river_compile.runtime.system import trim_heap
+from river_compile.system import trim_heap
 from river_compile.twins import pack
 from tests.support.families import make, prompt
 

@@ -8,8 +8,8 @@ from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.backend import river
+from river_compile.decoding import kv_cache, prefix_cache
 from river_compile.decoding.mode import decode
-from river_compile.runtime import kv_cache
 from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import cache_state, left_padded
 from tests.support.examples import slow
@@ -33,7 +33,7 @@ class Streamed(BaseStreamer):
 @pytest.fixture(autouse=True)
 def _as_many_slots_as_transformers_makes(monkeypatch):
     """Sums over slots have the bits of sums over as many."""
-    monkeypatch.setattr(kv_cache, "_AHEAD", NEW_TOKENS - 1)
+    monkeypatch.setattr(prefix_cache, "_AHEAD", NEW_TOKENS - 1)
     monkeypatch.setattr(kv_cache, "_STEP", 1)
 
 

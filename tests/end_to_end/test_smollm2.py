@@ -8,6 +8,7 @@ full depth, with verified drafts, and with unquantized twins and random exit dep
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 
 import pytest
@@ -61,7 +62,7 @@ def test_default_river_leaves_early_and_stays_sensible(smollm2):
     assert "light" in text
     graphs = [(g["kind"], {s["name"]: s["uses"] for s in g["segments"]}) for g in report(model).to_dict()["graphs"]]
     assert [1, 1, 30] in [sorted(uses.values()) for kind, uses in graphs if kind == "prefill"]
-    steps = {"prologue": 1, "block_1": 2, "block_2": 28, "twin_1": 30, "head": 1, "river_head": 1}
+    steps = {"prologue": 1, "block_1": 2, "block_2": 28, "twin_1": 30, "head": 1, "twin_head": 1}
     assert ("decode", steps) in graphs
     with forced_depth(len(model.model.layers)):
         assert answer(model, tokenizer) == plain_text
@@ -71,7 +72,7 @@ def test_drafts_of_the_default_river_keep_the_plain_text_in_a_pipeline(smollm2):
     model, tokenizer, plain_text = smollm2
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static")
-    options = {"custom_generate": exact.with_options(num_assistant_tokens=1), "return_full_text": False}
+    options = {"custom_generate": dataclasses.replace(exact, num_assistant_tokens=1), "return_full_text": False}
     with trace() as t:
         (text,) = generator(QUESTION, generation_config=config, **options)
     assert plain_text.startswith(text["generated_text"])

@@ -241,7 +241,7 @@ def test_small_matrices_and_models_without_room_stay_in_16_bits(gains, monkeypat
     monkeypatch.setattr(measured, "_SMALL", 1 << 18)
     assert set(packed_by_default()) == {0}
     monkeypatch.setattr(measured, "_SMALL", 0)
-    monkeypatch.setattr(choose, "_memory", lambda: 1000)
+    monkeypatch.setattr(choose, "memory_bytes", lambda: 1000)
     assert set(packed_by_default()) == {0}
 
 

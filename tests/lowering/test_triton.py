@@ -165,7 +165,7 @@ def test_fused_checks_measure_what_the_others_do():
     for both.fused in (True, False):
         with trace() as t:
             steps(model, new_cache(model, "full"), [None, None])
-        scores[both.fused] = torch.tensor([token.similarities for token in t.tokens])
+        scores[both.fused] = torch.tensor([token.scores for token in t.tokens])
     assert scores[True].shape == (2, 2)
     torch.testing.assert_close(scores[True], scores[False], rtol=1e-5, atol=1e-6)
 
@@ -282,7 +282,7 @@ def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
         cache.reset()
         for a, b in zip(steps(model, cache, depths), run("llama")["results"][False][0], strict=False):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert report(model).record.of(OffloadedWeights).stats["moved"] > 0
+    assert report(model).record.of(OffloadedWeights).stats.moved > 0
     graph = report(model).to_dict()["graphs"][-1]  # parameters that were moved away are another graph's for Dynamo
     expected = run("llama")["graphs"][0]["fused"]
     if policy == "exit":  # every token leaves after block 1 at the latest, so nothing is asked there

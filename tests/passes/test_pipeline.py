@@ -59,11 +59,11 @@ def test_the_options_decide_which_passes_run():
         passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
         names[label] = [step.__name__ for step in passes]
     assert names == {
-        "default": ["river_twins", "one_row_head", "exit_checks"],
-        "fused": ["river_twins", "river_head", "exit_checks", "fuse_checks", "fuse_twins", "rescored_head"],
-        "confidence": ["river_twins", "one_row_head", "logits_entropy"],
+        "default": ["twin_layers", "one_row_head", "exit_checks"],
+        "fused": ["twin_layers", "twin_head", "exit_checks", "fuse_checks", "fuse_twins", "rescored_head"],
+        "confidence": ["twin_layers", "one_row_head", "logits_entropy"],
         "never": [],
-        "fixed": ["river_twins", "one_row_head"],
+        "fixed": ["twin_layers", "one_row_head"],
     }
 
 
@@ -75,7 +75,7 @@ def test_the_table_says_what_ran(caplog):
         choices = choose(program, RiverConfig(first_exit=1), UNFUSED)
         run_passes(program, passes_for(choices, program.plan), records.append)
     lines = table(records).splitlines()
-    assert [line.split()[0] for line in lines] == ["pass", "river_twins", "one_row_head", "exit_checks"]
+    assert [line.split()[0] for line in lines] == ["pass", "twin_layers", "one_row_head", "exit_checks"]
     assert lines[3].split()[3] == "+2"  # a check after each of the candidates 1 and 2
     assert all(
         record.text.endswith(".") and record.text in line for record, line in zip(records, lines[1:], strict=True)

@@ -7,10 +7,10 @@ import sympy
 import torch
 from torch import Tensor
 
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.passes.decoder import with_size
 from river_compile.passes.normalize import normalized
 from river_compile.passes.segments import recognise
-from river_compile.runtime.kv_cache import KVCache
 from river_compile.upstream.transformers import mark_dynamic
 from tests.support.decoding import cache_argument, cache_state, new_cache, run_plainly
 from tests.support.families import FAMILIES, each, make, prompt

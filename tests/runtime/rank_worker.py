@@ -6,6 +6,7 @@ order. The first case that fails ends its rank, and with it the other one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import warnings
@@ -180,7 +181,7 @@ def exact(folder: Path) -> dict[str, Any]:
     """Exact mode: greedy text, and sampled text of ranks with their own seeds."""
     model = held["model"]
     texts = {}
-    exactly = mode.exact.with_options(num_assistant_tokens=1)
+    exactly = dataclasses.replace(mode.exact, num_assistant_tokens=1)
     for name, loop, sample in (
         ("greedy", exactly, False),
         ("sampled", exactly, True),

@@ -9,8 +9,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 import river_compile
+from river_compile.decoding.kv_cache import KVCache
+from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.reporting.report import Fallbacks
-from river_compile.runtime.kv_cache import KVCache, PrefixPool
 from tests.support.decoding import left_padded
 from tests.support.families import SLIDING_WINDOW, each, make, prompt
 

@@ -28,7 +28,7 @@ from river_compile.exits import forced_depth
 from river_compile.reporting.trace import trace
 from river_compile.runtime import offload
 from river_compile.runtime.offload import Arrival, MappedFiles, Stored, WeightStore
-from river_compile.runtime.system import reserve
+from river_compile.system import reserve
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.traced import TracedStep

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
+from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.session import Session
 from river_compile.exits import forced_depth
-from river_compile.runtime.kv_cache import KVCache
 from river_compile.runtime.state import StepState, on_step
 from river_compile.runtime.stats import StepRecord
 from river_compile.upstream.transformers import cache_argument, cache_of, full_static_cache, mark_dynamic

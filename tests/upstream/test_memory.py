@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import river_compile
-from river_compile.upstream.tensors import advise_pageout
+from river_compile.system import advise_pageout
 from tests.support.tokenizers import save_tiny_llama
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux")

@@ -9,7 +9,7 @@ import pytest
 import river_compile.backend  # (the first import reads versions of others)
 from river_compile import RiverWarning
 from river_compile.upstream import tensors
-from river_compile.upstream.tensors import PYTHON, TESTED
+from river_compile.upstream.versions import PYTHON, TESTED
 from tools import compat
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from river_compile.kernels.triton.linear import ATTENTION_BLOCK, LinearSpec, min_columns
+from river_compile.kernels.triton.linear import LinearSpec, min_columns
 from river_compile.kernels.triton.spec import DTYPES
+from river_compile.kernels.triton.tiles import ATTENTION_BLOCK
 
 from .devices import Device
 

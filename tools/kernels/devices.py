@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from river_compile.kernels.triton.linear import nearest_architecture
+from river_compile.kernels.triton.tiles import nearest_architecture
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator
 
 from river_compile.kernels.quant.lossless import UNIT
-from river_compile.kernels.triton.linear import ATTENTION_BLOCK, LinearSpec, LinearTile, min_columns, min_rows
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile, min_columns
 from river_compile.kernels.triton.spec import next_power_of_two
+from river_compile.kernels.triton.tiles import ATTENTION_BLOCK, min_rows
 
 from .cost_model import WIDTH, attention_estimate, instructions_per_weight, registers, seconds
 from .devices import Device

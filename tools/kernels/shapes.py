@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
-from river_compile.kernels.triton.linear import LinearSpec, attention_splits, best_tile, untiled
+from river_compile.kernels.triton.linear import LinearSpec, untiled
 from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec
+from river_compile.kernels.triton.tiles import attention_splits, best_tile
 
 from .cost_model import LAUNCH_SECONDS, Compiled, Estimate, attention_estimate, estimate
 from .devices import Device

@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from river_compile.kernels.triton.linear import Shape, Table, form_key, nearest, untiled
+from river_compile.kernels.triton.linear import untiled
+from river_compile.kernels.triton.tiles import Shape, Table, form_key, nearest
 
 from .devices import DEVICES, Device
 from .search import cheapest, cheapest_splits

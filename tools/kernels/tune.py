@@ -21,17 +21,10 @@ from pathlib import Path
 import torch
 
 from river_compile.kernels.files import atomic_write
-from river_compile.kernels.triton.linear import (
-    SHIPPED,
-    LinearSpec,
-    Shape,
-    form_key,
-    read_table,
-    tuning_file,
-    tuning_key,
-)
+from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import device_name, load
 from river_compile.kernels.triton.spec import KernelSpec
+from river_compile.kernels.triton.tiles import SHIPPED, Shape, form_key, read_table, tuning_file, tuning_key
 
 from .cost_model import rows_of
 from .devices import known

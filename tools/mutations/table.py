@@ -384,7 +384,7 @@ _EXACT = (
     ),
     Mutation(
         "joined-slot",
-        "river_compile/runtime/kv_cache.py",
+        "river_compile/decoding/kv_cache.py",
         "entries[self.rows, :, end - other.filled : end]",
         "entries[self.rows, :, : other.filled]",
         "a row that joins a batch has its entries in slots that are not its own",
@@ -416,7 +416,7 @@ _EXACT = (
     ),
     Mutation(
         "draft-reach",
-        "river_compile/runtime/draft_length.py",
+        "river_compile/decoding/draft_length.py",
         "token.probability * (self.prefixes[-1] if self.prefixes else 1.0)",
         "token.probability",
         "a long draft counts as likely to hold as its last token",
@@ -424,7 +424,7 @@ _EXACT = (
     ),
     Mutation(
         "vocabulary-reset",
-        "river_compile/runtime/state.py",
+        "river_compile/decoding/draft_vocab.py",
         "            self._list = None\n",
         "",
         "tokens that the text brought are never drafted",
@@ -432,7 +432,7 @@ _EXACT = (
     ),
     Mutation(
         "cache-reset",
-        "river_compile/runtime/kv_cache.py",
+        "river_compile/decoding/prefix_cache.py",
         "            cache.begin_with(0)\n",
         "            pass\n",
         "a call begins with the last one's cache filled",
@@ -566,7 +566,7 @@ _TRIALS = (  # faults that trial found: their mends, taken back
     ),
     Mutation(
         "changed-pages",
-        "river_compile/upstream/tensors.py",
+        "river_compile/system.py",
         "_madvise(first, end, MADV_DONTNEED if unchanged else MADV_PAGEOUT, inside=True)",
         "_madvise(first, end, MADV_DONTNEED, inside=True)",
         "a weight that was changed in place becomes its file's again",

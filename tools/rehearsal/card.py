@@ -40,8 +40,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from river_compile.kernels.files import atomic_write, cached_file
 from river_compile.kernels.native.build import find_compiler, torch_flags
 from river_compile.kernels.triton import loader
-from river_compile.kernels.triton.linear import LinearSpec, interpreter_tile
+from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec, Stage
+from river_compile.kernels.triton.tiles import interpreter_tile
 from tools.kernels.devices import known
 
 SECONDS = 5e-6  # of everything that runs, by this card's clock

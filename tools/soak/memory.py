@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import river_compile
 from river_compile.backend import river
 from river_compile.decoding.mode import exact
-from river_compile.runtime.system import trim_heap
+from river_compile.system import trim_heap
 from tools.soak import text
 from tools.soak.cases import Case, Failure
 

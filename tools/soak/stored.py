@@ -24,7 +24,8 @@ from river_compile.compile_cache.folder import Entry
 from river_compile.exit_rule import Candidate, ExitRule
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.cache import ExitScoreSpec
-from river_compile.kernels.triton.linear import LinearTile, form_key, read_table, tuning_key, untiled
+from river_compile.kernels.triton.linear import LinearTile, untiled
+from river_compile.kernels.triton.tiles import form_key, read_table, tuning_key
 from river_compile.passes.program import Program
 from river_compile.twins.file import FILE, TwinFile
 from tests.support.decoding import decode, new_cache

@@ -14,7 +14,7 @@ from river_compile.decoding.continuous import BatchCounters
 _COUNTERS = {
     "calls": ("finished_requests", "Generate calls that have ended, successfully or not."),
     "drafted": ("spec_decode_num_draft_tokens", "Drafted tokens."),
-    "held": ("spec_decode_num_accepted_tokens", "Accepted draft tokens."),
+    "accepted": ("spec_decode_num_accepted_tokens", "Accepted draft tokens."),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens."),
     "prompt_tokens_kept": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     "busy_seconds": ("busy_seconds", "Time with at least one running request."),

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from river_compile.kernels.triton.calls_linear import rows_by_expert
-from river_compile.kernels.triton.linear import LinearSpec, LinearTile, best_tile, form_of, untiled
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile, form_of, untiled
+from river_compile.kernels.triton.tiles import best_tile
 from tests.kernels.checks import VALUES, check_experts
 from tests.support.examples import examples
 

@@ -13,8 +13,9 @@ import torch
 from river_compile.kernels.checks import check_positive
 from river_compile.kernels.triton import loader
 from river_compile.kernels.triton.cache import ExitScoreSpec
-from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile, read_table, tuning_file
+from river_compile.kernels.triton.linear import NORMS, LinearSpec, LinearTile
 from river_compile.kernels.triton.spec import render
+from river_compile.kernels.triton.tiles import read_table, tuning_file
 from tests.support.layout import ROOT, run_python
 
 SPEC = ExitScoreSpec(2, 48, "float32")

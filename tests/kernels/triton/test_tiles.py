@@ -8,19 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.triton.linear import (
-    NORMS,
+from river_compile.kernels.triton.linear import NORMS, LinearTile, untiled
+from river_compile.kernels.triton.spec import Cost, render
+from river_compile.kernels.triton.tiles import (
     SHIPPED,
-    LinearTile,
     attention_splits,
     best_tile,
     form_key,
     nearest_architecture,
     read_table,
     tuning_key,
-    untiled,
 )
-from river_compile.kernels.triton.spec import Cost, render
 from tests.support.examples import examples
 from tools.kernels.cost_model import registers
 from tools.kernels.search import MAX_REGISTERS, most_registers

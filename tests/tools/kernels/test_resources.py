@@ -7,8 +7,9 @@ import re
 import pytest
 
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec, KvFillSpec
-from river_compile.kernels.triton.linear import LinearSpec, LinearTile, best_tile, untiled
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile, untiled
 from river_compile.kernels.triton.loader import compile_for
+from river_compile.kernels.triton.tiles import best_tile
 from tests.support.examples import slow, slow_but
 from tools.kernels import resources
 from tools.kernels.devices import DEVICES

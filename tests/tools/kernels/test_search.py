@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from river_compile.kernels.triton.linear import LinearTile, best_tile, untiled
+from river_compile.kernels.triton.linear import LinearTile, untiled
+from river_compile.kernels.triton.tiles import best_tile
 from tools.kernels.cost_model import Compiled, attention_estimate, estimate, registers, seconds, shared_bytes
 from tools.kernels.devices import DEVICES
 from tools.kernels.search import candidates, cheapest, cheapest_splits, cost, most_registers

@@ -5,15 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from river_compile.kernels.triton.linear import (
-    SHIPPED,
-    LinearTile,
-    best_tile,
-    form_key,
-    read_table,
-    tuning_key,
-    untiled,
-)
+from river_compile.kernels.triton.linear import LinearTile, untiled
+from river_compile.kernels.triton.tiles import SHIPPED, best_tile, form_key, read_table, tuning_key
 from tools.kernels import shipped, tune
 from tools.kernels.devices import DEVICES
 from tools.kernels.search import cheapest, cost

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-RIVER, LOOKUP = "river", "lookup"  # sources of drafted tokens: the twins, or a copy from the context
+TWINS, LOOKUP = "river", "lookup"  # sources of drafted tokens: the twins, or a copy from the context
 # Upper edges of the bins of acceptance rates: nats of entropy, and tokens of the repeated ending.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
@@ -73,7 +73,7 @@ class DraftToken(NamedTuple):
     """One drafted token."""
 
     token: int  # its id
-    source: str  # `RIVER` or `LOOKUP`
+    source: str  # `TWINS` or `LOOKUP`
     feature: float  # entropy in nats (river), or tokens of the repeated ending (lookup)
     probability: float  # of acceptance, if those before it are accepted
 
@@ -100,7 +100,7 @@ class DraftLength:
     def __init__(self, adaptive: bool = True) -> None:
         self._adaptive = adaptive
         river, lookup = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY), AcceptanceRate(MATCH_EDGES, _BY_MATCH)
-        self._rates = {RIVER: river, LOOKUP: lookup}
+        self._rates = {TWINS: river, LOOKUP: lookup}
         self._next = AcceptanceRate([], [_NEXT])
         self._widths: Sequence[int] = (1,)
         self._times: dict[int, deque[float]] = {}  # by width of the pass
@@ -129,7 +129,7 @@ class DraftLength:
         for token, source in zip(draft.tokens, kept, strict=False):
             accepted = source == token.source
             self._rates[token.source].learn(token.feature, accepted)
-            if token.source == RIVER:
+            if token.source == TWINS:
                 self._next.learn(0.0, accepted)
         if not draft.steps:
             self._next.decay()
