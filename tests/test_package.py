@@ -15,7 +15,7 @@ import zipfile
 import pytest
 
 from tests.support.layout import FOLDERS, OURS, ROOT, SOURCES, build_wheel, names_in, run_python
-from tools.house.sources import Source, circle, import_graph, imported_modules, part_of, parts_graph, read
+from tests.support.sources import Source, circle, import_graph, imported_modules, part_of, parts_graph, read
 
 MAY_IMPORT = {
     "river_compile": {"river_compile", "passes", "kernels"},

@@ -1,7 +1,6 @@
 """Apply transformers' logits processors; those that search the vocabulary for a few tokens, by those tokens alone.
 
-Scores are the processors' own, to the bit (`python -m benchmarks.processors` has the times). Not handled: subclasses,
-whose own code runs.
+Scores are the processors' own, to the bit. Not handled: subclasses, whose own code runs.
 """
 
 from __future__ import annotations

@@ -13,10 +13,8 @@ from benchmarks import (
     decode,
     memory,
     offload,
-    prefixes,
     roofline,
     schedule,
-    step_cost,
 )
 from benchmarks.prompts import mixed, prompts
 
@@ -162,15 +160,6 @@ def test_a_token_costs_what_its_blocks_cost():
 
 
 @pytest.mark.slow
-def test_a_step_s_host_time_is_measured_without_what_it_launches(tmp_path, capsys):
-    assert step_cost.main(["--layers", "2", "--repeats", "3", "--json", str(tmp_path / "cost.json")]) == 0
-    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
-    assert list(rows) == ["depth 0", "never", "asked at each block"]
-    assert all(row["us"] > 0 for row in rows.values())
-    assert "depth 0" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 def test_the_schedule_draws_each_depth(capsys):
     with torch.no_grad():
         assert schedule.main(["--layers", "2", "--timeline"]) == 0
@@ -269,15 +258,3 @@ def test_offloading_is_compared_with_a_model_in_memory(monkeypatch, tmp_path, ca
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[-4:]] == ["no", "no", "yes", "yes"]
     assert [line.split()[-7] for line in lines[-4:]] == ["40%"] * 4
-
-
-def test_kept_prefixes_are_compared_round_by_round():
-    """A machine that was slow in one round was so for both of it."""
-    rounds = [
-        {"kept_s": kept, "fresh_s": fresh, "kept_tokens": 64, "same": same}
-        for kept, fresh, same in ((1.0, 10.0, True), (4.0, 20.0, True), (1.0, 4.0, False))
-    ]
-    row = prefixes.summary(rounds)
-    assert (row["kept_s"], row["fresh_s"], row["ratio"]) == (1.0, 10.0, 0.2)
-    assert row["same_token"] == "no"
-    assert prefixes.summary([{"kept_s": None, "fresh_s": 2.0}])["ratio"] is None

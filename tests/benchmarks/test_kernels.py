@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import cpu_attention, cpu_experts, cpu_kernels, kernels
+from benchmarks import cpu_experts, cpu_kernels, kernels
 from river_compile.kernels.triton.linear import untiled
 from tools.kernels.shapes import ModelShape
 
@@ -109,8 +109,3 @@ def test_the_table_of_experts(capsys, monkeypatch):
     subjects = ("native W4A8", "grouped 16 bits", "one by one, 16 bits")
     wanted = [(product, subject) for product in ("gate|up", "down") for subject in subjects]
     assert all(line.split()[0] == p and s in line for line, (p, s) in zip(lines, wanted, strict=True))
-
-
-def test_attention_of_a_prompt(capsys):
-    assert cpu_attention.main(["--threads", "1", "--positions", "17", "--slots", "32", "--repeats", "1"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [*cpu_attention.SHAPES]

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, memory, prefixes, processors, prompt_sets, start
+from benchmarks import common, memory, prompt_sets, start
 from benchmarks.prompt_sets import Prompt
 
 MIB = 2**20
@@ -69,19 +69,11 @@ def test_a_row_pays_from_the_tokens_that_make_up_for_its_start(monkeypatch, tmp_
     assert "took 7.0 s to build" in page
 
 
-def test_every_processor_that_river_applies_itself_is_in_the_table(capsys):
-    assert processors.main(["--vocabularies", "1000", "--repeats", "2"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    ours = {line[0] for line in lines if line[-1] != "-"}
-    assert ours == {kind.__name__ for kind in processors.BARRED} | {"MaxLengthCriteria", "EosTokenCriteria"}
-
-
-@pytest.mark.parametrize("benchmark", [start, prefixes])
-def test_without_llama_cpp_its_row_is_left_out_with_the_reason(benchmark, tmp_path, monkeypatch, capsys):
+def test_without_llama_cpp_its_row_is_left_out_with_the_reason(tmp_path, monkeypatch, capsys):
     """Rows of nothing but llama.cpp: the command still ends well."""
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(start, "_compile", lambda *_: {})
     monkeypatch.setattr(prompt_sets, "encoded", lambda *_: [])
-    benchmark.main(["--model", str(tmp_path), "--rows", "llama_cpp"])
+    start.main(["--model", str(tmp_path), "--rows", "llama_cpp"])
     assert "llama_cpp is left out: llama-cpp-python is not installed" in capsys.readouterr().err

@@ -1,8 +1,7 @@
 """Two ranks run one model together: the same answers as without River, one decision, shards in 4 bits.
 
 One pair of processes runs all cases of :mod:`tests.runtime.rank_worker`. That takes half a minute: nothing else has two
-ranks, which alone show that they come to one decision. `python -m benchmarks.tensor_parallel` does the same with more
-families, prompts and SmolLM2.
+ranks, which alone show that they come to one decision.
 """
 
 from __future__ import annotations

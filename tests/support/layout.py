@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.house.sources import FOLDERS, ROOT
+from tests.support.sources import FOLDERS, ROOT
 
 OURS = ("river_compile", "benchmarks", "examples", "tools", "tests")
 COPIED = (  # files that a build needs besides the folders

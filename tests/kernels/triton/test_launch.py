@@ -5,12 +5,12 @@ import types
 import pytest
 import torch
 
-from benchmarks import launch_cost
 from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.triton import calls_cache, calls_linear, loader
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels.packing import pack_linear
+from tests.support import launches
 from tools.kernels.shapes import ModelShape
 
 TINY = ModelShape("tiny", 1, 64, 2, 1, 32, 128, 96)
@@ -21,7 +21,7 @@ def described(monkeypatch):
     """A list of the described kernels; nothing is launched, and the cache is empty."""
     found: list[KernelSpec] = []
     monkeypatch.setattr(calls_linear, "best_tile", lambda spec, *_: (found.append(spec), spec)[1])
-    with launch_cost.no_launches():
+    with launches.no_launches():
         monkeypatch.setattr(calls_linear, "interpreter_tile", lambda spec: calls_linear.best_tile(spec))
         for module, name in ((calls_cache, "DecodeAttentionSpec"), (calls_linear, "ExitScoreSpec")):
             spec = getattr(module, name)
@@ -31,7 +31,7 @@ def described(monkeypatch):
 
 def test_only_the_first_of_calls_that_look_alike_is_described(described):
     """Later calls build, hash and check no spec, and read no tuning file."""
-    calls = launch_cost.calls(TINY)
+    calls = launches.calls(TINY)
     for call in calls.values():
         call()
     assert len(described) == len(calls)

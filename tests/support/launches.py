@@ -1,29 +1,16 @@
-"""What the host does for one generated kernel that no graph has captured, up to the launch itself; needs no GPU.
-
-    python -m benchmarks.launch_cost [--model llama-3.1-8b] [--repeats 300]
-
-Per operator: microseconds of one call of ``torch.ops.river.*``, the median, on CPU tensors of a model's shapes with a
-launcher that does nothing in Triton's place. "first" is the first call of a shape, which chooses the tile and writes
-and imports the source. Steps on a cache that grows pay this for every kernel; captured steps do not.
-"""
+"""Generated kernels that are described and not launched, on a machine without a GPU."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from benchmarks import common
-from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.kernels.triton import calls_linear, loader
 from river_compile.kernels.triton.tiles import best_tile
-from tools.kernels.shapes import MODELS, ModelShape
+from tools.kernels.shapes import ModelShape
 
 _GROUP = 64
 _SLOTS = 64  # of a cache: the host does not care how many
@@ -83,32 +70,3 @@ def calls(shape: ModelShape) -> dict[str, Callable[[], object]]:
         "down + residual": product(shape.hidden, shape.intermediate, residual, *none),
         "exit score": lambda: river.residual_score(residual, residual, residual),
     }
-
-
-def seconds_of(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Return the seconds of the first call, and the median of later ones."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times[0], statistics.median(times[1:])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for name, shape in MODELS.items() if not shape.experts]
-    parser.add_argument("--model", choices=names, default="llama-3.1-8b", help="whose shapes (%(default)s)")
-    parser.add_argument("--repeats", type=common.number(1), default=300, help="calls of each (%(default)s)")
-    options = parser.parse_args(arguments)
-    with torch.no_grad(), no_launches():
-        found = {name: seconds_of(call, options.repeats) for name, call in calls(MODELS[options.model]).items()}
-    rows = [[name, round(first * 1e6), later * 1e6] for name, (first, later) in found.items()]
-    rows.append(["one twin", None, sum(later for name, (_, later) in found.items() if name != "exit score") * 1e6])
-    common.print_table(["", "first, us", "us"], rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
