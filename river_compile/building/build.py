@@ -21,7 +21,6 @@ from torch import Tensor, fx
 from river_compile.building.choose import Choices, choose, has_room, passes_for
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.building.structured_trace import trace_artifact, trace_pass, trace_program
-from river_compile.compile_cache.programs import NotPacked, ProgramCache
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import CRITERIA, WHOLE, SequenceStates
@@ -39,7 +38,7 @@ from river_compile.lowering.inductor import (
 from river_compile.passes.edits import run_passes
 from river_compile.passes.experts import ROUTER
 from river_compile.passes.freeze import freeze
-from river_compile.passes.nodes import calls_flex_attention, is_parameter, value_of
+from river_compile.passes.nodes import calls_flex_attention, value_of
 from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.passes.twins import linear_names
@@ -70,55 +69,46 @@ def build(
     graph: GraphRecord,
 ) -> RiverExecutor:
     """Build a recognised decoder on its real inputs, in order, and fill in the records."""
-    config, plan = graph.config, found.plan
+    config, plan, inputs = graph.config, found.plan, [*values.values()]
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
-    choices = choose(found, config, how)
+    choices, ranks, twins = choose(found, config, how), model.of(Ranks), model.of(TwinWeights)
     by_default = config.target_weights == "auto" and choices.target_weights == "12bit"
-    later = choices if by_default and _packs_later(found, model, config) else None
-    if by_default and (later is not None or not _packs_here(found, model)):
-        choices = replace(choices, target_weights="model")
-    if model.of(Ranks).several and choices.target_weights != "model":
+    if by_default and ranks.several:
+        choices, by_default = replace(choices, target_weights="model"), False
+    if ranks.several and choices.target_weights != "model":
         raise OptionError(
             f"target_weights={config.target_weights!r} is not available on several ranks. Use target_weights='model'",
             id="RC122",
         )
     check_captures(plan.device, config, how.native)
     model.of(OffloadedWeights).check(plan, config)
+    unwritten: list[Matmul] = []  # whose 12-bit weights the background writes to a file
     with graph.stage("rewriting"):
-        rewritten, program = _frozen(found, choices, graph)
+        rewritten = _rewritten(found, choices)
+        if by_default:
+            lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless]
+            later = _only_drafts(model, config) and twins.packs_later(lossless)
+            there = twins.has_stored(lossless, inputs) if later else twins.has_lossless or has_room(found)
+            if not there:
+                choices = replace(choices, target_weights="model")
+                rewritten, unwritten = _rewritten(found, choices), lossless if later else []
+        program = _frozen(found, rewritten, choices, graph)
     graph.traced = found
     examples = {slot: value_of(node) for node, slot in rewritten.slots.items()}
     warn = functools.partial(warn_of_slow_lowering, how, plan.device)
-    executor = _executor(_assembled(program, examples, [*values.values()], model, graph, warn), model, graph)
-    if later is not None:
-        executor.is_final = False
-        model.of(TwinWeights).then(
-            functools.partial(
-                _pack_backbone, weakref.ref(model), weakref.ref(executor), graph, found, later, [*values.values()]
-            )
-        )
+    executor = _executor(_assembled(program, examples, inputs, model, graph, warn), model, graph)
+    if unwritten:
+        executor.is_kept = False
+        twins.write_later(unwritten, inputs)
     return executor
 
 
-def _frozen(found: RiverProgram, choices: Choices, graph: GraphRecord) -> tuple[RiverProgram, Program]:
-    """Run the passes and lower the result."""
-    rewritten, how = _rewritten(found, choices), choices.lowering
+def _frozen(found: RiverProgram, rewritten: RiverProgram, choices: Choices, graph: GraphRecord) -> Program:
+    """Lower the result of the passes."""
+    how = choices.lowering
     lower, matrices = functools.partial(lower_segment, lowering=how), tuple(sorted(linear_names(found)))
     why = _why_width_matters(rewritten, choices)
-    return rewritten, freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
-
-
-def _packs_here(found: RiverProgram, model: ModelRecord) -> bool:
-    """Whether this process reads 12-bit weights by default: they are there, or have room."""
-    return not model.of(Ranks).several and (model.of(TwinWeights).has_lossless or has_room(found))
-
-
-def _packs_later(found: RiverProgram, model: ModelRecord, config: RiverConfig) -> bool:
-    """Whether this process reads the model's own weights, and packs them in the background for later ones."""
-    if model.of(Ranks).several or not _only_drafts(model, config):
-        return False
-    nodes = {node for segment in found.segments for node in segment.inputs if is_parameter(node)}
-    return model.of(TwinWeights).packs_later(sum(value_of(node).numel() for node in nodes))
+    return freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
 
 
 def _only_drafts(model: ModelRecord, config: RiverConfig) -> bool:
@@ -126,45 +116,10 @@ def _only_drafts(model: ModelRecord, config: RiverConfig) -> bool:
     return model.find(OwnCall) is not None and config.first_exit == WHOLE
 
 
-def _pack_backbone(
-    model_ref: weakref.ref[ModelRecord],
-    executor_ref: weakref.ref[RiverExecutor],
-    graph: GraphRecord,
-    found: RiverProgram,
-    choices: Choices,
-    inputs: Sequence[Any],
-) -> None:
-    """Make a program that reads packed weights, and these, for later processes."""
-    model, executor = model_ref(), executor_ref()
-    programs = None if model is None else model.find(ProgramCache)
-    if model is None or executor is None or programs is None:
-        return
-    try:
-        _, program = _frozen(found, choices, graph)
-        lossless = _lossless_of(program, graph.config)
-        stored = bool(lossless) and model.of(TwinWeights).store_lossless(lossless, inputs)
-    except Exception:  # later processes are to find this one's program, whatever is wrong with the other
-        programs.settle(executor, None)
-        raise
-    programs.settle(executor, program if stored else None)
-
-
-def _lossless_of(program: Program, config: RiverConfig) -> list[Matmul]:
-    segments = config.exit_policy(program).reachable(program)
-    return [linear for segment in segments for linear in segment.packed if linear.lossless]
-
-
 def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
     """Build a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
         native.load()
-    config = graph.config
-    if config.target_weights == "auto" and _only_drafts(model, config):
-        lossless = _lossless_of(program, config)
-        weights = sum(math.prod(linear.shape) for linear in lossless)
-        twins = model.of(TwinWeights)
-        if twins.packs_later(weights) and not twins.has_stored(lossless, inputs):
-            raise NotPacked
     return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
 
 

@@ -45,17 +45,11 @@ Origin = Literal["traced", "stamped", "stored", "derived"]
 Build = Callable[[Program | RiverProgram, Sequence[str], Sequence[Any], Origin], RiverExecutor]
 
 
-class NotPacked(Exception):
-    """A program reads packed weights that would have to be made first, and another one does not."""
-
-
 @dataclass
 class _Known:
     program: Program
     executor: Callable[[], RiverExecutor | None]  # returns None before it is built and after Dynamo has dropped it
     traced: RiverProgram | None = None  # the decoder, if Dynamo traced it in this process
-    stored: Program | None = None  # for later processes, in place of the program
-    held: bool = False  # whether that is still being made
 
 
 class ProgramCache:
@@ -102,28 +96,16 @@ class ProgramCache:
         with self._lock:
             self._add(signature, executor, weakref.ref(executor), traced)  # Dynamo may drop it
 
-    def settle(self, executor: RiverExecutor, stored: Program | None) -> None:
-        """Write the program for later processes that was made in the place of an executor's, or that; None: its own."""
-        with self._lock:
-            executor.is_final = True
-            everything = [known for several in self._known.values() for known in several]
-            for known in everything:
-                if known.executor() is executor:
-                    known.held = False
-                    known.stored = stored and _with_sources_of(executor.program, stored)
-        self.write()
-
     def write(self) -> None:
         """Write new programs to the compile cache, at the end of a call."""
         with self._lock:
-            new = [(signature, known) for signature, known in self._new if not known.held]
-            self._new = [(signature, known) for signature, known in self._new if known.held]
+            new, self._new = self._new, []
         entry = None if self._identity is None else self._entry(self._about)
         if entry is None:
             return
         for signature, known in new:
             try:
-                content = dumps(known.stored or known.program)
+                content = dumps(known.program)
             except NotCacheable as why:
                 log.info("a program is not cached: %s", why)
                 continue
@@ -143,10 +125,7 @@ class ProgramCache:
             executor = known.executor()
             if executor is None:
                 names = [given.name for given in known.program.inputs]
-                try:
-                    executor = self._build(known.program, names, args, "stored")
-                except NotPacked:  # with these weights
-                    continue
+                executor = self._build(known.program, names, args, "stored")
                 known.executor = _always(executor)
                 if entry is not None:
                     entry.touch()
@@ -198,9 +177,10 @@ class ProgramCache:
         held_by: Callable[[], RiverExecutor | None],
         traced: RiverProgram | None,
     ) -> None:
-        known = _Known(executor.program, held_by, traced, held=not executor.is_final)
+        known = _Known(executor.program, held_by, traced)
         self._known.setdefault(signature, []).append(known)
-        self._new.append((signature, known))
+        if executor.is_kept:
+            self._new.append((signature, known))
 
     def _entry(self, about: str = "") -> Entry | None:
         """Return the model's entry of the compile cache, None if the cache is off."""
@@ -295,13 +275,6 @@ def _with_source(given: Input, arg: Any, known: Mapping[int, Source]) -> Input:
     if isinstance(arg, int) and given.example is not None and not isinstance(given.example, TensorSpec):
         return replace(given, source=Source("size"))
     raise NotCacheable(f"{given.name} is not a parameter, a field of the KV cache, an argument or a size")
-
-
-def _with_sources_of(known: Program, program: Program) -> Program:
-    """Return a program with the sources of another one with the same inputs."""
-    pairs = zip(program.inputs, known.inputs, strict=True)
-    inputs = tuple(replace(given, source=same.source) for given, same in pairs)
-    return replace(program, inputs=inputs, conditions=known.conditions, logits=known.logits)
 
 
 class NewProgram(NamedTuple):

@@ -44,7 +44,7 @@ class RiverExecutor:
     ) -> None:
         self.compiled, self.captures, self.code, self._rebuild = compiled, captures, code, rebuild
         self.decodes = compiled.program.is_decode
-        self.is_final = True  # whether later processes are to run this program; else another one is being made for them
+        self.is_kept = True  # whether the compile cache keeps the program for later processes
         self.model_state: object | None = None  # at the latest check of the parameters
         self._checking = threading.Lock()
         # By the cache's first keys, then the inputs' sizes: a state if the sizes were called twice, None if once.

@@ -71,9 +71,8 @@ class TwinWeights:
         self.stores = True  # whether the compile cache is read and written
         self.background = False  # whether twins that only drafts read are made while the model answers without them
         self.packing: Packing | None = None  # the latest making of twins in the background
-        self._later: list[Callable[[], None]] = []  # work for the background once the twins are there
-        self._latest: Packing | None = None  # that does such work
-        self._has_twins = False  # whether a program has asked for twins
+        self._unwritten: Callable[[], None] | None = None  # writes 12-bit weights to their file, after the twins
+        self._writing: Packing | None = None  # that does so
         self.seconds = 0.0  # of making weights, apart from `packing`
         self.loss: TwinLoss | None = None  # joint loss of the latest twins, None if not known
         self.changes = 0  # times that parameters were found changed
@@ -125,8 +124,7 @@ class TwinWeights:
             made_now = [made for matmul, made in packed.items() if matmul not in there]
             awaits = self.packing if len(packed) < len(matmuls) else None
             if not all(matmul.lossless for matmul in matmuls):
-                self._has_twins = True
-                self._begin_later()
+                self._begin_writing()
             program = ProgramWeights(packed, inputs, self._digests_of, made_now, awaits)
             self._programs.add(program)
             self.seconds += time.perf_counter() - start
@@ -139,8 +137,8 @@ class TwinWeights:
 
     @property
     def packs_backbone(self) -> bool:
-        """Whether the background packs weights for later processes now."""
-        return self.packing_share is None and self._latest is not None and not self._latest.idle
+        """Whether the background writes a file of 12-bit weights for later processes now."""
+        return self.packing_share is None and self._writing is not None and not self._writing.idle
 
     @property
     def packing_seconds(self) -> float:
@@ -262,39 +260,41 @@ class TwinWeights:
             write_stored(entry, [*made.values()])
         self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
 
-    def packs_later(self, weights: int) -> bool:
-        """Whether a backbone of so many weights is packed for later processes, in the background."""
-        return self.background and self.stores and is_enabled() and weights > _SMALL and not self.has_lossless
+    def packs_later(self, lossless: Sequence[Matmul]) -> bool:
+        """Whether the background writes the file of so many 12-bit weights, for later processes."""
+        return self.background and self.stores and is_enabled() and sum(map(_size, lossless)) > _SMALL
 
     @property
     def has_lossless(self) -> bool:
         """Whether packed weights of the backbone are in memory."""
         return any(made.matmul.lossless for made in self._made_before.values())
 
-    def then(self, work: Callable[[], None]) -> None:
-        """Do work in the background once the twins are there."""
+    def write_later(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> None:
+        """Have the background write the file of 12-bit weights, once the twins are there."""
         with self._lock:
-            self._later.append(work)
-            if self._has_twins:
-                self._begin_later()
+            if self._writing is None:
+                self._unwritten = functools.partial(self.store_lossless, matmuls, inputs)
+            if any(not made.matmul.lossless for made in self._made_before.values()) or self.packing is not None:
+                self._begin_writing()
 
-    def _begin_later(self) -> None:
-        for work in self._later:
-            if self.packing is not None and self.packing.then(work):
-                self._latest = self.packing
-            elif self._latest is None or not self._latest.then(work):
-                self._latest = Packing(work, finishes_at_exit=True)
-        self._later.clear()
+    def _begin_writing(self) -> None:
+        work, self._unwritten = self._unwritten, None
+        if work is None:
+            return
+        if self.packing is not None and self.packing.then(work):
+            self._writing = self.packing
+        else:
+            self._writing = Packing(work, finishes_at_exit=True)
 
     def has_stored(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> bool:
         """Whether the compile cache has the lossless weights of these matmuls."""
         return is_stored(self._lossless(matmuls, inputs)[0])
 
-    def store_lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> bool:
-        """Pack lossless weights for the compile cache, unless it has them; return whether it has them then."""
+    def store_lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> None:
+        """Pack lossless weights for the compile cache, unless it has them."""
         entry, job = self._lossless(matmuls, inputs)
         if is_stored(entry):
-            return True
+            return
         try:
             entry.make_folder()
             # One after another is moved to a file: all of them are three quarters of the model.
@@ -303,7 +303,6 @@ class TwinWeights:
                 write_stored(entry, [*job.make_unless_changed(matmuls, lossless=True, keep=keep).values()])
         except OSError as error:
             warn_not_writable(error)
-        return is_stored(entry)
 
     def _lossless(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> tuple[Entry, Job]:
         """Return the entry of lossless weights, and the job that makes them."""
