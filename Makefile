@@ -1,5 +1,7 @@
 # make demo    transformers and River side by side         make bench   decode speed of River and other programs
 # make test    lint, type check and the quick tests        make clean   remove what make built here
+# make check   lint, type check and a short core of the tests: what to run while you work, three minutes
+# make generate    writes all generated pages: options, commands, measured numbers; `make check` says if one is stale
 # make test-tools    the tests of benchmarks, examples and tools; make test-all    these and the slow ones too: an hour or
 #              two on two cores (CONTRIBUTING.md)
 # make test-arm    the C++ kernels of ARM's instruction sets on emulated cores: installs a cross compiler and an emulator
@@ -50,7 +52,7 @@ ON_GPU := $(IN_VENV)
 FOR_GPU := $(FOR_TEST)
 endif
 
-.PHONY: help demo test test-tools test-arm test-sanitizers test-all lint docs wheel bench families gpu compat soak clean
+.PHONY: help demo check generate test test-tools test-arm test-sanitizers test-all lint docs wheel bench families gpu compat soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -67,6 +69,15 @@ test: $(FOR_TEST)
 	wait $$lint; lint=$$?; cat $(LINT_LOG); \
 	if [ $$lint -ne 0 ]; then echo "make lint FAILED, see above" >&2; fi; \
 	exit $$((tests ? tests : lint))
+
+check: lint
+	$(IN_VENV) -m pytest -n 2 -q -m core
+
+generate: $(FOR_TEST)
+	$(IN_VENV) -m tools.options
+	$(IN_VENV) -m tools.cli_page
+	$(IN_VENV) -m tools.figures
+	$(IN_VENV) -m tools.families --page
 
 test-tools: $(FOR_TEST)
 	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) tests/benchmarks tests/examples tests/tools $(LAYERS)

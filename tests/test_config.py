@@ -152,6 +152,7 @@ def test_exact_modes_settings_and_kernel_specs_are_refused_in_the_same_words():
 
 
 class TestTable:
+    @pytest.mark.core
     def test_the_page_has_the_options_of_the_code(self):
         """``python -m tools.options`` changes nothing."""
         assert options.replaced() == options.PAGE.read_text(encoding="utf-8")

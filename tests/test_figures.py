@@ -37,6 +37,7 @@ def results(tmp_path):
     return add
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("page", pages("figures"), ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_documents_have_the_recorded_numbers(page):
     """``python -m tools.figures`` changes nothing."""

@@ -78,6 +78,7 @@ def test_every_command_has_help_and_json(command, capsys):
     assert {"$ref": f"#/$defs/{command}"} in SCHEMA["oneOf"]
 
 
+@pytest.mark.core
 def test_the_page_of_commands_has_their_help():
     """``python -m tools.cli_page`` changes nothing."""
     page = cli_page.PAGE.read_text(encoding="utf-8")
