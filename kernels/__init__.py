@@ -5,3 +5,5 @@
     triton      tensors -> spec -> template -> launch, for GPUs;  native: the C++ kernels, for CPUs
 Importing this package imports neither torch nor Triton.
 """
+
+MAX_EXACT_ROWS = 16  # that generated kernels multiply, of decoding and verification; a library multiplies more

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.portable import cache_attention, fused_width, smallest_cosine
 from river_compile.kernels.quant import layouts, lossless
 from river_compile.kernels.triton import calls_cache, calls_linear
-from river_compile.kernels.triton.linear import ACTIVATIONS, MAX_EXACT_ROWS, NORMS
+from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
 
 RESCORED = 256
 VOCAB_BLOCK = 16  # output features of a block of the list `wanted`

@@ -13,15 +13,15 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from river_compile.runtime.captures import CaptureDevice, captured_by, copy_into
+from river_compile.runtime.captures import DEVICES, CaptureDevice, copy_into
 from river_compile.runtime.units import Unit
 
 
@@ -119,9 +119,17 @@ def _replay(recording: Recording, own: list[Any]) -> None:
             spoil(tensor)
 
 
-def recording() -> AbstractContextManager[None]:
-    """Inside, models on a CPU with ``graphs=True`` are captured by recorders."""
-    return captured_by(Recorder)
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside, models on a CPU with ``graphs=True`` are captured by recorders, in all threads."""
+    before = DEVICES.get("cpu")
+    DEVICES["cpu"] = Recorder
+    try:
+        yield
+    finally:
+        del DEVICES["cpu"]
+        if before is not None:
+            DEVICES["cpu"] = before
 
 
 def spoil(tensor: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.portable import cache_attention
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch
 from river_compile.kernels.triton.tiles import attention_splits
 

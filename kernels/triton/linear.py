@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.checks import check_choice, check_positive
 from river_compile.kernels.quant.lossless import BLOCK, FOUR, UNIT, UNIT_BYTES
 from river_compile.kernels.triton.spec import (
@@ -25,7 +26,6 @@ from river_compile.kernels.triton.spec import (
 GROUP_SIZES = (32, 64, 128)
 NORMS = ("none", "rms", "rms_plus_one", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
-MAX_EXACT_ROWS = 16  # of decoding and verification; a library multiplies more rows
 
 
 def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:

@@ -18,9 +18,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.files import cache_folder
 from river_compile.kernels.messages import with_id
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS, LinearSpec, LinearTile, min_columns
+from river_compile.kernels.triton.linear import LinearSpec, LinearTile, min_columns
 from river_compile.kernels.triton.spec import DEFAULT_DEVICE, next_power_of_two
 
 SHIPPED = Path(__file__).with_name("tiles.json")

@@ -40,8 +40,8 @@ from river_compile.decoding.kv_cache import KVCache, slots_for, why_no_rewind
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
+from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.native.load import few_rows
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
 from river_compile.record import ModelRecord, record_of

@@ -16,18 +16,16 @@ import torch
 from torch import fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
 
-from river_compile.building.choose import choose
 from river_compile.compile_cache.layers import Layers, layers_of, with_layers
 from river_compile.config import RiverConfig
 from river_compile.decoding.kv_cache import why_no_rewind
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
-from river_compile.lowering.inductor import Lowering
 from river_compile.passes.experts import experts_per_token
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import recognise
-from river_compile.passes.twins import twin_layers
+from river_compile.passes.twins import TwinSpec, twin_layers
 from river_compile.upstream.transformers import cache_argument, full_static_cache
 
 _PROMPT, _SLOTS = 8, 32
@@ -68,7 +66,7 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     }
     if isinstance(decode, Refusal):
         return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0, "bytes": None}
-    how = choose(decode, RiverConfig(), Lowering("inductor", PLAIN_LAYOUT, fuse=False)).twin_spec
+    how = TwinSpec(RiverConfig().group_size, PLAIN_LAYOUT)
     twinned = twin_layers(how)(decode)
     assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
     sites = [twin.packed for twin in twinned.twins]

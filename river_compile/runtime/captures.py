@@ -9,7 +9,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
+from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.native.load import Tape, few_rows
-from river_compile.kernels.triton.linear import MAX_EXACT_ROWS
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Program, Refusal
 from river_compile.runtime.tensor_parallel import NOT_CAPTURED, Ranks
@@ -265,20 +265,8 @@ class CaptureLog:
         return lines + [f"    uncaptured   {unit}: {reason}" for unit, reason in self.uncaptured_units.items()]
 
 
-class _StandIn:
-    """The capture device of a test, None without one."""
-
-    kind: type[CaptureDevice] | None = None
-
-
-@contextlib.contextmanager
-def captured_by(kind: type[CaptureDevice] | None) -> Iterator[None]:
-    """Inside, `kind` captures for models on a CPU with ``graphs=True``, in all threads: for tests."""
-    before, _StandIn.kind = _StandIn.kind, kind
-    try:
-        yield
-    finally:
-        _StandIn.kind = before
+# What captures on a device of a type, where CUDA graphs or `graphs=True` are asked for; tapes need neither.
+DEVICES: dict[str, type[CaptureDevice]] = {"cuda": CudaGraphs}
 
 
 class Capturing(NamedTuple):
@@ -288,15 +276,9 @@ class Capturing(NamedTuple):
     make: Callable[[], CaptureDevice]
 
 
-def _stand_in(asked: bool | None, device: torch.device) -> Capturing | None:
-    """Return the test's devices, if captures are requested and a test set one."""
-    kind = _StandIn.kind if asked is True and device.type == "cpu" else None
-    return None if kind is None else Capturing(kind, kind)
-
-
 def check_captures(device: torch.device, config: RiverConfig, native: bool) -> None:
     """Raise an OptionError if captures are requested on a device without them."""
-    if config.graphs is True and not native and device.type != "cuda" and _stand_in(True, device) is None:
+    if config.graphs is True and not native and device.type not in DEVICES:
         raise OptionError(
             f"graphs=True requires a model on a GPU or kernels='native', got a model on {device}. Move the model, or "
             "remove graphs",
@@ -307,19 +289,17 @@ def check_captures(device: torch.device, config: RiverConfig, native: bool) -> N
 def choose_captures(program: Program, config: RiverConfig, log: CaptureLog, ranks: Ranks) -> Capturing | None:
     """Return the capture devices for a program's narrow passes; None, with the reason logged, if none."""
     device = program.device
-    found = _stand_in(config.graphs, device)
+    kind = DEVICES.get(device.type) if device.type == "cuda" or config.graphs is True else None
     if ranks.several:
         log.not_captured = NOT_CAPTURED
     elif config.graphs is False:
         log.not_captured = "graphs=False"
-    elif found is None and device.type != "cuda" and not program.native:
+    elif kind is None and not program.native:
         log.not_captured = f"the model lies on {device}; CUDA graphs need a GPU, tapes kernels='native'"
     else:
         log.not_captured = program.not_captured
     if log.not_captured:
         return None
-    if found is None and device.type == "cuda":
-        found = Capturing(CudaGraphs, functools.partial(CudaGraphs, device))
-    found = found or Capturing(Tapes, Tapes)
-    log.device = found.kind.name
-    return found
+    kind = kind or Tapes
+    log.device = kind.name
+    return Capturing(kind, functools.partial(kind, device) if kind is CudaGraphs else kind)

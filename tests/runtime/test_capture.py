@@ -26,7 +26,8 @@ from river_compile import RiverConfig, report
 from river_compile.backend import river
 from river_compile.decoding.mode import exact
 from river_compile.errors import CacheFullError, OptionError
-from river_compile.runtime.captures import CaptureFailed, CudaGraphs, captured_by
+from river_compile.runtime import captures
+from river_compile.runtime.captures import CaptureFailed, CudaGraphs
 from tests.support.captured import (
     CAPACITY,
     DEVICES,
@@ -296,9 +297,10 @@ class TestReported:
         assert listed["buffer_bytes"] > 0
         assert f"captured     {decoder.log.made} graphs" in str(report(decoder.model))
 
-    def test_cuda_graphs_on_a_cpu_are_an_error(self):
+    def test_cuda_graphs_on_a_cpu_are_an_error(self, monkeypatch):
         wanted = pytest.raises(OptionError, match="graphs=True requires a model on a GPU or kernels=")
-        with captured_by(None), wanted:
+        monkeypatch.delitem(captures.DEVICES, "cpu", raising=False)
+        with wanted:
             Decoder(compiled_prompts=True).start()
 
     @pytest.mark.parametrize(("name", "value"), [("graphs", "yes"), ("graphs", 1)])

@@ -26,7 +26,7 @@ struct LinearCall {
   // In one of torch's parallel loops, or one for each phase if the call lies between calls of a library.
   void run(bool beside_library = false) {
     if (gemm.rows == 0 || gemm.epilogue.out_features == 0) return;
-    check(!beside_library || !Tape::recording(), "a product of many rows", "not be recorded");
+    check(!beside_library || !Tape::recording(), "a matmul of many rows", "not be recorded");
     place();
     const int64_t k = gemm.padded_features(), weights = ceil_div(gemm.epilogue.out_features, kBlock) * kBlock * k;
     const int rows = prepare.norm ? gemm.rows : 4 * threads();
@@ -57,7 +57,7 @@ struct LinearCall {
   }
 };
 
-inline constexpr char kNoFeatures[] = "a product needs features to read and to write";
+inline constexpr char kNoFeatures[] = "a matmul needs features to read and to write";
 
 inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int64_t k, int64_t n, int64_t group_size,
                             int64_t experts = 1) {
@@ -152,7 +152,7 @@ inline Tensor library_linear(const Tensor& x, const Tensor& weight, const Maybe&
 
 // A matmul of many rows: normalised here, multiplied by the library, finished here. Not recorded: its phases run now.
 inline void run_library(const LinearCall& call, Tensor x, const Tensors& weights, const Tensors& biases) {
-  check(!Tape::recording(), "a product of many rows", "not be recorded");
+  check(!Tape::recording(), "a matmul of many rows", "not be recorded");
   PrepareArgs prepare = call.prepare;
   if (prepare.norm) {
     Tensor normalised = empty_rows(x, columns_of(x));
@@ -209,8 +209,7 @@ inline Tensor describe(LinearCall& call, const Tensor& x, int64_t out_features, 
   PrepareArgs& p = call.prepare;
   Epilogue& e = a.epilogue;
   describe_norm(p, x, fused.norm, held);
-  STD_TORCH_CHECK(!fused.gated || out_features % (2 * kBlock) == 0,
-                  "a gated product has a multiple of 32 out_features");
+  STD_TORCH_CHECK(!fused.gated || out_features % (2 * kBlock) == 0, "a gated matmul has a multiple of 32 out_features");
   const int64_t width = fused.gated ? out_features / 2 : out_features;
   Tensor y = empty_rows(x, width);
   e.bias = bias;
@@ -232,7 +231,7 @@ inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, c
   check(wanted->is_cpu() && wanted->scalar_type() == ScalarType::Int && wanted->is_contiguous() &&
             wanted->numel() == 1 + ceil_div(out_features, kBlock) && !fused.gated && !fused.residual,
         "wanted",
-        "be a count and as many int32 as there are blocks of 16 out_features, of a product without gate and residual");
+        "be a count and as many int32 as there are blocks of 16 out_features, of a matmul without gate and residual");
   return static_cast<const int32_t*>(wanted->data_ptr());
 }
 
@@ -246,7 +245,7 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_
   const bool bytes = kind == ScalarType::Char || kind == ScalarType::Float8_e4m3fn;
   if (lossless && kind != ScalarType::Byte && !bytes)  // (a matrix that would not become smaller)
     return dense(x, {weight}, bias ? Tensors{*bias} : Tensors{}, fused);
-  check(!lossless || !wanted, "wanted", "be for products with weights in 4 bits");
+  check(!lossless || !wanted, "wanted", "be for matmuls with weights in 4 bits");
   LinearCall call = !lossless ? quantized(weight, scale_zero, columns_of(x), out_features, group_size)
                     : bytes   ? in_8_bits(x, weight, scale_zero, out_features)
                               : in_12_bits(x, weight, scale_zero, out_features);

@@ -218,7 +218,7 @@ def test_more_rows_go_through_a_librarys_product(m, n, k, seed):
     options = {"bias": True, "norm_bias": True, "residual": seed % 3 > 0, "activation": "silu", "gap": seed % 5}
     check(case_of((m, 32 * n if gated else n, k), torch.float32, seed=seed, norm=norm, gated=gated, **options))
     case = case_of((m, n, k), torch.float32, seed=seed)
-    with pytest.raises(RuntimeError, match="a product of many rows must not be recorded"):
+    with pytest.raises(RuntimeError, match="a matmul of many rows must not be recorded"):
         called(dense, case.x, case.weight)
 
 
@@ -236,7 +236,7 @@ def test_many_rows_in_16_bits(isa, dtype, m, n, k, seed):
     check(case, isa.name)
     cut = case.weight.split((n // 3 + 1, len(case.weight) - n // 3 - 1))
     assert torch.equal(native.dense(case.x, list(cut), []), native.dense(case.x, [case.weight], []))
-    with pytest.raises(RuntimeError, match="a product of many rows must not be recorded"):
+    with pytest.raises(RuntimeError, match="a matmul of many rows must not be recorded"):
         called(dense, case.x[None].contiguous(), case.weight)
 
 
