@@ -255,7 +255,8 @@ def show(outcome: dict) -> None:
     most = f", which {machine['bandwidth_row']} read; a measurement gave less" if machine["bandwidth_row"] else ""
     print(f"Memory at {machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s{most}\n")
     columns = {"beside another": "beside_tokens_per_s", "weights, bits": "target_bits", "outside, ms": "outside_ms"}
-    columns |= {"drafts accepted": "accepted_share", "first token, s": "first_token_s", "second token, s": "second_token_s", "mean depth": "mean_depth"}
+    columns |= {"drafts accepted": "accepted_share"}
+    columns |= {"first token, s": "first_token_s", "second token, s": "second_token_s", "mean depth": "mean_depth"}
     rows = outcome["rows"]
     shown = {head: key for head, key in columns.items() if any(row.get(key) is not None for row in rows.values())}
     lines = []
