@@ -17,6 +17,7 @@ the rows of the README half an hour for SmolLM2 and two to three hours for a mod
     beside another    the same with one other process busy all the time, where `--neighbour` asks for it
     same text         of how many prompts a row with drafts wrote what the same program writes without
     weights, bits     that River's full-depth passes read: 16, or packed without loss
+    drafts accepted   share of the drafted tokens that were
     outside, ms       of a token, what is not in River's executor: choosing it, its inputs, and for `torch_compile`
                       Dynamo's guards and transformers' loop
     first token, s    from the call that compiles to the first new token: packing and compiling the prompt's graph
@@ -254,6 +255,7 @@ def show(outcome: dict) -> None:
     most = f", which {machine['bandwidth_row']} read; a measurement gave less" if machine["bandwidth_row"] else ""
     print(f"Memory at {machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s{most}\n")
     columns = {"beside another": "beside_tokens_per_s", "weights, bits": "target_bits", "outside, ms": "outside_ms"}
+    columns |= {"drafts accepted": "accepted_share"}
     columns |= {"first token, s": "first_token_s", "second token, s": "second_token_s", "mean depth": "mean_depth"}
     rows = outcome["rows"]
     shown = {head: key for head, key in columns.items() if any(row.get(key) is not None for row in rows.values())}

@@ -67,7 +67,10 @@ class TorchRunner:
             steps = inside[1:]  # (the prompt's is the first)
             found["outside_ms"] = 1e3 * (times[-1] - times[0] - sum(steps)) / (len(times) - 1)
             found["target_bits"] = target_bits(self.model, self.job["options"])
-            if self.job["backend"] != "exact":
+            if self.job["backend"] == "exact":
+                drafts = river_compile.report(self.model).exact
+                found["accepted_share"] = drafts.accepted / max(drafts.drafted, 1)
+            else:
                 found["mean_depth"] = trace.mean_depth
         return found
 

@@ -2,9 +2,9 @@
 
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ... on ISA" has a
 column for each model, from its last run on a machine of an instruction set (any without "on"). "kinds MODEL on ISA" has
-a column for each kind of prompt and each context of such a run, "start MODEL ... on ISA" a row for each process,
-"machines" predicts tokens/s by memory bandwidth, and "checks" has each measurement next to its prediction. Medians over
-prompts have their range behind them.
+a column for each kind of prompt and each context of such a run; "contexts MODEL on ISA" the same, of a run recorded as
+"contexts". "start MODEL ... on ISA" has a row for each process, "machines" predicts tokens/s by memory bandwidth, and
+"checks" has each measurement next to its prediction. Medians over prompts have their range behind them.
 """
 
 from __future__ import annotations
@@ -72,15 +72,16 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     """
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
-    tables = {"decode": decode_table, "kinds": kinds_table, "start": start_table}
+    tables = {"decode": decode_table, "kinds": kinds_table, "contexts": kinds_table, "start": start_table}
     if name in tables:
-        file = results / f"{'start' if name == 'start' else 'decode'}.jsonl"
+        file = results / f"{'decode' if name == 'kinds' else name}.jsonl"
         return tables[name]({model: runs_of(file, model, isa) for model in models})
     if name in ("machines", "checks"):
         reads = runs_of(results / "reads.jsonl", "shapes")[-1]
         speeds = records.read(results / "decode.jsonl")
         return machines.checks(reads, speeds) if name == "checks" else machines.table(reads)
-    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use decode, kinds, start, machines or checks")
+    known = ", ".join([*tables, "machines or checks"])
+    raise ValueError(f"figures: {arguments}: there is no table {name!r}; use {known}")
 
 
 def runs_of(path: Path, model: str, isa: str = "") -> list[Run]:
