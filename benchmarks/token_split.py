@@ -37,7 +37,7 @@ from river_compile import accelerate
 from river_compile.backend import executors_of, river
 from river_compile.cli import shared
 from river_compile.decoding.mode import decode
-from river_compile.decoding.session import Session
+from river_compile.decoding.passes import Passes
 from river_compile.exits import forced_depth
 from river_compile.kernels.native import load
 from river_compile.reporting import timing
@@ -131,15 +131,15 @@ def phases(model: Any, ids: torch.Tensor) -> None:
     running = ["another"]
 
     def named(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
-        def run(session: Session, *args: Any) -> Any:
-            running[0] = name(session, *args)
-            return function(session, *args)
+        def run(passes: Passes, *args: Any) -> Any:
+            running[0] = name(passes, *args)
+            return function(passes, *args)
 
         return run
 
-    draft, verify, usual = Session.draft_step, Session.verify, load.Tape.replay
-    Session.draft_step = named(draft, lambda *_: "draft")
-    Session.verify = named(verify, lambda session, _, drafted: f"verify {session.width_for(drafted)}")
+    draft, verify, usual = Passes.draft_step, Passes.verify, load.Tape.replay
+    Passes.draft_step = named(draft, lambda *_: "draft")
+    Passes.verify = named(verify, lambda passes, _, drafted: f"verify {passes.width_for(drafted)}")
     load.Tape.replay = lambda tape: found.setdefault(running[0], []).append(tape.replay_timed().tolist())
     try:
         accelerate(model, "exact", background_packing=False)
@@ -147,7 +147,7 @@ def phases(model: Any, ids: torch.Tensor) -> None:
         found.clear()
         timing.generate(model, ids, NEW_TOKENS)
     finally:
-        Session.draft_step, Session.verify, load.Tape.replay = draft, verify, usual
+        Passes.draft_step, Passes.verify, load.Tape.replay = draft, verify, usual
     for name in sorted(found):
         replays = found[name]
         milliseconds = statistics.fmean(replay[-1][END] - replay[0][BEGIN] for replay in replays) / 1e6

@@ -24,9 +24,9 @@ from river_compile.building.build import build, rebuild
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
+from river_compile.decoding.admission import check_paths
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
 from river_compile.decoding.prefix_cache import PrefixPool
-from river_compile.decoding.session import check_paths
 from river_compile.errors import ExactModeError, OptionError, RiverWarning
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE

@@ -24,7 +24,7 @@ from river_compile.building.graph_record import Graphs
 from river_compile.decoding.given import Given
 from river_compile.decoding.joining import alone
 from river_compile.decoding.mode import Call, Decode, ExactMode
-from river_compile.decoding.session import Session
+from river_compile.decoding.passes import Passes
 from river_compile.decoding.speculative import SpeculativeDecoder
 from river_compile.errors import ExactModeError, RiverError, RiverWarning
 from river_compile.kernels.messages import with_id
@@ -42,14 +42,14 @@ _falls_back: ContextVar[bool] = ContextVar("_falls_back", default=False)
 class _ExactOrPlain(ExactMode):
     """Exact mode that continues without drafts if the model's graphs cannot verify them."""
 
-    def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
+    def decoder(self, call: Call, passes: Passes, logits: Tensor) -> SpeculativeDecoder:
         try:
-            return super().decoder(call, session, logits)
+            return super().decoder(call, passes, logits)
         except ExactModeError as refusal:
             if self.strict:
                 raise
             _count_fallback(call.model, refusal, by_backend=True)
-            return SpeculativeDecoder(session)
+            return SpeculativeDecoder(passes)
 
 
 class _LateStreamer(BaseStreamer):

@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 from river_compile.decoding.inputs import KNOWN
 from river_compile.decoding.joining import OpenBatch
 from river_compile.decoding.mode import Call, Decode, ExactMode
+from river_compile.decoding.passes import Passes
+from river_compile.decoding.prompt import Prompt
+from river_compile.decoding.rows import empty_batch, join, may_join
 from river_compile.decoding.sampling import random_state, set_random_state
-from river_compile.decoding.session import Session
 from river_compile.decoding.speculative import SpeculativeDecoder, Texts
 from river_compile.errors import BatchError, OptionError
 from river_compile.kernels.checks import integer
@@ -79,8 +81,9 @@ class _Row:
     kwargs: Mapping[str, Any]
     owner: _Submitted
     result: Future[Tensor | None] = field(default_factory=Future)  # None: the call has to run alone
-    session: Session | None = None  # of the prompt
-    kept: Tensor | None = None  # ids whose entries are in the session's cache
+    passes: Passes | None = None  # of the prompt
+    prompt: Prompt | None = None
+    kept: Tensor | None = None  # ids whose entries are in the cache of the passes
     texts: Texts | None = None  # while it is generated
 
 
@@ -110,7 +113,7 @@ class ContinuousBatch:
     #     prompt c   [ piece ]          [ piece ] joins
     #     batch                [ a b ]            [ a b c ] [ a b c ] b ends [ a c ] ...
 
-    _batch: Session  # of the decoder
+    _batch: Passes  # of the decoder
 
     def __init__(self, model: PreTrainedModel, max_num_seqs: int = 8) -> None:
         self._limit = _limit("max_num_seqs", max_num_seqs, OptionError)
@@ -371,49 +374,50 @@ class ContinuousBatch:
         try:
             if row.owner.cancelled:
                 raise CancelledError("the call was cancelled")
-            if row.session is None and not self._begin(row):
+            if row.prompt is None and not self._begin(row):
                 self._prompt = None
                 row.result.set_result(None)
                 return
-            assert row.session is not None
-            logits = row.session.prefill_piece(call.ids_BS, call.config, _PIECE)
+            assert row.passes is not None, "it has begun"
+            assert row.prompt is not None, "it has begun"
+            logits = row.prompt.piece(_PIECE)
             if logits is None:
                 return
             row.kept = call.ids_BS
-            self._become_row(row, row.session, logits)
+            self._become_row(row, row.passes, logits)
         except BaseException as error:
             self._end(row, error)
         self._prompt = None
-        if row.session is not None:
-            row.session.release(row.kept, call.ids_BS.shape[1])
+        if row.passes is not None:
+            row.passes.release(row.kept, call.ids_BS.shape[1])
 
     def _begin(self, row: _Row) -> bool:
-        """Make the session of a call's prompt; return False if the call has to run alone."""
+        """Make the passes of a call's prompt; return False if the call has to run alone."""
         if self._decoder is not None and self._decoder.texts and row.mode != self._mode:
             return False
-        session = row.mode.session(row.call, row.kwargs)
-        if not session.kv.is_full:
-            session.release()
+        passes = row.mode.passes(row.call, row.kwargs)
+        if not passes.kv.is_full:
+            passes.release()
             return False
-        row.session = session
+        row.passes, row.prompt = passes, Prompt(passes, row.call.ids_BS, row.call.config)
         self._prompt_tokens += row.call.ids_BS.shape[1]
-        self._prompt_tokens_kept += session.kv.filled
+        self._prompt_tokens_kept += passes.kv.filled
         return True
 
-    def _become_row(self, row: _Row, session: Session, logits: Tensor) -> None:
+    def _become_row(self, row: _Row, passes: Passes, logits: Tensor) -> None:
         """Make a call whose prompt has run the last row of the batch."""
         call = row.call
         if not self._rows:
             self._decoding.enter_context(self._model._optimize_model_for_decode())
         decoder = self._decoder
         try:
-            if decoder is None or self._mode != row.mode or not self._batch.may_join(session):
-                self._mode, self._batch = row.mode, Session.empty_batch(session, self._limit)
-                self._batch.join(session, call.ids_BS)
+            if decoder is None or self._mode != row.mode or not may_join(self._batch, passes):
+                self._mode, self._batch = row.mode, empty_batch(passes, self._limit)
+                join(self._batch, passes, call.ids_BS)
                 self._decoder = decoder = row.mode.decoder(call, self._batch, logits)
             else:
-                self._batch.join(session, call.ids_BS)
-            row.texts = call.texts(session.ranks, decoder.drafts, generator=row.owner.generator)
+                join(self._batch, passes, call.ids_BS)
+            row.texts = call.texts(passes.ranks, decoder.drafts, generator=row.owner.generator)
             decoder.admit(row.texts, logits)
             decoder.drop_finished()
         except Exception as error:
@@ -472,8 +476,8 @@ class ContinuousBatch:
             rows = [*self._waiting, *self._rows, *([] if self._prompt is None else [self._prompt])]
             self._waiting.clear()
             prompt, self._prompt, self._rows = self._prompt, None, []
-        if prompt is not None and prompt.session is not None:
-            prompt.session.release()
+        if prompt is not None and prompt.passes is not None:
+            prompt.passes.release()
         for row in rows:
             row.result.set_exception(error)
         self._decoding.close()

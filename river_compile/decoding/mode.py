@@ -22,15 +22,18 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.compile_cache.programs import ProgramCache
+from river_compile.decoding.admission import allow_drafts
 from river_compile.decoding.draft_length import DraftLength, DraftLengths
 from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
 from river_compile.decoding.kv_cache import KVCache, masks_by_slots, why_no_rewind
+from river_compile.decoding.passes import Passes
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.processors import STATELESS
+from river_compile.decoding.prompt import Prompt
+from river_compile.decoding.rows import PromptRows
 from river_compile.decoding.sampling import Sampler
-from river_compile.decoding.session import PromptRows, Session
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
@@ -181,25 +184,25 @@ class Decode:
         if joined is not None:
             return joined
         with alone(record):
-            session, text = mode.session(call, model_kwargs), None
+            passes, text = mode.passes(call, model_kwargs), None
             try:
-                logits = session.prefill(input_ids, config)[:, -1:]
+                logits = Prompt(passes, input_ids, config).run()[:, -1:]
                 record.of(PromptRows).add(len(input_ids))
-                decoder = mode.decoder(call, session, logits)
-                texts = call.texts(session.ranks, decoder.drafts)
+                decoder = mode.decoder(call, passes, logits)
+                texts = call.texts(passes.ranks, decoder.drafts)
                 with model._optimize_model_for_decode():
                     ids = decoder.run(texts, logits)
                 # With early exits, some entries of new tokens are the twins'.
-                text = ids[:, : session.kv.filled] if self.depth == WHOLE else input_ids
-                session.write_programs()
+                text = ids[:, : passes.kv.filled] if self.depth == WHOLE else input_ids
+                passes.write_programs()
                 if streamer is not None:
                     streamer.end()
-                return call.result(ids, texts.sampler, session.kv, cache_of(model_kwargs))
+                return call.result(ids, texts.sampler, passes.kv, cache_of(model_kwargs))
             finally:
-                session.release(text, input_ids.shape[1])
+                passes.release(text, input_ids.shape[1])
 
-    def session(self, call: Call, kwargs: Mapping[str, Any]) -> Session:
-        """Return a session on a KV cache that may hold a prefix of the prompt."""
+    def passes(self, call: Call, kwargs: Mapping[str, Any]) -> Passes:
+        """Return the passes on a KV cache that may hold a prefix of the prompt."""
         model, ids_BS = call.model, call.ids_BS
         record = record_of(model.parameters())
         programs = record.find(ProgramCache)
@@ -215,7 +218,7 @@ class Decode:
             entries = None if state is None else state.of_entries
             ours, _ = record.of(PrefixPool).acquire(model, len(ids_BS), tokens, ids, entries)
             kv = ours if ours.is_full else kv
-        return Session(model, kwargs, kv, self.depth, state, keeps_text=ids is not None)
+        return Passes(model, kwargs, kv, self.depth, state, keeps_text=ids is not None)
 
     def obstacle(
         self,
@@ -257,9 +260,9 @@ class Decode:
             return "torch.compiler.set_stance('force_eager') turns compilation off. Set the stance 'default'"
         return _other_rows(rows, model_kwargs)
 
-    def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
+    def decoder(self, call: Call, passes: Passes, logits: Tensor) -> SpeculativeDecoder:
         """Return the decoder for a call whose prompt ran; raise an ExactModeError if drafts cannot be verified."""
-        return SpeculativeDecoder(session)
+        return SpeculativeDecoder(passes)
 
     def for_call(self, given: Given) -> Decode:
         """Return the mode with the options of one call."""
@@ -326,16 +329,16 @@ class ExactMode(Decode):
             return f"{why_no_rewind(model)}. Use quality='fast', whose output changes"
         return super().obstacle(model, rows, config, synced_gpus, given, model_kwargs)
 
-    def decoder(self, call: Call, session: Session, logits: Tensor) -> SpeculativeDecoder:
+    def decoder(self, call: Call, passes: Passes, logits: Tensor) -> SpeculativeDecoder:
         if self.num_assistant_tokens == 0:
-            return super().decoder(call, session, logits)
-        session.allow_drafts(call.ids_BS, logits, self.num_assistant_tokens, self.strict)
+            return super().decoder(call, passes, logits)
+        allow_drafts(passes, call.ids_BS, logits, self.num_assistant_tokens, self.strict)
         if self.num_assistant_tokens_schedule == CONSTANT:
             length = DraftLength(adaptive=False)
         else:
-            length = session.record.of(DraftLengths).setdefault(call.config.do_sample, DraftLength())
+            length = passes.record.of(DraftLengths).setdefault(call.config.do_sample, DraftLength())
         copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
-        return SpeculativeDecoder(session, length.carry_over(session.widths), copied)
+        return SpeculativeDecoder(passes, length.carry_over(passes.widths), copied)
 
 
 exact = ExactMode()

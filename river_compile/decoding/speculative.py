@@ -1,6 +1,6 @@
 """The loop of generate. With drafts it is self-speculative decoding: draft, verify, accept, rewind.
 
-Not handled: how long to draft (`runtime/draft_length.py`); how passes run (`session.py`).
+Not handled: how long to draft (`draft_length.py`); how passes run (`passes.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from river_compile.decoding.draft_length import LOOKUP, TWINS, Draft, DraftLength
+from river_compile.decoding.passes import Passes
+from river_compile.decoding.rows import should_shrink
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
-from river_compile.decoding.session import Session
 from river_compile.runtime.stats import CycleRecord
 from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
@@ -25,8 +26,8 @@ from river_compile.runtime.tensor_parallel import ALONE, Ranks
 class SpeculativeDecoder:
     """Generates the texts of one call, or of several one-row calls, which join and leave."""
 
-    def __init__(self, session: Session, length: DraftLength | None = None, max_copied: int = 0) -> None:
-        self._session = session
+    def __init__(self, passes: Passes, length: DraftLength | None = None, max_copied: int = 0) -> None:
+        self._passes = passes
         self._length = length  # decides how long to draft; None: no drafts
         self._max_copied = max_copied  # tokens that a draft copies from the context
         self.texts: list[Texts] = []  # by the rows of the batch
@@ -56,11 +57,11 @@ class SpeculativeDecoder:
     def advance(self) -> None:
         """Give every row one token, or a single row a cycle's."""
         # Only a single row drafts: a pass of several rows and tokens costs more than drafts save.
-        self._session.make_room(max(texts.tokens_left for texts in self.texts))
+        self._passes.make_room(max(texts.tokens_left for texts in self.texts))
         if self._length is not None and sum(len(texts.rows) for texts in self.texts) == 1:
             self._cycle(self._length, self.texts[0])
         else:
-            self._append_next(self._session.step(self._batch_ids())[:, -1], self.texts)
+            self._append_next(self._passes.step(self._batch_ids())[:, -1], self.texts)
 
     def _cycle(self, length: DraftLength, text: Texts) -> None:
         """Draft, verify, accept, rewind: give the one row the accepted part of a draft and one more token."""
@@ -68,16 +69,16 @@ class SpeculativeDecoder:
         #     draft    ... a b c d e  the 4-bit twins propose c d e
         #     verify   ... a b c d e  one backbone pass over b c d e scores every position
         #     accept   ... a b c x    c is accepted, d is not: x is the backbone's own token after c
-        session, start = self._session, time.perf_counter()
+        passes, start = self._passes, time.perf_counter()
 
         # Draft: the twins' steps fill cache slots, which the verifying pass overwrites.
         draft = self._draft(length, text)
         drafted = len(draft.tokens)
-        session.rewind(draft.steps)
+        passes.rewind(draft.steps)
         after_draft = time.perf_counter()
 
         # Verify: one backbone pass over the last emitted token and the draft, padded to a fixed width.
-        logits = session.verify(text.ids_and(drafted), drafted)
+        logits = passes.verify(text.ids_and(drafted), drafted)
         best = text.sampler.best(logits[0]).tolist() if text.sampler.is_greedy else []
         after_verify = time.perf_counter()
 
@@ -85,7 +86,7 @@ class SpeculativeDecoder:
         emitted = self._accept(text, draft, logits, best)
 
         # Rewind: rejected tokens and padding. The last emitted token has no entry yet, as in plain decoding.
-        session.rewind(session.width_for(drafted) - len(emitted))
+        passes.rewind(passes.width_for(drafted) - len(emitted))
         after_accept = time.perf_counter()
 
         seconds = after_draft - start, after_verify - after_draft, after_accept - after_verify
@@ -114,27 +115,27 @@ class SpeculativeDecoder:
         """Record a cycle: the sources of its tokens, and the times of drafting, verifying and accepting."""
         if not emitted:  # the call's own code raised
             return
-        session = self._session
-        drafting, verifying, accepting = session.ranks.agree(seconds)
+        passes = self._passes
+        drafting, verifying, accepting = passes.ranks.agree(seconds)
         length.learn(draft, emitted, drafting, verifying + accepting)
         record = CycleRecord(
             drafted=tuple(token.source for token in draft.tokens),
             emitted=tuple(emitted),
-            width=session.width_for(len(draft.tokens)),
+            width=passes.width_for(len(draft.tokens)),
             seconds=(drafting, verifying, accepting),
             thread=threading.get_ident(),
-            model=session.stats.model_id,
+            model=passes.stats.model_id,
         )
-        session.stats.count_cycle(record)
+        passes.stats.count_cycle(record)
 
     def _draft(self, length: DraftLength, text: Texts) -> Draft:
         """Draft for the one row: tokens of the twins, then a copy by prompt lookup."""
-        session = self._session
+        passes = self._passes
         if self._index is None:
-            session.begin_drafts(text.ids)
+            passes.begin_drafts(text.ids)
             self._index = SuffixAutomaton(text.ids[0].tolist() if self._max_copied else ())
         index = self._index
-        draft = Draft(max(min(session.longest_draft, text.tokens_left - 1), 0))
+        draft = Draft(max(min(passes.longest_draft, text.tokens_left - 1), 0))
         ids: list[int] = []  # of the draft
         text.reserve(draft.room)
         while True:
@@ -143,9 +144,9 @@ class SpeculativeDecoder:
                 copied, ending = index.continuation(most, ids)
                 draft.copy = [length.token(token, LOOKUP, ending + i) for i, token in enumerate(copied)]
             steps, count = length.plan(draft)
-            if not steps or not (ids or session.can_draft()):
+            if not steps or not (ids or passes.can_draft()):
                 break
-            for token, entropy in self._draft_steps(text, draft, steps if session.runs_late else 1):
+            for token, entropy in self._draft_steps(text, draft, steps if passes.runs_late else 1):
                 draft.add(length.token(token, TWINS, entropy))
                 ids.append(token)
                 if token in text.end_tokens:
@@ -160,10 +161,10 @@ class SpeculativeDecoder:
 
     def _draft_steps(self, text: Texts, draft: Draft, steps: int) -> list[tuple[int, float]]:
         """Queue draft steps, then read them: tokens, and entropies in nats."""
-        session, found = self._session, []
+        passes, found = self._passes, []
         for drafted in range(len(draft.tokens), len(draft.tokens) + steps):
             ids = text.ids_and(drafted)
-            found.append(text.draft(ids, session.draft_step(ids)))
+            found.append(text.draft(ids, passes.draft_step(ids)))
         draft.steps += steps
         return [(int(token), entropy) for token, entropy in torch.cat(found).tolist()]
 
@@ -191,7 +192,7 @@ class SpeculativeDecoder:
             order, last = [*range(len(stay))], [place for place in stay if place >= len(stay)]
             order = [place if self.texts[place].runs else last.pop() for place in order]
             self.texts = [self.texts[place] for place in order]
-            self._session.select(order)
+            self._passes.select(order)
 
     def _batch_ids(self) -> Tensor:
         """Return the batch's ids ``[B, S]``, left-padded to the longest row."""
@@ -204,9 +205,9 @@ class SpeculativeDecoder:
         running = [place for place, row in enumerate(texts.rows) if texts.active[row]]
         if self._length is None or len(running) != 1 or not texts.rows_are_independent:
             return
-        if self._session.should_shrink(texts.tokens_left):
+        if should_shrink(self._passes, texts.tokens_left):
             texts.rows = running
-            self._session.select(running)
+            self._passes.select(running)
 
 
 @dataclass(frozen=True)

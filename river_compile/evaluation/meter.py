@@ -25,7 +25,8 @@ from transformers.cache_utils import Cache
 
 from river_compile.backend import river
 from river_compile.decoding.kv_cache import KVCache
-from river_compile.decoding.session import Session
+from river_compile.decoding.passes import Passes
+from river_compile.decoding.prompt import Prompt
 from river_compile.errors import UnsupportedGraphError
 from river_compile.exits import Criterion, SequenceStates, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
@@ -185,7 +186,7 @@ class Meter:
 class AfterPrompt(NamedTuple):
     """The state after a prompt."""
 
-    session: Session
+    passes: Passes
     layers: list[dict[str, Tensor | int]]  # fields of each cache layer
     entropy: Tensor | None  # of the last logits, for the exit criterion
 
@@ -213,14 +214,14 @@ class TextDecoder:
             "use_cache": True,
             **full_attention_mask(self._model, ids_1S),
         }
-        self._session = Session(self._model, kwargs, self._kv)
-        logits = self._session.prefill(ids_1S, GenerationConfig(), all_logits=True)[0]
-        self._kv = self._session.kv
+        self._passes = Passes(self._model, kwargs, self._kv)
+        logits = Prompt(self._passes, ids_1S, GenerationConfig()).run(all_logits=True)[0]
+        self._kv = self._passes.kv
         return logits
 
     def step(self, ids_1S: Tensor) -> Tensor:
         """Run the last token of a text, those before it being in the KV cache; return its logits ``[V]``."""
-        return self._session.step(ids_1S)[0, -1].clone()  # (the next step overwrites them)
+        return self._passes.step(ids_1S)[0, -1].clone()  # (the next step overwrites them)
 
     @torch.inference_mode()
     def logits(self, ids_1S: Tensor, first: int) -> Tensor:
@@ -234,18 +235,18 @@ class TextDecoder:
     def save(self) -> AfterPrompt:
         """Copy the state after the prompt that just ran."""
         layers = [{name: _copied(v) for name, v in vars(layer).items() if _counts(v)} for layer in self.cache.layers]
-        return AfterPrompt(self._session, layers, self._sequences.get(self.cache.layers[0].keys).entropy)
+        return AfterPrompt(self._passes, layers, self._sequences.get(self.cache.layers[0].keys).entropy)
 
     def resume(self, saved: AfterPrompt) -> None:
         """Restore the state after a prompt."""
-        self._session = saved.session
+        self._passes = saved.passes
         for layer, held in zip(self.cache.layers, saved.layers, strict=True):
             for name, value in held.items():
                 if isinstance(value, Tensor):
                     getattr(layer, name).copy_(value)
                 else:
                     setattr(layer, name, value)
-        self._session.kv.filled = int(self.cache.get_seq_length())
+        self._passes.kv.filled = int(self.cache.get_seq_length())
         self._sequences.get(self.cache.layers[0].keys).entropy = saved.entropy
 
 

@@ -12,7 +12,7 @@ from river_compile.backend import river
 from river_compile.decoding.draft_vocab import DraftVocab
 from river_compile.decoding.mode import exact
 from river_compile.kernels.ops import MASKED_LOGIT, VOCAB_BLOCK
-from tests.support.decoding import session_on
+from tests.support.decoding import passes_on
 
 VOCABULARY = 10_010  # (of a length that no block divides)
 OPTIONS = {"kernels": "native", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
@@ -75,12 +75,12 @@ class TestWhichTokens:
 def steps(model, depth: int, tokens: DraftVocab | None, count: int = 3) -> torch.Tensor:
     """Returns the logits of steps that leave at a depth."""
     ids = torch.arange(6)[None]
-    session, logits = session_on(model, ids), []
+    passes, logits = passes_on(model, ids), []
     for token in range(count + 1):
         ids = torch.cat([ids, torch.tensor([[max(token - 1, 0)]])], 1)
-        logits.append(session.step(ids, 1, depth, tokens))
+        logits.append(passes.step(ids, 1, depth, tokens))
         if token == 0:  # (this one went through the model)
-            session.rewind(1)
+            passes.rewind(1)
             ids = ids[:, :-1]
     return torch.cat(logits[1:])
 

@@ -19,7 +19,7 @@ import river_compile
 from river_compile.backend import river
 from river_compile.decoding.draft_length import DraftLengths
 from river_compile.decoding.mode import decode, exact
-from river_compile.decoding.session import Session
+from river_compile.decoding.passes import Passes
 from river_compile.errors import ExactModeError
 from river_compile.exits import forced_depth
 from river_compile.record import record_of
@@ -240,9 +240,9 @@ def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(drafte
             assert torch.equal(layer.keys[:, :, :filled], ours.keys[:, :, :filled])
             assert torch.equal(layer.values[:, :, :filled], ours.values[:, :, :filled])
 
-    run_verify, run_rewind = Session.verify, Session.rewind
-    monkeypatch.setattr(Session, "verify", verify)
-    monkeypatch.setattr(Session, "rewind", rewind)
+    run_verify, run_rewind = Passes.verify, Passes.rewind
+    monkeypatch.setattr(Passes, "verify", verify)
+    monkeypatch.setattr(Passes, "rewind", rewind)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):  # (of both models together)
         exactly(compiled(), ids, mask, num_assistant_tokens=drafted_at_once)
     assert len(judged) == len(cycles) > 1
@@ -349,12 +349,12 @@ def order(monkeypatch):
     """Passes are taken to return before they have run; returns what they are in order, and when the host reads."""
     noted, calls = (
         [],
-        ((Session, "draft_step", "draft"), (Session, "verify", "verify"), (torch.Tensor, "tolist", "read")),
+        ((Passes, "draft_step", "draft"), (Passes, "verify", "verify"), (torch.Tensor, "tolist", "read")),
     )
     for owner, name, what in calls:
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, _real=real, _what=what: noted.append(_what) or _real(*a))
-    monkeypatch.setattr(Session, "runs_late", True)
+    monkeypatch.setattr(Passes, "runs_late", True)
     return noted
 
 

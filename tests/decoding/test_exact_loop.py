@@ -17,9 +17,9 @@ from transformers.generation import (
 )
 
 import river_compile
+from river_compile.decoding.admission import verification_widths
 from river_compile.decoding.draft_length import DraftLength
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
-from river_compile.decoding.session import verification_widths
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from tests.support.examples import slow
 from tests.support.scripted import VOCABULARY, ScriptedRunner

@@ -25,7 +25,7 @@ import river_compile
 from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.decoding import mode
-from river_compile.decoding.session import Session
+from river_compile.decoding.passes import Passes
 from river_compile.errors import OptionError, RankError, TwinsError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
@@ -190,7 +190,7 @@ def exact(folder: Path) -> dict[str, Any]:
         torch.manual_seed(dist.get_rank())
         how = {"max_new_tokens": 12, "do_sample": sample, "cache_implementation": "static"}
         texts[name] = model.generate(prompt(PROMPT), custom_generate=loop, **how)
-    with mock.patch.object(Session, "runs_late", True):
+    with mock.patch.object(Passes, "runs_late", True):
         late = model.generate(
             prompt(PROMPT), custom_generate=exactly, max_new_tokens=12, do_sample=False, cache_implementation="static"
         )

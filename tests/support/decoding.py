@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from river_compile.decoding.kv_cache import KVCache
-from river_compile.decoding.session import Session
+from river_compile.decoding.passes import Passes
+from river_compile.decoding.prompt import Prompt
 from river_compile.exits import forced_depth
 from river_compile.runtime.state import StepState, on_step
 from river_compile.runtime.stats import StepRecord
@@ -102,13 +103,13 @@ def decode(
     return logits
 
 
-def session_on(model, ids: Tensor, kind: str = "full") -> Session:
-    """Returns a session whose prompt has run."""
+def passes_on(model, ids: Tensor, kind: str = "full") -> Passes:
+    """Returns passes whose prompt has run."""
     cache = new_cache(model, kind)
     kwargs = {"attention_mask": torch.ones_like(ids), "use_cache": True, cache_argument(model): cache}
-    session = Session(model, kwargs, KVCache(cache))
-    session.prefill(ids, model.generation_config)
-    return session
+    passes = Passes(model, kwargs, KVCache(cache))
+    Prompt(passes, ids, model.generation_config).run()
+    return passes
 
 
 @contextlib.contextmanager
