@@ -6,7 +6,6 @@ Not handled: graphs that are no decoder (:mod:`river_compile.backend` sorts them
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 import time
@@ -18,12 +17,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from river_compile.building.choose import Choices, choose, has_room, passes_for
+from river_compile.building.choose import Choices, choose, has_room, passes_for, why_width_matters
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.building.structured_trace import trace_artifact, trace_pass, trace_program
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
-from river_compile.exits import CRITERIA, WHOLE, SequenceStates
+from river_compile.exits import WHOLE, SequenceStates
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native
 from river_compile.lowering.inductor import (
@@ -35,7 +34,7 @@ from river_compile.lowering.inductor import (
     lower_segment,
     warn_of_slow_lowering,
 )
-from river_compile.passes.edits import run_passes
+from river_compile.passes.edits import PassRecord, run_passes
 from river_compile.passes.experts import ROUTER
 from river_compile.passes.freeze import freeze
 from river_compile.passes.nodes import calls_flex_attention, value_of
@@ -84,14 +83,19 @@ def build(
     model.of(OffloadedWeights).check(plan, config)
     unwritten: list[Matmul] = []  # whose 12-bit weights the background writes to a file
     with graph.stage("rewriting"):
-        rewritten = _rewritten(found, choices)
+        rewritten, passes = _rewritten(found, choices)
         if by_default:
             lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless]
             later = _only_drafts(model, config) and twins.packs_later(lossless)
             there = twins.has_stored(lossless, inputs) if later else twins.has_lossless or has_room(found)
             if not there:
                 choices = replace(choices, target_weights="model")
-                rewritten, unwritten = _rewritten(found, choices), lossless if later else []
+                rewritten, passes = _rewritten(found, choices)
+                unwritten = lossless if later else []
+        for number, record in enumerate(passes, start=1):
+            trace_pass(plan.kind, number, record)
+        trace_program(plan.kind, rewritten)
+        rewritten = with_shared_graphs(rewritten)
         program = _frozen(found, rewritten, choices, graph)
     graph.traced = found
     examples = {slot: value_of(node) for node, slot in rewritten.slots.items()}
@@ -107,7 +111,7 @@ def _frozen(found: RiverProgram, rewritten: RiverProgram, choices: Choices, grap
     """Lower the result of the passes."""
     how = choices.lowering
     lower, matrices = functools.partial(lower_segment, lowering=how), tuple(sorted(linear_names(found)))
-    why = _why_width_matters(rewritten, choices)
+    why = why_width_matters(rewritten, choices)
     return freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
 
 
@@ -221,33 +225,10 @@ def _nothing(_: object) -> None:
     return None
 
 
-def _why_width_matters(program: RiverProgram, choices: Choices) -> str:
-    """Return why a token's bits may depend on the tokens in its pass at full depth; empty if they do not."""
-    config, how = choices.config, choices.target_weights
-    if not choices.has_own_matmuls:
-        return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
-    if choices.lowering.native:
-        return ""
-    missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
-    if missed is not None:
-        return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"
-    if how != "model":
-        return f"one row of weights in {how} has a kernel of its own; use target_weights='model'"
-    checks = config.first_exit < program.plan.num_blocks and CRITERIA[config.criterion].reads == "block"
-    if config.exit_depth is None and checks:
-        return (
-            f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use "
-            "criterion='confidence'"
-        )
-    return ""
-
-
-def _rewritten(found: RiverProgram, choices: Choices) -> RiverProgram:
-    """Run the passes and trace their changes; equal blocks share a graph afterwards."""
-    kind, numbers = found.plan.kind, itertools.count(1)
-    result = run_passes(found, passes_for(choices, found.plan), lambda record: trace_pass(kind, next(numbers), record))
-    trace_program(kind, result)
-    return with_shared_graphs(result)
+def _rewritten(found: RiverProgram, choices: Choices) -> tuple[RiverProgram, list[PassRecord]]:
+    """Run the passes; return the result and what each of them changed."""
+    records: list[PassRecord] = []
+    return run_passes(found, passes_for(choices, found.plan), records.append), records
 
 
 def _packed(

@@ -13,7 +13,7 @@ import torch
 
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
-from river_compile.exits import WHOLE, ExitPolicy
+from river_compile.exits import CRITERIA, WHOLE, ExitPolicy
 from river_compile.kernels.measured import Shapes, worth_12_bits
 from river_compile.kernels.native.build import choose_isa
 from river_compile.lowering.inductor import Lowering
@@ -154,3 +154,24 @@ def _uses_own_matmuls(config: RiverConfig, lowering: Lowering) -> bool:
     if config.offload is not None:
         return False
     return config.target_kernels != "model" if lowering.native else config.target_kernels == "river"
+
+
+def why_width_matters(program: RiverProgram, choices: Choices) -> str:
+    """Return why a token's bits may depend on the tokens in its pass at full depth; empty if they do not."""
+    config, how = choices.config, choices.target_weights
+    if not choices.has_own_matmuls:
+        return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
+    if choices.lowering.native:
+        return ""
+    missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
+    if missed is not None:
+        return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"
+    if how != "model":
+        return f"one row of weights in {how} has a kernel of its own; use target_weights='model'"
+    checks = config.first_exit < program.plan.num_blocks and CRITERIA[config.criterion].reads == "block"
+    if config.exit_depth is None and checks:
+        return (
+            f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use "
+            "criterion='confidence'"
+        )
+    return ""
