@@ -28,9 +28,10 @@ from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
+from river_compile.ranks import ranks_of
 from river_compile.record import find_record, record_of
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.tensor_parallel import check_supported, ranks_of, take_local_shards
+from river_compile.runtime.tensor_parallel import check_supported, take_local_shards
 from river_compile.twins.making import Statistics
 from river_compile.upstream.dynamo import (
     OwnCall,

@@ -35,10 +35,10 @@ from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import begin_kernels, no_compiler
 from river_compile.passes.program import Program, RiverProgram
+from river_compile.ranks import ranks_of
 from river_compile.record import ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.offload import OffloadedWeights
-from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation, Tokenizer, windows_of

@@ -24,9 +24,9 @@ from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
+from river_compile.ranks import ranks_of
 from river_compile.record import ModelRecord, find_record, unwrap
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.file import write
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import TwinWeight, is_in

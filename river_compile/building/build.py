@@ -42,13 +42,13 @@ from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentS
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.passes.twins import linear_names
 from river_compile.progress import stage_reached
+from river_compile.ranks import Ranks
 from river_compile.record import ModelRecord, adopt
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.offload import OffloadedWeights, Streamer
 from river_compile.runtime.state import CompiledProgram, all_logits
 from river_compile.runtime.stats import ExitStats
-from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.runtime.units import Step, Units
 from river_compile.system import advise_pageout
 from river_compile.twins.making import Statistics

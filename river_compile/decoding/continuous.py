@@ -31,9 +31,9 @@ from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.speculative import SpeculativeDecoder, Texts
 from river_compile.errors import BatchError, OptionError
 from river_compile.kernels.checks import integer
+from river_compile.ranks import Ranks
 from river_compile.record import find_record
 from river_compile.runtime.stats import ExitStats
-from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.upstream.dynamo import OwnCall
 
 log = logging.getLogger("river_compile.continuous")

@@ -40,8 +40,8 @@ from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_state import model_state
+from river_compile.ranks import Ranks
 from river_compile.record import record_of
-from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
     cache_argument,

@@ -35,11 +35,11 @@ from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.exits import forced_depth
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
+from river_compile.ranks import Ranks
 from river_compile.record import record_of
 from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
 from river_compile.runtime.state import StepState
 from river_compile.runtime.stats import ExitStats
-from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.dynamo import OwnCall, runs_one_graph
 from river_compile.upstream.transformers import cache_argument, mark_dynamic

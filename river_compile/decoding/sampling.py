@@ -14,7 +14,7 @@ from transformers.generation import LogitsProcessor
 
 from river_compile.decoding.processors import BARRED, STATELESS, bars, processed
 from river_compile.kernels.native.load import best_tokens, choices
-from river_compile.runtime.tensor_parallel import ALONE, Ranks
+from river_compile.ranks import ALONE, Ranks
 
 
 class Sampler:

@@ -19,8 +19,8 @@ from river_compile.decoding.draft_length import LOOKUP, TWINS, Draft, DraftLengt
 from river_compile.decoding.passes import Passes
 from river_compile.decoding.rows import should_shrink
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
+from river_compile.ranks import ALONE, Ranks
 from river_compile.runtime.stats import CycleRecord
-from river_compile.runtime.tensor_parallel import ALONE, Ranks
 
 
 class SpeculativeDecoder:

@@ -30,10 +30,10 @@ from river_compile.decoding.prompt import Prompt
 from river_compile.errors import UnsupportedGraphError
 from river_compile.exits import Criterion, SequenceStates, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
+from river_compile.ranks import ranks_of
 from river_compile.record import record_of
 from river_compile.reporting.trace import trace
 from river_compile.runtime.stats import StepRecord
-from river_compile.runtime.tensor_parallel import ranks_of
 from river_compile.twins.observe import full_attention_mask
 from river_compile.upstream.transformers import cache_argument
 

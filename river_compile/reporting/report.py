@@ -13,10 +13,10 @@ from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.kernels.native import cores
 from river_compile.kernels.native.load import loaded
+from river_compile.ranks import Ranks
 from river_compile.record import ModelRecord, find_record, unwrap
 from river_compile.runtime.offload import OffloadedWeights, OffloadStats
 from river_compile.runtime.stats import ExactStats, ExitStats
-from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.twins.making import Statistics
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.quantize import UNOBSERVED

@@ -22,7 +22,7 @@ from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.native.load import Tape, few_rows
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Program, Refusal
-from river_compile.runtime.tensor_parallel import NOT_CAPTURED, Ranks
+from river_compile.ranks import NOT_CAPTURED, Ranks
 from river_compile.runtime.units import SCORE, Step, Unit
 
 _LOGGED = 512  # capture records that a log keeps

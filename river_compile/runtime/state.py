@@ -21,6 +21,7 @@ from river_compile.exits import ExitPolicy, SequenceState, SequenceStates, thres
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
+from river_compile.ranks import ALONE, Ranks
 from river_compile.runtime.captures import (
     CaptureDevice,
     CaptureFailed,
@@ -30,7 +31,6 @@ from river_compile.runtime.captures import (
     copy_into,
 )
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
-from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
 log = logging.getLogger("river_compile.runtime.state")

@@ -23,7 +23,7 @@ from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
-from river_compile.runtime.tensor_parallel import ALONE, Ranks
+from river_compile.ranks import ALONE, Ranks
 from river_compile.twins.file import TwinFile
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration

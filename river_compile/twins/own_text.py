@@ -21,7 +21,7 @@ from river_compile.errors import OptionError
 from river_compile.kernels.native.load import loaded
 from river_compile.kernels.portable import token_kl
 from river_compile.progress import stage_reached, stage_shown
-from river_compile.runtime.tensor_parallel import ranks_of
+from river_compile.ranks import ranks_of
 from river_compile.twins.observe import (
     MatmulHook,
     Moments,

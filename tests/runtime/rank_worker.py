@@ -29,10 +29,10 @@ from river_compile.decoding.passes import Passes
 from river_compile.errors import OptionError, RankError, TwinsError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
+from river_compile.ranks import ALONE, Ranks
 from river_compile.record import find_record
 from river_compile.runtime.executor import on_call
 from river_compile.runtime.state import on_step
-from river_compile.runtime.tensor_parallel import ALONE, Ranks
 from river_compile.twins.making import Statistics
 from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.transformers import cache_argument

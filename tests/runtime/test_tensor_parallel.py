@@ -13,7 +13,8 @@ import river_compile
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.passes.experts import ROUTER
-from river_compile.runtime.tensor_parallel import ALONE, Ranks, check_supported
+from river_compile.ranks import ALONE, Ranks
+from river_compile.runtime.tensor_parallel import check_supported
 from tests.runtime.rank_worker import CASES, DEPTHS, LAYERS, SLOW
 from tests.support.examples import slow
 from tests.support.families import CONFIGS, HIDDEN

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from river_compile.ranks import ALONE
 from river_compile.runtime.stats import ExitStats
-from river_compile.runtime.tensor_parallel import ALONE
 
 VOCABULARY = 11
 
