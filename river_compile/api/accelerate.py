@@ -143,7 +143,7 @@ def accelerate(
         generate_by(model, mode)
     record.put(call, programs, Graphs())
     twins = record.of(TwinWeights)
-    twins.stores, twins.background = compile_cache, background_packing
+    twins.stores, twins.background.enabled = compile_cache, background_packing
     weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
     return model
 
@@ -151,8 +151,9 @@ def accelerate(
 def _end_packing(twins: weakref.ref[TwinWeights]) -> None:
     """End the packing for a model that is gone, which holds its weights, unless a later process uses the result."""
     here = twins()
-    if here is not None and here.packing is not None and not here.packing.finishes_at_exit:
-        here.packing.cancel()
+    packing = None if here is None else here.background.packing
+    if packing is not None and not packing.finishes_at_exit:
+        packing.cancel()
 
 
 def _built(
@@ -357,7 +358,7 @@ def restore(model: Module) -> Module:
     if record is not None:
         if record.find(OwnCall) is None:
             drop_graphs(inner)
-        packing = record.of(TwinWeights).packing
+        packing = record.of(TwinWeights).background.packing
         if packing is not None:
             packing.cancel()
     forget(inner)

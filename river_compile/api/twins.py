@@ -64,7 +64,7 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
 def _pack(model: Any, record: ModelRecord) -> None:
     """Have a model trace its passes and quantize its twins, and wait for them."""
     _generate_a_token(model)
-    packing = record.of(TwinWeights).packing
+    packing = record.of(TwinWeights).background.packing
     if packing is not None and not record.of(Graphs).packed:
         packing.wait()
         _generate_a_token(model)
@@ -186,13 +186,13 @@ class _State(NamedTuple):
     def of(cls, record: ModelRecord) -> _State:
         twins = record.of(TwinWeights)
         graphs = Graphs(record.of(Graphs))
-        return cls(graphs, record.find(OwnCall), record.find(ProgramCache), twins.stores, twins.background)
+        return cls(graphs, record.find(OwnCall), record.find(ProgramCache), twins.stores, twins.background.enabled)
 
     def put_back(self, record: ModelRecord) -> None:
         record.drop(OwnCall, ProgramCache)
         record.put(*(held for held in (self.graphs, self.call, self.programs) if held is not None))
         twins = record.of(TwinWeights)
-        twins.stores, twins.background = self.stores, self.background
+        twins.stores, twins.background.enabled = self.stores, self.background
 
 
 @contextlib.contextmanager

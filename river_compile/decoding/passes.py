@@ -84,7 +84,7 @@ class Passes:
         self.vocabulary = 0  # logits of a token
         self.is_strict = False
         self.begun: set[RiverExecutor] = set()  # that have checked the weights
-        packing = self.record.of(TwinWeights).packing
+        packing = self.record.of(TwinWeights).background.packing
         self._packed = packing if packing is not None and packing.ended else None  # whose twins the passes may use
         self.reset()
 
@@ -142,15 +142,16 @@ class Passes:
 
     def can_draft(self) -> bool:
         """Whether the twins are there; if they have just come, the next passes read them."""
-        twins = self.record.of(TwinWeights)
-        if twins.packing is not self._packed and twins.packing is not None:
-            if not twins.packing.ended:
+        background = self.record.of(TwinWeights).background
+        packing = background.packing
+        if packing is not None and packing is not self._packed:
+            if not packing.ended:
                 return False
-            self._packed = twins.packing
+            self._packed = packing
             self.begun.clear()
             self._states.clear()
         # A program that was never built may begin to pack: a pass at full depth builds it.
-        return not twins.background or 1 in self._states or (self.kv.rows, 1) in self.kv.states
+        return not background.enabled or 1 in self._states or (self.kv.rows, 1) in self.kv.states
 
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Run the last id through all twins, one slot further; return the next token's logits ``[B, V]``."""

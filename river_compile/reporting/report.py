@@ -74,7 +74,7 @@ class Report:
     def to_dict(self) -> dict[str, object]:
         """Return the report as JSON's types; a number that does not exist is None."""
         record, twins, prefixes = self.record, self.record.of(TwinWeights), self.record.of(PrefixPool)
-        offloaded = record.of(OffloadedWeights).sample()
+        offloaded, share = record.of(OffloadedWeights).sample(), twins.background.share
         return {
             "model": self.model,
             "ran": self.ran,
@@ -86,8 +86,8 @@ class Report:
             "plain_calls": dict(record.of(Fallbacks)),
             "packed_bytes": sum(twin.nbytes for twin in self.packed),
             "packing_seconds": twins.packing_seconds,
-            "packing_in_background": None if twins.packing_share is None else round(twins.packing_share, 3),
-            "packing_for_later": twins.packs_backbone,
+            "packing_in_background": None if share is None else round(share, 3),
+            "packing_for_later": twins.background.writes,
             "packed_again": twins.changes,
             "offloaded": None if offloaded is None else {**asdict(offloaded), "blocks": [*offloaded.blocks]},
             "matrices": [_weight_dict(twin) for twin in self.packed],
@@ -118,11 +118,11 @@ class Report:
                 yield from graph.lines()
             if self.packed:
                 yield from _twin_lines(record, self.packed)
-            if (share := twins.packing_share) is not None:
+            if (share := twins.background.share) is not None:
                 yield f"  packing        {share:.0%} done in the background; drafts begin afterwards"
             if offloaded := record.of(OffloadedWeights).sample():
                 yield from _offload_lines(offloaded)
-            if twins.packs_backbone:
+            if twins.background.writes:
                 yield "  packing        the 16-bit layers without loss in the background, for later processes"
             if loaded() and (why := cores.limit_text()):
                 yield f"  threads        {cores.threads()}{why}"

@@ -143,3 +143,56 @@ class Packing:
             self._told_of_exit = True
             message = "river: the twins are packed for later processes before this one ends; Ctrl-C skips it"
             print(message, file=sys.stderr, flush=True)
+
+
+class Background:
+    """What is made in the background for one model: its twins, and then the file of its 12-bit weights."""
+
+    def __init__(self) -> None:
+        self.enabled = False  # whether twins that only drafts read are made while the model answers without them
+        self.packing: Packing | None = None  # the latest making of twins
+        self._unwritten: Callable[[], None] | None = None  # writes the file, after the twins
+        self._writing: Packing | None = None  # that does so
+
+    @property
+    def share(self) -> float | None:
+        """How much of the twins' present stage is done; None if nothing runs."""
+        return None if self.packing is None or self.packing.over else self.packing.share
+
+    @property
+    def writes(self) -> bool:
+        """Whether the file is being written now."""
+        return self.share is None and self._writing is not None and not self._writing.idle
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.packing is None else self.packing.seconds
+
+    def begin(self, work: Callable[[], None], finishes_at_exit: bool) -> None:
+        """Make twins, unless others are being made."""
+        if self.packing is None or self.packing.over:
+            self.packing = Packing(work, finishes_at_exit)
+
+    def end(self, cancel: bool) -> None:
+        """Wait for twins that are being made, which `cancel` ends before."""
+        if self.packing is not None:
+            if cancel:
+                self.packing.cancel()
+            self.packing.wait()
+
+    def write(self, work: Callable[[], None], now: bool) -> None:
+        """Write the file once, after the twins: `now`, if they are there or begun, or with `begin_writing`."""
+        if self._writing is None:
+            self._unwritten = work
+        if now or self.packing is not None:
+            self.begin_writing()
+
+    def begin_writing(self) -> None:
+        """Begin the writing that waits for the twins."""
+        work, self._unwritten = self._unwritten, None
+        if work is None:
+            return
+        if self.packing is not None and self.packing.then(work):
+            self._writing = self.packing
+        else:
+            self._writing = Packing(work, finishes_at_exit=True)

@@ -26,7 +26,7 @@ from river_compile.compile_cache.folder import Entry, is_enabled, warn_not_writa
 from river_compile.config import RiverConfig
 from river_compile.errors import TwinsError
 from river_compile.passes.program import Matmul
-from river_compile.twins.background import Packing
+from river_compile.twins.background import Background
 from river_compile.twins.file import (
     FILE,
     TwinFile,
@@ -69,10 +69,7 @@ class TwinWeights:
         self._stored: Entry | None = None  # of the latest twins
         self._loss_is_old = False
         self.stores = True  # whether the compile cache is read and written
-        self.background = False  # whether twins that only drafts read are made while the model answers without them
-        self.packing: Packing | None = None  # the latest making of twins in the background
-        self._unwritten: Callable[[], None] | None = None  # writes 12-bit weights to their file, after the twins
-        self._writing: Packing | None = None  # that does so
+        self.background = Background()
         self.seconds = 0.0  # of making weights, apart from `packing`
         self.loss: TwinLoss | None = None  # joint loss of the latest twins, None if not known
         self.changes = 0  # times that parameters were found changed
@@ -93,11 +90,9 @@ class TwinWeights:
         """Return the packed weights of matmuls; make missing ones. Raises a TwinsError or OptionError."""
         with self._lock:
             start = time.perf_counter()
-            may_wait = drafting and self.background and not refresh
-            if self.packing is not None and not may_wait:
-                if refresh:
-                    self.packing.cancel()
-                self.packing.wait()
+            may_wait = drafting and self.background.enabled and not refresh
+            if not may_wait:
+                self.background.end(cancel=refresh)
             parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*matmuls, *savable)}
             job = Job(config, statistics, device, parameters, self._digests_of(parameters), refresh)
             if config.twins is not None and not refresh:
@@ -122,27 +117,17 @@ class TwinWeights:
             packed = {x: found[x] for x in matmuls if x in found}
             self._made_before |= {keys[matmul]: made for matmul, made in packed.items()}
             made_now = [made for matmul, made in packed.items() if matmul not in there]
-            awaits = self.packing if len(packed) < len(matmuls) else None
+            awaits = self.background.packing if len(packed) < len(matmuls) else None
             if not all(matmul.lossless for matmul in matmuls):
-                self._begin_writing()
+                self.background.begin_writing()
             program = ProgramWeights(packed, inputs, self._digests_of, made_now, awaits)
             self._programs.add(program)
             self.seconds += time.perf_counter() - start
             return program
 
     @property
-    def packing_share(self) -> float | None:
-        """How much of the present stage is done in the background; None if nothing runs there."""
-        return None if self.packing is None or self.packing.over else self.packing.share
-
-    @property
-    def packs_backbone(self) -> bool:
-        """Whether the background writes a file of 12-bit weights for later processes now."""
-        return self.packing_share is None and self._writing is not None and not self._writing.idle
-
-    @property
     def packing_seconds(self) -> float:
-        return self.seconds + (0.0 if self.packing is None else self.packing.seconds)
+        return self.seconds + self.background.seconds
 
     def estimate_loss(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
         """Estimate the joint loss of a graph's twins, if statistics made some since the last time."""
@@ -247,9 +232,7 @@ class TwinWeights:
                 write_stored(entry, [*made.values()])
             return made
         # If others are being made, the program is built again when those are there, and these begin.
-        if self.packing is None or self.packing.over:
-            work = functools.partial(self._make_later, job, matmuls, entry)
-            self.packing = Packing(work, finishes_at_exit=entry is not None)
+        self.background.begin(functools.partial(self._make_later, job, matmuls, entry), entry is not None)
         return {}
 
     def _make_later(self, job: Job, matmuls: Sequence[Matmul], entry: Entry | None) -> None:
@@ -262,7 +245,7 @@ class TwinWeights:
 
     def packs_later(self, lossless: Sequence[Matmul]) -> bool:
         """Whether the background writes the file of so many 12-bit weights, for later processes."""
-        return self.background and self.stores and is_enabled() and sum(map(_size, lossless)) > _SMALL
+        return self.background.enabled and self.stores and is_enabled() and sum(map(_size, lossless)) > _SMALL
 
     @property
     def has_lossless(self) -> bool:
@@ -272,19 +255,8 @@ class TwinWeights:
     def write_later(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> None:
         """Have the background write the file of 12-bit weights, once the twins are there."""
         with self._lock:
-            if self._writing is None:
-                self._unwritten = functools.partial(self.store_lossless, matmuls, inputs)
-            if any(not made.matmul.lossless for made in self._made_before.values()) or self.packing is not None:
-                self._begin_writing()
-
-    def _begin_writing(self) -> None:
-        work, self._unwritten = self._unwritten, None
-        if work is None:
-            return
-        if self.packing is not None and self.packing.then(work):
-            self._writing = self.packing
-        else:
-            self._writing = Packing(work, finishes_at_exit=True)
+            asked = any(not made.matmul.lossless for made in self._made_before.values())
+            self.background.write(functools.partial(self.store_lossless, matmuls, inputs), asked)
 
     def has_stored(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> bool:
         """Whether the compile cache has the lossless weights of these matmuls."""

@@ -31,6 +31,11 @@ OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
 EXACT = {**OPTIONS, "num_assistant_tokens": 2, "num_assistant_tokens_schedule": "constant"}
 
 
+def packing_of(model):
+    """Returns the latest making of a model's twins in the background."""
+    return find_record(model).of(TwinWeights).background.packing
+
+
 def plain():
     return make("llama", layers=2)
 
@@ -67,8 +72,8 @@ def packing(held):
     """A model that has answered, and whose twins are held."""
     model = river_compile.accelerate(plain(), compile_cache=False, **EXACT)
     generate(model, prompt_lookup_num_tokens=0)
-    assert find_record(model).of(TwinWeights).packing_share is not None
-    begun = find_record(model).of(TwinWeights).packing
+    assert find_record(model).of(TwinWeights).background.share is not None
+    begun = packing_of(model)
     yield model
     held.set()
     begun.wait()
@@ -76,7 +81,7 @@ def packing(held):
 
 def finish(model, release):
     release.set()
-    find_record(model).of(TwinWeights).packing.wait()
+    packing_of(model).wait()
 
 
 def test_the_text_is_the_same_before_and_after(packing, held):
@@ -150,7 +155,7 @@ def test_without_the_option_or_in_a_small_model_the_first_call_waits(held, monke
     fast = river_compile.accelerate(plain(), "fast", compile_cache=False, **OPTIONS)
     generate(fast)
     assert all(map(drafted, (waits, small)))
-    assert all(find_record(model).of(TwinWeights).packing is None for model in (waits, small, fast))
+    assert all(packing_of(model) is None for model in (waits, small, fast))
 
 
 def test_weights_that_change_meanwhile_get_twins_of_their_own(packing, held):
@@ -158,9 +163,9 @@ def test_weights_that_change_meanwhile_get_twins_of_their_own(packing, held):
     packing.load_state_dict(other.state_dict())
     held.set()
     for _ in range(2):
-        find_record(packing).of(TwinWeights).packing.wait()
+        packing_of(packing).wait()
         assert generate(packing).tolist() == generate(other).tolist()
-    find_record(packing).of(TwinWeights).packing.wait()
+    packing_of(packing).wait()
     assert generate(packing).tolist() == generate(other).tolist()
     current = [twin.is_current for twin in find_record(packing).of(Graphs).packed]
     assert current == [True] * 8
@@ -186,7 +191,7 @@ def test_copies_that_are_made_meanwhile_are_plain_and_pack_on_their_own(packing,
         assert find_record(copied) is None
     river_compile.accelerate(copies[0], compile_cache=False, **EXACT)
     generate(copies[0], prompt_lookup_num_tokens=0)
-    assert find_record(copies[0]).of(TwinWeights).packing is not find_record(packing).of(TwinWeights).packing
+    assert find_record(copies[0]).of(TwinWeights).background.packing is not packing_of(packing)
     for model in (packing, copies[0]):
         finish(model, held)
         assert generate(model).tolist() == expected
@@ -208,7 +213,7 @@ def test_ctrl_c_leaves_a_model_that_drafts_later(packing, held, at):
     else:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            find_record(packing).of(TwinWeights).packing.wait()
+            packing_of(packing).wait()
     assert generate(packing).tolist() == expected
     finish(packing, held)
     assert generate(packing).tolist() == expected
@@ -237,7 +242,7 @@ def test_a_process_that_is_forked_meanwhile_makes_them_anew(packing, held):
 
 
 def test_restore_ends_it(packing, held):
-    packing_before = find_record(packing).of(TwinWeights).packing
+    packing_before = packing_of(packing)
     river_compile.restore(packing)
     held.set()
     packing_before.wait()
@@ -249,7 +254,10 @@ def test_a_model_that_goes_meanwhile_ends_it(held):
     """No process would use the twins, and the thread holds the weights."""
     model = river_compile.accelerate(plain(), compile_cache=False, **EXACT)
     generate(model, 2)
-    begun, weight = find_record(model).of(TwinWeights).packing, weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    begun, weight = (
+        packing_of(model),
+        weakref.ref(model.model.layers[0].mlp.up_proj.weight),
+    )
     del model
     gc.collect()
     held.set()
