@@ -141,7 +141,7 @@ class Bench:
         with forced_depth(self._roofline.shape.layers):
             self.loop.text(custom_generate=decode)
             plain, plain_seconds = self.loop.text_in_steps(custom_generate=decode)
-        how = {"custom_generate": replace(exact, strict=True), "num_assistant_tokens": drafted}
+        how = {"custom_generate": exact, "num_assistant_tokens": drafted, "strict": True}
         how |= {"prompt_lookup_num_tokens": 0, "num_assistant_tokens_schedule": "constant"}
         for _ in range(2):  # (the first one compiles each width's pass, the second one captures it)
             self.loop.text(**how)

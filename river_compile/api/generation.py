@@ -30,7 +30,7 @@ from river_compile.errors import ExactModeError, RiverError, RiverWarning
 from river_compile.kernels.messages import with_id
 from river_compile.record import record_of
 from river_compile.reporting.report import Fallbacks
-from river_compile.upstream.transformers import forget_tokenizer, keep_out_of_copies, pass_tokenizer_to, restore_copying
+from river_compile.upstream.transformers import forget_tokenizer, keep_out_of_copies, keeping_tokenizer, restore_copying
 
 _GENERATE = "generate"
 _OURS = "river_compile_mode"  # an attribute of River's function
@@ -117,9 +117,10 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
             return plain(self, *args, **kwargs)
 
     setattr(generate, _OURS, loop)
-    attribute = pass_tokenizer_to(model, lambda custom: isinstance(custom, _Handed))
-    keep_out_of_copies(model, _GENERATE, attribute)
-    vars(model)[_GENERATE] = MethodType(generate, model)
+    attributes = keeping_tokenizer(model, lambda custom: isinstance(custom, _Handed))
+    attributes[_GENERATE] = MethodType(generate, model)
+    keep_out_of_copies(model, *attributes)
+    vars(model).update(attributes)
 
 
 @contextlib.contextmanager

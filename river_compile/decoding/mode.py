@@ -28,11 +28,10 @@ from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
 from river_compile.decoding.kv_cache import KVCache, masks_by_slots, why_no_rewind
-from river_compile.decoding.passes import Passes
+from river_compile.decoding.passes import Passes, PromptRows
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.prompt import Prompt
-from river_compile.decoding.rows import PromptRows
 from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
 from river_compile.errors import DecodeError, ExactModeError, OptionError
@@ -165,13 +164,14 @@ class Decode:
         synced_gpus: bool = False,
         streamer: Any | None = None,
         tokenizer: object | None = None,  # of stop_strings, which are criteria here
+        strict: bool | None = None,  # of exact mode, for this call
         given: Given | None = None,  # by the caller; None: read from the running generate
         **model_kwargs: Any,
     ) -> Generated:
         """Run ``generate``'s loop; raise `refusal` for an unsupported call, an OptionError for a bad option."""
         config = generation_config
         given = given or Given.of_running_call()
-        mode, streamer = self.for_call(given), streamer or given.streamer
+        mode, streamer = self.for_call(given, strict), streamer or given.streamer
         obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, given, model_kwargs)
         if obstacle:
             raise self.refusal(obstacle)
@@ -264,8 +264,10 @@ class Decode:
         """Return the decoder for a call whose prompt ran; raise an ExactModeError if drafts cannot be verified."""
         return SpeculativeDecoder(passes)
 
-    def for_call(self, given: Given) -> Decode:
+    def for_call(self, given: Given, strict: bool | None = None) -> Decode:
         """Return the mode with the options of one call."""
+        if strict is not None:
+            raise OptionError(f"strict={strict} requires custom_generate=exact, got decode. Remove it", id="RC003")
         return self
 
     def copies(self, config: GenerationConfig) -> bool:
@@ -280,8 +282,7 @@ decode = Decode()
 class ExactMode(Decode):
     """Speculative decoding with the model's own output; a callable for ``generate(custom_generate=...)``.
 
-    The options have transformers' names. Each but `strict` can be given to ``generate`` too, for one call; a model that
-    `accelerate` changed takes `strict` there as well.
+    The options have transformers' names. Each can be given to ``generate`` too, for one call.
 
     Attributes:
         num_assistant_tokens: longest draft in tokens; 0: no drafts. Drafts are verified in passes of 2, 4, 6, 8, 16 ...
@@ -306,11 +307,11 @@ class ExactMode(Decode):
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
-    def for_call(self, given: Given) -> Decode:
+    def for_call(self, given: Given, strict: bool | None = None) -> Decode:
         settings = given.settings(("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens"))
         if str(settings.get("num_assistant_tokens_schedule")).startswith("heuristic"):
             del settings["num_assistant_tokens_schedule"]  # as a length by measured times is
-        return replace(self, **settings)
+        return replace(self, **settings, strict=self.strict if strict is None else strict)
 
     def copies(self, config: GenerationConfig) -> bool:
         early_exit, multi_token = config.assistant_early_exit, getattr(config, "use_mtp", None)

@@ -24,6 +24,7 @@ from river_compile.compile_cache.codec import NotCacheable
 from river_compile.compile_cache.programs import Bindable, ProgramCache, argument_kinds, named_arguments, with_sources
 from river_compile.decoding.draft_vocab import DraftVocab
 from river_compile.decoding.inputs import (
+    BY_SLOT,
     Inputs,
     MovedInputs,
     extended_inputs,
@@ -45,8 +46,13 @@ from river_compile.upstream.dynamo import OwnCall, runs_one_graph
 from river_compile.upstream.transformers import cache_argument, mark_dynamic
 
 log = logging.getLogger("river_compile.decoding")
+_WORTH_GRAPHS = 200  # tokens of one row that pay for compiling its graphs, which takes as long as hundreds of passes
 # A graph that ran in this thread: its executor, its inputs and its outputs.
 GraphCall = tuple[RiverExecutor, Sequence[Any], tuple]
+
+
+class PromptRows(set[int]):
+    """The numbers of rows that a model's prompts had so far."""
 
 
 class _Bound(NamedTuple):
@@ -125,6 +131,13 @@ class Passes:
         self.kwargs = selected_inputs(self.kwargs, rows)
         self.kv.select(rows)
         self.reset()
+
+    def should_shrink(self, tokens_left: int) -> bool:
+        """Whether to continue a batch with its last running row alone."""
+        # Only the cache and the inputs that `selected_inputs` knows may have rows. Strict text needs the batch's bits.
+        others = [n for n, value in self.kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
+        known = 1 in self.record.of(PromptRows) or tokens_left >= _WORTH_GRAPHS
+        return known and not (others or self.is_strict) and self.kv.is_full
 
     def width_for(self, drafted: int) -> int:
         """Return the smallest verification width for a number of drafted tokens."""

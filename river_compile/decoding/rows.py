@@ -7,14 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from river_compile.decoding.inputs import BY_SLOT, joined_inputs
+from river_compile.decoding.inputs import joined_inputs
 from river_compile.decoding.passes import Passes
-
-_WORTH_GRAPHS = 200  # tokens of one row that pay for compiling its graphs, which takes as long as hundreds of passes
-
-
-class PromptRows(set[int]):
-    """The numbers of rows that a model's prompts had so far."""
 
 
 def empty_batch(prompt: Passes, rows: int) -> Passes:
@@ -45,11 +39,3 @@ def join(batch: Passes, prompt: Passes, ids_1S: Tensor) -> None:
     batch.kv.join(prompt.kv)
     batch.kwargs, batch.kwargs_tokens = kwargs, batch.kv.filled + 1
     batch.reset()
-
-
-def should_shrink(passes: Passes, tokens_left: int) -> bool:
-    """Whether to continue a batch with its last running row alone."""
-    # Only the cache and the inputs that `selected_inputs` knows may have rows. Strict text needs the batch's bits.
-    others = [n for n, value in passes.kwargs.items() if n not in BY_SLOT and isinstance(value, Tensor)]
-    known = 1 in passes.record.of(PromptRows) or tokens_left >= _WORTH_GRAPHS
-    return known and not (others or passes.is_strict) and passes.kv.is_full

@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from river_compile.decoding.draft_length import LOOKUP, TWINS, Draft, DraftLength
 from river_compile.decoding.passes import Passes
-from river_compile.decoding.rows import should_shrink
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
 from river_compile.ranks import ALONE, Ranks
 from river_compile.runtime.stats import CycleRecord
@@ -205,7 +204,7 @@ class SpeculativeDecoder:
         running = [place for place, row in enumerate(texts.rows) if texts.active[row]]
         if self._length is None or len(running) != 1 or not texts.rows_are_independent:
             return
-        if should_shrink(self._passes, texts.tokens_left):
+        if self._passes.should_shrink(texts.tokens_left):
             texts.rows = running
             self._passes.select(running)
 

@@ -173,8 +173,8 @@ def running_generate() -> Mapping[str, Any]:
 _EXTRACT = "_extract_generation_mode_kwargs"  # a method of transformers' generate
 
 
-def pass_tokenizer_to(model: PreTrainedModel, is_ours: Callable[[object], bool]) -> str:
-    """Have a model's generate keep the tokenizer for such ``custom_generate`` callables; return the attribute."""
+def keeping_tokenizer(model: PreTrainedModel, is_ours: Callable[[object], bool]) -> dict[str, MethodType]:
+    """Return attributes of a model whose generate keeps the tokenizer for such ``custom_generate`` callables."""
     # transformers keeps it for its own loops only, and needs it for stop strings before any loop begins.
     theirs = getattr(type(model), _EXTRACT)
 
@@ -183,10 +183,9 @@ def pass_tokenizer_to(model: PreTrainedModel, is_ours: Callable[[object], bool])
         taken: dict[str, Any] = theirs(self, custom_generate, kwargs, *others)
         return taken if tokenizer is None or not is_ours(custom_generate) else {**taken, "tokenizer": tokenizer}
 
-    vars(model)[_EXTRACT] = MethodType(extract, model)
-    return _EXTRACT
+    return {_EXTRACT: MethodType(extract, model)}
 
 
 def forget_tokenizer(model: nn.Module) -> None:
-    """Undo :func:`pass_tokenizer_to`."""
+    """Remove the attributes of :func:`keeping_tokenizer`."""
     vars(model).pop(_EXTRACT, None)
