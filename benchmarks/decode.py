@@ -1,10 +1,10 @@
 """Decode speed of the plain model, Inductor, River and other programs, side by side.
 
-    python -m benchmarks.peers install all             # once: llama.cpp, OpenVINO, ONNX Runtime, vLLM
     python -m benchmarks.decode --record decode        # the rows of README.md's table, whose numbers it keeps
     python -m benchmarks.decode --model DIR --gguf FILE --rows eager fast llama_cpp --json decode.json
     python -m benchmarks.decode --contexts 32 512 4096
     python -m benchmarks.decode --batch 8 --rows eager fast --neighbour
+    python -m benchmarks.peers install all             # once: llama.cpp, OpenVINO, ONNX Runtime, vLLM
 
 Every row is a separate process with an empty Inductor cache. Each generates the greedy continuation of the same
 prompts (prompt_sets.py: chat, code, story and edit, three of each; `--batch` copies of one together), past any end of

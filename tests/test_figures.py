@@ -72,7 +72,7 @@ def test_medians_over_prompts_have_their_range(results):
     text = figures.content("decode smollm2", folder)
     assert "| 16-bit weights | **148** (140–155) |" in text
     assert "| llama.cpp, fastest of Q4_0, Q4_K_M, IQ4_NL | 4-bit weights | 182 Q4_0 |" in text
-    assert "then over prompts (chat) with their range." in text
+    assert "medians over prompts (chat) with their range." in text
     assert "12 of SmolLM2-135M-Instruct" in text
     head, _, row, *_ = figures.content("kinds smollm2", folder).splitlines()
     assert head.endswith("| all prompts, 32 tokens | chat, 32 tokens | all prompts, 512 tokens |")

@@ -142,12 +142,12 @@ def kinds_table(runs: dict[str, list[Run]]) -> str:
 
 def _what(runs: dict[str, list[Run]]) -> str:
     """Return the first sentence of a caption, with fields of records; older runs have one prompt."""
-    text = "Batch {batch}, {new_tokens} tokens, prefill excluded, medians of {repeats} repeats"
+    text = "Batch {batch}, {new_tokens} tokens, prefill excluded, {measured}"
     kinds = dict.fromkeys(
         row.split("/")[2] for *_, last in runs.values() for row, _ in _by_key(last) if row.count("/") == 2
     )
     kinds.pop("all", None)
-    return f"{text}, then over prompts ({', '.join(kinds)}) with their range." if kinds else f"{text}."
+    return f"{text}; medians over prompts ({', '.join(kinds)}) with their range." if kinds else f"{text}."
 
 
 def _weights(runs: dict[str, list[Run]]) -> list[str]:
@@ -226,7 +226,10 @@ def _sources(what: str, runs: dict[str, list[Run]]) -> list[str]:
     """Return one sentence for each setting, with the commands that measured it; `what` has fields of records."""
     commands: dict[str, list[str]] = {}
     for *_, last in runs.values():
-        commands.setdefault(f"{what.format(**last[0])} {_setting(last[0])}", []).append(_command(last))
+        repeats = last[0].get("repeats")
+        measured = f"medians of {repeats} repeats" if repeats != 1 else "measured once"
+        setting = f"{what.format(**last[0], measured=measured)} {_setting(last[0])}"
+        commands.setdefault(setting, []).append(_command(last))
     return [f"{setting}: {', '.join(measured)}." for setting, measured in commands.items()]
 
 

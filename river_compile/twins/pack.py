@@ -95,7 +95,8 @@ class TwinWeights:
                 self.background.end(cancel=refresh)
             parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*matmuls, *savable)}
             job = Job(config, statistics, device, parameters, self._digests_of(parameters), refresh)
-            if config.twins is not None and not refresh:
+            twins = [matmul for matmul in (*matmuls, *savable) if not matmul.lossless]
+            if config.twins is not None and twins and not refresh:  # a prompt's program may have none
                 job.file = self._file_of(job, savable)
                 job.file.check_names(every)
             keys = {matmul: job.key(matmul) for matmul in matmuls}

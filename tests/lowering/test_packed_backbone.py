@@ -280,6 +280,15 @@ def test_what_was_measured_is_kept_for_the_machine(monkeypatch, tmp_path):
         measured.pass_speedups.cache_clear()
 
 
+def test_twins_are_saved_by_the_first_program_that_has_some(tmp_path):
+    """A prompt's program reads packed weights and has no twins."""
+    options = {"twins": tmp_path / "twins", "on_missing_twins": "save"}
+    saved = generate(accelerated(model_of(), "12bit", **options))
+    assert [*(tmp_path / "twins").iterdir()]
+    read = generate(accelerated(model_of(), "12bit", **options))
+    assert all(map(torch.equal, saved, read))
+
+
 def test_the_model_keeps_its_tensors():
     model = model_of()
     before = copy.deepcopy(model.state_dict())
