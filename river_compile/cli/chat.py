@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.building.graph_record import Graphs
 from river_compile.cli.shared import (
     AsJson,
     Calibration,
@@ -99,6 +98,7 @@ def _lines(person: bool) -> Any:
 
 
 def _compiled_so_far(model: PreTrainedModel) -> int:
+    from river_compile.building.graph_record import Graphs
     from river_compile.record import find_record
 
     record = find_record(model)

@@ -23,6 +23,7 @@ import transformers
 
 import river_compile
 from examples import demo
+from river_compile import system
 from river_compile.cli import app, commands, explain_error
 from river_compile.cli.bench import PROMPTS
 from river_compile.cli.painter import Painter
@@ -30,7 +31,6 @@ from river_compile.cli.shared import error_line
 from river_compile.error_ids import TITLES
 from river_compile.kernels.native.build import supported_isas
 from river_compile.kernels.native.cores import Cores
-from river_compile.reporting import dry_run
 from river_compile.reporting.predict import EFFICIENCY
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
@@ -192,9 +192,9 @@ def test_check_measures_bandwidth_between_what_else_runs(monkeypatch):
         clock["now"] += tensor.nbytes / 26e9 + 0.005 * (clock["reading"] // 0.005 - turns)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dry_run.time, "perf_counter", lambda: clock["now"])
+        patch.setattr(system.time, "perf_counter", lambda: clock["now"])
         patch.setattr(torch.Tensor, "sum", read)
-        measured = dry_run.bandwidth()
+        measured = system.bandwidth()
     assert measured == pytest.approx(26e9)
 
 
