@@ -394,7 +394,7 @@ TracedStep().run(quantizer="rtn")
                 artifacts[name] = artifacts.get(name, "") + line[1:] + "\n"
             else:
                 name = ""
-        assert {"river_decode_1_river_twins", "river_decode_report"} <= artifacts.keys()
+        assert {"river_decode_1_twin_layers", "river_decode_report"} <= artifacts.keys()
         assert "exit checks after blocks: 1" in artifacts["river_decode_plan"]
         _, twin = artifacts["river_decode_segments"].split("# twin_2 compiled")
         assert "torch.ops.river.linear" in twin

@@ -113,7 +113,7 @@ def _graphs(artifacts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
             passes.append({"name": name, "changes": changes[:3]})  # the others are alike
         else:
             counts[kind] += 1
-            twins = sorted(int(segment[5:]) for segment in segments if segment.startswith("twin_"))
+            twins = sorted(int(segment[5:]) for segment in segments if re.fullmatch(r"twin_\d+", segment))
             pairs = [(n, segments[f"block_{n}"]["compiled"], segments[f"twin_{n}"]["compiled"]) for n in twins]
             yield {"name": f"{kind}_{counts[kind]}", "plan": text, "pairs": pairs, "passes": passes}
             passes = []

@@ -59,7 +59,7 @@ def test_the_page_is_whole_and_needs_nothing_else(file):
     assert page.titles[0] == "3 of 3 blocks"
     assert "<hello>" in page.text
     assert "block 3 and its twin" in page.text
-    assert "pass 1_river_twins" in page.text
+    assert "pass 1_twin_layers" in page.text
     assert "4-bit matmul 0: model.layers.2" in page.text
 
 
