@@ -8,7 +8,7 @@ import pytest
 
 import river_compile.backend  # (the first import reads versions of others)
 from river_compile import RiverWarning
-from river_compile.upstream import tensors
+from river_compile.upstream import versions
 from river_compile.upstream.versions import PYTHON, TESTED
 from tools import compat
 
@@ -25,9 +25,9 @@ def newest(monkeypatch):
 
 
 def test_tested_versions_are_not_mentioned(newest, recwarn):
-    tensors.warn_of_untested()
+    versions.warn_of_untested()
     newest.update({name: tested.oldest for name, tested in TESTED.items()})
-    tensors.warn_of_untested()
+    versions.warn_of_untested()
     assert not recwarn.list
 
 
@@ -54,7 +54,7 @@ def test_what_is_not_installed_is_not_mentioned(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    assert list(tensors.untested(missing)) == []
+    assert list(versions.untested(missing)) == []
 
 
 def test_the_floors_of_pyproject_are_the_oldest_tested_versions():
