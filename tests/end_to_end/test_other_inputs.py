@@ -98,7 +98,7 @@ def test_exact_mode_refuses_a_convolution_by_name():
     plain = generate(model, **inputs)
     assert torch.equal(generate(model, custom_generate=decode, **inputs), plain)
     model.compile(backend=river, options={**EAGER, "quantizer": "rtn", "group_size": 32})
-    with pytest.raises(ValueError, match="layers of kind .*LinearAttentionLayer.* do not allow"):
+    with pytest.raises(ValueError, match=r"layers of kind .*LinearAttentionLayer.* do not allow"):
         generate(model, custom_generate=exact, **inputs)
 
 
