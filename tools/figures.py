@@ -49,9 +49,9 @@ PROGRAMS = {
 STARTS = {
     "plain": "transformers",
     "exact": "River, first start",
-    "exact, again": "River, later start",
+    "exact, again": "River, second start",
     "fast": 'River, `quality="fast"`, first start',
-    "fast, again": 'River, `quality="fast"`, later start',
+    "fast, again": 'River, `quality="fast"`, second start',
     "llama_cpp": "llama.cpp, 4-bit file",
 }
 KERNELS = "C++ kernels"  # and its row of their build
