@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import common, decode, decode_rows, peers, prompt_sets, records, torch_runner
 from benchmarks.prompt_sets import Prompt
+from river_compile import system
 from river_compile.reporting import dry_run
 from tools import demo_models
 
@@ -48,7 +49,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(FakeWorker, "fails", "")
     monkeypatch.setattr(common, "Worker", FakeWorker)
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(dry_run, "bandwidth", lambda: 50e9)
+    monkeypatch.setattr(system, "bandwidth", lambda: 50e9)
     some = [Prompt("chat", 32, [1, 2]), Prompt("code", 32, [1, 2, 3, 4])]
     monkeypatch.setattr(prompt_sets, "encoded", lambda folder, options: some)
     monkeypatch.setattr(decode, "memory_speed", lambda *_: {"bandwidth_bytes_per_s": 6e10, "bandwidth_row": "eager"})
@@ -200,10 +201,10 @@ def test_a_row_that_reads_more_than_was_measured_gives_the_bandwidth(tmp_path, m
     read = 1e11
     rows = {"eager": {"decode_tokens_per_s": 100}, "exact": {"decode_tokens_per_s": 900, "target_bits": 16}}
     options = decode._parse([])
-    monkeypatch.setattr(dry_run, "bandwidth", lambda: read / 2)
+    monkeypatch.setattr(system, "bandwidth", lambda: read / 2)
     found = decode.memory_speed({"rows": rows}, tmp_path, options)
     assert found == {"bandwidth_bytes_per_s": read, "bandwidth_row": "eager"}
-    monkeypatch.setattr(dry_run, "bandwidth", lambda: read * 2)
+    monkeypatch.setattr(system, "bandwidth", lambda: read * 2)
     assert decode.memory_speed({"rows": rows}, tmp_path, options)["bandwidth_row"] is None
 
 

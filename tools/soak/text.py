@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation import StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 import river_compile
 from river_compile.backend import river
@@ -240,7 +242,8 @@ def generate(model: PreTrainedModel, step: Case, more: dict[str, Any]) -> Any:
     if step.get("ids") == "int32":
         ids = ids.int()
     if "stop" in step:
-        arguments |= {"stop_strings": step["stop"], "tokenizer": byte_tokenizer()}
+        stops = StopStringCriteria(byte_tokenizer(), step["stop"])
+        arguments["stopping_criteria"] = StoppingCriteriaList([stops])  # (a bare mode is not given the tokenizer)
     if "dead_end" in step:
         arguments |= {"suppress_tokens": [*range(VOCABULARY)], "do_sample": step["dead_end"] == "sampled"}
     if step["cache"] == "static":
