@@ -15,30 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.prompts import CODE, MEMO, STORY
+from benchmarks.prompts import FIRST, MEMO
 from river_compile.cli import shared
 
 KINDS = {
-    "chat": (
-        "Explain in a few sentences why the sky is blue.",
-        "Give me a short recipe for pancakes.",
-        "What should I see on a first visit to Rome?",
-    ),
-    "code": (
-        "Write a Python function that returns the n-th Fibonacci number.",
-        "Write a Python class for a stack with push, pop and peek.",
-        "Write a JavaScript function that merges two sorted lists.",
-    ),
+    "chat": FIRST["chat"],
+    "code": (*FIRST["code"], "Write a JavaScript function that merges two sorted lists."),
     "story": (
         "Write a short story about a lost key.",
         "Tell a story about a bicycle that nobody wants to buy.",
         "Write the first page of a novel that begins on a night train.",
     ),
-    "edit": (
-        f"Repeat this text and change every 'keeper' to 'guard':\n{STORY}",
-        f"Repeat this code and rename `total` to `amount`:\n{CODE}",
-        f"Repeat this text and change 'coffee' to 'tea':\n{MEMO}",
-    ),
+    "edit": (*FIRST["edit"], f"Repeat this text and change 'coffee' to 'tea':\n{MEMO}"),
 }
 CONTEXTS = (32,)  # by default
 ALL = "all"  # the prompts of all kinds

@@ -34,7 +34,7 @@ STACK = """class Stack:
     def push(self, item):
         self.items.append(item)
 """
-_FIRST = {
+FIRST = {  # by group
     "chat": (
         "Explain in a few sentences why the sky is blue.",
         "Give me a short recipe for pancakes.",
@@ -144,7 +144,7 @@ def prompts(group: str, count: int) -> list[str]:
         ValueError: it has fewer.
     """
     made = [t.format(subject) for subject, t in itertools.product(_SUBJECTS[group], _TEMPLATES[group])]
-    every = [*_FIRST.get(group, ()), *made]
+    every = [*FIRST.get(group, ()), *made]
     if count > len(every):
         raise ValueError(f"group {group!r} has {len(every)} prompts, fewer than {count}")
     return every[:count]
@@ -152,6 +152,6 @@ def prompts(group: str, count: int) -> list[str]:
 
 def mixed() -> Iterator[str]:
     """Yield prompts of the groups in turn, as many of each as the smallest has."""
-    shortest = min(len(_FIRST.get(g, ())) + len(_SUBJECTS[g]) * len(_TEMPLATES[g]) for g in GROUPS)
+    shortest = min(len(FIRST.get(g, ())) + len(_SUBJECTS[g]) * len(_TEMPLATES[g]) for g in GROUPS)
     for row in zip(*(prompts(group, shortest) for group in GROUPS), strict=True):
         yield from row

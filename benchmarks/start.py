@@ -7,7 +7,8 @@ Rows, each in separate processes:
 
     plain           transformers
     exact, fast     `river_compile.accelerate`, cold: the compile cache is empty: traces the model, quantizes its twins
-    ... again       the same in another process, which finds both in the compile cache
+    ... again       the same in another process, which finds twins and 12-bit weights in the compile cache, and the
+                    programs of a process that had to make no file of 12-bit weights
     llama_cpp       llama.cpp on the GGUF file that the model was made of, where it is installed (benchmarks.peers)
     C++ kernels     their build, once for a machine and version; a wheel may have them
 

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import QuantizedLayer
 
 from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.passes import Passes
@@ -30,16 +29,6 @@ def new_cache(model: PreTrainedModel, kind: str, capacity: int = CAPACITY) -> St
     if kind == "full":
         return full_static_cache(model, capacity)
     return StaticCache(config=config, max_cache_len=capacity) if kind == "static" else DynamicCache(config=config)
-
-
-class Halved(QuantizedLayer):
-    """Entries in half precision, as a stand-in for quantizers from other packages."""
-
-    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
-        return tensor.half()
-
-    def _dequantize(self, tensor: Tensor) -> Tensor:
-        return tensor.float()
 
 
 def left_padded(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:
