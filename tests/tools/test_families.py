@@ -78,7 +78,13 @@ def test_the_page_is_what_the_results_say():
     assert text == results.page(known)
     rows = results.parse(text)
     assert set(rows) == set(known)
-    assert not [name for name, row in rows.items() if row["support"] == "failed"]
-    supported = [name for name, row in rows.items() if row["support"] in ("supported", "partial")]
-    assert len(supported) >= 60
-    assert set(results.POPULAR) <= set(supported)
+    assert not [name for name, row in rows.items() if row["accelerate"] in ("failed", "not tried")]
+    faster = [name for name, row in rows.items() if row["accelerate"] in ("yes", "no drafts")]
+    assert len({outcome.sources for outcome in known.values()}) == 1
+    assert f"`accelerate` speeds up {len(faster)}:" in text
+
+
+@pytest.mark.parametrize(("model_type", "how"), [("gpt2", "drafts"), ("gpt_neo", "no drafts"), ("rwkv", "plain")])
+def test_accelerate_is_seen_to_draft_or_not(model_type, how):
+    """Drafts, River's kernels alone, and transformers' own loop."""
+    assert checking.accelerated(tiny_model(model_type)).partition(": ")[0] == how

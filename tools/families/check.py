@@ -1,4 +1,4 @@
-"""What the backend makes of one family: every exit depth with both caches against the plain model.
+"""What River makes of one family: the backend at every exit depth with both caches, and `accelerate`.
 
 Twins are unquantized and segments run operator by operator, so that only rounding may separate the two. What is
 compared is `generate` itself, fed with the plain model's tokens: each step's logits, the token that they choose, and
@@ -23,8 +23,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import river_compile
 from river_compile.backend import river
-from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
+from river_compile.reporting.report import Fallbacks
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import on_step
 
@@ -34,7 +34,9 @@ NEW_TOKENS = 6
 TOLERANCE = 1e-4  # of logits whose spread is about one; more only where the plain model's own rounding is more
 CACHES = ("static", "dynamic")
 UNQUANTIZED = {"quantizer": "none", "kernels": "eager", "first_exit": 1}
-FOUR_BITS = {"quantizer": "rtn", "group_size": 32, "kernels": "eager", "first_exit": 1}
+TWINS = {"quantizer": "rtn", "group_size": 32, "kernels": "eager"}
+FOUR_BITS = {**TWINS, "first_exit": 1}
+DRAFTED, UNDRAFTED, PLAIN = "drafts", "no drafts", "plain"
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Outcome:
         difference: largest difference of any logit.
         products: 4-bit products for each block.
         kept: what stays in 16 bits: reason -> names of matrices.
-        exact: what exact mode did: "equal", a refusal, or "" where it was not asked.
+        exact: how `accelerate` gave the plain text: "drafts", "no drafts: why", "plain: why" where transformers' loop
+            ran; "" where it was not asked.
     """
 
     model_type: str
@@ -97,8 +100,6 @@ def check(
         if traced is not None:
             traced.describe_twins(outcome)
             outcome.result = "partly in 16 bits" if outcome.kept else "rewritten"
-            if exact:
-                outcome.exact = exact_text(build(model_type), plain.get("dynamic", "not asked for"))
         else:
             by_cache = [f"{kind}: {why}" for kind, why in outcome.without.items()]
             same = len(set(outcome.without.values())) == 1
@@ -106,6 +107,8 @@ def check(
                 "refused",
                 next(iter(outcome.without.values())) if same else "; ".join(by_cache),
             )
+        if exact:
+            outcome.exact = accelerated(build(model_type))
     except Exception as error:  # (a crash of any kind is what is looked for)
         outcome.result, outcome.reason = "failed", message(error)
         traceback.print_exc()
@@ -271,32 +274,27 @@ class Left:
             self.prompts += 1
 
 
-def exact_text(model: PreTrainedModel, expected: Generated | str) -> str:
-    """Return "equal" where exact mode gives the plain text with a dynamic cache, or how it refused.
+def accelerated(model: PreTrainedModel) -> str:
+    """Return how an accelerated model gave the plain text: `DRAFTED`, or `UNDRAFTED` or `PLAIN` with the reason.
 
     Raises:
         Wrong: it gives another text.
     """
-    if isinstance(expected, str):
-        return "not tried: no dynamic cache"
     fresh()
-    model.compile(backend=river, options={**UNQUANTIZED, "threshold": -1.0})
-    ids, mask = prompt()
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            out = model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                custom_generate=exact,
-            )
-    except (ValueError, NotImplementedError) as error:
-        return f"refused: {message(error)}"
-    if not torch.equal(out[:, ids.shape[1] :], expected.tokens):
-        raise Wrong("exact mode gives another text than the plain model")
-    return "equal"
+    ids = prompt()[0][:1]
+    options = {"max_new_tokens": 2 * NEW_TOKENS, "do_sample": False}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        expected = model.generate(ids, **options)
+        river_compile.accelerate(model, **TWINS, compile_cache=False, background_packing=False)
+        actual = model.generate(ids, **options)
+    if not torch.equal(actual, expected):
+        raise Wrong("the accelerated model gives another text than the plain one")
+    report = river_compile.report(model)
+    if report.exact.cycles:
+        return DRAFTED
+    reasons = "; ".join(report.record.of(Fallbacks)) or "no reason is known"
+    return f"{UNDRAFTED if report.decode_depths else PLAIN}: {reasons}"
 
 
 def fresh() -> None:

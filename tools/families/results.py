@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import transformers
 
-from .check import TOLERANCE, Outcome
+from .check import DRAFTED, PLAIN, TOLERANCE, UNDRAFTED, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ROOT / "docs" / "models.jsonl"
@@ -24,8 +25,36 @@ _POPULAR = (
     "gpt_neo gpt_neox gptj opt bloom mpt gpt_bigcode codegen"
 )
 POPULAR = tuple(_POPULAR.split())
-SHOWN = ("supported", "partial", "unsupported", "not built", "failed")  # the same in the page, in this order
-COLUMNS = ("model type", "support", "caches", "exact", "4-bit matmuls per layer", "reason, or what stays in 16 bits")
+BACKEND = ("all matrices", "part in 16 bits", "no", "not built", "failed")  # of the page, in the order of `RESULTS`
+COLUMNS = (
+    "model type",
+    "accelerate",
+    "backend",
+    "caches",
+    "4-bit matmuls per layer",
+    "reason, or what stays in 16 bits",
+)
+# What the reasons of the passes mean to someone who has a model and no graph, the first that matches.
+_WORDS = (
+    (r"a weight of shape .* that no plain linear layer reads", "weights that no linear layer reads"),
+    (r"a router: .*", "routers"),
+    (r"\d+ input features have no group of \d+ or more", "matrices too small for groups of 32"),
+    (
+        r"Exact mode removes rejected tokens, which the recurrent state of .*",
+        "a recurrent state cannot take drafts back",
+    ),
+    (r"Exact mode removes rejected tokens, which .* masks count the slots .*", "masks depend on the size of the cache"),
+    (r"use_cache=False is not available.*", "generates without a KV cache"),
+    (r".*the blocks write no KV cache.*", "a layer keeps no KV cache"),
+    (r".*Dynamo broke the graph here: .*\((.*)\)", r"Dynamo cannot trace its code in one piece (\1)"),
+    (r".*no decoder blocks: .*", "layers of several classes"),
+    (r".*one hidden state must pass .*|.*do not run one after the other.*", "layers that pass on more than one state"),
+    (r".*steps ran in a graph for prompts.*", "its code reads the whole text at every step"),
+    (r"Exact mode requires a model that backend='river' can rewrite: .*", "unsupported by the backend"),
+    (r".*requires the (\w+) library.*", r"requires \1"),
+    (r"transformers cannot: .*", "transformers cannot"),
+    (r".*Error: .*", "transformers makes none from a configuration alone"),
+)
 
 
 def load(path: Path = KNOWN) -> dict[str, Outcome]:
@@ -45,30 +74,36 @@ def save(known: Mapping[str, Outcome], path: Path = KNOWN) -> None:
 def sources() -> str:
     """Return a digest of what results depend on: this project's sources and the version of transformers."""
     digest = hashlib.sha256(transformers.__version__.encode())
-    for folder in ("river_compile", "passes", "kernels", "tools/families"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(file.read_bytes())
+    folders = ("river_compile", "passes", "kernels")
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    for file in (*files, ROOT / "tools/families/check.py", ROOT / "tools/families/tiny.py"):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def page(known: Mapping[str, Outcome]) -> str:
     """Return `docs/models.md`."""
-    counts = Counter(outcome.result for outcome in known.values())
-    total = ", ".join(f"{counts[result]} {shown}" for result, shown in zip(RESULTS, SHOWN, strict=True))
+    count = Counter(accelerate(outcome) for outcome in known.values())
+    rewritten = sum(outcome.result in RESULTS[:2] for outcome in known.values())
+    yes, undrafted, plain = count["yes"], count["no drafts"], count["no"]
+    untried, total = count["not built"] + count["not tried"], f"{len(known)} causal language model types"
     return f"""# Models
 
-The result for every causal language model type of transformers {transformers.__version__}: {total}.
-Each was tried as a tiny random model in float32. `river check MODEL` tells for one model, from its configuration.
+Of {total} of transformers {transformers.__version__}, `accelerate` speeds up {yes + undrafted}:
+{yes} with drafts, {undrafted} without. {plain} run at transformers' speed, {untried} could not be tried,
+{count["failed"]} failed.
+Each was tried as a tiny random model in float32: all texts of `accelerate` are the plain model's.
+`river check MODEL` tells for one model, from its configuration.
 
-- **supported**: with unquantized twins, generation at full depth, at depth 0 and in between has the output of plain
-  generation, and its logits within {TOLERANCE:g} (or the distance between float32 and float64 if that is more).
-- **partial**: the same, and some matrices of the twins stay in 16 bits.
-- **unsupported**: the plain model runs, with a warning that names the reason.
+- **accelerate**: "yes" with drafts; "no drafts": River's kernels decode token by token; "no": transformers' own loop
+  runs, with a warning that names the reason.
+- **backend**: what `torch.compile(backend="river")` and `quality="fast"` rewrite: {rewritten} types. With unquantized
+  twins, generation at full depth, at depth 0 and in between has the output of plain generation, and its logits within
+  {TOLERANCE:g} (or the distance between float32 and float64 if that is more). "part in 16 bits": so do some twins.
+- **caches**: static and dynamic KV caches that work with the backend.
 - **not built**: transformers makes no generating model of this type from a configuration alone.
-- **failed**: wrong, crashed or hung.
 
-`caches`: static and dynamic KV caches that work. `exact`: exact mode, where it was tried.
-`make families` writes this page, in an hour or more. [models.jsonl](models.jsonl) has more of each row.
+`make families` writes this page, in an hour or more. [models.jsonl](models.jsonl) has the words of each refusal.
 
 ## Popular model types
 
@@ -81,6 +116,22 @@ are still among the text generation models on the Hub:
 {_table([known[name] for name in sorted({*known}.difference(POPULAR))])}"""
 
 
+def accelerate(outcome: Outcome) -> str:
+    """Return what `accelerate` does for a type: "yes", "no drafts", "no", "not tried", "not built" or "failed"."""
+    if outcome.result in ("cannot be built", "failed"):
+        return BACKEND[RESULTS.index(outcome.result)]
+    how = outcome.exact.partition(": ")[0]
+    return {DRAFTED: "yes", UNDRAFTED: "no drafts", PLAIN: "no", "": "not tried"}[how]
+
+
+def plain_words(reason: str) -> str:
+    """Return a reason in the words of someone who has a model and no graph."""
+    for pattern, words in _WORDS:
+        if match := re.fullmatch(pattern, reason):
+            return match.expand(words)
+    return reason
+
+
 def _table(outcomes: Sequence[Outcome]) -> str:
     head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
     return head + "".join(f"| {' | '.join(row(outcome))} |\n" for outcome in outcomes)
@@ -88,17 +139,22 @@ def _table(outcomes: Sequence[Outcome]) -> str:
 
 def row(outcome: Outcome) -> tuple[str, ...]:
     """Return a type's cells."""
-    kept = [f"{reason} ({len(names)})" for reason, names in sorted(outcome.kept.items())]
-    without = [f"{kind} cache: {why}" for kind, why in outcome.without.items() if outcome.depths]
-    reason = [outcome.reason] if outcome.reason else []
-    exact, _, why_not = outcome.exact.partition(": ")
+    kept = Counter[str]()
+    for reason, names in outcome.kept.items():
+        kept[plain_words(reason)] += len(names)
+    reasons = [f"{words} ({count})" for words, count in sorted(kept.items())]
+    reasons += [f"{kind} cache: {plain_words(why)}" for kind, why in outcome.without.items() if outcome.depths]
+    reasons += [f"backend: {plain_words(outcome.reason)}"] if outcome.result == "refused" else []
+    reasons += [plain_words(outcome.reason)] if outcome.result in ("cannot be built", "failed") else []
+    why = plain_words(outcome.exact.partition(": ")[2])
+    reasons += [f"accelerate: {why}"] if why and why != "unsupported by the backend" else []
     cells = (
         f"`{outcome.model_type}`",
-        SHOWN[RESULTS.index(outcome.result)],
+        accelerate(outcome),
+        BACKEND[RESULTS.index(outcome.result)],
         ", ".join(outcome.depths),
-        {"equal": "yes", "refused": "no"}.get(exact, exact),
         f"{outcome.products:g}" if outcome.depths else "",
-        "; ".join([*reason, *kept, *without, *([f"exact: {why_not}"] if why_not else [])]),
+        "; ".join(reasons),
     )
     return tuple(" ".join(cell.replace("|", "\\|").split()) for cell in cells)
 
