@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.building.graph_record import Graphs
+from river_compile.decoding.call import Call
 from river_compile.decoding.given import Given
 from river_compile.decoding.joining import alone
-from river_compile.decoding.mode import Call, Decode, ExactMode
+from river_compile.decoding.mode import Decode, ExactMode
 from river_compile.decoding.passes import Passes
-from river_compile.decoding.speculative import SpeculativeDecoder
+from river_compile.decoding.speculative import Drafting
 from river_compile.errors import ExactModeError, RiverError, RiverWarning
 from river_compile.kernels.messages import with_id
 from river_compile.record import record_of
@@ -42,14 +43,14 @@ _falls_back: ContextVar[bool] = ContextVar("_falls_back", default=False)
 class _ExactOrPlain(ExactMode):
     """Exact mode that continues without drafts if the model's graphs cannot verify them."""
 
-    def decoder(self, call: Call, passes: Passes, logits: Tensor) -> SpeculativeDecoder:
+    def drafting(self, call: Call, passes: Passes, logits: Tensor) -> Drafting | None:
         try:
-            return super().decoder(call, passes, logits)
+            return super().drafting(call, passes, logits)
         except ExactModeError as refusal:
             if self.strict:
                 raise
             _count_fallback(call.model, refusal, by_backend=True)
-            return SpeculativeDecoder(passes)
+            return None
 
 
 class _LateStreamer(BaseStreamer):

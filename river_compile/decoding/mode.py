@@ -1,4 +1,4 @@
-"""`decode` and `exact`, the values of ``model.generate(**inputs, custom_generate=...)``, and one call's arguments.
+"""`decode` and `exact`, the values of ``model.generate(**inputs, custom_generate=...)``.
 
 Not handled (an error that says so): beams and transformers' assisted modes, encoder-decoder models, attention weights
 and hidden states as outputs, generation that is synchronized over processes; with drafts, recurrent states.
@@ -6,49 +6,39 @@ and hidden states as outputs, generation that is synchronized over processes; wi
 
 from __future__ import annotations
 
-import itertools
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.admission import allow_drafts
+from river_compile.decoding.batch import generate
+from river_compile.decoding.call import Call, Generated
 from river_compile.decoding.draft_length import DraftLength, DraftLengths
 from river_compile.decoding.given import Given
-from river_compile.decoding.inputs import BY_SLOT, KNOWN, prepares_as_most_do
+from river_compile.decoding.inputs import BY_SLOT, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
 from river_compile.decoding.kv_cache import KVCache, masks_by_slots, why_no_rewind
 from river_compile.decoding.passes import Passes, PromptRows
 from river_compile.decoding.prefix_cache import PrefixPool
-from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.prompt import Prompt
-from river_compile.decoding.sampling import Sampler
-from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
+from river_compile.decoding.speculative import Drafting
 from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
-from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_state import model_state
-from river_compile.ranks import Ranks
 from river_compile.record import record_of
 from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
-    cache_argument,
     cache_of,
-    is_transformers_model,
 )
-
-_ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
 CONSTANT = "constant"
 _CHECKS = {
@@ -57,94 +47,6 @@ _CHECKS = {
     "prompt_lookup_num_tokens": optional(integer(0)),
     "strict": FLAG,
 }
-
-Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of a ``custom_generate`` callable."""
-
-    model: PreTrainedModel
-    ids_BS: Tensor
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
-    streamer: Any | None
-
-    def texts(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Texts:
-        """Return the call's rows, with their prompt; without a generator, sampling uses PyTorch's."""
-        config, criteria, wanted = self.config, self.criteria, bool(self.config.return_dict_in_generate)
-        ends = getattr(config, "_eos_token_tensor", None)
-        sampler = Sampler(
-            rows=len(self.ids_BS),
-            do_sample=config.do_sample,
-            processors=self.processors,
-            ranks=ranks,
-            drafting=drafting,
-            generator=generator,
-            keeps_scores=wanted and config.output_scores,
-            keeps_logits=wanted and config.output_logits,
-        )
-        return Texts(
-            prompt=self.ids_BS,
-            sampler=sampler,
-            stops=_ends(criteria) or criteria,
-            max_length=math.ceil(min(config.max_length, sys.maxsize)),  # generate takes 17.5 and inf too
-            pad_token=self.pad_token,
-            put=None if self.streamer is None else self.streamer.put,
-            rows_are_independent=self._row_by_row and not wanted,
-            end_tokens=frozenset(() if ends is None else ends.tolist()),
-            ranks=ranks,
-        )
-
-    @property
-    def _row_by_row(self) -> bool:
-        """Whether processors and criteria see each row alone, without memory."""
-        # Without an end token there is no padding, so a row that a stop string ended continues with the others.
-        kinds = {type(criterion) for criterion in self.criteria}
-        ends_alone = StopStringCriteria not in kinds or EosTokenCriteria in kinds
-        return ends_alone and kinds <= _ROW_BY_ROW and all(type(p) in STATELESS for p in self.processors)
-
-    @property
-    def pad_token(self) -> int | None:
-        """The token of ended rows while others run; None if rows end together."""
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
-        pad = self.config._pad_token_tensor
-        return int(pad) if ends and pad is not None else None
-
-    def prefix_ids(self, kwargs: Mapping[str, object], strict: bool) -> Tensor | None:
-        """Return the ids of a prompt that may use the prefix cache; None if its KV entries depend on more than ids."""
-        # With `strict`, entries have the bits of a fresh prompt, so no library may multiply: its sums depend on rows.
-        model, ids_BS = self.model, self.ids_BS
-        programs = record_of(model.parameters()).find(ProgramCache)
-        if programs is None or programs.config.prefill != "backbone":
-            return None
-        if strict and loaded() and not any_rows(model.dtype):
-            return None
-        known = is_transformers_model(model) and prepares_as_most_do(model) and KNOWN.issuperset(kwargs)
-        if not known or self.config.prefill_chunk_size is not None or len(ids_BS) != 1 or not ids_BS.shape[1]:
-            return None
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids_BS.shape and bool(mask.all())):
-            return None
-        expected = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
-        if positions is not None and not (isinstance(positions, Tensor) and torch.equal(positions.cpu(), expected)):
-            return None
-        return ids_BS[0].cpu()
-
-    def result(self, ids_BS: Tensor, sampler: Sampler, kv: KVCache, made: Cache | None) -> Generated:
-        """Return the result of ``generate``; `made` is the KV cache that generate made, to return."""
-        if not self.config.return_dict_in_generate:
-            return ids_BS
-        if kv.is_full and made is not None:
-            kv.copy_to(made)
-        return GenerateDecoderOnlyOutput(
-            sequences=ids_BS,
-            scores=None if sampler.scores is None else tuple(sampler.scores),
-            logits=None if sampler.logits is None else tuple(sampler.logits),
-            **{cache_argument(self.model): made if kv.is_full else kv.cache},
-        )
 
 
 @dataclass(frozen=True)
@@ -188,16 +90,17 @@ class Decode:
             try:
                 logits = Prompt(passes, input_ids, config).run()[:, -1:]
                 record.of(PromptRows).add(len(input_ids))
-                decoder = mode.decoder(call, passes, logits)
-                texts = call.texts(passes.ranks, decoder.drafts)
+                drafting = mode.drafting(call, passes, logits)
+                rows = call.rows(passes.ranks, drafting is not None)
+                rows.append_next(logits[:, -1])
                 with model._optimize_model_for_decode():
-                    ids = decoder.run(texts, logits)
+                    ids = generate(passes, rows, drafting)
                 # With early exits, some entries of new tokens are the twins'.
                 text = ids[:, : passes.kv.filled] if self.depth == WHOLE else input_ids
                 passes.write_programs()
                 if streamer is not None:
                     streamer.end()
-                return call.result(ids, texts.sampler, passes.kv, cache_of(model_kwargs))
+                return call.result(ids, rows.sampler, passes.kv, cache_of(model_kwargs))
             finally:
                 passes.release(text, input_ids.shape[1])
 
@@ -260,9 +163,9 @@ class Decode:
             return "torch.compiler.set_stance('force_eager') turns compilation off. Set the stance 'default'"
         return _other_rows(rows, model_kwargs)
 
-    def decoder(self, call: Call, passes: Passes, logits: Tensor) -> SpeculativeDecoder:
-        """Return the decoder for a call whose prompt ran; raise an ExactModeError if drafts cannot be verified."""
-        return SpeculativeDecoder(passes)
+    def drafting(self, call: Call, passes: Passes, logits: Tensor) -> Drafting | None:
+        """Return how a call whose prompt ran drafts; raise an ExactModeError if drafts cannot be verified."""
+        return None
 
     def for_call(self, given: Given, strict: bool | None = None) -> Decode:
         """Return the mode with the options of one call."""
@@ -330,28 +233,19 @@ class ExactMode(Decode):
             return f"{why_no_rewind(model)}. Use quality='fast', whose output changes"
         return super().obstacle(model, rows, config, synced_gpus, given, model_kwargs)
 
-    def decoder(self, call: Call, passes: Passes, logits: Tensor) -> SpeculativeDecoder:
+    def drafting(self, call: Call, passes: Passes, logits: Tensor) -> Drafting | None:
         if self.num_assistant_tokens == 0:
-            return super().decoder(call, passes, logits)
+            return None
         allow_drafts(passes, call.ids_BS, logits, self.num_assistant_tokens, self.strict)
         if self.num_assistant_tokens_schedule == CONSTANT:
             length = DraftLength(adaptive=False)
         else:
             length = passes.record.of(DraftLengths).setdefault(call.config.do_sample, DraftLength())
         copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
-        return SpeculativeDecoder(passes, length.carry_over(passes.widths), copied)
+        return Drafting(length.carry_over(passes.widths), copied)
 
 
 exact = ExactMode()
-
-
-def _ends(criteria: StoppingCriteriaList) -> Ends | None:
-    """Return stopping criteria as length and end tokens, None if they must be called."""
-    if not criteria or any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in criteria):
-        return None
-    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
-    tokens = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
-    return Ends(min(lengths, default=sys.maxsize), frozenset(itertools.chain(*tokens)))
 
 
 # Settings that make transformers search in another way than token by token, and the values that do not.

@@ -389,11 +389,11 @@ card.install()
 import torch
 import river_compile
 from river_compile.backend import river
-from river_compile.decoding.speculative import SpeculativeDecoder
+from river_compile.decoding import batch
 from tests.decoding.test_exact import OPTIONS, exactly, generate, make
 from tests.support.families import prompt
 
-refuse, run, cycle, waits, counts = card._refuse, card.Clock.run, SpeculativeDecoder._cycle, [], []
+refuse, run, speculate, waits, counts = card._refuse, card.Clock.run, batch.speculate, [], []
 
 def refusing(what):  # (it is asked by all that no capture allows; an event behind what was read is no wait)
     waits.extend([what] if what.startswith("a copy") else [])
@@ -405,8 +405,9 @@ def running(name, work):
 
 def counting(*args):
     waits.clear()
-    cycle(*args)
-    counts.append(len(waits))
+    for _ in speculate(*args):
+        counts.append(len(waits))
+        waits.clear()
 
 ids = prompt(12)
 model = make("llama").to("cuda")
@@ -414,7 +415,7 @@ model.compile(backend=river, options={**OPTIONS, "graphs": True})
 options = {"prompt_lookup_num_tokens": 0, "max_new_tokens": 30}
 exactly(model, ids.cuda(), **options)
 with mock.patch.multiple(card, _refuse=refusing), mock.patch.object(card.Clock, "run", running):
-    with mock.patch.object(SpeculativeDecoder, "_cycle", counting):
+    with mock.patch.object(batch, "speculate", counting):
         with river_compile.trace() as trace:
             text = exactly(model, ids.cuda(), **options)
 assert torch.equal(text.cpu(), generate(make("llama"), ids, max_new_tokens=30))

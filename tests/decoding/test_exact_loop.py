@@ -18,9 +18,11 @@ from transformers.generation import (
 
 import river_compile
 from river_compile.decoding.admission import verification_widths
+from river_compile.decoding.batch import Rows, generate
 from river_compile.decoding.draft_length import DraftLength
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
-from river_compile.decoding.speculative import Ends, SpeculativeDecoder, Texts
+from river_compile.decoding.speculative import Drafting
+from river_compile.decoding.text import Ends, Text
 from tests.support.examples import slow
 from tests.support.scripted import VOCABULARY, ScriptedRunner
 
@@ -43,26 +45,31 @@ class Recorder:
         self.streamed.append(tokens.tolist())
 
 
-def decoder_on(
-    runner, prompt, recorder, max_copied=sys.maxsize, adaptive=False, process=(), do_sample=False, length=None
-):
-    texts = Texts(
-        prompt=prompt,
-        sampler=Sampler(len(prompt), do_sample, process),
-        stops=recorder.stops,
-        max_length=recorder.max_length,
-        pad_token=PAD,
-        put=recorder.put,
-        rows_are_independent=True,
-    )
+def texts_of(runner, prompt, recorder, process=(), do_sample=False, **fields):
+    """Returns the call's one text, or its rows, on a scripted runner."""
+    common = {
+        "prompt": prompt,
+        "sampler": Sampler(len(prompt), do_sample, process),
+        "stops": recorder.stops,
+        "max_length": recorder.max_length,
+        "put": recorder.put,
+    }
+    if len(prompt) == 1:
+        return Text(**common | fields)
+    texts = Rows(**common | {"pad_token": PAD, "are_independent": True} | fields)
     runner.ended = lambda: [not active for active in texts.active]
+    return texts
+
+
+def run(runner, texts, max_copied=sys.maxsize, adaptive=False, length=None):
+    """Generates texts, which draft; returns all ids."""
     length = DraftLength(adaptive) if length is None else length
-    return SpeculativeDecoder(runner, length.carry_over(runner.widths), max_copied), texts
+    texts.append_next(first_logits(runner, texts.prompt)[:, 0])
+    return generate(runner, texts, Drafting(length.carry_over(runner.widths), max_copied))
 
 
-def run_on(runner, prompt, *arguments, **options):
-    decoder, texts = decoder_on(runner, prompt, *arguments, **options)
-    return decoder.run(texts, first_logits(runner, prompt))
+def run_on(runner, prompt, recorder, max_copied=sys.maxsize, adaptive=False, length=None, **options):
+    return run(runner, texts_of(runner, prompt, recorder, **options), max_copied, adaptive, length)
 
 
 def first_logits(runner, prompt):
@@ -122,11 +129,10 @@ def test_text_calls_and_cache_are_those_of_plain_generation(
     runner = ScriptedRunner(prompt, seed, river_right, max_draft, max_length + spare_slots, memory)
     runner.runs_late = late
     expected = plain(runner, prompt, expected_calls)
-    decoder, texts = decoder_on(runner, prompt, calls, max_copied, adaptive)
-    texts.rows_are_independent = independent
+    fields = {} if batch == 1 else {"are_independent": independent}
     if not asked:
-        texts.stops = Ends(max_length, frozenset({eos}))
-    ids = decoder.run(texts, first_logits(runner, prompt))
+        fields["stops"] = Ends(max_length, frozenset({eos}))
+    ids = run_on(runner, prompt, calls, max_copied, adaptive, **fields)
     assert ids.tolist() == expected.tolist()
     assert calls.streamed == expected_calls.streamed
 
@@ -147,10 +153,8 @@ def test_the_last_row_of_a_batch_goes_on_alone_and_drafts():
     for independent, shrinks in ((True, True), (False, True), (True, False)):
         runner = ScriptedRunner(prompt, 11, 7, 7, capacity=100, memory=3)
         runner.shrinks = shrinks
-        decoder, texts = decoder_on(runner, prompt, Recorder(eos, 60), False)
-        texts.rows_are_independent = independent
         with river_compile.trace() as trace:
-            assert decoder.run(texts, first_logits(runner, prompt)).tolist() == expected
+            assert run_on(runner, prompt, Recorder(eos, 60), 0, are_independent=independent).tolist() == expected
         assert (len(runner.rows) == 1) == bool(trace.cycles) == (independent and shrinks)
 
 
@@ -158,9 +162,7 @@ def test_rows_that_end_without_padding_go_on_to_the_last_ones_end():
     """Sequences end together, at their longest, so generate knows of no token that stands for padding."""
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     runner, ours, expected = ScriptedRunner(prompt, 3, 5, 7, 60, memory=3), Recorder(-1, 40), Recorder(-1, 40)
-    decoder, texts = decoder_on(runner, prompt, ours)
-    texts.pad_token = None
-    assert decoder.run(texts, first_logits(runner, prompt)).tolist() == plain(runner, prompt, expected).tolist()
+    assert run_on(runner, prompt, ours, pad_token=None).tolist() == plain(runner, prompt, expected).tolist()
     assert ours.streamed == expected.streamed
 
 
@@ -180,11 +182,11 @@ def test_steps_that_are_read_together_are_those_that_are_read_one_by_one():
 
 
 def test_an_error_in_the_calls_own_code_ends_its_texts_and_is_raised():
-    """Whatever it is: the cache and the loop stay as they were, for other texts."""
+    """Whatever it is, and the text has no further token."""
     prompt = torch.tensor([[1, 2, 3]])
     for error in (ValueError("no"), KeyboardInterrupt()):
         runner = ScriptedRunner(prompt, 5, 8, 7, capacity=100, memory=6)
-        decoder, texts = decoder_on(runner, prompt, Recorder(-1, 40))
+        texts = texts_of(runner, prompt, Recorder(-1, 40))
 
         def put(tokens, error=error, texts=texts):
             if texts.new_tokens == 5:
@@ -192,7 +194,7 @@ def test_an_error_in_the_calls_own_code_ends_its_texts_and_is_raised():
 
         texts.put = put
         with pytest.raises(type(error)):
-            decoder.run(texts, first_logits(runner, prompt))
+            run(runner, texts)
         assert texts.new_tokens == 5
 
 
@@ -271,7 +273,7 @@ def test_sampled_texts_have_the_plain_models_distribution(max_copied):
     counts = torch.zeros(VOCABULARY * VOCABULARY)
     for _ in range(TEXTS):
         runner = ScriptedRunner(prompt, 4, 8, 3, capacity=100, memory=2)
-        ids = run_on(runner, prompt, Recorder(-1, 8), max_copied, 0.0, process, do_sample=True)
+        ids = run_on(runner, prompt, Recorder(-1, 8), max_copied, process=process, do_sample=True)
         counts += (ids[:, 5] * VOCABULARY + ids[:, 6]).bincount(minlength=VOCABULARY**2)
     likely = expected.flatten() * TEXTS >= 5
     assert counts[expected.flatten() == 0].sum() == 0  # top-p leaves no such text
