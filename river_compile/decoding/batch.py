@@ -139,7 +139,7 @@ class Rows:
         return self.are_independent and sum(self.active) == 1 and self.pad_token is not None
 
     def last(self) -> Text:
-        """Return the one row that runs as a text of its own, for :meth:`finish`."""
+        """Return the one row that runs as a separate text, for :meth:`finish`."""
         row, put_column = self.active.index(True), self.put
 
         def put(token: Tensor) -> None:

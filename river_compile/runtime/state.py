@@ -5,10 +5,9 @@ Not handled: two steps at a time on one state; inputs of other sizes than those 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -18,22 +17,19 @@ from torch import Tensor
 
 from river_compile.errors import EmbeddingError
 from river_compile.exits import ExitPolicy, SequenceState, SequenceStates, thresholds_of
-from river_compile.kernels.messages import with_id
 from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
 from river_compile.ranks import ALONE, Ranks
 from river_compile.runtime.captures import (
     CaptureDevice,
-    CaptureFailed,
     CaptureLog,
-    CaptureRecord,
     buffer_like,
     copy_into,
 )
+from river_compile.runtime.launcher import Launcher
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
-log = logging.getLogger("river_compile.runtime.state")
 _NO_ROW = "is no row of the embedding"  # kernels/native/sources/bindings_inputs.h
 _steps: Observers[[StepState, StepRecord]] = Observers()
 
@@ -101,21 +97,21 @@ class StepState:
         self.compiled, self.device, self.executor = compiled, device, executor
         self._units = compiled.plain if device is None or compiled.units is None else compiled.units
         self._late = device is not None and device.runs_late
-        self._narrowed = program.last_token if last_token else None
         # By slot: the inputs, values between units, the vocabulary blocks and the latest score.
         self.slots: list[Any] = [*args, *[None] * (len(program.examples) - len(args) + 2)]
         self.slots[VOCAB_BLOCKS] = compiled.all_logits
         self._blocks: Tensor | None = None
-        self.buffers: dict[int, Tensor] = {}  # of the values between units, by slot
-        self._replays: dict[Unit, Callable[[], object]] = {}
-        self._warm: set[Unit] = set()
         self._units_by_depth: dict[int, tuple[Unit, ...]] = {}
         before, _ = program.keys
         # The keys that identify the KV cache; None if the pass makes the cache.
         self.cache: Tensor | None = None if before is None else self.slots[before]
         self.sequence = SequenceState() if self.cache is None else compiled.sequences.get(self.cache)
-        # Host float32 [L + 1]: the scores of exit checks, by depth, and of the head (at L).
-        self.flags = torch.empty(0) if device is None else device.flags(program.num_blocks + 1)
+        self._launcher = Launcher(program, compiled.log, self.slots, device, last_token)
+
+    @property
+    def buffers(self) -> Mapping[int, Tensor]:
+        """The values between captured units, by slot."""
+        return self._launcher.buffers
 
     @property
     def args(self) -> Sequence[Any]:
@@ -214,10 +210,10 @@ class StepState:
             if units is None:
                 units = self._units_by_depth[thresholds.last] = self._units.units_for(thresholds.last)
             if self._late:
-                self._begin()
-            self._launch(units)
+                self._launcher.begin()
+            self._launcher.launch(units)
             if self._late:
-                self._end()
+                self._launcher.end()
             return StepPath(thresholds.last)
         last, done, entropy = thresholds.last, 0, None
         scores: list[float] = []
@@ -226,9 +222,9 @@ class StepState:
             entropy = None if sequence.entropy is None else sequence.entropy.item()
             if entropy is not None and -entropy > least:
                 last = depth
-        self._begin()
+        self._launcher.begin()
         for depth, threshold in thresholds.stops:
-            self._launch(self._units.span(done, depth))
+            self._launcher.launch(self._units.span(done, depth))
             done = depth
             if threshold is None:
                 continue
@@ -237,104 +233,19 @@ class StepState:
                 last = depth
                 break
         else:
-            self._launch(self._units.span(done, last))
-        self._launch(self._units.tail(last))
+            self._launcher.launch(self._units.span(done, last))
+        self._launcher.launch(self._units.tail(last))
         if sequence is not None:
             sequence.entropy = self._kept_score()
-        self._end()
+        self._launcher.end()
         return StepPath(last, tuple(scores), entropy)
-
-    def _begin(self) -> None:
-        if self.device is not None:
-            self.device.begin((*self.buffers.values(), self.flags))
-
-    def _end(self) -> None:
-        if self.device is not None:
-            self.device.end()
-
-    def _launch(self, units: Sequence[Unit]) -> None:
-        """Replay units; capture those that can be captured now, and run the rest."""
-        for unit in units:
-            replay = self._replays.get(unit) or self._captured_or_run(unit)
-            if replay is not None:
-                replay()
-
-    def _captured_or_run(self, unit: Unit) -> Callable[[], object] | None:
-        """Return a unit's replay; None if the unit ran uncaptured."""
-        device = self.device
-        with torch._C._DisableAutocast():  # compiled code contains its casts
-            if device is None:
-                self._run_plainly(unit)
-                return None
-            replay = self._capture(unit, device) if self._may_capture(unit, device) else None
-            if replay is None:
-                self._run_into_buffers(unit, device)
-            return replay
-
-    def _may_capture(self, unit: Unit, device: CaptureDevice) -> bool:
-        reasons = self.compiled.log.uncaptured_units
-        if unit.obstacle is not None:
-            reasons.setdefault(unit.name, str(unit.obstacle))
-        if unit.name in reasons:
-            return False
-        return unit in self._warm or not device.needs_a_run
-
-    def _capture(self, unit: Unit, device: CaptureDevice) -> Callable[[], object] | None:
-        compiled, start = self.compiled, time.perf_counter()
-        try:
-            replay, size = device.capture(unit, self.slots, self.flags, self._buffer)
-        except CaptureFailed as error:
-            compiled.log.uncaptured_units[unit.name] = str(error)
-            log.warning("%s", with_id("RC082", f"{unit.name} runs without a capture, so it is slower: {error}"))
-            return None
-        before, _ = compiled.program.keys
-        rows = 0 if before is None else self.slots[before].shape[0]
-        record = CaptureRecord(unit.name, unit.depth, rows, time.perf_counter() - start, size)
-        log.info("captured %s: depth %d, batch %d, %.3f s, %d bytes", *vars(record).values())
-        compiled.log.add(record)
-        self._replays[unit] = replay
-        return replay
-
-    def _run_plainly(self, unit: Unit) -> None:
-        if self._narrowed is None:
-            unit.run(self.slots)
-            return
-        for step in unit.steps:
-            if step.segment.depth > self.compiled.program.num_blocks:
-                self._narrow()
-            step(self.slots)
-
-    def _narrow(self) -> None:
-        """Narrow the last hidden state to the last token, and the token count to one."""
-        last = self._narrowed
-        assert last is not None
-        hidden = self.slots[last.hidden]
-        self.slots[last.hidden] = hidden.narrow(last.axis, hidden.shape[last.axis] - 1, 1).contiguous()
-        self.slots[last.size] = 1
-
-    def _run_into_buffers(self, unit: Unit, device: CaptureDevice) -> None:
-        """Run a unit uncaptured and copy its outputs into their buffers."""
-        own = list(self.slots)
-        device.wait()
-        unit.run(own, self.flags)
-        pairs = [(self._buffer(index, own[index]), own[index]) for index in unit.writes]
-        device.run(lambda: copy_into(pairs))
-        self._warm.add(unit)
-
-    def _buffer(self, index: int, value: Any) -> Any:
-        """Return a slot's buffer, made for a value like this one; for a number, itself."""
-        if isinstance(value, Tensor) and index not in self.buffers:
-            self.buffers[index] = buffer_like(value)
-            self.compiled.log.buffer_bytes += self.buffers[index].nbytes
-        self.slots[index] = self.buffers.get(index, value)
-        return self.slots[index]
 
     def _score(self, depth: int) -> float:
         """Wait for and return the score after the last block that ran."""
         if self.device is None:
             return float(self.compiled.agreed(self.slots[SCORE]).item())
         self.device.wait()
-        return float(self.flags[depth].item())
+        return float(self._launcher.flags[depth].item())
 
     def _kept_score(self) -> Tensor | None:
         """Return a copy of the head's score; None without one."""

@@ -283,7 +283,7 @@ class TestReported:
         """The decoder is the test's own: on a cache at a freed one's addresses no capture would be made."""
         decoder = Decoder(device=device, layers=2)
         run(decoder, [STAY])
-        with caplog.at_level(logging.INFO, logger="river_compile.runtime.state"):
+        with caplog.at_level(logging.INFO, logger="river_compile.runtime.launcher"):
             run(decoder, [(0, 1, None)] * 3)
         lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("captured")]
         assert len(lines) == 2
