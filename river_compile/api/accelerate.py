@@ -10,27 +10,23 @@ import functools
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
+from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
 from river_compile.backend import obstacle, river
 from river_compile.building.build import build, rebuild
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.programs import Origin, ProgramCache
 from river_compile.config import RiverConfig
-from river_compile.decoding.admission import check_paths
-from river_compile.decoding.mode import Decode, ExactMode, decode, exact
 from river_compile.decoding.prefix_cache import PrefixPool
-from river_compile.errors import ExactModeError, OptionError, RiverWarning
-from river_compile.exit_rule import ExitRule
-from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
+from river_compile.errors import OptionError, RiverWarning
+from river_compile.kernels.checks import FLAG
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import begin_kernels, no_compiler
@@ -49,12 +45,7 @@ from river_compile.upstream.dynamo import OwnCall, compiled_with, drop_graphs, u
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-QUALITIES = EXACT, FAST = "exact", "fast"
-_QUALITY = one_of(None, *QUALITIES)
-_RULE = ("criterion", "threshold", "first_exit", "exit_depth")  # options that say which tokens exit
 _ARGUMENTS = ("calibration_data", "tokenizer", "compile_cache", "background_packing")  # of accelerate by keyword
-_FULL_DEPTH = {"first_exit": WHOLE}  # no token exits, and no block has a check
-Rule: TypeAlias = "ExitRule | str | os.PathLike[str]"
 
 
 def accelerate(
@@ -108,15 +99,9 @@ def accelerate(
     why_not = untraceable(model) or _without_values(model)
     if why_not:
         raise OptionError(f"Cannot accelerate this {type(model).__name__}: {why_not}", id="RC006")
-    chosen = _quality(quality, strict, calibration)
+    mode, backend_options, config = asked_for(quality, strict, calibration, options)
     compile_cache = FLAG("compile_cache", compile_cache, OptionError)
     background_packing = FLAG("background_packing", background_packing, OptionError)
-    mode: Decode = decode
-    if chosen == EXACT:
-        mode, backend_options = _exact_mode(strict, options)
-    else:
-        backend_options = _fast_options(calibration, options)
-    config = _config(chosen, backend_options)
     if config.twins is not None and config.on_missing_twins == "raise":
         folder = ranks_of(model.parameters()).folder(Path(config.twins))
         if not os.path.exists(folder / FILE):
@@ -199,65 +184,6 @@ def _unwrap_hint(model: object) -> str:
     return ". Pass pipeline.model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
 
 
-def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str:
-    """Return the quality that three arguments ask for."""
-    if quality in ("strict", "calibrated"):
-        fix = "strict=True" if quality == "strict" else "calibration=, without quality"
-        raise OptionError(f"quality={quality!r} is not allowed; use {fix}")
-    chosen: str = _QUALITY("quality", quality, OptionError) or (EXACT if calibration is None else FAST)
-    if chosen == EXACT and calibration is not None:
-        raise OptionError(
-            "calibration= requires quality='fast', got 'exact'. Remove one of the two",
-            id="RC003",
-        )
-    if FLAG("strict", strict, OptionError) and chosen == FAST:
-        raise OptionError("strict=True requires quality='exact', got 'fast'. Remove one of the two", id="RC003")
-    return chosen
-
-
-def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
-    """Return exact mode with its options of these, and the backend's."""
-    for name in _RULE:
-        if options.get(name) is not None:
-            raise OptionError(
-                f"{name}={short_repr(options[name])} requires quality='fast', got 'exact'. Remove it or change quality",
-                id="RC003",
-            )
-    drafting = {name: value for name, value in options.items() if name in vars(exact)}
-    backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
-    if backend.get("offload") is not None and backend.get("offload_policy") is None:
-        backend["offload_policy"] = "fetch"  # drafts are verified by all layers
-    return replace(exact, strict=strict, **drafting), backend
-
-
-def _config(quality: str, options: Mapping[str, Any]) -> RiverConfig:
-    """Return the backend's options, checked, with exact mode also against those that it does not support."""
-    config = RiverConfig.from_options(options)
-    if quality == EXACT:
-        try:
-            check_paths(config)
-        except ExactModeError as error:
-            raise OptionError(error.text, id=error.id) from None
-    return config
-
-
-def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the backend's options, with those of an exit rule."""
-    for name in filter(vars(exact).__contains__, options):
-        raise OptionError(
-            f"{name}={short_repr(options[name])} requires quality='exact', got 'fast'. Remove it or change quality",
-            id="RC003",
-        )
-    if calibration is None:
-        return {**options}
-    if not isinstance(calibration, ExitRule):
-        calibration = ExitRule.load(PATH("calibration", calibration, OptionError))
-    given = next((name for name in options if name in calibration.options), None)
-    if given is not None:
-        raise OptionError(f"{given}={short_repr(options[given])} is set by calibration=. Remove {given}", id="RC003")
-    return {**calibration.options, **options}
-
-
 def from_pretrained(
     name: str | os.PathLike[str],
     quality: str | None = None,
@@ -282,7 +208,7 @@ def from_pretrained(
         OptionError: (a ``ValueError``) a bad argument.
         OSError: (of transformers) there is no such model.
     """
-    ours = {*_ARGUMENTS, *RiverConfig.options(), *vars(exact)}
+    ours = {*_ARGUMENTS, *RiverConfig.options(), *MODE_OPTIONS}
     options = {key: kwargs.pop(key) for key in ours & kwargs.keys()}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()

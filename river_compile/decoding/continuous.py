@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from river_compile.decoding.batch_loop import BatchLoop, Row, Submitted
+from river_compile.decoding.batch_thread import BatchThread
 from river_compile.decoding.call import Call
 from river_compile.decoding.inputs import KNOWN
 from river_compile.decoding.joining import OpenBatch
@@ -36,8 +35,6 @@ from river_compile.upstream.dynamo import OwnCall
 
 log = logging.getLogger("river_compile.continuous")
 
-_CLOSED = "This ContinuousBatch was closed. Create another one"
-_ENDED = "The thread of this ContinuousBatch has ended. The log says why. Create another one"
 _MOST = 4096  # rows of a batch: each has its own KV cache
 _limit = integer(1, most=_MOST)
 
@@ -98,23 +95,14 @@ class ContinuousBatch:
             raise OptionError("This model has a ContinuousBatch already. Close that one first", id="RC003")
         self._model, self._record = model, record
         self._loop = BatchLoop(model, self._limit)
-        self._changed = threading.Condition()
-        self._waiting: deque[Row] = deque()
+        self._thread = BatchThread(self._loop, record.of(OpenBatch).close)
+        self._changed = self._thread.changed
         self._submitted: dict[Future[Any], Submitted] = {}  # until they are done
         self._mine = threading.local()  # the Submitted of a thread
-        self._alone = 0  # calls that run alone, or wait to
-        self._busy_with: object | None = None  # what uses the model: the batch's thread, or a call alone
-        self._closed = False
-        self._dead: BaseException | None = None
-        self._calls, self._busy = 0, 0.0
+        self._calls = 0
         self._threads = ThreadPoolExecutor(self._limit, "river call")
-        # The thread holds the batch only while there is work, so a batch that is dropped ends by itself.
-        self._thread = threading.Thread(
-            target=_run, args=(weakref.ref(self), self._changed), name="river continuous batch", daemon=True
-        )
-        weakref.finalize(self, _notify, self._changed)
+        weakref.finalize(self, self._thread.drop)
         record.of(OpenBatch).ref = weakref.ref(self)
-        self._thread.start()
 
     def submit(self, function: Callable[[], Any], seed: int | None = None) -> Future[Any]:
         """Run a function that calls the model's generate, in a separate thread; return immediately.
@@ -130,28 +118,19 @@ class ContinuousBatch:
         Raises:
             BatchError: (a ``RuntimeError``) the batch was closed, or its thread has ended.
         """
-        submitted = Submitted(self._generator(seed))
+        submitted = Submitted(_generator(self._model.device, seed))
         with self._changed:
-            self._check_open()
+            self._thread.check_alive()
             future = self._threads.submit(self._call, submitted, function)
             self._submitted[future] = submitted
         future.add_done_callback(self._forget)
         return future
 
-    def _generator(self, seed: int | None) -> torch.Generator:
-        device = self._model.device
-        generator = torch.Generator(device)
-        if seed is not None:
-            return generator.manual_seed(seed)
-        generator.set_state(random_state(device))
-        torch.empty((), device=device).uniform_()
-        return generator
-
     def _call(self, submitted: Submitted, function: Callable[[], Any]) -> Any:
         """Run a submitted function in this thread."""
         self._mine.submitted = submitted
         try:
-            self._check_open()
+            self._thread.check_alive()
             return function()
         finally:
             self._mine.submitted = None
@@ -162,19 +141,15 @@ class ContinuousBatch:
         with self._changed:
             self._submitted.pop(future, None)
 
-    def _check_open(self) -> None:
-        if self._closed or self._dead is not None:
-            raise BatchError(_CLOSED if self._closed else _ENDED)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's generate as a row of the batch, and wait for it."""
-        self._check_open()
+        self._thread.check_alive()
         before = getattr(self._mine, "submitted", None)
-        self._mine.submitted = mine = before or Submitted(self._generator(None))
+        self._mine.submitted = mine = before or Submitted(_generator(self._model.device))
         try:
             return self._model.generate(*args, **kwargs)
         except KeyboardInterrupt:
-            self._cancel(mine)
+            self._thread.cancel(mine)
             raise
         finally:
             self._mine.submitted = before
@@ -188,21 +163,12 @@ class ContinuousBatch:
         with self._changed:
             submitted = self._submitted.get(future)
         if submitted is not None:
-            self._cancel(submitted)
-
-    def _cancel(self, submitted: Submitted) -> None:
-        with self._changed:
-            submitted.cancelled = True
-            self._changed.notify_all()
+            self._thread.cancel(submitted)
 
     def close(self) -> None:
         """Cancel all calls, which raise an error; return when the batch's thread has ended."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._thread.close()
         self._threads.shutdown(wait=False)  # functions that wait for a thread raise, since the batch is closed
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
 
     def __enter__(self) -> ContinuousBatch:
         return self
@@ -221,7 +187,7 @@ class ContinuousBatch:
     @property
     def alive(self) -> bool:
         """Whether calls are accepted."""
-        return not self._closed and self._dead is None
+        return self._thread.alive
 
     @property
     def counters(self) -> BatchCounters:
@@ -240,28 +206,25 @@ class ContinuousBatch:
                 drafted=exact.drafted,
                 accepted=exact.accepted,
                 first_token_seconds=tuple(self._loop.first_token_seconds),
-                busy_seconds=self._busy,
+                busy_seconds=self._thread.busy_seconds,
             )
 
     def join(self, call: Call, mode: Decode, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Generate a call's text as a row of the batch; None if it has to run alone."""
-        if threading.current_thread() is self._thread:
+        if self._thread.is_this_thread:
             raise BatchError("A processor, criterion or streamer of a ContinuousBatch cannot call the model's generate")
         mine: Submitted | None = getattr(self._mine, "submitted", None)
         if mine is not None and mine.cancelled:
             raise CancelledError("the call was cancelled")
-        if self._busy_with is threading.current_thread() or not _can_join(call, kwargs, mode):
+        if self._thread.is_used_here or not _can_join(call, kwargs, mode):
             return None
-        owner = mine or Submitted(self._generator(None))
+        owner = mine or Submitted(_generator(self._model.device))
         row = Row(call, mode, kwargs, owner)
-        with self._changed:
-            self._check_open()
-            self._waiting.append(row)
-            self._changed.notify_all()
+        self._thread.add(row)
         try:
             text = row.result.result()
         except KeyboardInterrupt:
-            self._cancel(owner)
+            self._thread.cancel(owner)
             raise
         if text is None and mine is None:  # the call runs alone, with the numbers of PyTorch's generator
             set_random_state(self._model.device, owner.generator.get_state())
@@ -270,59 +233,22 @@ class ContinuousBatch:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, the batch waits, and a call of this thread may use the model."""
-        if self._busy_with is threading.current_thread():  # a call inside of a call that runs alone
+        if self._thread.is_used_here:  # a call inside of a call that runs alone
             yield
             return
         mine: Submitted | None = getattr(self._mine, "submitted", None)
-        with self._changed:
-            self._alone += 1
-            while self._busy_with is not None and not self._closed:
-                self._changed.wait()
-            self._busy_with = threading.current_thread()
-        try:
-            with contextlib.nullcontext() if mine is None else _drawing_from(mine.generator):
-                yield
-        finally:
-            with self._changed:
-                self._alone -= 1
-                self._busy_with = None
-                self._changed.notify_all()
+        with self._thread.alone(), contextlib.nullcontext() if mine is None else _drawing_from(mine.generator):
+            yield
 
-    @property
-    def _has_work(self) -> bool:
-        return bool(self._waiting) or self._loop.has_work
 
-    def _turn(self) -> bool:
-        """Take the model for a cycle; return False if the batch is closed, or if there is nothing to do."""
-        with self._changed:
-            while self._has_work and not self._closed and (self._alone or self._busy_with is not None):
-                self._changed.wait()
-            if self._closed or not self._has_work:
-                return False
-            self._busy_with = self._thread
-        return True
-
-    def _cycle(self) -> None:
-        """Run a piece of a prompt and a cycle of the rows, in the batch's thread."""
-        began = time.perf_counter()
-        try:
-            with torch.no_grad():
-                self._loop.cycle(self._waiting)
-        finally:
-            with self._changed:
-                self._busy_with = None
-                self._busy += time.perf_counter() - began
-                self._changed.notify_all()
-
-    def _end_all(self, error: BaseException) -> None:
-        """End all calls with an error, as the batch's thread does last."""
-        with self._changed:
-            waiting = [*self._waiting]
-            self._waiting.clear()
-        self._loop.end_all(error)
-        for row in waiting:
-            row.result.set_exception(error)
-        self._record.of(OpenBatch).ref = None
+def _generator(device: torch.device, seed: int | None = None) -> torch.Generator:
+    """Return a generator; without a seed it continues PyTorch's, which advances."""
+    generator = torch.Generator(device)
+    if seed is not None:
+        return generator.manual_seed(seed)
+    generator.set_state(random_state(device))
+    torch.empty((), device=device).uniform_()
+    return generator
 
 
 def _can_join(call: Call, kwargs: Mapping[str, Any], mode: Decode) -> bool:
@@ -349,34 +275,3 @@ def _drawing_from(generator: torch.Generator) -> Iterator[None]:
     finally:
         generator.set_state(random_state(generator.device))
         set_random_state(generator.device, before)
-
-
-def _notify(changed: threading.Condition) -> None:
-    with changed:
-        changed.notify_all()
-
-
-def _run(batch_ref: weakref.ref[ContinuousBatch], changed: threading.Condition) -> None:
-    """Run a batch's cycles until it is closed or dropped."""
-    while True:
-        with changed:
-            batch = batch_ref()
-            if batch is not None and not (batch._closed or batch._has_work):
-                batch = None
-                if batch_ref() is not None:
-                    changed.wait()
-                continue
-        if batch is None:
-            return
-        try:
-            if batch._turn():
-                batch._cycle()
-            elif batch._closed:
-                batch._end_all(BatchError(_CLOSED))
-                return
-        except BaseException as error:
-            log.exception("the thread of a ContinuousBatch has died")
-            batch._dead = error
-            batch._end_all(error)
-            raise
-        batch = None

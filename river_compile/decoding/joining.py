@@ -33,6 +33,10 @@ class OpenBatch:
     def batch(self) -> Batch | None:
         return None if self.ref is None else self.ref()
 
+    def close(self) -> None:
+        """Let calls run without a batch."""
+        self.ref = None
+
 
 def alone(record: ModelRecord) -> contextlib.AbstractContextManager[None]:
     """Inside, a call may use the model: its batch, if there is one, waits."""

@@ -382,7 +382,8 @@ def test_a_batch_that_is_dropped_ends_its_threads_and_frees_the_model():
     model = river_compile.accelerate(make("llama", torch.float32, layers=2), **OPTIONS, **TWINS)
     batch = river_compile.ContinuousBatch(model)
     assert batch.submit(call_of(model, 5, 3)).result(WAIT).shape[1] == 8
-    thread, gone = batch._thread, weakref.ref(model)
+    gone = weakref.ref(model)
+    thread = next(each for each in threading.enumerate() if each.name == "river continuous batch")
     del batch
     gc.collect()
     thread.join(WAIT)
