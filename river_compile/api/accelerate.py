@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
-from river_compile.backend import obstacle, river
+from river_compile.backend import config_for, obstacle, river, shared_by
 from river_compile.building.build import build, rebuild
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.programs import Origin, ProgramCache
@@ -35,16 +35,14 @@ from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import begin_kernels, no_compiler
 from river_compile.passes.program import Program, RiverProgram
-from river_compile.ranks import ranks_of
 from river_compile.record import ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.offload import OffloadedWeights
+from river_compile.runtime.placement import Placement
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
 from river_compile.twins.observe import record as record_inputs
 from river_compile.twins.pack import TwinWeights
-from river_compile.twins.weights import digest_of
 from river_compile.upstream.dynamo import OwnCall, compiled_with, drop_graphs, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -116,11 +114,10 @@ def accelerate(
         mode, backend_options = _exact_mode(strict, options)
     else:
         backend_options = _fast_options(calibration, options)
-    config = _config(chosen, backend_options)
-    if config.twins is not None and config.on_missing_twins == "raise":
-        folder = ranks_of(model.parameters()).folder(Path(config.twins))
-        if not os.path.exists(folder / FILE):
-            TwinFile(folder)  # raises the error that says what is wrong
+    config = _config(model, chosen, backend_options)
+    missing = config.twins is not None and not os.path.exists(Path(config.twins) / FILE)
+    if config.twins is not None and missing and config.on_missing_twins == "raise":
+        TwinFile(config.twins)  # raises the error that says what is wrong
     if tokenizer is not None and calibration_data is None:
         raise OptionError("tokenizer= requires calibration_data=. Give both or none", id="RC003")
     if calibration_data is not None:
@@ -225,14 +222,12 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
             )
     drafting = {name: value for name, value in options.items() if name in vars(exact)}
     backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
-    if backend.get("offload") is not None and backend.get("offload_policy") is None:
-        backend["offload_policy"] = "fetch"  # drafts are verified by all layers
     return replace(exact, strict=strict, **drafting), backend
 
 
-def _config(quality: str, options: Mapping[str, Any]) -> RiverConfig:
+def _config(model: nn.Module, quality: str, options: Mapping[str, Any]) -> RiverConfig:
     """Return the backend's options, checked, with exact mode also against those that it does not support."""
-    config = RiverConfig.from_options(options)
+    config = config_for(options, shared_by(model.parameters()))
     if quality == EXACT:
         try:
             check_paths(config)
@@ -318,14 +313,17 @@ def collect_statistics(
         The statistics. The model keeps them too, until their ``clear()``.
 
     Raises:
-        OptionError: (a ``ValueError``) texts without a tokenizer, a tokenizer without texts, or no token in the data.
-        RankError: ranks that share the model were given different data.
+        OptionError: (a ``ValueError``) texts without a tokenizer, a tokenizer without texts, no token in the data, or
+            a model that several processes share.
     """
     model = unwrap(model)
+    if shared_by(model.parameters()) is not None:
+        raise OptionError(
+            "Statistics are not available for a model that several processes share. Remove calibration_data, and use "
+            "quantizer='hqq'",
+            id="RC122",
+        )
     windows = windows_of(data, tokenizer)
-    ranks = ranks_of(model.parameters())
-    if ranks.several:
-        ranks.check_alike("the calibration data", digest_of(windows))
     observation = record_inputs(model, windows, progress=progress)
     record_of(model.parameters()).of(Statistics).observed = observation
     return observation
@@ -337,7 +335,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def restore(model: Module) -> Module:
     """Undo ``accelerate`` and ``model.compile(backend="river")``, and free the twins.
 
-    Offloaded weights return to device memory, bit for bit. A wrapper that ``torch.compile(model, backend="river")``
+    Weights that moved return to device memory, bit for bit. A wrapper that ``torch.compile(model, backend="river")``
     returned stays compiled: it traces the model again at its next call.
 
     Args:
@@ -379,9 +377,9 @@ def empty_cache(model: nn.Module) -> int:
 
 
 def bring_back(model: nn.Module) -> int:
-    """Move offloaded weights back into device memory, bit for bit; return their bytes."""
+    """Move weights back into device memory, bit for bit; return their bytes."""
     record = find_record(model)
     if record is None:
         return 0
     with record.of(TwinWeights).moving():
-        return record.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
+        return record.of(Placement).restore([*model.parameters(), *model.buffers()])
