@@ -118,6 +118,7 @@ DOORS = {  # of each optional part, the modules of the package that import it; t
     "runtime.offload": {"building.build"},
     "runtime.tensor_parallel": {"", "backend"},
     "runtime.weight_store": {"runtime.offload"},
+    "kernels.triton": {"lowering.inductor"},
     "twins.background": {"twins.pack", "twins.weights"},
     "api.twins": {"", "cli.commands"},
 }

@@ -26,11 +26,13 @@ from river_compile.exits import WHOLE, SequenceStates
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native
 from river_compile.lowering.inductor import (
+    TRITON_LAYOUT,
     Lowering,
     ProgramExamples,
     SegmentCompiler,
     choose_lowering,
     inductor_settings,
+    load_generated,
     lower_segment,
     warn_of_slow_lowering,
 )
@@ -68,6 +70,8 @@ def build(
     """Build a recognised decoder on its real inputs, in order, and fill in the records."""
     config, plan, inputs = graph.config, found.plan, [*values.values()]
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
+    if how.layout == TRITON_LAYOUT:
+        load_generated()
     choices, twins = choose(found, config, how), model.of(TwinWeights)
     by_default = config.target_weights == "auto" and choices.target_weights == "12bit"
     check_captures(plan.device, config, how.native)
@@ -124,6 +128,8 @@ def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: 
     """Build a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
         native.load()
+    elif graph.config.kernels == "triton":
+        load_generated()
     return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
 
 
