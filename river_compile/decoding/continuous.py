@@ -1,7 +1,7 @@
 """Continuous batching: generate calls from any threads join a running batch as rows and leave it at their end.
 
 Not handled (such calls run alone, while the batch waits): several rows, returned caches, models that keep more than
-keys and values, strict exact mode, ranks.
+keys and values, strict exact mode, models that several processes share.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from river_compile.agreement import Agreement
 from river_compile.decoding.inputs import KNOWN
 from river_compile.decoding.joining import OpenBatch
 from river_compile.decoding.mode import Call, Decode, ExactMode
@@ -31,7 +32,6 @@ from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.decoding.speculative import SpeculativeDecoder, Texts
 from river_compile.errors import BatchError, OptionError
 from river_compile.kernels.checks import integer
-from river_compile.ranks import Ranks
 from river_compile.record import find_record
 from river_compile.runtime.stats import ExitStats
 from river_compile.upstream.dynamo import OwnCall
@@ -330,7 +330,7 @@ class ContinuousBatch:
         return (
             len(call.ids_BS) == 1
             and KNOWN.issuperset(kwargs)  # rows have the same arguments
-            and not (call.config.return_dict_in_generate or strict or self._record.of(Ranks).several)
+            and not (call.config.return_dict_in_generate or strict or self._record.of(Agreement).several)
             and isinstance(positions, Tensor)
             and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
             and call.config.prefill_chunk_size is None
@@ -417,7 +417,7 @@ class ContinuousBatch:
                 self._decoder = decoder = row.mode.decoder(call, self._batch, logits)
             else:
                 join(self._batch, passes, call.ids_BS)
-            row.texts = call.texts(passes.ranks, decoder.drafts, generator=row.owner.generator)
+            row.texts = call.texts(passes.agreement, decoder.drafts, generator=row.owner.generator)
             decoder.admit(row.texts, logits)
             decoder.drop_finished()
         except Exception as error:

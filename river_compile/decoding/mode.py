@@ -21,6 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
+from river_compile.agreement import Agreement
 from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.admission import allow_drafts
 from river_compile.decoding.draft_length import DraftLength, DraftLengths
@@ -39,7 +40,6 @@ from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_state import model_state
-from river_compile.ranks import Ranks
 from river_compile.record import record_of
 from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
@@ -72,7 +72,7 @@ class Call:
     config: GenerationConfig
     streamer: Any | None
 
-    def texts(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Texts:
+    def texts(self, agreement: Agreement, drafting: bool, generator: torch.Generator | None = None) -> Texts:
         """Return the call's rows, with their prompt; without a generator, sampling uses PyTorch's."""
         config, criteria, wanted = self.config, self.criteria, bool(self.config.return_dict_in_generate)
         ends = getattr(config, "_eos_token_tensor", None)
@@ -80,7 +80,7 @@ class Call:
             rows=len(self.ids_BS),
             do_sample=config.do_sample,
             processors=self.processors,
-            ranks=ranks,
+            agreement=agreement,
             drafting=drafting,
             generator=generator,
             keeps_scores=wanted and config.output_scores,
@@ -95,7 +95,7 @@ class Call:
             put=None if self.streamer is None else self.streamer.put,
             rows_are_independent=self._row_by_row and not wanted,
             end_tokens=frozenset(() if ends is None else ends.tolist()),
-            ranks=ranks,
+            agreed=agreement.first,
         )
 
     @property
@@ -189,7 +189,7 @@ class Decode:
                 logits = Prompt(passes, input_ids, config).run()[:, -1:]
                 record.of(PromptRows).add(len(input_ids))
                 decoder = mode.decoder(call, passes, logits)
-                texts = call.texts(passes.ranks, decoder.drafts)
+                texts = call.texts(passes.agreement, decoder.drafts)
                 with model._optimize_model_for_decode():
                     ids = decoder.run(texts, logits)
                 # With early exits, some entries of new tokens are the twins'.
@@ -286,7 +286,8 @@ class ExactMode(Decode):
 
     Attributes:
         num_assistant_tokens: longest draft in tokens; 0: no drafts. Drafts are verified in passes of 2, 4, 6, 8, 16 ...
-            ``num_assistant_tokens + 1`` tokens. None: 15, or 63 if target layers are offloaded.
+            ``num_assistant_tokens + 1`` tokens. None: 15, 63 if the weights of layers are
+            streamed, 5 if several processes share the model.
         num_assistant_tokens_schedule: None: measured times decide the length of each draft. "constant": every draft has
             `num_assistant_tokens` tokens, and nothing depends on time.
         prompt_lookup_num_tokens: most tokens that a draft copies from the context. 0: none. None: as many as it has.
@@ -334,7 +335,7 @@ class ExactMode(Decode):
         if self.num_assistant_tokens == 0:
             return super().decoder(call, passes, logits)
         allow_drafts(passes, call.ids_BS, logits, self.num_assistant_tokens, self.strict)
-        if self.num_assistant_tokens_schedule == CONSTANT:
+        if self.num_assistant_tokens_schedule == CONSTANT or passes.agreement.several:  # no time is the same in all
             length = DraftLength(adaptive=False)
         else:
             length = passes.record.of(DraftLengths).setdefault(call.config.do_sample, DraftLength())

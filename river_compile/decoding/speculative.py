@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from river_compile.agreement import ALONE
 from river_compile.decoding.draft_length import LOOKUP, TWINS, Draft, DraftLength
 from river_compile.decoding.passes import Passes
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
-from river_compile.ranks import ALONE, Ranks
 from river_compile.runtime.stats import CycleRecord
 
 
@@ -115,7 +115,7 @@ class SpeculativeDecoder:
         if not emitted:  # the call's own code raised
             return
         passes = self._passes
-        drafting, verifying, accepting = passes.ranks.agree(seconds)
+        drafting, verifying, accepting = seconds
         length.learn(draft, emitted, drafting, verifying + accepting)
         record = CycleRecord(
             drafted=tuple(token.source for token in draft.tokens),
@@ -229,7 +229,7 @@ class Texts:
     put: Callable[[Tensor], object] | None = None  # of the streamer
     rows_are_independent: bool = False  # whether processors and criteria see each row alone, without memory
     end_tokens: frozenset[int] = frozenset()  # that end a draft
-    ranks: Ranks = ALONE  # that share the model; the first one's stopping criteria count
+    agreed: Callable[[Tensor], Tensor] = ALONE.first  # on the criteria, among the processes that run the model
     error: BaseException | None = None  # that ended the texts
     rows: list[int] = field(init=False)  # in the batch: all, or the last one that runs
     length: int = field(init=False)  # ids of each row so far
@@ -336,5 +336,5 @@ class Texts:
             return [self.length >= self.stops.max_length or token in self.stops.tokens for token in tokens]
         scores = self.sampler.scores
         seen = None if scores is None else tuple(scores)
-        stopped: list[bool] = self.ranks.first(self.stops(self.ids, seen)).tolist()
+        stopped: list[bool] = self.agreed(self.stops(self.ids, seen)).tolist()
         return stopped
