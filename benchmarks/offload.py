@@ -33,7 +33,6 @@ from typing import Any
 
 from benchmarks import common
 from river_compile.cli import shared
-from river_compile.runtime.offload import OffloadedWeights
 from tools import demo_models
 
 _NEVER = 2.0  # above every cosine
@@ -85,8 +84,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
     before = _brought_in(river_compile.report(model))
     timed = generate(model, ids, new_tokens, **how)
     report = river_compile.report(model)
-    stats = report.record.of(OffloadedWeights).stats
-    moved = 0 if stats is None else stats.moved
+    moved = (report.to_dict().get("offloaded") or {}).get("moved", 0)
     weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in report.packed)
     return {
         "weights_bytes": weights,
@@ -102,8 +100,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
 def _brought_in(report: Any) -> int:
     """Return the bytes of weights that had come in by a report."""
-    stats = report.record.of(OffloadedWeights).stats
-    return 0 if stats is None else stats.brought_in
+    return (report.to_dict().get("offloaded") or {}).get("brought_in", 0)
 
 
 def resident_bytes() -> int:

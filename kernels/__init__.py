@@ -1,6 +1,6 @@
 """Kernels of River Compile: 4-bit quantization, packing, torch operators, generated Triton and C++. They know no graph.
 
-    ops         the `torch.ops.river` operators; portable: their plain-torch parts
+    ops, cache_ops  the `torch.ops.river` operators in plain torch; portable: their parts
     quant       weights -> 4-bit grids or lossless 12 and 8 bits -> the bytes that a kernel reads
     triton      tensors -> spec -> template -> launch, for GPUs;  native: the C++ kernels, for CPUs
 Importing this package imports neither torch nor Triton.

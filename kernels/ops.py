@@ -1,13 +1,13 @@
-"""The operators ``torch.ops.river.*``. Importing this module registers them; it needs no Triton and no GPU.
+"""The operators ``torch.ops.river.*`` without a KV cache: what each computes, in plain torch, on any device.
 
-Layout "triton" runs the generated kernel: compiled on a GPU, in Triton's interpreter on the CPU (slow, for tests).
-Every other layout runs plain torch around the layout's own linear. Generated kernels of 16-bit and 12-bit weights take
-up to `MAX_EXACT_ROWS` rows, for decoding and verification; wider inputs go to a library. Outputs are new tensors.
+Importing this module registers them; it needs no Triton and no GPU. :mod:`river_compile.kernels.triton.operators`
+registers generated kernels for some, and the C++ kernels are separate operators (`torch.ops.river_native`).
+Outputs are new tensors. Operators on a cache are in `cache_ops`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
 
@@ -15,19 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.checks import check_choice
-from river_compile.kernels.portable import cache_attention, fused_width, smallest_cosine
+from river_compile.kernels.portable import ACTIVATIONS, NORMS, fused_width, normalized, smallest_cosine
 from river_compile.kernels.quant import layouts, lossless
-from river_compile.kernels.triton import calls_cache, calls_linear
-from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
 
 RESCORED = 256
 VOCAB_BLOCK = 16  # output features of a block of the list `wanted`
 MASKED_LOGIT = -32768.0  # exact in all dtypes; not infinite, so that further masking gives no NaN
+_LOSSLESS = (lossless.LAYOUT_12BIT, lossless.LAYOUT_8BIT, lossless.LAYOUT_12BIT_TRITON)
 
 
-@torch.library.custom_op("river::linear", mutates_args=())
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -56,9 +53,8 @@ def linear(
         bias: ``[N]`` in x.dtype or None.
         out_features: N, the rows of W.
         group_size: G; 0 for a weight in x.dtype.
-        layout: name of the packing; for a weight in x.dtype "triton" (the generated kernel) or "dense" (plain torch).
-            Three are lossless: "12bit" and "8bit" for the C++ kernels, which plain torch unpacks here, and
-            "12bit_triton" for the generated one.
+        layout: name of the packing; for a weight in x.dtype "triton" (which a generated kernel may read) or "dense".
+            Three are lossless: "12bit" and "8bit" for the C++ kernels, and "12bit_triton" for generated ones.
         residual: ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype or None.
         norm: "rms", "rms_plus_one" (Gemma), "layer" or "none".
         norm_weight, norm_bias: ``[K]`` in x.dtype; the bias for "layer" only.
@@ -75,63 +71,67 @@ def linear(
         ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these; `wanted`
             with a gate, a residual, or a weight in x.dtype.
     """
-    if wanted is not None and (gated or residual is not None or scale_zero is None):
-        raise ValueError("wanted is for linears with packed weights, without gate and residual")
-    check_choice("norm", norm, NORMS)
-    check_choice("activation", activation, ACTIVATIONS)
-    if (norm == "none") != (norm_weight is None):
-        raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
-    matrix = _matrix(weight, scale_zero, out_features, x.shape[-1], group_size, layout)
-    generated = (layout in ("triton", lossless.LAYOUT_12BIT_TRITON) and _is_few(x)) or (
-        layout == "triton" and scale_zero is not None
-    )
-    unpacks = layout in (lossless.LAYOUT_12BIT, lossless.LAYOUT_8BIT) or (
-        layout == lossless.LAYOUT_12BIT_TRITON and not generated
-    )
-    if isinstance(matrix, layouts.PackedLinear) and (unpacks or matrix.unpacked):
+    check_wanted(wanted, gated, residual, scale_zero)
+    matrix = operand(x, weight, scale_zero, out_features, group_size, layout, norm, norm_weight, activation)
+    h = x if norm_weight is None else normalized(x, norm, norm_weight, norm_bias, eps)
+    if isinstance(matrix, layouts.PackedLinear) and (layout in _LOSSLESS or matrix.unpacked):
         matrix = matrix.dequantize(torch.float32 if layout == lossless.LAYOUT_8BIT else x.dtype)
-    if generated:
-        y = calls_linear.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
-        return y if wanted is None else _mask_unlisted(y, wanted)
-    h = x if norm_weight is None else _normalize(x, norm, norm_weight, norm_bias, eps)
     if isinstance(matrix, layouts.PackedLinear):
         y = layouts.layout(layout).linear(h, matrix, bias)
     else:
         y = F.linear(h.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
     y = _activated(y.chunk(2, dim=-1) if gated else (y,), activation)
     if wanted is not None:
-        return _mask_unlisted(y, wanted)
+        return mask_unlisted(y, wanted)
     return y if residual is None else y + residual
 
 
-def _is_few(x: Tensor) -> bool:
-    """Whether the generated kernels multiply these rows, and not a library."""
-    return x.numel() <= MAX_EXACT_ROWS * x.shape[-1]
+def check_wanted(wanted: Tensor | None, gated: bool, residual: Tensor | None, scale_zero: Tensor | None) -> None:
+    """Raise a ValueError for a list of blocks with a gate, a residual, or a weight in x.dtype."""
+    if wanted is not None and (gated or residual is not None or scale_zero is None):
+        raise ValueError("wanted is for linears with packed weights, without gate and residual")
 
 
-def _activated(parts: Sequence[Tensor], activation: str) -> Tensor:
-    """Apply an activation to one part, or to a gate, which multiplies the other part."""
-    y = _ACTIVATIONS[activation](parts[0])
-    return y * parts[1] if len(parts) > 1 else y
-
-
-def _matrix(
-    weight: Tensor, scale_zero: Tensor | None, n: int, k: int, group_size: int, layout: str
+def operand(
+    x: Tensor,
+    weight: Tensor,
+    scale_zero: Tensor | None,
+    out_features: int,
+    group_size: int,
+    layout: str,
+    norm: str,
+    norm_weight: Tensor | None,
+    activation: str,
 ) -> Tensor | layouts.PackedLinear:
+    """Return the matrix that :func:`linear` multiplies by; raise as that does."""
+    check_choice("norm", norm, NORMS)
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    if (norm == "none") != (norm_weight is None):
+        raise ValueError(f"norm={norm!r} and norm_weight go together; give both or neither")
     if scale_zero is not None:
-        return layouts.PackedLinear(layout, weight, scale_zero, group_size, k, n)
+        return layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[-1], out_features)
     if layout not in ("dense", "triton"):
         raise ValueError(f"layout={layout!r} has a scale_zero; without one it is 'dense' or 'triton'")
     return weight
 
 
-def _mask_unlisted(y: Tensor, wanted: Tensor) -> Tensor:
+def _activated(parts: Sequence[Tensor], activation: str) -> Tensor:
+    """Apply an activation to one part, or to a gate, which multiplies the other part."""
+    y = ACTIVATIONS[activation](parts[0])
+    return y * parts[1] if len(parts) > 1 else y
+
+
+def mask_unlisted(y: Tensor, wanted: Tensor) -> Tensor:
+    """Set the features outside of the blocks in `wanted` to `MASKED_LOGIT`."""
     blocks = torch.arange(y.shape[-1], device=y.device) // VOCAB_BLOCK
     chosen = wanted[1:][torch.arange(len(wanted) - 1, device=y.device) < wanted[0]]
     return y.masked_fill(~torch.isin(blocks, chosen), MASKED_LOGIT)
 
 
-@linear.register_fake
+LINEAR = torch.library.custom_op("river::linear", linear, mutates_args=())
+
+
+@LINEAR.register_fake
 def _(x: Tensor, _w: Any, _s: Any, _b: Any, out_features: int, _g: Any, _layout: Any, *fused: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], fused_width(out_features, fused)))
 
@@ -140,7 +140,6 @@ _MERGED = """(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None
 Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, str activation='none', bool gated=False) -> Tensor"""
 
 
-@torch.library.custom_op("river::merged", mutates_args=(), schema=_MERGED)
 def merged(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -153,7 +152,7 @@ def merged(
     activation: str = "none",
     gated: bool = False,
 ) -> Tensor:
-    """Return `linear` in layout "triton" for weights one below the other.
+    """Return `linear` for weights in x.dtype, one below the other.
 
     Args:
         x: ``[..., K]``.
@@ -162,17 +161,18 @@ def merged(
         residual, norm, norm_weight, norm_bias, eps, activation, gated: as in `linear`.
 
     Raises:
-        ValueError: as in `linear`; weights whose rows no tile divides.
+        ValueError: as in `linear`; of generated kernels also weights whose rows no tile divides.
     """
-    if _is_few(x):
-        return calls_linear.linear(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
-    h = x if norm_weight is None else _normalize(x, norm, norm_weight, norm_bias, eps)
+    h = x if norm_weight is None else normalized(x, norm, norm_weight, norm_bias, eps)
     parts = [F.linear(h, w, b) for w, b in zip(weights, biases or repeat(None), strict=False)]
     y = _activated(parts if gated else (torch.cat(parts, -1),), activation)
     return y if residual is None else y + residual
 
 
-@merged.register_fake
+MERGED = torch.library.custom_op("river::merged", merged, mutates_args=(), schema=_MERGED)
+
+
+@MERGED.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], _biases: Any, *fused: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], fused_width(sum(map(len, weights)), fused)))
 
@@ -192,7 +192,7 @@ def norm(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float, 
         ValueError: an unknown norm.
     """
     check_choice("norm", norm, NORMS[1:])
-    h = _normalize(x.float(), norm, weight, bias, eps)
+    h = normalized(x.float(), norm, weight, bias, eps)
     return (h if residual is None else h + residual).to(x.dtype)
 
 
@@ -225,7 +225,7 @@ def rescore(
         bias: ``[N]`` in x.dtype or None.
         norm, norm_weight, norm_bias, eps: as in `linear`.
     """
-    h = x if norm_weight is None else _normalize(x, norm, norm_weight, norm_bias, eps)
+    h = x if norm_weight is None else normalized(x, norm, norm_weight, norm_bias, eps)
     largest, chosen = logits.topk(min(RESCORED, logits.shape[-1]), dim=-1, sorted=False)
     rescored = (weight[chosen].float() @ h.float().unsqueeze(-1)).squeeze(-1)
     if bias is not None:
@@ -238,7 +238,6 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("river::experts", mutates_args=())
 def experts(
     x: Tensor,
     qweight: Tensor,
@@ -264,12 +263,7 @@ def experts(
     Raises:
         ValueError: an unknown layout, or a tensor of another shape or dtype than these.
     """
-    if x.dim() != 2 or expert.shape != x.shape[:1] or qweight.dim() < 3:
-        shapes = f"x {tuple(x.shape)}, expert {tuple(expert.shape)} and qweight {tuple(qweight.shape)}"
-        raise ValueError(f"experts takes x [M, K], expert [M] and stacked weights; it was given {shapes}")
-    stack = layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
-    if layout == "triton":
-        return calls_linear.experts(x, stack, expert)
+    stack = expert_stack(x, qweight, scale_zero, expert, out_features, group_size, layout)
     linear = layouts.layout(layout).linear
     rows_of: dict[int, list[int]] = {}
     for row, chosen in enumerate(expert.tolist()):
@@ -281,64 +275,28 @@ def experts(
     return y
 
 
-@experts.register_fake
+def expert_stack(
+    x: Tensor,
+    qweight: Tensor,
+    scale_zero: Tensor,
+    expert: Tensor,
+    out_features: int,
+    group_size: int,
+    layout: str,
+) -> layouts.PackedLinear:
+    """Return the weights that :func:`experts` multiplies by; raise as that does."""
+    if x.dim() != 2 or expert.shape != x.shape[:1] or qweight.dim() < 3:
+        shapes = f"x {tuple(x.shape)}, expert {tuple(expert.shape)} and qweight {tuple(qweight.shape)}"
+        raise ValueError(f"experts takes x [M, K], expert [M] and stacked weights; it was given {shapes}")
+    return layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
+
+
+EXPERTS = torch.library.custom_op("river::experts", experts, mutates_args=())
+
+
+@EXPERTS.register_fake
 def _(x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_features: int, *_others: Any) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
-
-
-kv_fill = torch.library.custom_op("river::kv_fill", calls_cache.kv_fill, mutates_args=("k_cache", "v_cache"))
-decode_attention = torch.library.custom_op("river::decode_attention", calls_cache.decode_attention, mutates_args=())
-attend = torch.library.custom_op("river::attend", calls_cache.attend, mutates_args=("counter", "k_cache", "v_cache"))
-residual_score = torch.library.custom_op("river::residual_score", calls_linear.residual_score, mutates_args=())
-
-
-@kv_fill.register_fake
-def _(qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, k_cache: Tensor, *_others: Any) -> Tensor:
-    b, kv_heads, _, d = k_cache.shape
-    positions = qkv.shape[1:2] if qkv.dim() == 3 and qkv.shape[1] > 1 else ()
-    return qkv.new_empty((b, *positions, qkv.shape[-1] // d - 2 * kv_heads, d))
-
-
-@decode_attention.register_fake
-def _(q: Tensor, *_others: Any) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-@attend.register_fake
-def _(
-    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Any, sin: Any, slot: Any, counter: Any, k_cache: Tensor, *others: Any
-) -> Tensor:
-    b, kv_heads, _, d = k_cache.shape
-    several = len(others) > 7 and others[7]
-    positions = qkv.shape[1:2] if several else ()
-    return qkv.new_empty((b, *positions, qkv.shape[-1] // d - 2 * kv_heads, d))
-
-
-@torch.library.custom_op("river::attention", mutates_args=())
-def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
-) -> Tensor:
-    """Attend from several query positions to the slots of a static cache.
-
-    Args:
-        q: ``[B, T, H, D]``.
-        k_cache, v_cache: ``[B, J, S, D]``, H a multiple of J.
-        mask: ``[B or 1, 1, T, S]``: bool, True for slots to attend to, or floating, added to the scores. None for all.
-        scale: of the scores.
-        softcap: c in c tanh(score / c), before the mask; 0 for none.
-        causal: position t attends to slots 0 to t, without a mask.
-
-    Returns:
-        ``[B, T, H, D]`` in q's dtype, zeros for a position without slots.
-    """
-    return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
-
-
-@attention.register_fake
-def _(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("river::exit_score", mutates_args=())
@@ -352,23 +310,30 @@ def _(hidden: Tensor, previous: Tensor) -> Tensor:
     return hidden.new_empty((), dtype=torch.float32)
 
 
-@residual_score.register_fake
+def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a residual and measure the exit score.
+
+    Args:
+        update, residual, previous: ``[..., D]`` of one shape and dtype.
+
+    Returns:
+        hidden = residual + update ``[..., D]``, and its smallest cosine with `previous` over all rows, float32 ``[]``,
+        NaN if a row has none.
+
+    Raises:
+        ValueError: tensors of different shapes.
+    """
+    if not update.shape == residual.shape == previous.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
+        raise ValueError(f"update, residual and previous have one shape; these have {shapes}")
+    hidden = (residual + update).contiguous()
+    return hidden, smallest_cosine(hidden, previous)
+
+
+RESIDUAL_SCORE = torch.library.custom_op("river::residual_score", residual_score, mutates_args=())
+
+
+@RESIDUAL_SCORE.register_fake
 def _(update: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     hidden = torch.empty_like(update, memory_format=torch.contiguous_format)
     return hidden, update.new_empty((), dtype=torch.float32)
-
-
-def _normalize(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    h, weight = x.float(), weight.float()
-    if norm == "layer":
-        return F.layer_norm(h, h.shape[-1:], weight, None if bias is None else bias.float(), eps).to(x.dtype)
-    return F.rms_norm(h, h.shape[-1:], weight + (norm == "rms_plus_one"), eps).to(x.dtype)
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "relu": F.relu,
-}

@@ -1,4 +1,4 @@
-"""Plain torch for one query position, for attention over a cache, and for scores of logits.
+"""Plain torch for norms, for one query position, for attention over a cache, and for scores of logits.
 
 Not handled: dropout, soft caps and causal flags of one position (a mask can express the last), linear layers of several
 rows, and temperatures or other processing of logits.
@@ -6,10 +6,29 @@ rows, and temperatures or other processing of logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+NORMS = ("none", "rms", "rms_plus_one", "layer")  # "rms_plus_one" is Gemma's
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def normalized(x: Tensor, norm: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Return a norm of `NORMS` but "none" of x ``[..., K]``, in x.dtype, computed in float32."""
+    h, weight = x.float(), weight.float()
+    if norm == "layer":
+        return F.layer_norm(h, h.shape[-1:], weight, None if bias is None else bias.float(), eps).to(x.dtype)
+    return F.rms_norm(h, h.shape[-1:], weight + (norm == "rms_plus_one"), eps).to(x.dtype)
+
 
 # Fused attention splits its work over query blocks, and matmuls read a weight more slowly than a multiply-and-sum,
 # which Inductor fuses into one loop over the cache or the weight.

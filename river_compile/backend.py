@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
+from river_compile.agreement import Agreement
 from river_compile.building.build import build
 from river_compile.building.graph_record import BROKE, GraphRecord, Graphs
 from river_compile.config import RiverConfig, check_mode
@@ -23,16 +25,14 @@ from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import Lowering, inductor_settings, no_compiler
-from river_compile.passes.dtensor_locals import on_local_shards
 from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
 from river_compile.passes.segments import recognise
-from river_compile.ranks import ranks_of
 from river_compile.record import find_record, record_of
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.tensor_parallel import check_supported, take_local_shards
 from river_compile.twins.making import Statistics
+from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.dynamo import (
     OwnCall,
     build_libraries_atomically,
@@ -45,6 +45,9 @@ from river_compile.upstream.dynamo import (
 from river_compile.upstream.tensors import local_of
 from river_compile.upstream.transformers import disable_auto_compile
 from river_compile.upstream.versions import warn_of_untested
+
+if TYPE_CHECKING:
+    from river_compile.runtime.tensor_parallel import Ranks
 
 log = logging.getLogger("river_compile")
 warn_of_untested()
@@ -72,22 +75,22 @@ def river(
         OptionError: (a ``ValueError``) an unknown option or a bad value.
         UnsupportedGraphError: the graph is unsupported and ``on_unsupported="raise"``, or a weight is not finite.
     """
-    config = RiverConfig.from_options(options)
     mode = check_mode(mode)
-    build_libraries_atomically()
     traced = normalized(graph_module)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     parameters = [node for node in values if is_parameter(node)]
     owner = compiled_module(river)  # a piece of a broken graph reads some of its parameters
     owned = [*(values[node] for node in parameters), *(owner.parameters() if owner else ())]
-    model, ranks, local = record_of(owned), ranks_of(owned), frozenset[fx.Node]()
+    model, ranks, local = record_of(owned), shared_by(owned), frozenset[fx.Node]()
+    config = config_for(options, ranks)
+    build_libraries_atomically()
     if owner is not None:
         model.of(Statistics).own.attach(owner)
-    if ranks.several:
-        check_supported(ranks, config, mode, traced.graph)
-        model.put(ranks)
-        model.of(Statistics).ranks = ranks
-        local = on_local_shards(traced, ranks.size, ranks.group.group_name)
+    if ranks is not None:
+        model.put_as(Agreement, ranks)
+        twins = model.of(TwinWeights)  # other processes make other parts of them
+        twins.stores = twins.background.enabled = False
+        local = ranks.take_shards(traced, mode)
         values |= {node: local_of(values[node]) for node in local}
     graph = GraphRecord(config, mode=mode, inputs=tuple(map(input_name, values)))
     graphs = model.of(Graphs)
@@ -101,7 +104,11 @@ def river(
         program = refusal or recognise(traced, twins=config.quantizer != "none")
     if not isinstance(program, Refusal):
         try:
-            return take_local_shards(build(program, values, lowering, model, graph), [*values], local)
+            executor = build(program, values, lowering, model, graph)
+            if ranks is None:
+                return executor
+            ranks.warn_of_16_bits(executor.program)
+            return ranks.wrap(executor, [*values], local)
         except CannotBuild as error:
             why = " ".join(str(error).split())
             program = unbuildable = Refusal(f"{why}. If the compiler is the cause, set CXX to another g++ or clang++")
@@ -115,6 +122,21 @@ def river(
         return graph_module.forward
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
     return compiled
+
+
+def shared_by(parameters: Iterable[object]) -> Ranks | None:
+    """Return the processes that share a model's parameters, None for this one alone."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    from river_compile.runtime.tensor_parallel import ranks_of
+
+    return ranks_of(parameters)
+
+
+def config_for(options: Mapping[str, object] | None, ranks: Ranks | None) -> RiverConfig:
+    """Return the options of a model that these processes share, checked; raise an OptionError."""
+    config = RiverConfig.from_options(options)
+    return config if ranks is None else ranks.fitted(config, {*(options or ())})
 
 
 def _report_refusal(refusal: str, id: str, plainly: bool, is_new: bool, config: RiverConfig) -> None:

@@ -163,7 +163,8 @@ class RiverConfig:
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
         if self.offload_policy is None:
-            object.__setattr__(self, "offload_policy", "exit")
+            verified = self.moves_weights and self.first_exit == WHOLE  # drafts are, by all layers
+            object.__setattr__(self, "offload_policy", "fetch" if verified else "exit")
         if criterion.reads == "block":
             self._set("first_exit", integer(1))
         else:
@@ -210,6 +211,11 @@ class RiverConfig:
                 f"first_exit={self.first_exit} lies beyond {nowhere}. "
                 f"Use offload={self.first_exit} or more, exit_depth={k} or offload_policy='fetch'"
             )
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether weights of 16-bit layers may lie at another address in every run."""
+        return self.offload is not None
 
     @property
     def deepest(self) -> int | None:

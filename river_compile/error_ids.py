@@ -58,7 +58,6 @@ _TITLES = {
     "RC101": "Some operators run uncompiled",
     "RC102": "Compile cache is not trusted",
     # Several ranks.
-    "RC120": "Ranks disagree",
     "RC121": "Another rank ended",
     "RC122": "Not supported on several ranks",
 }

@@ -109,9 +109,9 @@ class EmbeddingError(RiverError, IndexError):
 
 
 class RankError(RiverError, RuntimeError):
-    """Processes that share a model cannot continue: one has ended, or they disagree; the message says which."""
+    """A process that shares a model with others cannot continue, since one of them has ended."""
 
-    id = "RC120"
+    id = "RC121"
 
 
 class RiverWarning(UserWarning):

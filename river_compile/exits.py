@@ -137,8 +137,8 @@ class ExitPolicy:
         asked = "Full depth" if depth == WHOLE else f"Depth {depth}"
         if self.deepest is not None and depth > self.deepest:
             raise OptionError(
-                f"{asked} is not available: this model was compiled with offload={self.deepest} and "
-                "offload_policy='exit', so no token goes further. Compile it with offload_policy='fetch'",
+                f"{asked} is not available: this model was compiled with offload_policy='exit', so no token goes "
+                f"further than block {self.deepest}. Compile it with offload_policy='fetch'",
                 id="RC025",
             )
         if self.fixed_depth not in (None, depth):

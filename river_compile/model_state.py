@@ -1,6 +1,6 @@
 """A model's state at the start of a call: its identity (code, config, shapes) and a stamp of its weights.
 
-Not handled: ranks that share a model and other models without identity, which have no state; KV entries that depend on
+Not handled: models without identity (sharded ones, for example), which have no state; KV entries that depend on
 the length of the text (dynamic rotary embeddings).
 """
 

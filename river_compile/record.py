@@ -39,6 +39,10 @@ class ModelRecord:
         """Hold objects, in the place of others of their types."""
         self._held |= {type(held): held for held in objects}
 
+    def put_as(self, kind: type[T], held: T) -> None:
+        """Hold an object in the place of one of its base class."""
+        self._held[kind] = held
+
     def drop(self, *kinds: type) -> None:
         """Let go the objects of some types."""
         for kind in kinds:

@@ -97,7 +97,7 @@ def graphs_replay() -> str:
 
 def pinned_memory_is_addressable() -> str:
     """Let the card read pinned memory of the host, as offloaded weights are read."""
-    from river_compile.runtime.offload import PinnedMemory
+    from river_compile.runtime.weight_store import PinnedMemory
 
     stored = PinnedMemory(torch.device(_DEVICE, torch.cuda.current_device())).put(torch.arange(8, device=_DEVICE))
     if stored.tensor.sum().item() != 28:

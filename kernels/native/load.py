@@ -1,6 +1,6 @@
 """The C++ kernels of this machine: loading, the operators ``torch.ops.river_native.*``, tapes of them, and packing.
 
-Arguments are those of the operators `kernels.ops`, without the layout: `linear` and `experts` take the layout "native",
+Arguments are those of `kernels.ops`, without the layout: `linear` and `experts` take the layout "native",
 `linear` also "12bit" and "8bit". For 4-bit weights x is rounded to 8 bits, with one scale for each group of each row.
 Not handled: gradients, devices other than the CPU, and recording of other operators (`lowering.native` checks).
 """

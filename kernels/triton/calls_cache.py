@@ -1,7 +1,7 @@
 """Kernels on a static cache: from tensors to launches that fill slots, attend, or do both.
 
-`ops` registers the public functions as operators. Inputs are made contiguous if a kernel requires it; the two caches
-must have the same strides.
+`operators` registers the public functions. Inputs are made contiguous if a kernel requires it; the two caches must have
+the same strides.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from river_compile.kernels import MAX_EXACT_ROWS
+from river_compile.kernels.cache_ops import one_place
 from river_compile.kernels.portable import cache_attention
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch
@@ -36,24 +37,7 @@ def kv_fill(
     eps: float,
     interleaved: bool,
 ) -> Tensor:
-    """Split q|k|v, transform the heads, write a slot of the caches for each position and return the query.
-
-    Args:
-        qkv: ``[B, (H + 2 J) D]``, or any leading shape of B elements; for several positions ``[B, T, (H + 2 J) D]``.
-        q_norm, k_norm: ``[D]`` weights of the heads' norm, or None.
-        cos, sin: ``[..., R]`` with T or B T rows, as in Hugging Face models; None for no rotary embedding.
-        slot: int32 or int64, the slot to write for each position. Outside of 0..S - 1 nothing is written.
-        k_cache, v_cache: ``[B, J, S, D]`` in qkv.dtype, features contiguous. Mutated.
-        norm: "rms" or "rms_plus_one" with q_norm and k_norm, else "none".
-        eps: of the norm.
-        interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
-
-    Returns:
-        The query ``[B, H, D]`` in qkv.dtype, for several positions ``[B, T, H, D]``.
-
-    Raises:
-        ValueError: inconsistent shapes, strides or dtypes.
-    """
+    """Run a kernel as `cache_ops.kv_fill`; raise a ValueError for inconsistent shapes, strides or dtypes."""
     several = qkv.dim() == 3 and qkv.shape[1] > 1
     how = (norm, eps, interleaved)
     made = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how, several=several)
@@ -89,28 +73,8 @@ def attend(
     several: bool = False,
     causal: bool = False,
 ) -> Tensor:
-    """Run `kv_fill` and then attention, and may advance a token counter.
-
-    Args:
-        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as in `kv_fill`; with `several`
-            ``[B, T, (H + 2 J) D]``.
-        slot: the slot to write, as in `kv_fill`; None with a `counter`.
-        counter: int32 or int64, one element: the first slot to write, to which T is added afterwards; or None. Mutated.
-        mask, scale, softcap: as in `decode_attention`; the mask covers the new slots too. With `several`
-            ``[B or 1, 1, T, S]``.
-        several: whether positions are a separate dimension. A position's bits do not depend on the others, up to
-            `MAX_EXACT_ROWS` positions of all sequences.
-        causal: with `several`, position t attends to slots 0 to t, without a mask.
-
-    Returns:
-        ``[B, H, D]`` in qkv.dtype; with `several` ``[B, T, H, D]``.
-
-    Raises:
-        ValueError: inconsistent shapes, strides or dtypes, or not exactly one of slot and counter.
-    """
-    place = slot if counter is None else counter
-    if place is None or (slot is not None and counter is not None):
-        raise ValueError("give a slot, or a counter that advances, and not both")
+    """Run kernels as `cache_ops.attend`; raise as `kv_fill`."""
+    place = one_place(slot, counter)
     how, advance = (norm, eps, interleaved), counter is not None
     if several:  # two launches; PyTorch attends from more than MAX_EXACT_ROWS positions
         fills = (qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache)
@@ -222,22 +186,7 @@ def decode_attention(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Attend from one query position to the slots of a static cache.
-
-    Args:
-        q: ``[B, H, D]``.
-        k_cache, v_cache: ``[B, J, S, D]`` in q.dtype, features contiguous; J divides H.
-        mask: ``[B, S]``: bool, True for slots to attend to, or floating, added to the scores, with at most half of the
-            dtype's least number for a masked slot. None for all slots. A fully masked row gives 0.
-        scale: of the scores.
-        softcap: c in c tanh(score / c); 0 for none.
-
-    Returns:
-        ``[B, H, D]`` in q.dtype.
-
-    Raises:
-        ValueError: inconsistent shapes, strides or dtypes.
-    """
+    """Run a kernel as `cache_ops.decode_attention`; raise as `kv_fill`."""
     b, _, d = q.shape
     if k_cache.shape[0] != b or k_cache.shape[3] != d:
         raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")

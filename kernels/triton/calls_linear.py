@@ -1,6 +1,6 @@
 """Linear kernels and exit scores: from tensors to a launch. Rows of x may be strided; the rest is made contiguous.
 
-Norms, activations and layouts are checked in `ops`.
+Norms, activations and layouts are checked in `operators`.
 """
 
 from __future__ import annotations
@@ -137,18 +137,7 @@ def rows_by_expert(expert: Tensor, experts: int, blocks: int, block_m: int) -> d
 
 
 def residual_score(update: Tensor, residual: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a residual and measure the exit score, in one launch (on the CPU: in Triton's interpreter).
-
-    Args:
-        update, residual, previous: ``[..., D]`` of one shape and dtype.
-
-    Returns:
-        hidden = residual + update ``[..., D]``, and its smallest cosine with `previous` over all rows, float32 ``[]``,
-        NaN if a row has none.
-
-    Raises:
-        ValueError: tensors of different shapes or dtypes.
-    """
+    """Run a kernel as `ops.residual_score`; tensors of different dtypes raise a ValueError too."""
     if not update.shape == residual.shape == previous.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (update, residual, previous))
         raise ValueError(f"update, residual and previous have one shape; these have {shapes}")

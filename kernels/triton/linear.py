@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.checks import check_choice, check_positive
+from river_compile.kernels.portable import ACTIVATIONS, NORMS
 from river_compile.kernels.quant.lossless import BLOCK, FOUR, UNIT, UNIT_BYTES
 from river_compile.kernels.triton.spec import (
     ACTIVATION_DTYPES,
@@ -24,8 +25,6 @@ from river_compile.kernels.triton.spec import (
 )
 
 GROUP_SIZES = (32, 64, 128)
-NORMS = ("none", "rms", "rms_plus_one", "layer")
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 
 
 def form_of(weights: str, group_size: int, dtype: str, row_by_row: bool) -> str:
@@ -135,7 +134,7 @@ class LinearSpec(KernelSpec):
         check_choice("dtype", self.dtype, ACTIVATION_DTYPES if self.weights != "bf12" else ("bfloat16",))
         check_choice("parameter_dtype", self.parameter_dtype, ("float16", "bfloat16"))
         check_choice("norm", self.norm, NORMS)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("group_size", self.group_size, GROUP_SIZES if self.weights == "w4" else (0,))
         check_positive(in_features=self.in_features, out_features=self.out_features)
         if self.experts and (self.weights != "w4" or self.norm != "none" or self.bias or self.residual):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
+from river_compile.kernels import cache_ops  # noqa: F401  (registers the operators)
 from river_compile.passes.edits import NoMatch, call, drop_unused, replace_node, require, reshape_like
 from river_compile.passes.fusion.match import BlockView, CacheEntry, Columns, columns
 from river_compile.passes.fusion.recognise import Attention, Normed, Rotation, attention, norm, rotation

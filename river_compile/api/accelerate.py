@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
-from river_compile.backend import obstacle, river
+from river_compile.backend import obstacle, river, shared_by
 from river_compile.building.build import build, rebuild
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.programs import Origin, ProgramCache
@@ -31,16 +31,14 @@ from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import begin_kernels, no_compiler
 from river_compile.passes.program import Program, RiverProgram
-from river_compile.ranks import ranks_of
 from river_compile.record import ModelRecord, find_record, forget, record_of, unwrap
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.offload import OffloadedWeights
+from river_compile.runtime.placement import Placement
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
 from river_compile.twins.observe import record as record_inputs
 from river_compile.twins.pack import TwinWeights
-from river_compile.twins.weights import digest_of
 from river_compile.upstream.dynamo import OwnCall, compiled_with, drop_graphs, untraceable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -99,13 +97,12 @@ def accelerate(
     why_not = untraceable(model) or _without_values(model)
     if why_not:
         raise OptionError(f"Cannot accelerate this {type(model).__name__}: {why_not}", id="RC006")
-    mode, backend_options, config = asked_for(quality, strict, calibration, options)
+    mode, backend_options, config = asked_for(model, quality, strict, calibration, options)
     compile_cache = FLAG("compile_cache", compile_cache, OptionError)
     background_packing = FLAG("background_packing", background_packing, OptionError)
-    if config.twins is not None and config.on_missing_twins == "raise":
-        folder = ranks_of(model.parameters()).folder(Path(config.twins))
-        if not os.path.exists(folder / FILE):
-            TwinFile(folder)  # raises the error that says what is wrong
+    missing = config.twins is not None and not os.path.exists(Path(config.twins) / FILE)
+    if config.twins is not None and missing and config.on_missing_twins == "raise":
+        TwinFile(config.twins)  # raises the error that says what is wrong
     if tokenizer is not None and calibration_data is None:
         raise OptionError("tokenizer= requires calibration_data=. Give both or none", id="RC003")
     if calibration_data is not None:
@@ -244,14 +241,17 @@ def collect_statistics(
         The statistics. The model keeps them too, until their ``clear()``.
 
     Raises:
-        OptionError: (a ``ValueError``) texts without a tokenizer, a tokenizer without texts, or no token in the data.
-        RankError: ranks that share the model were given different data.
+        OptionError: (a ``ValueError``) texts without a tokenizer, a tokenizer without texts, no token in the data, or
+            a model that several processes share.
     """
     model = unwrap(model)
+    if shared_by(model.parameters()) is not None:
+        raise OptionError(
+            "Statistics are not available for a model that several processes share. Remove calibration_data, and use "
+            "quantizer='hqq'",
+            id="RC122",
+        )
     windows = windows_of(data, tokenizer)
-    ranks = ranks_of(model.parameters())
-    if ranks.several:
-        ranks.check_alike("the calibration data", digest_of(windows))
     observation = record_inputs(model, windows, progress=progress)
     record_of(model.parameters()).of(Statistics).observed = observation
     return observation
@@ -263,7 +263,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def restore(model: Module) -> Module:
     """Undo ``accelerate`` and ``model.compile(backend="river")``, and free the twins.
 
-    Offloaded weights return to device memory, bit for bit. A wrapper that ``torch.compile(model, backend="river")``
+    Weights that moved return to device memory, bit for bit. A wrapper that ``torch.compile(model, backend="river")``
     returned stays compiled: it traces the model again at its next call.
 
     Args:
@@ -305,9 +305,9 @@ def empty_cache(model: nn.Module) -> int:
 
 
 def bring_back(model: nn.Module) -> int:
-    """Move offloaded weights back into device memory, bit for bit; return their bytes."""
+    """Move weights back into device memory, bit for bit; return their bytes."""
     record = find_record(model)
     if record is None:
         return 0
     with record.of(TwinWeights).moving():
-        return record.of(OffloadedWeights).restore([*model.parameters(), *model.buffers()])
+        return record.of(Placement).restore([*model.parameters(), *model.buffers()])

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
+from transformers import PreTrainedModel
+
+from river_compile.backend import config_for, shared_by
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import check_paths
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
@@ -34,14 +37,16 @@ class Asked(NamedTuple):
     config: RiverConfig  # the same, checked
 
 
-def asked_for(quality: str | None, strict: bool, calibration: Rule | None, options: Mapping[str, Any]) -> Asked:
+def asked_for(
+    model: PreTrainedModel, quality: str | None, strict: bool, calibration: Rule | None, options: Mapping[str, Any]
+) -> Asked:
     """Return the mode and the backend's options; raise an OptionError for what is bad or does not go together."""
     chosen = _quality(quality, strict, calibration)
     if chosen == FAST:
         backend = _fast_options(calibration, options)
-        return Asked(decode, backend, RiverConfig.from_options(backend))
+        return Asked(decode, backend, config_for(backend, shared_by(model.parameters())))
     mode, backend = _exact_mode(strict, options)
-    config = RiverConfig.from_options(backend)
+    config = config_for(backend, shared_by(model.parameters()))
     try:
         check_paths(config)
     except ExactModeError as error:
@@ -75,8 +80,6 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
             )
     drafting = {name: value for name, value in options.items() if name in MODE_OPTIONS}
     backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
-    if backend.get("offload") is not None and backend.get("offload_policy") is None:
-        backend["offload_policy"] = "fetch"  # drafts are verified by all layers
     return replace(exact, strict=strict, **drafting), backend
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from river_compile.agreement import Agreement
 from river_compile.api.accelerate import accelerate, restore
 from river_compile.api.generation import restore_generate
+from river_compile.backend import shared_by
 from river_compile.building.graph_record import Graphs
 from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.prefix_cache import PrefixPool
@@ -24,7 +26,6 @@ from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
-from river_compile.ranks import ranks_of
 from river_compile.record import ModelRecord, find_record, unwrap
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.twins.file import write
@@ -38,7 +39,7 @@ FORMATS = ("compressed-tensors",)
 def save_twins(model: nn.Module, folder: str | Path) -> Path:
     """Save the 4-bit twins of a model; ``accelerate(model, twins=folder)`` reads them.
 
-    An accelerated model that has no twins yet is quantized first. With tensor parallelism each rank calls this and
+    An accelerated model that has no twins yet is quantized first. If several processes share it, each calls this and
     writes its own part, ``rank-0-of-2`` and so on.
 
     Args:
@@ -56,7 +57,7 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
     plain, record = unwrap(model), find_record(model)
     if record is not None and record.find(OwnCall) is not None and not record.of(Graphs).packed:
         _pack(plain, record)
-    mine = ranks_of(plain.parameters()).folder(folder)
+    mine = folder if record is None else record.of(Agreement).part_of(folder)
     write(mine, _current_twins(plain, mine))
     return folder
 
@@ -144,9 +145,9 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
     folder = Path(PATH("folder", folder, TwinsError))
     if format not in FORMATS:
         raise OptionError(f"format={format!r} is not allowed; use {FORMATS[0]!r}")
-    if ranks_of(unwrap(model).parameters()).several:
+    if shared_by(unwrap(model).parameters()) is not None:
         raise TwinsError(
-            f"Cannot export to {folder}: each rank holds a part of the twins. Load the model without "
+            f"Cannot export to {folder}: each process holds a part of the twins. Load the model without "
             "distributed_config= to export it",
             id="RC046",
         )

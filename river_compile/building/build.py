@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 import warnings
 import weakref
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from river_compile.agreement import Agreement
 from river_compile.building.choose import Choices, choose, has_room, passes_for, why_width_matters
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.building.structured_trace import trace_artifact, trace_pass, trace_program
@@ -26,27 +26,27 @@ from river_compile.exits import WHOLE, SequenceStates
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native
 from river_compile.lowering.inductor import (
+    TRITON_LAYOUT,
     Lowering,
     ProgramExamples,
     SegmentCompiler,
     choose_lowering,
     inductor_settings,
+    load_generated,
     lower_segment,
     warn_of_slow_lowering,
 )
 from river_compile.passes.edits import PassRecord, run_passes
-from river_compile.passes.experts import ROUTER
 from river_compile.passes.freeze import freeze
 from river_compile.passes.nodes import calls_flex_attention, value_of
 from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.passes.segments import with_shared_graphs
 from river_compile.passes.twins import linear_names
 from river_compile.progress import stage_reached
-from river_compile.ranks import Ranks
 from river_compile.record import ModelRecord, adopt
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.offload import OffloadedWeights, Streamer
+from river_compile.runtime.placement import Placement, Steps
 from river_compile.runtime.state import CompiledProgram, all_logits
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.units import Step, Units
@@ -70,17 +70,12 @@ def build(
     """Build a recognised decoder on its real inputs, in order, and fill in the records."""
     config, plan, inputs = graph.config, found.plan, [*values.values()]
     how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
-    choices, ranks, twins = choose(found, config, how), model.of(Ranks), model.of(TwinWeights)
+    if how.layout == TRITON_LAYOUT:
+        load_generated()
+    choices, twins = choose(found, config, how), model.of(TwinWeights)
     by_default = config.target_weights == "auto" and choices.target_weights == "12bit"
-    if by_default and ranks.several:
-        choices, by_default = replace(choices, target_weights="model"), False
-    if ranks.several and choices.target_weights != "model":
-        raise OptionError(
-            f"target_weights={config.target_weights!r} is not available on several ranks. Use target_weights='model'",
-            id="RC122",
-        )
     check_captures(plan.device, config, how.native)
-    model.of(OffloadedWeights).check(plan, config)
+    _placement(model, config).check(plan, config)
     unwritten: list[Matmul] = []  # whose 12-bit weights the background writes to a file
     with graph.stage("rewriting"):
         rewritten, passes = _rewritten(found, choices)
@@ -107,6 +102,15 @@ def build(
     return executor
 
 
+def _placement(model: ModelRecord, config: RiverConfig) -> Placement:
+    """Return where a model's weights lie."""
+    if config.moves_weights and type(model.of(Placement)) is Placement:
+        from river_compile.runtime.offload import OffloadedWeights
+
+        model.put_as(Placement, OffloadedWeights())
+    return model.of(Placement)
+
+
 def _frozen(found: RiverProgram, rewritten: RiverProgram, choices: Choices, graph: GraphRecord) -> Program:
     """Lower the result of the passes."""
     how = choices.lowering
@@ -124,6 +128,8 @@ def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: 
     """Build a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
         native.load()
+    elif graph.config.kernels == "triton":
+        load_generated()
     return _executor(_assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)
 
 
@@ -185,7 +191,7 @@ def _assembled(
     refresh: bool = False,
 ) -> Built:
     """Quantize a program's twins, compile its segments and put them together; `refresh`: its parameters changed."""
-    config, ranks, offloaded = graph.config, model.of(Ranks), model.of(OffloadedWeights)
+    config, agreement, placement = graph.config, model.of(Agreement), _placement(model, graph.config)
     graph.program = program
     policy = config.exit_policy(program)
     segments = policy.reachable(program)
@@ -195,15 +201,16 @@ def _assembled(
     if program.is_decode:
         resident = sum(packed[linear].nbytes for segment in segments for linear in segment.packed)
         with model.of(TwinWeights).moving():
-            offloaded.arrange(program, inputs, config, resident)
-    streamer = Streamer(offloaded, program, inputs, config.offload)
+            placement.arrange(program, inputs, config, resident)
+    how = placement.steps(program, inputs, config)
     wanted = all_logits(program)
-    steps = _compiled(program, examples, segments, packed, wanted, streamer, graph)
-    _note_ranks(program, graph, ranks)
+    steps = _compiled(program, examples, segments, packed, wanted, how, graph)
+    if agreement.several and program.twins:
+        graph.shares = agreement.gather(graph.share(agreement.name))
     trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph.lines()))
     stats = model.of(ExitStats)
     stats.num_blocks = program.num_blocks
-    captures = choose_captures(program, config, graph.captures, ranks)
+    captures = choose_captures(program, config, graph.captures, agreement.not_captured)
     compiled = CompiledProgram(
         program=program,
         plain=Units(program, steps, _nothing),
@@ -215,8 +222,8 @@ def _assembled(
         all_logits=wanted,
         log=graph.captures,
         weights=weights,
-        on_close=None if config.offload is None else streamer.release_prefetched,
-        ranks=ranks,
+        on_close=how.on_close,
+        agreement=agreement,
     )
     return compiled, captures
 
@@ -282,8 +289,6 @@ def _packed(
     graph.paged_out_bytes = advise_pageout({id(inputs[i]): inputs[i] for i in replaced}.values())
     if graph.twins:
         warn()
-        if model.of(Ranks).several:  # they estimate the loss together or not at all
-            twins.estimate_loss(graph.twins, statistics)
     return weights
 
 
@@ -293,7 +298,7 @@ def _compiled(
     segments: Sequence[SegmentSpec],
     packed: Mapping[Matmul, TwinWeight],
     wanted: Tensor | None,
-    streamer: Streamer,
+    how: Steps,
     graph: GraphRecord,
 ) -> dict[SegmentSpec, Step]:
     """Compile the segments, each with the operands that follow its inputs."""
@@ -311,36 +316,9 @@ def _compiled(
                 graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
             more = [wanted] if segment.chooses_logits and wanted is not None else []
             callee = compiler.compile(segment, [*operands, *more])
-            steps[segment] = streamer.step(segment, callee, operands)
+            steps[segment] = how.make(segment, callee, operands)
     graph.compiled = tuple(compiler.compiled)
     return steps
-
-
-def _note_ranks(program: Program, record: GraphRecord, ranks: Ranks) -> None:
-    """Record each rank's weights of a graph; warn of 16-bit weights, routers aside."""
-    if not ranks.several or not program.twins:
-        return
-    packed = record.twins
-    mine = {
-        "rank": ranks.name,
-        "matrices": len(packed),
-        "bytes": sum(site.nbytes for site in packed),
-        "in_16_bits": len(program.kept),
-        "least_sqnr": min((site.quality for site in packed), default=math.inf),
-    }
-    record.ranks = ranks.gather(mine)
-    kept = [linear for linear in program.kept if linear.reason != ROUTER]
-    if kept:
-        warnings.warn(
-            with_id(
-                "RC049",
-                f"{len(kept)} matrices of the twins stay in 16 bits on {ranks.name} ({program.kind} graph). Each "
-                f"rank's share of them cannot be quantized, so drafts read more bytes. The first is {kept[0].name}: "
-                f"{kept[0].reason}",
-            ),
-            RiverWarning,
-            stacklevel=2,
-        )
 
 
 def bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:

@@ -151,7 +151,7 @@ def _uses_own_matmuls(config: RiverConfig, lowering: Lowering) -> bool:
             f"{lowering.compiler} with layout {lowering.layout}. Use target_kernels='model' or kernels='auto'",
             id="RC004",
         )
-    if config.offload is not None:
+    if config.moves_weights:
         return False
     return config.target_kernels != "model" if lowering.native else config.target_kernels == "river"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ class GraphRecord:
     paged_out_bytes: int = 0  # of the parameters that these replace, which are only in their file until they are read
     executor: Callable[[], object | None] = field(default=lambda: None)  # weak: None if nothing keeps it
     code: CodeType | None = None  # that Dynamo traced; None if a call may do more than run the graph
-    ranks: Sequence[Mapping[str, Any]] = ()  # by rank, what is packed for it
+    shares: Sequence[Mapping[str, Any]] = ()  # by process, what is packed there, if several share the model
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[TwinWeight, ...] = ()
 
@@ -86,6 +87,16 @@ class GraphRecord:
     def options(self) -> tuple[RiverConfig, str | None]:
         """The user's options."""
         return self.config, self.mode
+
+    def share(self, process: str) -> dict[str, Any]:
+        """Return what this process packed, under its name."""
+        return {
+            "process": process,
+            "matrices": len(self.twins),
+            "bytes": sum(twin.nbytes for twin in self.twins),
+            "in_16_bits": len(self.kept),
+            "least_sqnr": min((twin.quality for twin in self.twins), default=math.inf),
+        }
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -127,10 +138,10 @@ class GraphRecord:
         if self.token_bytes < self.packed_bytes:
             read, held = self.token_bytes / 1e6, self.packed_bytes / 1e6
             yield f"    experts      a token reads {read:.1f} MB of the twins' {held:.1f} MB"
-        for rank in self.ranks:
+        for share in self.shares:
             yield (
-                f"    {rank['rank']:<12} {rank['matrices']} matrices in 4 bits, {rank['bytes'] / 1e6:.1f} MB, "
-                f"{rank['in_16_bits']} in 16 bits; least SQNR {rank['least_sqnr']:.1f} dB"
+                f"    {share['process']:<12} {share['matrices']} matrices in 4 bits, {share['bytes'] / 1e6:.1f} MB, "
+                f"{share['in_16_bits']} in 16 bits; least SQNR {share['least_sqnr']:.1f} dB"
             )
         yield from _fusion_lines(self.fusions)
         yield from self.captures.lines()

@@ -23,7 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import _get_qualified_name
 from torch.utils._sympy import functions as sizes
 
-from river_compile.kernels import ops  # noqa: F401  (registers what programs call)
+from river_compile.kernels import cache_ops, ops  # noqa: F401  (registers what programs call)
 from river_compile.kernels.native.load import load
 from river_compile.passes import program as values
 from river_compile.passes.program import Code, Input, Program

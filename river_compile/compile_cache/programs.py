@@ -1,8 +1,8 @@
 """The programs of one accelerated model: traced here, read from the compile cache, or specialized from these.
 
 Of the known programs with a call's signature the first one runs that accepts the sizes of its inputs. Not handled, so
-traced by Dynamo in every process: growing caches, GPUs, tensor parallelism, offloaded blocks, and graphs with inputs
-other than parameters, fields of the KV cache, arguments of the forward and their sizes.
+traced by Dynamo in every process: growing caches, GPUs, models without identity, and weights that move. Nor are graphs
+with inputs other than parameters, fields of the KV cache, arguments of the forward and their sizes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ProgramCache:
     def __init__(self, config: RiverConfig, build: Build, on_disk: bool) -> None:
         self.config = replace(config, twins=None, on_missing_twins="raise")  # programs do not depend on these
         self._build, self._on_disk = build, on_disk
-        self._usable = config.offload is None
+        self._usable = not config.moves_weights
         self._identity: str | None = None
         self._known: dict[str, list[_Known]] = {}  # by signature
         self._new: list[tuple[str, _Known]] = []  # to be written

@@ -16,7 +16,8 @@ from river_compile.record import ModelRecord
 from river_compile.upstream.dynamo import OwnCall, current_stance
 
 _LONGEST = 15  # default length of drafts
-LONGEST_OFFLOADED = 63  # the same if a pass waits for offloaded weights, once for all of its tokens
+_LONGEST_STREAMED = 63  # the same if a pass waits for weights to arrive, once for all of its tokens
+_LENGTH_SHARED = 5  # of all drafts, if several processes share the model
 
 
 def allow_drafts(
@@ -29,7 +30,9 @@ def allow_drafts(
         raise ExactModeError(f"Exact mode requires a model that backend='river' can rewrite: {why_not}")
     check_paths(graph.config)
     if max_draft is None:
-        max_draft = _LONGEST if graph.config.offload is None else LONGEST_OFFLOADED
+        max_draft = _LONGEST_STREAMED if graph.config.moves_weights else _LONGEST
+        if passes.agreement.several:
+            max_draft = _LENGTH_SHARED
     widths = verification_widths(max_draft)
     if strict:
         widths = _strict_widths(graph, widths, type(model).__name__, model.dtype)
@@ -88,9 +91,9 @@ def check_paths(config: RiverConfig) -> None:
             "Remove exit_depth",
             id="RC062",
         )
-    if config.offload is not None and config.offload_policy == "exit":
+    if config.deepest is not None:
         raise ExactModeError(
-            f"Exact mode verifies at full depth, and offload={config.offload} with offload_policy='exit' lets no token "
-            "go that far. Use offload_policy='fetch', the default of accelerate",
+            "Exact mode verifies at full depth, and offload_policy='exit' lets no token go further than block "
+            f"{config.deepest}. Use offload_policy='fetch', the default of accelerate",
             id="RC062",
         )

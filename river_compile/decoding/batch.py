@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from river_compile.agreement import ALONE
 from river_compile.decoding.passes import Passes
 from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.speculative import Drafting, speculate
-from river_compile.decoding.text import Ends, Put, Stops, Text, with_columns
-from river_compile.ranks import ALONE, Ranks
+from river_compile.decoding.text import Agreed, Ends, Put, Stops, Text, with_columns
 
 
 class Decoded(Protocol):
@@ -83,7 +83,7 @@ class Rows:
     put: Put | None = None
     are_independent: bool = False  # whether processors and criteria see each row alone, without memory
     end_tokens: frozenset[int] = frozenset()  # that end a draft
-    ranks: Ranks = ALONE  # that share the model; the first one's stopping criteria count
+    agreed: Agreed = ALONE.first  # on the criteria, among the processes that run the model
     length: int = field(init=False)  # ids of each row so far
     active: list[bool] = field(init=False)  # by row: whether it is being generated
 
@@ -130,7 +130,7 @@ class Rows:
             return [full or token in self.stops.tokens for token in tokens_B.tolist()]
         scores = self.sampler.scores
         seen = None if scores is None else tuple(scores)
-        stopped: list[bool] = self.ranks.first(self.stops(self.ids, seen)).tolist()
+        stopped: list[bool] = self.agreed(self.stops(self.ids, seen)).tolist()
         return stopped
 
     @property
@@ -153,7 +153,7 @@ class Rows:
             max_length=self.max_length,
             put=None if put_column is None else put,
             end_tokens=self.end_tokens,
-            ranks=self.ranks,
+            agreed=self.agreed,
             row=row,
             earlier=self.length - self.prompt.shape[1],
         )

@@ -126,7 +126,7 @@ class BatchLoop:
                 self._joined = joined = JoinedRows(batch, row.mode.drafting(call, batch, logits))
             else:
                 join(joined.passes, passes, call.ids_BS)
-            text = call.rows(passes.ranks, joined.drafts, row.owner.generator)
+            text = call.rows(passes.agreement, joined.drafts, row.owner.generator)
             assert isinstance(text, Text), "a call of several rows runs alone"
             row.text = text
             joined.join(text, logits[:, -1])

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
+from river_compile.agreement import Agreement
 from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.batch import Rows
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
@@ -27,7 +28,6 @@ from river_compile.decoding.processors import STATELESS
 from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.text import Ends, Text
 from river_compile.kernels.native.load import any_rows, loaded
-from river_compile.ranks import Ranks
 from river_compile.record import record_of
 from river_compile.upstream.transformers import cache_argument, is_transformers_model
 
@@ -47,7 +47,7 @@ class Call:
     config: GenerationConfig
     streamer: Any | None
 
-    def rows(self, ranks: Ranks, drafting: bool, generator: torch.Generator | None = None) -> Text | Rows:
+    def rows(self, agreement: Agreement, drafting: bool, generator: torch.Generator | None = None) -> Text | Rows:
         """Return the call's one row, or its rows, with their prompt; without a generator, sampling uses PyTorch's."""
         config, returns_dict = self.config, bool(self.config.return_dict_in_generate)
         ends = getattr(config, "_eos_token_tensor", None)
@@ -55,7 +55,7 @@ class Call:
             rows=len(self.ids_BS),
             do_sample=config.do_sample,
             processors=self.processors,
-            ranks=ranks,
+            agreement=agreement,
             drafting=drafting,
             generator=generator,
             keeps_scores=returns_dict and config.output_scores,
@@ -68,7 +68,7 @@ class Call:
             "max_length": math.ceil(min(config.max_length, sys.maxsize)),  # generate takes 17.5 and inf too
             "put": None if self.streamer is None else self.streamer.put,
             "end_tokens": frozenset(() if ends is None else ends.tolist()),
-            "ranks": ranks,
+            "agreed": agreement.first,
         }
         if len(self.ids_BS) == 1:
             return Text(**common)

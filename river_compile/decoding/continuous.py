@@ -1,7 +1,7 @@
 """Continuous batching: generate calls from any threads join a running batch as rows and leave it at their end.
 
 Not handled (such calls run alone, while the batch waits): several rows, returned caches, models that keep more than
-keys and values, strict exact mode, ranks.
+keys and values, strict exact mode, models that several processes share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from river_compile.agreement import Agreement
 from river_compile.decoding.batch_loop import BatchLoop, Row, Submitted
 from river_compile.decoding.batch_thread import BatchThread
 from river_compile.decoding.call import Call
@@ -28,7 +29,6 @@ from river_compile.decoding.mode import Decode, ExactMode
 from river_compile.decoding.sampling import random_state, set_random_state
 from river_compile.errors import BatchError, OptionError
 from river_compile.kernels.checks import integer
-from river_compile.ranks import Ranks
 from river_compile.record import find_record, record_of
 from river_compile.runtime.stats import ExitStats
 from river_compile.upstream.dynamo import OwnCall
@@ -254,11 +254,14 @@ def _generator(device: torch.device, seed: int | None = None) -> torch.Generator
 def _can_join(call: Call, kwargs: Mapping[str, Any], mode: Decode) -> bool:
     """Whether a call can be a row next to others."""
     strict = isinstance(mode, ExactMode) and mode.strict
+    shared = record_of(call.model.parameters()).of(Agreement).several
     mask, positions = (kwargs.get(name) for name in ("attention_mask", "position_ids"))
     return (
         len(call.ids_BS) == 1
         and KNOWN.issuperset(kwargs)  # rows have the same arguments
-        and not (call.config.return_dict_in_generate or strict or record_of(call.model.parameters()).of(Ranks).several)
+        and not (
+            call.config.return_dict_in_generate or strict or record_of(call.model.parameters()).of(Agreement).several
+        )
         and isinstance(positions, Tensor)
         and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
         and call.config.prefill_chunk_size is None

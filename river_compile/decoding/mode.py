@@ -91,7 +91,7 @@ class Decode:
                 logits = Prompt(passes, input_ids, config).run()[:, -1:]
                 record.of(PromptRows).add(len(input_ids))
                 drafting = mode.drafting(call, passes, logits)
-                rows = call.rows(passes.ranks, drafting is not None)
+                rows = call.rows(passes.agreement, drafting is not None)
                 rows.append_next(logits[:, -1])
                 with model._optimize_model_for_decode():
                     ids = generate(passes, rows, drafting)
@@ -189,7 +189,8 @@ class ExactMode(Decode):
 
     Attributes:
         num_assistant_tokens: longest draft in tokens; 0: no drafts. Drafts are verified in passes of 2, 4, 6, 8, 16 ...
-            ``num_assistant_tokens + 1`` tokens. None: 15, or 63 if target layers are offloaded.
+            ``num_assistant_tokens + 1`` tokens. None: 15, 63 if the weights of layers are streamed, 5 if several
+            processes share the model.
         num_assistant_tokens_schedule: None: measured times decide the length of each draft. "constant": every draft has
             `num_assistant_tokens` tokens, and nothing depends on time.
         prompt_lookup_num_tokens: most tokens that a draft copies from the context. 0: none. None: as many as it has.
@@ -237,7 +238,7 @@ class ExactMode(Decode):
         if self.num_assistant_tokens == 0:
             return None
         allow_drafts(passes, call.ids_BS, logits, self.num_assistant_tokens, self.strict)
-        if self.num_assistant_tokens_schedule == CONSTANT:
+        if self.num_assistant_tokens_schedule == CONSTANT or passes.agreement.several:  # no time is the same in all
             length = DraftLength(adaptive=False)
         else:
             length = passes.record.of(DraftLengths).setdefault(call.config.do_sample, DraftLength())

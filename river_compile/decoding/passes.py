@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from river_compile.agreement import Agreement
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.codec import NotCacheable
 from river_compile.compile_cache.programs import Bindable, ProgramCache, argument_kinds, named_arguments, with_sources
@@ -36,7 +37,6 @@ from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.exits import forced_depth
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
-from river_compile.ranks import Ranks
 from river_compile.record import record_of
 from river_compile.runtime.executor import RiverExecutor, last_token_alone, on_call
 from river_compile.runtime.state import StepState
@@ -100,9 +100,9 @@ class Passes:
         return self.record.of(ExitStats)
 
     @property
-    def ranks(self) -> Ranks:
-        """Those that share the model."""
-        return self.record.of(Ranks)
+    def agreement(self) -> Agreement:
+        """Of the processes that run the model."""
+        return self.record.of(Agreement)
 
     @property
     def runs_late(self) -> bool:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessor
 
+from river_compile.agreement import ALONE, Agreement
 from river_compile.decoding.processors import BARRED, STATELESS, bars, processed
 from river_compile.kernels.native.load import best_tokens, choices
-from river_compile.ranks import ALONE, Ranks
 
 
 class Sampler:
@@ -30,7 +30,7 @@ class Sampler:
         rows: int,
         do_sample: bool,
         processors: Sequence[LogitsProcessor] = (),
-        ranks: Ranks = ALONE,  # that share the model; all choose the first one's tokens
+        agreement: Agreement = ALONE,  # on the tokens
         drafting: bool = True,  # whether steps may be repeated, or run for some of the rows
         generator: torch.Generator | None = None,  # on the logits' device; None: PyTorch's
         keeps_scores: bool = False,
@@ -40,7 +40,7 @@ class Sampler:
         self.scores: list[Tensor] | None = [] if keeps_scores else None  # processed, of each emitted token
         self.logits: list[Tensor] | None = [] if keeps_logits else None  # raw
         self._processors, self._of_drafts = processors, [p for p in processors if type(p) in STATELESS]
-        self._ranks, self._drafting, self._generator, self._rows = ranks, drafting, generator, rows
+        self._agreed, self._drafting, self._generator, self._rows = agreement.first, drafting, generator, rows
         self._drawn = 0  # steps with noise
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
 
@@ -55,9 +55,8 @@ class Sampler:
         return bool(self._processors) and bars(self._processors, token, length)
 
     def best(self, logits_NV: Tensor) -> Tensor:
-        """Return the best tokens ``[N]`` by their logits; ranks take the first one's."""
-        tokens_N = best_tokens(logits_NV)
-        return self._ranks.first(tokens_N) if self._ranks.several else tokens_N
+        """Return the best tokens ``[N]`` by their logits."""
+        return self._agreed(best_tokens(logits_NV))
 
     def choose(self, logits_NV: Tensor, ids_NS: Tensor, rows: Sequence[int], step: int) -> Tensor:
         """Return each row's token ``[N]`` after `step` new ones; raise as ``torch.multinomial`` does."""
@@ -73,7 +72,7 @@ class Sampler:
         if not self.do_sample or self._drafting:
             return self._token(scores, rows, step, draft=False)
         shares_NV = scores.softmax(-1)
-        return self._ranks.first(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
+        return self._agreed(torch.multinomial(shares_NV, num_samples=1, generator=self._generator).squeeze(1))
 
     def draft(self, logits_1V: Tensor, ids_1S: Tensor, row: int, step: int) -> Tensor:
         """Return a draft token of a row, any one if none can be drawn, and its entropy in nats: float64 ``[1, 2]``."""
@@ -85,7 +84,7 @@ class Sampler:
             chosen = choices(scores)
         if self.do_sample:
             chosen[:, 0] = self._token(scores.float(), [row], step, draft=True)
-        return self._ranks.first(chosen) if self._ranks.several else chosen
+        return self._agreed(chosen)
 
     def _token(self, scores_NV: Tensor, rows: Sequence[int], step: int, draft: bool) -> Tensor:
         if not self.do_sample:
@@ -97,7 +96,7 @@ class Sampler:
         tokens_N = shares_NV.argmax(-1)
         if not draft and shares_NV[:, 0].isnan().any():  # a softmax with bad scores is NaN everywhere
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        return self._ranks.first(tokens_N)
+        return self._agreed(tokens_N)
 
     def forget(self, before: int) -> None:
         """Drop the noise of earlier steps."""

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from river_compile.agreement import ALONE
 from river_compile.decoding.sampling import Sampler
-from river_compile.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Ends:
 
 
 Stops: TypeAlias = Callable[[Tensor, object], Tensor] | Ends  # stopping criteria, or a summary of them
+Agreed: TypeAlias = Callable[[Tensor], Tensor]
 Put: TypeAlias = Callable[[Tensor], object]  # takes the new tokens of all rows, as a streamer does
 
 
@@ -39,7 +40,7 @@ class Text:
     max_length: int  # in ids
     put: Put | None = None
     end_tokens: frozenset[int] = frozenset()  # that end a draft
-    ranks: Ranks = ALONE  # that share the model; the first one's stopping criteria count
+    agreed: Agreed = ALONE.first  # on the criteria, among the processes that run the model
     row: int = 0  # in the sampler's batch
     earlier: int = 0  # tokens in `prompt` that the sampler chose
     runs: bool = field(default=True, init=False)  # whether it has not ended
@@ -88,7 +89,7 @@ class Text:
             return self.length >= self.stops.max_length or token in self.stops.tokens
         scores = self.sampler.scores
         seen = None if scores is None else tuple(scores)
-        return bool(self.ranks.first(self.stops(self.ids, seen)))
+        return bool(self.agreed(self.stops(self.ids, seen)))
 
     def finish(self) -> Tensor:
         """Return the ids ``[1, S]`` of an ended text."""

@@ -1,7 +1,7 @@
 """Decodes given texts by exit rules, and compares logits and time with full depth's.
 
 A text is fed, not generated: a prompt of `context` tokens, then token by token, so the KV cache holds the entries that
-the rule's own exits wrote. Ranks that share a model go by the first one's clock and losses.
+the rule's own exits wrote. Processes that share a model go by the first one's clock and losses.
 Not handled: prompts that exit (``prefill="exit"``), batches, and models that need more than ids, masks and positions.
 """
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from river_compile.agreement import Agreement
 from river_compile.backend import river
 from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.passes import Passes
@@ -30,7 +31,6 @@ from river_compile.decoding.prompt import Prompt
 from river_compile.errors import UnsupportedGraphError
 from river_compile.exits import Criterion, SequenceStates, Threshold, forced_depth, forced_threshold
 from river_compile.kernels.portable import token_kl
-from river_compile.ranks import ranks_of
 from river_compile.record import record_of
 from river_compile.reporting.trace import trace
 from river_compile.runtime.stats import StepRecord
@@ -89,7 +89,6 @@ class Meter:
     ) -> None:
         self._model, self._samples, self._context, self._progress = model, samples, context, progress
         self._full = (criterion.never, 1)
-        self._ranks = ranks_of(model.parameters())
         self._decoder = decoder = TextDecoder(model, samples[0].shape[1])
         self.cache = decoder.cache  # of the text that ran last
         self._prompts: dict[int, AfterPrompt] = {}
@@ -124,7 +123,7 @@ class Meter:
                 f"Only {len(steps)} of {len(seconds)} steps ran through River. river_compile.report(model) says why",
                 id="RC026",
             )
-        for step, spent in zip(steps, self._ranks.agree(seconds), strict=True):
+        for step, spent in zip(steps, self._agreed(seconds), strict=True):
             self._seconds[step.depth].append(spent)
         return Run(torch.stack(logits), tuple(steps))
 
@@ -146,10 +145,16 @@ class Meter:
         kl, disagreement = [], []
         for index, run in zip(texts, runs, strict=True):
             reference = self.references[index].logits
-            kl.append([*self._ranks.agree(token_kl(reference, run.logits).tolist())])
+            kl.append(self._agreed(token_kl(reference, run.logits).tolist()))
             other = reference.argmax(-1) != run.logits.argmax(-1)
-            disagreement.append([*self._ranks.agree(other.float().tolist())])
+            disagreement.append(self._agreed(other.float().tolist()))
         return Measured(rule, kl, disagreement, [step.depth for run in runs for step in run.steps])
+
+    def _agreed(self, values: list[float]) -> list[float]:
+        """Return the values of the first process that runs the model."""
+        agreement = record_of(self._model.parameters()).of(Agreement)
+        agreed: list[float] = agreement.first(torch.tensor(values, dtype=torch.float64)).tolist()
+        return agreed
 
     def cost(self, measured: Measured) -> float:
         """Return the mean time of a rule's steps as a share of full depth's, by all steps timed so far."""

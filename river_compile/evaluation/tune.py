@@ -149,8 +149,8 @@ def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, obj
     config = RiverConfig.from_options({**base, "first_exit": 1})
     if config.deepest is not None:
         raise OptionError(
-            f"tune_exit compares with full depth, and offload={config.offload} with offload_policy='exit' lets no "
-            "token go that far. Use offload_policy='fetch', or remove offload",
+            "tune_exit compares with full depth, and offload_policy='exit' lets no token go further than block "
+            f"{config.deepest}. Use offload_policy='fetch'",
             id="RC003",
         )
     return base, config

@@ -105,6 +105,11 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
     return Lowering(compiler, TRITON_LAYOUT, fuse=config.kernels in ("auto", "triton"))
 
 
+def load_generated() -> None:
+    """Have generated kernels run the operators that they compute."""
+    from river_compile.kernels.triton import operators  # noqa: F401  (registers them)
+
+
 def begin_kernels(config: RiverConfig, device: torch.device) -> None:
     """Start to compile missing C++ kernels in the background, while a model is traced."""
     if device.type == "cpu" and config.kernels in ("auto", "native") and config.quantizer != "none":

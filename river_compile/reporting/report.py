@@ -13,9 +13,8 @@ from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.kernels.native import cores
 from river_compile.kernels.native.load import loaded
-from river_compile.ranks import Ranks
 from river_compile.record import ModelRecord, find_record, unwrap
-from river_compile.runtime.offload import OffloadedWeights, OffloadStats
+from river_compile.runtime.placement import Placement
 from river_compile.runtime.stats import ExactStats, ExitStats
 from river_compile.twins.making import Statistics
 from river_compile.twins.pack import TwinWeights
@@ -74,7 +73,7 @@ class Report:
     def to_dict(self) -> dict[str, object]:
         """Return the report as JSON's types; a number that does not exist is None."""
         record, twins, prefixes = self.record, self.record.of(TwinWeights), self.record.of(PrefixPool)
-        offloaded, share = record.of(OffloadedWeights).sample(), twins.background.share
+        share = twins.background.share
         return {
             "model": self.model,
             "ran": self.ran,
@@ -89,7 +88,7 @@ class Report:
             "packing_in_background": None if share is None else round(share, 3),
             "packing_for_later": twins.background.writes,
             "packed_again": twins.changes,
-            "offloaded": None if offloaded is None else {**asdict(offloaded), "blocks": [*offloaded.blocks]},
+            **record.of(Placement).to_dict(),
             "matrices": [_weight_dict(twin) for twin in self.packed],
             "own_text_refused": record.of(Statistics).own.refusal or None,
             "twin_loss": twins.loss and {**asdict(twins.loss), "large": twins.loss.large},
@@ -120,8 +119,7 @@ class Report:
                 yield from _twin_lines(record, self.packed)
             if (share := twins.background.share) is not None:
                 yield f"  packing        {share:.0%} done in the background; drafts begin afterwards"
-            if offloaded := record.of(OffloadedWeights).sample():
-                yield from _offload_lines(offloaded)
+            yield from record.of(Placement).lines()
             if twins.background.writes:
                 yield "  packing        the 16-bit layers without loss in the background, for later processes"
             if loaded() and (why := cores.limit_text()):
@@ -146,7 +144,7 @@ def report(model: nn.Module, estimate_loss: bool = False) -> Report:
         OptionError: (a ``ValueError``) the argument is not a module.
     """
     record = find_record(model) or ModelRecord()
-    if estimate_loss and not record.of(Ranks).several:
+    if estimate_loss:
         record.of(TwinWeights).estimate_loss(record.of(Graphs).packed, record.of(Statistics).now())
     depths = record.of(ExitStats)
     return Report(
@@ -170,21 +168,6 @@ def _weight_dict(twin: TwinWeight) -> dict[str, object]:
         "bytes": twin.nbytes,
         "folder": twin.folder or None,
     }
-
-
-def _offload_lines(stats: OffloadStats) -> Iterator[str]:
-    first, last = stats.blocks
-    share = 100 * stats.resident / stats.weights
-    yield f"  offloaded      blocks {first} to {last}, {_mb(stats.moved)} in {stats.where}; {stats.policy!r}"
-    yield f"    resident     {stats.resident / 1e6:.1f} of {_mb(stats.weights)} of weights and twins ({share:.0f} %)"
-    yield (
-        f"    peak memory  {_mb(stats.peak_before)} before, {_mb(stats.peak_after)} since; "
-        f"{_mb(stats.brought_in)} brought in"
-    )
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _graph_dict(graph: GraphRecord) -> dict[str, object]:
@@ -213,7 +196,7 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
             if f.missed
         ],
         "captures": graph.captures.to_dict(),
-        "ranks": [dict(rank) for rank in graph.ranks],
+        "processes": [dict(share) for share in graph.shares],
     }
 
 

@@ -22,7 +22,6 @@ from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.native.load import Tape, few_rows
 from river_compile.lowering.native import CannotRecord, NativeSegment
 from river_compile.passes.program import Program, Refusal
-from river_compile.ranks import NOT_CAPTURED, Ranks
 from river_compile.runtime.units import SCORE, Step, Unit
 
 _LOGGED = 512  # capture records that a log keeps
@@ -286,12 +285,15 @@ def check_captures(device: torch.device, config: RiverConfig, native: bool) -> N
         )
 
 
-def choose_captures(program: Program, config: RiverConfig, log: CaptureLog, ranks: Ranks) -> Capturing | None:
-    """Return the capture devices for a program's narrow passes; None, with the reason logged, if none."""
+def choose_captures(program: Program, config: RiverConfig, log: CaptureLog, why_not: str = "") -> Capturing | None:
+    """Return the capture devices for a program's narrow passes; None, with the reason logged, if none.
+
+    `why_not`: why none may capture steps of this model; empty if one may.
+    """
     device = program.device
     kind = DEVICES.get(device.type) if device.type == "cuda" or config.graphs is True else None
-    if ranks.several:
-        log.not_captured = NOT_CAPTURED
+    if why_not:
+        log.not_captured = why_not
     elif config.graphs is False:
         log.not_captured = "graphs=False"
     elif kind is None and not program.native:

@@ -77,9 +77,9 @@ class RiverExecutor:
         with self._checking:
             if state is not None and state == self.model_state:
                 return
-            weights, ranks = self.compiled.weights, self.compiled.ranks
+            weights, agreement = self.compiled.weights, self.compiled.agreement
             if weights is not None and self._rebuild is not None:
-                changed = not ranks.every(weights.matches(args))
+                changed = not agreement.every(weights.matches(args))
                 if changed or weights.can_be_whole:
                     policy = self.policy
                     self.compiled, self.captures = self._rebuild(self.program, args, changed)

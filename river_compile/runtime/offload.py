@@ -7,21 +7,13 @@ blocks, parameters that the caller replaces (``p.data = ...``) after they moved,
 
 from __future__ import annotations
 
-import errno
 import functools
 import itertools
 import logging
-import mmap
-import os
-import shutil
-import tempfile
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,19 +22,18 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from river_compile.config import RiverConfig
-from river_compile.errors import OptionError, RiverWarning
-from river_compile.kernels.messages import with_id
+from river_compile.errors import OptionError
 from river_compile.lowering.native import Callee
 from river_compile.passes.nodes import input_name, is_ordinary, is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, Program, SegmentSpec
+from river_compile.runtime.placement import Placement, Steps
 from river_compile.runtime.units import Step
-from river_compile.system import MADV_PAGEOUT, advise, file_system, peak_bytes, reserve, resident_bytes, trim_heap
+from river_compile.runtime.weight_store import Arrival, Stored, WeightStore, make_store
 from river_compile.upstream.tensors import parts_of, version_of
 
 log = logging.getLogger("river_compile.runtime.offload")
 
 _MIN_BYTES = 4096  # one page; smaller weights are not worth a mapping
-_TMPFS = {"tmpfs", "ramfs"}
 
 
 @dataclass
@@ -60,8 +51,23 @@ class OffloadStats:
     peak_after: int  # since then
     brought_in: int  # since then
 
+    def lines(self) -> Iterator[str]:
+        """Yield lines for people."""
+        first, last = self.blocks
+        share = 100 * self.resident / self.weights
+        yield f"  offloaded      blocks {first} to {last}, {_mb(self.moved)} in {self.where}; {self.policy!r}"
+        yield f"    resident     {self.resident / 1e6:.1f} of {_mb(self.weights)} of weights and twins ({share:.0f} %)"
+        yield (
+            f"    peak memory  {_mb(self.peak_before)} before, {_mb(self.peak_after)} since; "
+            f"{_mb(self.brought_in)} brought in"
+        )
 
-class OffloadedWeights:
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+class OffloadedWeights(Placement):
     """The offloaded weights of one model, each held as long as its parameter lives."""
 
     def __init__(self) -> None:
@@ -76,7 +82,6 @@ class OffloadedWeights:
         return stored if stored is not None and stored.tensor.data_ptr() == weight.data_ptr() else None
 
     def check(self, plan: DecoderPlan, config: RiverConfig) -> None:
-        """Raise an OptionError, before packing, if weights are quantized or have no place to go."""
         if config.offload is None or self.stats is not None:
             return
         deeper = [node for node, part in plan.part_of.items() if config.offload < part <= plan.num_blocks]
@@ -92,7 +97,6 @@ class OffloadedWeights:
         self.store.check_room(sum(value_of(weight).nbytes for weight in weights))
 
     def arrange(self, program: Program, inputs: Sequence[Any], config: RiverConfig, packed_bytes: int) -> None:
-        """Move weights of a decode graph out or back; raise an OptionError, before any moves, without room."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             weights = [value for i, value in enumerate(inputs) if program.is_parameter(i)]
             resident = program.num_blocks if config.offload is None else config.offload
@@ -121,11 +125,25 @@ class OffloadedWeights:
             self.sample()
             log.info("offloaded blocks %d to %d, %.1f MB", *self.stats.blocks, moved / 1e6)
 
+    def steps(self, program: Program, inputs: Sequence[Any], config: RiverConfig) -> Steps:
+        if config.offload is None:
+            return Steps()
+        streamer = Streamer(self, program, inputs, config.offload)
+        return Steps(streamer.step, streamer.release_prefetched)
+
     def restore(self, weights: Iterable[Tensor]) -> int:
-        """Move weights back into device memory; return their bytes."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self.stats = None
             return self._bring_back(weights)
+
+    def to_dict(self) -> dict[str, object]:
+        stats = self.sample()
+        return {"offloaded": None if stats is None else {**asdict(stats), "blocks": [*stats.blocks]}}
+
+    def lines(self) -> Iterator[str]:
+        stats = self.sample()
+        if stats is not None:
+            yield from stats.lines()
 
     def sample(self) -> OffloadStats | None:
         """Update the peak memory and return the stats, None while nothing is offloaded."""
@@ -158,11 +176,8 @@ class OffloadedWeights:
 class Streamer:
     """Fetches the weights of one graph's blocks after the first `offload`, and prefetches the next block's."""
 
-    def __init__(
-        self, offloaded: OffloadedWeights, program: Program, inputs: Sequence[Any], offload: int | None
-    ) -> None:
-        self._offloaded = offloaded
-        blocks = () if offload is None else program.blocks[offload:]
+    def __init__(self, offloaded: OffloadedWeights, program: Program, inputs: Sequence[Any], offload: int) -> None:
+        self._offloaded, blocks = offloaded, program.blocks[offload:]
         self._places = {s: [place for place, i in enumerate(s.inputs) if program.is_parameter(i)] for s in blocks}
         self._weights = {s: [TensorWeakRef(inputs[s.inputs[i]]) for i in self._places[s]] for s in blocks}
         self._next = dict(itertools.pairwise(blocks))
@@ -222,188 +237,6 @@ class _Fetch:
         """True if these are the weights, unchanged since."""
         same = [id(w) for w in weights] == [id(w) for w in self.weights]
         return same and self.versions == tuple(map(version_of, weights))
-
-
-@dataclass(frozen=True)
-class Stored:
-    # Has the shape, strides, dtype and device of the original and may replace it; takes no device memory, slow to read.
-    tensor: Tensor
-    source: Tensor  # that a store copies from, often `tensor` itself
-
-
-@dataclass(frozen=True)
-class Arrival:
-    tensors: tuple[Tensor, ...]  # to compute with after `WeightStore.await_arrival`
-    event: Any = None  # on the device; None: nothing to wait for
-
-
-class WeightStore:
-    """Keeps weights outside of device memory; this base class keeps them where they are."""
-
-    where = "device memory"  # for users
-
-    def check_room(self, nbytes: int) -> None:
-        """Raise an OptionError if the store is known to be too small."""
-
-    def put(self, tensor: Tensor) -> Stored:
-        """Copy a tensor here; raise an OptionError if there is no room."""
-        return Stored(tensor, tensor)
-
-    def take_back(self, stored: Stored) -> Tensor:
-        """Return a copy in ordinary device memory."""
-        return torch.empty_like(stored.tensor).copy_(stored.source)
-
-    def discard(self, tensor: Tensor) -> None:
-        """Free the memory of an original that was copied here and is no longer used."""
-
-    def trim(self) -> None:
-        """Return freed memory to the system."""
-
-    def start(self, weights: Sequence[Stored]) -> Arrival:
-        """Start to fetch weights, without waiting for them."""
-        return Arrival(tuple(stored.tensor for stored in weights))
-
-    def await_arrival(self, arrival: Arrival) -> None:
-        """Order later calls after the arrival."""
-
-    def release(self, weights: Sequence[Stored]) -> None:
-        """Drop fetched weights after use."""
-
-    def memory(self) -> int:
-        return 0  # bytes in use by the process (CPU) or on the device
-
-    def peak(self) -> int:
-        return 0  # largest value of `memory` so far
-
-
-def make_store(config: RiverConfig, plan: DecoderPlan) -> WeightStore:
-    return MappedFiles(config.offload_dir) if plan.device.type == "cpu" else PinnedMemory(plan.device)
-
-
-class MappedFiles(WeightStore):
-    """Unnamed mapped files, for a model on the CPU; raises an OptionError if the folder takes none."""
-
-    def __init__(self, folder: str | Path | None) -> None:
-        self._folder = Path(folder or os.environ.get("TMPDIR") or "/var/tmp")  # /tmp may be in memory
-        try:
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
-        except OSError as error:
-            raise OptionError(
-                f"Cannot write to offload_dir={str(self._folder)!r} ({error.strerror}). Name a folder on a disk",
-                id="RC080",
-            ) from error
-        self.where = f"memory-mapped files in {self._folder}"
-
-    def check_room(self, nbytes: int) -> None:
-        free = shutil.disk_usage(self._folder).free
-        if nbytes > free:
-            raise self._no_room(nbytes, free)
-        if file_system(self._folder) in _TMPFS:
-            why = f"offload_dir={str(self._folder)!r} is in memory (tmpfs), so offloading saves nothing"
-            warnings.warn(with_id("RC081", f"{why}. Name a folder on a disk"), RiverWarning, stacklevel=2)
-
-    def _no_room(self, nbytes: int, free: int) -> OptionError:
-        return OptionError(
-            f"offload_dir={str(self._folder)!r} has {free / 1e6:.1f} MB free, and the weights take "
-            f"{nbytes / 1e6:.1f} MB. Make room, or name another folder",
-            id="RC080",
-        )
-
-    def put(self, tensor: Tensor) -> Stored:
-        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
-            try:
-                reserve(file.fileno(), tensor.nbytes)  # a page without room would be a SIGBUS later
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise self._no_room(tensor.nbytes, shutil.disk_usage(self._folder).free) from error
-                raise
-            mapping = mmap.mmap(file.fileno(), tensor.nbytes)
-        flat = torch.frombuffer(mapping, dtype=tensor.dtype)  # holds the mapping
-        stored = flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-        done = Stored(stored, stored)
-        self.release([done])
-        return done
-
-    def discard(self, tensor: Tensor) -> None:
-        advise(tensor.untyped_storage(), MADV_PAGEOUT, inside=True)  # it may be a mapped checkpoint
-
-    def trim(self) -> None:
-        trim_heap()
-
-    def start(self, weights: Sequence[Stored]) -> Arrival:
-        for stored in weights:
-            advise(stored.tensor.untyped_storage(), mmap.MADV_WILLNEED)
-        return super().start(weights)  # a read waits for its page
-
-    def release(self, weights: Sequence[Stored]) -> None:
-        for stored in weights:  # shared mappings: the content stays in the file
-            advise(stored.tensor.untyped_storage(), mmap.MADV_DONTNEED)
-
-    def memory(self) -> int:
-        return resident_bytes()
-
-    def peak(self) -> int:
-        return peak_bytes()
-
-
-class PinnedMemory(WeightStore):
-    """Pinned host memory, for a model on a GPU that can address it; blocks run with copies in device memory."""
-
-    where = "pinned host memory"
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def put(self, tensor: Tensor) -> Stored:
-        try:
-            host = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)  # torch rounds up to a power of two
-        except RuntimeError as error:
-            raise OptionError(
-                f"Cannot allocate {tensor.nbytes / 1e6:.1f} MB of pinned host memory for offload= "
-                f"({str(error).splitlines()[0]}). Offload fewer blocks",
-                id="RC080",
-            ) from error
-        values = host.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-        array = {"shape": host.shape, "typestr": "|u1", "data": (host.data_ptr(), False), "strides": None, "version": 3}
-        pointer = SimpleNamespace(__cuda_array_interface__=array, host=host)  # the tensor keeps it alive
-        seen = torch.as_tensor(pointer, device=self._device)
-        if seen.data_ptr() != host.data_ptr():
-            raise OptionError(
-                f"offload= requires a device that can address pinned host memory, and {self._device} cannot. Remove "
-                "offload",
-                id="RC080",
-            )
-        return Stored(seen.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()), values)
-
-    def trim(self) -> None:
-        torch.cuda.empty_cache()
-
-    def start(self, weights: Sequence[Stored]) -> Arrival:
-        with torch.inference_mode(False):
-            # Allocated on the caller's stream, which uses them: the copies wait for earlier work in that memory.
-            tensors = tuple(
-                torch.empty_strided(s.tensor.shape, s.tensor.stride(), dtype=s.tensor.dtype, device=self._device)
-                for s in weights
-            )
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            for tensor, stored in zip(tensors, weights, strict=True):
-                tensor.copy_(stored.source, non_blocking=True)
-                tensor.record_stream(self._stream)  # it may be dropped before the copy has run
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        return Arrival(tensors, event)
-
-    def await_arrival(self, arrival: Arrival) -> None:
-        torch.cuda.current_stream(self._device).wait_event(arrival.event)
-
-    def memory(self) -> int:
-        return torch.cuda.memory_allocated(self._device)
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device)
 
 
 def _movable(program: Program, inputs: Sequence[Any], resident: int) -> tuple[list[Tensor], list[Tensor]]:

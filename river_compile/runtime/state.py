@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from river_compile.agreement import ALONE, Agreement
 from river_compile.errors import EmbeddingError
 from river_compile.exits import ExitPolicy, SequenceState, SequenceStates, thresholds_of
 from river_compile.kernels.ops import VOCAB_BLOCK
 from river_compile.passes.program import Program
-from river_compile.ranks import ALONE, Ranks
 from river_compile.runtime.captures import (
     CaptureDevice,
     CaptureLog,
@@ -75,11 +75,7 @@ class CompiledProgram:
     log: CaptureLog  # of captures
     weights: Weights | None  # the packed ones, None without any
     on_close: Callable[[], None] | None  # called after each step
-    ranks: Ranks = ALONE  # that share the model; the first one's scores count
-
-    def agreed(self, score: Tensor) -> Tensor:
-        """Return the first rank's score."""
-        return self.ranks.first(score)
+    agreement: Agreement = ALONE  # on the scores
 
 
 class StepState:
@@ -176,7 +172,7 @@ class StepState:
         try:
             path = self.run(policy)
         except BaseException as error:
-            compiled.ranks.raise_if_lost(error)
+            compiled.agreement.explain(error)
             if isinstance(error, RuntimeError) and _NO_ROW in str(error):
                 raise EmbeddingError(self._ranges_of_ids()) from None
             raise
@@ -243,7 +239,7 @@ class StepState:
     def _score(self, depth: int) -> float:
         """Wait for and return the score after the last block that ran."""
         if self.device is None:
-            return float(self.compiled.agreed(self.slots[SCORE]).item())
+            return float(self.compiled.agreement.first(self.slots[SCORE]).item())
         self.device.wait()
         return float(self._launcher.flags[depth].item())
 
@@ -251,7 +247,7 @@ class StepState:
         """Return a copy of the head's score; None without one."""
         score = self.slots[SCORE]
         if score is None or self.device is None:
-            return None if score is None else self.compiled.agreed(score)
+            return None if score is None else self.compiled.agreement.first(score)
         kept = buffer_like(score)
         self.device.run(lambda: kept.copy_(score))
         return kept

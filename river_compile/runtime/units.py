@@ -126,7 +126,7 @@ class Units:
         step = self.steps[segment]
         if step.moves:
             path = self._program.block_paths[segment.depth - 1]
-            return Refusal("offloaded weights have another address in every run", path)
+            return Refusal("its weights have another address in every run", path)
         return segment.obstacle or self._device_obstacle(step)
 
     def _unit(self, segments: tuple[SegmentSpec, ...], start: int) -> Unit:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from xxhash import xxh3_128
 
+from river_compile.agreement import PARTS
 from river_compile.compile_cache.folder import Entry, evict, is_trusted, warn_not_writable
 from river_compile.errors import RiverWarning, TwinsError
 from river_compile.kernels.files import atomic_write, locked
@@ -179,6 +180,10 @@ class TwinFile:
             self._matrices = self._read_matrices()
             self._tensors = map_tensors(self._file)
         except FileNotFoundError as error:
+            parts = sorted(path.name for path in self.folder.glob(PARTS))
+            if parts:
+                why = f"the folder has {' and '.join(parts[:2])}, the parts of a model that several processes share"
+                raise self._refusal("RC047", why, "Start as many processes, or name another folder") from error
             raise self._refusal("RC040", "no such file", _WHICH) from error
         except (OSError, SafetensorError) as error:
             raise self._refusal("RC041", f"it is damaged or cannot be read ({error})") from error

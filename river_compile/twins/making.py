@@ -23,7 +23,6 @@ from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
-from river_compile.ranks import ALONE, Ranks
 from river_compile.twins.file import TwinFile
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration
@@ -43,7 +42,6 @@ class Statistics:
 
     observed: Observation | None = None
     own: SelfCalibration = field(default_factory=SelfCalibration)
-    ranks: Ranks = ALONE  # that share the model; they take statistics together or not at all
 
     @property
     def number(self) -> int:
@@ -58,9 +56,6 @@ class Statistics:
         """Return known statistics, or a function that streams those of the model's own text."""
         if self.observed is not None and self.observed.moments:
             return self.observed, None
-        # Ranks run the model together, and may pack different weights, so they record all moments before.
-        if self.ranks.several:
-            return self.own.observation(resample=refresh), None
         return None, functools.partial(self.own.stream_moments, resample=refresh)
 
 
@@ -143,7 +138,7 @@ class Job:
 def _moments(recorded: Observation | None, matmul: Matmul, parameters: Parameters) -> Moments | None:
     """Return the recorded moments of a matmul's inputs, None without a record."""
     moments = None if recorded is None else recorded.moments_of(parameters.weights[0])
-    if recorded is not None and moments is None and not recorded.own:
+    if recorded is not None and moments is None:
         raise OptionError(
             f"Cannot calibrate {matmul.name}: no token of calibration_data= reached it. Give more texts before the "
             "first generation, set twins= to saved twins, or use quantizer='hqq'",

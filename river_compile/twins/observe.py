@@ -22,7 +22,7 @@ from tqdm import tqdm
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.calibrated import RowMoments, SecondMoments, WholeMoments
 from river_compile.upstream.dynamo import uncompiled_forward
-from river_compile.upstream.tensors import local_of, version_of
+from river_compile.upstream.tensors import version_of
 
 Tokenizer = Callable[[str], Mapping[str, Sequence[int]]]
 # With this many times more features than tokens, quantizers take the inputs themselves; with fewer, which form is
@@ -32,9 +32,9 @@ _WINDOW = 512  # tokens per forward pass: the logits of a large vocabulary take 
 
 
 @torch.no_grad()
-def record(model: nn.Module, windows: Iterable[Tensor], *, own: bool = False, progress: bool = False) -> Observation:
-    """Return the statistics of a model's weights on token ids ``[B, T]``; `own`: it sampled them itself."""
-    observation, forward = Observation(own), uncompiled_forward(model)
+def record(model: nn.Module, windows: Iterable[Tensor], *, progress: bool = False) -> Observation:
+    """Return the statistics of a model's weights on token ids ``[B, T]``."""
+    observation, forward = Observation(), uncompiled_forward(model)
     recorder, device = _Recorder(model.parameters(), observation), next(model.parameters()).device
     bar = tqdm(windows, desc="river: observing", unit="text", leave=False, delay=1, disable=not progress)
     with one_expert_at_a_time(model):
@@ -188,10 +188,9 @@ class Observation:
 
     _made = 0
 
-    def __init__(self, own: bool = False) -> None:
-        Observation._made += not own
-        self.own = own  # whether the model sampled the text itself
-        self.number = 0 if own else Observation._made  # distinguishes observations
+    def __init__(self) -> None:
+        Observation._made += 1
+        self.number = Observation._made  # distinguishes observations
         self.tokens = 0  # observed so far
         self.moments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -202,7 +201,7 @@ class Observation:
     @property
     def source(self) -> str:
         """The observed text, in words."""
-        return f"{self.tokens} tokens that the model sampled" if self.own else f"{self.tokens} observed tokens"
+        return f"{self.tokens} observed tokens"
 
     def moments_of(self, weight: Tensor) -> Moments | None:
         """Return the moments of a parameter's inputs (a stack: of each expert's); None if unread."""
@@ -222,12 +221,11 @@ _MATMULS = (nn.functional.linear, torch.addmm, torch.matmul, torch.Tensor.matmul
 class MatmulHook(TorchFunctionMode):
     """Calls `on_input` for each matmul with a parameter, and multiplies by `substitute`'s result."""
 
-    # Under tensor parallelism, the rank's own parts are the weights.
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
         self._matrices: dict[int, tuple[Tensor, int]] = {}  # by address: the parameter, and the index in its stack
         self._stacks: dict[int, Tensor] = {}
-        for parameter in map(local_of, parameters):
+        for parameter in parameters:
             if parameter.dim() == 2:
                 self._matrices[parameter.data_ptr()] = parameter, 0
             elif parameter.dim() == 3:

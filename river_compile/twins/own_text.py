@@ -1,7 +1,7 @@
 """Self-calibration: statistics of the twins on the package's texts, or on text that the model samples; their loss.
 
-Not handled: models that cannot be sampled from token ids and their cache alone (`refusal` has the reason; several ranks
-raise); rounding of activations in kernels.
+Not handled: models that cannot be sampled from token ids and their cache alone (`refusal` has the reason); models that
+several processes run together; rounding of activations in kernels.
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from river_compile.errors import OptionError
 from river_compile.kernels.native.load import loaded
 from river_compile.kernels.portable import token_kl
 from river_compile.progress import stage_reached, stage_shown
-from river_compile.ranks import ranks_of
 from river_compile.twins.observe import (
     MatmulHook,
     Moments,
-    Observation,
     default_texts,
     full_attention_mask,
     one_expert_at_a_time,
-    record,
     visit,
 )
 from river_compile.twins.weights import TwinWeight
@@ -42,7 +38,6 @@ _ROWS = 32
 _STATISTICS_TOKENS, _LOSS_TOKENS = 32, 8  # most in a row: each further token of a row is one more step
 LOSS_SEED = 1  # not that of the statistics' text, so that nothing was fitted to it
 _LARGE = 0.2  # nats
-_ROWS_AT_ONCE = 16
 _WINDOW, _WINDOWS = 256, 4  # of the package's texts
 _KL_TOKENS = 64  # tokens per comparison: large vocabularies take memory in float32
 
@@ -85,10 +80,6 @@ class SelfCalibration:
 
         return self._run(run) or ""
 
-    def observation(self, *, resample: bool = False) -> Observation | None:
-        """Return the statistics of all weights; None if the model cannot be sampled."""
-        return self._run(lambda model: record(model, self._text_of(model, resample).ids.split(_ROWS_AT_ONCE), own=True))
-
     def _run(self, function: Callable[[nn.Module], R]) -> R | None:
         """Call `function(model)` uncompiled; None if it raises."""
         model = self._model()
@@ -99,7 +90,6 @@ class SelfCalibration:
             with NativeLinear():
                 return function(model)
         except Exception as error:  # any model's code may fail here
-            _raise_on_ranks(model, error)
             self.refusal = _why(error)
             log.info("%s cannot sample text for its twins: %s", type(model).__name__, self.refusal)
             return None
@@ -127,22 +117,8 @@ class SelfCalibration:
             with NativeLinear():
                 return estimate_loss(model, packed)
         except Exception as error:  # as above
-            _raise_on_ranks(model, error)
             log.info("the loss of the twins of %s is not known: %s", type(model).__name__, _why(error))
             return None
-
-
-def _raise_on_ranks(model: nn.Module, error: Exception) -> None:
-    """Raise if ranks share the model: one that continued with other twins would diverge."""
-    ranks = ranks_of(model.parameters())
-    if not ranks.several:
-        return
-    ranks.raise_if_lost(error)
-    raise OptionError(
-        f"{type(model).__name__} on {ranks.size} ranks cannot sample text for the statistics of its twins "
-        f"({_why(error)}). Call river_compile.collect_statistics, or use quantizer='hqq'",
-        id="RC007",
-    ) from error
 
 
 def _why(error: Exception) -> str:
@@ -226,7 +202,7 @@ def package_ids(model: nn.Module) -> Tensor | None:
     network: Any = model
     config = network.config.get_text_config()
     length = min(_WINDOW, getattr(config, "max_position_embeddings", None) or _WINDOW)
-    tokenizer = None if ranks_of(model.parameters()).several else local_tokenizer(model)
+    tokenizer = local_tokenizer(model)
     if tokenizer is None:
         return None
     try:
@@ -243,11 +219,10 @@ def package_ids(model: nn.Module) -> Tensor | None:
 def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     """Sample token ids ``[rows, tokens]`` from a model, at temperature 1. Raises as the model does."""
     # One batch of rows that begin with a uniformly drawn token, as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888). A
-    # separate generator makes the text reproducible and leaves the caller's random state alone. Ranks take the first
-    # one's draws. The model runs uncompiled, also while Dynamo compiles it.
+    # separate generator makes the text reproducible and leaves the caller's random state alone. The model runs
+    # uncompiled, also while Dynamo compiles it.
     network: Any = model
     forward, device = uncompiled_forward(model), next(model.parameters()).device
-    ranks = ranks_of(model.parameters())
     draws = torch.Generator(device).manual_seed(seed)
     vocabulary = network.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (rows, 1), generator=draws, device=device)
@@ -256,7 +231,7 @@ def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
     while ids.shape[1] < tokens:
         outputs = forward(input_ids=ids[:, -1:], use_cache=True, **full_attention_mask(model, ids), **cache)
         cache = {name: outputs[name]}
-        ids = torch.cat([ids, ranks.first(_draw(outputs.logits[:, -1], draws))], dim=1)
+        ids = torch.cat([ids, _draw(outputs.logits[:, -1], draws)], dim=1)
         stage_reached(ids.shape[1] / tokens)
     return ids
 

@@ -28,7 +28,6 @@ from river_compile.errors import TwinsError
 from river_compile.passes.program import Matmul
 from river_compile.twins.background import Background
 from river_compile.twins.file import (
-    FILE,
     TwinFile,
     entry_for,
     is_stored,
@@ -107,10 +106,7 @@ class TwinWeights:
             }
             for matmul, made in there.items():
                 made.made_from = weak_refs(parameters[matmul].tensors)
-            found, ranks = dict(there), statistics.ranks
-            # Ranks take statistics together if one of them misses a weight that the others have.
-            if ranks.several and job.observes and not ranks.every(all(x in there or x.lossless for x in matmuls)):
-                job.statistics = replace(statistics, observed=statistics.collect(refresh=refresh)[0])
+            found = dict(there)
             for lossless in (True, False):
                 some = [x for x in matmuls if x not in found and x.lossless == lossless]
                 if some:
@@ -132,7 +128,7 @@ class TwinWeights:
 
     def estimate_loss(self, twins: Iterable[TwinWeight], statistics: Statistics) -> None:
         """Estimate the joint loss of a graph's twins, if statistics made some since the last time."""
-        if not statistics.ranks.every(not self._loss_is_old):
+        if self._loss_is_old:
             self.loss, self._loss_is_old = statistics.own.loss(twins), False
             if self._stored is not None and self.loss is not None and self._stored.folder.exists():
                 self._stored.write(_LOSS, json.dumps(asdict(self.loss)).encode())
@@ -183,12 +179,8 @@ class TwinWeights:
 
     def _file_of(self, job: Job, savable: Sequence[Matmul]) -> TwinFile:
         """Return the file that the options name; write it first if missing and the options say so."""
-        ranks = job.statistics.ranks
-        folder = ranks.folder(Path(job.config.twins or ""))
+        folder = Path(job.config.twins or "")
         if job.config.on_missing_twins == "save":
-            # Ranks run the model together, so none may do so while others wait for the file's lock.
-            if ranks.several and savable and job.observes and not ranks.every((folder / FILE).exists()):
-                job.statistics = replace(job.statistics, observed=job.statistics.collect()[0])
             write_missing(folder, lambda: [*self._made(job, savable, lossless=False).values()])
         if self._opened is None or self._opened.folder != folder:
             self._opened = TwinFile(folder)
@@ -201,7 +193,7 @@ class TwinWeights:
         if job.file is not None and not lossless:
             return self._loaded(job, matmuls, job.file, str(job.file.folder))
         own = job.statistics.observed is not None and not lossless
-        if own or job.refresh or not self.stores or job.statistics.ranks.several or not is_enabled():
+        if own or job.refresh or not self.stores or not is_enabled():
             return self._begun_or_made(job, matmuls, lossless, may_wait, None)
         entry = entry_for(matmuls, job.digests, job.quantizer(lossless))
         if not lossless:
@@ -226,7 +218,7 @@ class TwinWeights:
         self, job: Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
     ) -> dict[Matmul, TwinWeight]:
         """Make weights and write them to an entry, immediately or in the background, which returns none."""
-        may_wait = may_wait and not job.statistics.ranks.several and sum(map(_size, matmuls)) > _SMALL
+        may_wait = may_wait and sum(map(_size, matmuls)) > _SMALL
         if not may_wait:
             made = self._made(job, matmuls, lossless)
             if entry is not None:

@@ -1,13 +1,15 @@
-"""The operators: `opcheck`, layouts against each other, shapes, strides, and errors."""
+"""The operators: `opcheck`, kernels against plain torch, layouts against each other, shapes, strides, and errors."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
+from river_compile.kernels import cache_ops, ops
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import pack_stack
+from river_compile.kernels.triton import operators  # noqa: F401  (registers generated kernels)
 from tests.kernels import reference
 from tests.kernels.harness import TOLERANCE
 from tests.kernels.packing import pack_linear
@@ -15,6 +17,10 @@ from tests.kernels.samples import G, caches, packed, random, sample_calls, stack
 from tests.support.examples import examples
 
 river = torch.ops.river
+MEANING = {  # of operators with generated kernels
+    **{name: getattr(ops, name) for name in ("linear", "merged", "experts", "residual_score")},
+    **{name: getattr(cache_ops, name) for name in ("kv_fill", "attend", "decode_attention")},
+}
 LAYOUTS = pytest.mark.parametrize("layout", ["triton", "plain"])
 
 
@@ -27,6 +33,18 @@ def _same_numbers():
 @pytest.mark.parametrize("call", sample_calls())
 def test_opcheck(call):
     torch.library.opcheck(getattr(river, call.split()[0]).default, sample_calls()[call])
+
+
+@pytest.mark.parametrize("call", [call for call in sample_calls() if call.split()[0] in MEANING])
+def test_a_generated_kernel_computes_what_its_operator_says(call):
+    """Results, and what is left in the caches and the counter."""
+    name = call.split()[0]
+    one, other = (tree_map_only(torch.Tensor, torch.Tensor.clone, sample_calls()[call]) for _ in range(2))
+    made, said = getattr(river, name)(*one), MEANING[name](*other)
+    kernels, plain = (
+        [x for x in tree_leaves(each) if isinstance(x, torch.Tensor)] for each in ((made, one), (said, other))
+    )
+    torch.testing.assert_close(kernels, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_every_operator_has_a_sample():

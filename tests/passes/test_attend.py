@@ -1,6 +1,6 @@
 """KV cache write and attention become one operator if nothing is between, with the counter if nothing else reads it.
 
-Graphs built by hand run before and after, with kernels in Triton's interpreter.
+Graphs built by hand run before and after, in plain torch.
 """
 
 import operator
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
+from river_compile.kernels import cache_ops  # noqa: F401  (registers torch.ops.river)
 from river_compile.passes.fusion.cache_rules import fuse_write
 
 river = torch.ops.river

@@ -29,11 +29,11 @@ from river_compile.decoding.passes import Passes
 from river_compile.errors import OptionError, RankError, TwinsError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
-from river_compile.ranks import ALONE, Ranks
 from river_compile.record import find_record
 from river_compile.runtime.executor import on_call
 from river_compile.runtime.state import on_step
-from river_compile.twins.making import Statistics
+from river_compile.runtime.tensor_parallel import Ranks
+from river_compile.twins.file import TwinFile
 from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
@@ -146,10 +146,14 @@ def quantized(folder: Path) -> dict[str, Any]:
         warnings.simplefilter("always")
         logits, _, _ = decode(model, DEPTHS)
     report = river_compile.report(model)
+    try:
+        refusal = str(river_compile.collect_statistics(model))
+    except OptionError as error:
+        refusal = str(error)
     return {
+        "statistics": refusal,
         "told": [str(w.message) for w in told],
         "logits": logits, "text": plain, "kept": kept(model), "report": str(report), "shown": report.to_dict(),
-        "ids": find_record(model).of(Statistics).own._text.ids,
     }  # fmt: skip
 
 
@@ -195,6 +199,22 @@ def exact(folder: Path) -> dict[str, Any]:
             prompt(PROMPT), custom_generate=exactly, max_new_tokens=12, do_sample=False, cache_implementation="static"
         )
     return {**texts, "late": late, "exact": river_compile.report(model).exact}
+
+
+def accelerated(folder: Path) -> dict[str, Any]:
+    """`accelerate` by default, and with a quantizer that needs statistics."""
+    model = load(folder, "llama")
+    how = {"max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(prompt(PROMPT), **how)
+    try:
+        refusal = str(river_compile.accelerate(model, quantizer="awq"))
+    except OptionError as error:
+        refusal = str(error)
+    river_compile.accelerate(model, kernels="eager", group_size=32)
+    with river_compile.trace() as seen:
+        text = model.generate(prompt(PROMPT), **how)
+    drafted = [len(cycle.drafted) for cycle in seen.cycles]
+    return {"plain": plain, "text": text, "drafted": drafted, "refusal": refusal}
 
 
 def wire(folder: Path) -> dict[str, Any]:
@@ -246,9 +266,9 @@ def saved_twins(folder: Path) -> dict[str, Any]:
     again.compile(backend=river, options={**EAGER, "twins": folder / "twins"})
     read, _, _ = decode(again, DEPTHS)
     refusals = []
-    for size in (1, 4):
+    for look in (TwinFile, Ranks(0, 4).part_of):
         try:
-            type(ALONE)(size=size).folder(folder / "twins")
+            look(folder / "twins")
         except TwinsError as error:
             refusals.append(str(error))
     names = sorted(path.name for path in (folder / "twins").glob("rank*"))
@@ -287,6 +307,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "quantized": quantized,
     "scores": scores,
     "exact": exact,
+    "accelerated": accelerated,
     "wire": wire,
     "lengths": lengths,
     "changed": changed,

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import river_compile
+from river_compile.agreement import ALONE
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.passes.experts import ROUTER
-from river_compile.ranks import ALONE, Ranks
-from river_compile.runtime.tensor_parallel import check_supported
+from river_compile.runtime.tensor_parallel import Ranks
 from tests.runtime.rank_worker import CASES, DEPTHS, LAYERS, SLOW
 from tests.support.examples import slow
 from tests.support.families import CONFIGS, HIDDEN
@@ -77,6 +77,13 @@ class TestTheSameAnswers:
         assert torch.equal(both[0]["exact"]["late"], both[0]["quantized"]["text"]), "on devices that run late"
         assert both[0]["exact"]["exact"].accepted > 0
 
+    def test_an_accelerated_model_writes_the_plain_models_text_in_drafts_of_one_length(self, both):
+        """Whatever a pass takes, so both ranks draft alike."""
+        for found in (rank["accelerated"] for rank in both):
+            assert torch.equal(found["text"], found["plain"])
+            assert found["drafted"][0] == 5
+        assert both[0]["accelerated"]["drafted"] == both[1]["accelerated"]["drafted"]
+
     def test_no_prompt_length_recompiles(self, both):
         assert [rank["lengths"]["new graphs"] for rank in both] == [0, 0]
 
@@ -112,14 +119,11 @@ class TestFourBits:
         shape, group, _ = both[0]["quantized"]["kept"]["packed"]["model.layers.0.self_attn.o_proj"]
         assert (shape, group) == ((HIDDEN, HIDDEN // 2), 32)
 
-    def test_ranks_sample_the_same_text_for_their_statistics(self, both):
-        assert same(both, "quantized", "ids")
-
     def test_any_rank_reports_both(self, both):
         for rank in both:
             assert "rank-0-of-2" in rank["quantized"]["report"]
             assert "rank-1-of-2" in rank["quantized"]["report"]
-            shown = rank["quantized"]["shown"]["graphs"][-1]["ranks"]
+            shown = rank["quantized"]["shown"]["graphs"][-1]["processes"]
             assert [found["matrices"] for found in shown] == [4 * LAYERS] * 2
 
     def test_a_weight_that_changes_on_one_rank_alone_is_packed_again(self, both):
@@ -130,7 +134,7 @@ class TestFourBits:
         found = both[0]["saved twins"]
         assert found["same"]
         assert found["names"] == ["rank-0-of-2", "rank-1-of-2"]
-        assert "on 2 ranks, and this one runs on 1" in found["refusals"][0]
+        assert "has rank-0-of-2 and rank-1-of-2, the parts of a model" in found["refusals"][0]
         assert "on 2 ranks, and this one runs on 4" in found["refusals"][1]
 
 
@@ -167,19 +171,37 @@ class TestRefusals:
         assert "tensor_parallel_plan" in both[0]["whole plan"]["told"]
 
     @pytest.mark.parametrize(
-        ("options", "mode", "name"),
+        ("option", "fix"),
         [
-            ({"offload": 2}, None, "offload=2"),
-            ({"graphs": True}, None, "graphs=True"),
-            ({}, "reduce-overhead", "mode='reduce-overhead'"),
+            ({"offload": 2}, "Remove it"),
+            ({"graphs": True}, "Remove it"),
+            ({"quantizer": "gptq"}, "Use quantizer='hqq'"),
+            ({"quantizer": "awq"}, "Use quantizer='hqq'"),
+            ({"target_weights": "12bit"}, "Use 'model'"),
         ],
     )
-    def test_what_is_not_done(self, options, mode, name):
-        with pytest.raises(OptionError, match=f"^RC122: {name}.*2 ranks"):
-            check_supported(TWO, RiverConfig.from_options(options), mode, torch.fx.Graph())
+    def test_an_option_that_is_not_done(self, option, fix):
+        ((name, value),) = option.items()
+        with pytest.raises(OptionError, match=f"^RC122: {name}={value!r}.*{fix}.*2 ranks"):
+            TWO.fitted(RiverConfig.from_options(option), option)
 
-    def test_the_default_options_are_done(self):
-        check_supported(TWO, RiverConfig(), None, torch.fx.Graph())
+    def test_a_mode_that_is_not_done(self):
+        with pytest.raises(OptionError, match=r"^RC122: mode='reduce-overhead'.*2 ranks"):
+            TWO.take_shards(torch.fx.symbolic_trace(torch.nn.Identity()), "reduce-overhead")
+
+    def test_accelerate_takes_no_quantizer_with_statistics(self, both):
+        assert both[0]["accelerated"]["refusal"].startswith("RC122: quantizer='awq'")
+
+    def test_statistics(self, both):
+        assert "Remove calibration_data" in both[0]["quantized"]["statistics"]
+
+    def test_defaults_are_those_without_statistics(self):
+        config = TWO.fitted(RiverConfig(), ())
+        assert (config.quantizer, config.target_weights) == ("hqq", "model")
+
+    @pytest.mark.parametrize("quantizer", ["rtn", "symmetric"])
+    def test_other_quantizers_stay(self, quantizer):
+        assert TWO.fitted(RiverConfig(quantizer=quantizer), {"quantizer"}).quantizer == quantizer
 
 
 class TestThePlan:
@@ -197,6 +219,5 @@ def test_one_rank_alone_exchanges_nothing():
     """No process group exists here: each of these would fail."""
     value = torch.zeros(2)
     assert ALONE.first(value) is value
-    assert ALONE.agree([1.0]) == [1.0]
     assert [ALONE.every(holds) for holds in (True, False)] == [True, False]
     assert ALONE.gather(3) == [3]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from river_compile.kernels.triton import calls_linear, loader
+from river_compile.kernels.triton import calls_linear, loader, operators  # noqa: F401  (registers kernels)
 from river_compile.kernels.triton.tiles import best_tile
 from tools.kernels.shapes import ModelShape
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from river_compile.ranks import ALONE
 from river_compile.runtime.stats import ExitStats
 
 VOCABULARY = 11
@@ -45,7 +44,7 @@ class ScriptedRunner:
         runs_late: whether passes are taken to return before they have run.
     """
 
-    runs_late, ranks, widths = False, ALONE, (1, 2, 4, 8, 16, 32)
+    runs_late, widths = False, (1, 2, 4, 8, 16, 32)
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
         self.stats = ExitStats()

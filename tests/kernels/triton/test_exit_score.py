@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels import ops  # noqa: F401  registers torch.ops.river
+from river_compile.kernels.triton import operators  # noqa: F401  (registers kernels)
 from river_compile.kernels.triton.cache import ExitScoreSpec
 from tests.kernels.checks import check_exit_score
 from tests.support.examples import examples

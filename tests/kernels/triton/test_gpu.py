@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._library.custom_ops import CustomOpDef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from river_compile.kernels import ops
-from river_compile.kernels.triton import loader
+from river_compile.kernels import cache_ops, ops
+from river_compile.kernels.triton import loader, operators  # noqa: F401  (registers the kernels)
 from river_compile.kernels.triton.loader import device_name
 from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec
 from tests.kernels.checks import check_kernel
@@ -92,8 +93,10 @@ class NoWaiting(TorchFunctionMode):
 
 
 def body_of(operator: str):
-    """Returns a custom operator's function, whose operations a mode sees."""
-    return getattr(ops, operator)._init_fn
+    """Returns the function that a custom operator runs, whose operations a mode sees."""
+    defined = (value for module in (ops, cache_ops) for value in vars(module).values())
+    (found,) = (one for one in defined if isinstance(one, CustomOpDef) and one._name == operator)
+    return found._backend_fns.get("cpu", found._init_fn)
 
 
 @pytest.mark.parametrize("call", captured_calls())

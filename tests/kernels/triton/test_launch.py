@@ -5,8 +5,7 @@ import types
 import pytest
 import torch
 
-from river_compile.kernels import ops  # noqa: F401  (registers torch.ops.river)
-from river_compile.kernels.triton import calls_cache, calls_linear, loader
+from river_compile.kernels.triton import calls_cache, calls_linear, loader, operators  # noqa: F401  (registers kernels)
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpec
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels.packing import pack_linear
