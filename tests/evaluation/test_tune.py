@@ -17,9 +17,10 @@ from river_compile.evaluation.meter import Meter
 from river_compile.exits import CRITERIA
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS
 
 CONTEXT, TOKENS = 4, 4
-OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
+OPTIONS = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"}
 MANY = [" ".join(map(str, prompt(CONTEXT + TOKENS, seed=seed)[0].tolist())) for seed in range(200)]
 TEXTS = MANY[:40]
 
