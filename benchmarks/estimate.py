@@ -31,6 +31,8 @@ from benchmarks import common, schedule
 from benchmarks.roofline import BLOCK_LAUNCHES, CHECK_TARGET, SPEEDUP_TARGET, TARGETS, Roofline, depth_name
 from river_compile.backend import river
 from river_compile.exits import forced_depth
+from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
+from river_compile.passes.program import Lowering
 from tools.kernels.shapes import MODELS
 from tools.recorder import recording
 
@@ -123,8 +125,9 @@ def check_row(roofline: Roofline, bandwidth: float) -> dict:
 def schedule_rows(blocks: int, depths: list[int | None]) -> list[dict]:
     """Return what the recorder saw of one captured token at every depth, of a random Llama with so many blocks."""
     model = schedule.small_llama(blocks)
-    settings = {"graphs": True, "first_exit": 1}
-    model.compile(backend=river, options={**settings, "kernels": "eager", "quantizer": "rtn"})
+    operators = Lowering("eager", PLAIN_LAYOUT, fuse=False)
+    settings = {"graphs": True, "first_exit": 1, "kernels": operators, "quantizer": "rtn"}
+    model.compile(backend=river, options=settings)
     cache = StaticCache(config=model.config, max_cache_len=_CAPACITY)
     depths = [depth for depth in depths if depth is None or depth < blocks]
     whole = [blocks if depth is None else depth for depth in depths]

@@ -27,6 +27,8 @@ from river_compile.backend import river
 from river_compile.building.build import bytes_of_token
 from river_compile.building.graph_record import Graphs
 from river_compile.exits import CRITERIA
+from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
+from river_compile.passes.program import Lowering
 from river_compile.record import find_record
 from river_compile.runtime.state import CompiledProgram, StepState, on_step
 from river_compile.runtime.stats import StepRecord
@@ -88,8 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(model: PreTrainedModel, options: argparse.Namespace) -> None:
     """Print what one captured step at every exit depth does."""
-    settings = {"graphs": True, "exit_every": options.every, "first_exit": options.first}
-    model.compile(backend=river, options={**settings, "kernels": "eager", "quantizer": "rtn"})
+    settings = {"graphs": True, "exit_every": options.every, "first_exit": options.first, "quantizer": "rtn"}
+    operators = Lowering("eager", PLAIN_LAYOUT, fuse=False)
+    model.compile(backend=river, options={**settings, "kernels": operators})
     cache = StaticCache(config=model.config, max_cache_len=options.capacity)
     with recording(), watching() as watch:
         generate(model, cache)  # (compiles)

@@ -14,6 +14,8 @@ import sympy
 import torch
 from torch import fx
 
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, TRITON_LAYOUT
+
 Size: TypeAlias = int | sympy.Expr  # of symbols that stand for dynamic sizes
 
 
@@ -239,6 +241,25 @@ class Input:
     is_parameter: bool  # a parameter or buffer of a module
     is_fixed: bool  # a parameter, or written in place; only other inputs may be copied into buffers
     source: Source | None = None  # None: unknown
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How a `RiverProgram` becomes a `Program`."""
+
+    compiler: Literal["inductor", "eager"]  # "eager": operator by operator
+    layout: str | None  # of the 4-bit weights; None: nothing is packed, twins read the 16-bit weights
+    fuse: bool  # whether fused kernels replace operators
+
+    @property
+    def native(self) -> bool:
+        """True for the C++ kernels."""
+        return self.layout == NATIVE_LAYOUT
+
+    @property
+    def dense_layout(self) -> str:
+        """The layout of `river::linear` with 16-bit weights."""
+        return "dense" if self.native else TRITON_LAYOUT
 
 
 @dataclass(frozen=True, eq=False)

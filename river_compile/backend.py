@@ -24,7 +24,7 @@ from river_compile.config import RiverConfig, check_mode
 from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering.inductor import Lowering, inductor_settings, no_compiler
+from river_compile.lowering.inductor import inductor_settings, no_compiler
 from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
@@ -60,7 +60,6 @@ def river(
     *,
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
-    lowering: Lowering | None = None,
 ) -> Callable[..., Any]:
     """The backend of ``torch.compile(model, backend="river", options=..., mode=...)``.
 
@@ -69,7 +68,6 @@ def river(
         example_inputs: its inputs, real tensors.
         options: fields of :class:`RiverConfig`.
         mode: passed on to Inductor.
-        lowering: how segments are lowered; None: by options and device.
 
     Raises:
         OptionError: (a ``ValueError``) an unknown option or a bad value.
@@ -101,10 +99,10 @@ def river(
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
         refusal = unbuildable or obstacle(config, owner, example_inputs)
-        program = refusal or recognise(traced, twins=config.quantizer != "none")
+        program = refusal or recognise(traced, twins=config.packs_twins)
     if not isinstance(program, Refusal):
         try:
-            executor = build(program, values, lowering, model, graph)
+            executor = build(program, values, model, graph)
             if ranks is None:
                 return executor
             ranks.warn_of_16_bits(executor.program)
@@ -115,7 +113,7 @@ def river(
     graph.refusal = (
         str(program) if unbuildable else f"{program}{_graph_break(graph_module, owner, model.find(OwnCall))}"
     )
-    plainly = config.kernels == "eager" or no_compiler(config, example_inputs, rewritten=False) is not None
+    plainly = config.runs_by_operator or no_compiler(config, example_inputs, rewritten=False) is not None
     is_new = graph.refusal not in {other.refusal for other in graphs if other is not graph}
     _report_refusal(graph.refusal, "RC100" if unbuildable else "RC021", plainly, is_new, config)
     if plainly:
@@ -172,8 +170,8 @@ def obstacle(config: RiverConfig, model: nn.Module | None, example_inputs: Seque
     why = "" if model is None else untraceable(model)
     if why:
         return Refusal(why)
-    by_operators = (config.quantizer, config.kernels) == ("none", "eager")  # PyTorch's alone
-    if not by_operators and any(_is_float64_weight(x) for x in example_inputs):
+    torch_alone = config.runs_by_operator and not config.packs_twins
+    if not torch_alone and any(_is_float64_weight(x) for x in example_inputs):
         return Refusal("its weights are float64, which no kernel of River takes; call model.to(torch.bfloat16)")
     return _needs_gradients(example_inputs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from river_compile.exits import CRITERIA, WHOLE, ExitPolicy, Threshold
 from river_compile.kernels.checks import PATH, Check, did_you_mean, integer, number, one_of, optional, short_repr
 from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
-from river_compile.passes.program import DecoderPlan, Program
+from river_compile.passes.program import DecoderPlan, Lowering, Program
 
 USER, EXPERT = "user", "expert"
 _A_SCORE = number("it must be a number, such as 0.7, a list with one for each depth from 1 on, or nats of entropy")
+_KERNELS = one_of("auto", "triton", "native")
 _MODE = optional(one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
 
 
@@ -31,13 +32,10 @@ class Option:
     check: Check
     text: str  # its effect, in Markdown
     audience: str = USER
-    for_tests: tuple[str, str] | None = None  # a value for tests and its effect; messages do not list it
 
 
-def _option(
-    default: object, check: Check, text: str, audience: str = USER, for_tests: tuple[str, str] | None = None
-) -> Any:
-    return dataclasses.field(default=default, metadata={"option": Option(check, text, audience, for_tests)})
+def _option(default: object, check: Check, text: str, audience: str = USER) -> Any:
+    return dataclasses.field(default=default, metadata={"option": Option(check, text, audience)})
 
 
 def _one_or_several(value: object) -> bool:
@@ -74,7 +72,6 @@ class RiverConfig:
         one_of(*OBSERVING, *QUANTIZERS),
         '4-bit method: `"gptq"`, `"awq"`, `"hqq"`, `"rtn"`, or `"symmetric"` for `export` '
         "([quantizers](startup.md#quantizers))",
-        for_tests=("none", "twins keep the 16-bit weights"),
     )
     prefill: str = _option(
         "backbone",
@@ -134,13 +131,11 @@ class RiverConfig:
         "([hardware](hardware.md#12-bit-weights))",
     )
     exit_every: int = _option(1, integer(1), "distance between depths with an exit check", EXPERT)
-    kernels: str = _option(
+    kernels: str | Lowering = _option(
         "auto",
-        one_of("auto", "inductor", "triton", "native"),
-        '`"native"`: C++; `"triton"`: generated; `"inductor"`: torch operators; `"auto"`: native, on a GPU triton '
-        "([kernels](kernels.md))",
+        replace(_KERNELS, allows=lambda value: isinstance(value, Lowering) or _KERNELS.allows(value)),
+        '`"native"`: C++; `"triton"`: generated; `"auto"`: native, on a GPU triton ([kernels](kernels.md))',
         EXPERT,
-        for_tests=("eager", "the rewritten graph runs operator by operator, bit-identical to the eager model"),
     )
     graphs: bool | None = _option(
         None,
@@ -157,8 +152,7 @@ class RiverConfig:
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():
-            if option.for_tests is None or getattr(self, name) != option.for_tests[0]:
-                self._set(name, option.check)
+            self._set(name, option.check)
         criterion = CRITERIA[self.criterion]
         if self.threshold is None:
             object.__setattr__(self, "threshold", criterion.threshold)
@@ -184,15 +178,8 @@ class RiverConfig:
             )
         if self.offload is None and self.offload_policy == "fetch":
             yield "offload_policy='fetch' requires offload=. Set offload to the number of blocks that stay in memory"
-        if self.offload is not None and self.quantizer == "none":
-            yield (
-                f"offload={self.offload} is not available with quantizer='none', whose twins read the 16-bit weights. "
-                "Use quantizer='hqq'"
-            )
         if self.twins is None and self.on_missing_twins == "save":
             yield "on_missing_twins='save' requires twins=. Set twins to the folder to write"
-        if self.twins is not None and self.quantizer == "none":
-            yield "twins= holds 4-bit twins, which quantizer='none' does not use. Remove one of the two"
 
     def _unreachable(self) -> Iterator[str]:
         """Yield options that ask for layers which no token reaches."""
@@ -216,6 +203,16 @@ class RiverConfig:
     def moves_weights(self) -> bool:
         """Whether weights of 16-bit layers may lie at another address in every run."""
         return self.offload is not None
+
+    @property
+    def packs_twins(self) -> bool:
+        """False if twins read the 16-bit weights."""
+        return not (isinstance(self.kernels, Lowering) and self.kernels.layout is None)
+
+    @property
+    def runs_by_operator(self) -> bool:
+        """True if nothing is compiled."""
+        return isinstance(self.kernels, Lowering) and self.kernels.compiler == "eager"
 
     @property
     def deepest(self) -> int | None:
@@ -242,7 +239,7 @@ class RiverConfig:
 
     @classmethod
     def choices(cls, name: str) -> tuple[Any, ...]:
-        """Return the allowed values of an option that has a fixed set, without those for tests."""
+        """Return the allowed values of an option that has a fixed set."""
         return cls.options()[name].check.choices
 
     @classmethod

@@ -27,11 +27,12 @@ from river_compile.kernels import ops
 from river_compile.reporting.report import histogram
 from tests.support.decoding import CAPACITY, decode, new_cache
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS, UNQUANTIZED
 from tests.support.tokenizers import byte_tokenizer
 from tests.support.traced import TracedStep
 
 ROOT = Path(__file__).parent.parent
-EAGER = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+EAGER = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 ALWAYS = {**EAGER, "threshold": -1.0}
 
 
@@ -54,7 +55,7 @@ def always():
 def unquantized():
     """A model whose tokens all leave, through twins that hold the weights as they are."""
     model = make("llama", layers=2)
-    model.compile(backend=river, options={**ALWAYS, "quantizer": "none"})
+    model.compile(backend=river, options={**ALWAYS, "kernels": UNQUANTIZED})
     return model
 
 
@@ -127,7 +128,7 @@ def test_a_model_made_in_inference_mode_is_observed_packed_and_decoded():
     model, texts = make("llama", layers=2), [prompt(8, seed=seed) for seed in range(2)]
     assert next(model.parameters()).is_inference()
     assert collect_statistics(model, texts, progress=False).tokens == 16
-    model.compile(backend=river, options={"kernels": "eager", "group_size": 32, "quantizer": "gptq"})
+    model.compile(backend=river, options={"kernels": OPERATORS, "group_size": 32, "quantizer": "gptq"})
     logits = decode(model, new_cache(model, "static"), [2, 0], plain_prompt=True)
     expected = decode(model, new_cache(model, "static"), [None, None], compiled=False)
     torch.testing.assert_close(logits[1], expected[1])
@@ -199,7 +200,7 @@ class TestRuntime:
         with torch.no_grad():
             step.model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
         with trace() as t:
-            step.run(None, first_exit=2, quantizer="none")
+            step.run(None, first_exit=2, kernels=UNQUANTIZED)
         assert t.tokens[0].depth == 3
         assert t.tokens[0].scores[0] != t.tokens[0].scores[0]
 

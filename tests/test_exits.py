@@ -21,9 +21,10 @@ from river_compile.kernels.portable import largest_entropy
 from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.examples import examples
 from tests.support.families import COMMON, make, prompt
+from tests.support.lowerings import OPERATORS
 
 LAYERS = 3
-OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 STEPS = 6
 
 

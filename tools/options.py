@@ -11,20 +11,8 @@ PAGE = ROOT / "docs/options.md"
 
 
 def tables() -> str:
-    """Return the page's tables: options of most users, those of experts, and values for tests."""
-    return "\n".join(
-        [
-            _table(USER),
-            f"For experts:\n\n{_table(EXPERT)}",
-            "For tests and debugging:\n\n| value | meaning |\n|---|---|",
-            *(
-                f"| `{name}={_text(option.for_tests[0])}` | {option.for_tests[1]} |"
-                for name, option in RiverConfig.options().items()
-                if option.for_tests
-            ),
-            "",
-        ]
-    )
+    """Return the page's tables: options of most users, and those of experts."""
+    return f"{_table(USER)}\nFor experts:\n\n{_table(EXPERT)}"
 
 
 def replaced() -> str:
@@ -37,7 +25,8 @@ def _table(audience: str) -> str:
     rows = ["| option | default | type | meaning |\n|---|---|---|---|\n"]
     for name, option in RiverConfig.options().items():
         if option.audience == audience:
-            kind = types[name].replace("Threshold", "float | list[float]").replace(" | ", "` or `")
+            kind = types[name].removesuffix(" | Lowering")  # (which tests give)
+            kind = kind.replace("Threshold", "float | list[float]").replace(" | ", "` or `")
             rows.append(f"| `{name}` | {_code(defaults[name])} | `{kind}` | {option.text} |\n")
     return "".join(rows)
 

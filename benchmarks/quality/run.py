@@ -198,7 +198,7 @@ def _shown(row: dict, ms_never: float) -> tuple:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    quantizers = [name for name in RiverConfig.choices("quantizer") if name != "none"]
+    quantizers = list(RiverConfig.choices("quantizer"))
     parser = common.command_line(__doc__, "threads", "no-progress", "json")
     parser.add_argument(
         "--model", nargs="+", default=["smollm2"], help="names or folders, a row of figures each (smollm2)"

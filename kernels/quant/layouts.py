@@ -19,6 +19,7 @@ from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES, QuantizedWeight
 
 PLAIN_LAYOUT = "plain"  # for plain torch
+TRITON_LAYOUT = "triton"  # for the generated kernels
 NATIVE_LAYOUT = "native"  # for the C++ kernels
 LOSSLESS = (*lossless.LAYOUTS_12BIT, lossless.LAYOUT_8BIT)  # layouts that keep the weights' values
 _TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles in the layout "triton", from the lowest on
@@ -241,7 +242,7 @@ def _linear_native(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tens
 
 
 LAYOUTS = {
-    "triton": Layout(_pack_triton, _unpack_triton),
+    TRITON_LAYOUT: Layout(_pack_triton, _unpack_triton),
     PLAIN_LAYOUT: Layout(_pack_plain, _unpack_plain),
     NATIVE_LAYOUT: Layout(_pack_native, _unpack_native, _linear_native),
 }

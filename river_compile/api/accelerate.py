@@ -160,7 +160,7 @@ def _built(
     if isinstance(found, Program):
         executor = rebuild(found, args, record, graph)
     else:
-        executor = build(found, dict(zip(found.inputs, args, strict=True)), None, record, graph)
+        executor = build(found, dict(zip(found.inputs, args, strict=True)), record, graph)
     record.of(Graphs).append(graph)
     return executor
 

@@ -27,7 +27,6 @@ from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native
 from river_compile.lowering.inductor import (
     TRITON_LAYOUT,
-    Lowering,
     ProgramExamples,
     SegmentCompiler,
     choose_lowering,
@@ -63,13 +62,12 @@ log = logging.getLogger("river_compile.twins")
 def build(
     found: RiverProgram,
     values: Mapping[fx.Node, Any],
-    lowering: Lowering | None,
     model: ModelRecord,
     graph: GraphRecord,
 ) -> RiverExecutor:
     """Build a recognised decoder on its real inputs, in order, and fill in the records."""
     config, plan, inputs = graph.config, found.plan, [*values.values()]
-    how = lowering or choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
+    how = choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     if how.layout == TRITON_LAYOUT:
         load_generated()
     choices, twins = choose(found, config, how), model.of(TwinWeights)

@@ -16,13 +16,12 @@ from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA, WHOLE, ExitPolicy
 from river_compile.kernels.measured import Shapes, worth_12_bits
 from river_compile.kernels.native.build import choose_isa
-from river_compile.lowering.inductor import Lowering
 from river_compile.passes.backbone import own_matmuls, packed_backbone
 from river_compile.passes.edits import Pass
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.heads import draft_vocab, exit_checks, find_logits, logits_entropy, rescored_head
 from river_compile.passes.nodes import is_parameter, value_of
-from river_compile.passes.program import DecoderPlan, RiverProgram
+from river_compile.passes.program import DecoderPlan, Lowering, RiverProgram
 from river_compile.passes.twins import TwinSpec, one_row_head, twin_head, twin_layers
 from river_compile.system import memory_bytes
 
@@ -48,7 +47,7 @@ def choose(program: RiverProgram, config: RiverConfig, lowering: Lowering) -> Ch
     plan = program.plan
     config.check_depths(plan.num_blocks)
     twin_spec = None
-    if config.quantizer != "none":
+    if lowering.layout is not None:
         twin_spec = TwinSpec(config.group_size, lowering.layout, scale_inputs=config.quantizer == "awq")
     head = config.lm_head or ("w4" if lowering.native else "keep")
     has_own_matmuls, auto = _uses_own_matmuls(config, lowering), config.target_weights == "auto"

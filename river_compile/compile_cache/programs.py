@@ -154,7 +154,7 @@ class ProgramCache:
         if signature in self._not_stamped:
             return None
         with stage_shown("tracing"):
-            found = stamped_program(model, inputs, cache, twins=self.config.quantizer != "none")
+            found = stamped_program(model, inputs, cache, twins=self.config.packs_twins)
         if isinstance(found, Refusal):
             log.info("all layers of %s are traced: %s", type(model).__name__, found)
             self._not_stamped.add(signature)

@@ -259,9 +259,7 @@ def _can_join(call: Call, kwargs: Mapping[str, Any], mode: Decode) -> bool:
     return (
         len(call.ids_BS) == 1
         and KNOWN.issuperset(kwargs)  # rows have the same arguments
-        and not (
-            call.config.return_dict_in_generate or strict or record_of(call.model.parameters()).of(Agreement).several
-        )
+        and not (call.config.return_dict_in_generate or strict or shared)
         and isinstance(positions, Tensor)
         and all(value is None or value.shape == call.ids_BS.shape for value in (mask, positions))
         and call.config.prefill_chunk_size is None

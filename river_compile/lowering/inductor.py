@@ -31,7 +31,7 @@ from river_compile.kernels import portable
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native import load as native_kernels
 from river_compile.kernels.native.build import CannotBuild, has_prebuilt, working_compiler
-from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, PLAIN_LAYOUT
+from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, PLAIN_LAYOUT, TRITON_LAYOUT
 from river_compile.lowering.native import Callee, NativeSegment, foreign_operators, native_graph, use_native
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
@@ -40,6 +40,7 @@ from river_compile.passes.program import (
     Code,
     Example,
     Fingerprint,
+    Lowering,
     Program,
     Refusal,
     Segment,
@@ -51,30 +52,12 @@ from river_compile.passes.segments import fingerprint
 
 log = logging.getLogger("river_compile.lowering.inductor")
 
-TRITON_LAYOUT = "triton"
-
-
-@dataclass(frozen=True)
-class Lowering:
-    compiler: str  # "inductor", or "eager": operator by operator
-    layout: str  # of the 4-bit weights
-    fuse: bool  # whether fused kernels replace operators
-
-    @property
-    def native(self) -> bool:
-        """True for the C++ kernels."""
-        return self.layout == NATIVE_LAYOUT
-
-    @property
-    def dense_layout(self) -> str:
-        """The layout of `river::linear` with 16-bit weights."""
-        return "dense" if self.native else TRITON_LAYOUT
-
 
 def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False) -> Lowering:
     """Return the lowering of a graph (`flex`: it calls flex attention); raise a CannotBuild or an OptionError."""
-    compiler = "eager" if config.kernels == "eager" else "inductor"
-    if flex and device.type == "cpu" and compiler != "eager":
+    if isinstance(config.kernels, Lowering):
+        return config.kernels
+    if flex and device.type == "cpu":
         warn_once(
             "RC083",
             "attn_implementation='flex_attention' is not fully supported by Inductor on a CPU, so this model runs "
@@ -82,27 +65,20 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
         )
         return Lowering("eager", PLAIN_LAYOUT, fuse=False)
     on_gpu = device.type == "cuda"
-    if config.quantizer == "none":
-        return Lowering(compiler, PLAIN_LAYOUT, fuse=False)
     if device.type not in ("cpu", "cuda"):
-        raise OptionError(
-            f"River has no 4-bit kernels for a model on {device}. Move it to a CPU or a GPU, or use quantizer='none'",
-            id="RC004",
-        )
+        raise OptionError(f"River has no 4-bit kernels for a model on {device}. Move it to a CPU or a GPU", id="RC004")
     if config.kernels == "native" and on_gpu:
         raise OptionError("kernels='native' has no kernel for a model on a GPU. Use kernels='auto'", id="RC004")
     if config.kernels == "native" or (config.kernels == "auto" and not on_gpu):
         native_kernels.load()
         return Lowering("inductor", NATIVE_LAYOUT, fuse=True)
-    if config.kernels != "triton" and not on_gpu:
-        return Lowering(compiler, PLAIN_LAYOUT, fuse=False)
     if importlib.util.find_spec("triton") is None:
         raise OptionError(
             f"kernels={config.kernels!r} requires Triton here, which is not installed. Run pip install triton, or move "
             "the model to a CPU and use kernels='auto'",
             id="RC005",
         )
-    return Lowering(compiler, TRITON_LAYOUT, fuse=config.kernels in ("auto", "triton"))
+    return Lowering("inductor", TRITON_LAYOUT, fuse=True)
 
 
 def load_generated() -> None:
@@ -112,17 +88,17 @@ def load_generated() -> None:
 
 def begin_kernels(config: RiverConfig, device: torch.device) -> None:
     """Start to compile missing C++ kernels in the background, while a model is traced."""
-    if device.type == "cpu" and config.kernels in ("auto", "native") and config.quantizer != "none":
+    if device.type == "cpu" and config.kernels in ("auto", "native"):
         with contextlib.suppress(CannotBuild):  # `choose_lowering` raises it
             native_kernels.begin()
 
 
 def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: bool) -> Refusal | None:
     """Return why a graph cannot be compiled for a CPU, None if it can or need not."""
-    if config.kernels == "eager" or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+    if config.runs_by_operator or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
         return None
     # With the wheel's C++ kernels an optimized graph needs no compiler: other operators run one by one.
-    if rewritten and has_prebuilt() and config.kernels in ("auto", "native") and config.quantizer != "none":
+    if rewritten and has_prebuilt() and config.kernels in ("auto", "native"):
         return None
     try:
         working_compiler()
@@ -132,13 +108,7 @@ def no_compiler(config: RiverConfig, example_inputs: Sequence[Any], rewritten: b
 
 
 def warn_of_slow_lowering(lowering: Lowering, device: torch.device) -> None:
-    if lowering.layout == PLAIN_LAYOUT and lowering.compiler == "inductor":
-        warn_once(
-            "RC083",
-            "kernels='inductor' on a CPU computes 4-bit matmuls in plain torch, which is correct and slow. Use "
-            "kernels='auto' except for tests",
-        )
-    elif lowering.layout == TRITON_LAYOUT and device.type == "cpu":
+    if lowering.layout == TRITON_LAYOUT and device.type == "cpu":
         warn_once(
             "RC083",
             "kernels='triton' on a CPU runs the generated kernels in Triton's interpreter. Results are a GPU's up to "

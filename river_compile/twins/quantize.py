@@ -46,7 +46,7 @@ def make_weight(
         names = zip(matmul.name.split("|"), parameters.weights, strict=not matmul.experts)
         name = next((name for name, weight in names if not weight.isfinite().all()), matmul.name)
         raise UnsupportedGraphError(
-            f"Cannot make a 4-bit twin of {name}: {error}. Load intact weights, or use quantizer='none'", id="RC022"
+            f"Cannot make a 4-bit twin of {name}: {error}. Load intact weights", id="RC022"
         ) from None
     return pack_weight(matmul, parameters, digest, asked, grid, facts, device)
 

@@ -22,10 +22,11 @@ from river_compile.reporting.report import Fallbacks
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS
 from tests.support.tokenizers import byte_tokenizer
 from tools.families.tiny import tiny_model
 
-OPTIONS = {"kernels": "eager", "group_size": 32}
+OPTIONS = {"kernels": OPERATORS, "group_size": 32}
 EXACT = {**OPTIONS, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"}
 
 
@@ -534,7 +535,7 @@ def test_calibration_data_is_what_the_twins_are_calibrated_on(given):
     if given == "texts":
         data = ["a text like mine", "and another one"]
         tokenizer = lambda text: {"input_ids": [ord(c) % 100 for c in text]}  # noqa: E731
-    options = {"quantizer": "gptq", "kernels": "eager", "group_size": 32, "compile_cache": False}
+    options = {"quantizer": "gptq", "kernels": OPERATORS, "group_size": 32, "compile_cache": False}
     model = river_compile.accelerate(plain(), calibration_data=data, tokenizer=tokenizer, **options)
     generate(model)
     assert {twin.statistics.partition(" ")[2] for twin in river_compile.report(model).packed} == {"observed tokens"}

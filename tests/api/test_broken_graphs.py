@@ -8,9 +8,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 
 import river_compile
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS
 
 OPTIONS = {
-    "kernels": "eager",
+    "kernels": OPERATORS,
     "group_size": 32,
     "num_assistant_tokens": 1,
     "num_assistant_tokens_schedule": "constant",

@@ -17,13 +17,14 @@ from river_compile.decoding import kv_cache, prefix_cache
 from river_compile.record import find_record
 from river_compile.upstream.transformers import cache_of
 from tests.support.families import make, prompt
+from tests.support.lowerings import UNQUANTIZED, operators_on
 from tools.recorder import recording
 
 # (The recorder stands for a device that captures, so that a static cache is what pays.)
-OPTIONS = {"kernels": "eager", "group_size": 32, "graphs": True}
+OPTIONS = {"group_size": 32, "graphs": True}
 QUALITIES = {
     "exact": {"num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"},
-    "fast": {"quantizer": "none", "threshold": 2.0},
+    "fast": {"kernels": UNQUANTIZED, "threshold": 2.0},
 }
 
 
@@ -36,8 +37,9 @@ def _short(monkeypatch):
         yield
 
 
-def accelerated(family="llama", quality="exact", **options):
-    return river_compile.accelerate(make(family, layers=2), quality, **OPTIONS, **QUALITIES[quality], **options)
+def accelerated(family="llama", quality="exact", device="cpu"):
+    options = {"kernels": operators_on(device), **OPTIONS, **QUALITIES[quality]}
+    return river_compile.accelerate(make(family, layers=2).to(device), quality, **options)
 
 
 def slots_of(cache):
@@ -80,8 +82,7 @@ def test_texts_that_outgrow_the_cache_are_plain(family, quality, monkeypatch):
 @pytest.mark.slow
 def test_later_calls_capture_nothing(quality, device, monkeypatch):
     """What ran once is captured the second time, on the same cache: a short prompt in the third call, if not before."""
-    plain = make("llama", layers=2).to(device)
-    model = river_compile.accelerate(plain, quality, **OPTIONS, **QUALITIES[quality])
+    model = accelerated(quality=quality, device=device)
     ids, seen = prompt().to(device), caches_of(model, monkeypatch)
     texts = [generate(model, ids) for _ in range(3)]
     made = [g.captures.made for g in river_compile.report(model).graphs]

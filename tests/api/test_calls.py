@@ -18,8 +18,10 @@ from transformers.generation.streamers import BaseStreamer
 import river_compile
 from river_compile.errors import EmbeddingError, OptionError
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS
 
-EAGER = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "compile_cache": False, "background_packing": False}
+TWINS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32}
+EAGER = {**TWINS, "compile_cache": False, "background_packing": False}
 DRAFTS = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
 
 

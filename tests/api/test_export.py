@@ -17,10 +17,10 @@ from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.quant.grid import quantize
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
-from tests.support.lowerings import UNFUSED, lowered
+from tests.support.lowerings import OPERATORS
 from tests.support.traced import TracedStep
 
-OPTIONS = {"quantizer": "symmetric", "group_size": 32, "exit_depth": 0, "prefill": "exit"}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "symmetric", "group_size": 32, "exit_depth": 0, "prefill": "exit"}
 
 
 def packed(family="llama", quantizer="symmetric"):
@@ -35,7 +35,7 @@ def test_transformers_loads_the_twins(family, tmp_path):
     """Merged linears come apart, biases stay, the head and the embedding keep 16 bits (here 32)."""
     pytest.importorskip("compressed_tensors", reason="transformers needs it to read the format")
     model = make(family, layers=2)
-    model.compile(backend=lowered(UNFUSED), options=OPTIONS)
+    model.compile(backend=river, options=OPTIONS)
     logits = torch.cat(decode(model, new_cache(model, "static"), [None, None]), dim=1)
     folder = export(model, tmp_path / "w4")
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -79,7 +79,7 @@ def test_arguments(tmp_path):
         river_compile.export(make("llama"), tmp_path)
 
 
-QUICK = {"kernels": "eager", "group_size": 32, "quantizer": "rtn", "compile_cache": False}
+QUICK = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn", "compile_cache": False}
 
 
 @pytest.mark.parametrize("state", ["plain", "accelerated", "compiled"])
@@ -89,7 +89,7 @@ def test_any_model_is_exported_in_one_step_and_left_as_it_was(state, tmp_path):
     if state == "accelerated":
         river_compile.accelerate(model, **QUICK)
     elif state == "compiled":
-        model.compile(backend=river, options={"kernels": "eager", "group_size": 32, "quantizer": "rtn"})
+        model.compile(backend=river, options={"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"})
     settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     text = model.generate(prompt(), **settings)
     twins = report(model).packed

@@ -14,6 +14,7 @@ from river_compile.kernels.native.load import any_rows
 from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import left_padded
 from tests.support.families import CONFIGS, make, prompt
+from tests.support.lowerings import OPERATORS
 from tools.recorder import recording
 
 QUALITIES = {
@@ -33,7 +34,7 @@ def accelerated(quality="exact", dtype=torch.float32, family="llama", config=Non
 def eager():
     """Returns a model whose blocks run operator by operator, with the bits of the plain model."""
     with recording():
-        yield lambda quality="exact", **more: accelerated(quality, kernels="eager", graphs=True, **more)
+        yield lambda quality="exact", **more: accelerated(quality, kernels=OPERATORS, graphs=True, **more)
 
 
 class Scores(LogitsProcessor):
@@ -147,7 +148,7 @@ def test_saved_texts_are_bounded_and_the_oldest_goes(eager, monkeypatch):
 def one():
     """A model for tests that change nothing of it."""
     with recording():
-        yield accelerated(kernels="eager", graphs=True)
+        yield accelerated(kernels=OPERATORS, graphs=True)
 
 
 @pytest.mark.parametrize(

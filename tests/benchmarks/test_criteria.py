@@ -9,6 +9,7 @@ from benchmarks import criteria
 from river_compile.evaluation.meter import Measured
 from river_compile.exits import CRITERIA
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS
 
 LAYERS, CONTEXT, TOKENS = 3, 3, 4
 NAMES = ("similarity", "confidence")
@@ -17,7 +18,7 @@ NAMES = ("similarity", "confidence")
 @pytest.fixture(scope="module")
 def rows():
     samples = [prompt(CONTEXT + TOKENS, seed=seed) for seed in range(2)]
-    base = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
+    base = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"}
     with torch.inference_mode():
         return criteria.measure(make("llama", layers=LAYERS), samples, CONTEXT, False, base)
 

@@ -20,7 +20,7 @@ from river_compile.decoding.mode import exact
 from river_compile.kernels.quant.grid import quantize
 from river_compile.runtime.stats import CycleRecord
 from tests.kernels.harness import dots_in_order
-from tests.support.lowerings import FUSED, lowered
+from tests.support.lowerings import FUSED, OPERATORS
 from tools.kernels.shapes import MODELS, ModelShape
 from tools.recorder import recording
 
@@ -215,7 +215,7 @@ def eagerly(monkeypatch):
     compile_model = torch.nn.Module.compile
 
     def compiled(model, **settings):
-        settings["options"] |= {"kernels": "eager", "graphs": True}
+        settings["options"] |= {"kernels": OPERATORS, "graphs": True}
         return compile_model(model, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
@@ -255,7 +255,7 @@ def test_exact_mode_s_rows(tiny, monkeypatch, no_grad):
     compile_model = torch.nn.Module.compile
 
     def compiled(model, options, backend):
-        compile_model(model, backend=lowered(FUSED), options={**options, "graphs": True})
+        compile_model(model, backend=backend, options={**options, "kernels": FUSED, "graphs": True})
 
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     monkeypatch.setattr(cuda_worker, "_REPEATS", 1)

@@ -11,6 +11,7 @@ from benchmarks import common, decode, decode_rows, peers, prompt_sets, records,
 from benchmarks.prompt_sets import Prompt
 from river_compile import system
 from river_compile.reporting import dry_run
+from tests.support.lowerings import OPERATORS
 from tools import demo_models
 
 
@@ -167,7 +168,7 @@ def test_the_torch_rows_run_a_tiny_model(backend):
     """Rows of River are what a user types: at the depth of their options, with what a token costs outside."""
     from tests.support.families import make, prompt
 
-    options = {"exit_depth": 0, "kernels": "eager", "group_size": 32, "quantizer": "rtn"}
+    options = {"exit_depth": 0, "kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"}
     job = {"backend": backend, "options": {} if backend == "eager" else options, "new_tokens": 4, "batch": 1}
     runner = torch_runner.TorchRunner(make("llama", layers=2), job | {"slots": [16]})
     first = prompt()[0].tolist()
@@ -185,7 +186,7 @@ def test_the_torch_rows_run_a_tiny_model(backend):
 def test_the_weights_that_full_depth_reads_come_from_the_report():
     from tests.support.families import make, prompt
 
-    options = {"exit_depth": decode_rows.FULL_DEPTH, "kernels": "eager", "target_weights": "model"}
+    options = {"exit_depth": decode_rows.FULL_DEPTH, "kernels": OPERATORS, "target_weights": "model"}
     job = {"backend": "river", "options": options, "new_tokens": 4, "batch": 1, "slots": [16]}
     runner = torch_runner.TorchRunner(make("llama", layers=2), job)
     runner.prepare([prompt()[0].tolist()])

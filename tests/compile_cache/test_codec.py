@@ -16,6 +16,7 @@ from river_compile.compile_cache.codec import NotCacheable, dumps, loads
 from river_compile.passes.program import Code, Fingerprint, Input, Program
 from tests.support.examples import slow
 from tests.support.families import FAMILIES, each, make, prompt
+from tests.support.lowerings import OPERATORS
 
 
 def programs_of(name: str, **options) -> list[Program]:
@@ -33,7 +34,7 @@ CACHED = [name for name in FAMILIES if name != "mpt"]
 
 
 @pytest.mark.parametrize("name", each(CACHED, quick=["llama", "gemma2"]))
-@pytest.mark.parametrize("kernels", ["native", slow("eager")])
+@pytest.mark.parametrize("kernels", ["native", slow(OPERATORS)], ids=["native", "operators"])
 def test_what_is_read_is_what_was_written(name, kernels):
     """Targets, arguments and names of every graph, and every other field; segments that share code share it again."""
     for program in programs_of(name, kernels=kernels):
@@ -58,7 +59,7 @@ def fields(value):
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return programs_of("llama", kernels="eager")[0]
+    return programs_of("llama", kernels=OPERATORS)[0]
 
 
 def code(graph: fx.Graph, owner: nn.Module | None = None) -> Code:

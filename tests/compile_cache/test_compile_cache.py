@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from river_compile import RiverWarning, accelerate, report, restore
+from river_compile import RiverConfig, RiverWarning, accelerate, report, restore
 from river_compile.cli.app import main
 from river_compile.compile_cache import folder
 from river_compile.compile_cache.identity import identity_of
@@ -29,6 +29,7 @@ from river_compile.kernels.native.build import CannotBuild
 from tests.support.examples import slow_but
 from tests.support.families import FAMILIES, each, make, prompt
 from tests.support.layout import ROOT
+from tests.support.lowerings import INDUCTOR, OPERATORS, UNQUANTIZED
 
 OPTIONS = {"kernels": "native", "group_size": 32, "quantizer": "rtn"}
 
@@ -208,6 +209,12 @@ class TestAnotherModel:
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, model.config._attn_implementation, lambda *args, **kwargs: args)
         assert identity_of(model, "") not in (None, before)
 
+    def test_has_another_identity_with_another_lowering(self):
+        model, ways = make("llama", layers=2), ("auto", OPERATORS, UNQUANTIZED, INDUCTOR)
+        first, again = ([identity_of(model, RiverConfig(kernels=way)) for way in ways] for _ in range(2))
+        assert first == again
+        assert len({*first}) == len(ways)
+
     @pytest.mark.parametrize("library", ["torch", "transformers"])
     def test_has_another_identity_with_another_version(self, library, monkeypatch):
         model = make("llama", layers=2)
@@ -313,9 +320,10 @@ class TestADamagedCache:
         code = (
             "import resource, warnings; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
             "from tests.compile_cache.test_compile_cache import start\n"
+            "from tests.support.lowerings import OPERATORS\n"
             "with warnings.catch_warnings(record=True) as said:\n"
             "    warnings.simplefilter('always')\n"
-            "    text = start(kernels='eager')[0].tolist()\n"
+            "    text = start(kernels=OPERATORS)[0].tolist()\n"
             "print([text, [str(w.message)[:6] for w in said if 'RC' in str(w.message)]])"
         )
         environment = {**os.environ, "RIVER_COMPILE_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

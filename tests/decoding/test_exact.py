@@ -28,12 +28,13 @@ from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, each, prompt
 from tests.support.families import make as make_family
 from tests.support.layout import ROOT, run_python
+from tests.support.lowerings import OPERATORS
 from tools.families.tiny import tiny_model
 
 NEW_TOKENS = 24
 LAYERS = 2
 MAX_DRAFT = 3
-OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}  # drafts need not be good
+OPTIONS = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"}  # drafts need not be good
 BY_DEFAULT = ("llama", "gemma3", "mixtral")  # full attention, windows among it, experts
 SLIDING = ("mistral", "ministral", "gemma2", "gemma3")
 
@@ -339,7 +340,7 @@ def test_an_assistant_model_is_refused_by_name(shared):
 def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
     """CPM-Ant's positions attend to those that follow, so a pass of several tokens gives others than several passes."""
     model = tiny_model("cpmant")
-    model.compile(backend=river, options={"kernels": "eager", "group_size": 32})
+    model.compile(backend=river, options={"kernels": OPERATORS, "group_size": 32})
     with pytest.raises(ValueError, match="CpmAntForCausalLM takes the whole text in every pass"):
         exactly(model, prompt(), static=False)
 
@@ -392,6 +393,7 @@ from river_compile.backend import river
 from river_compile.decoding import batch
 from tests.decoding.test_exact import OPTIONS, exactly, generate, make
 from tests.support.families import prompt
+from tests.support.lowerings import operators_on
 
 refuse, run, speculate, waits, counts = card._refuse, card.Clock.run, batch.speculate, [], []
 
@@ -411,7 +413,7 @@ def counting(*args):
 
 ids = prompt(12)
 model = make("llama").to("cuda")
-model.compile(backend=river, options={**OPTIONS, "graphs": True})
+model.compile(backend=river, options={**OPTIONS, "kernels": operators_on("cuda"), "graphs": True})
 options = {"prompt_lookup_num_tokens": 0, "max_new_tokens": 30}
 exactly(model, ids.cuda(), **options)
 with mock.patch.multiple(card, _refuse=refusing), mock.patch.object(card.Clock, "run", running):

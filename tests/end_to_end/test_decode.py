@@ -14,6 +14,7 @@ from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import cache_state, left_padded
 from tests.support.examples import slow
 from tests.support.families import make, prompt
+from tests.support.lowerings import UNQUANTIZED
 
 PROMPT = 9  # tokens
 NEW_TOKENS = 10
@@ -116,7 +117,7 @@ def test_options_mean_the_same(options):
 def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     """The prompt and one step of each kind go through it and Dynamo; later ones run its graph alone."""
     model = make(name, layers=2)
-    model.compile(backend=river, options={"kernels": "eager", "quantizer": "none"})
+    model.compile(backend=river, options={"kernels": UNQUANTIZED})
     theirs = generate(model)
     calls = counts_calls(model)
     ours = generate(model, custom_generate=decode)

@@ -14,7 +14,7 @@ from river_compile.backend import river
 from river_compile.exits import forced_depth
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import FAMILIES, each, make, prompt
-from tests.support.lowerings import FUSED, UNFUSED, lowered
+from tests.support.lowerings import FUSED, OPERATORS, UNQUANTIZED, UNQUANTIZED_INDUCTOR
 
 DYNAMIC = [
     "llama",
@@ -25,7 +25,7 @@ DYNAMIC = [
     "mixtral",
     "mpt",
 ]  # every form of block; the cache code is one for all
-EAGER = {"kernels": "eager", "quantizer": "none", "first_exit": 1}
+EAGER = {"kernels": UNQUANTIZED, "first_exit": 1}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_inductor_gives_the_plain_model_within_rounding(name, attention):
     depths = [layers, 0, 1, layers]
     expected_cache, actual_cache = new_cache(model, "static"), new_cache(model, "static")
     expected = decode(model, expected_cache, depths, compiled=False)
-    model.compile(backend=river, options={"quantizer": "none"})
+    model.compile(backend=river, options={"kernels": UNQUANTIZED_INDUCTOR})
     actual = decode(model, actual_cache, depths)
     for a, b in zip(expected, actual, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -125,7 +125,7 @@ def test_autocast_reaches_every_segment():
         assert (a[0].dtype, a[1].dtype, a[2]) == (b[0].dtype, b[1].dtype, b[2])
 
 
-@pytest.mark.parametrize("lowering", [UNFUSED, FUSED], ids=["unfused", "fused"])
+@pytest.mark.parametrize("lowering", [OPERATORS, FUSED], ids=["unfused", "fused"])
 @pytest.mark.slow
 def test_twins_under_autocast_have_the_plain_models_dtypes(lowering):
     """A family with biases, through the int4 product and the generated kernels: logits close to those without."""
@@ -133,7 +133,7 @@ def test_twins_under_autocast_have_the_plain_models_dtypes(lowering):
     plain, ours = new_cache(model, "static"), new_cache(model, "static")
     with autocast():
         expected = decode(model, plain, [0], compiled=False)
-    model.compile(backend=lowered(lowering), options={"quantizer": "rtn", "group_size": 32, "first_exit": 1})
+    model.compile(backend=river, options={"kernels": lowering, "quantizer": "rtn", "group_size": 32, "first_exit": 1})
     without = decode(model, new_cache(model, "static"), [0])
     with autocast():
         found = decode(model, ours, [0])
@@ -175,7 +175,7 @@ def test_generating_under_autocast(family):
 def test_half_precision_models_keep_their_dtype(dtype):
     """A 16-bit model whose token leaves through a 4-bit twin keeps its dtype and stays close to full depth."""
     model = make("qwen2", dtype=dtype, layers=2)
-    model.compile(backend=river, options={"kernels": "eager", "quantizer": "rtn", "group_size": 32})
+    model.compile(backend=river, options={"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32})
     never, left = (decode(model, new_cache(model, "static"), [depth], plain_prompt=True)[-1] for depth in (2, 1))
     assert left.dtype == never.dtype == dtype
     assert left.isfinite().all()

@@ -13,13 +13,14 @@ import river_compile
 from river_compile.backend import river
 from river_compile.decoding.mode import exact
 from river_compile.record import find_record
+from tests.support.lowerings import OPERATORS
 
 IMAGE, BEGIN, END = 100, 101, 102
 TEXT = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "pad_token_id": 0,
 }  # fmt: skip
-EAGER = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+EAGER = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 NEW_TOKENS = 10
 
 

@@ -18,9 +18,10 @@ from river_compile.decoding.mode import decode, exact
 from river_compile.exits import forced_depth
 from tests.support.decoding import new_cache
 from tests.support.families import COMMON, make, prompt
+from tests.support.lowerings import UNQUANTIZED
 
 NEW_TOKENS = 4
-EAGER = {"kernels": "eager", "quantizer": "none", "first_exit": 1, "on_unsupported": "raise"}
+EAGER = {"kernels": UNQUANTIZED, "first_exit": 1, "on_unsupported": "raise"}
 
 
 def lfm2() -> PreTrainedModel:

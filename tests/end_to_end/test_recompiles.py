@@ -11,9 +11,10 @@ from river_compile.backend import river
 from river_compile.upstream.transformers import mark_dynamic
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "threshold": -1.0, "first_exit": 1}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "threshold": -1.0, "first_exit": 1}
 LONGEST = 300
 NEW_TOKENS = 3
 MARK = "_dynamo_weak_dynamic_indices"  # of `torch._dynamo.maybe_mark_dynamic`
@@ -60,7 +61,7 @@ def test_a_cache_that_grows_takes_one_graph_of_prompts_and_two_of_steps(padded):
 
 def test_an_accelerated_model_takes_two_graphs_for_prompts_of_any_length():
     """Steps of the twins, and prompts, whose graph serves passes that verify drafts too."""
-    model = accelerate(make("llama", layers=2), kernels="eager", quantizer="rtn", group_size=32)
+    model = accelerate(make("llama", layers=2), kernels=OPERATORS, quantizer="rtn", group_size=32)
     for length in (5, 9, 23):
         model.generate(prompt(length), max_new_tokens=12, do_sample=False)
     assert len(report(model).graphs) == 2
@@ -96,7 +97,7 @@ def test_a_model_whose_first_call_is_a_step_takes_one_graph_of_steps():
 
 def test_batches_of_any_size_run_in_the_graphs_of_the_first_batch():
     """A single row has separate graphs; two rows make their number dynamic, and three to seven compile nothing."""
-    model = accelerate(make("llama", layers=2), kernels="eager", quantizer="rtn", group_size=32)
+    model = accelerate(make("llama", layers=2), kernels=OPERATORS, quantizer="rtn", group_size=32)
 
     def compiled_after(rows):
         model.generate(prompt(6, rows), max_new_tokens=6, do_sample=False)

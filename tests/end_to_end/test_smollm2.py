@@ -19,6 +19,7 @@ from river_compile import report, trace
 from river_compile.backend import river
 from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
+from tests.support.lowerings import UNQUANTIZED_INDUCTOR
 from tools import demo_models
 
 NEW_TOKENS = 64
@@ -84,7 +85,7 @@ def test_greedy_text_is_the_plain_models_at_random_depths(smollm2):
     """Of an unquantized river; one compilation, three ways through it: by threshold, by force, and at random."""
     model, tokenizer, plain_text = smollm2
     blocks = len(model.model.layers)
-    with compiled(model, {"quantizer": "none", "threshold": 2.0}), trace() as t:
+    with compiled(model, {"kernels": UNQUANTIZED_INDUCTOR, "threshold": 2.0}), trace() as t:
         assert answer(model, tokenizer) == plain_text
         with contextlib.ExitStack() as stack:
             processors = LogitsProcessorList([RandomDepths(blocks, stack)])

@@ -19,8 +19,9 @@ from river_compile.backend import river
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
 from tests.support.families import CONFIGS, HIDDEN, make, prompt
+from tests.support.lowerings import UNQUANTIZED
 
-OPTIONS = {"kernels": "eager", "quantizer": "none", "exit_depth": 1}
+OPTIONS = {"kernels": UNQUANTIZED, "exit_depth": 1}
 LAYERS = 2
 NEW_TOKENS = 10
 

@@ -18,9 +18,10 @@ from river_compile.errors import OptionError
 from river_compile.evaluation.lm_eval_model import RiverLM
 from river_compile.evaluation.meter import TextDecoder
 from tests.support.families import make
+from tests.support.lowerings import OPERATORS
 from tests.support.tokenizers import byte_tokenizer
 
-QUICK = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
+QUICK = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"}
 CHOICES = ["a b", "cd", " efg"]
 TEXTS = [f"question {n}, and what follows it:" for n in "abcd"]
 

@@ -15,11 +15,12 @@ from river_compile.backend import river
 from river_compile.errors import BudgetError, OptionError
 from river_compile.evaluation.meter import Meter
 from river_compile.exits import CRITERIA
+from tests.support.commands import compile_by_operator
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
 
 CONTEXT, TOKENS = 4, 4
-OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
+OPTIONS = {"group_size": 32, "quantizer": "rtn"}
 MANY = [" ".join(map(str, prompt(CONTEXT + TOKENS, seed=seed)[0].tolist())) for seed in range(200)]
 TEXTS = MANY[:40]
 
@@ -43,6 +44,14 @@ def cost_of_blocks():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Meter, "_cost_of", cost)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def by_operator():
+    """By default, not by an option, since a saved rule holds its options."""
+    with pytest.MonkeyPatch.context() as patch:
+        compile_by_operator(patch)
         yield
 
 

@@ -8,6 +8,7 @@ pytest.importorskip("langchain_huggingface", reason="no extra installs langchain
 
 from examples.langchain_pipeline import TEMPLATE, chain_of
 from river_compile.reporting.trace import trace
+from tests.support.lowerings import OPERATORS
 from tests.support.tokenizers import save_tiny_llama
 
 TOKENS = 12
@@ -22,7 +23,7 @@ def test_a_chain_streams_and_returns_the_models_own_text(tmp_path):
     plain = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
     text = tokenizer.decode(plain, skip_special_tokens=True)
     chain = chain_of(
-        model, tokenizer, TOKENS, kernels="eager", num_assistant_tokens_schedule="constant", background_packing=False
+        model, tokenizer, TOKENS, kernels=OPERATORS, num_assistant_tokens_schedule="constant", background_packing=False
     )
     with trace() as seen:
         pieces = list(chain.stream({"topic": "rain"}))

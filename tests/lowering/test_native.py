@@ -14,12 +14,13 @@ from river_compile.errors import OptionError
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering import inductor
-from river_compile.lowering.inductor import Lowering, choose_lowering
+from river_compile.lowering.inductor import choose_lowering
+from river_compile.passes.program import Lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow
 from tests.support.families import CONFIGS, each, make, prompt
-from tests.support.lowerings import UNFUSED, lowered
+from tests.support.lowerings import OPERATORS
 
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ class Ways:
         self.ways, self.now = ways, ways[0]
 
     def __call__(self, graph_module, inputs):
-        made = {way: lowered(way)(graph_module, inputs, options=OPTIONS) for way in self.ways}
+        made = {way: river(graph_module, inputs, options={**OPTIONS, "kernels": way}) for way in self.ways}
         return lambda *args: made[self.now](*args)
 
 
@@ -40,7 +41,7 @@ class Ways:
 def test_twins_compute_what_their_grids_say(family, product):
     """Logits and cache entries are close to those of float32 products, and not the same: activations have 8 bits."""
     rounded = Lowering("eager", "native", False)
-    model, backend = make(family, layers=2), Ways(UNFUSED, rounded)
+    model, backend = make(family, layers=2), Ways(OPERATORS, rounded)
     model.compile(backend=backend)
     logits, caches = {}, {}
     for way in backend.ways:
@@ -48,11 +49,11 @@ def test_twins_compute_what_their_grids_say(family, product):
         with torch.profiler.profile() as profile:
             logits[way], caches[way] = decode(model, cache, [0, 1, 2], plain_prompt=True), cache_state(cache)
         called = {event.name for event in profile.events()}
-        assert (f"river_native::{product}" in called) == (way is not UNFUSED)
-    assert not torch.equal(logits[UNFUSED][1], logits[rounded][1])
-    for a, b in zip(logits[UNFUSED], logits[rounded], strict=True):
+        assert (f"river_native::{product}" in called) == (way is not OPERATORS)
+    assert not torch.equal(logits[OPERATORS][1], logits[rounded][1])
+    for a, b in zip(logits[OPERATORS], logits[rounded], strict=True):
         assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
-    for a, b in zip(caches[UNFUSED], caches[rounded], strict=True):
+    for a, b in zip(caches[OPERATORS], caches[rounded], strict=True):
         for x, y in zip(a[:2], b[:2], strict=True):
             assert torch.cosine_similarity(x.flatten(), y.flatten(), dim=0) > 0.98
         assert a[2] == b[2]
@@ -63,9 +64,9 @@ def test_the_option_reaches_the_kernels_through_inductor():
     """Compiled twins give the logits of the same products called operator by operator."""
     model, found = make("llama", layers=2), []
     ids, mask = left_padded(2)
-    for backend in (river, lowered(Lowering("eager", "native", False))):
+    for kernels in ("native", Lowering("eager", "native", False)):
         torch._dynamo.reset()
-        model.compile(backend=backend, options={**OPTIONS, "kernels": "native", "exit_depth": 0})
+        model.compile(backend=river, options={**OPTIONS, "kernels": kernels, "exit_depth": 0})
         cache = new_cache(model, "full")
         model.forward(input_ids=ids, attention_mask=mask, past_key_values=cache)
         longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -110,7 +111,7 @@ def test_passes_of_several_tokens_compute_what_the_model_does(name, compiler):
     model = make(name, layers=2)
     expected = passes(model, widths)
     torch._dynamo.reset()
-    model.compile(backend=lowered(Lowering(compiler, "native", fuse=True)), options=OPTIONS)
+    model.compile(backend=river, options={**OPTIONS, "kernels": Lowering(compiler, "native", fuse=True)})
     for found, plain in zip(passes(model, widths), expected, strict=True):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
     if name == "gemma2":  # whose scores are capped
@@ -148,7 +149,6 @@ def test_a_prologue_of_an_embedding_and_rotary_tables_is_recorded_with_what_foll
 def test_which_layout_is_chosen(monkeypatch):
     chosen = choose_lowering(RiverConfig(kernels="native"), CPU)
     assert chosen == Lowering("inductor", "native", True)
-    assert choose_lowering(RiverConfig(kernels="native", quantizer="none"), CPU).layout == "plain"
     with pytest.raises(OptionError, match="kernels='native' has no kernel for a model on a GPU"):
         choose_lowering(RiverConfig(kernels="native"), torch.device("cuda", 0))
     monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
@@ -156,16 +156,6 @@ def test_which_layout_is_chosen(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inductor.warn_of_slow_lowering(chosen, CPU)
-
-
-def test_products_in_plain_torch_are_announced_as_slow_once():
-    inductor.warn_once.cache_clear()
-    lowering = choose_lowering(RiverConfig(kernels="inductor"), CPU)
-    with pytest.warns(RiverWarning, match=r"in plain torch, which is correct and slow\. Use kernels='auto'"):
-        inductor.warn_of_slow_lowering(lowering, CPU)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        inductor.warn_of_slow_lowering(lowering, CPU)
 
 
 @pytest.mark.parametrize("quality", ["exact", "fast"])
@@ -190,7 +180,7 @@ def test_where_the_compiler_refuses_the_kernels_a_model_runs_plainly_and_it_is_s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernels": "eager", "target_kernels": "river"}, "target_kernels='river' requires the C"),
+        ({"kernels": OPERATORS, "target_kernels": "river"}, "target_kernels='river' requires the C"),
     ],
 )
 def test_what_needs_the_kernels_says_so(options, message):

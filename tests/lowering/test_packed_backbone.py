@@ -20,6 +20,7 @@ from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
 from river_compile.twins import pack
 from tests.support.families import each, make, prompt
+from tests.support.lowerings import OPERATORS
 
 pytestmark = pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors")
 
@@ -309,7 +310,7 @@ def test_other_qualities_have_it_too(options):
 @pytest.mark.parametrize(
     ("options", "dtype", "message"),
     [
-        ({"kernels": "eager"}, torch.bfloat16, "requires the C.. kernels on a CPU"),
+        ({"kernels": OPERATORS}, torch.bfloat16, "requires the C.. kernels on a CPU"),
         ({"target_kernels": "model"}, torch.bfloat16, "requires the C.. kernels on a CPU"),
         ({}, torch.float32, r"requires bfloat16 weights, .* Call model.to\(torch.bfloat16\)"),
     ],

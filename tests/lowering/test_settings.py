@@ -10,6 +10,7 @@ from river_compile.building import build as building
 from river_compile.lowering import inductor
 from river_compile.lowering.inductor import inductor_settings
 from tests.support.families import make, prompt
+from tests.support.lowerings import UNQUANTIZED, UNQUANTIZED_INDUCTOR
 from tools.recorder import recording
 
 
@@ -38,7 +39,7 @@ def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
     def compiled():
         torch._dynamo.reset()
         model = make("llama", layers=2)
-        model.compile(backend=river, options={"kernels": "inductor", "quantizer": "none"})
+        model.compile(backend=river, options={"kernels": UNQUANTIZED_INDUCTOR})
         with torch.no_grad():
             model(prompt())
         return {*tags}
@@ -67,7 +68,7 @@ def test_the_backend_asks_for_none_whether_it_captures_or_not(captures, monkeypa
 
     monkeypatch.setattr(building, "SegmentCompiler", note)
     model = make("llama", layers=2)
-    options = {"kernels": "eager", "quantizer": "none", "graphs": captures}
+    options = {"kernels": UNQUANTIZED, "graphs": captures}
     model.compile(backend=functools.partial(river, options=options, mode="reduce-overhead"))
     ids = prompt()
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)

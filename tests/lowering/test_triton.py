@@ -24,12 +24,12 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import forced_depth
 from river_compile.lowering import inductor
-from river_compile.lowering.inductor import Lowering, SegmentCompiler, choose_lowering
-from river_compile.passes.program import SegmentSpec
+from river_compile.lowering.inductor import SegmentCompiler, choose_lowering
+from river_compile.passes.program import Lowering, SegmentSpec
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
-from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
+from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS, UNQUANTIZED
 from tools import demo_models
 from tools.kernels.resources import token_cost
 from tools.kernels.shapes import ModelShape, model_kernels
@@ -48,13 +48,13 @@ class Both:
 
     def __init__(self, *others: Lowering, **options) -> None:
         self.fused: bool | Lowering = True
-        self.ways = {True: FUSED, False: UNFUSED} | {other: other for other in others}
+        self.ways = {True: FUSED, False: OPERATORS} | {other: other for other in others}
         self.options = {**OPTIONS, **options}
 
     def __call__(self, graph_module, inputs):
         made = {}
         for way, lowering in self.ways.items():
-            made[way] = lowered(lowering)(graph_module, inputs, options=self.options)
+            made[way] = river(graph_module, inputs, options={**self.options, "kernels": lowering})
         return lambda *args: made[self.fused](*args)
 
 
@@ -257,10 +257,10 @@ def test_a_twin_is_five_launches_and_none_of_inductors(name, batch, monkeypatch)
 
 @pytest.mark.slow
 def test_generated_products_alone():
-    """A GPU's kernels="inductor": no rule is asked, each 4-bit product is a kernel, all else Inductor's code."""
+    """No rule is asked, each 4-bit product is a kernel, all else Inductor's code."""
     model = make("llama", layers=LAYERS)
-    backend = lowered(Lowering("inductor", "triton", fuse=False))
-    model.compile(backend=backend, options={**OPTIONS, "exit_depth": 0})
+    kernels = Lowering("inductor", "triton", fuse=False)
+    model.compile(backend=river, options={**OPTIONS, "kernels": kernels, "exit_depth": 0})
     cache = new_cache(model, "full")
     logits = steps(model, cache, [0])
     for a, b in zip(logits, run("llama")["results"][False][0], strict=False):
@@ -276,7 +276,7 @@ def test_generated_products_alone():
 def test_offloaded_blocks_beside_fused_twins(policy, depths, tmp_path):
     model = make("llama", layers=LAYERS)
     options = {**OPTIONS, "offload": 1, "offload_policy": policy, "offload_dir": tmp_path, "graphs": True}
-    model.compile(backend=lowered(FUSED), options=options)
+    model.compile(backend=river, options={**options, "kernels": FUSED})
     cache = new_cache(model, "full")
     for _ in range(4):  # a cache has a state from its second step on, and what ran in that once is captured then
         cache.reset()
@@ -318,11 +318,11 @@ def test_two_rows_of_a_prompt_leave_through_fused_twins():
 def test_saved_twins_serve_both_layouts(tmp_path):
     """Saved twins are grids: whichever lowering saved them, the other one packs the same weights."""
     grids = {}
-    for lowering, source in ((FUSED, None), (UNFUSED, "triton"), (FUSED, "plain")):
+    for lowering, source in ((FUSED, None), (OPERATORS, "triton"), (FUSED, "plain")):
         torch._dynamo.reset()
         model = make("qwen2", layers=LAYERS)
         options = {**OPTIONS, "exit_depth": 1, "twins": tmp_path / source if source else None}
-        model.compile(backend=lowered(lowering), options=options)
+        model.compile(backend=river, options={**options, "kernels": lowering})
         steps(model, new_cache(model, "full"), [1])
         grids[lowering.layout, source] = {p.name: p.dequantize() for p in report(model).packed}
         if source != "plain":
@@ -338,20 +338,17 @@ def test_which_lowering_is_chosen(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     chosen = {
         (option, device.type): choose_lowering(RiverConfig(kernels=option), device)
-        for option in ("auto", "inductor", "triton", "eager")
+        for option in ("auto", "triton", UNQUANTIZED)
         for device in (cpu, gpu)
     }
     assert chosen == {
         ("auto", "cpu"): Lowering("inductor", "native", True),
         ("auto", "cuda"): Lowering("inductor", "triton", True),
-        ("inductor", "cpu"): Lowering("inductor", "plain", False),
-        ("inductor", "cuda"): Lowering("inductor", "triton", False),
         ("triton", "cpu"): Lowering("inductor", "triton", True),
         ("triton", "cuda"): Lowering("inductor", "triton", True),
-        ("eager", "cpu"): Lowering("eager", "plain", False),
-        ("eager", "cuda"): Lowering("eager", "triton", False),
+        (UNQUANTIZED, "cpu"): UNQUANTIZED,
+        (UNQUANTIZED, "cuda"): UNQUANTIZED,
     }
-    assert not choose_lowering(RiverConfig(kernels="triton", quantizer="none"), cpu).fuse
     with pytest.raises(OptionError, match="River has no 4-bit kernels for a model on xpu"):
         choose_lowering(RiverConfig(), torch.device("xpu"))
     monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
@@ -376,7 +373,7 @@ def test_tokens_of_smollm2(smollm2_folder):
     Both ways are fed the same tokens.
     """
     model, _ = demo_models.load("smollm2", dtype=torch.float32)
-    both = Both(UNFUSED, group_size=64)
+    both = Both(OPERATORS, group_size=64)
     model.compile(backend=both)
     depths = [0, 29, 30, 28]
     fed, results = prompt(4 + len(depths)), {}

@@ -15,13 +15,13 @@ from river_compile.decoding.mode import decode as decode_loop
 from river_compile.decoding.mode import exact
 from river_compile.errors import ExactModeError, OptionError
 from river_compile.kernels.triton import calls_linear
-from river_compile.lowering.inductor import Lowering
+from river_compile.passes.program import Lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.kernels.harness import dots_in_order
 from tests.support.decoding import cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow
 from tests.support.families import each, make, prompt
-from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
+from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS
 from tools.recorder import recording
 
 LAYERS = 2
@@ -32,7 +32,7 @@ OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "target_kernel
 def compiled(name: str, lowering: Lowering = FUSED, dtype: torch.dtype = torch.float32, **options):
     torch._dynamo.reset()
     model = make(name, layers=LAYERS, dtype=dtype)
-    model.compile(backend=lowered(lowering), options={**OPTIONS, **options})
+    model.compile(backend=river, options={**OPTIONS, "kernels": lowering, **options})
     return model
 
 
@@ -200,6 +200,6 @@ def test_what_strict_cannot_keep_is_an_error(name, options, reason):
 
 
 def test_without_such_kernels_the_option_is_refused():
-    model = compiled("llama", UNFUSED)
+    model = compiled("llama", OPERATORS)
     with pytest.raises(OptionError, match="target_kernels='river' requires the C\\+\\+ kernels or the generated ones"):
         decode(model, new_cache(model, "full"), NEVER)

@@ -8,25 +8,23 @@ from hypothesis import strategies as st
 
 from river_compile.building.choose import choose, passes_for
 from river_compile.config import RiverConfig
-from river_compile.lowering.inductor import Lowering
 from river_compile.passes.edits import PassRecord, run_passes, table
 from river_compile.passes.program import RiverProgram
 from tests.passes.graphs import SHAPE, planned, texts
 from tests.support.examples import examples
+from tests.support.lowerings import FUSED, OPERATORS, UNQUANTIZED
 
-FUSED, UNFUSED = Lowering("eager", "triton", fuse=True), Lowering("eager", "plain", fuse=False)
 OPTIONS = (
     {"first_exit": 1},
     {"first_exit": 1, "quantizer": "awq", "lm_head": "w4"},
     {"criterion": "confidence"},
-    {"quantizer": "none"},
 )
 
 
 @examples(30)
 @given(
     options=st.sampled_from(OPTIONS),
-    lowering=st.sampled_from([FUSED, UNFUSED]),
+    lowering=st.sampled_from([FUSED, OPERATORS, UNQUANTIZED, replace(FUSED, layout=None)]),
     norm=st.sampled_from(["rms", "layer"]),
     parallel=st.booleans(),
     bias=st.booleans(),
@@ -49,11 +47,11 @@ def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, paralle
 def test_the_options_decide_which_passes_run():
     names = {}
     for label, options, lowering in (
-        ("default", {"first_exit": 1}, UNFUSED),
+        ("default", {"first_exit": 1}, OPERATORS),
         ("fused", {"first_exit": 1, "lm_head": "w4"}, FUSED),
-        ("confidence", {"criterion": "confidence"}, UNFUSED),
+        ("confidence", {"criterion": "confidence"}, OPERATORS),
         ("never", {"exit_depth": 3}, FUSED),
-        ("fixed", {"exit_depth": 1}, UNFUSED),
+        ("fixed", {"exit_depth": 1}, OPERATORS),
     ):
         program = planned()
         passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
@@ -72,7 +70,7 @@ def test_the_table_says_what_ran(caplog):
     program = planned()
     records: list[PassRecord] = []
     with caplog.at_level(logging.DEBUG, logger="river_compile.passes"):
-        choices = choose(program, RiverConfig(first_exit=1), UNFUSED)
+        choices = choose(program, RiverConfig(first_exit=1), OPERATORS)
         run_passes(program, passes_for(choices, program.plan), records.append)
     lines = table(records).splitlines()
     assert [line.split()[0] for line in lines] == ["pass", "twin_layers", "one_row_head", "exit_checks"]

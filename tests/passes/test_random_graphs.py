@@ -13,13 +13,14 @@ from river_compile.backend import river
 from river_compile.exits import forced_depth
 from tests.passes.graphs import Shape, assert_equal, clones, random_decoder, shapes
 from tests.support.examples import examples
+from tests.support.lowerings import OPERATORS, UNQUANTIZED
 
 
 @examples(60)
 @given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
 def test_unquantized_river_is_the_same_function(shape, seed, data):
     depth = data.draw(st.integers(0, shape.blocks))
-    _, expected, actual = run_both(shape, seed, depth, quantizer="none")
+    _, expected, actual = run_both(shape, seed, depth, kernels=UNQUANTIZED)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_equal(theirs, ours)
 
@@ -58,7 +59,7 @@ def run_both(
     names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
     plain, rewritten = clones(inputs), clones(inputs)
     expected = graph_module(*plain)
-    executor = river(graph_module, inputs, options={"kernels": "eager", "first_exit": 1, **options})
+    executor = river(graph_module, inputs, options={"kernels": OPERATORS, "first_exit": 1, **options})
     with torch.no_grad(), forced_depth(depth):
         actual = executor(*rewritten)
     return dict(zip(names, inputs, strict=True)), (expected, plain), (actual, rewritten)

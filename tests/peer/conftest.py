@@ -7,6 +7,7 @@ import torch
 
 import river_compile
 from tests.support.families import REFUSED, make
+from tests.support.lowerings import OPERATORS
 from tests.support.peer import Peers
 
 LAYERS = 2
@@ -14,7 +15,7 @@ LAYERS = 2
 BREAKS = {"opt": ("inputs_embeds", "inputs_embeds and ids")}
 # Twins of few bits and short drafts, so that some are accepted and some are not; nothing depends on time.
 DRAFTING = {
-    "quantizer": "rtn", "group_size": 32, "kernels": "eager", "num_assistant_tokens": 3,
+    "quantizer": "rtn", "group_size": 32, "kernels": OPERATORS, "num_assistant_tokens": 3,
     "num_assistant_tokens_schedule": "constant", "compile_cache": False, "background_packing": False,
 }  # fmt: skip
 

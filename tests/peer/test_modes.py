@@ -11,6 +11,7 @@ from river_compile.exits import forced_depth
 from tests.peer.conftest import DRAFTING, LAYERS
 from tests.peer.test_calls import FAMILIES
 from tests.support.families import REFUSED, make
+from tests.support.lowerings import UNQUANTIZED
 from tests.support.peer import DRAFTS, STEPS, Peers
 from tests.support.peer_cases import ASSISTANTS, CASES
 
@@ -26,7 +27,7 @@ def fast() -> Iterator[Callable[[str], Peers]]:
 
     @functools.lru_cache(maxsize=1)
     def of_family(family: str) -> Peers:
-        options = {"quantizer": "none", "kernels": "eager", "first_exit": 1, "compile_cache": False}
+        options = {"kernels": UNQUANTIZED, "first_exit": 1, "compile_cache": False}
         ours = river_compile.accelerate(make(family, layers=LAYERS), quality="fast", **options)
         models = Peers(make(family, layers=LAYERS), ours)
         models.drafts = False

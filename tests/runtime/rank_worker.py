@@ -37,12 +37,13 @@ from river_compile.twins.file import TwinFile
 from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
+from tests.support.lowerings import OPERATORS, UNQUANTIZED
 from tools.ranks import Wire
 
 SECONDS = 120  # after which a rank that waits for another one gives up
 LAYERS, CAPACITY, PROMPT = 2, 40, 7
 DEPTHS = (0, 1, LAYERS, 0)
-EAGER = {"kernels": "eager", "group_size": 32, "first_exit": 1}
+EAGER = {"kernels": OPERATORS, "group_size": 32, "first_exit": 1}
 
 found: dict[str, Any] = {}
 held: dict[str, PreTrainedModel] = {}  # the model of several cases
@@ -90,7 +91,7 @@ def unquantized(folder: Path) -> dict[str, Any]:
     """Llama with twins that keep 16 bits: as it is, at full depth, and at every depth."""
     model = load(folder, "llama")
     plain, _, plain_cache = decode(model, (None,) * len(DEPTHS))
-    model.compile(backend=river, options={**EAGER, "quantizer": "none", "threshold": 2.0})
+    model.compile(backend=river, options={**EAGER, "kernels": UNQUANTIZED, "threshold": 2.0})
     never, depths, never_cache = decode(model, (None,) * len(DEPTHS))
     mixed, _, mixed_cache = decode(model, DEPTHS)
     same_cache = all(map(torch.equal, never_cache, mixed_cache))
@@ -210,7 +211,7 @@ def accelerated(folder: Path) -> dict[str, Any]:
         refusal = str(river_compile.accelerate(model, quantizer="awq"))
     except OptionError as error:
         refusal = str(error)
-    river_compile.accelerate(model, kernels="eager", group_size=32)
+    river_compile.accelerate(model, kernels=OPERATORS, group_size=32)
     with river_compile.trace() as seen:
         text = model.generate(prompt(PROMPT), **how)
     drafted = [len(cycle.drafted) for cycle in seen.cycles]

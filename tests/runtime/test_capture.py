@@ -45,6 +45,7 @@ from tests.support.captured import (
 )
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
+from tests.support.lowerings import INDUCTOR
 from tools.recorder import Recorder, StaleReplay
 
 
@@ -109,7 +110,7 @@ class TestSameBits:
     @pytest.mark.core
     def test_inductor(self):
         """Compiled segments, called without AOTAutograd's wrappers and with strides that they check."""
-        check(Decoder(kernels="inductor", layers=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
+        check(Decoder(kernels=INDUCTOR, layers=2), [STAY, STAY, LEAVE, LEAVE, STAY, LEAVE])
 
     @pytest.mark.core
     def test_exact_mode(self):

@@ -31,12 +31,13 @@ from river_compile.runtime.weight_store import Arrival, MappedFiles, Stored, Wei
 from river_compile.system import reserve
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS, operators_on
 from tests.support.traced import TracedStep
 from tools.recorder import recording
 
 LAYERS = 3
 DEPTHS = [LAYERS, 0, 1, 2, LAYERS]
-OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 FETCH = {"offload": 1, "offload_policy": "fetch"}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -103,7 +104,7 @@ def elsewhere(monkeypatch) -> Elsewhere:
 
 def compiled(options: dict, device: str = "cpu", name: str = "llama", **fields):
     model = make(name, layers=LAYERS, **fields).to(device)
-    model.compile(backend=river, options={**OPTIONS, **options})
+    model.compile(backend=river, options={**OPTIONS, "kernels": operators_on(device), **options})
     return model
 
 
@@ -351,7 +352,6 @@ def test_exact_mode_streams_or_is_refused():
         ({"offload": 2, "offload_policy": "drop"}, ["offload_policy='drop'", "'exit', 'fetch'"]),
         ({"offload_policy": "fetch"}, ["offload_policy='fetch' requires offload="]),
         ({"offload": 2, "offload_dir": 3}, ["offload_dir=3", "a path"]),
-        ({"offload": 2, "quantizer": "none"}, ["offload=2", "quantizer='none'", "Use quantizer='hqq'"]),
         ({"offload": 2, "exit_depth": 3}, ["exit_depth=3", "offload=2", "offload=3 or offload_policy='fetch'"]),
         ({"offload": 2, "first_exit": 3}, ["first_exit=3", "offload=2", "offload=3 or more, exit_depth=2"]),
     ],
@@ -454,6 +454,7 @@ import ctypes, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from river_compile import report
 from river_compile.backend import river
+from tests.support.lowerings import OPERATORS
 
 def resident():
     libraries = everything = 0
@@ -471,7 +472,7 @@ torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
                      num_key_value_heads=8, eos_token_id=None, pad_token_id=0)
 model = LlamaForCausalLM(config).eval()
-options = {"kernels": "eager", "quantizer": "rtn", "first_exit": 1}
+options = {"kernels": OPERATORS, "quantizer": "rtn", "first_exit": 1}
 model.compile(backend=river, options={**options, **eval(sys.argv[1])})
 ids = torch.ones(1, 4, dtype=torch.long)
 for _ in range(2):

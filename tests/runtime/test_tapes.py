@@ -12,14 +12,14 @@ import torch
 
 import river_compile
 from river_compile import report
+from river_compile.backend import river
 from river_compile.exits import forced_threshold
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.cores import Cores
-from river_compile.lowering.inductor import Lowering
+from river_compile.passes.program import Lowering
 from river_compile.runtime.captures import CaptureLog
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make
-from tests.support.lowerings import lowered
 from tests.support.traced import TracedStep
 
 LAYERS = 3
@@ -36,8 +36,8 @@ class Pair:
         self.models = []
         for captured in (None, False):
             model = make(name, layers=LAYERS, dtype=dtype)
-            settings = {**OPTIONS, **options, "graphs": captured}
-            model.compile(backend=lowered(NATIVE), options=settings)
+            settings = {**OPTIONS, "kernels": NATIVE, **options, "graphs": captured}
+            model.compile(backend=river, options=settings)
             self.models.append(model)
         self.kept = [[], []]
 

@@ -23,10 +23,11 @@ from river_compile.runtime.state import StepState, on_step
 from river_compile.upstream.transformers import full_static_cache
 from tests.support.decoding import cache_argument, cache_state, run_plainly
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS, operators_on
 
 LAYERS = 4
 CAPACITY = 40
-OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -57,7 +58,7 @@ class Decoder:
         **options,
     ) -> None:
         self.model = make(name, layers=layers).to(device)
-        self.model.compile(backend=backend, options=capturing(**options))
+        self.model.compile(backend=backend, options=capturing(**{"kernels": operators_on(device), **options}))
         self.device, self._compiled_prompts = device, compiled_prompts
 
     def start(self, seed: int = 0, capacity: int = CAPACITY, batch: int = 1) -> StaticCache:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from river_compile.backend import river
 from river_compile.exits import forced_depth
-from river_compile.lowering.inductor import Lowering
 from river_compile.twins.weights import TwinWeight
 from tests.support.decoding import cache_argument, new_cache, run_plainly
 from tests.support.families import VOCABULARY, make, prompt
+from tests.support.lowerings import INDUCTOR, OPERATORS
 
 
 def dequantized(model: nn.Module, sites: Iterable[TwinWeight]) -> dict[str, Tensor]:
@@ -100,25 +100,22 @@ class TracedStep:
         self._cached = {n: getattr(cache.layers[layer], key) for n, (layer, key) in cached.items()}
 
     @torch.no_grad()
-    def run(self, depth: int = 0, lowering: Lowering | None = None, **options) -> Tensor:
-        """Rewrites the step with these options, leaves after `depth` blocks and returns the logits ``[1, 1, V]``.
-
-        `kernels` takes the place of the one that the options choose.
-        """
-        return self.run_on(self.inputs(), depth, lowering, **options)
+    def run(self, depth: int = 0, **options) -> Tensor:
+        """Rewrites the step with these options, leaves after `depth` blocks and returns the logits ``[1, 1, V]``."""
+        return self.run_on(self.inputs(), depth, **options)
 
     @torch.no_grad()
-    def run_on(self, inputs: list, depth: int = 0, lowering: Lowering | None = None, **options) -> Tensor:
+    def run_on(self, inputs: list, depth: int = 0, **options) -> Tensor:
         """Like `run`, on inputs of the caller."""
-        settings = {"kernels": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
-        executor = river(self._graph, inputs, options={**settings, **options}, lowering=lowering)
+        settings = {"kernels": OPERATORS, "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        executor = river(self._graph, inputs, options={**settings, **options})
         with forced_depth(depth):
             return _logits(executor(*inputs))
 
     @torch.no_grad()
     def compiled(self, **options) -> Callable:
         """Rewrites the step with these options."""
-        settings = {"kernels": "eager", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        settings = {"kernels": OPERATORS, "group_size": 32, "first_exit": 1, "threshold": -1.0}
         return river(self._graph, self.inputs(), options={**settings, **options})
 
     @torch.no_grad()
@@ -141,7 +138,7 @@ class TracedStep:
     @torch.no_grad()
     def rewrite(self, mode: str) -> None:
         """Rewrites the step as ``torch.compile(mode=...)`` has it done, every segment through Inductor."""
-        river(self._graph, self.inputs(), options={"kernels": "inductor"}, mode=mode)
+        river(self._graph, self.inputs(), options={"kernels": INDUCTOR}, mode=mode)
 
     @torch.no_grad()
     def reference(self, weights: Mapping[str, Tensor]) -> Tensor:

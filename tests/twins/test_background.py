@@ -26,8 +26,9 @@ from river_compile.runtime.state import on_step
 from river_compile.twins import making, pack
 from river_compile.twins.pack import TwinWeights
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS
 
-OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn"}
+OPTIONS = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"}
 EXACT = {**OPTIONS, "num_assistant_tokens": 2, "num_assistant_tokens_schedule": "constant"}
 
 

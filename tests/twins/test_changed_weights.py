@@ -18,6 +18,7 @@ from river_compile.twins import weights
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import ParameterStamp
 from tests.support.families import make, prompt
+from tests.support.lowerings import OPERATORS, UNQUANTIZED
 from tests.support.traced import TracedStep, dequantized
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -259,7 +260,7 @@ class TestWhatElseTheyAreMadeFrom:
 
     @pytest.mark.filterwarnings("ignore::river_compile.RiverWarning")
     def test_unquantized_twins_have_no_weights_of_their_own(self, step):
-        executor = step.compiled(quantizer="none")
+        executor = step.compiled(kernels=UNQUANTIZED)
         before = step.call(executor)
         in_place(step.model.get_submodule(DOWN))
         after = step.call(executor)
@@ -273,7 +274,7 @@ class TestGenerate:
     @pytest.fixture(scope="class")
     def model(self):
         model = make("qwen2", layers=2)  # with biases
-        options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+        options = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
         model.compile(backend=river, options=options)
         return model
 

@@ -12,7 +12,7 @@ from river_compile.kernels.quant.grid import decibels
 from river_compile.passes.experts import ROUTER
 from river_compile.twins.observe import ExpertMoments
 from tests.support.families import prompt
-from tests.support.lowerings import FUSED, UNFUSED
+from tests.support.lowerings import FUSED, UNQUANTIZED
 from tests.support.traced import TracedStep, dequantized
 
 # A family, how its experts are computed, the matrix of each block that stays in 16 bits, and the experts of a token.
@@ -35,9 +35,9 @@ def traced(name):
 def test_a_token_through_4_bit_experts(name):
     """Its logits, and the cache it leaves, are those of the model with dequantized weights, experts' among them."""
     step = traced(name)
-    plain = step.run(quantizer="none")
+    plain = step.run(kernels=UNQUANTIZED)
     assert torch.equal(plain, step.reference({}))
-    logits = step.run(quantizer="rtn", lowering=UNFUSED)
+    logits = step.run(quantizer="rtn")
     weights = dequantized(step.model, _graph(step))
     stacks = [weight for key, weight in weights.items() if ".experts." in key]
     assert [w.dim() for w in stacks] == [3, 3, 3, 3]
@@ -66,7 +66,7 @@ def test_a_token_reads_the_experts_that_it_chose(name):
 def test_a_token_through_4_bit_experts_fills_the_slots_of_the_plain_model(name):
     """The same tensors are written, at the same places, with values close to the plain model's."""
     step = traced(name)
-    plain, quantized = step.written(quantizer="none"), step.written(quantizer="rtn", lowering=UNFUSED)
+    plain, quantized = step.written(kernels=UNQUANTIZED), step.written(quantizer="rtn")
     assert plain.keys() == quantized.keys()
     assert len(plain) >= 4
     for place, before in plain.items():
@@ -79,8 +79,8 @@ def test_a_token_through_4_bit_experts_fills_the_slots_of_the_plain_model(name):
 def test_generated_kernels_give_the_same_token():
     """In Triton's interpreter, by one row after another."""
     step = traced("gpt_oss")
-    expected = step.run(quantizer="rtn", lowering=UNFUSED)
-    actual = step.run(quantizer="rtn", lowering=FUSED)
+    expected = step.run(quantizer="rtn")
+    actual = step.run(quantizer="rtn", kernels=FUSED)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -15,18 +15,18 @@ from safetensors.torch import load_file, save_file
 import river_compile.twins.quantize
 from river_compile import RiverWarning, report, save_twins
 from river_compile.backend import river
-from river_compile.errors import OptionError, TwinsError
+from river_compile.errors import TwinsError
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
-from river_compile.lowering.inductor import Lowering
+from river_compile.passes.program import Lowering
 from river_compile.twins.file import FILE, TwinFile, write_missing, write_tensors
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
-from tests.support.lowerings import lowered
+from tests.support.lowerings import OPERATORS
 from tests.support.mappings import lies_in
 from tests.support.traced import TracedStep
 
-OPTIONS = {"kernels": "eager", "quantizer": "hqq", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "hqq", "group_size": 32, "first_exit": 1, "threshold": -1.0}
 
 
 def start_anew(model, **options):
@@ -104,11 +104,11 @@ def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quanti
 @pytest.mark.slow
 def test_what_the_kernels_read_is_mapped_and_not_copied(tmp_path):
     """All packed bytes, the head's too; a change of the weights is packed in the process's own pages."""
-    how, logits, models = lowered(Lowering("eager", "native", False)), [], []
+    kernels, logits, models = Lowering("eager", "native", False), [], []
     for options in ({}, {"twins": tmp_path / "twins"}):
         torch._dynamo.reset()
         model = start()
-        model.compile(backend=how, options={**OPTIONS, "lm_head": "w4", **options})
+        model.compile(backend=river, options={**OPTIONS, "kernels": kernels, "lm_head": "w4", **options})
         logits.append(torch.stack(decode(model, new_cache(model, "static"), [1, 0])[1:]))
         models.append(model)
         if not options:
@@ -475,8 +475,3 @@ class TestFolder:
         with pytest.raises(TwinsError, match="No space left on device"):
             save_twins(packed, tmp_path / "twins")
         assert list(tmp_path.iterdir()) == []
-
-
-def test_an_artifact_needs_a_quantizer():
-    with pytest.raises(OptionError, match="twins= holds 4-bit twins, which quantizer='none' does not use"):
-        run(start(), twins="anywhere", quantizer="none")

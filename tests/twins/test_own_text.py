@@ -22,10 +22,11 @@ from river_compile.twins.own_text import LOSS_SEED, TwinLoss, estimate_loss, pac
 from river_compile.twins.pack import TwinWeights
 from tests.support.decoding import decode, new_cache
 from tests.support.families import VOCABULARY, make, prompt
+from tests.support.lowerings import OPERATORS
 from tests.support.tokenizers import save_tiny_llama
 from tests.support.traced import TracedStep, dequantized
 
-OPTIONS = {"kernels": "eager", "group_size": 32, "threshold": -1.0}
+OPTIONS = {"kernels": OPERATORS, "group_size": 32, "threshold": -1.0}
 
 
 def started(family="llama", **options):
@@ -53,7 +54,7 @@ def same(a, b):
 
 
 def statistics_of(model):
-    accelerate(model, "fast", compile_cache=False, kernels="eager")
+    accelerate(model, "fast", compile_cache=False, kernels=OPERATORS)
     ids = torch.tensor([[5, 6, 7]])
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
     (source,) = {twin.statistics for twin in report(model).packed}

@@ -13,9 +13,10 @@ from river_compile.backend import river
 from river_compile.errors import OptionError, UnsupportedGraphError
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
+from tests.support.lowerings import OPERATORS, UNQUANTIZED
 
 torchao = pytest.importorskip("torchao.quantization")
-OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1, "threshold": -1.0}
 
 
 @pytest.fixture(scope="module", params=["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
@@ -80,6 +81,6 @@ def test_layers_that_unpack_their_own_integers_are_refused_by_name():
     words = r"no linear layer with plain weights \(.*qweight is torch.int32 \[.*bitsandbytes.*loaded in 16 bits \(at "
     with pytest.raises(UnsupportedGraphError, match=words):
         decode(model, new_cache(model, "static"), [None], plain_prompt=True)
-    model.compile(backend=river, options={**OPTIONS, "quantizer": "none"})
+    model.compile(backend=river, options={**OPTIONS, "kernels": UNQUANTIZED})
     decode(model, new_cache(model, "static"), [0], plain_prompt=True)
     assert report(model).graphs[-1].refusal == ""

@@ -11,8 +11,9 @@ from river_compile import report
 from river_compile.backend import river
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import REFUSED, REWRITTEN, each, make
+from tests.support.lowerings import OPERATORS
 
-OPTIONS = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "first_exit": 1}
+OPTIONS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "first_exit": 1}
 
 
 @functools.cache

@@ -16,9 +16,10 @@ from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError, UnsupportedGraphError
 from river_compile.exits import forced_depth
 from tests.support.families import HIDDEN, make, prompt
+from tests.support.lowerings import OPERATORS, UNQUANTIZED
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-OPTIONS = {"kernels": "eager", "quantizer": "none", "first_exit": 1}
+OPTIONS = {"kernels": UNQUANTIZED, "first_exit": 1}
 
 
 def compiled(seed: int = 0, **options) -> nn.Module:
@@ -70,7 +71,7 @@ class Adapter(nn.Module):
 
 def test_hooks_and_adapters_added_after_the_first_text_take_effect():
     """The text stays the plain model's; a hook that is taken away is gone, without another trace."""
-    model, ids = river_compile.accelerate(make("llama", layers=2), kernels="eager", group_size=32), prompt()
+    model, ids = river_compile.accelerate(make("llama", layers=2), kernels=OPERATORS, group_size=32), prompt()
 
     def text() -> torch.Tensor:
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 import river_compile
 from river_compile.system import advise_pageout
+from tests.support.lowerings import OPERATORS
 from tests.support.tokenizers import save_tiny_llama
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
@@ -91,7 +92,7 @@ def test_what_no_file_holds_stays():
 
 def generated(folder, **options):
     model = LlamaForCausalLM.from_pretrained(folder)
-    river_compile.accelerate(model, "fast", exit_depth=0, kernels="eager", compile_cache=False, **options)
+    river_compile.accelerate(model, "fast", exit_depth=0, kernels=OPERATORS, compile_cache=False, **options)
     ids = torch.tensor([[5, 6, 7]])
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     report = river_compile.report(model)

@@ -24,6 +24,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 import river_compile
 from river_compile.backend import river
 from river_compile.exits import forced_depth
+from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
+from river_compile.passes.program import Lowering
 from river_compile.reporting.report import Fallbacks
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.state import on_step
@@ -33,8 +35,8 @@ from .tiny import VOCABULARY, tiny_model
 NEW_TOKENS = 6
 TOLERANCE = 1e-4  # of logits whose spread is about one; more only where the plain model's own rounding is more
 CACHES = ("static", "dynamic")
-UNQUANTIZED = {"quantizer": "none", "kernels": "eager", "first_exit": 1}
-TWINS = {"quantizer": "rtn", "group_size": 32, "kernels": "eager"}
+UNQUANTIZED = {"kernels": Lowering("eager", None, fuse=False), "first_exit": 1}
+TWINS = {"kernels": Lowering("eager", PLAIN_LAYOUT, fuse=False), "quantizer": "rtn", "group_size": 32}
 FOUR_BITS = {**TWINS, "first_exit": 1}
 DRAFTED, UNDRAFTED, PLAIN = "drafts", "no drafts", "plain"
 

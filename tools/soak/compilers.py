@@ -19,9 +19,11 @@ import torch._inductor.config as inductor
 
 import river_compile
 from tests.support.families import REWRITTEN, make
+from tests.support.lowerings import INDUCTOR
 from tools.soak.cases import Case, Failure
 from tools.soak.text import padded
 
+KERNELS = {"auto": "auto", "inductor": INDUCTOR}
 _VERSION = 'case "$1" in -v|--version) echo version 1; exit;; esac\n'
 COMPILERS = {
     "missing": "",
@@ -37,7 +39,7 @@ def draw(rng: random.Random) -> Case:
         "compiler": rng.choice([*COMPILERS]),
         "family": rng.choice(REWRITTEN),
         "quality": rng.choice(("exact", "fast")),
-        "kernels": rng.choice(("auto", "inductor")),
+        "kernels": rng.choice([*KERNELS]),
         "seed": rng.randrange(1000),
         "lengths": [rng.choice((1, 5, 9)) for _ in range(rng.choice((1, 2)))],
     }
@@ -54,7 +56,7 @@ def run(case: Case, folder: Path) -> str:
     ids, mask = padded(case["lengths"], case["seed"])
     arguments = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "disable_compile": True}
     expected = plain.generate(ids, **arguments)
-    river_compile.accelerate(ours, case["quality"], kernels=case["kernels"])
+    river_compile.accelerate(ours, case["quality"], kernels=KERNELS[case["kernels"]])
     with (
         inductor.patch({"cpp.cxx": (None, str(compiler))}),
         mock.patch.dict(os.environ, RIVER_COMPILE_HOME=str(folder)),

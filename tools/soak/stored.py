@@ -30,6 +30,7 @@ from river_compile.passes.program import Program
 from river_compile.twins.file import FILE, TwinFile
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
+from tests.support.lowerings import OPERATORS
 from tools.kernels import tune
 from tools.soak.cases import Failure
 
@@ -63,7 +64,7 @@ def _built() -> tuple[torch.nn.Module, Program]:
     """Return it with a separate program, which lasts longer than what Dynamo keeps."""
     torch._dynamo.reset()
     model = make("llama", layers=2)
-    options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
+    options = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
     model.compile(backend=river, options=options)
     decode(model, new_cache(model, "static"), [1])
     return model, executors_of(model)[-1].program

@@ -1,9 +1,9 @@
 """Cases of kind "text": a model goes through random calls, and every text is the plain model's.
 
-Twins are unquantized and kernels="eager", so that wherever a token exits its logits are the plain model's up to
-rounding. What is compared is more than text: each step's logits, up to the first token where two texts part. A token
-may differ only where the logits agree, which makes it a near-tie. If they do not, the case runs again in float64,
-and a difference that is gone there was rounding (experts chosen by a near-tie, say), and is counted as such.
+Twins are unquantized and segments run operator by operator, so that wherever a token exits its logits are the plain
+model's up to rounding. What is compared is more than text: each step's logits, up to the first token where two texts
+part. A token may differ only where the logits agree, which makes it a near-tie. If they do not, the case runs again in
+float64, and a difference that is gone there was rounding (experts chosen by a near-tie, say), and is counted as such.
 
 Among the calls are ids in 32 bits, rows that stop strings end, and scores that leave no token, where sampling raises
 the plain model's error. A model that breaks its own graph (with hooks) leaves the next one of its class its river.
@@ -32,12 +32,13 @@ from river_compile.exits import forced_depth
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, VOCABULARY, make, prompt
+from tests.support.lowerings import UNQUANTIZED
 from tests.support.tokenizers import byte_tokenizer
 from tools.recorder import recording
 from tools.soak.cases import Case, Failure, refused_by_us
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-6}
-ALWAYS = {"quantizer": "none", "kernels": "eager"}
+ALWAYS = {"kernels": UNQUANTIZED}
 HELD = ("static", "dynamic", "mine")  # caches: transformers' two, and a static one of the caller's
 WAYS = ("in place", "data", "parameter", "load")
 

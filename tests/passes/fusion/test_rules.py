@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.exits import forced_depth
 from river_compile.record import record_of
 from tests.passes.fusion.fusion_graphs import Spelling, block_decoder
 from tests.passes.graphs import random_decoder, shapes
 from tests.support.examples import examples
-from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
+from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS
 
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
 
@@ -64,7 +65,7 @@ CASES = {
 def run(graph_module, inputs, lowering, depth: int = 0):
     """Runs one decode step; returns its outputs, the inputs afterwards, and the fusions."""
     clones = [t.clone() for t in inputs]
-    executor = lowered(lowering)(graph_module, inputs, options=OPTIONS)
+    executor = river(graph_module, inputs, options={**OPTIONS, "kernels": lowering})
     with torch.no_grad(), forced_depth(depth):
         outputs = executor(*clones)
     return outputs, clones, record_of(inputs).of(Graphs)[-1].fusions
@@ -80,7 +81,7 @@ def test_rules_match_or_say_why_not(case):
     spelling, expected = CASES[case]
     graph_module, inputs = block_decoder(spelling)
     fused = run(graph_module, inputs, FUSED)
-    assert_same(fused, run(graph_module, inputs, UNFUSED))
+    assert_same(fused, run(graph_module, inputs, OPERATORS))
     missed = {f.rule: f for f in fused[2] if f.missed}
     assert set(missed) == set(expected)
     for rule, fusion in missed.items():
@@ -94,7 +95,7 @@ def test_a_full_ring_buffer_is_left_to_inductor():
     """Its entries move with each token; accelerated models use full static caches instead."""
     graph_module, inputs = block_decoder(Spelling(cache="rolled"))
     fused = run(graph_module, inputs, FUSED)
-    assert_same(fused, run(graph_module, inputs, UNFUSED))
+    assert_same(fused, run(graph_module, inputs, OPERATORS))
     missed = {f.rule: f.missed for f in fused[2] if f.missed}
     assert set(missed) == set(BLOCK_RULES)
     assert missed["attention"] == "no attention over a static cache was recognised"
@@ -104,4 +105,4 @@ def test_a_full_ring_buffer_is_left_to_inductor():
 @given(shape=shapes(most_blocks=2), seed=st.integers(0, 2**16), depth=st.integers(0, 2))
 def test_fusion_keeps_the_function_of_any_graph(shape, seed, depth):
     graph_module, inputs = random_decoder(shape, seed)
-    assert_same(run(graph_module, inputs, FUSED, depth), run(graph_module, inputs, UNFUSED, depth))
+    assert_same(run(graph_module, inputs, FUSED, depth), run(graph_module, inputs, OPERATORS, depth))
