@@ -1,6 +1,6 @@
 """One check per kernel family: makes inputs, runs the guarded kernel, compares with the float64 reference.
 
-Property, mutation and GPU tests share them. Inputs and references are made on the device: a large model's would take
+Property and GPU tests share them. Inputs and references are made on the device: a large model's would take
 minutes on a CPU in float64.
 """
 

@@ -76,12 +76,3 @@ def test_an_arm_library_has_the_instructions_of_its_set(name):
 def test_an_older_arm_core_stops_at_an_instruction_that_it_lacks(name):
     done = program.run_arm(program.arm_library(arm_isa(name)), OLDER[name])
     assert done.met_unknown_instruction, done
-
-
-def test_a_kernel_that_is_not_checked_or_not_there_fails(tmp_path):
-    library = build.kernels_library(supported[-1])
-    names = program.run(library, "--list").said.splitlines()
-    assert len(names) == len(set(names)) > 20
-    program.run(library, "--only", "exit_score").check()
-    assert program.run(library, "--only", "no such kernel").status == 1
-    assert program.run(tmp_path / "no.so").status == 2
