@@ -58,14 +58,6 @@ def test_a_cache_that_grows_takes_one_graph_of_prompts_and_two_of_steps(padded):
     assert len(report(model).graphs) == 3
 
 
-def test_an_accelerated_model_takes_two_graphs_for_prompts_of_any_length():
-    """Steps of the twins, and prompts, whose graph serves passes that verify drafts too."""
-    model = accelerate(make("llama", layers=2), kernels="eager", quantizer="rtn", group_size=32)
-    for length in (5, 9, 23):
-        model.generate(prompt(length), max_new_tokens=12, do_sample=False)
-    assert len(report(model).graphs) == 2
-
-
 def test_what_grows_with_a_text_is_marked():
     """Ids and masks of several tokens, and what a cache has grown; a size of one is compiled by itself."""
     mask, places = torch.ones(1, 5, dtype=torch.int64), torch.tensor([[4]])

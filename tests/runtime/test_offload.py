@@ -216,17 +216,6 @@ def test_parameters_stay_usable(device, tmp_path):
         assert torch.equal(plain, model(ids).logits)
 
 
-@pytest.mark.slow
-def test_weights_can_be_loaded_into_an_offloaded_model():
-    model, other = compiled(FETCH), make("llama", layers=LAYERS, seed=1)
-    decode(model, new_cache(model, "static"), [LAYERS])
-    model.load_state_dict(other.state_dict())
-    other.compile(backend=river, options={**OPTIONS, "exit_depth": LAYERS})
-    expected = decode(other, new_cache(other, "static"), [LAYERS])
-    actual = decode(model, new_cache(model, "static"), [LAYERS])
-    assert all(map(torch.equal, expected, actual))
-
-
 @pytest.mark.parametrize(
     "options",
     [{"threshold": 2.0}, {"criterion": "confidence", "threshold": 0, "graphs": True}],
