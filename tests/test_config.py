@@ -41,10 +41,24 @@ ROOT = Path(__file__).resolve().parent.parent
         ({"kernels": "inductr"}, ["did you mean 'inductor'?"]),
         ({"on_unsupported": "ignore"}, ["on_unsupported='ignore'", "'inductor', 'raise'"]),
         ({"twins": 3}, ["twins=3", "path"]),
+        ({"criterion": "confident"}, ["criterion='confident'", "did you mean 'confidence'?"]),
+        ({"criterion": "confidence", "threshold": -0.1}, ["threshold=-0.1", "nats of 0 or more", "'confidence'"]),
+        ({"criterion": "confidence", "threshold": float("nan")}, ["threshold=nan", "nats"]),
+        ({"criterion": "similarity", "first_exit": 0}, ["first_exit=0", "1 or more"]),
+        ({"criterion": "confidence", "first_exit": -1}, ["first_exit=-1", "0 or more"]),
+        ({"criterion": "confidence", "prefill": "exit"}, ["prefill='exit'", "'confidence'"]),
+        ({"offload": -1}, ["offload=-1", "from 0 to"]),
+        ({"offload": True}, ["offload=True"]),
+        ({"offload": 2, "offload_policy": "drop"}, ["offload_policy='drop'", "'exit', 'fetch'"]),
+        ({"offload_policy": "fetch"}, ["offload_policy='fetch' requires offload="]),
+        ({"offload": 2, "offload_dir": 3}, ["offload_dir=3", "a path"]),
+        ({"offload": 2, "quantizer": "none"}, ["offload=2", "quantizer='none'", "Use quantizer='hqq'"]),
+        ({"offload": 2, "exit_depth": 3}, ["exit_depth=3", "offload=2", "offload=3 or offload_policy='fetch'"]),
+        ({"offload": 2, "first_exit": 3}, ["first_exit=3", "offload=2", "offload=3 or more, exit_depth=2"]),
     ],
 )
 def test_bad_options_are_named(options, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(OptionError) as error:
         RiverConfig.from_options(options)
     for word in words:
         assert word in str(error.value)

@@ -11,9 +11,11 @@ from river_compile.config import RiverConfig
 from river_compile.lowering.inductor import Lowering
 from river_compile.passes.edits import PassRecord, run_passes, table
 from river_compile.passes.program import RiverProgram
-from tests.passes.graphs import SHAPE, planned, texts
+from tests.passes.decoders import Spelling, planned
+from tests.passes.graphs import texts
 from tests.support.examples import examples
 
+PLAIN = Spelling(blocks=3, batch=1)
 FUSED, UNFUSED = Lowering("eager", "triton", fuse=True), Lowering("eager", "plain", fuse=False)
 OPTIONS = (
     {"first_exit": 1},
@@ -29,11 +31,11 @@ OPTIONS = (
     lowering=st.sampled_from([FUSED, UNFUSED]),
     norm=st.sampled_from(["rms", "layer"]),
     parallel=st.booleans(),
-    bias=st.booleans(),
+    bias=st.sampled_from(["", "all"]),
 )
 def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, parallel, bias):
     """No pass changes graphs, inputs or outputs of an earlier program."""
-    program = planned(replace(SHAPE, norm=norm, parallel=parallel, bias=bias))
+    program = planned(replace(PLAIN, norm=norm, parallel=parallel, bias=bias))
     seen: list[tuple[RiverProgram, dict[str, list[str]]]] = [(program, texts(program))]
     passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
     assert passes
@@ -55,7 +57,7 @@ def test_the_options_decide_which_passes_run():
         ("never", {"exit_depth": 3}, FUSED),
         ("fixed", {"exit_depth": 1}, UNFUSED),
     ):
-        program = planned()
+        program = planned(PLAIN)
         passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
         names[label] = [step.__name__ for step in passes]
     assert names == {
@@ -69,7 +71,7 @@ def test_the_options_decide_which_passes_run():
 
 def test_the_table_says_what_ran(caplog):
     """One line for each pass: its name, the operations that it added, and the first line of its docstring."""
-    program = planned()
+    program = planned(PLAIN)
     records: list[PassRecord] = []
     with caplog.at_level(logging.DEBUG, logger="river_compile.passes"):
         choices = choose(program, RiverConfig(first_exit=1), UNFUSED)
