@@ -405,11 +405,6 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device
     assert_close(result["score"], reference.row_similarity(result["hidden"], previous).min(), 1.0)
 
 
-def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compares float32 tensors bit for bit, with NaN."""
-    assert actual.view(torch.int32).tolist() == expected.view(torch.int32).tolist(), f"{actual}, not {expected}"
-
-
 def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") -> None:
     update, residual = torch.ones(2, spec.rows, spec.features, dtype=getattr(torch, spec.dtype), device=device)
     spoiled = update.clone()
