@@ -188,20 +188,6 @@ class TestRuntime:
         assert t.tokens[0].depth == 3
         assert t.tokens[0].scores[0] != t.tokens[0].scores[0]
 
-    def test_depth_and_similarities_follow_the_threshold(self):
-        """A threshold between two observed similarities makes the token leave at the first that exceeds it."""
-        step = TracedStep(layers=4)
-        with trace() as t:
-            step.run(None, threshold=2.0, quantizer="rtn")
-        similarities = t.tokens[0].scores
-        assert t.tokens[0].depth == 4
-        assert len(similarities) == 3
-        tau = sorted(similarities)[1]
-        expected = next(depth for depth, s in enumerate(similarities, start=1) if s > tau)
-        with trace() as t:
-            step.run(None, threshold=tau, quantizer="rtn")
-        assert t.tokens[0].depth == expected
-
     def test_a_prompt_may_leave_as_a_whole(self):
         model = make("llama", layers=3)
         model.compile(backend=river, options={**ALWAYS, "prefill": "exit"})

@@ -48,27 +48,6 @@ def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, paralle
             assert len(segment.graph.output_node().args[0]) == len(segment.outputs) + segment.has_score
 
 
-def test_the_options_decide_which_passes_run():
-    names = {}
-    for label, options, lowering in (
-        ("default", {"first_exit": 1}, UNFUSED),
-        ("fused", {"first_exit": 1, "lm_head": "w4"}, FUSED),
-        ("confidence", {"criterion": "confidence"}, UNFUSED),
-        ("never", {"exit_depth": 3}, FUSED),
-        ("fixed", {"exit_depth": 1}, UNFUSED),
-    ):
-        program = planned(PLAIN)
-        passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
-        names[label] = [step.__name__ for step in passes]
-    assert names == {
-        "default": ["twin_layers", "one_row_head", "exit_checks"],
-        "fused": ["twin_layers", "twin_head", "exit_checks", "fuse_checks", "fuse_twins", "rescored_head"],
-        "confidence": ["twin_layers", "one_row_head", "logits_entropy"],
-        "never": [],
-        "fixed": ["twin_layers", "one_row_head"],
-    }
-
-
 def test_the_table_says_what_ran(caplog):
     """One line for each pass: its name, the operations that it added, and the first line of its docstring."""
     program = planned(PLAIN)
