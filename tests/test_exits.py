@@ -168,9 +168,11 @@ class TestSimilarity:
         bound = sorted(first for first, *_ in scores)[STEPS // 2]
         with trace() as seen, forced_threshold(bound, first_exit=1):
             decode_by_hand(model, "static", STEPS)
-        left = [[depth for depth, score in enumerate(each, 1) if score > bound] for each in scores]
-        assert [step.depth for step in seen.tokens] == [next(iter(depths), LAYERS) for depths in left]
-        assert len({step.depth for step in seen.tokens}) > 1
+        assert [step.depth == 1 for step in seen.tokens] == [first > bound for first, *_ in scores]
+        for step in seen.tokens:
+            *before, last = step.scores
+            assert max(before, default=bound) <= bound
+            assert step.depth == (len(step.scores) if last > bound else LAYERS)
 
 
 @pytest.mark.parametrize("name", list(CRITERIA))
