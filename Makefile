@@ -82,8 +82,7 @@ generate: $(FOR_TEST)
 test-tools: $(FOR_TEST)
 	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) tests/benchmarks tests/examples tests/tools $(LAYERS)
 
-# (binutils-aarch64-linux-gnu, which lists a library's instructions, comes with the compiler.)
-ARM_TOOLS := aarch64-linux-gnu-g++ aarch64-linux-gnu-objdump qemu-aarch64
+ARM_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64
 SUDO = $(if $(filter-out 0,$(shell id -u)),sudo)
 
 test-arm: $(FOR_TEST)

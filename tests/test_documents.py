@@ -119,16 +119,3 @@ def test_links_lead_to_files_and_headings(page):
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             dead.append(target)
     assert not dead, "\n".join(dead)
-
-
-def test_the_checks_see_what_does_not_exist(tmp_path):
-    assert absent_modules("river_compile.runtime.nothing and river_compile.accelerate") == [
-        "river_compile.runtime.nothing"
-    ]
-    assert absent_files("`runtime/nothing.py`, `runtime/executor.py`") == ["runtime/nothing.py"]
-    text = "python -m tools.nothing, `python -m tools.prose --rot --root X`"
-    assert list(absent_commands(text)) == ["python -m tools.nothing", "python -m tools.prose --rot"]
-    page = tmp_path / "page.md"
-    page.write_text("# One `two`: three\n\n## A_b & c\n\n## A_b & c\n\n[x](kernels.md#z)", encoding="utf-8")
-    assert anchors(page) == ["one-two-three", "a_b--c", "a_b--c-1"]
-    assert list(targets(page)) == ["kernels.md#z"]

@@ -57,19 +57,6 @@ def test_every_warning_carries_an_id():
     assert {file: lines for file, lines in found.items() if lines} == {}
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "warnings.warn('no', UserWarning)",
-        "message = 'no'\nwarnings.warn(message)",
-        "message = with_id('RC001', 'yes')\nmessage = 'no'\nwarnings.warn(message)",
-        "log.warning('%s: no', name)",
-    ],
-)
-def test_the_check_sees_a_warning_without_an_id(source):
-    assert without_id(source) != []
-
-
 def test_the_ids_are_those_that_the_code_uses_each_registered_once_and_in_order():
     """An id in a string of the code is one that something raises or warns with."""
     used = set()

@@ -15,7 +15,7 @@ import zipfile
 import pytest
 
 from tests.support.layout import FOLDERS, OURS, ROOT, SOURCES, build_wheel, names_in, run_python
-from tests.support.sources import Source, circle, import_graph, imported_modules, part_of, parts_graph, read
+from tests.support.sources import circle, import_graph, imported_modules, part_of, parts_graph, read
 
 MAY_IMPORT = {
     "river_compile": {"river_compile", "passes", "kernels"},
@@ -64,38 +64,6 @@ def test_what_tools_and_benchmarks_import_from_the_project_exists():
     assert missing == []
 
 
-@pytest.mark.parametrize(
-    ("layer", "source"),
-    [
-        ("kernels", "import river_compile"),
-        ("kernels", "from river_compile.passes import types"),
-        ("kernels", "from .. import passes"),
-        ("kernels", "from ..config import RiverConfig"),
-        ("passes", "def f():\n    from river_compile import report"),
-        ("passes", "def f():\n    import river_compile.backend as b"),
-        ("passes", "import importlib\nimportlib.import_module('river_compile.runtime.executor')"),
-        ("river_compile", "import passes.types"),
-        ("river_compile", "from kernels import pack"),
-    ],
-)
-def test_the_check_sees_forbidden_imports(layer, source):
-    """The test above can fail: it sees lazy, relative, renamed and dynamic imports."""
-    assert forbidden_imports(source, layer, FOLDERS[layer]) != []
-
-
-@pytest.mark.parametrize(
-    ("layer", "source"),
-    [
-        ("kernels", "import torch\nfrom .pack import pack\nfrom . import quantize"),
-        ("passes", "from river_compile.kernels.quantize import quantize\nfrom .types import Refusal"),
-        ("passes", "from river_compile import kernels"),
-        ("river_compile", "from river_compile.passes import rewrite\nfrom .kernels import quantize"),
-    ],
-)
-def test_the_check_lets_allowed_imports_pass(layer, source):
-    assert forbidden_imports(source, layer, FOLDERS[layer]) == []
-
-
 def test_no_files_import_each_other_in_a_circle():
     """Imports inside functions and those for type checkers count too."""
     found = circle(import_graph(read()))
@@ -135,55 +103,6 @@ def test_what_is_optional_is_imported_through_its_doors(part):
             name = module.removeprefix("river_compile").removeprefix(".")
             found.add("cli.serving" if name.startswith("cli.serving.") else name)
     assert found == DOORS[part]
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        {"runtime.a": "from . import b", "runtime.b": "def f():\n    from .a import g"},
-        {"runtime.a": "from ..exits import x", "exits": "if TYPE_CHECKING:\n    import river_compile.runtime.a"},
-        {
-            "runtime.a": "import river_compile.twins.b",
-            "twins.b": "from ..exits import x",
-            "exits": "from .runtime import a",
-        },
-    ],
-)
-def test_the_check_sees_circles_of_files(imports):
-    """The tests above can fail: on lazy imports, on those for type checkers, and on longer circles."""
-    modules = {f"river_compile.{name}": source for name, source in imports.items()}
-    graph = import_graph({name: Source(name, f"{name}.py", source) for name, source in modules.items()})
-    found = circle(graph).split(" -> ")
-    assert found[0] == found[-1]
-    assert set(found) == set(modules)
-
-
-def test_the_check_sees_circles_of_folders():
-    """No two of these files import each other, but their folders do."""
-    sources = {
-        "river_compile.runtime.a": "from river_compile.twins import b",
-        "river_compile.runtime.c": "",
-        "river_compile.twins.b": "",
-        "river_compile.twins.d": "import river_compile.runtime.c",
-    }
-    graph = import_graph({name: Source(name, f"{name}.py", source) for name, source in sources.items()})
-    assert circle(graph) == ""
-    assert set(circle(parts_graph(graph)).split(" -> ")) == {"river_compile.runtime", "river_compile.twins"}
-
-
-@pytest.mark.parametrize(
-    ("module", "part"),
-    [
-        ("river_compile", "river_compile"),
-        ("river_compile.config", "river_compile.config"),
-        ("river_compile.runtime.units", "river_compile.runtime"),
-        ("river_compile.passes", "river_compile.passes"),
-        ("river_compile.passes.nodes", "river_compile.passes.nodes"),
-        ("river_compile.kernels.quant.grid", "river_compile.kernels.quant"),
-    ],
-)
-def test_a_module_belongs_to_its_subfolder(module, part):
-    assert part_of(module) == part
 
 
 @pytest.fixture(scope="module")

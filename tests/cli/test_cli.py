@@ -86,29 +86,6 @@ def test_the_page_of_commands_has_their_help():
     assert all(f"\n## river {command}\n" in page for command in COMMANDS)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("check", "nowhere"), "model='nowhere' is neither a folder with a config.json nor a name on the hub"),
-        (("chat", "smollm2"), "or `python -m tools.demo_models smollm2` fetches a small model and prints its folder"),
-        (("bench", "-m", "any", "-n", "1"), "-n 1"),
-        (("bench", "-m", "any", "-o", "xml"), "-o xml is not known; use one of md, json"),
-        (
-            ("bench", "-m", "any", "--row", "quick"),
-            "--row quick is not known here; use one of eager, inductor,",
-        ),
-        (("bench", "-m", "any", "--row", "calibrated"), "--row calibrated needs --calibration FILE"),
-        (("chat", "smollm2", "--threads", "-1"), "--threads -1 is not allowed"),
-    ],
-)
-def test_errors_are_one_line_and_code_1(arguments, says, capsys):
-    printed = river(capsys, *arguments, code=1)
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    assert says in printed.err
-    assert printed.out == ""
-
-
 @pytest.fixture
 def damaged(tiny, tmp_path):
     """A copy of the tiny model's folder, to be damaged."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from river_compile.backend import river
@@ -148,11 +147,3 @@ def test_what_it_is_not_for_is_refused(options, message):
     settings = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     with pytest.raises(ValueError, match=message):
         make("llama", layers=1).generate(ids, custom_generate=decode, **settings)
-
-
-class Order(list, StoppingCriteria):
-    """Notes when a step runs, and when the host has read what the one before it chose: then criteria are asked."""
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.append("read")
-        return torch.zeros(len(input_ids), dtype=torch.bool)

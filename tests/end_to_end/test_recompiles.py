@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from river_compile import accelerate, report
 from river_compile.backend import river
-from river_compile.upstream.transformers import mark_dynamic
 from tests.support.decoding import cache_argument
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
@@ -17,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "threshold": -1.0, "first_exit": 1}
 LONGEST = 300
 NEW_TOKENS = 3
-MARK = "_dynamo_weak_dynamic_indices"  # of `torch._dynamo.maybe_mark_dynamic`
 
 
 @pytest.mark.core
@@ -57,27 +55,6 @@ def test_a_cache_that_grows_takes_one_graph_of_prompts_and_two_of_steps(padded):
     for _ in range(2):
         model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
     assert len(report(model).graphs) == 3
-
-
-def test_an_accelerated_model_takes_two_graphs_for_prompts_of_any_length():
-    """Steps of the twins, and prompts, whose graph serves passes that verify drafts too."""
-    model = accelerate(make("llama", layers=2), kernels=OPERATORS, quantizer="rtn", group_size=32)
-    for length in (5, 9, 23):
-        model.generate(prompt(length), max_new_tokens=12, do_sample=False)
-    assert len(report(model).graphs) == 2
-
-
-def test_what_grows_with_a_text_is_marked():
-    """Ids and masks of several tokens, and what a cache has grown; a size of one is compiled by itself."""
-    mask, places = torch.ones(1, 5, dtype=torch.int64), torch.tensor([[4]])
-    cache = DynamicCache()
-    cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
-    for ids in (prompt(1), prompt(4)):
-        mark_dynamic({"input_ids": ids, "attention_mask": mask, "position_ids": places, "cache": cache})
-        assert getattr(ids, MARK, None) == ({1} if ids.shape[1] > 1 else None)
-    assert not hasattr(places, MARK)
-    assert getattr(mask, MARK) == {1}
-    assert getattr(cache.layers[0].keys, MARK) == getattr(cache.layers[0].values, MARK) == {2}
 
 
 def test_a_model_whose_first_call_is_a_step_takes_one_graph_of_steps():

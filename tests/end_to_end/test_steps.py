@@ -7,7 +7,6 @@ compiled (``torch.compile(model.forward)``), which is called through Dynamo ever
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 
 import pytest
@@ -155,22 +154,6 @@ def test_what_a_logits_processor_changes_takes_effect_in_the_next_step(changes):
         how = {"logits_processor": processors, "max_new_tokens": 5 * len(changes) + 4}
         texts.append(generate(model, ids, torch.ones_like(ids), **how))
     torch.testing.assert_close(*texts, rtol=1e-4, atol=1e-4)
-
-
-def test_threads_have_steps_of_their_own():
-    model, texts = compiled(make("llama", layers=LAYERS)), {}
-    inputs = [left_padded(batch) for batch in (1, 2)]
-    alone = [generate(model, *given) for given in inputs]
-    threads = [
-        threading.Thread(target=lambda i=i: texts.update({i: [generate(model, *inputs[i]) for _ in range(2)]}))
-        for i in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, expected in enumerate(alone):
-        assert all(all(map(torch.equal, text, expected)) for text in texts[i])
 
 
 def test_nothing_of_a_sequence_or_a_model_stays_alive(fresh_dynamo):

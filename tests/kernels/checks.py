@@ -1,6 +1,6 @@
 """One check per kernel family: makes inputs, runs the guarded kernel, compares with the float64 reference.
 
-Property, mutation and GPU tests share them. Inputs and references are made on the device: a large model's would take
+Property and GPU tests share them. Inputs and references are made on the device: a large model's would take
 minutes on a CPU in float64.
 """
 
@@ -403,11 +403,6 @@ def check_exit_score(spec: ExitScoreSpec, nearness: float, seed: int = 0, device
     result = run_guarded(spec, device=device, **exit_buffers(update, residual, previous))
     assert_close(result["hidden"], hidden, update.double().abs() + residual.double().abs())
     assert_close(result["score"], reference.row_similarity(result["hidden"], previous).min(), 1.0)
-
-
-def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compares float32 tensors bit for bit, with NaN."""
-    assert actual.view(torch.int32).tolist() == expected.view(torch.int32).tolist(), f"{actual}, not {expected}"
 
 
 def check_nan_never_exits(spec: ExitScoreSpec, row: int, device: str = "cpu") -> None:

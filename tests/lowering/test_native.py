@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import river_compile
-from river_compile import RiverWarning, report, trace
+from river_compile import RiverWarning, report
 from river_compile.backend import river
 from river_compile.config import RiverConfig
-from river_compile.decoding.mode import exact
 from river_compile.errors import OptionError
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.build import CannotBuild
@@ -177,19 +176,6 @@ def test_where_the_compiler_refuses_the_kernels_a_model_runs_plainly_and_it_is_s
     assert all(graph.refusal for graph in report(model).graphs)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kernels": OPERATORS, "target_kernels": "river"}, "target_kernels='river' requires the C"),
-    ],
-)
-def test_what_needs_the_kernels_says_so(options, message):
-    model = make("llama", layers=2)
-    model.compile(backend=river, options={**OPTIONS, **options})
-    with pytest.raises(OptionError, match=message):
-        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False, pad_token_id=0)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.slow
 def test_passes_of_gemma_are_recorded_whole(kv_heads):
@@ -203,47 +189,3 @@ def test_passes_of_gemma_are_recorded_whole(kv_heads):
     for graph in report(model).to_dict()["graphs"]:
         assert graph["missed"] == []
         assert set(graph["captures"]["uncaptured_units"]) <= {"prologue"}
-
-
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("qwen3", 3)])
-@pytest.mark.slow
-def test_strict_verification_has_the_bits_of_decoding_without_drafts(name, batch):
-    """In bfloat16, on the C++ kernels: the scores too, with drafts of one row that are verified several at a time."""
-    model = make(name, layers=2, dtype=torch.bfloat16)
-    model.compile(backend=river, options={**OPTIONS, "kernels": "native"})
-    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
-    options["disable_compile"] = True
-    outputs = {"return_dict_in_generate": True, "output_logits": True}
-    ids, mask = left_padded(batch)
-    with forced_depth(WHOLE):
-        plain = model.generate(ids, attention_mask=mask, **options, **outputs)
-    drafts = {
-        "custom_generate": exact,
-        "strict": True,
-        "num_assistant_tokens": 3,
-        "num_assistant_tokens_schedule": "constant",
-    }
-    with warnings.catch_warnings(), trace() as seen:
-        warnings.simplefilter("error", RiverWarning)
-        strict = model.generate(ids, attention_mask=mask, **drafts, **options, **outputs)
-    assert torch.equal(strict.sequences, plain.sequences)
-    assert all(map(torch.equal, strict.logits, plain.logits))
-    assert (4 in {cycle.width for cycle in seen.cycles}) == (batch == 1)
-
-
-@pytest.mark.slow
-def test_a_head_of_4_bits_gives_the_models_logits():
-    """One token that left: its logits with each head, against those of the model's own head after the same twins.
-
-    With so few logits the head in 4 bits recomputes all of them.
-    """
-    ids, found = torch.arange(5, 12)[None], {}
-    for head in ("keep", "w4"):
-        torch._dynamo.reset()
-        model = make("llama", layers=2)
-        model.compile(backend=river, options={**OPTIONS, "kernels": "native", "exit_depth": 0, "lm_head": head})
-        cache = new_cache(model, "full")
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
-            found[head] = model(input_ids=ids[:, -1:], past_key_values=cache).logits
-    assert (found["w4"] - found["keep"]).norm() < 1e-5 * found["keep"].norm()

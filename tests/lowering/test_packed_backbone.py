@@ -245,20 +245,6 @@ def test_small_matrices_and_models_without_room_stay_in_16_bits(gains, monkeypat
     assert set(packed_by_default()) == {0}
 
 
-@pytest.mark.parametrize("shapes", [{(128_256, 4096): 1}, {(960, 576): 30, (576, 576): 30, (49_152, 576): 1}])
-def test_a_measured_pass_has_each_weight_by_its_share_of_the_bytes(shapes):
-    """Of a large matrix some rows are measured, so that a pass is neither long nor in a cache."""
-    sample = list(measured._sample(shapes))
-    assert measured._BYTES / 2 < sum(weight.nbytes for weight in sample) < 2 * measured._BYTES
-    assert all(weight.numel() <= measured._MOST_WEIGHTS for weight in sample)
-    whole = sum(n * k * count for (n, k), count in shapes.items())
-    read = sum(weight.numel() for weight in sample)
-    for n, k in shapes:
-        rows = min(n, measured._MOST_WEIGHTS // k)
-        share = sum(weight.numel() for weight in sample if weight.shape == (rows, k)) / read
-        assert abs(share - shapes[n, k] * n * k / whole) < 0.15
-
-
 def test_what_was_measured_is_kept_for_the_machine(monkeypatch, tmp_path):
     native.load()
     library = measured.kernels_library(choose_isa())

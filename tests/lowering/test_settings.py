@@ -19,13 +19,6 @@ def test_a_whole_graph_has_the_modes_settings():
     assert inductor_settings(None) == {}
 
 
-@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
-def test_segments_get_no_cuda_graphs_of_inductors(mode):
-    """Their weights and caches are plain inputs, which Inductor's graphs would copy in every step."""
-    wanted = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    assert inductor_settings(mode, whole=False) == wanted | {"triton.cudagraphs": False}
-
-
 def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
     """Compiled code calls them by their schemas, which its key does not have by itself."""
     tags = []

@@ -30,7 +30,6 @@ from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode
 from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS, UNQUANTIZED
-from tools import demo_models
 from tools.kernels.resources import token_cost
 from tools.kernels.shapes import ModelShape, model_kernels
 from tools.marked import filled
@@ -364,29 +363,6 @@ def test_the_interpreter_is_announced_once():
         warnings.simplefilter("error")
         inductor.warn_of_slow_lowering(FUSED, torch.device("cpu"))
         inductor.warn_of_slow_lowering(FUSED, torch.device("cuda"))
-
-
-@pytest.mark.slow
-def test_tokens_of_smollm2(smollm2_folder):
-    """Tokens that leave early and late: fused twins give the logits and caches of float32 products of the same grids.
-
-    Both ways are fed the same tokens.
-    """
-    model, _ = demo_models.load("smollm2", dtype=torch.float32)
-    both = Both(OPERATORS, group_size=64)
-    model.compile(backend=both)
-    depths = [0, 29, 30, 28]
-    fed, results = prompt(4 + len(depths)), {}
-    for both.fused in (True, False):
-        cache = new_cache(model, "full", capacity=16)
-        logits, held = [], {"use_cache": True, cache_argument(model): cache}
-        with torch.no_grad():
-            logits.append(model.forward(fed[:, :4], **held).logits[:, -1])
-            for token, depth in zip(fed[:, 4:].split(1, 1), depths, strict=True):
-                with forced_depth(depth):
-                    logits.append(model(token, **held).logits[:, -1])
-        results[both.fused] = logits, cache_state(cache)
-    assert_same(results[True], results[False], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -15,29 +15,30 @@ from river_compile.passes.decoder import find_decoder
 from river_compile.passes.nodes import shape
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import DecoderPlan, Refusal
-from tests.passes.graphs import HEADS, SLOTS, WIDTH, GraphBuilder, Shape, random_decoder, shapes
+from tests.passes.decoders import DIM, KV_HEADS, SLOTS, WIDTH, Spelling, decoder, spellings
+from tests.passes.graphs import GraphBuilder
 from tests.support.examples import examples
 
-PLAIN = Shape(3, 2, "rms", False, "separate", False, True, False, False)
+PLAIN = Spelling(blocks=3)
 
 
-def plan_of(shape: Shape, seed: int = 0) -> DecoderPlan | Refusal:
-    return find_decoder(normalized(random_decoder(shape, seed)[0]))
+def plan_of(how: Spelling, seed: int = 0) -> DecoderPlan | Refusal:
+    return find_decoder(normalized(decoder(how, seed)[0]))
 
 
 @examples(30)
-@given(shape_=shapes(), seed=st.integers(0, 2**16))
-def test_every_node_has_a_part_and_parts_run_in_order(shape_, seed):
-    plan = plan_of(shape_, seed)
+@given(how=spellings(), seed=st.integers(0, 2**16))
+def test_every_node_has_a_part_and_parts_run_in_order(how, seed):
+    plan = plan_of(how, seed)
     assert isinstance(plan, DecoderPlan)
-    assert [block.path for block in plan.blocks] == [f"model.stages.{i}" for i in range(shape_.blocks)]
-    assert set(plan.part_of.values()) == set(range(shape_.blocks + 2))
+    assert [block.path for block in plan.blocks] == [f"model.layers.{i}" for i in range(how.blocks)]
+    assert set(plan.part_of.values()) == set(range(how.blocks + 2))
     for node, part in plan.part_of.items():
         assert all(plan.part_of.get(n, 0) <= part for n in node.all_input_nodes)
-    assert (plan.batch, plan.query_length, plan.kind) == (shape_.batch, 1, "decode")
+    assert (plan.batch, plan.query_length, plan.kind) == (how.batch, 1, "decode")
     for before, after in zip(plan.blocks, plan.blocks[1:], strict=False):
         assert before.hidden_out is after.hidden_in
-    assert all(shape(block.hidden_out) == (shape_.batch, 1, WIDTH) for block in plan.blocks)
+    assert all(shape(block.hidden_out) == (how.batch, 1, WIDTH) for block in plan.blocks)
 
 
 def test_a_static_cache_has_slots_and_counters():
@@ -48,9 +49,9 @@ def test_a_static_cache_has_slots_and_counters():
 
 
 def test_a_growing_cache_is_returned():
-    kv = plan_of(dataclasses.replace(PLAIN, static_cache=False)).blocks[0].kv
+    kv = plan_of(dataclasses.replace(PLAIN, cache="grown")).blocks[0].kv
     assert (kv.kind, kv.capacity, kv.lengths) == ("dynamic", None, ())
-    assert [shape(n) for n in kv.writes] == [(2, HEADS, 4, WIDTH // HEADS)] * 2
+    assert [shape(n) for n in kv.writes] == [(2, KV_HEADS, 4, DIM)] * 2
 
 
 class Blocks:

@@ -1,4 +1,4 @@
-"""Routers differ from other matmuls by the users of their result."""
+"""Routers differ from other matmuls by the users of their result; twins/test_experts.py has those of whole models."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from river_compile.passes.nodes import as_linear
 from river_compile.passes.normalize import normalized
 
 D, EXPERTS = 8, 4
-
-
-def top_k_of_probabilities(x, w1, w2):
-    """Mixtral, Qwen: the first weight routes, the second does not."""
-    chosen = F.linear(x, w1).softmax(-1).topk(2, dim=-1)[1]
-    return F.linear(x, w2) * chosen.sum()
-
-
-def a_biased_choice(x, w1, w2):
-    """DeepSeek, GLM: biased scores choose, unbiased ones weigh."""
-    scores = torch.sigmoid(F.linear(x, w1))
-    return scores.gather(1, torch.topk(scores + 0.5, k=2)[1]).sum() + F.linear(x, w2)
 
 
 def a_router_of_two_layers(x, w1, w2):
@@ -44,8 +32,6 @@ def attention_before_a_router_that_is_none(x, w1, w2):
 @pytest.mark.parametrize(
     ("function", "routers"),
     [
-        (top_k_of_probabilities, {"w1"}),
-        (a_biased_choice, {"w1"}),
         (a_router_of_two_layers, {"w1"}),
         (a_maximum, {"w1"}),
         (attention_before_a_router_that_is_none, set()),

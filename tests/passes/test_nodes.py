@@ -7,19 +7,15 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from river_compile.kernels import ops  # noqa: F401  (registers the operators)
 from river_compile.passes.nodes import (
-    ancestors,
     as_linear,
-    as_sdpa,
-    either_way,
     input_name,
     memory_of,
     module_path,
     mutated_inputs,
-    other_operand,
     shape,
     skip_casts,
     skip_noops,
@@ -212,29 +208,6 @@ class TestLinear:
         assert [as_linear(n) for n in nodes.normal(scaled, matmul, value)] == [None, None, None]
 
 
-def test_attention_gives_its_arguments_whatever_their_spelling():
-    nodes = Nodes()
-    found = as_sdpa(nodes.one(F.scaled_dot_product_attention, nodes.x, nodes.y, nodes.y, scale=0.5, is_causal=True))
-    assert (found.q.name, found.k.name, found.mask, found.dropout) == ("x", "y", None, 0.0)
-    assert (found.causal, found.scale, found.enable_gqa) == (True, 0.5, False)
-
-
-def test_operands_in_either_order():
-    nodes = Nodes()
-    half = nodes.one("mul", nodes.x, 0.5)
-    x = nodes.inputs["x"]
-    assert list(either_way(half, operator.mul)) == [(x, 0.5), (0.5, x)]
-    assert other_operand(half, operator.mul, 0.5) is x
-    assert other_operand(half, operator.mul, 2) is None
-    assert list(either_way(half, operator.add)) == []
-
-
-def test_ancestors_reach_the_inputs():
-    nodes = Nodes()
-    total = nodes.one(operator.add, nodes.b.call("neg", nodes.x), nodes.y)
-    assert {n.name for n in ancestors([total])} == {"x", "y", "neg", "add"}
-
-
 def test_names_come_from_the_users_code():
     nodes = Nodes()
     with nodes.b.module("L['self'].model"), nodes.b.module("L['self'].model.layers.3.norm"):
@@ -243,8 +216,3 @@ def test_names_come_from_the_users_code():
     assert module_path(nodes.inputs["x"]) == ""
     assert input_name(nodes.inputs["x"]) == "x"
     assert shape(node) == (2, 3, 4)
-
-
-def test_an_unknown_method_is_a_tensor_method():
-    nodes = Nodes()
-    assert nodes.one("cumsum", nodes.x, 0).target is Tensor.cumsum

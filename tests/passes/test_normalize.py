@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from river_compile.passes.nodes import is_tensor
 from river_compile.passes.normalize import normalized
-from tests.passes.graphs import GraphBuilder, assert_equal, clones, random_decoder, shapes
+from tests.passes.decoders import decoder, spellings
+from tests.passes.graphs import GraphBuilder, assert_equal, clones
 from tests.support.examples import examples, slow
 from tests.support.families import FAMILIES, each, make, prompt
 
@@ -39,9 +40,9 @@ def assert_normal(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 @examples(60)
-@given(shape=shapes(), seed=st.integers(0, 2**16))
-def test_random_decoders_keep_their_bits(shape, seed):
-    graph_module, inputs = random_decoder(shape, seed)
+@given(how=spellings(), seed=st.integers(0, 2**16))
+def test_random_decoders_keep_their_bits(how, seed):
+    graph_module, inputs = decoder(how, seed)
     normal = assert_normal(graph_module)
     expected, actual = clones(inputs), clones(inputs)
     assert_equal(graph_module(*expected), normal(*actual))

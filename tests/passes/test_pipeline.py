@@ -10,10 +10,12 @@ from river_compile.building.choose import choose, passes_for
 from river_compile.config import RiverConfig
 from river_compile.passes.edits import PassRecord, run_passes, table
 from river_compile.passes.program import RiverProgram
-from tests.passes.graphs import SHAPE, planned, texts
+from tests.passes.decoders import Spelling, planned
+from tests.passes.graphs import texts
 from tests.support.examples import examples
 from tests.support.lowerings import FUSED, OPERATORS, UNQUANTIZED
 
+PLAIN = Spelling(blocks=3, batch=1)
 OPTIONS = (
     {"first_exit": 1},
     {"first_exit": 1, "quantizer": "awq", "lm_head": "w4"},
@@ -27,11 +29,11 @@ OPTIONS = (
     lowering=st.sampled_from([FUSED, OPERATORS, UNQUANTIZED, replace(FUSED, layout=None)]),
     norm=st.sampled_from(["rms", "layer"]),
     parallel=st.booleans(),
-    bias=st.booleans(),
+    bias=st.sampled_from(["", "all"]),
 )
 def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, parallel, bias):
     """No pass changes graphs, inputs or outputs of an earlier program."""
-    program = planned(replace(SHAPE, norm=norm, parallel=parallel, bias=bias))
+    program = planned(replace(PLAIN, norm=norm, parallel=parallel, bias=bias))
     seen: list[tuple[RiverProgram, dict[str, list[str]]]] = [(program, texts(program))]
     passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
     assert passes
@@ -44,30 +46,9 @@ def test_a_pass_leaves_the_program_it_was_given(options, lowering, norm, paralle
             assert len(segment.graph.output_node().args[0]) == len(segment.outputs) + segment.has_score
 
 
-def test_the_options_decide_which_passes_run():
-    names = {}
-    for label, options, lowering in (
-        ("default", {"first_exit": 1}, OPERATORS),
-        ("fused", {"first_exit": 1, "lm_head": "w4"}, FUSED),
-        ("confidence", {"criterion": "confidence"}, OPERATORS),
-        ("never", {"exit_depth": 3}, FUSED),
-        ("fixed", {"exit_depth": 1}, OPERATORS),
-    ):
-        program = planned()
-        passes = passes_for(choose(program, RiverConfig(**options), lowering), program.plan)
-        names[label] = [step.__name__ for step in passes]
-    assert names == {
-        "default": ["twin_layers", "one_row_head", "exit_checks"],
-        "fused": ["twin_layers", "twin_head", "exit_checks", "fuse_checks", "fuse_twins", "rescored_head"],
-        "confidence": ["twin_layers", "one_row_head", "logits_entropy"],
-        "never": [],
-        "fixed": ["twin_layers", "one_row_head"],
-    }
-
-
 def test_the_table_says_what_ran(caplog):
     """One line for each pass: its name, the operations that it added, and the first line of its docstring."""
-    program = planned()
+    program = planned(PLAIN)
     records: list[PassRecord] = []
     with caplog.at_level(logging.DEBUG, logger="river_compile.passes"):
         choices = choose(program, RiverConfig(first_exit=1), OPERATORS)

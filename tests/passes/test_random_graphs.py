@@ -11,27 +11,28 @@ from torch import Tensor
 
 from river_compile.backend import river
 from river_compile.exits import forced_depth
-from tests.passes.graphs import Shape, assert_equal, clones, random_decoder, shapes
+from tests.passes.decoders import Spelling, decoder, spellings
+from tests.passes.graphs import assert_equal, clones
 from tests.support.examples import examples
 from tests.support.lowerings import OPERATORS, UNQUANTIZED
 
 
 @examples(60)
-@given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
-def test_unquantized_river_is_the_same_function(shape, seed, data):
-    depth = data.draw(st.integers(0, shape.blocks))
-    _, expected, actual = run_both(shape, seed, depth, kernels=UNQUANTIZED)
+@given(how=spellings(), seed=st.integers(0, 2**16), data=st.data())
+def test_unquantized_river_is_the_same_function(how, seed, data):
+    depth = data.draw(st.integers(0, how.blocks))
+    _, expected, actual = run_both(how, seed, depth, kernels=UNQUANTIZED)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_equal(theirs, ours)
 
 
 @examples(20)
-@given(shape=shapes(), seed=st.integers(0, 2**16), data=st.data())
-def test_quantized_river_fills_the_same_slots(shape, seed, data):
+@given(how=spellings(), seed=st.integers(0, 2**16), data=st.data())
+def test_quantized_river_fills_the_same_slots(how, seed, data):
     """After an exit: same counters and slots, identical bits written by blocks, close values by 4-bit twins."""
-    depth = data.draw(st.integers(0, shape.blocks))
+    depth = data.draw(st.integers(0, how.blocks))
     inputs, (expected, expected_inputs), (actual, actual_inputs) = run_both(
-        shape, seed, depth, quantizer="rtn", group_size=32
+        how, seed, depth, quantizer="rtn", group_size=32
     )
     for (name, before), a, b in zip(inputs.items(), expected_inputs, actual_inputs, strict=True):
         if written_by_a_twin(name, depth):
@@ -49,13 +50,13 @@ def test_quantized_river_fills_the_same_slots(shape, seed, data):
 
 
 def run_both(
-    shape: Shape, seed: int, depth: int, **options: object
+    how: Spelling, seed: int, depth: int, **options: object
 ) -> tuple[dict[str, Tensor], tuple[Sequence[Tensor], list[Tensor]], tuple[Sequence[Tensor], list[Tensor]]]:
     """Runs a random decoder as traced, and compiled with an exit at `depth`.
 
     Returns the inputs by name, and for each run its outputs and the inputs afterwards.
     """
-    graph_module, inputs = random_decoder(shape, seed)
+    graph_module, inputs = decoder(how, seed)
     names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
     plain, rewritten = clones(inputs), clones(inputs)
     expected = graph_module(*plain)

@@ -159,10 +159,7 @@ def quantized(folder: Path) -> dict[str, Any]:
 
 
 def scores(folder: Path) -> dict[str, Any]:
-    """Raises the second rank's scores above a threshold that the first one's do not reach.
-
-    What both do then, and what they would do if each went by its own score.
-    """
+    """Raises the second rank's scores above a threshold that the first one's do not reach: what both do then."""
     measured = portable.smallest_cosine
 
     def raised(*states: torch.Tensor) -> torch.Tensor:
@@ -175,11 +172,7 @@ def scores(folder: Path) -> dict[str, Any]:
             logits, depths, _ = decode(model, (None,) * 3, plain_prompt=True)
     with forced_threshold(-2.0):
         _, leaving, _ = decode(model, (None,) * 2, plain_prompt=True)
-    with forced_threshold(2.0), mock.patch.object(Ranks, "first", lambda ranks, value: value):
-        parted_logits, parted, _ = decode(model, (None,) * 3, plain_prompt=True)
-    return {
-        "logits": logits, "depths": depths, "leaving": leaving, "parted": parted, "parted logits": parted_logits,
-    }  # fmt: skip
+    return {"logits": logits, "depths": depths, "leaving": leaving}
 
 
 def exact(folder: Path) -> dict[str, Any]:

@@ -80,22 +80,6 @@ def test_entries_are_freed_and_the_cache_grows(model):
     assert (kv.free_slots, shown(kv)) == (27, [[1, 2, 3, 4, 8]])
 
 
-def test_rows_come_and_go(model):
-    """One that joins makes all end at the slot of the longest; the last takes the place of one that leaves."""
-    whole = cache(model, rows=4)
-    whole.select([])
-    for numbers in ([1, 2], [3, 4, 5, 6], [7]):
-        one = cache(model)
-        write(one, [numbers])
-        whole.join(one)
-    assert whole.rows == 3
-    assert [row[-n:] for row, n in zip(shown(whole), (2, 4, 1), strict=True)] == [[1, 2], [3, 4, 5, 6], [7]]
-    whole.select([2, 1])
-    assert [row[-n:] for row, n in zip(shown(whole), (1, 4), strict=True)] == [[7], [3, 4, 5, 6]]
-    whole.select([1])
-    assert shown(whole) == [[3, 4, 5, 6]]
-
-
 def test_a_prefix_goes_to_another_cache_and_nothing_behind_it(model):
     kv, other = cache(model), cache(model, slots=24)
     write(kv, [[1, 2, 3, 4]])

@@ -145,10 +145,6 @@ class TestOneDecision:
         assert same(both, "scores", "logits")
         assert [rank["scores"]["leaving"] for rank in both] == [[1, 1]] * 2
 
-    def test_without_agreement_the_ranks_part(self, both):
-        assert [rank["scores"]["parted"] for rank in both] == [[LAYERS] * 3, [1] * 3]
-        assert not torch.equal(both[0]["scores"]["parted logits"], both[0]["scores"]["logits"])
-
     def test_sampled_text_is_the_first_ranks(self, both):
         """In exact mode and in the package's own loop, whatever the seed of the others."""
         assert same(both, "exact", "sampled")

@@ -130,10 +130,5 @@ def test_experts_are_saved_and_read(tmp_path):
     assert sum(site.matmul.experts == 4 and str(tmp_path) in site.folder for site in sites.values()) == 4
 
 
-def _sites(step):
-    step.run(quantizer="rtn")
-    return _graph(step)
-
-
 def _graph(step):
     return report(step.model).graphs[-1].twins

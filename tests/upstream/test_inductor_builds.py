@@ -45,8 +45,3 @@ def test_half_a_file_is_not_left_behind(run, tmp_path):
     with pytest.raises(CppCompileError):
         run(f"{script} -o {tmp_path / 'out' / 'library.so'}", str(tmp_path))
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_it_is_done_once(run):
-    build_libraries_atomically()
-    assert cpp_builder.run_compile_cmd is run

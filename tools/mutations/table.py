@@ -208,7 +208,7 @@ _TRITON = (
 )
 
 _ARM_TESTS = ("tests/kernels/native/test_phases.py::test_each_phase_on_an_emulated_arm_core",)
-_ARM_NEEDS = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")
+_ARM_NEEDS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 _ARM = tuple(
     Mutation(name, f"{SOURCES}/gemv_int4_neon.h", old, new, breaks, _ARM_TESTS, needs=_ARM_NEEDS)
     for name, old, new, breaks in (

@@ -25,7 +25,7 @@ from river_compile.kernels.native import build
 PHASES, POOL = (Path(__file__).parent / name for name in ("phases", "pool"))
 _FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-pthread", "-rdynamic")
 _PREFIX = "aarch64-linux-gnu-"
-_ARM_TOOLS = (f"{_PREFIX}g++", f"{_PREFIX}objdump", "qemu-aarch64")
+_ARM_TOOLS = (f"{_PREFIX}g++", "qemu-aarch64")
 _ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
 _SUMMARY = re.compile(r"^(\d+) of (\d+) kernels checked, (\d+) cases failed$", re.MULTILINE)
 
@@ -45,12 +45,6 @@ def arm_compiler() -> build.Compiler:
 def arm_library(isa: build.Isa) -> Path:
     """Returns the kernels of an instruction set, compiled for ARM."""
     return build.kernels_library(isa, arm_compiler())
-
-
-def instructions(library: Path) -> list[str]:
-    """Returns the mnemonics of all instructions of a library for ARM, in order."""
-    listing = subprocess.check_output([_ARM_TOOLS[1], "-d", "--no-show-raw-insn", str(library)], text=True)
-    return re.findall(r"^ *[0-9a-f]+:\t(\S+)", listing, re.MULTILINE)
 
 
 @dataclass(frozen=True)

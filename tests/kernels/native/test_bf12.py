@@ -1,4 +1,4 @@
-"""C++ linears with 12-bit weights: the bits of 16-bit weights (test_around.py), for any rows."""
+"""C++ linears with 12-bit weights: the bits of 16-bit weights (test_linear.py), for any rows."""
 
 from __future__ import annotations
 

@@ -147,13 +147,6 @@ def test_on_a_full_disk_a_process_builds_elsewhere_before_it_compiles(sources, t
     assert answer(library) == 42
 
 
-def test_a_compiler_that_refuses_is_quoted(sources):
-    (sources / "answer.cpp").write_text("#error this machine is not supported\n")
-    with pytest.raises(build.CannotBuild, match="this machine is not supported"):
-        built("answer.cpp", "answer", ())
-    assert [file.suffix for file in (sources.parent / "cache/native").iterdir()] == [".lock"]
-
-
 def test_several_sources_become_one_library(sources):
     """They are compiled at the same time; if one is refused, nothing of the other stays."""
     (sources / "answer.cpp").write_text(
@@ -211,16 +204,6 @@ assert load.loaded()
 def test_where_there_is_no_compiler_nothing_begins():
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(build.CannotBuild, match="Install g"):
         load.begin()
-
-
-def test_the_instruction_set_is_chosen_by_the_environment(monkeypatch):
-    monkeypatch.delenv("RIVER_COMPILE_ISA", raising=False)
-    assert build.choose_isa() == build.supported_isas()[0]
-    monkeypatch.setenv("RIVER_COMPILE_ISA", "portable")
-    assert build.choose_isa().name == "portable"
-    monkeypatch.setenv("RIVER_COMPILE_ISA", "avx1024")
-    with pytest.raises(ValueError, match="RIVER_COMPILE_ISA='avx1024' is not allowed; choose one of"):
-        build.choose_isa()
 
 
 def test_a_machine_runs_what_its_capabilities_allow(monkeypatch):

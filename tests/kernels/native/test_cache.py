@@ -77,19 +77,6 @@ def test_one_query_position(isa, case, runs, threads):
 
 
 @ISAS
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_chunks_of_a_long_cache_are_put_together(isa, threads):
-    """Each chunk is weighted by its own maximum."""
-    load.load(isa)
-    torch.set_num_threads(threads)
-    q, k, v = inputs(2, 4, 2, 3 * CHUNK - 5, 16, torch.float32, 7)
-    k[:, :, CHUNK : 2 * CHUNK] *= 3
-    out = called(native.decode_attention, q, k, v, None, 1.0, 0.0)
-    expected = reference.attention(q, k, v, scale=1.0)
-    assert_rounded(out, expected, v.double().abs().amax((1, 2, 3))[:, None, None].expand(expected.shape))
-
-
-@ISAS
 @given(
     st.data(), st.sampled_from(("bool", -math.inf, "least", "half")), st.sampled_from(DTYPES), st.sampled_from(DTYPES)
 )
@@ -206,25 +193,6 @@ def test_several_positions_are_written_as_each_is_alone(isa, batch, positions, o
         assert torch.equal(q[:, i], alone)
     assert all(map(same_bits, at_once, in_turn))
     assert at_once[0].isnan().sum() == batch * 16 * (9 - positions + 1)
-
-
-@ISAS
-def test_filling_and_attending_step_by_step(isa):
-    """Three tokens into a slice of a larger cache, against attention over them."""
-    load.load(isa)
-    storage = torch.randn(2, 1, 6, 2, 16, generator=torch.Generator().manual_seed(0))
-    k_cache, v_cache = storage[..., 0, :], storage[..., 1, :]
-    for step in range(3):
-        qkv = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(step + 1))
-        q = native.kv_fill(qkv, None, None, None, None, torch.tensor([step]), k_cache, v_cache, "none", 0.0, False)
-        parts = qkv.view(2, 4, 16)
-        assert torch.equal(q, parts[:, :2])
-        assert torch.equal(k_cache[:, 0, step], parts[:, 2])
-        assert torch.equal(v_cache[:, 0, step], parts[:, 3])
-        written = (torch.arange(6) <= step).expand(2, 6)
-        out = native.decode_attention(q, k_cache, v_cache, written, 0.25, 0.0)
-        expected = reference.attention(q, k_cache, v_cache, scale=0.25, mask=written)
-        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 @ISAS

@@ -73,12 +73,16 @@ def test_a_set_of_another_machine_cannot_be_forced(supported, monkeypatch):
     """The message names those of this one."""
     monkeypatch.setattr(machine, "auxiliary_value", lambda kind: ASIMD | DOTPROD)
     assert supported("aarch64") == ["neon_dotprod", "neon", "portable"]
+    monkeypatch.delenv("RIVER_COMPILE_ISA", raising=False)
+    assert build.choose_isa().name == "neon_dotprod"
     for name in ("neon_dotprod", "neon", "portable"):
         monkeypatch.setenv("RIVER_COMPILE_ISA", name)
         assert build.choose_isa().name == name
-    for name in ("avx2", "neon_i8mm"):
+    for name in ("avx2", "avx1024", "neon_i8mm"):
         monkeypatch.setenv("RIVER_COMPILE_ISA", name)
-        with pytest.raises(ValueError, match=f"{name}.*neon_dotprod.*neon.*portable"):
+        with pytest.raises(
+            ValueError, match=f"RIVER_COMPILE_ISA='{name}' is not allowed; choose one of .*neon_dotprod.*neon.*portable"
+        ):
             build.choose_isa()
 
 

@@ -79,16 +79,6 @@ def test_in_pytorch_as_many_as_are_asked_for(seed, vocabulary, dtype, bias):
     torch.testing.assert_close(y[certain].double(), anew[certain], rtol=tolerance, atol=size)
 
 
-@ISAS
-def test_what_is_not_a_number_stays_so(isa):
-    arguments, _ = drawn(0, 2, 32, 20_001, torch.bfloat16, "none", False)
-    arguments[0][0, 7] = torch.nan
-    load.load(isa)
-    y = native.rescore(*arguments)
-    assert y[0, 7].isnan()
-    assert not y[1].isnan().any()
-
-
 def test_other_shapes_are_refused():
     load.load()
     (logits, x, weight, *rest), _ = drawn(0, 2, 32, 100, torch.float32, "none", False)

@@ -34,13 +34,6 @@ def test_unpacking_inverts_packing(layout, n, groups, group):
     assert torch.equal(packed.dequantize(torch.float64), weight.dequantize(torch.float64))
 
 
-def test_a_grid_of_bfloat16_parameters_is_kept_to_the_bit():
-    weight = grid(4, 128, 32).rounded(torch.bfloat16)
-    weight.zero[0, 0] = 2.0**-30  # below float16
-    again = pack.pack(weight, "triton").unpack()
-    assert torch.equal(again.dequantize(torch.float64), weight.dequantize(torch.float64))
-
-
 def test_where_a_nibble_lies_in_the_triton_layout():
     weight = grid(1, 128, 64)
     packed = pack.pack(weight, "triton")

@@ -107,11 +107,5 @@ def test_what_is_captured_reads_nothing_back(call, monkeypatch):
         body_of(call.split()[0])(*arguments)
 
 
-def test_a_call_that_reads_values_back_is_noticed():
-    arguments = sample_calls()["experts plain"]
-    with pytest.raises(AssertionError, match="tolist"), NoWaiting():
-        body_of("experts")(*arguments)
-
-
 def test_every_operator_of_a_gpu_is_captured():
     assert {call.split()[0] for call in captured_calls()} == {call.split()[0] for call in sample_calls()}

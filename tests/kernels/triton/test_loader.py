@@ -29,18 +29,6 @@ def empty_cache(tmp_path, monkeypatch):
     loader.load_for.cache_clear()
 
 
-def test_one_spec_is_one_text():
-    twin = dataclasses.replace(SPEC)
-    assert render(twin) == render(SPEC)
-    assert hash(twin) == hash(SPEC)
-
-
-def test_every_field_of_the_spec_stands_in_the_header():
-    header = render(SPEC).split('"""')[1]
-    for field in dataclasses.fields(SPEC):
-        assert f"    {field.name} = {getattr(SPEC, field.name)!r}\n" in header
-
-
 def test_the_file_is_written_once_and_leaves_nothing_beside_it(empty_cache):
     with ThreadPoolExecutor(8) as pool:
         paths = set(pool.map(lambda _: loader.source_file(SPEC), range(32)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from river_compile.passes.fusion.match import Part, part
-from river_compile.passes.fusion.recognise import activation, attention, norm, rotation, skip_repeat
+from river_compile.passes.fusion.recognise import activation, norm, rotation, skip_repeat
 from river_compile.passes.normalize import normalized
 from tests.passes.graphs import GraphBuilder
 
@@ -123,26 +123,6 @@ def turn(s: Scene, x: fx.Node, features: int, interleaved: bool = False, sign: i
     return s.b.call(operator.add, s.b.call("mul", x, cos), s.b.call(operator.mul, sin, turned))
 
 
-def partial(s: Scene) -> fx.Node:
-    first, rest = (s.b.call(operator.getitem, s.q, (Ellipsis, r)) for r in (slice(None, 4), slice(4, None)))
-    return s.b.call(torch.cat, (turn(s, first, 4), rest), -1)
-
-
-@pytest.mark.parametrize(
-    ("make", "features", "interleaved"),
-    [
-        (lambda s: turn(s, s.q, 8), 8, False),
-        (lambda s: turn(s, s.q, 8, interleaved=True), 8, True),
-        (partial, 4, False),
-    ],
-)
-def test_rotations(make, features, interleaved):
-    scene = Scene()
-    found = rotation(scene.normal(make(scene)))
-    assert (found.x.name, found.features, found.interleaved) == ("q", features, interleaved)
-    assert [found.cos.name, found.sin.name] == [n.name for n in scene.tables[features]]
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -154,27 +134,6 @@ def test_rotations(make, features, interleaved):
 def test_turns_the_other_way_are_no_rotation(make):
     scene = Scene()
     assert rotation(scene.normal(make(scene))) is None
-
-
-def repeated(s: Scene, x: fx.Node) -> fx.Node:
-    x = s.b.call(operator.getitem, x, (EVERY, EVERY, None, EVERY, EVERY))
-    return s.b.call("reshape", s.b.call("expand", x, 2, 2, 2, 5, WIDTH), 2, 4, 5, WIDTH)
-
-
-@pytest.mark.parametrize(("cap", "masked"), [(None, False), (None, True), (30.0, True)])
-def test_attention_written_out(cap, masked):
-    scene = Scene()
-    b = scene.b
-    keys, values = repeated(scene, scene.keys), repeated(scene, scene.values)
-    scores = b.call("mul", b.call(torch.matmul, scene.q, b.call("transpose", keys, -1, -2)), 0.25)
-    if cap is not None:
-        scores = b.call("mul", b.call("tanh", b.call("div", scores, cap)), cap)
-    scores = b.call("add", scores, scene.mask) if masked else scores
-    weights = b.call("to", b.call(F.softmax, scores, dim=-1, dtype=torch.float32), torch.float32)
-    found = attention(scene.normal(b.call("matmul", weights, values)))
-    assert (found.q.name, found.k.name, found.v.name) == ("q", "keys", "values")
-    assert (found.scale, found.softcap) == (0.25, cap or 0.0)
-    assert (found.mask.name if found.mask else None) == ("mask" if masked else None)
 
 
 def test_a_repetition_along_another_dimension_stays():

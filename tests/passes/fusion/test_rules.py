@@ -15,8 +15,7 @@ from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.exits import forced_depth
 from river_compile.record import record_of
-from tests.passes.fusion.fusion_graphs import Spelling, block_decoder
-from tests.passes.graphs import random_decoder, shapes
+from tests.passes.decoders import Spelling, decoder, spellings
 from tests.support.examples import examples
 from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS
 
@@ -26,9 +25,9 @@ OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}
 CASES = {
     "llama": (Spelling(), {}),
     "one sequence": (Spelling(batch=1), {}),
-    "qwen2: biases": (Spelling(bias=True), {}),
+    "qwen2: biases": (Spelling(bias="qkv"), {}),
     "qwen3: norms of heads": (Spelling(head_norm=True), {}),
-    "phi3: fused matrices": (Spelling(fused=True, bias=True), {}),
+    "phi3: fused matrices": (Spelling(projections="fused", bias="qkv"), {}),
     "gemma: 1 + weight, written attention": (
         Spelling(norm="rms_plus_one", activation="gelu_tanh", attention="written", mask="where"),
         {},
@@ -57,7 +56,7 @@ CASES = {
     "no mask": (Spelling(mask="none"), {}),
     "bias on the scores": (Spelling(mask="bias", attention="written"), {}),
     "a mask for every head": (Spelling(mask="heads"), {"attention": "not one row of slots"}),
-    "gate last": (Spelling(fused=True, up_first=True), {"norm + gate|up": "with the gate first"}),
+    "gate last": (Spelling(projections="fused", up_first=True), {"norm + gate|up": "with the gate first"}),
     "unknown activation": (Spelling(activation="tanh"), {"norm + gate|up": "no activation that the kernel supports"}),
 }
 
@@ -79,7 +78,7 @@ def assert_same(first, second) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_rules_match_or_say_why_not(case):
     spelling, expected = CASES[case]
-    graph_module, inputs = block_decoder(spelling)
+    graph_module, inputs = decoder(spelling)
     fused = run(graph_module, inputs, FUSED)
     assert_same(fused, run(graph_module, inputs, OPERATORS))
     missed = {f.rule: f for f in fused[2] if f.missed}
@@ -93,7 +92,7 @@ def test_rules_match_or_say_why_not(case):
 
 def test_a_full_ring_buffer_is_left_to_inductor():
     """Its entries move with each token; accelerated models use full static caches instead."""
-    graph_module, inputs = block_decoder(Spelling(cache="rolled"))
+    graph_module, inputs = decoder(Spelling(cache="rolled"))
     fused = run(graph_module, inputs, FUSED)
     assert_same(fused, run(graph_module, inputs, OPERATORS))
     missed = {f.rule: f.missed for f in fused[2] if f.missed}
@@ -102,7 +101,7 @@ def test_a_full_ring_buffer_is_left_to_inductor():
 
 
 @examples(25)
-@given(shape=shapes(most_blocks=2), seed=st.integers(0, 2**16), depth=st.integers(0, 2))
-def test_fusion_keeps_the_function_of_any_graph(shape, seed, depth):
-    graph_module, inputs = random_decoder(shape, seed)
+@given(how=spellings(most_blocks=2), seed=st.integers(0, 2**16), depth=st.integers(0, 2))
+def test_fusion_keeps_the_function_of_any_graph(how, seed, depth):
+    graph_module, inputs = decoder(how, seed)
     assert_same(run(graph_module, inputs, FUSED, depth), run(graph_module, inputs, OPERATORS, depth))

@@ -1,6 +1,6 @@
 // Checks every phase in the table of one library of kernels against double, and prints what was checked.
 //
-//     phases LIBRARY [--only NAME] [--list]
+//     phases LIBRARY [--only NAME]
 //
 // The exit status is 0 if every entry of the table was checked and no case failed. A library holds one instruction
 // set, and the program knows none, so one program serves all libraries of an architecture. Not handled: speed.
@@ -127,15 +127,9 @@ void permit_tiles() {
 #endif
 }
 
-int list_names() {
-  for (const Check& check : all_checks()) std::printf("%s\n", check.name.c_str());
-  return 0;
-}
-
 int main_of(const std::vector<std::string>& arguments) {
   std::string library, only;
   for (size_t i = 0; i < arguments.size(); ++i) {
-    if (arguments[i] == "--list") return list_names();
     if (arguments[i] == "--only" && i + 1 < arguments.size())
       only = arguments[++i];
     else
@@ -144,7 +138,7 @@ int main_of(const std::vector<std::string>& arguments) {
   void* const loaded = library.empty() ? nullptr : dlopen(library.c_str(), RTLD_NOW);
   void* const table = loaded ? dlsym(loaded, "river_kernels") : nullptr;
   if (!table) {
-    std::fprintf(stderr, "%s\nusage: phases LIBRARY [--only NAME] [--list]\n", library.empty() ? "" : dlerror());
+    std::fprintf(stderr, "%s\nusage: phases LIBRARY [--only NAME]\n", library.empty() ? "" : dlerror());
     return 2;
   }
   permit_tiles();

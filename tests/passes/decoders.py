@@ -1,4 +1,4 @@
-"""Decoders of two blocks for the fusion rules, in the spellings that models use."""
+"""Decoders as Dynamo traces them, without a model and without Dynamo, in the spellings that models use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from river_compile.passes.decoder import find_decoder
+from river_compile.passes.normalize import normalized
+from river_compile.passes.program import RiverProgram
+from river_compile.passes.segments import split_segments
 from tests.passes.graphs import GraphBuilder
 
 WIDTH, HEADS, KV_HEADS, DIM, SLOTS, MLP = 32, 4, 2, 16, 6, 64
@@ -18,14 +23,15 @@ FILLED = 3
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a block is written."""
+    """How a decoder is written."""
 
+    blocks: int = 2
     batch: int = 2
     norm: str = "rms"  # before attention and MLP; or "rms_plus_one", "layer", "rms_called", "none"
     sandwich: bool = False  # another norm after attention and MLP, before the additions
     parallel: bool = False  # attention and MLP read the same input
-    fused: bool = False  # q|k|v and gate|up are one weight each
-    bias: bool = False  # of q, k and v
+    projections: str = "separate"  # or "fused" (q|k|v, gate|up), "conv1d" (stored transposed), "matmul" with weight.T
+    bias: str = ""  # of "qkv", or of "all" linears, as "conv1d" has anyway
     head_norm: bool = False  # queries and keys are normalized per head
     rotation: str = "half"  # or "partial", "interleaved", "none"
     query_scale: bool = False  # the rotated query is scaled before the cache is written
@@ -36,11 +42,41 @@ class Spelling:
     gated: bool = True  # the MLP has a gate
     up_first: bool = False  # the gate is the second half of gate|up
     residual: float = 1.0  # factor before the additions
+    between: bool = False  # an operation between the blocks that no module contains
+    return_hidden: bool = False  # the hidden state after every block is returned too
+
+    @property
+    def fused(self) -> bool:
+        return self.projections == "fused"
 
 
-def block_decoder(how: Spelling, seed: int = 0) -> tuple[fx.GraphModule, list[Tensor]]:
+def spellings(most_blocks: int = 5) -> st.SearchStrategy[Spelling]:
+    """Returns a strategy over structures of at least two blocks; fusion/test_rules.py has more spellings of a block."""
+    return st.builds(
+        Spelling,
+        blocks=st.integers(2, most_blocks),
+        batch=st.integers(1, 3),
+        norm=st.sampled_from(["rms", "layer", "none"]),
+        parallel=st.booleans(),
+        projections=st.sampled_from(["separate", "fused", "conv1d", "matmul"]),
+        bias=st.sampled_from(["", "all"]),
+        cache=st.sampled_from(["counted", "grown"]),
+        activation=st.sampled_from(["silu", "gelu"]),
+        gated=st.booleans(),
+        between=st.booleans(),
+        return_hidden=st.booleans(),
+    )
+
+
+def decoder(how: Spelling, seed: int = 0) -> tuple[fx.GraphModule, list[Tensor]]:
     """Returns a decoder's graph for one token per row, and real inputs."""
     return _Decoder(how, seed).build()
+
+
+def planned(how: Spelling, seed: int = 0) -> RiverProgram:
+    """Returns a decoder as the passes' input."""
+    graph_module, _ = decoder(how, seed)
+    return split_segments(find_decoder(normalized(graph_module)))
 
 
 class _Decoder:
@@ -50,25 +86,29 @@ class _Decoder:
 
     def build(self) -> tuple[fx.GraphModule, list[Tensor]]:
         b, how = self.b, self.how
-        ids = b.placeholder("ids", torch.randint(0, 16, (how.batch, 1)))
+        ids = b.placeholder("ids", torch.randint(0, 16, (how.batch, 1), generator=b.generator))
         padding = torch.ones(how.batch, SLOTS, dtype=torch.bool)
         padding[-1, 0] = how.batch == 1
         self.padding = b.placeholder("padding", padding)
         self.scores = b.placeholder("scores", b.randn(how.batch, 1, 1, SLOTS))
         self.angles = b.placeholder("angles", b.randn(how.batch, 1, DIM if how.rotation != "partial" else DIM // 2))
         embedding = b.parameter("embedding", 16, WIDTH)
-        weights = [self._declare(i) for i in range(2)]
+        weights = [self._declare(i) for i in range(how.blocks)]
         head = b.parameter("head", 16, WIDTH)
         with b.module("L['self'].model"):
             hidden = b.call(F.embedding, ids, embedding)
             self.cos, self.sin = b.call(torch.cos, self.angles), b.call(torch.sin, self.angles)
             self.mask = self._mask(weights[0])
-        returned = []
+        returned, states = [], []
         for i, w in enumerate(weights):
             with b.module("L['self'].model"), b.module(f"L['self'].model.layers.{i}"):
                 hidden = self._block(w, hidden, returned)
+            states.append(hidden)
+            if how.between and i + 1 < how.blocks:
+                with b.module("L['self'].model"):
+                    hidden = b.call(operator.mul, hidden, 1.25)
         logits = b.call(F.linear, self._norm(weights[0]["norm"], hidden), head, None)
-        return b.finish([*returned, logits]), b.values
+        return b.finish([*returned, *(states if how.return_hidden else []), logits]), b.values
 
     def _declare(self, i: int) -> dict[str, fx.Node]:
         b, how = self.b, self.how
@@ -77,8 +117,11 @@ class _Decoder:
         sizes |= {"gate_up": (2 * MLP, WIDTH)} if how.fused and how.gated else {"up": (MLP, WIDTH)}
         sizes |= {"gate": (MLP, WIDTH)} if how.gated and not how.fused else {}
         sizes |= {"o": (WIDTH, q), "down": (WIDTH, MLP)}
-        w = {name: b.parameter(f"b{i}_{name}", *size) for name, size in sizes.items()}
-        w |= {f"{n}_bias": b.parameter(f"b{i}_{n}_bias", sizes[n][0]) for n in ("q", "k", "v", "qkv") if n in sizes}
+        turn = -1 if how.projections == "conv1d" else 1
+        w = {name: b.parameter(f"b{i}_{name}", *size[::turn]) for name, size in sizes.items()}
+        of_all = how.bias == "all" or how.projections == "conv1d"
+        biased = [n for n in sizes if of_all or (how.bias and n in ("q", "k", "v", "qkv"))]
+        w |= {f"{n}_bias": b.parameter(f"b{i}_{n}_bias", sizes[n][0]) for n in biased}
         w |= {name: b.parameter(f"b{i}_{name}", WIDTH) for name in ("norm", "norm_bias", "norm_2", "norm_3", "norm_4")}
         w |= {name: b.parameter(f"b{i}_{name}", DIM) for name in ("q_norm", "k_norm")}
         slots = FILLED if how.cache == "grown" else SLOTS
@@ -108,7 +151,7 @@ class _Decoder:
         b, how = self.b, self.how
         normed = self._norm(w["norm"], hidden, w["norm_bias"])
         with b.module("attention"):
-            attended = b.call(F.linear, self._attention(w, normed, returned), w["o"], None)
+            attended = self._linear(w, "o", self._attention(w, normed, returned))
         attended = self._behind(w["norm_3"], attended)
         if how.parallel:
             mlp = self._mlp(w, normed)
@@ -116,6 +159,17 @@ class _Decoder:
         middle = b.call(operator.add, hidden, attended)
         mlp = self._behind(w["norm_4"], self._mlp(w, self._norm(w["norm_2"], middle, w["norm_bias"])))
         return b.call(operator.add, middle, mlp)
+
+    def _linear(self, w: dict[str, fx.Node], name: str, x: fx.Node) -> fx.Node:
+        b, bias = self.b, w.get(f"{name}_bias")
+        if self.how.projections == "conv1d":
+            features, out_features = w[name].meta["example_value"].shape
+            y = b.call(torch.addmm, bias, b.call("view", x, -1, features), w[name])
+            return b.call("view", y, (self.how.batch, 1, out_features))
+        if self.how.projections == "matmul":
+            y = b.call(operator.matmul, x, b.call(getattr, w[name], "T"))
+            return y if bias is None else b.call(operator.add, y, bias)
+        return b.call(F.linear, x, w[name], bias)
 
     def _behind(self, weight: fx.Node, x: fx.Node) -> fx.Node:
         x = self._norm(weight, x) if self.how.sandwich else self.b.call(F.dropout, x, 0.1, False)
@@ -140,11 +194,11 @@ class _Decoder:
     def _attention(self, w: dict[str, fx.Node], x: fx.Node, returned: list[fx.Node]) -> fx.Node:
         b, how = self.b, self.how
         if how.fused:
-            whole = b.call(F.linear, x, w["qkv"], w["qkv_bias"] if how.bias else None)
+            whole = self._linear(w, "qkv", x)
             parts = b.call(torch.split, whole, [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], -1)
             q, k, v = (b.call(operator.getitem, parts, i) for i in range(3))
         else:
-            q, k, v = (b.call(F.linear, x, w[n], w[f"{n}_bias"] if how.bias else None) for n in "qkv")
+            q, k, v = (self._linear(w, n, x) for n in "qkv")
         q, k, v = (b.call("view", y, (how.batch, 1, -1, DIM)) for y in (q, k, v))
         if how.head_norm:
             q, k = self._norm(w["q_norm"], q, kind="rms"), self._norm(w["k_norm"], k, kind="rms")
@@ -221,16 +275,16 @@ class _Decoder:
         b, how = self.b, self.how
         with b.module("mlp"):
             if how.gated and how.fused:
-                parts = b.call("chunk", b.call(F.linear, x, w["gate_up"], None), 2, dim=-1)
+                parts = b.call("chunk", self._linear(w, "gate_up", x), 2, dim=-1)
                 gate, up = (b.call(operator.getitem, parts, i) for i in (range(2), (1, 0))[how.up_first])
             elif how.gated:
-                pair = {n: b.call(F.linear, x, w[n], None) for n in (("gate", "up"), ("up", "gate"))[how.up_first]}
+                pair = {n: self._linear(w, n, x) for n in (("gate", "up"), ("up", "gate"))[how.up_first]}
                 gate, up = pair["gate"], pair["up"]
             else:
-                gate, up = b.call(F.linear, x, w["up"], None), None
+                gate, up = self._linear(w, "up", x), None
             y = self._activate(gate)
             y = y if up is None else b.call(operator.mul, y, up)
-            return b.call(F.linear, y, w["down"], None)
+            return self._linear(w, "down", y)
 
     def _activate(self, x: fx.Node) -> fx.Node:
         b, kind = self.b, self.how.activation
