@@ -34,7 +34,7 @@ from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
 log = logging.getLogger("river_compile.runtime.state")
-_NO_ROW = "is no row of the embedding"  # kernels/native/sources/bindings_inputs.h
+_NO_ROW = "is no row of the embedding"  # kernels/native/sources/operators/bindings_inputs.h
 _steps: Observers[[StepState, StepRecord]] = Observers()
 
 
