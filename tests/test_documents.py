@@ -17,7 +17,7 @@ from tools.prose import GENERATED, PAGES
 MANUAL = [page for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
 LINKED = [*MANUAL, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/notes/*.md"))]
 SOURCES = [file for folder in (*OURS, "passes", "kernels") for file in sorted((ROOT / folder).rglob("*.py"))]
-NATIVE = sorted(ROOT.glob("kernels/native/sources/*"))
+NATIVE = sorted(ROOT.glob("kernels/native/sources/**/*.*"))
 
 MODULE = re.compile(rf"(?<![\w./-])((?:{'|'.join(OURS)})(?:\.\w+)+)(?![\w/(]*[/\"'])")
 FILE = re.compile(r"(?<![\w./<{*-])((?:[\w-]+/)*[\w-]+\.(?:py|h|cpp|md|jinja|jsonl))\b(?![\w.]*[(*])")

@@ -3,7 +3,8 @@
 The rule of imports: ``river_compile -> passes -> kernels``. Kernels know no graph and passes know no backend, so
 ``kernels/`` imports nothing of the other two and ``passes/`` imports only ``kernels/``, at module level or inside a
 function. All of them call each other by their installed names (``river_compile.passes``), never by the folder's.
-Neither files nor folders import each other in a circle, wherever in a file an import stands.
+Neither files nor folders import each other in a circle, wherever in a file an import stands. For the
+folders of C++ sources see `MAY_INCLUDE`.
 """
 
 import ast
@@ -11,6 +12,7 @@ import importlib
 import itertools
 import re
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,44 @@ def test_no_folders_import_each_other_in_a_circle():
     hops = set(itertools.pairwise(found.split(" -> ")))
     files = [f"{a} imports {b}" for a in graph for b in graph[a] if (part_of(a), part_of(b)) in hops]
     assert not found, "\n".join([f"folders import each other in a circle: {found}", *files])
+
+
+NATIVE = ROOT / "kernels/native/sources"
+MAY_INCLUDE = {  # of each folder of C++ sources, those that its files include; phases.h lies above all of them
+    ".": set(),
+    "vectors": {".", "vectors"},
+    "packing": {".", "vectors", "packing"},
+    "kernels": {".", "vectors", "kernels"},
+    "operators": {".", "vectors", "operators"},
+}
+
+
+def forbidden_includes(source: str, folder: str) -> list[str]:
+    """Returns the includes of `source`, a C++ file of `folder`, that are against the arrow or not by a whole path."""
+    names = re.findall(r'^\s*#\s*include\s*"([^"]+)"', source, re.MULTILINE)
+    return [n for n in names if str(Path(n).parent) not in MAY_INCLUDE[folder] or not (NATIVE / n).is_file()]
+
+
+def test_includes_run_one_way():
+    """The libraries of operators, of kernels and of packing know nothing of each other but phases.h."""
+    files = [file for file in NATIVE.rglob("*") if file.is_file()]
+    assert {str(file.parent.relative_to(NATIVE)) for file in files} == set(MAY_INCLUDE)
+    found = {file: forbidden_includes(file.read_text(), str(file.parent.relative_to(NATIVE))) for file in files}
+    assert not any(found.values()), {str(file): names for file, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("kernels", '#include <cmath>\n\n#include "operators/tensors.h"'),
+        ("operators", '#if defined(RIVER_ISA_AMX)\n# include "kernels/gemm_amx.h"\n#endif'),
+        ("vectors", '#include "kernels/epilogue.h"'),
+        ("vectors", '#include "dtypes.h"'),
+        ("kernels", '#include "../phases.h"'),
+    ],
+)
+def test_the_check_sees_forbidden_includes(folder, source):
+    assert len(forbidden_includes(source, folder)) == 1
 
 
 DOORS = {  # of each optional part, the modules of the package that import it; the package itself exports some names

@@ -34,13 +34,15 @@ from river_compile.kernels.native.machine import ARM, X86, architecture, arm_fea
 
 log = logging.getLogger("river_compile.kernels.native.build")
 
-SOURCES = Path(__file__).parent / "sources"
+SOURCES = Path(__file__).parent / "sources"  # of three libraries; includes are named by their path in it
 # A wheel of one machine holds a library for each of its instruction sets here, next to the hash of their sources. They
 # are written against torch's stable ABI. Checkouts and installations with changed sources compile their own.
 BUILT = Path(__file__).parent / "built"
 _HASH_FILE = "sources.sha256"
-_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
-_KERNELS = ("kernels.cpp", "gemm.cpp")
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w", "-I.")
+_KERNELS = ("kernels/kernels.cpp", "kernels/gemm.cpp")
+_PACKING = ("packing/packing.cpp",)
+_OPERATORS = ("operators/bindings.cpp",)
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest release that a library runs with
 _PACKING_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _MIN_FREE_BYTES = 16 << 20  # a library takes a few MiB
@@ -145,12 +147,12 @@ def kernels_library(isa: Isa, compiler: Compiler | None = None) -> Path:
 
 def packing_library(isa: Isa) -> Path:
     """Return the library that packs weights; raise as :func:`build`."""
-    return _library(["packing.cpp"], f"packing_{isa.name}", [*isa.flags, *_PACKING_FLAGS])
+    return _library(_PACKING, f"packing_{isa.name}", [*isa.flags, *_PACKING_FLAGS])
 
 
 def operators_library() -> Path:
     """Return the library of the operators ``torch.ops.river_native.*``; raise as :func:`build`."""
-    return _library(["bindings.cpp"], "operators", [*torch_flags(), _STABLE_ABI])
+    return _library(_OPERATORS, "operators", [*torch_flags(), _STABLE_ABI])
 
 
 def has_prebuilt() -> bool:
@@ -186,8 +188,9 @@ def _prebuilt(name: str) -> Path | None:
 
 def _hash_of_sources() -> str:
     digest = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sorted(SOURCES.rglob("*")):
+        if file.is_file():
+            digest.update(file.relative_to(SOURCES).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -268,8 +271,7 @@ def build(compiler: Compiler, sources: Sequence[str], name: str, flags: Sequence
     command = [compiler.command, *_FLAGS]
     make = functools.partial(_make, command, sources, flags)
     inputs = [*command, *sources, *flags, compiler.version, torch.__version__, sys.platform, target_architecture()]
-    texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
-    digest = hashlib.sha256(b"\0".join([*map(str.encode, inputs), *texts])).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([*inputs, _hash_of_sources()]).encode()).hexdigest()[:16]
     try:
         return cached_file(f"native/{name}_{digest}.so", _is_whole, make)
     except OSError as error:
@@ -299,7 +301,7 @@ def _compile(command: Sequence[str], sources: Sequence[str], flags: Sequence[str
     if len(sources) == 1:
         return _run([*command, *sources, *flags, "-o", str(library)])
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".objects.") as folder:
-        objects = [str(Path(folder, f"{source}.o")) for source in sources]
+        objects = [str(Path(folder, f"{Path(source).name}.o")) for source in sources]
         commands = [[*command, "-c", s, *flags, "-o", o] for s, o in zip(sources, objects, strict=True)]
         # A pool of concurrent.futures takes no work once the main thread has ended, and a build continues then.
         with ThreadPool(len(sources)) as pool:

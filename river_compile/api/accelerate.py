@@ -94,7 +94,7 @@ def accelerate(
             f"accelerate requires a transformers model that generates, got {type(model).__name__}{_unwrap_hint(model)}",
             id="RC006",
         )
-    why_not = untraceable(model) or _without_values(model)
+    why_not = untraceable(model) or without_values(model)
     if why_not:
         raise OptionError(f"Cannot accelerate this {type(model).__name__}: {why_not}", id="RC006")
     mode, backend_options, config = asked_for(model, quality, strict, calibration, options)
@@ -165,7 +165,7 @@ def _built(
     return executor
 
 
-def _without_values(model: nn.Module) -> str:
+def without_values(model: nn.Module) -> str:
     """Return why a model cannot run: its weights are on the meta device, and nothing loads them in each call."""
     loads = any(hasattr(module, "_hf_hook") for module in model.modules())
     name = next((name for name, weight in model.named_parameters() if weight.is_meta), "")

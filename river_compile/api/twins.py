@@ -5,35 +5,43 @@ Not handled: formats other than River's own and compressed-tensors.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from river_compile.agreement import Agreement
-from river_compile.api.accelerate import accelerate, restore
-from river_compile.api.generation import restore_generate
-from river_compile.backend import shared_by
+from river_compile.api.accelerate import without_values
+from river_compile.backend import obstacle, shared_by
 from river_compile.building.graph_record import Graphs
-from river_compile.compile_cache.programs import ProgramCache
+from river_compile.config import RiverConfig
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
 from river_compile.kernels.files import atomic_write
 from river_compile.kernels.quant.grid import QuantizedWeight
+from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
+from river_compile.passes.normalize import normalized
+from river_compile.passes.program import Refusal, RiverProgram
+from river_compile.passes.segments import recognise
+from river_compile.passes.twins import TwinSpec, twin_layers
+from river_compile.progress import stage_shown
 from river_compile.record import ModelRecord, find_record, unwrap
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.twins.digests import Digests
 from river_compile.twins.file import write
+from river_compile.twins.making import Job, Statistics
 from river_compile.twins.pack import TwinWeights
-from river_compile.twins.weights import TwinWeight, is_in
-from river_compile.upstream.dynamo import OwnCall
+from river_compile.twins.weights import Parameters, TwinWeight, is_in
+from river_compile.upstream.dynamo import OwnCall, untraceable
+from river_compile.upstream.transformers import cache_argument, full_static_cache
 
 FORMATS = ("compressed-tensors",)
+_PROMPT, _SLOTS = 2, 32  # of the call that `export` traces
 
 
 def save_twins(model: nn.Module, folder: str | Path) -> Path:
@@ -127,7 +135,7 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
 
     Each linear of a twin becomes ``weight_packed`` (int32 ``[N, K / 8]``, eight 4-bit values in a word) and
     ``weight_scale`` ``[N, K / group]``; all other weights stay as they are. The format has no zero-points, so the model
-    is quantized with ``quantizer="symmetric"``, unless its twins are that already. It is left as it was.
+    is quantized with ``quantizer="symmetric"``, unless its twins are that already. It stays as it is.
 
     Args:
         model: a transformers model, accelerated or not.
@@ -140,7 +148,7 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
     Raises:
         OptionError: (a ``ValueError``) an unknown format.
         TwinsError: (a ``ValueError``) the format cannot hold the twins (stacked experts, GPT-2's transposed weights,
-            several group sizes), or the folder cannot be written.
+            several group sizes), River cannot find the model's layers, or the folder cannot be written.
     """
     folder = Path(PATH("folder", folder, TwinsError))
     if format not in FORMATS:
@@ -154,14 +162,14 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TwinsError(f"Cannot export to {folder}: it exists and is not an empty folder. Name another", id="RC044")
     plain: Any = unwrap(model)
-    with _symmetric_twins(plain, folder) as twins:
-        _check(twins, folder)
-        state: dict[str, Tensor] = dict(plain.state_dict())
-        for twin in twins:
-            for name, grid in _linears(twin):
-                state |= _tensors(name, grid, state.pop(f"{name}.weight").dtype, folder)
-        names = {name for twin in twins for name in twin.name.split("|")}
-        group_size = twins[0].group_size
+    twins = _symmetric_twins(plain, folder)
+    _check(twins, folder)
+    state: dict[str, Tensor] = dict(plain.state_dict())
+    for twin in twins:
+        for name, grid in _linears(twin):
+            state |= _tensors(name, grid, state.pop(f"{name}.weight").dtype, folder)
+    names = {name for twin in twins for name in twin.name.split("|")}
+    group_size = twins[0].group_size
     left = [path for path, module in plain.named_modules() if isinstance(module, nn.Linear) and path not in names]
     try:
         with atomic_write(folder) as scratch:
@@ -174,56 +182,53 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
     return folder
 
 
-class _State(NamedTuple):
-    """What `accelerate` changes in a record."""
-
-    graphs: Graphs
-    call: OwnCall | None
-    programs: ProgramCache | None
-    stores: bool
-    background: bool
-
-    @classmethod
-    def of(cls, record: ModelRecord) -> _State:
-        twins = record.of(TwinWeights)
-        graphs = Graphs(record.of(Graphs))
-        return cls(graphs, record.find(OwnCall), record.find(ProgramCache), twins.stores, twins.background.enabled)
-
-    def put_back(self, record: ModelRecord) -> None:
-        record.drop(OwnCall, ProgramCache)
-        record.put(*(held for held in (self.graphs, self.call, self.programs) if held is not None))
-        twins = record.of(TwinWeights)
-        twins.stores, twins.background.enabled = self.stores, self.background
-
-
-@contextlib.contextmanager
-def _symmetric_twins(model: Any, folder: Path) -> Iterator[list[TwinWeight]]:
-    """Give a model's symmetric twins: its own, or ones that are made for the time of the block."""
+def _symmetric_twins(model: Any, folder: Path) -> list[TwinWeight]:
+    """Return the symmetric twins of a model's blocks: its own, or new ones, of which it learns nothing."""
     record = find_record(model)
-    head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), "")
-
-    def blocks() -> list[TwinWeight]:
-        return [twin for twin in _current_twins(model, folder) if twin.name != head]
-
     packed = record.of(Graphs).packed if record is not None else []
-    if packed and all(twin.quantizer == "symmetric" for twin in packed):
-        yield blocks()
-        return
-    generate = vars(model).get("generate")
-    before = None if record is None else _State.of(record)
-    accelerate(model, quantizer="symmetric", lm_head="keep", compile_cache=False, background_packing=False)
-    try:
-        _generate_a_token(model)
-        yield blocks()
-    finally:
-        if record is None or before is None:
-            restore(model)
+    if not packed or any(twin.quantizer != "symmetric" for twin in packed):
+        return _quantized(model, folder)
+    head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    return [twin for twin in _current_twins(model, folder) if twin.name != head]
+
+
+def _quantized(model: Any, folder: Path) -> list[TwinWeight]:
+    """Quantize the matmuls of a model's blocks symmetrically; raise a TwinsError if they are not found."""
+    config = RiverConfig(quantizer="symmetric")
+    why_not = untraceable(model) or without_values(model)
+    found = Refusal(why_not) if why_not else _decoder(model, config)
+    if isinstance(found, Refusal):
+        raise TwinsError(f"Cannot export to {folder}: {found}. Export a model that River accelerates", id="RC046")
+    program, inputs = found
+    twinned = twin_layers(TwinSpec(config.group_size, PLAIN_LAYOUT))(program)
+    assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
+    matmuls = [matmul for twin in twinned.twins for matmul in twin.packed]
+    parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in matmuls}
+    job = Job(config, Statistics(), program.plan.device, parameters, Digests().of(parameters))
+    with stage_shown("packing"):
+        return [*job.make(matmuls, lossless=False).values()]
+
+
+@torch.no_grad()
+def _decoder(model: Any, config: RiverConfig) -> tuple[RiverProgram, Sequence[Any]] | Refusal:
+    """Trace a short prompt; return the decoder in it with its real inputs, or why there is none."""
+    found: list[tuple[RiverProgram, Sequence[Any]]] = []
+    refusals = [Refusal("the model has no graph that Dynamo traces")]
+
+    def look(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        program = obstacle(config, model, example_inputs) or recognise(normalized(graph_module))
+        if isinstance(program, Refusal):
+            refusals.append(program)
         else:
-            before.put_back(record)
-            if generate is None:
-                restore_generate(model)
-            else:
-                vars(model)["generate"] = generate
+            found.append((program, example_inputs))
+        return graph_module.forward
+
+    ids = torch.ones(1, _PROMPT, dtype=torch.long, device=model.device)
+    given = {cache_argument(model): full_static_cache(model, _SLOTS), "attention_mask": torch.ones_like(ids)}
+    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=_PROMPT, use_cache=True, **given)
+    with stage_shown("tracing"):
+        OwnCall(look, {})(model, **inputs)
+    return found[-1] if found else refusals[-1]
 
 
 def _check(twins: Sequence[TwinWeight], folder: Path) -> None:

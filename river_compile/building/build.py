@@ -50,10 +50,11 @@ from river_compile.runtime.state import CompiledProgram, all_logits
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.units import Step, Units
 from river_compile.system import advise_pageout
-from river_compile.twins.making import Statistics
+from river_compile.twins.backbone_file import has_backbone_file
+from river_compile.twins.making import Job, Statistics
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.quantize import UNOBSERVED
-from river_compile.twins.weights import ProgramWeights, TwinWeight
+from river_compile.twins.weights import Parameters, ProgramWeights, TwinWeight
 from river_compile.upstream.dynamo import OwnCall
 
 log = logging.getLogger("river_compile.twins")
@@ -80,7 +81,10 @@ def build(
         if by_default:
             lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless]
             later = _only_drafts(model, config) and twins.packs_later(lossless)
-            there = twins.has_stored(lossless, inputs) if later else twins.has_lossless or has_room(found)
+            if later:
+                there = has_backbone_file(lossless, inputs, twins.digests)
+            else:
+                there = twins.has(lossless=True) or has_room(found)
             if not there:
                 choices = replace(choices, target_weights="model")
                 rewritten, passes = _rewritten(found, choices)
@@ -162,7 +166,7 @@ def _rebuild(
 def _tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: float) -> None:
     """Report requantized weights: the first time as a warning, later in the log, for training loops."""
     twins = model.of(TwinWeights)
-    twins.loss, twins.changes, twins.changed = None, twins.changes + 1, len(changed)
+    twins.loss.value, twins.changes, twins.changed = None, twins.changes + 1, len(changed)
     others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     message = (
         f"The weights changed after their 4-bit twins were packed ({changed[0].name}{others}). The twins were packed "
@@ -246,10 +250,9 @@ def _packed(
     refresh: bool,
 ) -> ProgramWeights | None:
     """Return the packed weights of the matmuls that the passes made and tokens can reach."""
-    twins, statistics = model.of(TwinWeights), model.of(Statistics).now()
+    twins, statistics, start = model.of(TwinWeights), model.of(Statistics).now(), time.perf_counter()
     config, how = graph.config, graph.config.target_weights
     with graph.stage("packing"):
-        every = [linear for segment in program.segments for linear in segment.packed]
         packable = [linear for segment in segments for linear in segment.packed]
         reached = [linear for linear in packable if linear.lossless or program.twins]
         if how == "12bit" and not any(linear.lossless for linear in packable):
@@ -258,13 +261,10 @@ def _packed(
                 "model.to(torch.bfloat16), or use target_weights='model'",
                 id="RC004",
             )
-        savable = [linear for linear in every if not linear.lossless]
         weights = None
         if reached:
-            drafting = _only_drafts(model, config)
-            weights = twins.get(
-                reached, inputs, config, statistics, program.device, program.matrices, savable, refresh, drafting
-            )
+            weights = twins.find(reached, _job(program, reached, inputs, model, config, statistics, refresh))
+            twins.seconds += time.perf_counter() - start
     packed = {} if weights is None else weights.packed
     graph.twins = tuple(made for made in packed.values() if not made.matmul.lossless)
     digests = {(twin.name, twin.asked): twin.digest for twin in graph.twins}
@@ -288,6 +288,27 @@ def _packed(
     if graph.twins:
         warn()
     return weights
+
+
+def _job(
+    program: Program,
+    reached: Sequence[Matmul],
+    inputs: Sequence[Any],
+    model: ModelRecord,
+    config: RiverConfig,
+    statistics: Statistics,
+    refresh: bool,
+) -> Job:
+    """Return how weights of a program are made: from which parameters, and by which file."""
+    twins = model.of(TwinWeights)
+    savable = [matmul for segment in program.segments for matmul in segment.packed if not matmul.lossless]
+    parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*reached, *savable)}
+    drafting, digests = _only_drafts(model, config), twins.digests.of(parameters)
+    job = Job(config, statistics, program.device, parameters, digests, refresh, drafting)
+    has_twins = any(not matmul.lossless for matmul in parameters)  # a prompt's program may have none
+    if config.twins is None or not has_twins or refresh:
+        return job
+    return twins.with_file(job, savable, program.matrices)
 
 
 def _compiled(

@@ -18,7 +18,8 @@ from river_compile.decoding.kv_cache import KVCache, slots_for
 from river_compile.kernels.native.load import any_rows
 
 # Passes of few positions sum attention in another order than a prompt (`kFewPositions` of
-# kernels/native/sources/tensors.h), so at least this much of a prompt runs. Fewer entries are not worth keeping.
+# kernels/native/sources/operators/tensors.h), so at least this much of a prompt runs. Fewer entries are not worth
+# keeping.
 LEAST_PREFIX = 17
 _AHEAD = 512  # new tokens that a new cache has slots for
 # Bytes of all saved texts. They hold about twenty conversations of 1,000 tokens with SmolLM2 (23 kB a token), or four

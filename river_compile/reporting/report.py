@@ -73,7 +73,7 @@ class Report:
     def to_dict(self) -> dict[str, object]:
         """Return the report as JSON's types; a number that does not exist is None."""
         record, twins, prefixes = self.record, self.record.of(TwinWeights), self.record.of(PrefixPool)
-        share = twins.background.share
+        share, loss = twins.background.share, twins.loss.value
         return {
             "model": self.model,
             "ran": self.ran,
@@ -91,7 +91,7 @@ class Report:
             **record.of(Placement).to_dict(),
             "matrices": [_weight_dict(twin) for twin in self.packed],
             "own_text_refused": record.of(Statistics).own.refusal or None,
-            "twin_loss": twins.loss and {**asdict(twins.loss), "large": twins.loss.large},
+            "twin_loss": loss and {**asdict(loss), "large": loss.large},
             "exit_depths": self.decode_depths,
             "prefill_exit_depths": self.prefill_depths,
             "mean_exit_depth": _finite(self.mean_depth),
@@ -145,7 +145,7 @@ def report(model: nn.Module, estimate_loss: bool = False) -> Report:
     """
     record = find_record(model) or ModelRecord()
     if estimate_loss:
-        record.of(TwinWeights).estimate_loss(record.of(Graphs).packed, record.of(Statistics).now())
+        record.of(TwinWeights).loss.estimate(record.of(Graphs).packed, record.of(Statistics).now())
     depths = record.of(ExitStats)
     return Report(
         type(unwrap(model)).__name__,
@@ -215,9 +215,9 @@ def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[s
     if without:
         why = f": the model wrote no text of its own ({refusal})" if refusal else ""
         yield f"    statistics   none for {without} matrices, which took quantizer={UNOBSERVED!r}{why}"
-    if twins.loss is not None:
-        yield f"    loss         {twins.loss}, all blocks in 4 bits"
-        if twins.loss.large:
+    if (loss := twins.loss.value) is not None:
+        yield f"    loss         {loss}, all blocks in 4 bits"
+        if loss.large:
             yield "                 WARNING: high quantization loss. Early exit will change the output. Use"
             yield "                 quality='exact', tune_exit, or pass representative text as calibration_data="
     yield _sqnr_line("SQNR of weights", {p.name: p.sqnr for p in packed})

@@ -30,7 +30,7 @@ from river_compile.runtime.launcher import Launcher
 from river_compile.runtime.stats import ExitStats, Observers, StepRecord
 from river_compile.runtime.units import SCORE, VOCAB_BLOCKS, Unit, Units
 
-_NO_ROW = "is no row of the embedding"  # kernels/native/sources/bindings_inputs.h
+_NO_ROW = "is no row of the embedding"  # kernels/native/sources/operators/bindings_inputs.h
 _steps: Observers[[StepState, StepRecord]] = Observers()
 
 

@@ -1,17 +1,15 @@
-"""Makes packed weights: in threads, from observed statistics, or while the model reads its own text.
+"""Makes packed weights: in threads, from observed statistics, or while the model reads its own text; or loads them.
 
 Not handled: which weights are made, and when (:mod:`river_compile.twins.pack`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -26,7 +24,8 @@ from river_compile.progress import stage_reached
 from river_compile.twins.file import TwinFile
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration
-from river_compile.twins.quantize import make_weight
+from river_compile.twins.quantize import make_weight, pack_weight
+from river_compile.twins.threads import in_threads, thread_pool
 from river_compile.twins.weights import LOSSLESS, Parameters, ParameterStamp, TwinWeight
 
 Keep = Callable[[TwinWeight], TwinWeight]
@@ -59,17 +58,18 @@ class Statistics:
         return None, functools.partial(self.own.stream_moments, resample=refresh)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """How to make the weights of one call of `TwinWeights.get` that neither memory nor a file has."""
+    """How a program's weights are made, and which they are."""
 
     config: RiverConfig
     statistics: Statistics
-    device: torch.device
-    parameters: dict[Matmul, Parameters]
-    digests: dict[Matmul, str]
-    refresh: bool
-    file: TwinFile | None = None
+    device: torch.device  # of the packed weights
+    parameters: Mapping[Matmul, Parameters]
+    digests: Mapping[Matmul, str]  # of the parameters
+    refresh: bool = False  # parameters have changed: no file has their weights, and own text is sampled again
+    drafting: bool = False  # only drafts read the twins, so a result without them will do
+    file: TwinFile | None = None  # of the options, which has the twins
 
     @property
     def observes(self) -> bool:
@@ -85,6 +85,20 @@ class Job:
         origin = "" if self.file is None or matmul.lossless else str(self.file.folder)
         how = self.quantizer(matmul.lossless), matmul.layout, matmul.group_size, matmul.scales_inputs
         return matmul.name, self.device, *how, origin, number
+
+    def load(self, matmuls: Sequence[Matmul], file: TwinFile) -> dict[Matmul, TwinWeight]:
+        """Load weights from a file. All are looked up before the first is packed: all or none fit."""
+        asked = {matmul: self.quantizer(matmul.lossless) for matmul in matmuls}
+        saved = {matmul: file.find(matmul, asked[matmul], self.digests[matmul]) for matmul in matmuls}
+
+        def load(matmul: Matmul) -> TwinWeight:
+            grid, facts = saved[matmul]
+            made = pack_weight(
+                matmul, self.parameters[matmul], self.digests[matmul], asked[matmul], grid, facts, self.device
+            )
+            return replace(made, folder=str(file.folder))
+
+        return dict(zip(matmuls, in_threads(load, matmuls), strict=True))
 
     def make_unless_changed(
         self, matmuls: Sequence[Matmul], lossless: bool, keep: Keep = lambda made: made
@@ -111,7 +125,7 @@ class Job:
         found: dict[Matmul, TwinWeight] = {}
         weights = [self.parameters[matmul].weights[0] for matmul in matmuls]
         threads = threads_for(weights[0])
-        with _thread_pool(threads) as pool:
+        with thread_pool(threads) as pool:
 
             def one(given: tuple[Matmul, Moments | None]) -> TwinWeight:
                 matmul, moments = given
@@ -192,15 +206,3 @@ def spilled(folder: Path, made: TwinWeight) -> TwinWeight:
     weight = made.weight
     weight = replace(weight, qweight=moved(weight.qweight), scale_zero=moved(weight.scale_zero))
     return replace(made, weight=weight)
-
-
-@contextlib.contextmanager
-def _thread_pool(threads: int) -> Iterator[ThreadPool]:
-    """Give a pool whose threads have ended afterwards: none may be in torch when the interpreter exits."""
-    # That of concurrent.futures takes no work while the interpreter waits for its last threads.
-    pool = ThreadPool(threads)
-    try:
-        yield pool
-    finally:
-        pool.close()
-        pool.join()

@@ -171,15 +171,17 @@ class ProgramWeights:
     def __init__(
         self,
         packed: Mapping[Matmul, TwinWeight],
-        inputs: Sequence[Any],  # of its graph, real tensors, in order
-        digests: Callable[[dict[Matmul, Parameters]], dict[Matmul, str]],
+        parameters: Mapping[Matmul, Parameters],  # of the packed, and perhaps of others
+        digests: Callable[[Mapping[Matmul, Parameters]], dict[Matmul, str]],
         made: Sequence[TwinWeight],
         awaits: Packing | None = None,  # the twins are missing that this makes
     ) -> None:
         self.packed, self._digests, self._awaits = packed, digests, awaits
         self.made = made  # those of the packed that are new
         self._order = [number for matmul in packed for number in matmul.parameters]
-        self._stamp: ParameterStamp | None = ParameterStamp([inputs[i] for i in self._order])
+        self._stamp: ParameterStamp | None = ParameterStamp(
+            [tensor for matmul in packed for tensor in parameters[matmul].tensors]
+        )
 
     def matches(self, inputs: Sequence[Any]) -> bool:
         """Whether they are made from the parameters among these inputs; reads those whose stamp differs."""

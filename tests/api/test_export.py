@@ -13,8 +13,10 @@ import river_compile
 from river_compile import RiverError, export, report
 from river_compile.api.twins import FORMATS
 from river_compile.backend import river
+from river_compile.building.graph_record import Graphs
 from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.quant.grid import quantize
+from river_compile.record import find_record
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
@@ -71,6 +73,12 @@ def test_what_the_format_cannot_hold_is_refused(family, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_whose_layers_are_not_found_is_refused(tmp_path):
+    with pytest.raises(TwinsError, match=r"the graph holds no list of two or more modules\. Export a model that River"):
+        export(make("llama", layers=1), tmp_path / "w4")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arguments(tmp_path):
     with pytest.raises(OptionError, match=f"format='gguf' is not allowed; use {FORMATS[0]!r}"):
         export(make("llama"), tmp_path / "w4", format="gguf")
@@ -80,6 +88,12 @@ def test_arguments(tmp_path):
 
 
 QUICK = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn", "compile_cache": False}
+
+
+def kept(model):
+    """Returns the very objects that River keeps of a model: of each type, of graphs and of twins."""
+    record = find_record(model)
+    return None if record is None else (dict(record._held), [*record.of(Graphs)], record.of(Graphs).packed)
 
 
 @pytest.mark.parametrize("state", ["plain", "accelerated", "compiled"])
@@ -92,10 +106,10 @@ def test_any_model_is_exported_in_one_step_and_left_as_it_was(state, tmp_path):
         model.compile(backend=river, options={"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"})
     settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     text = model.generate(prompt(), **settings)
-    twins = report(model).packed
+    before = kept(model)
     export(model, tmp_path / "w4")
     assert ("generate" in vars(model)) == (state == "accelerated")
-    assert [(twin.name, twin.digest) for twin in report(model).packed] == [(twin.name, twin.digest) for twin in twins]
+    assert kept(model) == before
     assert torch.equal(model.generate(prompt(), **settings), text)
     export(other, tmp_path / "other")
     saved, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("w4", "other"))

@@ -18,7 +18,7 @@ from river_compile.kernels import measured
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
-from river_compile.twins import pack
+from river_compile.twins import digests, pack
 from tests.support.families import each, make, prompt
 from tests.support.lowerings import OPERATORS
 
@@ -180,8 +180,8 @@ class TestTheCompileCache:
 @torch.no_grad()
 def test_a_start_hashes_each_weight_once(start, monkeypatch):
     """For its twin and for its packed form, which are made of the same."""
-    hashed, digest = [], pack.digest_of
-    monkeypatch.setattr(pack, "digest_of", lambda some: hashed.extend(map(id, some)) or digest(some))
+    hashed, digest = [], digests.digest_of
+    monkeypatch.setattr(digests, "digest_of", lambda some: hashed.extend(map(id, some)) or digest(some))
     model = accelerated(model_of(), "12bit")
     generate(model)
     if start == "that finds changed weights":
@@ -357,7 +357,7 @@ class TestLaterProcesses:
         def fail(*_):
             raise RuntimeError("no space")
 
-        monkeypatch.setattr(pack.TwinWeights, "store_lossless", fail)
+        monkeypatch.setattr(pack, "write_backbone_file", fail)
         first, _ = self.run()
         second, graphs = self.run()
         assert graphs == [("traced", False), ("derived", False)]

@@ -101,7 +101,7 @@ def test_the_same_weights_give_the_same_twins():
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "gemma3"])
 def test_what_the_report_says(family):
     found = report((started if family == "gpt2" else packed_by_default)(family), estimate_loss=True)
-    loss, text, entries = found.record.of(TwinWeights).loss, str(found), found.to_dict()
+    loss, text, entries = found.record.of(TwinWeights).loss.value, str(found), found.to_dict()
     assert {p.quantizer for p in found.packed} == {"gptq"}
     assert f"{len(found.packed)} matrices were calibrated on 128 tokens that the model sampled" in text
     assert f"loss         KL {loss.kl:.3f}" in text
@@ -128,7 +128,7 @@ def test_a_model_that_cannot_write_takes_hqq_and_says_so(monkeypatch):
     reason = "took quantizer='hqq': the model wrote no text of its own (TypeError: no text from me)"
     assert reason in str(report(model))
     assert report(model).to_dict()["own_text_refused"] == "TypeError: no text from me"
-    assert report(model, estimate_loss=True).record.of(TwinWeights).loss is None
+    assert report(model, estimate_loss=True).record.of(TwinWeights).loss.value is None
 
 
 def test_a_body_without_a_head_cannot_write():
@@ -146,14 +146,14 @@ def test_a_body_without_a_head_cannot_write():
 def test_weights_that_changed_write_anew():
     """Their twins are those of a start with these weights."""
     model, other = started(), make("llama", layers=2, seed=7)
-    assert report(model, estimate_loss=True).record.of(TwinWeights).loss is not None
+    assert report(model, estimate_loss=True).record.of(TwinWeights).loss.value is not None
     model.load_state_dict(other.state_dict())
     with pytest.warns(RiverWarning, match="^RC048: The weights changed after their 4-bit twins were packed"):
         decode(model, new_cache(model, "static"), [0])
     other.compile(backend=river, options=OPTIONS)
     decode(other, new_cache(other, "static"), [0])
     assert same(bytes_of(model), bytes_of(other))
-    assert report(model).record.of(TwinWeights).loss is None  # of other weights
+    assert report(model).record.of(TwinWeights).loss.value is None  # of other weights
 
 
 def test_an_artifact_says_what_its_twins_knew(tmp_path):
@@ -221,7 +221,7 @@ def test_a_large_loss_is_warned_of():
     model = packed_by_default()
     report_before = str(report(model))
     assert "WARNING" not in report_before
-    object.__setattr__(report(model, estimate_loss=True).record.of(TwinWeights).loss, "kl", 3.0)
+    object.__setattr__(report(model, estimate_loss=True).record.of(TwinWeights).loss.value, "kl", 3.0)
     assert "KL 3.000" in str(report(model))
     assert "WARNING" in str(report(model))
     assert TwinLoss(3.0, 0.5, 10).large

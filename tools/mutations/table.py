@@ -58,7 +58,7 @@ _QUANT = (
 _NATIVE = (
     Mutation(
         "kv-bound",
-        f"{SOURCES}/kv_fill.h",
+        f"{SOURCES}/kernels/kv_fill.h",
         "(slot < 0 || slot >= a.slots)",
         "(slot < 0 || slot > a.slots)",
         "the slot after the last one is written",
@@ -66,7 +66,7 @@ _NATIVE = (
     ),
     Mutation(
         "kv-rotation",
-        f"{SOURCES}/kv_fill.h",
+        f"{SOURCES}/kernels/kv_fill.h",
         "x[first] * cos[first] - x[second] * sin[first];",
         "x[first] * cos[first] + x[second] * sin[first];",
         "half of a head is rotated the other way",
@@ -74,7 +74,7 @@ _NATIVE = (
     ),
     Mutation(
         "attention-causal",
-        f"{SOURCES}/attention_mask.h",
+        f"{SOURCES}/kernels/attention_mask.h",
         "int(std::min<int64_t>(a.slots, row % a.positions + 1))",
         "int(std::min<int64_t>(a.slots, row % a.positions))",
         "a position does not attend to itself",
@@ -82,7 +82,7 @@ _NATIVE = (
     ),
     Mutation(
         "attention-chunks",
-        f"{SOURCES}/attention.h",
+        f"{SOURCES}/kernels/attention.h",
         "total += of[a.head_dim + 1] * factor;",
         "total += of[a.head_dim + 1];",
         "chunks of a long cache are weighted as if all had the same maximum",
@@ -90,7 +90,7 @@ _NATIVE = (
     ),
     Mutation(
         "linear-zero",
-        f"{SOURCES}/gemv_int4.h",
+        f"{SOURCES}/kernels/gemv_int4.h",
         "fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]))",
         "fma(zero, every(x[r].sum[0]), fma(products[r], scale, sums[h][r]))",
         "every group's zero meets the first group's activations",
@@ -106,7 +106,7 @@ _NATIVE = (
     ),
     Mutation(
         "prepare-scale",
-        f"{SOURCES}/activations.h",
+        f"{SOURCES}/kernels/activations.h",
         "*scale = largest / 127.0f;",
         "*scale = largest / 128.0f;",
         "activations in 8 bits come out 0.8 % too small",
@@ -114,7 +114,7 @@ _NATIVE = (
     ),
     Mutation(
         "rescore-bound",
-        f"{SOURCES}/rescore.h",
+        f"{SOURCES}/kernels/rescore.h",
         "return !(largest_[block] < least_);",
         "return !(largest_[block] <= least_);",
         "one block of logits fewer than promised is computed again in 16 bits",
@@ -122,7 +122,7 @@ _NATIVE = (
     ),
     Mutation(
         "choices-first",
-        f"{SOURCES}/choices.h",
+        f"{SOURCES}/kernels/choices.h",
         "return a > b || (a != a && b == b);",
         "return a >= b || (a != a && b == b);",
         "the last of several best tokens is chosen, which transformers does not",
@@ -130,7 +130,7 @@ _NATIVE = (
     ),
     Mutation(
         "packing-errors",
-        f"{SOURCES}/packing.cpp",
+        f"{SOURCES}/packing/packing.cpp",
         "store(other, load(other) - error * factors[j]);",
         "store(other, load(other) + error * factors[j]);",
         "GPTQ in C++ doubles errors within a block",
@@ -141,7 +141,7 @@ _NATIVE = (
 _TWELVE_BITS = (
     Mutation(
         "bf12-patches",
-        f"{SOURCES}/bf12.h",
+        f"{SOURCES}/kernels/bf12.h",
         "out[next[0] % kFour * stride + next[0] / kFour - i] = uint16_t(next[1]);",
         "out[(next[0] + 1) % kFour * stride + next[0] / kFour - i] = uint16_t(next[1]);",
         "patches of weights in 12 bits belong to the next output feature",
@@ -149,7 +149,7 @@ _TWELVE_BITS = (
     ),
     Mutation(
         "bf12-nibbles",
-        f"{SOURCES}/bf12.h",
+        f"{SOURCES}/kernels/bf12.h",
         "upper_[0][h] = look_up(palette, low_nibbles(codes));",
         "upper_[0][h] = look_up(palette, high_nibbles(codes));",
         "an output feature in 12 bits has its neighbour's exponents",
@@ -157,7 +157,7 @@ _TWELVE_BITS = (
     ),
     Mutation(
         "bits8-scales",
-        f"{SOURCES}/gemm_f32.h",
+        f"{SOURCES}/kernels/gemm_f32.h",
         "every(scale[of * groups + i / kPiece])",
         "every(scale[of * groups])",
         "every group of integers of 8 bits has its row's first scale",
@@ -210,7 +210,7 @@ _TRITON = (
 _ARM_TESTS = ("tests/kernels/native/test_phases.py::test_each_phase_on_an_emulated_arm_core",)
 _ARM_NEEDS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 _ARM = tuple(
-    Mutation(name, f"{SOURCES}/gemv_int4_neon.h", old, new, breaks, _ARM_TESTS, needs=_ARM_NEEDS)
+    Mutation(name, f"{SOURCES}/kernels/gemv_int4_neon.h", old, new, breaks, _ARM_TESTS, needs=_ARM_NEEDS)
     for name, old, new, breaks in (
         (
             "arm-nibble",

@@ -90,7 +90,7 @@ def _run(command: Sequence[str]) -> Done:
 
 def _program(compiler: build.Compiler, folder: Path, flags: Sequence[str] = ()) -> Path:
     """Returns the program that a compiler makes of a folder, from the cache folder of compiled kernels."""
-    headers = (build.SOURCES / name for name in ("phases.h", "thread_pool.h"))
+    headers = (build.SOURCES / name for name in ("phases.h", "operators/thread_pool.h"))
     sources = sorted(file for file in (*folder.rglob("*"), *headers) if file.is_file())
     texts = [compiler.command.encode(), compiler.version.encode(), *map(str.encode, (*_FLAGS, *flags))]
     texts += [source.read_bytes() for source in sources]

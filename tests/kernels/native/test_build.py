@@ -198,7 +198,7 @@ assert load.loaded()
     where = {"RIVER_COMPILE_HOME": str(tmp_path / "cache"), "RIVER_COMPILE_ISA": "portable"}
     run_python(code, tmp_path, ROOT, CXX=compiler, **where)
     asked = [word for line in log.read_text().splitlines() for word in line.split() if word.endswith(".cpp")]
-    assert sorted(asked) == ["bindings.cpp", "gemm.cpp", "kernels.cpp", "packing.cpp"]
+    assert sorted(asked) == ["kernels/gemm.cpp", "kernels/kernels.cpp", "operators/bindings.cpp", "packing/packing.cpp"]
 
 
 def test_where_there_is_no_compiler_nothing_begins():
@@ -222,7 +222,7 @@ def test_operators_that_nobody_loaded_name_the_fix(tmp_path):
     code = """
 import torch
 from river_compile.kernels.native import build, load
-torch.ops.load_library(str(build.build(build.find_compiler(), ["bindings.cpp"], "operators", build.torch_flags())))
+torch.ops.load_library(str(build.operators_library()))
 x = torch.ones(1, 32)
 try:
     torch.ops.river_native.linear(x, torch.zeros(1, 1, 4, 64, dtype=torch.uint8), torch.zeros(1, 1, 16, 2).bfloat16(),

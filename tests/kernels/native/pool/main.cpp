@@ -10,7 +10,7 @@
 #include <random>
 #include <string>
 
-#include "thread_pool.h"
+#include "operators/thread_pool.h"
 
 namespace river {
 namespace {

@@ -1,0 +1,86 @@
+// bfloat16 matmuls by dot products of pairs (AVX-512 BF16, ARM's BF16), some rows at a time; one summation order for
+// any rows.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/bf12.h"
+#include "kernels/gemm_blocked.h"
+
+namespace river {
+
+constexpr int kStep = 32, kTogether = 2 * kLanes;  // input features of a turn, and of a vector
+
+// y[r][t] = sum over k of weight[t, k] x[r, k] for R rows and T <= 4 features; `fetch(k)` runs for each turn.
+template <int R, int T, class Fetch>
+void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t row_bytes, Matrix<float> y,
+                   const Fetch& fetch) {
+  const int64_t whole = k / kStep * kStep;
+  Floats sums[R][4] = {};
+  const auto add = [&](int64_t i, const auto& load_weights) RIVER_INLINED {
+    unrolled<T>([&](auto t) RIVER_INLINED {
+      const Ints w = load_weights(reinterpret_cast<const uint8_t*>(weight + (t * k + i) * 2));
+      unrolled<R>([&](auto r) RIVER_INLINED {
+        const auto* x = reinterpret_cast<const uint8_t*>(first_x + r * row_bytes + i * 2);
+        sums[r][t] = dot_pairs(sums[r][t], w, load(x));
+      });
+    });
+  };
+  for (int64_t i = 0; i < whole; i += kStep) {
+    fetch(i);
+    unrolled<kStep / kTogether>(
+        [&](auto v) RIVER_INLINED { add(i + v * kTogether, [](const uint8_t* w) RIVER_INLINED { return load(w); }); });
+  }
+  for (int64_t i = whole; i < k; i += kTogether)
+    add(i, [&](const uint8_t* w) RIVER_INLINED { return load_some(w, std::min<int64_t>(kTogether, k - i)); });
+  unrolled<R>([&](auto r) RIVER_INLINED {
+    float total[4];
+    sums_of_pairs(sums[r], total);
+    std::copy(total, total + T, y.data + r * y.stride);
+  });
+}
+
+// The same of `rows` rows from `row` on.
+template <int T, class Fetch>
+void dots_of_rows(const GemmArgs& a, int64_t k, const char* weight, int row, int rows, Matrix<float> y,
+                  const Fetch& fetch) {
+  const int64_t row_bytes = a.padded_features() * 2;
+  const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+  in_batches<kMostRows>(rows, [&](auto r, int first, int, int) {
+    dots_of_pairs<r, T>(k, weight, x + first * row_bytes, row_bytes, {y.data + first * y.stride, y.stride}, fetch);
+  });
+}
+
+inline void microkernel_bf16_dot(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t k = a.in_features;
+  for_fours(a, n, 2, [&](const char* weight, int at, auto t) {
+    dots_of_rows<t>(a, k, weight, row, rows, {y[0] + at, kBlock}, [&](int64_t i) RIVER_INLINED {
+      for (int ahead = t; ahead < 2 * t; ++ahead) __builtin_prefetch(weight + (ahead * k + i) * 2, 0, 2);
+    });
+  });
+}
+
+inline void gemm_bf16_dot(const GemmArgs& a, int part, int parts) {
+  if (!a.palette) return gemm_blocked(a, part, parts, microkernel_bf16_dot);
+  Bf12Blocks blocks(a, part, parts);
+  gemm_blocked(a, part, parts, [&](const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+    const int64_t row_bytes = a.padded_features() * 2;
+    const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
+    const auto few = [&](const UnpackedBlock& block, int four, auto r, Matrix<float> to) RIVER_INLINED {
+      dots_of_four<r, kMostRows, false>(  // (GCC 12 puts what two of these products share on the stack.)
+          block.four(four), block.palette(), block.in_features(), to,
+          [&](Floats sum, Ints weights, int64_t i, int row) RIVER_INLINED {
+            return dot_pairs(sum, weights, load(reinterpret_cast<const uint8_t*>(x + row * row_bytes + i * 2)));
+          },
+          [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_pairs(sums, total); });
+    };
+    const auto many = [&](UnpackedBlock& block, int four, Matrix<float> to) {
+      const char* weight = reinterpret_cast<const char*>(block.row(kFour * four));
+      dots_of_rows<kFour>(a, block.in_features(), weight, row, rows, to,
+                          [&](int64_t i) RIVER_INLINED { block.reach(four, i); });
+    };
+    blocks.sum(a, n, rows, y, few, many);
+  });
+}
+
+}  // namespace river
