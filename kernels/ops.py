@@ -23,7 +23,7 @@ from river_compile.kernels.triton import calls_cache, calls_linear
 from river_compile.kernels.triton.linear import ACTIVATIONS, NORMS
 
 RESCORED = 256
-VOCAB_BLOCK = 16  # output features of a block of the list `wanted`
+VOCAB_BLOCK = 16  # output features of one of `vocab_blocks`
 MASKED_LOGIT = -32768.0  # exact in all dtypes; not infinite, so that further masking gives no NaN
 
 
@@ -43,7 +43,7 @@ def linear(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
-    wanted: Tensor | None = None,
+    vocab_blocks: Tensor | None = None,
 ) -> Tensor:
     """Return ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
 
@@ -65,18 +65,18 @@ def linear(
         eps: of the norm.
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "none".
         gated: whether W holds a gate and an up projection.
-        wanted: int32 ``[1 + ceil(N / 16)]``: a count of blocks of 16 output features, then their numbers, ascending.
-            Other features become `MASKED_LOGIT`, and the C++ kernels skip their weights. None computes all.
+        vocab_blocks: int32 ``[1 + ceil(N / 16)]``: a count of blocks of 16 output features, then their numbers,
+            ascending. Other features become `MASKED_LOGIT`, and the C++ kernels skip their weights. None computes all.
 
     Returns:
         ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype, accumulated in float32.
 
     Raises:
-        ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these; `wanted`
-            with a gate, a residual, or a weight in x.dtype.
+        ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these;
+            `vocab_blocks` with a gate, a residual, or a weight in x.dtype.
     """
-    if wanted is not None and (gated or residual is not None or scale_zero is None):
-        raise ValueError("wanted is for linears with packed weights, without gate and residual")
+    if vocab_blocks is not None and (gated or residual is not None or scale_zero is None):
+        raise ValueError("vocab_blocks is for linears with packed weights, without gate and residual")
     check_choice("norm", norm, NORMS)
     check_choice("activation", activation, ACTIVATIONS)
     if (norm == "none") != (norm_weight is None):
@@ -92,15 +92,15 @@ def linear(
         matrix = matrix.dequantize(torch.float32 if layout == lossless.LAYOUT_8BIT else x.dtype)
     if generated:
         y = calls_linear.linear(x, matrix, bias, residual, norm, norm_weight, norm_bias, eps, activation, gated)
-        return y if wanted is None else _mask_unlisted(y, wanted)
+        return y if vocab_blocks is None else _mask_unlisted(y, vocab_blocks)
     h = x if norm_weight is None else _normalize(x, norm, norm_weight, norm_bias, eps)
     if isinstance(matrix, layouts.PackedLinear):
         y = layouts.layout(layout).linear(h, matrix, bias)
     else:
         y = F.linear(h.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
     y = _activated(y.chunk(2, dim=-1) if gated else (y,), activation)
-    if wanted is not None:
-        return _mask_unlisted(y, wanted)
+    if vocab_blocks is not None:
+        return _mask_unlisted(y, vocab_blocks)
     return y if residual is None else y + residual
 
 
@@ -125,9 +125,9 @@ def _matrix(
     return weight
 
 
-def _mask_unlisted(y: Tensor, wanted: Tensor) -> Tensor:
+def _mask_unlisted(y: Tensor, vocab_blocks: Tensor) -> Tensor:
     blocks = torch.arange(y.shape[-1], device=y.device) // VOCAB_BLOCK
-    chosen = wanted[1:][torch.arange(len(wanted) - 1, device=y.device) < wanted[0]]
+    chosen = vocab_blocks[1:][torch.arange(len(vocab_blocks) - 1, device=y.device) < vocab_blocks[0]]
     return y.masked_fill(~torch.isin(blocks, chosen), MASKED_LOGIT)
 
 
