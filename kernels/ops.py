@@ -20,7 +20,7 @@ from river_compile.kernels.portable import ACTIVATIONS, NORMS, fused_width, norm
 from river_compile.kernels.quant import layouts, lossless
 
 RESCORED = 256
-VOCAB_BLOCK = 16  # output features of a block of the list `wanted`
+VOCAB_BLOCK = 16  # output features of one of `vocab_blocks`
 MASKED_LOGIT = -32768.0  # exact in all dtypes; not infinite, so that further masking gives no NaN
 _LOSSLESS = (lossless.LAYOUT_12BIT, lossless.LAYOUT_8BIT, lossless.LAYOUT_12BIT_TRITON)
 
@@ -40,7 +40,7 @@ def linear(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
-    wanted: Tensor | None = None,
+    vocab_blocks: Tensor | None = None,
 ) -> Tensor:
     """Return ``activation(h W^T + bias) + residual``, or gated ``activation(gate) * up + residual``, with h = norm(x).
 
@@ -61,17 +61,17 @@ def linear(
         eps: of the norm.
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "none".
         gated: whether W holds a gate and an up projection.
-        wanted: int32 ``[1 + ceil(N / 16)]``: a count of blocks of 16 output features, then their numbers, ascending.
-            Other features become `MASKED_LOGIT`, and the C++ kernels skip their weights. None computes all.
+        vocab_blocks: int32 ``[1 + ceil(N / 16)]``: a count of blocks of 16 output features, then their numbers,
+            ascending. Other features become `MASKED_LOGIT`, and the C++ kernels skip their weights. None computes all.
 
     Returns:
         ``[..., N]`` (gated ``[..., N / 2]``) in x.dtype, accumulated in float32.
 
     Raises:
-        ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these; `wanted`
-            with a gate, a residual, or a weight in x.dtype.
+        ValueError: an unknown layout, norm or activation, or a tensor of another shape or dtype than these;
+            `vocab_blocks` with a gate, a residual, or a weight in x.dtype.
     """
-    check_wanted(wanted, gated, residual, scale_zero)
+    check_vocab_blocks(vocab_blocks, gated, residual, scale_zero)
     matrix = operand(x, weight, scale_zero, out_features, group_size, layout, norm, norm_weight, activation)
     h = x if norm_weight is None else normalized(x, norm, norm_weight, norm_bias, eps)
     if isinstance(matrix, layouts.PackedLinear) and (layout in _LOSSLESS or matrix.unpacked):
@@ -81,15 +81,17 @@ def linear(
     else:
         y = F.linear(h.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
     y = _activated(y.chunk(2, dim=-1) if gated else (y,), activation)
-    if wanted is not None:
-        return mask_unlisted(y, wanted)
+    if vocab_blocks is not None:
+        return mask_unlisted(y, vocab_blocks)
     return y if residual is None else y + residual
 
 
-def check_wanted(wanted: Tensor | None, gated: bool, residual: Tensor | None, scale_zero: Tensor | None) -> None:
+def check_vocab_blocks(
+    vocab_blocks: Tensor | None, gated: bool, residual: Tensor | None, scale_zero: Tensor | None
+) -> None:
     """Raise a ValueError for a list of blocks with a gate, a residual, or a weight in x.dtype."""
-    if wanted is not None and (gated or residual is not None or scale_zero is None):
-        raise ValueError("wanted is for linears with packed weights, without gate and residual")
+    if vocab_blocks is not None and (gated or residual is not None or scale_zero is None):
+        raise ValueError("vocab_blocks is for linears with packed weights, without gate and residual")
 
 
 def operand(
@@ -121,10 +123,10 @@ def _activated(parts: Sequence[Tensor], activation: str) -> Tensor:
     return y * parts[1] if len(parts) > 1 else y
 
 
-def mask_unlisted(y: Tensor, wanted: Tensor) -> Tensor:
-    """Set the features outside of the blocks in `wanted` to `MASKED_LOGIT`."""
+def mask_unlisted(y: Tensor, vocab_blocks: Tensor) -> Tensor:
+    """Set the features outside of the blocks in `vocab_blocks` to `MASKED_LOGIT`."""
     blocks = torch.arange(y.shape[-1], device=y.device) // VOCAB_BLOCK
-    chosen = wanted[1:][torch.arange(len(wanted) - 1, device=y.device) < wanted[0]]
+    chosen = vocab_blocks[1:][torch.arange(len(vocab_blocks) - 1, device=y.device) < vocab_blocks[0]]
     return y.masked_fill(~torch.isin(blocks, chosen), MASKED_LOGIT)
 
 

@@ -69,7 +69,7 @@ def freeze(
             inputs=tuple(slots[node] for node in segment.inputs),
             outputs=tuple(slots[node] for node in segment.outputs),
             packed=segment.packed,
-            chooses_logits=segment.chooses_logits,
+            takes_vocab_blocks=segment.takes_vocab_blocks,
             has_score=segment.has_score,
             obstacle=why_not,
             experts=experts,

@@ -48,11 +48,11 @@ def logits_entropy(program: RiverProgram) -> RiverProgram:
     return replace(program, head=_with_score(program.head, largest_entropy, logits), twin_head=twin_head)
 
 
-def draft_vocab(program: RiverProgram) -> RiverProgram:
+def vocab_blocks(program: RiverProgram) -> RiverProgram:
     """The 4-bit head takes a list of blocks of logits to compute."""
     # A draft vocabulary: each step leaves out blocks of tokens that are rare.
     logits = find_logits(program)
-    rule, fallback = "head + list of wanted logits", "drafts compute all logits"
+    rule, fallback = "head + list of vocabulary blocks", "drafts compute all logits"
     return _change_head(program, rule, lambda head: _with_list(head, logits), fallback)
 
 
@@ -104,9 +104,9 @@ def _with_list(head: Segment, logits: fx.Node | None) -> Segment:
     plain = matmul.kwargs.get("residual") is None and not matmul.kwargs.get("gated", False)
     all_of_them = logits is not None and shape(logits)[-1] == matmul.args[4]
     require(plain and all_of_them, "the outputs of its matmul are not the logits", matmul)
-    (wanted,) = add_placeholders(head.graph, ["wanted"])
-    matmul.kwargs = {**matmul.kwargs, "wanted": wanted}
-    return replace(head, chooses_logits=True)
+    (listed,) = add_placeholders(head.graph, ["vocab_blocks"])
+    matmul.kwargs = {**matmul.kwargs, "vocab_blocks": listed}
+    return replace(head, takes_vocab_blocks=True)
 
 
 def _rescored(head: Segment, inputs: Sequence[fx.Node]) -> Segment:

@@ -102,7 +102,7 @@ class Segment:
     # Their placeholders follow the inputs: qweight, scale_zero, the bias if any, and if the inputs are scaled, the
     # norm's parameters or the inverse scale.
     packed: tuple[Matmul, ...] = ()
-    chooses_logits: bool = False  # `wanted` of `river::linear` follows the packed weights
+    takes_vocab_blocks: bool = False  # `vocab_blocks` of `river::linear` follows the packed weights
     has_score: bool = False  # a float32 number follows the outputs: a block's exit score or a head's entropy
     fingerprint: Fingerprint | None = None  # of an optimized program, in which equal segments share a graph
 
@@ -282,7 +282,7 @@ class SegmentSpec:
     inputs: tuple[int, ...]  # slots, in the order of the code's placeholders
     outputs: tuple[int, ...]
     packed: tuple[Matmul, ...] = ()
-    chooses_logits: bool = False
+    takes_vocab_blocks: bool = False
     has_score: bool = False
     obstacle: Refusal | None = None  # why it cannot be captured; None if it can
     experts: tuple[tuple[int, int], ...] = ()  # stacks of experts: number of the placeholder, experts a token reads

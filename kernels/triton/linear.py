@@ -8,7 +8,7 @@ form "groups".
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from river_compile.kernels import MAX_EXACT_ROWS
@@ -67,11 +67,8 @@ class LinearTile:
 
 
 @dataclass(frozen=True)
-class LinearSpec(KernelSpec):
-    """One linear kernel; the module's head has the legend."""
-
-    family: ClassVar[str] = "linear"
-    reduce_block: ClassVar[int] = 256
+class LinearProblem:
+    """What a linear kernel computes, whatever its tile; the module's head has the legend."""
 
     # M for 1 to 16 rows; None for any number, given at launch. Weights of 16 bits, and of 12 bits from two rows on,
     # leave it open: these are the unquantized model's, which verifies drafts of several widths, and a row has the same
@@ -79,7 +76,7 @@ class LinearSpec(KernelSpec):
     rows: int | None
     in_features: int
     out_features: int  # of the result; a gated kernel reads 2 N weight rows, the gate's first
-    tile: LinearTile
+    _: KW_ONLY
     # "w4", layout "triton" of `quant.layouts`; "dense", [N, K] in `dtype`; "bf12", the 12 bits of `quant.lossless`.
     weights: str = "w4"
     group_size: int = 64  # 32, 64 or 128; 0 for weights that have no groups
@@ -107,27 +104,6 @@ class LinearSpec(KernelSpec):
             raise ValueError(
                 f"rows={self.rows}: one kernel serves any number of rows with weights={self.weights!r}; use rows=None"
             )
-        if self.weights == "w4" and self.tile.block_k % self.group_size:
-            raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
-        least = {"row": 1, "groups": 8, "dot": 16}[self.form]
-        if self.tile.block_m < least or (self.form == "row" and self.tile.block_m > 1):
-            raise ValueError(f"block_m={self.tile.block_m} does not fit the form {self.form!r}: {least} for one row")
-        columns = min_columns(self.weights, self.form)
-        if self.tile.block_n < columns:
-            raise ValueError(f"block_n={self.tile.block_n} is too narrow for form={self.form!r}; at least {columns}")
-        if self.form == "dot" and self.dot_length < 16:
-            raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
-        if self.norm != "none" and self.tile.split_k > 1:
-            raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
-        if self.weights == "bf12" and self.tile.block_k % UNIT:
-            raise ValueError(f"block_k={self.tile.block_k} does not hold whole units of {UNIT} 12-bit weights")
-        if not self.divides_matrices(self.tile):
-            raise ValueError(
-                f"block_n={self.tile.block_n}, split_k={self.tile.split_k} do not fit {self.matrices} rows"
-            )
-        steps = math.ceil(self.in_features / self.tile.block_k)
-        if self.tile.split_k > steps:
-            raise ValueError(f"split_k={self.tile.split_k} exceeds the {steps} steps over K")
 
     def _check_choices(self) -> None:
         check_choice("weights", self.weights, ("w4", "dense", "bf12"))
@@ -212,6 +188,51 @@ class LinearSpec(KernelSpec):
         return math.ceil(self.out_features * len(self.streams) / BLOCK) * BLOCK // FOUR
 
     @property
+    def weight_buffers(self) -> dict[str, Buffer]:
+        rows = self.out_features * len(self.streams) * max(1, self.experts)
+        if self.weights == "dense":
+            parts = enumerate(self.matrices or (rows,))
+            return {part_name("weight", i): Buffer(self.dtype, (size, self.in_features)) for i, size in parts}
+        if self.weights == "bf12":  # without patches, which lie at the end
+            side = Buffer("int32", (4 + self.fours + 1,), strided=True)
+            return {"units": Buffer("int32", (self.fours, self.row_words)), "side": side}
+        return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
+
+
+@dataclass(frozen=True)
+class LinearSpec(LinearProblem, KernelSpec):
+    """One linear kernel: a problem and its tile."""
+
+    family: ClassVar[str] = "linear"
+    reduce_block: ClassVar[int] = 256
+
+    tile: LinearTile
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights == "w4" and self.tile.block_k % self.group_size:
+            raise ValueError(f"block_k={self.tile.block_k} is not a multiple of group_size={self.group_size}")
+        least = {"row": 1, "groups": 8, "dot": 16}[self.form]
+        if self.tile.block_m < least or (self.form == "row" and self.tile.block_m > 1):
+            raise ValueError(f"block_m={self.tile.block_m} does not fit the form {self.form!r}: {least} for one row")
+        columns = min_columns(self.weights, self.form)
+        if self.tile.block_n < columns:
+            raise ValueError(f"block_n={self.tile.block_n} is too narrow for form={self.form!r}; at least {columns}")
+        if self.form == "dot" and self.dot_length < 16:
+            raise ValueError(f"block_k={self.tile.block_k} leaves {self.dot_length} features to a dot; at least 16")
+        if self.norm != "none" and self.tile.split_k > 1:
+            raise ValueError(f"split_k={self.tile.split_k}: a norm in front needs the whole row; use split_k=1")
+        if self.weights == "bf12" and self.tile.block_k % UNIT:
+            raise ValueError(f"block_k={self.tile.block_k} does not hold whole units of {UNIT} 12-bit weights")
+        if not self.divides_matrices(self.tile):
+            raise ValueError(
+                f"block_n={self.tile.block_n}, split_k={self.tile.split_k} do not fit {self.matrices} rows"
+            )
+        steps = math.ceil(self.in_features / self.tile.block_k)
+        if self.tile.split_k > steps:
+            raise ValueError(f"split_k={self.tile.split_k} exceeds the {steps} steps over K")
+
+    @property
     def dot_length(self) -> int:
         """Input features that one `tl.dot` sums."""
         return self.tile.block_k // {"w4": 8, "bf12": 4}.get(self.weights, 1)
@@ -262,17 +283,6 @@ class LinearSpec(KernelSpec):
         unread = max(0, self.experts - self.buffers(rows)["y"].shape[0])
         stack = sum(buffer.bytes for buffer in self.weight_buffers.values())
         return Cost(whole.bytes - stack // self.experts * unread, whole.flops)
-
-    @property
-    def weight_buffers(self) -> dict[str, Buffer]:
-        rows = self.out_features * len(self.streams) * max(1, self.experts)
-        if self.weights == "dense":
-            parts = enumerate(self.matrices or (rows,))
-            return {part_name("weight", i): Buffer(self.dtype, (size, self.in_features)) for i, size in parts}
-        if self.weights == "bf12":  # without patches, which lie at the end
-            side = Buffer("int32", (4 + self.fours + 1,), strided=True)
-            return {"units": Buffer("int32", (self.fours, self.row_words)), "side": side}
-        return {"qweight": Buffer("int32", (rows, self.row_words)), "scale_zero": Buffer("int32", (rows, self.groups))}
 
     def stages(self) -> tuple[Stage, ...]:
         tile, n = self.tile, self.out_features

@@ -36,19 +36,19 @@ def linear(
     eps: float = 1e-6,
     activation: str = "none",
     gated: bool = False,
-    wanted: Tensor | None = None,
+    vocab_blocks: Tensor | None = None,
 ) -> Tensor:
     """Run `ops.linear`, by a kernel if it has a layout of theirs and few rows, or 4-bit weights."""
     fused = residual, norm, norm_weight, norm_bias, eps, activation, gated
     in_4_bits = layout == _LAYOUT and scale_zero is not None
     if not in_4_bits and not (layout in (_LAYOUT, lossless.LAYOUT_12BIT_TRITON) and _is_few(x)):
-        return ops.linear(x, weight, scale_zero, bias, out_features, group_size, layout, *fused, wanted)
-    ops.check_wanted(wanted, gated, residual, scale_zero)
+        return ops.linear(x, weight, scale_zero, bias, out_features, group_size, layout, *fused, vocab_blocks)
+    ops.check_vocab_blocks(vocab_blocks, gated, residual, scale_zero)
     matrix = ops.operand(x, weight, scale_zero, out_features, group_size, layout, norm, norm_weight, activation)
     if isinstance(matrix, PackedLinear) and matrix.unpacked:
         matrix = matrix.dequantize(x.dtype)
     y = calls_linear.linear(x, matrix, bias, *fused)
-    return y if wanted is None else ops.mask_unlisted(y, wanted)
+    return y if vocab_blocks is None else ops.mask_unlisted(y, vocab_blocks)
 
 
 @ops.MERGED.register_kernel(_DEVICES)

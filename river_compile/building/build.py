@@ -46,7 +46,7 @@ from river_compile.record import ModelRecord, adopt
 from river_compile.runtime.captures import Capturing, check_captures, choose_captures
 from river_compile.runtime.executor import RiverExecutor
 from river_compile.runtime.placement import Placement, Steps
-from river_compile.runtime.state import CompiledProgram, all_logits
+from river_compile.runtime.state import CompiledProgram, all_vocab_blocks
 from river_compile.runtime.stats import ExitStats
 from river_compile.runtime.units import Step, Units
 from river_compile.system import advise_pageout
@@ -205,8 +205,8 @@ def _assembled(
         with model.of(TwinWeights).moving():
             placement.arrange(program, inputs, config, resident)
     how = placement.steps(program, inputs, config)
-    wanted = all_logits(program)
-    steps = _compiled(program, examples, segments, packed, wanted, how, graph)
+    vocab_blocks = all_vocab_blocks(program)
+    steps = _compiled(program, examples, segments, packed, vocab_blocks, how, graph)
     if agreement.several and program.twins:
         graph.shares = agreement.gather(graph.share(agreement.name))
     trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph.lines()))
@@ -221,7 +221,7 @@ def _assembled(
         stats=stats,
         sequences=model.of(SequenceStates),
         remembers=policy.criterion.reads == "previous" and program.head.has_score,
-        all_logits=wanted,
+        all_vocab_blocks=vocab_blocks,
         log=graph.captures,
         weights=weights,
         on_close=how.on_close,
@@ -316,7 +316,7 @@ def _compiled(
     examples: Mapping[int, Any],
     segments: Sequence[SegmentSpec],
     packed: Mapping[Matmul, TwinWeight],
-    wanted: Tensor | None,
+    vocab_blocks: Tensor | None,
     how: Steps,
     graph: GraphRecord,
 ) -> dict[SegmentSpec, Step]:
@@ -333,7 +333,7 @@ def _compiled(
             else:
                 graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
                 graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
-            more = [wanted] if segment.chooses_logits and wanted is not None else []
+            more = [vocab_blocks] if segment.takes_vocab_blocks and vocab_blocks is not None else []
             callee = compiler.compile(segment, [*operands, *more])
             steps[segment] = how.make(segment, callee, operands)
     graph.compiled = tuple(compiler.compiled)

@@ -19,7 +19,7 @@ from river_compile.kernels.native.build import choose_isa
 from river_compile.passes.backbone import own_matmuls, packed_backbone
 from river_compile.passes.edits import Pass
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
-from river_compile.passes.heads import draft_vocab, exit_checks, find_logits, logits_entropy, rescored_head
+from river_compile.passes.heads import exit_checks, find_logits, logits_entropy, rescored_head, vocab_blocks
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.program import DecoderPlan, Lowering, RiverProgram
 from river_compile.passes.twins import TwinSpec, one_row_head, twin_head, twin_layers
@@ -91,7 +91,7 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
     if head is not None:
         passes.append(rescored_head)
         if lowering.native and plan.is_decode:
-            passes.append(draft_vocab)
+            passes.append(vocab_blocks)
     if choices.has_own_matmuls and (lowering.native or choices.target_weights != "model"):
         passes.append(packed_backbone(choices.target_weights, choices.worth_12_bits))
     return passes

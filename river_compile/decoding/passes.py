@@ -23,7 +23,6 @@ from river_compile.agreement import Agreement
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.compile_cache.codec import NotCacheable
 from river_compile.compile_cache.programs import Bindable, ProgramCache, argument_kinds, named_arguments, with_sources
-from river_compile.decoding.draft_vocab import DraftVocab
 from river_compile.decoding.inputs import (
     BY_SLOT,
     Inputs,
@@ -34,6 +33,7 @@ from river_compile.decoding.inputs import (
 )
 from river_compile.decoding.kv_cache import KVCache, slots_for
 from river_compile.decoding.prefix_cache import PrefixPool
+from river_compile.decoding.vocab_blocks import VocabBlocks
 from river_compile.exits import forced_depth
 from river_compile.model_state import ModelState
 from river_compile.progress import stage_shown
@@ -86,7 +86,7 @@ class Passes:
         self._programs = programs if begun else None
         self.widths: tuple[int, ...] = (1,)  # query lengths of verifying passes, ascending
         self.graph: GraphRecord | None = None  # that the prompt ran in
-        self._vocab: DraftVocab | None = None
+        self._vocab_blocks: VocabBlocks | None = None
         self.vocabulary = 0  # logits of a token
         self.is_strict = False
         self.begun: set[RiverExecutor] = set()  # that have checked the weights
@@ -150,8 +150,8 @@ class Passes:
 
     def begin_drafts(self, ids_1S: Tensor) -> None:
         """Set the text that drafts continue."""
-        self._vocab = DraftVocab(self.vocabulary)
-        self._vocab.add(ids_1S)
+        self._vocab_blocks = VocabBlocks(self.vocabulary)
+        self._vocab_blocks.add(ids_1S)
 
     def can_draft(self) -> bool:
         """Whether the twins are there; if they have just come, the next passes read them."""
@@ -169,12 +169,12 @@ class Passes:
     def draft_step(self, ids_BS: Tensor) -> Tensor:
         """Run the last id through all twins, one slot further; return the next token's logits ``[B, V]``."""
         # Logits of tokens outside of the draft vocabulary are `MASKED_LOGIT`.
-        return self.step(ids_BS, 1, 0, self._vocab)[:, -1]
+        return self.step(ids_BS, 1, 0, self._vocab_blocks)[:, -1]
 
     def verify(self, ids_BS: Tensor, drafted: int) -> Tensor:
         """Run the last verified id and the `drafted` ids after it; return logits ``[B, drafted + 1, V]``."""
-        if self._vocab is not None:
-            self._vocab.add(ids_BS[:, -1 - drafted :])
+        if self._vocab_blocks is not None:
+            self._vocab_blocks.add(ids_BS[:, -1 - drafted :])
         width = self.width_for(drafted)
         if width > drafted + 1:  # padding: copies of the last id, whose slots the next rewind frees
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, width - drafted - 1)], dim=-1)
@@ -185,7 +185,7 @@ class Passes:
         ids_BS: Tensor,
         width: int = 1,
         depth: int | None = None,  # blocks to execute; None: the session's
-        vocab: DraftVocab | None = None,  # restricts the logits of the twins' head
+        vocab_blocks: VocabBlocks | None = None,  # restricts the logits of the twins' head
         last_token: bool = False,  # whether only the last token's logits are read, and others may be missing
     ) -> Tensor:
         """Run the last `width` ids and return their logits ``[B, width, V]``. Raises a CacheFullError."""
@@ -195,14 +195,14 @@ class Passes:
             moved = self._inputs[width] = MovedInputs(self.model, width, {} if kept is None else kept.state.inputs)
         inputs = moved.update(self.kv.filled, ids_BS, functools.partial(self.prepare_inputs, ids_BS, width))
         depth = self.depth if depth is None else depth
-        return self.run(inputs, width, depth, vocab, last_token)[:, -width:]
+        return self.run(inputs, width, depth, vocab_blocks, last_token)[:, -width:]
 
     def run(
         self,
         inputs: Inputs,
         width: int,
         depth: int | None,
-        vocab: DraftVocab | None = None,
+        vocab_blocks: VocabBlocks | None = None,
         last_token: bool = False,
     ) -> Tensor:
         """Run a pass by its bound program if known, else through the model."""
@@ -220,7 +220,7 @@ class Passes:
                 values = dict(named_arguments(inputs))
                 for name, tensor in state.inputs.items():
                     tensor.copy_(values[name])
-            state.restrict_logits(None if vocab is None else vocab.blocks)
+            state.set_vocab_blocks(None if vocab_blocks is None else vocab_blocks.numbers)
             state.step(depth)
             logits = state.logits
         self.kv.filled += width

@@ -71,7 +71,7 @@ class CompiledProgram:
     stats: ExitStats  # of the model
     sequences: SequenceStates  # per KV cache, shared by the model's programs
     remembers: bool  # whether exits read the entropy of the previous logits
-    all_logits: Tensor | None  # see `all_logits` below
+    all_vocab_blocks: Tensor | None  # see `all_vocab_blocks` below
     log: CaptureLog  # of captures
     weights: Weights | None  # the packed ones, None without any
     on_close: Callable[[], None] | None  # called after each step
@@ -95,7 +95,7 @@ class StepState:
         self._late = device is not None and device.runs_late
         # By slot: the inputs, values between units, the vocabulary blocks and the latest score.
         self.slots: list[Any] = [*args, *[None] * (len(program.examples) - len(args) + 2)]
-        self.slots[VOCAB_BLOCKS] = compiled.all_logits
+        self.slots[VOCAB_BLOCKS] = compiled.all_vocab_blocks
         self._blocks: Tensor | None = None
         self._units_by_depth: dict[int, tuple[Unit, ...]] = {}
         before, _ = program.keys
@@ -147,10 +147,10 @@ class StepState:
             self.device.begin(())
         copy_into((self.slots[i], args[i]) for i in numbers)
 
-    def restrict_logits(self, blocks: Tensor | None) -> None:
+    def set_vocab_blocks(self, blocks: Tensor | None) -> None:
         """Restrict the twins' head to the logits of these vocabulary blocks; None: all."""
         # The other logits are `river_compile.kernels.ops.MASKED_LOGIT`. A head without a list computes all.
-        everything = self.compiled.all_logits
+        everything = self.compiled.all_vocab_blocks
         if everything is None or blocks is self._blocks:
             return
         if self.slots[VOCAB_BLOCKS] is everything:
@@ -258,11 +258,11 @@ def on_step(observer: Callable[[StepState, StepRecord], object]) -> AbstractCont
     return _steps.added(observer)
 
 
-def all_logits(program: Program) -> Tensor | None:
+def all_vocab_blocks(program: Program) -> Tensor | None:
     """Return the list of all vocabulary blocks, int32 ``[1 + blocks]``; None if the head takes no list."""
-    # As `wanted` of `river::linear` has it. Only 4-bit heads of the C++ kernels take a list.
+    # As `vocab_blocks` of `river::linear` has it. Only 4-bit heads of the C++ kernels take a list.
     head = program.twin_head
-    if head is None or not head.chooses_logits:
+    if head is None or not head.takes_vocab_blocks:
         return None
     count = blocks_of(sum(head.packed[0].out_features))
     with torch.inference_mode(False):  # the model may be compiled in that mode and generate without it

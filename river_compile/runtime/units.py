@@ -45,14 +45,14 @@ class Step:
     def run_as(self, callee: Callee, slots: list[Any]) -> None:
         """Run another callee in place of the compiled segment."""
         inputs = [*self._take(slots), *self.packed]
-        if self.segment.chooses_logits:
+        if self.segment.takes_vocab_blocks:
             inputs.append(slots[VOCAB_BLOCKS])
         for index, value in zip(self._outputs, callee(inputs), strict=True):
             slots[index] = value
 
     @property
     def reads(self) -> tuple[int, ...]:
-        return (*self.segment.inputs, *[VOCAB_BLOCKS] * self.segment.chooses_logits)
+        return (*self.segment.inputs, *[VOCAB_BLOCKS] * self.segment.takes_vocab_blocks)
 
     @property
     def writes(self) -> tuple[int, ...]:

@@ -95,19 +95,19 @@ struct Pieces {
 // y = epilogue(x W^T), summed in float32. Parts split the blocks of output features.
 struct GemmArgs {
   Activations x;
-  const uint8_t* weight;       // [N' / 16, K' / G, G / 8, 64]. Byte 4 n + j of line i holds the features 8 i + j and
-                               // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
-  const uint16_t* scale_zero;  // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
-  Rows dense;                  // [N, K] of the epilogue's dtype, in place of the 4-bit weights
-  const int32_t* palette;      // of 12-bit weights, null otherwise; then `weight` is [N' / 4, K'' / 64,
-                               // 6, 64], K'' of 64 features (bf12.h). 16 bytes, the number of each four's first patch
-                               // [N' / 4 + 1], and the patches [2]: 4 k + n within the four, and the weight
-  const Pieces* unpacked;      // of `unpacked_bytes` or more, for 12-bit weights
-  const float* scale;          // [N, 1 or K / 32] of 8-bit weights, null otherwise; then `weight` is [N, K]
-  const int64_t* expert;       // [M] which of `experts` stacked weights a row meets, null if there is one for all;
-                               // a row with none of their numbers gets zeros
-  const int32_t* wanted;       // how many blocks of 16 output features are wanted, and their numbers, ascending; the
-                               // others become kUnwanted. Null: all are. For 4-bit weights, not gated, no residual
+  const uint8_t* weight;        // [N' / 16, K' / G, G / 8, 64]. Byte 4 n + j of line i holds the features 8 i + j and
+                                // 8 i + 4 + j of its group, the latter in the high nibble, for output feature n
+  const uint16_t* scale_zero;   // bfloat16 [N' / 16, K' / G, 16, 2]: w = (q - 8) * scale + zero
+  Rows dense;                   // [N, K] of the epilogue's dtype, in place of the 4-bit weights
+  const int32_t* palette;       // of 12-bit weights, null otherwise; then `weight` is [N' / 4, K'' / 64,
+                                // 6, 64], K'' of 64 features (bf12.h). 16 bytes, the number of each four's first patch
+                                // [N' / 4 + 1], and the patches [2]: 4 k + n within the four, and the weight
+  const Pieces* unpacked;       // of `unpacked_bytes` or more, for 12-bit weights
+  const float* scale;           // [N, 1 or K / 32] of 8-bit weights, null otherwise; then `weight` is [N, K]
+  const int64_t* expert;        // [M] which of `experts` stacked weights a row meets, null if there is one for all;
+                                // a row with none of their numbers gets zeros
+  const int32_t* vocab_blocks;  // how many blocks of 16 output features to compute, and their numbers, ascending; the
+                                // others become kMaskedLogit. Null: all are. For 4-bit weights, not gated, no residual
   int32_t rows, in_features, group_size, experts;
   int32_t in_8_bits, grouped;  // kInt8s or kFloat8s, and whether every 32 input features have a scale; 0 otherwise
   Epilogue epilogue;
@@ -118,7 +118,7 @@ struct GemmArgs {
   int64_t unpacked_bytes() const { return 2 * 2 * kBlock * ceil_div(int64_t(in_features), kUnit) * kUnit; }
 };
 
-constexpr float kUnwanted = -32768.0f;  // all dtypes have it, and masking logits further gives no NaN
+constexpr float kMaskedLogit = -32768.0f;  // all dtypes have it, and masking logits further gives no NaN
 
 // The epilogue of a matmul that a library computed: bias and weights are in `product` already. Parts split the rows.
 struct LibraryEpilogueArgs {

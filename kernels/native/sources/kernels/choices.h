@@ -53,7 +53,7 @@ inline Weighed weigh_chunk(const float* z, bool only_largest) {
   if (only_largest) return {largest, 0, 0};
   Floats total = zeros(), spread = zeros();
   // Unwanted logits add nothing to any sum, so a part of the chunk is enough.
-  const int weighed = largest == kUnwanted ? kLanes : kLogitsTogether;
+  const int weighed = largest == kMaskedLogit ? kLanes : kLogitsTogether;
   for (int k = 0; k < weighed; k += kLanes) {
     const Floats shifted = load_floats(z + k) - largest, weight = exp_of(shifted);
     total = total + weight;

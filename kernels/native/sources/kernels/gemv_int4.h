@@ -113,7 +113,7 @@ inline void gemv_rows(const GemmArgs& a, int64_t n, int row, int rows) {
 inline void write_unwanted(const GemmArgs& a, int64_t from, int64_t to) {
   const Epilogue& e = a.epilogue;
   alignas(64) float unwanted[kBlock];
-  std::fill(unwanted, unwanted + kBlock, kUnwanted);
+  std::fill(unwanted, unwanted + kBlock, kMaskedLogit);
   for (int64_t n = from; n < to; ++n) {
     const int count = int(std::min<int64_t>(kBlock, e.out_features - n * kBlock));
     for (int row = 0; row < a.rows; ++row)
@@ -121,16 +121,16 @@ inline void write_unwanted(const GemmArgs& a, int64_t from, int64_t to) {
   }
 }
 
-// A part computes its share of all blocks, or of those that are wanted and what lies between these and the next ones.
+// A part computes its share of all blocks, or of those that are listed and what lies between these and the next ones.
 inline void gemv_int4(const GemmArgs& a, int part, int parts) {
   const int64_t blocks = a.epilogue.blocks();
-  const bool all = !a.wanted || a.wanted[0] >= blocks;
-  const int32_t* wanted = all ? nullptr : a.wanted + 1;
-  const int64_t count = all ? blocks : a.wanted[0];
+  const bool all = !a.vocab_blocks || a.vocab_blocks[0] >= blocks;
+  const int32_t* listed = all ? nullptr : a.vocab_blocks + 1;
+  const int64_t count = all ? blocks : a.vocab_blocks[0];
   for (auto [i, end] = share_of(count, part, parts); i < end; ++i) {
-    const int64_t n = all ? i : wanted[i];
+    const int64_t n = all ? i : listed[i];
     if (!all && i == 0) write_unwanted(a, 0, n);
-    if (!all) write_unwanted(a, n + 1, i + 1 < count ? wanted[i + 1] : blocks);
+    if (!all) write_unwanted(a, n + 1, i + 1 < count ? listed[i + 1] : blocks);
     for (int row = 0; row < a.rows; row += kRows) gemv_rows(a, n, row, std::min(kRows, a.rows - row));
   }
 }

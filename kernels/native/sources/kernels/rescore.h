@@ -23,10 +23,10 @@ class RowOfLogits {
       largest_[block] = largest_of(values_);
     }
     float* const ordered = largest_ + blocks_;
-    float* const end = std::copy_if(largest_, largest_ + blocks_, ordered, [](float l) { return l > kUnwanted; });
+    float* const end = std::copy_if(largest_, largest_ + blocks_, ordered, [](float l) { return l > kMaskedLogit; });
     const bool all = end - ordered == blocks_;
     const int anew = all ? kBlocksAnew : kBlocksOfSome;
-    if (!all) least_ = std::nextafter(kUnwanted, 0.0f);
+    if (!all) least_ = std::nextafter(kMaskedLogit, 0.0f);
     if (end - ordered <= anew) return;
     std::nth_element(ordered, ordered + anew - 1, end, std::greater<>());
     least_ = ordered[anew - 1];

@@ -158,7 +158,7 @@ const std::string kAttention = "(Tensor q, Tensor k_cache, Tensor v_cache, Tenso
 const Operator kOnTensors[] = {
     {"linear",
      "(Tensor x, Tensor weight, Tensor scale_zero, Tensor? bias, int out_features, int group_size, " + kFused +
-         ", Tensor? wanted=None) -> Tensor",
+         ", Tensor? vocab_blocks=None) -> Tensor",
      boxed<linear>},
     {"dense", "(Tensor x, Tensor[] weights, Tensor[] biases, " + kFused + ") -> Tensor", boxed<dense>},
     {"experts",

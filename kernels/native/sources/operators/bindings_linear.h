@@ -225,34 +225,34 @@ inline Tensor describe(LinearCall& call, const Tensor& x, int64_t out_features, 
   return y;
 }
 
-// The list of wanted blocks, which the call reads whenever it runs; null without one.
-inline const int32_t* blocks_wanted(const Maybe& wanted, int64_t out_features, const Fused& fused) {
-  if (!wanted) return nullptr;
-  check(wanted->is_cpu() && wanted->scalar_type() == ScalarType::Int && wanted->is_contiguous() &&
-            wanted->numel() == 1 + ceil_div(out_features, kBlock) && !fused.gated && !fused.residual,
-        "wanted",
+// The list of blocks to compute, which the call reads whenever it runs; null without one.
+inline const int32_t* vocab_blocks_of(const Maybe& vocab_blocks, int64_t out_features, const Fused& fused) {
+  if (!vocab_blocks) return nullptr;
+  check(vocab_blocks->is_cpu() && vocab_blocks->scalar_type() == ScalarType::Int && vocab_blocks->is_contiguous() &&
+            vocab_blocks->numel() == 1 + ceil_div(out_features, kBlock) && !fused.gated && !fused.residual,
+        "vocab_blocks",
         "be a count and as many int32 as there are blocks of 16 out_features, of a matmul without gate and residual");
-  return static_cast<const int32_t*>(wanted->data_ptr());
+  return static_cast<const int32_t*>(vocab_blocks->data_ptr());
 }
 
 inline Tensor dense(const Tensor& x, const Tensors& weights, const Tensors& biases, const Fused& fused);
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Maybe& bias,
-                     int64_t out_features, int64_t group_size, const Fused& fused, const Maybe& wanted) {
+                     int64_t out_features, int64_t group_size, const Fused& fused, const Maybe& vocab_blocks) {
   check(x.dim() > 0, "x", "have a dimension of features");
   const bool lossless = group_size == 0;
   const ScalarType kind = weight.scalar_type();
   const bool bytes = kind == ScalarType::Char || kind == ScalarType::Float8_e4m3fn;
   if (lossless && kind != ScalarType::Byte && !bytes)  // (a matrix that would not become smaller)
     return dense(x, {weight}, bias ? Tensors{*bias} : Tensors{}, fused);
-  check(!lossless || !wanted, "wanted", "be for matmuls with weights in 4 bits");
+  check(!lossless || !vocab_blocks, "vocab_blocks", "be for matmuls with weights in 4 bits");
   LinearCall call = !lossless ? quantized(weight, scale_zero, columns_of(x), out_features, group_size)
                     : bytes   ? in_8_bits(x, weight, scale_zero, out_features)
                               : in_12_bits(x, weight, scale_zero, out_features);
   const Rows added{{vector_of(bias, x, out_features, "bias")}, {0, int32_t(out_features)}, bias.has_value()};
   Tensors held;
   const Tensor y = describe(call, x, out_features, lossless ? kLargestGroup : group_size, added, fused, held);
-  call.gemm.wanted = blocks_wanted(wanted, out_features, fused);
+  call.gemm.vocab_blocks = vocab_blocks_of(vocab_blocks, out_features, fused);
   call.run(lossless && rows_of(x) > few_rows(true, x.dim() == 3 ? x.size(1) : 1));
   return y;
 }

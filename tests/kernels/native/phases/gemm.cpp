@@ -182,8 +182,8 @@ void check_experts(Case& c) {
   expect_rows_alone(c, p);
 }
 
-// Blocks that are not wanted become kUnwanted; the others have the bits of the whole product.
-void check_wanted(Case& c) {
+// Blocks that are not listed become kMaskedLogit; the others have the bits of the whole product.
+void check_vocab_blocks(Case& c) {
   Random& r = c.random;
   Product p = draw_product(c, kInt4Wanted);
   GemmArgs& a = p.gemm;
@@ -196,15 +196,15 @@ void check_wanted(Case& c) {
   expect_epilogue(c, e, a.rows, expected_of(p, weights));
   Product some = p;
   const int blocks = int(e.blocks());
-  std::vector<bool> is_wanted(blocks);
-  auto* const wanted = c.input_of(4 * (1 + blocks)).data<int32_t>();
-  wanted[0] = 0;
+  std::vector<bool> is_listed(blocks);
+  auto* const listed = c.input_of(4 * (1 + blocks)).data<int32_t>();
+  listed[0] = 0;
   for (int block = 0; block < blocks; ++block)
-    if (r.one_in(3) || (block + 1 == blocks && wanted[0] == 0)) {
-      wanted[++wanted[0]] = block;
-      is_wanted[block] = true;
+    if (r.one_in(3) || (block + 1 == blocks && listed[0] == 0)) {
+      listed[++listed[0]] = block;
+      is_listed[block] = true;
     }
-  some.gemm.wanted = wanted;
+  some.gemm.vocab_blocks = listed;
   some.gemm.epilogue.y.data = c.output((a.rows - 1) * e.y.stride + e.out_features, e.dtype).data();
   c.repeat([&](int parts) {
     run_product(c, p, parts);
@@ -214,7 +214,7 @@ void check_wanted(Case& c) {
     for (int64_t n = 0; n < e.out_features; ++n) {
       const double found = value_of(some.gemm.epilogue.y.data, row * e.y.stride + n, e.dtype);
       const double whole = value_of(e.y.data, row * e.y.stride + n, e.dtype);
-      c.expect_near("y", row * e.y.stride + n, found, is_wanted[n / kBlock] ? whole : double(kUnwanted), 0);
+      c.expect_near("y", row * e.y.stride + n, found, is_listed[n / kBlock] ? whole : double(kMaskedLogit), 0);
     }
 }
 
@@ -250,7 +250,7 @@ std::vector<Check> gemm_checks() {
   const std::vector<Entry> entries{&Kernels::gemm};
   return {
       {"gemm 4-bit", entries, 100, of(kInt4)},
-      {"gemm 4-bit, wanted", entries, 20, check_wanted},
+      {"gemm 4-bit, vocab_blocks", entries, 20, check_vocab_blocks},
       {"gemm 4-bit, experts", entries, 40, check_experts},
       {"gemm float32", entries, 24, of(kDense32)},
       {"gemm bfloat16", entries, 60, of(kDense16)},

@@ -21,11 +21,11 @@ double least_of(const double* logits, int64_t count) {
     double most = -kInfinity;
     for (int64_t i = first; i < std::min(first + kBlockOfLogits, count); ++i)
       if (logits[i] > most) most = logits[i];
-    if (most > kUnwanted) largest.push_back(most);
+    if (most > kMaskedLogit) largest.push_back(most);
   }
   const bool all = int64_t(largest.size()) == blocks;
   const size_t again = all ? kBlocksAgain : kBlocksOfSome;
-  if (largest.size() <= again) return all ? -kInfinity : std::nextafter(kUnwanted, 0.0f);
+  if (largest.size() <= again) return all ? -kInfinity : std::nextafter(kMaskedLogit, 0.0f);
   std::sort(largest.rbegin(), largest.rend());
   return largest[again - 1];
 }
@@ -43,7 +43,7 @@ Head draw_head(Case& c, bool some) {
   a.logits = {c.normal(rows, n, stride, a.dtype).data(), stride};
   for (int64_t row = 0; some && row < rows; ++row)
     for (int64_t i = 0; i < n; ++i)
-      if (i / kBlock % 5 != row) set_value(a.logits.data, row * stride + i, a.dtype, kUnwanted);
+      if (i / kBlock % 5 != row) set_value(a.logits.data, row * stride + i, a.dtype, kMaskedLogit);
   if (!some) set_value(a.logits.data, r.between(0, int(n) - 1), a.dtype, kNaN);
   h.logits = doubles_of(a.logits, rows, n, a.dtype);
   Values& x = c.normal(rows, k, a.padded_features, kFloat32);
@@ -164,7 +164,7 @@ ChoiceArgs draw_choices(Case& c) {
     const int kind = r.between(0, 5), first = r.between(0, int(n) - 1), second = r.between(0, int(n) - 1);
     for (int64_t i = 0; kind < 2 && i < n; ++i)  // a grammar permits some
       if (i != first && (i / kLogitsTogether == 0 || r.one_in(2)))
-        logits.set(row * a.stride + i, kind == 0 ? -kInfinity : double(kUnwanted));
+        logits.set(row * a.stride + i, kind == 0 ? -kInfinity : double(kMaskedLogit));
     for (const int i : {first, second})
       if (kind == 2 || kind == 3) logits.set(row * a.stride + i, kind == 2 ? kNaN : 200);  // (equals)
   }

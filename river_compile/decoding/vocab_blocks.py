@@ -1,4 +1,4 @@
-"""The part of a vocabulary that a draft may use."""
+"""The draft vocabulary: the blocks of tokens that a draft may use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AT_MOST = 32_768
 _WHOLE = 8_192  # a smaller vocabulary is not restricted
 
 
-class DraftVocab:
+class VocabBlocks:
     """The vocabulary blocks that a draft may use: the first ones, and those of tokens that occurred."""
 
     def __init__(self, vocabulary: int) -> None:
@@ -37,8 +37,8 @@ class DraftVocab:
             self._list = None
 
     @property
-    def blocks(self) -> Tensor:
-        """The blocks, ascending, int32; the same object until one is added."""
+    def numbers(self) -> Tensor:
+        """The blocks' numbers, ascending, int32; the same object until one is added."""
         if self._list is None:
             self._list = self._chosen.nonzero().flatten().int()
         return self._list

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import river_compile
 from river_compile.backend import river
-from river_compile.decoding.draft_vocab import DraftVocab
 from river_compile.decoding.mode import exact
+from river_compile.decoding.vocab_blocks import VocabBlocks
 from river_compile.kernels.ops import MASKED_LOGIT, VOCAB_BLOCK
 from tests.support.decoding import passes_on
 
@@ -39,8 +39,8 @@ def model_with():
     return functools.cache(lambda head: compiled(lm_head=head))
 
 
-def wanted_by(tokens: DraftVocab, vocabulary: int = VOCABULARY) -> torch.Tensor:
-    return torch.isin(torch.arange(vocabulary) // VOCAB_BLOCK, tokens.blocks)
+def wanted_by(tokens: VocabBlocks, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    return torch.isin(torch.arange(vocabulary) // VOCAB_BLOCK, tokens.numbers)
 
 
 class TestWhichTokens:
@@ -48,31 +48,31 @@ class TestWhichTokens:
         ("vocabulary", "first"), [(100, 100), (8_192, 8_192), (49_152, 12_288), (151_936, 32_768), (262_144, 32_768)]
     )
     def test_a_quarter_or_as_many_as_pay(self, vocabulary, first):
-        wanted = wanted_by(DraftVocab(vocabulary), vocabulary)
+        wanted = wanted_by(VocabBlocks(vocabulary), vocabulary)
         assert wanted[:first].all()
         assert not wanted[first:].any()
 
     def test_what_was_seen_and_its_neighbours(self):
-        tokens = DraftVocab(VOCABULARY)
-        before = tokens.blocks
+        tokens = VocabBlocks(VOCABULARY)
+        before = tokens.numbers
         tokens.add(torch.tensor([[3, 5], [7, 7]]))
-        assert tokens.blocks is before  # so nothing is written again
+        assert tokens.numbers is before  # so nothing is written again
         tokens.add(torch.tensor([[3, 9_000], [VOCABULARY - 1, 7]]))
         new = wanted_by(tokens) & (torch.arange(VOCABULARY) >= 2512)
         expected = [*range(8_992, 9_008), *range(10_000, VOCABULARY)]
         assert new.nonzero().flatten().tolist() == expected
 
     def test_ids_that_are_no_tokens_or_lie_elsewhere_do_no_harm(self):
-        tokens = DraftVocab(VOCABULARY)
-        before = tokens.blocks
+        tokens = VocabBlocks(VOCABULARY)
+        before = tokens.numbers
         tokens.add(torch.empty(1, 3, dtype=torch.long, device="meta"))
-        assert tokens.blocks is before
+        assert tokens.numbers is before
         tokens.add(torch.tensor([-200, VOCABULARY + 1_000]))
-        assert tokens.blocks[:-1].tolist() == before.tolist()
+        assert tokens.numbers[:-1].tolist() == before.tolist()
 
 
 @torch.no_grad()
-def steps(model, depth: int, tokens: DraftVocab | None, count: int = 3) -> torch.Tensor:
+def steps(model, depth: int, tokens: VocabBlocks | None, count: int = 3) -> torch.Tensor:
     """Returns the logits of steps that leave at a depth."""
     ids = torch.arange(6)[None]
     passes, logits = passes_on(model, ids), []
@@ -87,7 +87,7 @@ def steps(model, depth: int, tokens: DraftVocab | None, count: int = 3) -> torch
 
 def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all():
     """The largest, those that are recomputed, have the bits of a whole head's."""
-    model, tokens = compiled(), DraftVocab(VOCABULARY)
+    model, tokens = compiled(), VocabBlocks(VOCABULARY)
     tokens.add(torch.tensor([9_999]))
     wanted = wanted_by(tokens)
     whole = steps(model, 0, None)
@@ -101,11 +101,11 @@ def test_wanted_logits_are_those_of_all_and_the_backbone_gives_all():
 
 def test_threads_want_their_own_logits(model_with):
     """One thread drafts while another takes whole logits from the same model: both get what they get alone."""
-    model, tokens = model_with("w4"), DraftVocab(VOCABULARY)
+    model, tokens = model_with("w4"), VocabBlocks(VOCABULARY)
     alone = {None: steps(model, 0, None), tokens: steps(model, 0, tokens)}
     wrong = []
 
-    def run(what: DraftVocab | None) -> None:
+    def run(what: VocabBlocks | None) -> None:
         for _ in range(20):
             if not torch.equal(steps(model, 0, what), alone[what]):
                 wrong.append(what)
@@ -137,8 +137,8 @@ def test_the_text_is_plains_whatever_drafts_lack(sample):
 
 def test_a_list_is_made_anew_only_where_a_token_is():
     """States compare it by identity before they write theirs."""
-    tokens = DraftVocab(VOCABULARY)
-    first = tokens.blocks
-    assert tokens.blocks is first
+    tokens = VocabBlocks(VOCABULARY)
+    first = tokens.numbers
+    assert tokens.numbers is first
     tokens.add(torch.tensor([VOCABULARY - 1]))
-    assert len(tokens.blocks) == len(first) + 1
+    assert len(tokens.numbers) == len(first) + 1

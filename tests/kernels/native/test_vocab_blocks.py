@@ -46,30 +46,30 @@ def drawn(case: tuple) -> tuple:
 @ISAS
 @given(cases(), st.integers(1, 4))
 def test_wanted_features_have_the_bits_of_a_whole_product(isa, case, threads):
-    x, packed, bias, wanted, is_wanted = drawn(case)
+    x, packed, bias, vocab_blocks, is_wanted = drawn(case)
     load.load(isa)
     torch.set_num_threads(threads)
-    y = called(linear, x, packed, bias, wanted=wanted)
+    y = called(linear, x, packed, bias, vocab_blocks=vocab_blocks)
     assert torch.equal(y[:, is_wanted], linear(x, packed, bias)[:, is_wanted])
     assert (y[:, ~is_wanted] == ops.MASKED_LOGIT).all()
 
 
 @given(cases())
 def test_pytorch_says_the_same(case):
-    x, packed, bias, wanted, is_wanted = drawn(case)
+    x, packed, bias, vocab_blocks, is_wanted = drawn(case)
     given_ = (x, packed.qweight, packed.scale_zero, bias, packed.out_features, 32, packed.layout)
-    y = torch.ops.river.linear(*given_, wanted=wanted)
+    y = torch.ops.river.linear(*given_, vocab_blocks=vocab_blocks)
     assert torch.equal(y[:, is_wanted], torch.ops.river.linear(*given_)[:, is_wanted])
     assert (y[:, ~is_wanted] == ops.MASKED_LOGIT).all()
 
 
 @ISAS
 def test_a_replay_reads_the_list_anew(isa):
-    x, packed, bias, wanted, _ = drawn((1, 100, 40, [2], torch.bfloat16, 0))
+    x, packed, bias, vocab_blocks, _ = drawn((1, 100, 40, [2], torch.bfloat16, 0))
     load.load(isa)
-    tape = recorded(lambda: linear(x, packed, bias, wanted=wanted))
+    tape = recorded(lambda: linear(x, packed, bias, vocab_blocks=vocab_blocks))
     for blocks in ([0], [1, 6], list(range(7))):
-        wanted.copy_(listed(blocks, 100))
+        vocab_blocks.copy_(listed(blocks, 100))
         y = tape()
         assert torch.equal(y != ops.MASKED_LOGIT, torch.isin(torch.arange(100) // 16, torch.tensor(blocks))[None])
 
@@ -106,12 +106,12 @@ def test_no_logit_that_is_unwanted_is_computed_anew(isa, share):
 
 def test_lists_of_another_kind_are_refused():
     load.load()
-    x, packed, bias, wanted, _ = drawn((1, 96, 40, [2], torch.bfloat16, 0))
-    for wrong in (wanted.long(), wanted[1:]):
-        with pytest.raises(RuntimeError, match="wanted must"):
-            linear(x, packed, bias, wanted=wrong)
-    with pytest.raises(RuntimeError, match="wanted must"):
-        linear(x, packed, bias, gated=True, wanted=wanted)
+    x, packed, bias, vocab_blocks, _ = drawn((1, 96, 40, [2], torch.bfloat16, 0))
+    for wrong in (vocab_blocks.long(), vocab_blocks[1:]):
+        with pytest.raises(RuntimeError, match="vocab_blocks must"):
+            linear(x, packed, bias, vocab_blocks=wrong)
+    with pytest.raises(RuntimeError, match="vocab_blocks must"):
+        linear(x, packed, bias, gated=True, vocab_blocks=vocab_blocks)
     matrix = (packed.qweight, packed.scale_zero, bias, 96, 32, "native")
     with pytest.raises(ValueError, match="without gate and residual"):
-        torch.ops.river.linear(x, *matrix, residual=torch.zeros(1, 96).bfloat16(), wanted=wanted)
+        torch.ops.river.linear(x, *matrix, residual=torch.zeros(1, 96).bfloat16(), vocab_blocks=vocab_blocks)
