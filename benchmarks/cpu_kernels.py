@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.int4_baseline import packed_for_cpu
 from river_compile.kernels.native import load
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless
@@ -75,7 +74,10 @@ def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
     grid, in_16_bits = quantize(weight, group_size, "rtn"), weight.bfloat16()
     ops = torch.ops.river_native
     fours = _copies(pack(grid, "native"))
-    aten = _copies(PackedLinear("ATen int4", *packed_for_cpu(grid), group_size, k, n))
+    # ATen computes (q - 8) * scale + zero, as our grid does.
+    table = torch.stack([grid.scale, grid.zero], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(grid.q.int(), 1)
+    aten = _copies(PackedLinear("ATen int4", packed, table, group_size, k, n))
     sixteens = _copies(PackedLinear("dense", in_16_bits, torch.zeros(0), 0, k, n))
     twelves = _copies(pack_lossless([in_16_bits])) if load.has_packing() else []
     yield _Subject("sum", 0, _bytes(fours[0]), [functools.partial(_sum, one.qweight, one.scale_zero) for one in fours])

@@ -73,6 +73,7 @@ ROWS = {
     "exact_12bit": Row("exact", options={"target_weights": "12bit"}, same_as="no_draft_12bit"),
     "exact_q8": Row("exact", "float32", {"target_weights": "8bit"}, ("Q8_0",), same_as="no_draft_q8"),
     "fast": Row("river"),
+    "depth_3": Row("river", options={"exit_depth": 3}),
     "all_4bit": Row("river", options={"exit_depth": 0}),
     "torch_compile": Row("torch_compile"),
     "torch_compile_all_4bit": Row("torch_compile", options={"exit_depth": 0}),
@@ -123,8 +124,9 @@ def why_not(row: Row, options: argparse.Namespace) -> str:
     """Return why a row cannot run here, "" where it can."""
     reasons = []
     if row.is_peer:
-        several = getattr(options, "batch", 1) > 1
-        reasons += ["it is measured with one text at a time" if several else "", peers.why_not(row.backend)]
+        reasons += ["it is measured with one text at a time" if getattr(options, "batch", 1) > 1 else ""]
+        reasons += ["it is measured on a CPU" if getattr(options, "device", "cpu") != "cpu" else ""]
+        reasons.append(peers.why_not(row.backend))
     if row.kinds and (not row.is_peer or peers.PEERS[row.backend].reads == "gguf"):
         reasons += [peers.why_not(_LLAMA) if row.kinds != (OWN_FILE,) or row.drafts else "", why_no_gguf(options)]
     if row.drafts == SMALL and options.model not in demo_models.SMALLER:

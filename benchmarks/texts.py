@@ -9,74 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
+from benchmarks.prompts import mixed
 from river_compile.cli import shared
 from river_compile.cli.shared import topics
 from river_compile.upstream.transformers import cache_argument
 
-PROMPTS = (
-    "Explain how a refrigerator works.",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Why is the sky blue?",
-    "Give me three tips for learning a language.",
-    "Tell a short story about a lighthouse.",
-    "What is the difference between a list and a tuple in Python?",
-    "Write a polite email that moves a meeting to Friday.",
-    "How do vaccines work?",
-)
-MEASURED = (
-    "Why is the sky blue?",
-    "Explain how a refrigerator works.",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Tell me a short story about a lighthouse keeper.",
-    "What are three good habits for learning a language?",
-    "How do plants turn sunlight into food?",
-    "Summarize the causes of the First World War.",
-    "Give me a recipe for vegetable soup.",
-    "What is the difference between a list and a tuple in Python?",
-    "Describe the water cycle.",
-    "Write a polite email asking for a day off.",
-    "A train travels 60 km in 45 minutes. What is its average speed?",
-)
-CALIBRATION = (
-    "How does a bicycle stay upright?",
-    "Write a poem about the sea.",
-    "Explain recursion to a child.",
-    "List five uses of a paper clip.",
-    "What causes earthquakes?",
-    "Write a Python function that reverses a string.",
-    "How is bread made?",
-    "Who was Marie Curie?",
-    "What is the capital of France and what is it known for?",
-    "Give advice for a job interview.",
-    "Explain the rules of chess.",
-    "What is inflation in economics?",
-    "Describe a walk in a forest in autumn.",
-    "How do vaccines work?",
-    "Write a short dialogue between a teacher and a student.",
-    "What is 17 times 23? Show your steps.",
-    "Explain the difference between weather and climate.",
-    "How can I sleep better?",
-    "Tell me about the planet Mars.",
-    "Write a SQL query that counts orders per customer.",
-    "What is a black hole?",
-    "Describe how to change a car tire.",
-    "What are the benefits of exercise?",
-    "Tell a joke about computers.",
-    "How do birds navigate?",
-    "Summarize the story of Romeo and Juliet.",
-    "What is machine learning?",
-    "Plan a weekend trip to the mountains.",
-    "Why do we have leap years?",
-    "Explain what a bank does.",
-    "How is paper recycled?",
-    "What is photosynthesis?",
-)
+QUESTIONS = [*islice(mixed(), 44)]
+MEASURED, CALIBRATION = QUESTIONS[:12], QUESTIONS[12:]
 
 
 @dataclass(frozen=True)
@@ -85,14 +31,12 @@ class Texts:
 
     Attributes:
         own: greedy text of the model that never exits.
-        held_out: passages of Python's documentation, none of which calibration sees.
-        calibration: passages for calibration, as text.
+        held_out: passages of Python's documentation.
         context: tokens that run as a prompt.
     """
 
     own: tuple[Tensor, ...]
     held_out: tuple[Tensor, ...]
-    calibration: tuple[str, ...]
     context: int
 
 
@@ -109,23 +53,21 @@ class Answer:
     prompt: int
 
 
-def collect(model: PreTrainedModel, tokenizer: Callable, count: int, tokens: int, calibration: int) -> Texts:
+def collect(model: PreTrainedModel, tokenizer: Callable, count: int, tokens: int) -> Texts:
     """Return `count` samples of each kind, `tokens` of each to be measured.
 
     Args:
         model: compiled so that it never exits, or not compiled.
         tokenizer: of the model.
-        count: samples of each kind; at most as many own ones as there are prompts.
+        count: samples of each kind; at most as many own ones as there are questions.
         tokens: tokens measured in each.
-        calibration: passages set aside for calibration.
     """
-    prompts = [shared.encode(tokenizer, prompt) for prompt in PROMPTS[:count]]
+    prompts = [shared.encode(tokenizer, prompt) for prompt in MEASURED[:count]]
     context = max(prompt.shape[1] for prompt in prompts)
     own = tuple(greedy(model, prompt, context + tokens) for prompt in prompts)
-    passages = topics()
-    rows = [tokenizer(text)["input_ids"][: context + tokens] for text in reversed(passages[calibration:])]
+    rows = [tokenizer(text)["input_ids"][: context + tokens] for text in reversed(topics())]
     held_out = tuple(torch.tensor([row]) for row in rows if len(row) == context + tokens)[:count]
-    return Texts(own, held_out, tuple(passages[:calibration]), context)
+    return Texts(own, held_out, context)
 
 
 @torch.inference_mode()

@@ -27,9 +27,10 @@ class TorchRunner:
     def prepare(self, prompts: Sequence[Sequence[int]]) -> dict:
         """Compile, and warm up with each prompt; return the seconds from there to the first two new tokens."""
         start = time.perf_counter()
-        options = {
-            k: self.model.config.num_hidden_layers if v == FULL_DEPTH else v for k, v in self.job["options"].items()
-        }
+        layers = self.model.config.num_hidden_layers
+        options = {k: layers if v == FULL_DEPTH else v for k, v in self.job["options"].items()}
+        if self.job["backend"] == "inductor" and self.job["device"] == "cuda":
+            options["triton.cudagraphs"] = True  # what mode="reduce-overhead" is
         if self.job["backend"] in ACCELERATED:
             import river_compile
 
@@ -57,6 +58,11 @@ class TorchRunner:
         """Return what one more generation tells, and the peak memory before it."""
         found: dict[str, Any] = {"peak_rss_bytes": common.peak_rss_bytes(), "outside_ms": None, "target_bits": None}
         found["mean_depth"] = float(self.model.config.num_hidden_layers)
+        if self.job["device"] == "cuda":
+            import torch
+
+            found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+            found["graph_skips"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
         if self.job["backend"] not in _PLAIN:
             import river_compile
             from river_compile.runtime.state import on_step
@@ -67,6 +73,8 @@ class TorchRunner:
             steps = inside[1:]  # (the prompt's is the first)
             found["outside_ms"] = 1e3 * (times[-1] - times[0] - sum(steps)) / (len(times) - 1)
             found["target_bits"] = target_bits(self.model, self.job["options"])
+            if self.job["device"] == "cuda":
+                found["captures"] = sum(graph.captures.made for graph in river_compile.report(self.model).graphs)
             if self.job["backend"] == "exact":
                 drafts = river_compile.report(self.model).exact
                 found["accepted_share"] = drafts.accepted / max(drafts.drafted, 1)
@@ -80,7 +88,7 @@ class TorchRunner:
         from river_compile.reporting.timing import generate
 
         static, new_tokens = self.job["backend"] in ("inductor", "torch_compile"), self.job["new_tokens"]
-        prompt = torch.tensor([ids]).repeat(self.job["batch"], 1)
+        prompt = torch.tensor([ids], device=self.job["device"]).repeat(self.job["batch"], 1)
         if not static:
             return generate(self.model, prompt, new_tokens, static_cache=False, stop_after=stop_after)
         slots = min(size for size in self.job["slots"] if size >= len(ids) + new_tokens)
@@ -110,7 +118,7 @@ def _prepare(prompts: list[list[int]], **job: Any) -> dict:
     shared.quiet()
     torch.set_num_threads(job["threads"])
     model, _ = demo_models.load(job["folder"], dtype=job["dtype"])
-    _runners.append(TorchRunner(model, job | {"first": prompts[0]}))
+    _runners.append(TorchRunner(model.to(job["device"]), job | {"first": prompts[0]}))
     return _runners[0].prepare(prompts)
 
 

@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from benchmarks import records
-from benchmarks.records import RESULTS
 from river_compile.reporting import predict
-from tools import figures, machines
+from tools import figures, machines, records
 from tools.marked import ROOT, filled, pages
+from tools.records import RESULTS
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
-from tools import machines
+from tools import machines, records
 from tools.demo_models import MODELS
 from tools.marked import filled, pages
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, decode, decode_rows, peers, prompt_sets, records, torch_runner
+from benchmarks import common, decode, decode_rows, peers, prompt_sets, torch_runner
 from benchmarks.prompt_sets import Prompt
 from river_compile import system
 from river_compile.reporting import dry_run
-from tools import demo_models
+from tools import demo_models, records
 
 
 class FakeWorker:
@@ -168,8 +168,14 @@ def test_the_torch_rows_run_a_tiny_model(backend):
     from tests.support.families import make, prompt
 
     options = {"exit_depth": 0, "kernels": "eager", "group_size": 32, "quantizer": "rtn"}
-    job = {"backend": backend, "options": {} if backend == "eager" else options, "new_tokens": 4, "batch": 1}
-    runner = torch_runner.TorchRunner(make("llama", layers=2), job | {"slots": [16]})
+    job = {
+        "backend": backend,
+        "options": {} if backend == "eager" else options,
+        "new_tokens": 4,
+        "batch": 1,
+        "device": "cpu",
+    }
+    runner = torch_runner.TorchRunner(make("llama", layers=2), job | {"slots": [16], "new_tokens": 4, "batch": 1})
     first = prompt()[0].tolist()
     said = runner.prepare([first, first[:3]])
     assert 0 < said["first_token_s"] < said["second_token_s"]
@@ -186,7 +192,7 @@ def test_the_weights_that_full_depth_reads_come_from_the_report():
     from tests.support.families import make, prompt
 
     options = {"exit_depth": decode_rows.FULL_DEPTH, "kernels": "eager", "target_weights": "model"}
-    job = {"backend": "river", "options": options, "new_tokens": 4, "batch": 1, "slots": [16]}
+    job = {"backend": "river", "options": options, "new_tokens": 4, "batch": 1, "device": "cpu", "slots": [16]}
     runner = torch_runner.TorchRunner(make("llama", layers=2), job)
     runner.prepare([prompt()[0].tolist()])
     assert runner.facts(prompt()[0].tolist())["target_bits"] == 16

@@ -32,8 +32,7 @@ from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, UNFUSED, lowered
 from tools import demo_models
-from tools.kernels.resources import token_cost
-from tools.kernels.shapes import ModelShape, model_kernels
+from tools.kernels.shapes import ModelShape, model_kernels, token_cost
 from tools.marked import filled
 from tools.recorder import recording
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.random_llama import write_gguf
+from tests.support.gguf_files import write_gguf
 from tools.demo_models import convert, reading_once
 
 

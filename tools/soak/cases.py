@@ -1,7 +1,7 @@
 """Random cases: drawn from a seed, run, made smaller where they fail, and kept so that they can be run again.
 
 A kind of case is a module with three functions. A case is plain data (JSON), so the file of a failure is its
-reproduction: nothing else decides what it does, but for the timing of kills and threads.
+reproduction: nothing else decides what it does, but for the timing of threads.
 
     draw(rng)            returns a random case
     run(case, folder)    runs it; returns what became of it in a word or two ("passed", "refused"), raises otherwise

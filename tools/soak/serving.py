@@ -9,6 +9,7 @@ refused where the queue is full. In the end no request is left in a row or in th
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
 import logging
@@ -25,9 +26,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from river_compile.cli import serve
+from river_compile.system import trim_heap
 from tests.support.tokenizers import byte_tokenizer
 from tools.soak.cases import Case, Failure
-from tools.soak.memory import live_tensors, resident_bytes
 
 CONTEXT, ROUNDS = 256, 48
 # What rises faster leaks; a cache more, once, is some ten tensors in 50 requests.
@@ -189,6 +190,18 @@ def _round(served: _Served, clients: list[list[Case]], alone: dict[str, tuple[in
 
     with ThreadPoolExecutor(len(clients)) as pool:
         return Counter(status for found in pool.map(visit, clients) for status in found)
+
+
+def live_tensors() -> int:
+    """Return the tensors that Python holds, after a garbage collection."""
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def resident_bytes() -> int:
+    """Return the process's resident memory, without what the allocator holds and nothing uses."""
+    trim_heap()
+    return 4096 * int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
 
 
 def _is_flat(samples: list[tuple[int, int, int]]) -> None:

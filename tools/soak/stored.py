@@ -1,6 +1,7 @@
-"""What this package keeps on disk, small, with a check that what is read back is right; for damage and kills.
+"""Cases of kind "stored": a file that this package keeps on disk is damaged between two uses.
 
-Everything is made once in a process, from one tiny model or from none.
+The next use gives what an undamaged file gives, or raises a ValueError of this package. Files are small and made once
+in a process. Not handled: damage while a file is read, and edited files with the right hash (tests/support/edited.py).
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import random
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -31,8 +34,9 @@ from river_compile.twins.file import FILE, TwinFile
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 from tools.kernels import tune
-from tools.soak.cases import Failure
+from tools.soak.cases import Case, Failure, refused_by_us
 
+DAMAGES = ("flip", "cut", "insert", "overwrite", "empty", "delete", "digit", "nest", "text")
 SPEC = ExitScoreSpec(2, 48, "float32")
 LINEAR = dataclasses.replace(untiled(1, 256, 64, weights="w4"), tile=LinearTile(16, 256, 8))
 DEVICE = "device"
@@ -45,22 +49,71 @@ class Stored:
     Attributes:
         write: writes it into a folder that is empty or has an older one.
         read: reads it as the next start does. Raises a Failure where it is wrong, and what the product raises.
-        files: what may be damaged, relative to the folder.
+        files: a pattern of what may be damaged, relative to the folder.
     """
 
     write: Callable[[Path], object]
     read: Callable[[Path], None]
-    files: tuple[str, ...]
+    files: str
 
 
-def packed_model() -> torch.nn.Module:
-    """Return a model whose twins are packed."""
-    return _built()[0]
+def draw(rng: random.Random) -> Case:
+    what = rng.choice([*STORED])
+    damages = [
+        {"how": rng.choice(DAMAGES), "at": rng.random() ** rng.choice((1, 4)), "seed": rng.randrange(1000)}
+        for _ in range(rng.choice((1, 1, 1, 3)))
+    ]
+    return {"what": what, "damages": damages}
+
+
+def run(case: Case, folder: Path) -> str:
+    """Write, damage and read."""
+    stored = STORED[case["what"]]
+    stored.write(folder)
+    for damage in case["damages"]:
+        for file in [*folder.glob(stored.files)]:
+            _damage(file, **damage)
+    try:
+        stored.read(folder)
+    except ValueError as error:
+        if not refused_by_us(error):
+            raise
+        return f"refused ({type(error).__name__})"
+    return "passed"
+
+
+def smaller(case: Case) -> Iterator[Case]:
+    for i in range(len(case["damages"]) if len(case["damages"]) > 1 else 0):
+        yield {**case, "damages": [*case["damages"][:i], *case["damages"][i + 1 :]]}
+
+
+def _damage(file: Path, how: str, at: float, seed: int) -> None:
+    """Damage a file or what is left of it; `at` is the place, as a share of its length."""
+    rng, content = random.Random(seed), bytearray(file.read_bytes()) or bytearray(1)
+    place = int(at * len(content))
+    if how == "delete":
+        file.unlink()
+        return
+    if how == "flip":
+        content[place] ^= 1 << rng.randrange(8)
+    elif how == "cut":
+        del content[place:]
+    elif how == "insert":
+        content[place:place] = rng.randbytes(rng.randint(1, 20))
+    elif how == "overwrite":
+        content[place : place + 50] = rng.randbytes(50)
+    elif how == "digit":
+        for i in [i for i, byte in enumerate(content) if chr(byte).isdigit()][rng.randrange(9) :][:1]:
+            content[i] = ord(str(rng.randrange(10)))
+    else:
+        others = {"empty": [b""], "nest": [b"[" * 100_000], "text": [b"{}", b"[]", b"null", b"NaN", b"\xff\xfe"]}
+        content = bytearray(rng.choice(others[how]))
+    file.write_bytes(content)
 
 
 @functools.cache
 def _built() -> tuple[torch.nn.Module, Program]:
-    """Return it with a separate program, which lasts longer than what Dynamo keeps."""
+    """Return a model whose twins are packed, and a program, which lasts longer than what Dynamo keeps."""
     torch._dynamo.reset()
     model = make("llama", layers=2)
     options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
@@ -72,7 +125,7 @@ def _built() -> tuple[torch.nn.Module, Program]:
 @functools.cache
 def _twins_contents() -> tuple[list, dict[str, torch.Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
-        saved = TwinFile(river_compile.save_twins(packed_model(), Path(folder) / "twins"))
+        saved = TwinFile(river_compile.save_twins(_built()[0], Path(folder) / "twins"))
     return saved._matrices, saved._tensors
 
 
@@ -88,19 +141,15 @@ def _read_twins(folder: Path) -> None:
 @contextmanager
 def _cache(folder: Path) -> Iterator[None]:
     """Put river_compile's cache into a folder, and what is known of kernels out of mind."""
-    before = os.environ.get("RIVER_COMPILE_HOME")
-    os.environ["RIVER_COMPILE_HOME"] = str(folder)
-    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
     loader.load_for.cache_clear()
-    try:
-        yield
-    finally:
-        loader.load_for.cache_clear()
-        sys.dont_write_bytecode = bytecode
-        if before is None:
-            del os.environ["RIVER_COMPILE_HOME"]
-        else:
-            os.environ["RIVER_COMPILE_HOME"] = before
+    with (
+        mock.patch.dict(os.environ, RIVER_COMPILE_HOME=str(folder)),
+        mock.patch.object(sys, "dont_write_bytecode", False),
+    ):
+        try:
+            yield
+        finally:
+            loader.load_for.cache_clear()
 
 
 def _use_kernel(folder: Path) -> None:
@@ -117,14 +166,10 @@ def _use_kernel(folder: Path) -> None:
         raise Failure("a damaged kernel computes something else")
 
 
-def _write_tiles(folder: Path) -> None:
-    tune.save(folder / "tuning.json", DEVICE, [LINEAR])
-
-
 def _read_tiles(folder: Path) -> None:
     """A tile changes speed alone, so any that a kernel can have will do."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*cannot be read and is ignored")
+        warnings.filterwarnings("ignore", message=".*Cannot read the tuning file")
         tiles = read_table(folder / "tuning.json").get(tuning_key(DEVICE), {}).get(form_key(LINEAR), {})
     found = tiles.get((LINEAR.out_features, LINEAR.in_features))
     if found is not None:
@@ -152,17 +197,9 @@ def program() -> tuple[bytes, list[str]]:
 @contextmanager
 def _entry(folder: Path) -> Iterator[Entry]:
     """An entry of a compile cache in a folder."""
-    before = os.environ.get("RIVER_COMPILE_CACHE_DIR")
-    os.environ["RIVER_COMPILE_CACHE_DIR"] = str(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is damaged and is rebuilt")
-            yield Entry("entry")
-    finally:
-        if before is None:
-            del os.environ["RIVER_COMPILE_CACHE_DIR"]
-        else:
-            os.environ["RIVER_COMPILE_CACHE_DIR"] = before
+    with mock.patch.dict(os.environ, RIVER_COMPILE_CACHE_DIR=str(folder)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is damaged and is rebuilt")
+        yield Entry("entry")
 
 
 def _write_program(folder: Path) -> None:
@@ -181,13 +218,13 @@ def _read_program(folder: Path) -> None:
 
 
 STORED = {
-    "program": Stored(_write_program, _read_program, ("entry/a.pass",)),
+    "program": Stored(_write_program, _read_program, "entry/a.pass"),
     "twins": Stored(
-        lambda folder: river_compile.save_twins(packed_model(), folder / "twins"), _read_twins, (f"twins/{FILE}",)
+        lambda folder: river_compile.save_twins(_built()[0], folder / "twins"), _read_twins, f"twins/{FILE}"
     ),
-    "kernel": Stored(_use_kernel, _use_kernel, ("kernels/**/*.py*",)),
-    "tiles": Stored(_write_tiles, _read_tiles, ("tuning.json",)),
+    "kernel": Stored(_use_kernel, _use_kernel, "kernels/**/*.py*"),
+    "tiles": Stored(lambda folder: tune.save(folder / "tuning.json", DEVICE, [LINEAR]), _read_tiles, "tuning.json"),
     "calibration": Stored(
-        lambda folder: _calibration().save(folder / "calibration.json"), _read_calibration, ("calibration.json",)
+        lambda folder: _calibration().save(folder / "calibration.json"), _read_calibration, "calibration.json"
     ),
 }

@@ -7,7 +7,7 @@ import pytest
 
 from river_compile.kernels.triton.linear import LinearTile, untiled
 from river_compile.kernels.triton.tiles import best_tile
-from tools.kernels.cost_model import Compiled, attention_estimate, estimate, registers, seconds, shared_bytes
+from tools.kernels.cost_model import attention_estimate, estimate, registers, seconds, shared_bytes
 from tools.kernels.devices import DEVICES
 from tools.kernels.search import candidates, cheapest, cheapest_splits, cost, most_registers
 from tools.kernels.shapes import MODELS, backbone_kernels, model_kernels
@@ -53,9 +53,9 @@ def test_splits_of_attention(heads, slots, group, splits):
 def test_attention_of_a_long_context_is_bound_by_bytes():
     sizes = (8, 32768, DEVICES["sm_90"], 4, 128)
     chosen = attention_estimate(*sizes, cheapest_splits(*sizes))
-    assert chosen.bound == "bytes"
+    assert chosen.total < 1.25 * chosen.bytes
     assert pytest.approx(chosen.bytes) == 4 * 8 * 32768 * 128 / 3.35e12
-    assert attention_estimate(*sizes, 8).bound in ("in flight", "tail")
+    assert attention_estimate(*sizes, 8).total > 2 * chosen.bytes
 
 
 @pytest.mark.parametrize("weights", ["dense", "bf12"])
@@ -64,7 +64,6 @@ def test_rows_of_the_backbone_wait_for_bytes(weights):
     kernels = backbone_kernels(MODELS["llama-3.1-8b"], weights, rows=4)
     for label in ("norm + gate|up", "down + residual", "norm + head"):
         found = estimate(kernels[label], DEVICES["sm_90"])
-        assert found.bound == "bytes" or weights == "bf12", (label, found)
         assert found.total < 1.5 * found.bytes, (label, found)
         alone = dataclasses.replace(kernels[label].tile, num_stages=1)
         assert estimate(dataclasses.replace(kernels[label], tile=alone), DEVICES["sm_90"]).total > found.total
@@ -78,14 +77,6 @@ def test_what_all_programs_read_counted_by_hand():
     assert shared_bytes(behind_norm) == 64 * (8 + 1) * 4096 * 2
     twice = untiled(8, 4096, 1024, norm="rms", weights="dense", group_size=0, dtype="float16")
     assert shared_bytes(best_tile(twice), 8) == 1024 // best_tile(twice).tile.block_n * (2 * 8 + 1) * 4096 * 2
-
-
-def test_an_estimate_goes_by_what_was_compiled():
-    spec, device = best_tile(untiled(1, 4096, 14336, norm="rms", gated=True)), DEVICES["sm_90"]
-    many = estimate(spec, device, compiled=Compiled(resident=6, instructions=1e5))
-    assert many.bound == "instructions"
-    assert many.instructions > 10 * estimate(spec, device).instructions
-    assert estimate(spec, device, compiled=Compiled(resident=1)).total > estimate(spec, device).total
 
 
 def test_few_programs_get_more_warps():
