@@ -1,11 +1,8 @@
 """What the benchmarks share: command lines, worker processes, tables, machine facts, JSON files.
 
-A configuration is measured in a separate process, so that it shares no memory, compiled code or caches with others.
-The process stays alive and waits between measurements, so that the repeats of several configurations can alternate:
-a machine that gets slower or faster meanwhile then touches all of them alike.
-
-The parent sends one JSON object per line to the worker's stdin and reads one back; whatever libraries print in the
-worker goes to a log file, whose end is shown when the worker fails.
+A configuration is measured in its own process, which waits between measurements, so that repeats of several
+configurations alternate: a machine that gets slower meanwhile touches all of them alike. The parent sends one JSON
+object per line and reads one back; what libraries print goes to a log file, whose end is shown on a failure.
 """
 
 from __future__ import annotations

@@ -3,37 +3,15 @@
     python -m benchmarks.decode --record decode        # the rows of README.md's table, whose numbers it keeps
     python -m benchmarks.decode --model DIR --gguf FILE --rows eager fast llama_cpp --json decode.json
     python -m benchmarks.decode --contexts 32 512 4096
-    python -m benchmarks.decode --batch 8 --rows eager fast
     python -m benchmarks.decode --device cuda --one-process --rows eager inductor no_draft all_4bit
     python -m benchmarks.peers install all             # once: llama.cpp, OpenVINO, ONNX Runtime, vLLM
 
 Every row is a separate process with an empty Inductor cache. Each generates the greedy continuation of the same
-prompts (prompt_sets.py: chat, code, story and edit, three of each; `--batch` copies of one together), past any end of
-the text. All are run once to compile and to warm up, and then in `--repeats` rounds: all prompts of a row in turn, and
-the rows of a round one after another. A row that generates 30 tokens/s takes three minutes with the defaults, and
-the rows of the README half an hour for SmolLM2 and two to three hours for a model of 1.5 billion parameters. Columns:
-
-    decode tokens/s   prefill excluded, all texts of the batch together: median over the prompts, of each the median
-                      over the rounds, and in parentheses the least and the most of the prompts
-    same text         of how many prompts a row with drafts wrote what the same program writes without
-    weights, bits     that River's full-depth passes read: 16, or packed without loss
-    drafts accepted   share of the drafted tokens that were
-    outside, ms       of a token, what is not in River's executor: choosing it, its inputs, and for `torch_compile`
-                      Dynamo's guards and transformers' loop
-    first token, s    from the call that compiles to the first new token: packing and compiling the prompt's graph
-    second token, s   the same to the second new token: the decode graph is compiled too
-    mean depth        backbone blocks executed per decoded token
-    peak RSS, MiB     of the row's process, loading included (mapped weight files count); on a GPU its bytes there too
-    uncaptured        graphs of Inductor's that ran without CUDA graphs: such a row is no baseline
-
-Tables of each context follow: the kinds' decode tokens/s, and how fast prompts are read. A peer's row that can run
-with several files or draft lengths tries each for a moment with a prompt of each kind; the fastest is measured and
-named. Peers that are not installed or that fail are absent, with the reason. What they read is kept below
-`RIVER_COMPILE_HOME` in `peers/files`, some ten times the bytes of the model's 4-bit file.
-
-`--device cuda` measures on a GPU, peers left out; `benchmarks.random_llama` makes models of any size for that. All
-processes stay in memory until the end. `--one-process` measures one row after another instead, for models of a billion
-parameters or more. Nothing here looks at the quality of the text.
+prompts (prompt_sets.py), past any end of the text: once to compile and to warm up, then in `--repeats` rounds, rows one
+after another. Tokens/s exclude the prompt: medians over prompts of medians over rounds, with the range of the prompts.
+"Same text": of how many prompts a row with drafts wrote what its program writes without. "Outside": of a token, what is
+not in River's executor. "Uncaptured" graphs of Inductor ran without CUDA graphs: such a row is no baseline. A peer that
+can run with several files or draft lengths runs with the fastest. Nothing here looks at the quality of the text.
 """
 
 from __future__ import annotations
@@ -42,7 +20,6 @@ import argparse
 import contextlib
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -68,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         absent = decode_rows.absent(options)
         rows = [name for name in decode_rows.wanted(options) if name not in absent]
         prompts = prompt_sets.encoded(folder, options)
-        with tempfile.TemporaryDirectory() as scratch:
-            results, failed = run(rows, folder, prompts, options, Path(scratch))
+        results, failed = run(rows, folder, prompts, options)
     except (ValueError, demo_models.ModelUnavailable, common.WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -82,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(
-    rows: list[str], folder: Path, prompts: list[Prompt], options: argparse.Namespace, scratch: Path
+    rows: list[str], folder: Path, prompts: list[Prompt], options: argparse.Namespace
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Prepare all rows one after another, then alternate their rounds; return the raw results, and why rows failed.
 
@@ -99,7 +75,7 @@ def run(
                 for name in group:
                     bar.set_postfix_str(f"preparing {name}")
                     with _peers_may_fail(name, failed):
-                        workers[name], results[name] = _prepared(name, folder, prompts, options, scratch, stack)
+                        workers[name], results[name] = _prepared(name, folder, prompts, options, stack)
                     bar.update()
                 for turn in range(options.repeats):
                     for name in [name for name in workers if name not in failed]:
@@ -126,11 +102,11 @@ def _peers_may_fail(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 def _prepared(
-    name: str, folder: Path, prompts: list[Prompt], options: argparse.Namespace, scratch: Path, stack: ExitStack
+    name: str, folder: Path, prompts: list[Prompt], options: argparse.Namespace, stack: ExitStack
 ) -> tuple[common.Worker, dict]:
     """Return the process of a row after its warm-up, and what it said; it ends with the stack."""
     row = ROWS[name]
-    ways = decode_rows.choices(row, folder, options, scratch)
+    ways = decode_rows.choices(row, folder, options)
     tried = {way: _trial(name, more, prompts, options) for way, more in ways.items()} if len(ways) > 1 else {}
     way = max(tried, key=tried.__getitem__) if tried else next(iter(ways))
     worker = stack.enter_context(closing(decode_rows.worker(name, row, options.threads)))
@@ -165,14 +141,14 @@ def _round(worker: common.Worker, result: dict, prompts: list[Prompt], options: 
 def _job(name: str, prompts: list[Prompt], options: argparse.Namespace) -> dict:
     """Return what a worker must know to prepare a row, but for its files."""
     row = ROWS[name]
-    own = row.backend in (*ACCELERATED, "torch_compile") and not row.kinds
+    own = row.backend in (*ACCELERATED, "torch_compile")
     twins = {"twins": options.twins} if own and options.twins else {}
     by_context = [[prompt for prompt in prompts if prompt.context == context] for context in options.contexts]
     slots = [prompt_sets.longest(those, options.new_tokens) for those in by_context if those]
     return {
         **asdict(row),
         "options": row.options | twins,
-        "dtype": row.dtype or options.dtype,
+        "dtype": options.dtype,
         "new_tokens": options.new_tokens,
         "threads": options.threads,
         "device": options.device,

@@ -1,16 +1,11 @@
-"""Times every kernel of a model's decode step on the GPU at hand, or 4-bit products on the CPU.
+"""Times every kernel of a model's decode step on the GPU at hand, or matmuls of 4-bit weights on the CPU.
 
     python -m benchmarks.kernels [--model llama-3.1-8b] [--rows 1] [--context 1024] [--group-size 64] [--json PATH]
     python -m benchmarks.kernels --device cpu [--threads 1 2] [--repeats 60] [--group-size 64] [--json PATH]
 
-On a CPU, see `benchmarks.cpu_kernels`. Columns on a GPU, for each kernel:
-
-- microseconds: measured, expected by the cost model, and "by bytes", at the measured bandwidth of copies
-- the bandwidth that was reached, also as a part of the copies'
-- the speed against torch in bfloat16 (`F.linear`, `scaled_dot_product_attention`)
-
-All timings come from captured graphs over weights beyond the cache. Each row is printed and written as soon as it is
-there. A kernel that fails is named, and the next one is timed; the exit status is then 1.
+On a GPU: microseconds as measured, "by bytes" at the bandwidth of copies, and by the cost model; and the speed against
+torch in bfloat16. Timings come from captured graphs over weights beyond the cache. A kernel that fails is named, and
+the next one is timed; the exit status is then 1.
 """
 
 from __future__ import annotations

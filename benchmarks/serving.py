@@ -1,18 +1,10 @@
 """Clients that come at random to one server: tokens/s of all of them, and how long each waits for its first token.
 
-    python -m benchmarks.serving
     python -m benchmarks.serving --clients 8 --requests 4 --new-tokens 128 --json serving.json
 
 The k-th client comes after a Poisson process of `--rate` a second, from a seed, and asks its questions one after
-another. Each server meets the same clients with the same questions at the same times, and the servers alternate. Rows:
-
-    river         river serve
-    river_1       river serve --max-num-seqs 1: the same engine, requests one after another
-    llama_cpp     llama.cpp's own server with as many slots (benchmarks.peers: xllamacpp), from the GGUF file that the
-                  model was made of; llama_cpp_bf16: with its weights in bfloat16 (llama-cpp-python writes the file)
-
-Not handled: llama-cpp-python's server (`python -m llama_cpp.server`), which holds a lock while it answers: one after
-another. Other machines for clients and server; both share the processor here.
+another. Servers alternate and meet the same clients: `river serve`, the same with one row, and llama.cpp's own server
+with as many slots (benchmarks.peers: xllamacpp). Not handled: other machines for clients and server.
 """
 
 from __future__ import annotations

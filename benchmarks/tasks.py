@@ -2,24 +2,11 @@
 
     python -m benchmarks.tasks --answers answers.jsonl
     python -m benchmarks.tasks --model smollm2 --task gsm --limit 200 --quantizers hqq --answers answers.jsonl
+    python -m benchmarks.tasks --task perplexity       # of Python's documentation, decoded through the exits
 
-Rows:
-
-    plain          the model by PyTorch's own kernels, if `--rules` has it; one problem after another
-    never          the backbone by River's kernels: the plain text, up to rounding
-    exact          the same text, with the river's drafts
-    4-bit          every token through all twins
-    similarity     tokens leave by the paper's rule, above each of `--similarity`
-    confidence     by the model's certainty of the token before, above its default
-    calibrated     by each file of `--calibration`, as `river tune` writes them
-
-Every answer goes into `--answers` when it is known, so a run may be stopped at any time and continues where it was.
-Where rows of a batch do not wait for each other, `--batch` problems are answered at the same time; with an exit rule
-they would, so those rows answer one after another. Speed is that of the first `--timed` problems, asked once more one
-after another in every row. Texts do not depend on the machine's load, but speed does: use `--timed 0` while it is busy,
-and the same command without it later.
-
-`--task perplexity` decodes Python's documentation token by token through the exits instead, and prints its perplexity.
+Rows are plain transformers, full depth ("never"), exact mode, all twins ("4-bit"), and exits by similarity above each
+of `--similarity`, by confidence, or by files of `river tune`. Answers go into `--answers` as they come; a stopped run
+continues. Without an exit rule `--batch` problems are answered together; speed is that of the first `--timed`, alone.
 """
 
 from __future__ import annotations

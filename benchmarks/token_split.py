@@ -1,21 +1,11 @@
 """Where the time of one decoded token is spent on a CPU: each part timed where it runs, inside `generate`.
 
-    python -m benchmarks.token_split
-    python -m benchmarks.token_split --model DIR --depth 2
-    python -m benchmarks.token_split --skip-guards     # set_stance(skip_guard_eval_unsafe=True)
+    python -m benchmarks.token_split --depth 2         # medians of a token's parts in transformers' loop
     python -m benchmarks.token_split --own-loop        # with decode
-    python -m benchmarks.token_split --segments        # each kind of segment by itself
     python -m benchmarks.token_split --phases          # each kind of C++ phase, in exact mode by kind of pass
 
-Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
-up to the token. Medians over the tokens of two generations after a warm-up, batch 1, static cache. A clock costs
-about a microsecond.
-
-With `--phases` an accelerated model answers in exact mode, and every phase of its tapes reads a clock around each of
-its parts. Rows are the phases of each kind of pass (a draft step, a verification by its tokens). Columns: how many a
-pass has, their microseconds, how long this thread and the others ran parts in them, and the wait before them. Another
-column is the rate at which a matmul reads its weights; for a draft's head it counts the weights of all words. While a
-phase runs alone memory idles.
+With `--phases` every phase of the tapes reads a clock around each of its parts: how many a pass has, their
+microseconds, how long this thread and the others ran, the wait before, and the rate at which weights are read.
 """
 
 from __future__ import annotations
@@ -34,7 +24,7 @@ from torch import nn
 
 from benchmarks.common import command_line, print_table
 from river_compile import accelerate
-from river_compile.backend import executors_of, river
+from river_compile.backend import river
 from river_compile.cli import shared
 from river_compile.decoding.mode import decode
 from river_compile.decoding.passes import Passes
@@ -63,11 +53,10 @@ STAGES = {
 
 
 class Marks:
-    """Names and times of what happened, and the seconds of the executor's parts, by name."""
+    """Names and times of what happened."""
 
     def __init__(self) -> None:
         self.times: list[tuple[str, float]] = []
-        self.parts: dict[str, list[float]] = {}
         self.steps: list[tuple[float, float]] = []  # when each ended, and its seconds
 
     def step(self, state: object, record: StepRecord) -> None:
@@ -85,27 +74,6 @@ class Marks:
             return result
 
         return marked
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that notes its seconds under a name."""
-        seconds = self.parts.setdefault(name, [])
-
-        def run(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args)
-            seconds.append(time.perf_counter() - start)
-            return result
-
-        return run
-
-    def time_segments(self, executor: RiverExecutor) -> None:
-        """Make the segments of an executor note their seconds, each kind by itself.
-
-        Segments that are replayed together, from a tape, run one by one for that.
-        """
-        executor.captures = None
-        for step in executor.compiled.plain.steps.values():
-            step.callee = self.timed(step.segment.kind, step.callee)
 
 
 @contextmanager
@@ -179,13 +147,8 @@ def rows_of(replays: list[list[list[int]]]) -> list[list[object]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, "model", "threads")
     parser.add_argument("--depth", type=int, default=0, help="exit depth of every token (default 0: all twins)")
-    parser.add_argument(
-        "--skip-guards", action="store_true", help="Dynamo skips its guards in steps that compile nothing"
-    )
     parser.add_argument("--own-loop", action="store_true", help="the loop is decode")
-    parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
     parser.add_argument("--phases", action="store_true", help="time the phases of the C++ kernels, in exact mode")
-    parser.add_argument("--kernels", default="auto", help="of the compiled model (default auto)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = demo_models.load(options.model)
@@ -193,21 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.phases:
         phases(model, ids)
         return 0
-    model.compile(backend=river, options={"kernels": options.kernels})
+    model.compile(backend=river)
     marks = Marks()
     loop = {"custom_generate": decode} if options.own_loop else {}
     with torch.no_grad(), forced_depth(options.depth):
         timing.generate(model, ids, NEW_TOKENS, **loop)
-        if options.skip_guards:
-            torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-        for executor in executors_of(model):
-            if executor.decodes and options.segments:
-                marks.time_segments(executor)
         with marked(model, marks):
             timing.generate(model, ids, NEW_TOKENS, **loop)
             marks.times.clear()
-            for seconds in marks.parts.values():
-                seconds.clear()
             with on_step(marks.step):
                 for _ in range(2):
                     timing.generate(model, ids, NEW_TOKENS, **loop)
@@ -216,21 +172,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(marks: Marks) -> None:
-    """Print the parts of a token: how often each runs, and its median in microseconds."""
+    """Print the median microseconds of each part of a token."""
     stages: dict[str, list[float]] = {}
     for (name, start), (following, end) in itertools.pairwise(marks.times):
         if (name, following) in STAGES:
             stages.setdefault(STAGES[name, following], []).append(end - start)
     tokens = len(marks.steps)
     often = [name for name in STAGES.values() if len(stages.get(name, [])) > tokens / 2]  # (more than a prompt's)
-    rows: list[list[object]] = [[name, 1, statistics.median(stages[name]) * 1e6] for name in often]
+    rows: list[list[object]] = [[name, statistics.median(stages[name]) * 1e6] for name in often]
     outside = [end - seconds - before for (before, _), (end, seconds) in itertools.pairwise(marks.steps)]
-    rows.append(["executor", 1, statistics.median(seconds for _, seconds in marks.steps) * 1e6])
-    rows.append(["outside the executor", 1, statistics.median(outside) * 1e6])
-    for name, seconds in marks.parts.items():
-        if len(seconds) > tokens / 2:
-            rows.append([f"  {name}", round(len(seconds) / tokens), statistics.median(seconds) * 1e6])
-    print_table(["", "a token", "us"], rows)
+    rows.append(["executor", statistics.median(seconds for _, seconds in marks.steps) * 1e6])
+    rows.append(["outside the executor", statistics.median(outside) * 1e6])
+    print_table(["", "us"], rows)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,7 @@ def target_bits(model: Any, options: dict) -> int | None:
     graphs: Any = river_compile.report(model).to_dict()["graphs"]
     if options.get("exit_depth") == 0 or all(graph["refusal"] for graph in graphs):
         return None
-    packed = 8 if options.get("target_weights") == "8bit" else 12
-    return packed if any(graph["lossless_bytes"] for graph in graphs if graph["kind"] != "prefill") else 16
+    return 12 if any(graph["lossless_bytes"] for graph in graphs if graph["kind"] != "prefill") else 16
 
 
 _runners: list[TorchRunner] = []  # of a worker, one
