@@ -14,7 +14,7 @@
 #              `make -k gpu` goes on where one fails); results in gpu/. REHEARSE=1 runs them, small, without a GPU.
 # make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
 #              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
-# make soak    random cases for an hour: calls against the plain model, damaged files, threads, clients of a server
+# make soak    random cases for an hour: calls against the plain model, threads, clients of a server
 # make families    every causal language model of transformers, tiny, against the plain model: writes docs/models.md.
 #              An hour or more; a stopped run goes on where it was. ARGS="--only llama mpt" tries these again.
 #

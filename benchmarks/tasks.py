@@ -6,7 +6,7 @@
 
 Rows are plain transformers, full depth ("never"), exact mode, all twins ("4-bit"), and exits by similarity above each
 of `--similarity`, by confidence, or by files of `river tune`. Answers go into `--answers` as they come; a stopped run
-continues. Without an exit rule `--batch` problems are answered together; speed is that of the first `--timed`, alone.
+continues. Problems are answered one after another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class Rule:
 
     @property
     def leaves(self) -> bool:
-        """Whether a score decides where a token leaves; rows of a batch then leave together."""
+        """Whether a score decides where a token leaves."""
         return self.way in (FAST, CALIBRATED) and "exit_depth" not in self.options
 
 
@@ -104,41 +104,17 @@ def _perplexities(
 def _answered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Rule], options: argparse.Namespace
 ) -> dict[str, dict]:
-    file, problems = (
-        AnswerFile(options.answers),
-        Problems.of(options.task, tokenizer, options.limit, options.new_tokens),
-    )
+    file = AnswerFile(options.answers)
+    problems = Problems.of(options.task, tokenizer, options.limit, options.new_tokens)
     told: dict[str, list[Answer]] = {}
-    speeds: dict[str, float | None] = {}
     for rule in wanted:
+        run = run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
         with running(model, rule.way, rule.calibration, **rule.options):
-            told[rule.name] = _answers(model, problems, file, rule, options, options.batch)
-            few = replace(problems, prompts=problems.prompts[: options.timed])
-            timed = _answers(model, few, file, rule, options, 1, "timed ") if options.timed else []
-            speeds[rule.name] = summary(timed, None)["tokens_per_s"] if timed else None
+            told[rule.name] = ask(model, problems, file, run, rule.name)
         solved = sum(answer.solved for answer in told[rule.name])
         print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
-    return {
-        rule.name: summary(told[rule.name], told.get("never"))
-        | {"tokens_per_s": speeds[rule.name]}
-        | ({} if rule.leaves else {"mean_depth": None})
-        for rule in wanted
-    }
-
-
-def _answers(
-    model: PreTrainedModel,
-    problems: Problems,
-    file: AnswerFile,
-    rule: Rule,
-    options: argparse.Namespace,
-    batch: int,
-    mark: str = "",
-) -> list[Answer]:
-    """Return the answers of a rule; `mark` sets them apart from those of the same rule that were asked otherwise."""
-    at_once = 1 if rule.leaves or rule.way == PLAIN else batch
-    run = mark + run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
-    return ask(model, problems, file, run, at_once, f"{rule.name}, {mark}{at_once} at once")
+    rows = {rule.name: summary(told[rule.name], told.get("never")) for rule in wanted}
+    return {rule.name: rows[rule.name] | ({} if rule.leaves else {"mean_depth": None}) for rule in wanted}
 
 
 def show(outcome: dict) -> None:
@@ -175,8 +151,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river tune`")
-    parser.add_argument("--batch", type=common.number(1), default=8, help="problems per batch (%(default)s)")
-    parser.add_argument("--timed", type=common.number(0), default=6, help="problems for the speed (%(default)s)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
     return parser.parse_args(arguments)
 

@@ -7,7 +7,6 @@ import pytest
 
 from river_compile.compile_cache import codec
 from tests.support import edited
-from tools.soak import stored
 
 
 def test_edited_files_are_refused_or_harmless(tmp_path):
@@ -19,7 +18,7 @@ def test_edited_files_are_refused_or_harmless(tmp_path):
 def test_text_of_a_program_that_became_code_is_found(monkeypatch):
     """The name of a keyword; quoted, as an argument's value, it is none."""
     edited.check_code("def forward(self, x):\n    return f(x, 'river_forged()')")
-    content = json.loads(stored.program()[0])
+    content = json.loads(edited.program())
     keyword = next(
         argument
         for code in content["codes"]

@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
+from river_compile.backend import executors_of, river
 from river_compile.compile_cache import codec
 from river_compile.errors import TwinsError
 from river_compile.kernels.native import load
 from river_compile.kernels.quant import layouts, lossless
 from river_compile.kernels.quant.grid import quantize
 from river_compile.twins.file import FILE, FORMAT, VERSION, TwinFile, write_tensors
-from tools.soak import stored
+from tests.support.decoding import decode, new_cache
+from tests.support.families import make
 
 _MARK = "river_forged"
 _VALUES = (
@@ -39,9 +41,20 @@ _VALUES = (
 _HOW = ("replace", "replace", "move", "delete", "repeat", "flip")
 
 
+@functools.cache
+def program() -> bytes:
+    """Returns a program as the compile cache has it."""
+    torch._dynamo.reset()
+    model = make("llama", layers=2)
+    options = {"kernels": "eager", "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
+    model.compile(backend=river, options=options)
+    decode(model, new_cache(model, "static"), [1])
+    return codec.dumps(executors_of(model)[-1].program)
+
+
 def try_program(rng: random.Random) -> str:
     """Reads an edited program of the compile cache; returns "refused" or "passed"."""
-    content = json.loads(stored.program()[0])
+    content = json.loads(program())
     for edit in _edits(rng):
         content = edited(content, **edit)
     return read_program(content)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from river_compile.runtime.state import on_step
-from river_compile.twins import file as twin_file
 from tools.soak import __main__ as command
-from tools.soak import cases, serving, stored, text, threads
+from tools.soak import cases, serving, text, threads
 
 CASE = {
     "family": "llama",
@@ -22,18 +21,8 @@ CASE = {
 }
 
 
-@pytest.mark.parametrize("what", stored.STORED)
-def test_files(what, tmp_path):
-    """Three damages for each of the files that the package keeps."""
-    for number in range(3):
-        case = stored.draw(random.Random(number)) | {"what": what}
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        assert stored.run(case, folder) in ("passed", "refused (TwinsError)", "refused (OptionError)")
-
-
 def test_cases_are_data_and_their_seed_alone_decides():
-    for kind in (text, stored, threads, serving):
+    for kind in (text, threads, serving):
         for seed in range(20):
             case = kind.draw(random.Random(seed))
             assert json.loads(json.dumps(case)) == case == kind.draw(random.Random(seed))
@@ -94,29 +83,34 @@ def test_clients_of_a_server_get_their_texts_whoever_else_is_there(tmp_path, cap
     assert "bytes" in capsys.readouterr().out
 
 
-def test_a_broken_check_is_found_kept_and_found_again(tmp_path, monkeypatch, capsys):
-    """Saved twins whose hash is not checked: a damage goes through, and the file of this failure finds it again."""
-    real = twin_file.is_whole
-    monkeypatch.setattr(twin_file, "is_whole", lambda file, metadata: True)
-    flips = iter(range(100))
+class Odd:
+    """A kind of case that fails where two of its numbers are odd."""
 
-    class Flips:
-        smaller = staticmethod(stored.smaller)
-        run = staticmethod(stored.run)
+    @staticmethod
+    def draw(rng):
+        return {"numbers": [2 * rng.randrange(9) + i for i in (1, 0, 1, 0)]}
 
-        @staticmethod
-        def draw(rng):
-            damages = [{"how": "flip", "at": 0.9, "seed": next(flips)}, {"how": "flip", "at": 0.95, "seed": 1}]
-            return {"what": "twins", "damages": damages}
+    @staticmethod
+    def run(case, folder):
+        if sum(number % 2 for number in case["numbers"]) > 1:
+            raise cases.Failure("two are odd")
+        return "passed"
 
-    tally = cases.soak({"stored": (Flips, 1.0)}, seed=0, seconds=0.3, failures=tmp_path)
+    @staticmethod
+    def smaller(case):
+        for i in range(len(case["numbers"])):
+            yield {**case, "numbers": [*case["numbers"][:i], *case["numbers"][i + 1 :]]}
+
+
+def test_a_failure_is_made_smaller_kept_and_found_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(command.KINDS, "odd", (Odd, 1.0))
+    tally = cases.soak({"odd": (Odd, 1.0)}, seed=0, seconds=0.1, failures=tmp_path)
     kept = tally.failures[0]
-    assert str(tally).startswith("stored ")
     assert "FAILED (Failure)" in str(tally)
-    assert len(json.loads(kept.read_text())["damages"]) == 1
+    assert len(json.loads(kept.read_text())["numbers"]) == 2
     assert command.main(["--again", str(kept)]) == 1
-    assert "damaged twins were taken for whole" in capsys.readouterr().out
-    monkeypatch.setattr(twin_file, "is_whole", real)
+    assert "two are odd" in capsys.readouterr().out
+    kept.write_text(json.dumps({"kind": "odd", "numbers": [1]}))
     assert command.main(["--again", str(kept)]) == 0
     assert not (tmp_path / "running.json").exists()
 
@@ -137,10 +131,12 @@ def test_live_tensors_are_counted():
     assert before - serving.live_tensors() >= 10_000
 
 
-def test_the_seed_is_printed_and_a_run_without_failures_succeeds(tmp_path, capsys):
-    assert command.main(["--minutes", "0.005", "--kinds", "stored", "--seed", "5", "--failures", str(tmp_path)]) == 0
+def test_the_seed_is_printed_and_a_run_without_failures_succeeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(command.KINDS, "odd", (Odd, 1.0))
+    monkeypatch.setattr(Odd, "run", lambda case, folder: "passed")
+    assert command.main(["--minutes", "0.001", "--kinds", "odd", "--seed", "5", "--failures", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert said.startswith("seed 5\n")
-    assert "stored " in said
+    assert "odd " in said
     assert [path.name for path in tmp_path.iterdir()] == ["tally.txt"]
     assert (tmp_path / "tally.txt").read_text() == said

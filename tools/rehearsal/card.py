@@ -1,16 +1,9 @@
 """A card that is not there: tensors on "cuda" whose memory is the host's, and the parts of `torch.cuda` that use it.
 
-:func:`install` gives this process one. Tensors on it are real ones of device "cuda", so everything that asks
-(``is_cuda``, ``device.type``, guards, dispatch) hears what a card would say. What a kernel would do there, the CPU does
-on the same memory. As on a card,
-
-- an operator refuses tensors of both devices;
-- a capture runs nothing and keeps what a replay repeats; what would make the host wait is refused in it;
-- time (of events) is a count: `SECONDS` for each operator and kernel that runs.
-
-Generated kernels run in Triton's interpreter, with its own tiles; graphs of Inductor's operator by operator, each of
-which rounds. Not handled: what only a card knows (compilers and drivers, streams that run side by side, memory that is
-used after its end), gradients, several devices.
+What a kernel would do, the CPU does on the same memory: generated kernels in Triton's interpreter, graphs of Inductor's
+operator by operator. As on a card, operators refuse tensors of both devices, and a capture runs nothing, keeps what a
+replay repeats, and refuses what would make the host wait. Time is a count of what ran. Not handled: compilers and
+drivers, streams that run side by side, gradients, several devices.
 """
 
 from __future__ import annotations
@@ -141,18 +134,14 @@ class Graph:
 
     def replay(self) -> None:
         _refuse("a graph is replayed")
-        _replay(self._calls)
+        for name, work in self._calls:
+            Clock.run(name, work)
 
     def reset(self) -> None:
         self._calls.clear()
 
     def pool(self) -> tuple[int, int]:
         return (0, 0)
-
-
-def _replay(calls: list[tuple[str, Callable[[], object]]]) -> None:
-    for name, work in calls:
-        Clock.run(name, work)
 
 
 class _Here(threading.local):

@@ -1,7 +1,6 @@
 """Runs random cases for a given time: ``python -m tools.soak --minutes 60`` (or ``make soak``).
 
     text      families, options, caches, batches, sampling and orders of calls against the plain model
-    stored    saved twins, exit rules, programs, generated kernels and tuned tiles that were damaged between two uses
     threads   threads that generate with one model or with several
     serving   clients of a server, some of whom leave, ask nonsense or ask too much
 
@@ -17,14 +16,13 @@ import random
 import sys
 from pathlib import Path
 
-from tools.soak import serving, stored, text, threads
+from tools.soak import serving, text, threads
 from tools.soak.cases import Kind, attempt, soak
 
 KINDS: dict[str, tuple[Kind, float]] = {
     "text": (text, 0.5),
-    "stored": (stored, 0.1),
-    "threads": (threads, 0.2),
-    "serving": (serving, 0.2),
+    "threads": (threads, 0.25),
+    "serving": (serving, 0.25),
 }
 
 
