@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from benchmarks import peers
 from benchmarks.peers.protocol import peak_rss_bytes as peak_rss_bytes
 from benchmarks.peers.protocol import serve as serve
+from river_compile.kernels.files import atomic_write
 from river_compile.kernels.native.machine import last_level_cache, processor_name
 from tools import demo_models, records
 
@@ -221,10 +222,7 @@ def command_line(doc: str, *names: str, **defaults: object) -> argparse.Argument
         "threads": {"type": number(1), "default": 2, "help": "threads of every process (%(default)s)"},
         "no-progress": {"dest": "progress", "action": "store_false", "help": "show no progress bars"},
         "json": {"type": Path, "metavar": "FILE", "help": "also write the outcome to this file"},
-        "record": {
-            "metavar": "NAME",
-            "help": "also keep the numbers in benchmarks/results/NAME.jsonl, for the documents",
-        },
+        "record": {"metavar": "NAME", "help": "also keep the numbers in benchmarks/results/NAME.jsonl"},
         "worker": {"action": "store_true", "help": argparse.SUPPRESS},
     }
     command = next((line.split("#")[0].split() for line in doc.splitlines() if line.startswith("    python -m ")), [])
@@ -283,14 +281,8 @@ def record(outcome: Mapping[str, Any], options: argparse.Namespace) -> None:
 
 def write_json(path: str | Path, content: object) -> None:
     """Write a JSON file that appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_write(Path(path)) as scratch:
         scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def ratios(values: Mapping[str, float], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from benchmarks import common
 from benchmarks.texts import collect
 from river_compile.cli import shared
-from river_compile.cli.shared import topics
 from river_compile.evaluation.meter import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA, Criterion
 from tools import demo_models
@@ -40,10 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     shared.quiet()
     results = {}
+
+    def samples(model: PreTrainedModel, tokenizer: Callable) -> tuple[Sequence[torch.Tensor], int]:
+        texts = collect(model, tokenizer, options.texts, options.tokens)
+        return texts.own if options.own_text else texts.held_out, texts.context
+
     for name in options.model:
         model, tokenizer = demo_models.load_or_exit(name)
         with torch.inference_mode():
-            results[name] = measure(model, *_samples(model, tokenizer, options), options.progress)
+            results[name] = measure(model, *samples(model, tokenizer), options.progress)
         show(name, results[name])
     outcome = {
         "benchmark": "criteria",
@@ -55,18 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     }
     common.write_outcome(outcome, options.json)
     return 0
-
-
-def _samples(
-    model: PreTrainedModel, tokenizer: Callable, options: argparse.Namespace
-) -> tuple[Sequence[torch.Tensor], int]:
-    """Return texts ``[1, context + tokens]`` and how many tokens of each run as its prompt."""
-    if options.own_text:
-        texts = collect(model, tokenizer, options.texts, options.tokens)
-        return texts.own, texts.context
-    length = options.context + options.tokens
-    ids = [tokenizer(text)["input_ids"][:length] for text in topics()]
-    return [torch.tensor([row]) for row in ids if len(row) == length][: options.texts], options.context
 
 
 def measure(
@@ -182,8 +174,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--model", action="append", help=f"{', '.join(demo_models.MODELS)} or a folder; may be repeated"
     )
     parser.add_argument("--own-text", action="store_true", help="measure the model's own greedy answers")
-    parser.add_argument("--texts", type=int, default=16, help="texts to measure (default 16; 12 answers at most)")
-    parser.add_argument("--context", type=int, default=16, help="tokens of a text's prompt (default 16)")
+    parser.add_argument("--texts", type=int, default=12, help="texts to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens measured in each text (default 16)")
     options = parser.parse_args(arguments)
     options.model = options.model or ["smollm2", "gemma3-270m"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from benchmarks.prompts import mixed
@@ -95,20 +95,12 @@ def exact_match(disagreement: Sequence[Sequence[float]]) -> float:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], new_tokens: int
 ) -> list[Answer]:
-    """Answer questions greedily, as one batch and without compiled code; an answer may end early."""
-    prompts = [shared.encode(tokenizer, question)[0] for question in questions]
-    length = max(map(len, prompts))
-    padding = [length - len(prompt) for prompt in prompts]
-    pad = tokenizer.pad_token_id or 0
-    ids = torch.stack([functional.pad(p, (n, 0), value=pad) for p, n in zip(prompts, padding, strict=True)])
-    mask = torch.stack([functional.pad(torch.ones_like(p), (n, 0)) for p, n in zip(prompts, padding, strict=True)])
-    with torch.inference_mode():
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, disable_compile=True)
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(ends if isinstance(ends, list) else [ends])
+    """Answer questions greedily, without compiled code; an answer may end early."""
+    how: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "disable_compile": True}
     found = []
-    for row, n in zip(out, padding, strict=True):
-        ended = torch.isin(row[length:], ends).nonzero()
-        stop = length + int(ended[0]) + 1 if len(ended) else len(row)
-        found.append(Answer(row[None, n:stop].clone(), length - n))
+    for question in questions:
+        ids = shared.encode(tokenizer, question)
+        with torch.inference_mode():
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        found.append(Answer(whole.clone(), ids.shape[1]))
     return found

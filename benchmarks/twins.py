@@ -5,22 +5,21 @@
 
 Every row decodes the same texts token by token through all twins: the model's own answers, passages of Python's
 documentation, and HumanEval's problems (where that package is installed). "KL" and "same" (next token) compare with
-full depth. "prompt in 4 bits": the KL of answers whose prompt ran through the twins too. "gptq" and "awq" know what the
-matrices read in the package's texts, in text that the model samples, or in its answers to other questions.
+full depth. "gptq" and "awq" know what the matrices read in the package's texts, in text that the model samples, or in
+its answers to other questions.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import river_compile
 from benchmarks import common
@@ -29,54 +28,30 @@ from benchmarks.texts import CALIBRATION, MEASURED, Answer, answers
 from river_compile.building.graph_record import GraphRecord, Graphs
 from river_compile.cli import shared
 from river_compile.cli.shared import topics
-from river_compile.evaluation.meter import compiled
+from river_compile.evaluation.meter import TextDecoder, compiled
 from river_compile.exits import forced_depth
 from river_compile.kernels.portable import token_kl
-from river_compile.record import find_record
+from river_compile.record import record_of
 from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation
 from river_compile.twins.own_text import sample
-from river_compile.upstream.transformers import cache_argument
 from tools import demo_models
 
 SAMPLED, ANSWERS = "sampled text", "answers"
 ROWS = ("rtn", "hqq", "awq", "gptq", *(f"{name}, {text}" for text in (SAMPLED, ANSWERS) for name in ("awq", "gptq")))
 KINDS = ("own", "docs", "code")
 HEADERS = (
-    "quantizer", *(f"{what} {kind}" for kind in KINDS for what in ("KL", "same")), "prompt in 4 bits",
+    "quantizer", *(f"{what} {kind}" for kind in KINDS for what in ("KL", "same")),
     "SQNR weights", "packing s", "MB",
 )  # fmt: skip
 
 
-Passes = dict[str, list[Tensor]]  # by kind of text: of each, logits [tokens, V]
-
-
-class Decoder:
-    """Feeds texts to a compiled model token by token, with a static cache."""
-
-    def __init__(self, model: PreTrainedModel, texts: Mapping[str, Sequence[Answer]]) -> None:
-        self._model, self._texts = model, texts
-        self._cache_name = cache_argument(model)
-        longest = max(text.ids.shape[1] for group in texts.values() for text in group)
-        self._cache = StaticCache(config=model.config.get_text_config(), max_cache_len=longest)
-
-    def run(self, depth: int, kinds: Sequence[str] = KINDS) -> Passes:
-        """Decode every text of some kinds at one exit depth."""
-        found = [kind for kind in kinds if kind in self._texts]
-        return {kind: [self._decode(text, depth) for text in self._texts[kind]] for kind in found}
-
-    def _decode(self, text: Answer, depth: int) -> Tensor:
-        self._cache.reset()
-        length = text.ids.shape[1]
-        self._step(text.ids, 0, text.prompt)
-        with forced_depth(depth):
-            logits = [self._step(text.ids, at, at + 1) for at in range(text.prompt, length)]
-        return torch.cat(logits)
-
-    def _step(self, ids: Tensor, start: int, stop: int) -> Tensor:
-        held = {self._cache_name: self._cache, "use_cache": True}
-        positions = torch.arange(start, stop)[None]
-        return self._model(input_ids=ids[:, start:stop], position_ids=positions, **held).logits[:, -1].clone()
+def logits_of(model: PreTrainedModel, texts: Mapping[str, Sequence[Answer]], depth: int) -> dict[str, Tensor]:
+    """Return the logits ``[tokens, V]`` of each kind of text behind its prompts, each token leaving at one depth."""
+    decoder = TextDecoder(model, max(text.ids.shape[1] for group in texts.values() for text in group))
+    with forced_depth(depth):
+        found = {kind: [decoder.logits(text.ids, text.prompt) for text in group] for kind, group in texts.items()}
+    return {kind: torch.cat(logits) for kind, logits in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,21 +94,24 @@ def measure(
     options: argparse.Namespace,
 ) -> list[dict]:
     """Return a row for each quantizer."""
-    rows, reference = [], None
+    rows: list[dict] = []
+    reference: dict[str, Tensor] = {}
+    graphs = record_of(model.parameters()).of(Graphs)
     for name in options.quantizer:
         quantizer, _, source = name.partition(", ")
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        graphs = find_record(model).of(Graphs)
         _observe(model, tokenizer, source, options)
+        torch._dynamo.reset()
         before = [*graphs]
-        settings = {"quantizer": quantizer, "group_size": options.group_size}
-        with decoding(model, texts, {**settings, "first_exit": 1}) as decoder:
-            decoder.run(0, ["own"])  # compiles
-            reference = reference or decoder.run(model.config.get_text_config().num_hidden_layers)
-            row = {"quantizer": name, **quality(decoder, reference)}
-        with decoding(model, texts, {**settings, "exit_depth": 0, "prefill": "exit"}) as decoder:
-            row["prompt in 4 bits"] = _mean_kl(reference["own"], decoder.run(0, ["own"])["own"])
-        rows.append({**row, **packing([graph for graph in graphs if graph not in before])})
+        settings = {"quantizer": quantizer, "group_size": options.group_size, "first_exit": 1}
+        with compiled(model, settings), torch.inference_mode():
+            reference = reference or logits_of(model, texts, model.config.get_text_config().num_hidden_layers)
+            found = logits_of(model, texts, 0)
+        row: dict = {"quantizer": name, **packing([graph for graph in graphs if graph not in before])}
+        for kind, logits in found.items():
+            row[f"KL {kind}"] = token_kl(reference[kind], logits).mean().item()
+            row[f"same {kind}"] = (reference[kind].argmax(-1) == logits.argmax(-1)).float().mean().item()
+        rows.append(row)
     return rows
 
 
@@ -147,27 +125,7 @@ def _observe(
         found = answers(model, tokenizer, CALIBRATION, options.calibration_tokens)
         river_compile.collect_statistics(model, [text.ids for text in found], progress=False)
     else:
-        find_record(model).of(Statistics).observed = Observation()
-
-
-@contextlib.contextmanager
-def decoding(
-    model: PreTrainedModel, texts: Mapping[str, Sequence[Answer]], settings: dict[str, object]
-) -> Iterator[Decoder]:
-    """Compile the model for the time of a with statement."""
-    torch._dynamo.reset()
-    with compiled(model, settings), torch.inference_mode():
-        yield Decoder(model, texts)
-
-
-def quality(decoder: Decoder, reference: Passes) -> dict:
-    """Compare logits at depth 0 with full depth's."""
-    row = {}
-    for kind, river in decoder.run(0).items():
-        pairs = list(zip(reference[kind], river, strict=True))
-        same = [(a.argmax(-1) == b.argmax(-1)).float() for a, b in pairs]
-        row |= {f"KL {kind}": _mean_kl(reference[kind], river), f"same {kind}": torch.cat(same).mean().item()}
-    return row
+        record_of(model.parameters()).of(Statistics).observed = Observation()
 
 
 def packing(graphs: Sequence[GraphRecord]) -> dict:
@@ -178,10 +136,6 @@ def packing(graphs: Sequence[GraphRecord]) -> dict:
         "packing s": sum(graph.seconds["packing"] for graph in graphs),
         "MB": sum(site.nbytes for site in sites) / 1e6,
     }
-
-
-def _mean_kl(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return torch.cat([token_kl(a, b) for a, b in zip(reference, other, strict=True)]).mean().item()
 
 
 def _shown(name: str, value: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import texts
+from benchmarks import texts, twins
 from benchmarks.quality import run
 from tests.support.families import VOCABULARY, make
 
@@ -48,3 +48,14 @@ def test_own_text_is_what_generate_writes():
     model, ids = make("llama", layers=2), torch.tensor([[5, 9, 2]])
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     assert torch.equal(texts.greedy(model, ids, 9), expected)
+
+
+@pytest.mark.slow
+def test_quantizers_are_compared_with_full_depth():
+    """Each with its own twins' bytes; those that know what the matrices read are nearer in no fewer bytes."""
+    options = twins._parse(["--quantizer", "rtn", "--quantizer", "gptq, sampled text", "--group-size", "32"])
+    model, ids = make("llama", layers=2), torch.arange(1, 13)[None]
+    rows = twins.measure(model, Letters(), {"own": [texts.Answer(ids, 4)]}, options)
+    assert [row["quantizer"] for row in rows] == ["rtn", "gptq, sampled text"]
+    assert all(row["KL own"] > 1e-6 and 0 <= row["same own"] <= 1 for row in rows)
+    assert rows[0]["MB"] == rows[1]["MB"] > 0

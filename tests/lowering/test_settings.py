@@ -10,7 +10,7 @@ from river_compile.building import build as building
 from river_compile.lowering import inductor
 from river_compile.lowering.inductor import inductor_settings
 from tests.support.families import make, prompt
-from tools.recorder import recording
+from tests.support.recorder import recording
 
 
 def test_a_whole_graph_has_the_modes_settings():

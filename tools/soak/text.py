@@ -32,8 +32,8 @@ from river_compile.exits import forced_depth
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, VOCABULARY, make, prompt
+from tests.support.recorder import recording
 from tests.support.tokenizers import byte_tokenizer
-from tools.recorder import recording
 from tools.soak.cases import Case, Failure, refused_by_us
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-6}
