@@ -163,10 +163,7 @@ def summarize(
 ) -> dict:
     """Return the outcome as the JSON file holds it."""
     rows = {name: {**result, **_numbers(name, results, prompts)} for name, result in results.items()}
-    speeds, first, second = (
-        {name: row[key] for name, row in rows.items()}
-        for key in ("decode_tokens_per_s", "first_token_s", "second_token_s")
-    )
+    speeds = {name: row["decode_tokens_per_s"] for name, row in rows.items()}
     return {
         **common.setting("decode", options),
         "batch": options.batch,
@@ -175,8 +172,6 @@ def summarize(
         "rows": rows,
         "absent": absent,
         "ratios": common.ratios(speeds, decode_rows.SPEED_RATIOS),
-        "first_token_ratios": common.ratios(first, decode_rows.FIRST_TOKEN_RATIOS),
-        "second_token_ratios": common.ratios(second, decode_rows.FIRST_TOKEN_RATIOS),
     }
 
 
@@ -230,10 +225,9 @@ def show(outcome: dict) -> None:
     lines = []
     for name, row in rows.items():
         same = None if row.get("same_text") is None else f"{round(row['same_text'] * count)} of {count}"
-        title, speed = f"{name} ({row['choice']})" if row.get("choice") else name, _first_cell(row, ALL)
-        lines.append(
-            [title, speed, same, *(row.get(key) for key in shown.values()), round(row["peak_rss_bytes"] / 2**20)]
-        )
+        title, speed = f"{name} ({row['choice']})" if row.get("choice") else name, next(iter(row["contexts"].values()))
+        peak = round(row["peak_rss_bytes"] / 2**20)
+        lines.append([title, spread(speed[ALL]), same, *(row.get(key) for key in shown.values()), peak])
     common.print_table(["", "decode tokens/s", "same text", *shown, "peak RSS, MiB"], lines)
     for name, reason in outcome["absent"].items():
         print(f"{name}: absent, {reason}")
@@ -245,19 +239,9 @@ def show(outcome: dict) -> None:
             for name, by_kind in cells.items()
         ]
         common.print_table(["", *next(iter(cells.values()), ()), "prompt read at"], table)
-    for title, key in (
-        ("decode tokens/s", "ratios"),
-        ("first token", "first_token_ratios"),
-        ("second token", "second_token_ratios"),
-    ):
-        if outcome[key]:
-            print(f"\nRatios of {title}")
-        for pair, value in outcome[key].items():
-            print(f"  {pair:40} {value:.2f}")
-
-
-def _first_cell(row: dict, kind: str) -> str:
-    return spread(next(iter(row["contexts"].values()))[kind])
+    print("\nRatios of decode tokens/s" if outcome["ratios"] else "")
+    for pair, value in outcome["ratios"].items():
+        print(f"  {pair:40} {value:.2f}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -82,7 +82,6 @@ SPEED_RATIOS = (
     *(("no_draft_12bit", "no_draft_16bit"), ("exact_12bit", "exact_16bit"), ("no_draft_checks", "no_draft_16bit")),
     *(("all_4bit", other) for other in ("torch_compile_all_4bit", "llama_cpp_best4")),
 )
-FIRST_TOKEN_RATIOS = (("fast", "inductor"),)
 _BITS = {"BF16": 16.0, "fp16": 16.0, "Q8_0": 8.5, "int8": 8.0}  # of a weight, by kind
 
 

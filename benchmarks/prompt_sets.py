@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.prompts import FIRST, MEMO
 from river_compile.cli import shared
+from tools.figures import cell_of
 
 KINDS = {
     "chat": FIRST["chat"],
@@ -112,10 +113,5 @@ def by_kind(prompts: Sequence[Prompt], values: Mapping[str, Sequence[float]]) ->
 
 def spread(cell: Mapping[str, float], name: str = "tokens_per_s") -> str:
     """Return a median and its range as people read them: "148 (140–155)"."""
-    least, median, most = (figure(cell[key]) for key in (f"least_{name}", name, f"most_{name}"))
+    least, median, most = (cell_of(cell[key]) for key in (f"least_{name}", name, f"most_{name}"))
     return median if least == most else f"{median} ({least}–{most})"
-
-
-def figure(value: float) -> str:
-    """Return a speed or a time with three digits or two decimals."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"

@@ -195,7 +195,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     if not peers.why_not("llama-cpp-python"):
         files["llama_cpp_bf16"] = peers.converted("llama-cpp-python", gguf, "BF16")
     for name, file in files.items():
-        theirs = [str(peers.python("xllamacpp")), str(peers.SERVER), str(file), "PORT"]
+        theirs = [str(peers.python("xllamacpp")), str(peers.script("xllamacpp")), str(file), "PORT"]
         found[name] = [*theirs, str(options.rows), str(options.threads)]
     return found
 

@@ -84,18 +84,6 @@ def test_kinds_need_a_run_that_has_them(results):
         figures.content("kinds smollm2", folder)
 
 
-def test_what_the_last_run_lacks_comes_from_an_earlier_one(results):
-    """With a program of the same weights in that run, so that the two runs can be compared."""
-    results("smollm2", 1, eager=1.0, llama_cpp_bf16=2.0, llama_cpp=3.0, openvino=4.0, fast=5.0)
-    folder = results("smollm2", 2, eager=9.0, llama_cpp_bf16=9.0, llama_cpp=9.0, fast=9.0)
-    text = figures.content("decode smollm2", folder)
-    assert "| transformers, eager | 16-bit weights | 9.0 |" in text
-    assert "| OpenVINO, 16-bit | 16-bit weights | 4.0¹ |" in text
-    command = "`python -m benchmarks.decode --model smollm2` (commit abc, memory at 40 GB/s)"
-    assert f"¹ Another run, {command}; llama.cpp, bf16 file: 2.0 there." in text
-    assert text.count("¹") == 2
-
-
 def test_a_table_can_be_of_machines_of_an_instruction_set(results):
     results("smollm2", 2, isa="amx", eager=3.0)
     folder = results("smollm2", 1, eager=1.0)

@@ -1,7 +1,6 @@
 """MkDocs' hooks: README.md is the front page, and a link out of docs/ becomes plain text, or a link on the repository.
 
-MkDocs calls these functions by their names. Lists may follow a paragraph without an empty line, as on GitHub.
-Not handled: reference links (``[text][label]``) and links in raw HTML.
+Lists may follow a paragraph without an empty line, as on GitHub. Not handled: reference links and links in raw HTML.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Tries the backend on every causal language model that transformers has, and writes `docs/models.md`.
 
-    python -m tools.families                    # what has no result yet for these sources, then the page
-    python -m tools.families --only llama mpt   # these, whatever is known of them; other rows stay
-    python -m tools.families --page             # the page from known results alone
+    python -m tools.families --only llama mpt   # these, whatever is known of them; without: what has no result yet
 
-Each type runs in its own process, which is killed when it takes too long. Results are kept in `docs/models.jsonl`
-as they come, so a stopped run continues where it was. The exit status is 1 where any type failed: wrong, crashed or
-hung.
+Each type runs in its own process, killed when it takes too long. Results are kept in `docs/models.jsonl` as they come,
+so a stopped run continues. The exit status is 1 where any type failed: wrong, crashed or hung.
 """
 
 from __future__ import annotations

@@ -411,7 +411,7 @@ def install() -> None:
         total_memory=MEMORY, warp_size=sheet.warp, regs_per_multiprocessor=sheet.registers, gcnArchName="",
         max_threads_per_multi_processor=sheet.warp * sheet.warps, shared_memory_per_block_optin=sheet.shared,
     )  # fmt: skip
-    bytes_, peak = torch.ops.rehearsal.allocated, torch.ops.rehearsal.peak
+    bytes_ = torch.ops.rehearsal.allocated
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -428,8 +428,8 @@ def install() -> None:
         "mem_get_info": lambda device=None: (MEMORY - bytes_(), MEMORY),
         "memory_allocated": lambda device=None: bytes_(),
         "memory_reserved": lambda device=None: bytes_(),
-        "max_memory_allocated": lambda device=None: peak(False),
-        "reset_peak_memory_stats": lambda device=None: peak(True),
+        "max_memory_allocated": lambda device=None: bytes_(),
+        "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,

@@ -4,8 +4,7 @@
     threads   threads that generate with one model or with several
     serving   clients of a server, some of whom leave, ask nonsense or ask too much
 
-Prints the seed, each failure as it is found with the command that runs it again, and a table of outcomes. The exit
-status is 1 where anything failed.
+Prints the seed, and each failure with the command that runs it again. The exit status is 1 where anything failed.
 """
 
 from __future__ import annotations

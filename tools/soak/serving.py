@@ -1,9 +1,8 @@
 """Cases of kind "serving": random clients of one server, some of whom leave, ask nonsense or ask too much.
 
-A tiny model is served in this process. Its texts are taken first, one after another; then the same requests come from
-several clients at the same time, round after round. Every text that is finished is the one that was alone, whatever its
-neighbours did. They hang up before or while they are answered, send bad values or prompts beyond the context, and are
-refused where the queue is full. In the end no request is left in a row or in the queue, and memory has not risen.
+A tiny model is served in this process. Its texts are taken one after another; then the same requests come from several
+clients at the same time, round after round. Every text that is finished is the one that was alone. In the end no
+request is left in a row or in the queue, and memory has not risen.
 """
 
 from __future__ import annotations

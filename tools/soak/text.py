@@ -1,14 +1,8 @@
 """Cases of kind "text": a model goes through random calls, and every text is the plain model's.
 
-Twins are unquantized and kernels="eager", so that wherever a token exits its logits are the plain model's up to
-rounding. What is compared is more than text: each step's logits, up to the first token where two texts part. A token
-may differ only where the logits agree, which makes it a near-tie. If they do not, the case runs again in float64,
-and a difference that is gone there was rounding (experts chosen by a near-tie, say), and is counted as such.
-
-Among the calls are ids in 32 bits, rows that stop strings end, and scores that leave no token, where sampling raises
-the plain model's error. A model that breaks its own graph (with hooks) leaves the next one of its class its river.
-
-Not handled: text of exact mode with sampling, which is equal in distribution alone.
+Twins are unquantized, so wherever a token exits its logits are the plain model's up to rounding. Each step's logits are
+compared up to the first token where two texts part, which must be a near-tie. A case that differs runs again in
+float64: a difference that is gone there was rounding. Not handled: exact mode with sampling, equal in distribution.
 """
 
 from __future__ import annotations
