@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -51,14 +50,7 @@ def subjects(n: int, k: int, experts: int, chosen: int, tokens: int) -> dict[str
     dense = torch.randn(n, k).bfloat16().expand(experts, n, k).contiguous()
     ends = [route.bincount(minlength=experts).cumsum(0).int() for route in routes]
     calls["grouped 16 bits"] = [functools.partial(F.grouped_mm, x, dense.transpose(1, 2), offs=end) for end in ends]
-    chosen_of = [route.unique().tolist() for route in routes]
-    calls["one by one, 16 bits"] = [functools.partial(_one_by_one, x, dense, numbers) for numbers in chosen_of]
     return calls
-
-
-def _one_by_one(x: torch.Tensor, dense: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-    parts = x.chunk(len(numbers))
-    return torch.cat([F.linear(part, dense[number]) for part, number in zip(parts, numbers, strict=True)])
 
 
 def main(arguments: list[str] | None = None) -> int:

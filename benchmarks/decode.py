@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common, decode_rows, prompt_sets, torch_runner
-from benchmarks.decode_rows import ACCELERATED, ROWS
+from benchmarks.decode_rows import ROWS
 from benchmarks.prompt_sets import ALL, Prompt, spread
 from tools import demo_models
 
@@ -141,13 +141,10 @@ def _round(worker: common.Worker, result: dict, prompts: list[Prompt], options: 
 def _job(name: str, prompts: list[Prompt], options: argparse.Namespace) -> dict:
     """Return what a worker must know to prepare a row, but for its files."""
     row = ROWS[name]
-    own = row.backend in (*ACCELERATED, "torch_compile")
-    twins = {"twins": options.twins} if own and options.twins else {}
     by_context = [[prompt for prompt in prompts if prompt.context == context] for context in options.contexts]
     slots = [prompt_sets.longest(those, options.new_tokens) for those in by_context if those]
     return {
         **asdict(row),
-        "options": row.options | twins,
         "dtype": options.dtype,
         "new_tokens": options.new_tokens,
         "threads": options.threads,
@@ -247,23 +244,12 @@ def show(outcome: dict) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     shared = ("model", "device", "dtype", "new-tokens", "threads", "repeats", "json", "record", "worker")
     parser = common.command_line(__doc__, *shared)
-    parser.add_argument(
-        "--batch", type=common.number(1), default=1, help="texts that are generated together (%(default)s)"
-    )
+    parser.add_argument("--batch", type=common.number(1), default=1, help="texts generated together (%(default)s)")
     prompt_sets.add_arguments(parser)
-    parser.add_argument(
-        "--twins", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
-    )
     parser.add_argument("--one-process", action="store_true", help="one row after another, if memory is short")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama.cpp")
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=[*ROWS, decode_rows.ALL],
-        default=decode_rows.DEFAULT,
-        metavar="ROW",
-        help=f"{', '.join(ROWS)}; or all (the rows of README.md's table)",
-    )
+    rows, said = [*ROWS, decode_rows.ALL], f"{', '.join(ROWS)}; or all (default: README.md's table)"
+    parser.add_argument("--rows", nargs="+", choices=rows, default=decode_rows.DEFAULT, metavar="ROW", help=said)
     return parser.parse_args(arguments)
 
 

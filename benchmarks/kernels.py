@@ -113,12 +113,6 @@ def timings(kernels: Mapping[str, KernelSpec], failed: list[str]) -> Iterator[Ti
             yield found
 
 
-def print_head() -> None:
-    """Print the table's head."""
-    print("| kernel | shape | us | by bytes | expected | GB/s | of copy | x torch |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
-
-
 def print_row(t: Timing, copy: float) -> None:
     """Print one row; `copy` is the bandwidth of copies in bytes per second."""
     against = f"{t.torch_seconds / t.seconds:.2f}" if t.torch_seconds else ""
@@ -156,7 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     figures = {"facts": common.gpu_facts(), "copy_bandwidth": copy, "model": options.model, **sizes}
     found: list[Timing] = []
     failed: list[str] = []
-    print_head()
+    print("| kernel | shape | us | by bytes | expected | GB/s | of copy | x torch |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     for row in timings(kernels, failed):
         found.append(row)
         print_row(row, copy)

@@ -2,9 +2,8 @@
 
     python -m benchmarks.nearness --model gemma3-270m --texts 24 --new-tokens 48 --json nearness.json
 
-The text is the float32 model's own greedy one. Each row (transformers, `model.compile()`, `accelerate`) is given it one
-token at a time, on a static cache. Columns: mean KL divergence from float32 in nats a token, and the share of tokens
-after which the most likely next one is float32's.
+The text is the float32 model's own greedy one, given to transformers, `model.compile()` and `accelerate` by tokens.
+Columns: mean KL divergence from float32 in nats, and how often the most likely next token is float32's.
 """
 
 from __future__ import annotations

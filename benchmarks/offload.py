@@ -104,15 +104,10 @@ def show(outcome: dict) -> None:
         weights, resident, process = (row[f"{key}_bytes"] / 1e6 for key in ("weights", "resident", "process"))
         share = f"{resident / weights:.0%}"
         rows.append([name, round(weights, 1), round(resident, 1), share, round(process), row["prompt_s"] * 1e3])
-        never = outcome["rows"].get(_never(name))
+        never = outcome["rows"].get(f"{name.partition(', ')[0]}, never")
         same = "" if never is None else "yes" if row["tokens"] == never["tokens"] else "no"
         rows[-1] += [row["decode_tokens_per_s"], row["mean_depth"], row["brought_in_bytes_per_token"] / 1e6, same]
     common.print_table(headers, rows)
-
-
-def _never(row: str) -> str:
-    """Return the name of the row that generates the plain model's text with the same blocks offloaded."""
-    return f"{row.partition(', ')[0]}, never"
 
 
 def _rows(depths: list[int], threshold: float) -> dict[str, dict]:
@@ -129,16 +124,14 @@ def _rows(depths: list[int], threshold: float) -> dict[str, dict]:
 
 def _measured(name: str, fields: dict, folder: Path, options: argparse.Namespace) -> dict:
     job = {"folder": str(folder), "dtype": options.dtype, "new_tokens": options.new_tokens, "threads": options.threads}
-    twins = {"twins": options.twins} if options.twins else {}
     with closing(common.Worker("benchmarks.offload", name, options.threads)) as worker:
-        return worker.ask("measure", options={**twins, **fields}, exact=name.endswith("exact"), **job)
+        return worker.ask("measure", options=fields, exact=name.endswith("exact"), **job)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=64)
     parser.add_argument("--offload", nargs="+", type=common.number(0), default=[4], help="blocks that stay (4)")
     parser.add_argument("--threshold", type=float, default=0.7, help="of the similarity criterion (%(default)s)")
-    parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     return parser.parse_args(arguments)
 
 

@@ -44,15 +44,8 @@ class Prompt:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--contexts`, `--kinds` and `--of-each`."""
-    parser.add_argument(
-        "--contexts",
-        nargs="+",
-        type=common.number(1),
-        default=[*CONTEXTS],
-        metavar="N",
-        help="tokens of the prompts, a document before the question included (%(default)s); with 32 512 4096 a run "
-        "takes three to six times as long as with 32",
-    )
+    said = "tokens of the prompts, a document before the question included (%(default)s)"
+    parser.add_argument("--contexts", nargs="+", type=common.number(1), default=[*CONTEXTS], metavar="N", help=said)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="of prompts (all)")
     parser.add_argument("--of-each", type=int, choices=(1, 2, 3), default=3, help="prompts of a kind (%(default)s)")
 

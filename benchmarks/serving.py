@@ -33,7 +33,6 @@ from benchmarks.prompts import mixed
 from tools import demo_models
 
 START_S = 600.0  # to load, trace and pack where nothing is stored
-PAIRS = (("river", "river_1"), ("river", "llama_cpp"), ("river", "llama_cpp_bf16"))
 
 
 @dataclass(frozen=True)
@@ -221,9 +220,6 @@ def _measure(options: argparse.Namespace) -> dict:
             for server in servers:
                 found = summary(visit(server, questions, times, options.new_tokens))
                 outcome["found"].append({"clients": clients, "server": server.name, **found})
-    for clients in options.clients:
-        rates = {row["server"]: row["tokens_per_s"] for row in outcome["found"] if row["clients"] == clients}
-        outcome.setdefault("ratios", {})[str(clients)] = common.ratios(rates, PAIRS)
     return outcome
 
 
@@ -233,9 +229,6 @@ def _show(outcome: dict) -> None:
     names = ("clients", "server", "tokens", "tokens_per_s", "first_token_s", "first_token_p95_s")
     heads = ["clients", "server", "tokens", "tokens/s of all", "first token, median s", "95 %, s"]
     common.print_table(heads, [[row[name] for name in names] for row in outcome["found"]])
-    for clients, ratios in outcome["ratios"].items():
-        said = ", ".join(f"{pair} {ratio:.2f}" for pair, ratio in ratios.items())
-        print(f"tokens/s at {clients} clients: {said}")
 
 
 if __name__ == "__main__":

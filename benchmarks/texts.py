@@ -1,8 +1,7 @@
 """Texts that benchmarks measure on: what the model itself writes, and passages that it was not asked for.
 
 :func:`collect` gives both kinds in samples of one length, so that one cache and one compilation serve them all:
-`context` tokens that run as a prompt, then those that are measured. Prompts are of different length, so a sample of
-the model's own text may hold some of its answer in the context. :func:`answers` gives whole answers of any length.
+`context` tokens that run as a prompt, then those that are measured. :func:`answers` gives answers of any length.
 """
 
 from __future__ import annotations

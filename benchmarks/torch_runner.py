@@ -15,11 +15,7 @@ _PLAIN = ("eager", "inductor")
 
 
 class TorchRunner:
-    """Generates with a Hugging Face model, compiled or not.
-
-    The plain model has the cache that `generate` gives it by default, an accelerated one makes its own, and other
-    compiled ones have a static cache for the longest prompt of a context.
-    """
+    """Generates with a model, with the cache that is usual for it, or a static one for a context's longest prompt."""
 
     def __init__(self, model: Any, job: dict) -> None:
         self.model, self.job, self._slots = model, job, 0

