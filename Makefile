@@ -9,20 +9,18 @@
 # make test-sanitizers    the C++ code under GCC's sanitizers (addresses, undefined behavior, threads), and edited files
 # make lint    ruff, clang-format, types, prose, links     make wheel   the source archive and the wheel, in dist/
 # make docs    the documentation as a site, in build/site
-# make gpu     on a machine with a GPU: facts, kernels, tuning, the tests that need one, decode speed against its targets,
-#              traces. Steps of ten minutes at most, each also alone (`make gpu-facts`; `make gpu ARGS=--list` names
-#              them); results in gpu/. ARGS=--rehearse runs them, small, where there is no GPU. WHEELS=folder takes what
-#              is missing from there, without network: docs/hardware.md.
+# make gpu     on a machine with a GPU: tuning, kernels, the tests that need one, decode speed. Steps of ten minutes at
+#              most, each also alone (gpu-tune gpu-kernels gpu-tests-kernels gpu-tests-graphs gpu-decode-1b gpu-decode-8b;
+#              `make -k gpu` goes on where one fails); results in gpu/. REHEARSE=1 runs them, small, without a GPU.
 # make compat  a short core of the tests with the oldest and newest versions of Python, torch and transformers, each in a
 #              fresh environment (5 GB of disk while it runs; "not available here" where a Python is missing)
-# make soak    random cases for an hour: calls against the plain model, damaged files, kills, threads, memory
+# make soak    random cases for an hour: calls against the plain model, threads, clients of a server
 # make families    every causal language model of transformers, tiny, against the plain model: writes docs/models.md.
 #              An hour or more; a stopped run goes on where it was. ARGS="--only llama mpt" tries these again.
 #
 # Variables: PYTHON (3.10 or newer; makes the virtual environment), VENV (its folder), RIVER_COMPILE_HOME (the folder
 # of converted models and generated kernels), ARGS (arguments of the demo, the benchmark or the steps on a GPU, as in
-# `make demo ARGS="--record docs/images/demo.svg"`), WHEELS (a folder that `python -m tools.wheelhouse pack` has filled).
-# pip takes its settings from its own configuration and from PIP_* variables.
+# `make demo ARGS=--report`). pip takes its settings from its own configuration and from PIP_* variables.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,16 +41,8 @@ SIDE_BY_SIDE := -n 2 --dist worksteal --durations=25
 # Material prints an advertisement at each build unless this is set.
 SITE := NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --strict
 
-# The machine's own Python with what a wheelhouse adds, or the virtual environment.
-ifdef WHEELS
-ON_GPU := PYTHONPATH=$(WHEELS)/site $(PYTHON)
-FOR_GPU := $(WHEELS)/site/.installed
-else
-ON_GPU := $(IN_VENV)
-FOR_GPU := $(FOR_TEST)
-endif
-
-.PHONY: help demo check generate test test-tools test-arm test-sanitizers test-all lint docs wheel bench families gpu compat soak clean
+.PHONY: help demo check generate test test-tools test-arm test-sanitizers test-all lint docs wheel bench families compat soak clean \
+  gpu gpu-tune gpu-kernels gpu-tests-kernels gpu-tests-graphs gpu-decode-1b gpu-decode-8b
 .DELETE_ON_ERROR:
 
 help:
@@ -119,17 +109,32 @@ bench: $(FOR_DEMO)
 families: $(FOR_TEST)
 	$(IN_VENV) -m tools.families $(ARGS)
 
-gpu: $(FOR_GPU)
-	$(ON_GPU) -m tools.gpu $(ARGS)
+# Ten minutes for a step on a card, and none of its processes is left; steps after the first use the tiles it measured.
+GPU_TESTS := pytest -m gpu -rs --timeout 200 -p no:cacheprovider
+ON_GPU = RIVER_COMPILE_TUNING=gpu/tuning.json $(if $(REHEARSE),,timeout 600) \
+  $(IN_VENV) -m $(if $(REHEARSE),tools.rehearsal )
 
-gpu-%: $(FOR_GPU)
-	$(ON_GPU) -m tools.gpu $* $(ARGS)
+gpu: gpu-tune gpu-kernels gpu-tests-kernels gpu-tests-graphs gpu-decode-1b gpu-decode-8b
 
-ifdef WHEELS
-$(FOR_GPU): $(wildcard $(WHEELS)/*.whl)
-	$(PYTHON) -m tools.wheelhouse install $(WHEELS)
-	@touch $@
-endif
+gpu-tune: $(FOR_TEST)
+	$(ON_GPU)tools.kernels.tune --model llama-3.1-8b --top 40 --budget 200
+	$(ON_GPU)tools.kernels.tune --model llama-3.2-1b --top 40 --budget 100
+
+gpu-kernels: $(FOR_TEST)
+	$(ON_GPU)benchmarks.kernels --model llama-3.1-8b --json gpu/kernels-8b.json
+	$(ON_GPU)benchmarks.kernels --model llama-3.2-1b --json gpu/kernels-1b.json
+
+# (A head in float64 takes 15 GB of the card in each process.)
+gpu-tests-kernels: $(FOR_TEST)
+	$(ON_GPU)$(GPU_TESTS) -n 4 tests/kernels
+
+gpu-tests-graphs: $(FOR_TEST)
+	$(ON_GPU)$(GPU_TESTS) -n 6 tests/runtime tests/api tests/lowering
+
+gpu-decode-1b gpu-decode-8b: gpu-decode-%: $(FOR_TEST)
+	$(ON_GPU)benchmarks.random_llama $(if $(filter 1b,$*),llama-3.2-1b,llama-3.1-8b) gpu/llama-$* --device cuda
+	$(ON_GPU)benchmarks.decode --model gpu/llama-$* --device cuda --one-process --kinds chat --contexts 1024 \
+	  --rows eager inductor no_draft depth_3 all_4bit exact --json gpu/decode-$*.json
 
 soak: $(FOR_TEST)
 	$(IN_VENV) -m tools.soak $(ARGS)

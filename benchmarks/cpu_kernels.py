@@ -1,20 +1,19 @@
-"""Times products on this CPU, of 4-bit, bfloat16 and 12-bit weights: `benchmarks.kernels --device cpu`.
+"""Times matmuls on this CPU, of 4-bit, bfloat16 and 12-bit weights: `benchmarks.kernels --device cpu`.
 
-Every product reads weights that no cache holds, and its rate counts those bytes: packed weights, scales and zeros.
-The next column is the rate at which torch sums bytes on the same threads. Subjects alternate and the least time of each
-counts, so that a busy neighbour costs repeats rather than figures.
+Every matmul reads weights that no cache holds, and its rate counts those bytes. "of a sum" is the rate at which torch
+sums bytes on the same threads. Subjects alternate and the least time of each counts, so that a busy machine costs
+repeats rather than figures.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.int4_baseline import packed_for_cpu
 from river_compile.kernels.native import load
 from river_compile.kernels.quant.grid import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless
@@ -42,43 +41,36 @@ class CpuTiming:
 
 
 def measure(group_size: int, threads: Sequence[int], repeats: int) -> list[CpuTiming]:
-    """Time ATen's product and the C++ kernels for all shapes, rows and numbers of threads."""
+    """Time ATen's 4-bit matmul and the C++ kernels for all shapes, rows and numbers of threads."""
     load.load()
     before, timings = torch.get_num_threads(), []
     for n, k in SHAPES:
-        subjects = [*_subjects(n, k, group_size)]
+        subjects = {(kernel, rows): (size, calls) for kernel, rows, size, calls in _subjects(n, k, group_size)}
+        runs = {subject: max(1, RUN_BYTES // size) for subject, (size, _) in subjects.items()}
         for count in threads:
             torch.set_num_threads(count)
-            seconds = _least(subjects, repeats)
-            for subject, best in zip(subjects, seconds, strict=True):
-                if subject.rows:
-                    sum_seconds = seconds[0] * subject.bytes / subjects[0].bytes
-                    timing = CpuTiming(subject.kernel, n, k, subject.rows, count, subject.bytes, best, sum_seconds)
-                    timings.append(timing)
+            seconds = least_seconds({subject: calls for subject, (_, calls) in subjects.items()}, repeats, runs)
+            for (kernel, rows), (size, _) in subjects.items():
+                sum_seconds = seconds["sum", 0] * size / subjects["sum", 0][0]
+                timings.append(CpuTiming(kernel, n, k, rows, count, size, seconds[kernel, rows], sum_seconds))
     torch.set_num_threads(before)
-    return timings
+    return [timing for timing in timings if timing.rows]
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """Calls of one kernel, each of which reads `bytes`; the plain sum has no rows."""
-
-    kernel: str
-    rows: int
-    bytes: int
-    calls: list[Call]
-
-
-def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
-    """Yield a plain sum first, and then each kernel at each number of rows."""
+def _subjects(n: int, k: int, group_size: int) -> Iterator[tuple[str, int, int, list[Call]]]:
+    """Yield name, rows, bytes that a call reads, and calls: of a plain sum first, then of each kernel for all rows."""
     weight = torch.randn(n, k) * k**-0.5
     grid, in_16_bits = quantize(weight, group_size, "rtn"), weight.bfloat16()
     ops = torch.ops.river_native
     fours = _copies(pack(grid, "native"))
-    aten = _copies(PackedLinear("ATen int4", *packed_for_cpu(grid), group_size, k, n))
+    # ATen computes (q - 8) * scale + zero, as our grid does.
+    table = torch.stack([grid.scale, grid.zero], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(grid.q.int(), 1)
+    aten = _copies(PackedLinear("ATen int4", packed, table, group_size, k, n))
     sixteens = _copies(PackedLinear("dense", in_16_bits, torch.zeros(0), 0, k, n))
     twelves = _copies(pack_lossless([in_16_bits])) if load.has_packing() else []
-    yield _Subject("sum", 0, _bytes(fours[0]), [functools.partial(_sum, one.qweight, one.scale_zero) for one in fours])
+    size = fours[0].qweight.nbytes + fours[0].scale_zero.nbytes
+    yield "sum", 0, size, [functools.partial(_sum, one.qweight, one.scale_zero) for one in fours]
     for rows in ROWS:
         x = torch.randn(rows, k).bfloat16()
 
@@ -86,22 +78,22 @@ def _subjects(n: int, k: int, group_size: int) -> Iterator[_Subject]:
             return functools.partial(ops.linear.default, x, p.qweight, p.scale_zero, None, n, p.group_size)
 
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
-        atens = [functools.partial(product, x, p.qweight, group_size, p.scale_zero) for p in aten]
-        yield _Subject("ATen int4", rows, _bytes(fours[0]), atens)
-        yield _Subject("native W4A8", rows, _bytes(fours[0]), [*map(linear, fours)])
+        yield (
+            "ATen int4",
+            rows,
+            size,
+            [functools.partial(product, x, p.qweight, group_size, p.scale_zero) for p in aten],
+        )
+        yield "native W4A8", rows, size, [*map(linear, fours)]
         dense = [functools.partial(ops.dense.default, x, [p.qweight], []) for p in sixteens]
-        yield _Subject("native bfloat16", rows, _bytes(sixteens[0]), dense)
+        yield "native bfloat16", rows, in_16_bits.nbytes, dense
         if twelves:  # (of whose second tensor a few patches are read, and the rest is room)
-            yield _Subject("the same in 12 bits", rows, twelves[0].qweight.nbytes, [*map(linear, twelves)])
+            yield "the same in 12 bits", rows, twelves[0].qweight.nbytes, [*map(linear, twelves)]
 
 
-def _bytes(packed: PackedLinear) -> int:
-    return packed.qweight.nbytes + packed.scale_zero.nbytes
-
-
-def _sum(qweight: torch.Tensor, scale_zero: torch.Tensor) -> None:
-    qweight.view(-1).view(torch.int64).sum()
-    scale_zero.view(-1).view(torch.int64).sum()
+def _sum(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        tensor.view(-1).view(torch.int64).sum()
 
 
 def _copies(packed: PackedLinear) -> list[PackedLinear]:
@@ -111,17 +103,24 @@ def _copies(packed: PackedLinear) -> list[PackedLinear]:
     ]
 
 
-def _least(subjects: Sequence[_Subject], repeats: int) -> list[float]:
-    best = [float("inf")] * len(subjects)
+def least_seconds(subjects: Mapping, repeats: int, runs: Mapping | None = None) -> dict:
+    """Return the least seconds of one call of each subject, whose calls touch different memory; subjects alternate.
+
+    Args:
+        subjects: calls by subject.
+        repeats: times that each subject is timed.
+        runs: how many calls of a subject are timed as one; 1 where it is left out.
+    """
+    best = dict.fromkeys(subjects, float("inf"))
     with torch.inference_mode():
         for repeat in range(repeats):
-            for number, subject in enumerate(subjects):
-                run = min(max(1, RUN_BYTES // subject.bytes), len(subject.calls))
-                first = repeat * run % (len(subject.calls) - run + 1)
+            for subject, calls in subjects.items():
+                run = min(runs[subject] if runs else 1, len(calls))
+                first = repeat * run % (len(calls) - run + 1)
                 start = time.perf_counter()
-                for call in subject.calls[first : first + run]:
+                for call in calls[first : first + run]:
                     call()
-                best[number] = min(best[number], (time.perf_counter() - start) / run)
+                best[subject] = min(best[subject], (time.perf_counter() - start) / run)
     return best
 
 

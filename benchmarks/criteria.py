@@ -2,16 +2,11 @@
 
     python -m benchmarks.criteria
     python -m benchmarks.criteria --own-text                   # what the model itself writes, not documentation
-    python -m benchmarks.criteria --model smollm2 --json criteria.json --plots DIR
+    python -m benchmarks.criteria --model smollm2 --json criteria.json
 
-Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave. Two
-lines stand for comparison, both with exits after the same block: tokens that leave by chance, and an oracle that lets
-those leave which lose least. "At equal time" reads each criterion's frontier, the rules mixed by chance where two of
-them lie around the time that is asked for; full depth belongs to every frontier.
-
-Time is that of a decode step in the model's forward pass, as a share of full depth's. The steps of all criteria are
-priced by one run, in which all kinds of steps took turns: by the blocks that a token ran. What the comparisons of
-"similarity" cost, about one percent, is left out.
+Texts are fed token by token, under each criterion at thresholds that let more and more tokens leave. For comparison
+tokens leave by chance, or as an oracle says which lose least. "At equal time" reads each criterion's frontier, rules
+mixed by chance between two of them. Time is that of a decode step as a share of full depth's, by the blocks it ran.
 """
 
 from __future__ import annotations
@@ -21,8 +16,6 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -30,13 +23,9 @@ from transformers import PreTrainedModel
 from benchmarks import common
 from benchmarks.texts import collect
 from river_compile.cli import shared
-from river_compile.cli.shared import topics
 from river_compile.evaluation.meter import Measured, Meter, Rule, compiled
 from river_compile.exits import CRITERIA, Criterion
 from tools import demo_models
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHARES = (0.3, 0.5, 0.7, 0.85)
 FIRST_EXIT = 2
@@ -50,10 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     shared.quiet()
     results = {}
+
+    def samples(model: PreTrainedModel, tokenizer: Callable) -> tuple[Sequence[torch.Tensor], int]:
+        texts = collect(model, tokenizer, options.texts, options.tokens)
+        return texts.own if options.own_text else texts.held_out, texts.context
+
     for name in options.model:
         model, tokenizer = demo_models.load_or_exit(name)
         with torch.inference_mode():
-            results[name] = measure(model, *_samples(model, tokenizer, options), options.progress)
+            results[name] = measure(model, *samples(model, tokenizer), options.progress)
         show(name, results[name])
     outcome = {
         "benchmark": "criteria",
@@ -64,21 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         "models": {name: {"rows": rows, "at_equal_time": at_equal_time(rows)} for name, rows in results.items()},
     }
     common.write_outcome(outcome, options.json)
-    if options.plots:
-        print(f"Drawn to {plot(results, options.plots)}")
     return 0
-
-
-def _samples(
-    model: PreTrainedModel, tokenizer: Callable, options: argparse.Namespace
-) -> tuple[Sequence[torch.Tensor], int]:
-    """Return texts ``[1, context + tokens]`` and how many tokens of each run as its prompt."""
-    if options.own_text:
-        texts = collect(model, tokenizer, options.texts, options.tokens, calibration=0)
-        return texts.own, texts.context
-    length = options.context + options.tokens
-    ids = [tokenizer(text)["input_ids"][:length] for text in topics()]
-    return [torch.tensor([row]) for row in ids if len(row) == length][: options.texts], options.context
 
 
 def measure(
@@ -188,45 +168,14 @@ def _shown(value: object) -> object:
     return f"{value:.3f}" if isinstance(value, float) else value
 
 
-def plot(results: dict[str, list[dict]], folder: str | Path) -> Path:
-    """Draw :func:`draw`'s figure to criteria.png; return its path."""
-    from benchmarks import figures
-
-    return figures.save(draw(results), Path(folder) / "criteria.png", dpi=90)
-
-
-def draw(results: dict[str, list[dict]]) -> Figure:
-    """Return KL against time, a panel for each model: a criterion's rules as points, its frontier as a line."""
-    from benchmarks import figures
-
-    figure, panels = figures.panels((6 * len(results), 4.6), len(results))
-    for axes, (name, rows) in zip(panels, results.items(), strict=True):
-        for criterion in dict.fromkeys(row["criterion"] for row in rows):
-            found = sorted((r["time"], r["kl"]) for r in rows if r["criterion"] == criterion)
-            style = {"chance": "k--", "oracle": "k:"}.get(criterion, "-")
-            times = [found[0][0] + (1 - found[0][0]) * i / 100 for i in range(101)]
-            points = [*found, (1.0, 0.0)]
-            (line,) = axes.plot(times, [least_kl(points, time) for time in times], style, label=criterion)
-            axes.scatter(*zip(*found, strict=True), s=14, color=line.get_color())
-        axes.set_title(name)
-        axes.set_xlabel("time per token, share of never exit")
-        axes.set_ylabel("KL from never exit, nats per token")
-        axes.set_ylim(bottom=0)
-        figures.plain(axes)
-        axes.legend(frameon=False)
-    return figure
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.command_line(__doc__, "threads", "no-progress", "json")
     parser.add_argument(
         "--model", action="append", help=f"{', '.join(demo_models.MODELS)} or a folder; may be repeated"
     )
     parser.add_argument("--own-text", action="store_true", help="measure the model's own greedy answers")
-    parser.add_argument("--texts", type=int, default=16, help="texts to measure (default 16; 8 answers at most)")
-    parser.add_argument("--context", type=int, default=16, help="tokens of a text's prompt (default 16)")
+    parser.add_argument("--texts", type=int, default=12, help="texts to measure (at most 12, the default)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens measured in each text (default 16)")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the frontiers as criteria.png")
     options = parser.parse_args(arguments)
     options.model = options.model or ["smollm2", "gemma3-270m"]
     return options

@@ -3,36 +3,15 @@
     python -m benchmarks.decode --record decode        # the rows of README.md's table, whose numbers it keeps
     python -m benchmarks.decode --model DIR --gguf FILE --rows eager fast llama_cpp --json decode.json
     python -m benchmarks.decode --contexts 32 512 4096
-    python -m benchmarks.decode --batch 8 --rows eager fast --neighbour
+    python -m benchmarks.decode --device cuda --one-process --rows eager inductor no_draft all_4bit
     python -m benchmarks.peers install all             # once: llama.cpp, OpenVINO, ONNX Runtime, vLLM
 
 Every row is a separate process with an empty Inductor cache. Each generates the greedy continuation of the same
-prompts (prompt_sets.py: chat, code, story and edit, three of each; `--batch` copies of one together), past any end of
-the text. All are run once to compile and to warm up, and then in `--repeats` rounds: all prompts of a row in turn, and
-the rows of a round one after another. A row that generates 30 tokens/s takes three minutes with the defaults, and
-the rows of the README half an hour for SmolLM2 and two to three hours for a model of 1.5 billion parameters. Columns:
-
-    decode tokens/s   prefill excluded, all texts of the batch together: median over the prompts, of each the median
-                      over the rounds, and in parentheses the least and the most of the prompts
-    beside another    the same with one other process busy all the time, where `--neighbour` asks for it
-    same text         of how many prompts a row with drafts wrote what the same program writes without
-    weights, bits     that River's full-depth passes read: 16, or packed without loss
-    drafts accepted   share of the drafted tokens that were
-    outside, ms       of a token, what is not in River's executor: choosing it, its inputs, and for `torch_compile`
-                      Dynamo's guards and transformers' loop
-    first token, s    from the call that compiles to the first new token: packing and compiling the prompt's graph
-    second token, s   the same to the second new token: the decode graph is compiled too
-    mean depth        backbone blocks executed per decoded token
-    peak RSS, MiB     of the row's process, loading included (mapped weight files count)
-
-Tables of each context follow: the kinds' decode tokens/s, and how fast prompts are read. A peer's row that can run
-with several files or draft lengths tries each for a moment with a prompt of each kind; the fastest is measured and
-named. Peers that are not installed or that fail are absent, with the reason. What they read is kept below
-`RIVER_COMPILE_HOME` in `peers/files`, some ten times the bytes of the model's 4-bit file.
-
-`--device cuda` measures random models on a GPU, `--estimate` says what can be said without one (cuda_decode.py).
-All processes stay in memory until the end. `--one-process` measures one row after another instead, for models of a
-billion parameters or more. Nothing here looks at the quality of the text.
+prompts (prompt_sets.py), past any end of the text: once to compile and to warm up, then in `--repeats` rounds, rows one
+after another. Tokens/s exclude the prompt: medians over prompts of medians over rounds, with the range of the prompts.
+"Same text": of how many prompts a row with drafts wrote what its program writes without. "Outside": of a token, what is
+not in River's executor. "Uncaptured" graphs of Inductor ran without CUDA graphs: such a row is no baseline. A peer that
+can run with several files or draft lengths runs with the fastest. Nothing here looks at the quality of the text.
 """
 
 from __future__ import annotations
@@ -41,20 +20,18 @@ import argparse
 import contextlib
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common, cuda_decode, decode_rows, prompt_sets, torch_runner
-from benchmarks.decode_rows import ACCELERATED, ROWS
+from benchmarks import common, decode_rows, prompt_sets, torch_runner
+from benchmarks.decode_rows import ROWS
 from benchmarks.prompt_sets import ALL, Prompt, spread
 from tools import demo_models
 
 _TRIAL_TOKENS = 48
-_ALONE, _BESIDE = "tokens_per_s", "tokens_per_s_beside"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,15 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         torch_runner.serve()
         return 0
     try:
-        if cuda_decode.wanted(options):
-            cuda_decode.check(options)
-            return cuda_decode.main(options)
         folder = Path(demo_models.resolve(options.model))
         absent = decode_rows.absent(options)
         rows = [name for name in decode_rows.wanted(options) if name not in absent]
         prompts = prompt_sets.encoded(folder, options)
-        with tempfile.TemporaryDirectory() as scratch:
-            results, failed = run(rows, folder, prompts, options, Path(scratch))
+        results, failed = run(rows, folder, prompts, options)
     except (ValueError, demo_models.ModelUnavailable, common.WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -85,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(
-    rows: list[str], folder: Path, prompts: list[Prompt], options: argparse.Namespace, scratch: Path
+    rows: list[str], folder: Path, prompts: list[Prompt], options: argparse.Namespace
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Prepare all rows one after another, then alternate their rounds; return the raw results, and why rows failed.
 
@@ -93,25 +66,23 @@ def run(
     """
     from tqdm import tqdm
 
-    settings = [_ALONE, _BESIDE] if options.neighbour else [_ALONE]
     results: dict[str, dict] = {}
     failed: dict[str, str] = {}
-    with tqdm(total=len(rows) * (1 + options.repeats * len(settings)), unit="run", desc="decode") as bar:
+    with tqdm(total=len(rows) * (1 + options.repeats), unit="run", desc="decode") as bar:
         for group in [[name] for name in rows] if options.one_process else [rows]:
             with ExitStack() as stack:
                 workers: dict[str, common.Worker] = {}
                 for name in group:
                     bar.set_postfix_str(f"preparing {name}")
                     with _peers_may_fail(name, failed):
-                        workers[name], results[name] = _prepared(name, folder, prompts, options, scratch, stack)
+                        workers[name], results[name] = _prepared(name, folder, prompts, options, stack)
                     bar.update()
                 for turn in range(options.repeats):
                     for name in [name for name in workers if name not in failed]:
                         bar.set_postfix_str(f"round {turn + 1}: {name}")
                         with _peers_may_fail(name, failed):
-                            for setting in settings:
-                                _round(workers[name], results[name], prompts, setting, options)
-                                bar.update()
+                            _round(workers[name], results[name], prompts, options)
+                        bar.update()
                 for name in [name for name in workers if name not in failed]:
                     with _peers_may_fail(name, failed):
                         results[name] |= workers[name].ask("facts")
@@ -131,18 +102,18 @@ def _peers_may_fail(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 def _prepared(
-    name: str, folder: Path, prompts: list[Prompt], options: argparse.Namespace, scratch: Path, stack: ExitStack
+    name: str, folder: Path, prompts: list[Prompt], options: argparse.Namespace, stack: ExitStack
 ) -> tuple[common.Worker, dict]:
     """Return the process of a row after its warm-up, and what it said; it ends with the stack."""
     row = ROWS[name]
-    ways = decode_rows.choices(row, folder, options, scratch)
+    ways = decode_rows.choices(row, folder, options)
     tried = {way: _trial(name, more, prompts, options) for way, more in ways.items()} if len(ways) > 1 else {}
     way = max(tried, key=tried.__getitem__) if tried else next(iter(ways))
     worker = stack.enter_context(closing(decode_rows.worker(name, row, options.threads)))
     job = _job(name, prompts, options) | ways[way]
     said = worker.ask("prepare", prompts=[prompt.ids for prompt in prompts], **job)
     found = {"choice": way, "tried": tried} if tried else {}
-    return worker, {**said, **found, "texts": [], **{s: [[] for _ in prompts] for s in (_ALONE, _BESIDE, "first_s")}}
+    return worker, {**said, **found, "texts": [], **{key: [[] for _ in prompts] for key in ("tokens_per_s", "first_s")}}
 
 
 def _trial(name: str, more: dict[str, Any], prompts: list[Prompt], options: argparse.Namespace) -> float:
@@ -155,36 +126,29 @@ def _trial(name: str, more: dict[str, Any], prompts: list[Prompt], options: argp
     return sum(len(times) - 1 for times in made) / sum(times[-1] - times[0] for times in made)
 
 
-def _round(
-    worker: common.Worker, result: dict, prompts: list[Prompt], setting: str, options: argparse.Namespace
-) -> None:
+def _round(worker: common.Worker, result: dict, prompts: list[Prompt], options: argparse.Namespace) -> None:
     """Generate after each prompt once, and note speeds and texts."""
     from river_compile.reporting.timing import decode_rate
 
-    texts = []
-    with nullcontext() if setting == _ALONE else common.busy_process():
-        for number, prompt in enumerate(prompts):
-            made = worker.ask("generate", ids=prompt.ids, new_tokens=options.new_tokens)
-            result[setting][number].append(decode_rate(made["times"]) * options.batch)
-            texts.append(made["tokens"])
-            if setting == _ALONE:
-                result["first_s"][number].append(made["times"][0])
-    result["texts"] = texts
+    result["texts"] = []
+    for number, prompt in enumerate(prompts):
+        made = worker.ask("generate", ids=prompt.ids, new_tokens=options.new_tokens)
+        result["tokens_per_s"][number].append(decode_rate(made["times"]) * options.batch)
+        result["first_s"][number].append(made["times"][0])
+        result["texts"].append(made["tokens"])
 
 
 def _job(name: str, prompts: list[Prompt], options: argparse.Namespace) -> dict:
     """Return what a worker must know to prepare a row, but for its files."""
     row = ROWS[name]
-    own = row.backend in (*ACCELERATED, "torch_compile") and not row.kinds
-    twins = {"twins": options.twins} if own and options.twins else {}
     by_context = [[prompt for prompt in prompts if prompt.context == context] for context in options.contexts]
     slots = [prompt_sets.longest(those, options.new_tokens) for those in by_context if those]
     return {
         **asdict(row),
-        "options": row.options | twins,
-        "dtype": row.dtype or options.dtype,
+        "dtype": options.dtype,
         "new_tokens": options.new_tokens,
         "threads": options.threads,
+        "device": options.device,
         "batch": options.batch,
         "slots": slots,
         "context": max(slots) + max(decode_rows.DRAFT_LENGTHS) + 1,
@@ -196,10 +160,7 @@ def summarize(
 ) -> dict:
     """Return the outcome as the JSON file holds it."""
     rows = {name: {**result, **_numbers(name, results, prompts)} for name, result in results.items()}
-    speeds, first, second = (
-        {name: row[key] for name, row in rows.items()}
-        for key in ("decode_tokens_per_s", "first_token_s", "second_token_s")
-    )
+    speeds = {name: row["decode_tokens_per_s"] for name, row in rows.items()}
     return {
         **common.setting("decode", options),
         "batch": options.batch,
@@ -208,23 +169,18 @@ def summarize(
         "rows": rows,
         "absent": absent,
         "ratios": common.ratios(speeds, decode_rows.SPEED_RATIOS),
-        "first_token_ratios": common.ratios(first, decode_rows.FIRST_TOKEN_RATIOS),
-        "second_token_ratios": common.ratios(second, decode_rows.FIRST_TOKEN_RATIOS),
     }
 
 
 def _numbers(name: str, results: dict[str, dict], prompts: list[Prompt]) -> dict[str, Any]:
     """Return a row's medians and ranges: of the first context as "decode_...", and by context and kind."""
     result = results[name]
-    values = {"tokens_per_s": [statistics.median(rates) for rates in result[_ALONE]]}
+    values = {"tokens_per_s": [statistics.median(rates) for rates in result["tokens_per_s"]]}
     seconds = [statistics.median(times) for times in result["first_s"]]
     values["prompt_tokens_per_s"] = [len(p.ids) / s for p, s in zip(prompts, seconds, strict=True)]
-    if result[_BESIDE][0]:
-        values["beside_tokens_per_s"] = [statistics.median(rates) for rates in result[_BESIDE]]
     cells = prompt_sets.by_kind(prompts, values)
     whole = next(iter(cells.values()))[ALL]
-    named = {"decode_tokens_per_s": "tokens_per_s", "beside_tokens_per_s": "beside_tokens_per_s"}
-    found: dict[str, Any] = {to: whole[of] for to, of in named.items() if of in whole}
+    found: dict[str, Any] = {"decode_tokens_per_s": whole["tokens_per_s"]}
     found |= {f"decode_{end}_tokens_per_s": whole[f"{end}_tokens_per_s"] for end in ("least", "most")}
     if ROWS[name].same_as in results:
         pairs = zip(result["texts"], results[ROWS[name].same_as]["texts"], strict=True)
@@ -236,6 +192,10 @@ def memory_speed(outcome: dict, folder: Path, options: argparse.Namespace) -> di
     """Return the memory's bandwidth: as measured, or what a row read if that is more, with the row's name."""
     from transformers import AutoConfig
 
+    if options.device == "cuda":
+        from benchmarks.kernels import copy_bandwidth
+
+        return {"bandwidth_bytes_per_s": copy_bandwidth(), "bandwidth_row": None}
     from river_compile.reporting.dry_run import dry_run, empty_model
 
     found: dict[str, Any] = {**common.memory_speed(options.threads), "bandwidth_row": None}
@@ -254,18 +214,17 @@ def show(outcome: dict) -> None:
     machine, count = outcome["machine"], len(outcome["prompts"])
     most = f", which {machine['bandwidth_row']} read; a measurement gave less" if machine["bandwidth_row"] else ""
     print(f"Memory at {machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s{most}\n")
-    columns = {"beside another": "beside_tokens_per_s", "weights, bits": "target_bits", "outside, ms": "outside_ms"}
-    columns |= {"drafts accepted": "accepted_share"}
+    columns = {"weights, bits": "target_bits", "outside, ms": "outside_ms", "drafts accepted": "accepted_share"}
     columns |= {"first token, s": "first_token_s", "second token, s": "second_token_s", "mean depth": "mean_depth"}
+    columns |= {"captures": "captures", "uncaptured": "graph_skips", "peak on the GPU, bytes": "peak_gpu_bytes"}
     rows = outcome["rows"]
     shown = {head: key for head, key in columns.items() if any(row.get(key) is not None for row in rows.values())}
     lines = []
     for name, row in rows.items():
         same = None if row.get("same_text") is None else f"{round(row['same_text'] * count)} of {count}"
-        title, speed = f"{name} ({row['choice']})" if row.get("choice") else name, _first_cell(row, ALL)
-        lines.append(
-            [title, speed, same, *(row.get(key) for key in shown.values()), round(row["peak_rss_bytes"] / 2**20)]
-        )
+        title, speed = f"{name} ({row['choice']})" if row.get("choice") else name, next(iter(row["contexts"].values()))
+        peak = round(row["peak_rss_bytes"] / 2**20)
+        lines.append([title, spread(speed[ALL]), same, *(row.get(key) for key in shown.values()), peak])
     common.print_table(["", "decode tokens/s", "same text", *shown, "peak RSS, MiB"], lines)
     for name, reason in outcome["absent"].items():
         print(f"{name}: absent, {reason}")
@@ -277,43 +236,20 @@ def show(outcome: dict) -> None:
             for name, by_kind in cells.items()
         ]
         common.print_table(["", *next(iter(cells.values()), ()), "prompt read at"], table)
-    for title, key in (
-        ("decode tokens/s", "ratios"),
-        ("first token", "first_token_ratios"),
-        ("second token", "second_token_ratios"),
-    ):
-        if outcome[key]:
-            print(f"\nRatios of {title}")
-        for pair, value in outcome[key].items():
-            print(f"  {pair:40} {value:.2f}")
-
-
-def _first_cell(row: dict, kind: str) -> str:
-    return spread(next(iter(row["contexts"].values()))[kind])
+    print("\nRatios of decode tokens/s" if outcome["ratios"] else "")
+    for pair, value in outcome["ratios"].items():
+        print(f"  {pair:40} {value:.2f}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    shared = ("model", "dtype", "new-tokens", "threads", "repeats", "json", "record", "worker")
+    shared = ("model", "device", "dtype", "new-tokens", "threads", "repeats", "json", "record", "worker")
     parser = common.command_line(__doc__, *shared)
-    parser.add_argument(
-        "--batch", type=common.number(1), default=1, help="texts that are generated together (%(default)s)"
-    )
+    parser.add_argument("--batch", type=common.number(1), default=1, help="texts generated together (%(default)s)")
     prompt_sets.add_arguments(parser)
-    parser.add_argument(
-        "--twins", metavar="DIR", help="packed twins, as `river quantize` writes them, for River's rows"
-    )
     parser.add_argument("--one-process", action="store_true", help="one row after another, if memory is short")
-    parser.add_argument("--neighbour", action="store_true", help="also measure next to one busy process")
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama.cpp")
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=[*ROWS, decode_rows.ALL],
-        default=decode_rows.DEFAULT,
-        metavar="ROW",
-        help=f"{', '.join(ROWS)}; or all (the rows of README.md's table)",
-    )
-    cuda_decode.add_arguments(parser)
+    rows, said = [*ROWS, decode_rows.ALL], f"{', '.join(ROWS)}; or all (default: README.md's table)"
+    parser.add_argument("--rows", nargs="+", choices=rows, default=decode_rows.DEFAULT, metavar="ROW", help=said)
     return parser.parse_args(arguments)
 
 

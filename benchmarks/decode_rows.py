@@ -28,7 +28,6 @@ class Row:
     Attributes:
         backend: "eager" or "inductor"; "river" (quality "fast") or "exact", of a model that `accelerate` changed;
             "torch_compile", `model.compile(backend="river")` and transformers' loop; or the name of a peer.
-        dtype: None for the dtype of the command line.
         options: of the River backend.
         kinds: of weights that a peer writes first and runs; of several the fastest. None for the model as it is.
         drafts: `ITSELF` or `SMALL`: 4-bit weights that draft for a peer, of this model or of a smaller one.
@@ -36,7 +35,6 @@ class Row:
     """
 
     backend: str
-    dtype: str | None = None
     options: dict = field(default_factory=dict)
     kinds: tuple[str, ...] = ()
     drafts: str = ""
@@ -50,7 +48,6 @@ class Row:
 ROWS = {
     "eager": Row("eager"),
     "inductor": Row("inductor"),
-    "inductor_fp16": Row("inductor", dtype="float16"),
     "llama_cpp": Row(_LLAMA, kinds=(OWN_FILE,)),
     "llama_cpp_best4": Row(_LLAMA, kinds=("Q4_0", "Q4_K_M", "IQ4_NL")),
     "llama_cpp_bf16": Row(_LLAMA, kinds=("BF16",)),
@@ -66,45 +63,25 @@ ROWS = {
     "no_draft": Row("river", options={"exit_depth": FULL_DEPTH}),
     "no_draft_16bit": Row("river", options={"exit_depth": FULL_DEPTH, "target_weights": "model"}),
     "no_draft_12bit": Row("river", options={"exit_depth": FULL_DEPTH, "target_weights": "12bit"}),
-    "no_draft_q8": Row("river", "float32", {"exit_depth": FULL_DEPTH, "target_weights": "8bit"}, ("Q8_0",)),
     "no_draft_checks": Row("river", options={"threshold": 1.0}),  # checks run after every block and never fire
     "exact": Row("exact", same_as="no_draft"),
     "exact_16bit": Row("exact", options={"target_weights": "model"}, same_as="no_draft_16bit"),
     "exact_12bit": Row("exact", options={"target_weights": "12bit"}, same_as="no_draft_12bit"),
-    "exact_q8": Row("exact", "float32", {"target_weights": "8bit"}, ("Q8_0",), same_as="no_draft_q8"),
     "fast": Row("river"),
+    "depth_3": Row("river", options={"exit_depth": 3}),
     "all_4bit": Row("river", options={"exit_depth": 0}),
     "torch_compile": Row("torch_compile"),
     "torch_compile_all_4bit": Row("torch_compile", options={"exit_depth": 0}),
 }
 DEFAULT = list(PROGRAMS)  # the rows of the README's table
+_RIVALS = ("eager", "llama_cpp", "llama_cpp_best4", "llama_cpp_draft_itself", "llama_cpp_draft_small", "openvino")
 SPEED_RATIOS = (
-    ("exact", "eager"),
-    ("exact", "no_draft"),
-    ("exact", "llama_cpp"),
-    ("exact", "llama_cpp_best4"),
-    ("exact", "llama_cpp_draft_itself"),
-    ("exact", "llama_cpp_draft_small"),
-    ("exact", "openvino"),
-    ("no_draft", "llama_cpp_bf16"),
-    ("fast", "no_draft"),
-    ("fast", "eager"),
-    ("fast", "inductor"),
-    ("fast", "inductor_fp16"),
-    ("fast", "torch_compile"),
-    ("all_4bit", "torch_compile_all_4bit"),
-    ("all_4bit", "llama_cpp_best4"),
-    ("no_draft_16bit", "llama_cpp_bf16"),
-    ("no_draft_12bit", "no_draft_16bit"),
-    ("no_draft_12bit", "llama_cpp_bf16"),
-    ("exact_16bit", "llama_cpp_bf16"),
-    ("exact_12bit", "exact_16bit"),
-    ("exact_12bit", "llama_cpp_bf16"),
-    ("no_draft_q8", "llama_cpp_q8"),
-    ("exact_q8", "llama_cpp_q8"),
-    ("no_draft_checks", "no_draft_16bit"),
+    *(("exact", rival) for rival in ("no_draft", *_RIVALS)),
+    *(("fast", other) for other in ("no_draft", "eager", "inductor", "torch_compile")),
+    *((row, "llama_cpp_bf16") for row in ("no_draft_16bit", "no_draft_12bit", "exact_16bit", "exact_12bit")),
+    *(("no_draft_12bit", "no_draft_16bit"), ("exact_12bit", "exact_16bit"), ("no_draft_checks", "no_draft_16bit")),
+    *(("all_4bit", other) for other in ("torch_compile_all_4bit", "llama_cpp_best4")),
 )
-FIRST_TOKEN_RATIOS = (("fast", "inductor"),)
 _BITS = {"BF16": 16.0, "fp16": 16.0, "Q8_0": 8.5, "int8": 8.0}  # of a weight, by kind
 
 
@@ -123,9 +100,10 @@ def why_not(row: Row, options: argparse.Namespace) -> str:
     """Return why a row cannot run here, "" where it can."""
     reasons = []
     if row.is_peer:
-        several = getattr(options, "batch", 1) > 1
-        reasons += ["it is measured with one text at a time" if several else "", peers.why_not(row.backend)]
-    if row.kinds and (not row.is_peer or peers.PEERS[row.backend].reads == "gguf"):
+        reasons += ["it is measured with one text at a time" if getattr(options, "batch", 1) > 1 else ""]
+        reasons += ["it is measured on a CPU" if getattr(options, "device", "cpu") != "cpu" else ""]
+        reasons.append(peers.why_not(row.backend))
+    if row.kinds and peers.PEERS[row.backend].reads == "gguf":
         reasons += [peers.why_not(_LLAMA) if row.kinds != (OWN_FILE,) or row.drafts else "", why_no_gguf(options)]
     if row.drafts == SMALL and options.model not in demo_models.SMALLER:
         reasons.append("no smaller model with the same tokens is known")
@@ -160,7 +138,7 @@ def worker(name: str, row: Row, threads: int) -> common.Worker:
     return common.Worker("benchmarks.decode", name, threads)
 
 
-def choices(row: Row, folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
+def choices(row: Row, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return the files and settings with which a row may run, by name: one, or several of which the fastest counts.
 
     Raises:
@@ -168,7 +146,7 @@ def choices(row: Row, folder: Path, options: argparse.Namespace, scratch: Path) 
         common.WorkerFailed: a peer could not write a file.
     """
     if not row.is_peer:
-        return {"": {"folder": str(_unpacked(row, options, scratch) if row.kinds else folder)}}
+        return {"": {"folder": str(folder)}}
     reads_gguf = peers.PEERS[row.backend].reads == "gguf"
     source, writer = (gguf_file(options), _LLAMA) if reads_gguf else (folder, row.backend)
     files = {kind: source if kind == OWN_FILE else peers.converted(writer, source, kind) for kind in row.kinds}
@@ -183,15 +161,6 @@ def choices(row: Row, folder: Path, options: argparse.Namespace, scratch: Path) 
     }
 
 
-def _unpacked(row: Row, options: argparse.Namespace, scratch: Path) -> Path:
-    """Return a model folder with the weights of a kind of GGUF file."""
-    (kind,), folder = row.kinds, scratch / f"{row.kinds[0]}-model"
-    if not folder.exists():
-        file = peers.converted(_LLAMA, gguf_file(options), kind)
-        demo_models.convert(f"the {kind} file", file, folder, row.dtype or options.dtype)
-    return folder
-
-
 def bits_read(row: Row, dtype: str, result: dict[str, Any]) -> float | None:
     """Return the bits that a row reads of each weight for a token, None where a token's reads are not the same."""
     if row.drafts or row.backend == "exact":
@@ -199,5 +168,5 @@ def bits_read(row: Row, dtype: str, result: dict[str, Any]) -> float | None:
     if row.is_peer:
         return _BITS.get(row.kinds[0]) if row.kinds else 16.0
     if row.backend in ("eager", "inductor"):
-        return 32.0 if (row.dtype or dtype) == "float32" else 16.0
+        return 32.0 if dtype == "float32" else 16.0
     return result.get("target_bits") if row.options.get("exit_depth") == FULL_DEPTH else None

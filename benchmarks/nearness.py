@@ -1,17 +1,9 @@
 """How near each way to run a model in 16 bits is to the model in float32, token by token on a text that all are given.
 
-    python -m benchmarks.nearness
     python -m benchmarks.nearness --model gemma3-270m --texts 24 --new-tokens 48 --json nearness.json
 
-The text is the float32 model's own greedy one after prompts of six groups (benchmarks/prompts.py). Each row is given it
-one token at a time, on a static cache, and gives its logits for the next one:
-
-    eager      transformers
-    inductor   model.compile()
-    river      river_compile.accelerate(model): the whole backbone, by the package's kernels
-
-Columns: mean KL divergence from float32 in nats a token, and the share of tokens after which the most likely next one
-is float32's. Two texts part at a token where the two best nearly tie; the nearer row is the one that parts later.
+The text is the float32 model's own greedy one, given to transformers, `model.compile()` and `accelerate` by tokens.
+Columns: mean KL divergence from float32 in nats, and how often the most likely next token is float32's.
 """
 
 from __future__ import annotations

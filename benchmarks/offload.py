@@ -3,24 +3,9 @@
     python -m benchmarks.offload                                # SmolLM2, offload=4
     python -m benchmarks.offload --model DIR --offload 2 8 --json offload.json
 
-Every row is its own process. Each generates the same prompt's greedy continuation on a static cache, batch 1,
-three times: twice to compile, pack, offload and learn, once to measure. Rows:
-
-    in memory         nothing leaves
-    exit, fetch       the two policies; tokens leave the backbone where the similarity criterion says
-    never             "fetch", and no token leaves: the plain model's text, its backbone streamed for every token
-    exact             "fetch" in exact mode: the same text, the backbone streamed once for what a pass verifies
-
-Columns:
-
-    weights MB        the model's parameters and the packed twins
-    resident MB       of them, what stays in memory; and as a share of `weights MB`
-    process MB        resident set after the generations, code and caches of libraries included
-    prompt ms         first token of the measured generation: the prompt streams
-    decode tokens/s   the tokens after it
-    mean depth        backbone blocks executed per decoded token; of a draft's tokens 0
-    MB in per token   weights that came in, prompt and tokens, by the tokens generated
-    same text         as the row "never" of the same offload=
+Every row is its own process, which generates one text three times, the last one measured: with both policies, with no
+exit ("never", the plain text, all blocks streamed for every token) and in exact mode. "Resident" is what stays in
+memory of weights and packed twins; "MB in" are weights that came in. "Same text" compares with the row "never".
 """
 
 from __future__ import annotations
@@ -50,10 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = common.attempted(_measure, options)
     if rows is None:
         return 1
-    outcome = {
-        **common.setting("offload", options),
-        "rows": rows,
-    }
+    outcome = {**common.setting("offload", options), "rows": rows}
     show(outcome)
     common.write_outcome(outcome, options.json)
     return 0
@@ -65,7 +47,7 @@ def _measure(options: argparse.Namespace) -> dict[str, dict]:
     return {name: _measured(name, fields, folder, options) for name, fields in rows.items()}
 
 
-def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bool) -> dict:
+def measure(folder: str, dtype: str, options: dict, new_tokens: int, threads: int, exact: bool) -> dict:
     """Measure one row, inside its process."""
     import torch
 
@@ -75,7 +57,7 @@ def measure(folder: str, options: dict, new_tokens: int, threads: int, exact: bo
 
     shared.quiet()
     torch.set_num_threads(threads)
-    model, tokenizer = demo_models.load(folder)
+    model, tokenizer = demo_models.load(folder, dtype)
     ids = shared.encode(tokenizer, PROMPT)
     model.compile(backend="river", options=options)
     how = {"custom_generate": mode.exact} if exact else {}
@@ -111,9 +93,7 @@ def resident_bytes() -> int:
 
 def show(outcome: dict) -> None:
     """Print the table."""
-    machine = outcome["machine"]
-    print(f"\n{outcome['model']}, bfloat16, {outcome['new_tokens']} tokens")
-    print(f"{machine['cpu']}, {machine['threads']} threads\n")
+    common.print_setting(outcome)
     headers = ["", "weights MB", "resident MB", "share", "process MB", "prompt ms", "decode tokens/s", "mean depth"]
     headers += ["MB in per token", "same text"]
     rows = []
@@ -121,15 +101,10 @@ def show(outcome: dict) -> None:
         weights, resident, process = (row[f"{key}_bytes"] / 1e6 for key in ("weights", "resident", "process"))
         share = f"{resident / weights:.0%}"
         rows.append([name, round(weights, 1), round(resident, 1), share, round(process), row["prompt_s"] * 1e3])
-        never = outcome["rows"].get(_never(name))
+        never = outcome["rows"].get(f"{name.partition(', ')[0]}, never")
         same = "" if never is None else "yes" if row["tokens"] == never["tokens"] else "no"
         rows[-1] += [row["decode_tokens_per_s"], row["mean_depth"], row["brought_in_bytes_per_token"] / 1e6, same]
     common.print_table(headers, rows)
-
-
-def _never(row: str) -> str:
-    """Return the name of the row that generates the plain model's text with the same blocks offloaded."""
-    return f"{row.partition(', ')[0]}, never"
 
 
 def _rows(depths: list[int], threshold: float) -> dict[str, dict]:
@@ -145,17 +120,15 @@ def _rows(depths: list[int], threshold: float) -> dict[str, dict]:
 
 
 def _measured(name: str, fields: dict, folder: Path, options: argparse.Namespace) -> dict:
-    job = {"folder": str(folder), "new_tokens": options.new_tokens, "threads": options.threads}
-    twins = {"twins": options.twins} if options.twins else {}
+    job = {"folder": str(folder), "dtype": options.dtype, "new_tokens": options.new_tokens, "threads": options.threads}
     with closing(common.Worker("benchmarks.offload", name, options.threads)) as worker:
-        return worker.ask("measure", options={**twins, **fields}, exact=name.endswith("exact"), **job)
+        return worker.ask("measure", options=fields, exact=name.endswith("exact"), **job)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = common.command_line(__doc__, "model", "new-tokens", "threads", "json", "worker", new_tokens=64)
+    parser = common.command_line(__doc__, "model", "dtype", "new-tokens", "threads", "json", "worker", new_tokens=64)
     parser.add_argument("--offload", nargs="+", type=common.number(0), default=[4], help="blocks that stay (4)")
     parser.add_argument("--threshold", type=float, default=0.7, help="of the similarity criterion (%(default)s)")
-    parser.add_argument("--twins", metavar="DIR", help="packed twins, as `river quantize` writes them")
     return parser.parse_args(arguments)
 
 

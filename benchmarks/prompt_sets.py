@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.prompts import FIRST, MEMO
 from river_compile.cli import shared
+from tools.figures import cell_of
 
 KINDS = {
     "chat": FIRST["chat"],
@@ -43,15 +44,8 @@ class Prompt:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--contexts`, `--kinds` and `--of-each`."""
-    parser.add_argument(
-        "--contexts",
-        nargs="+",
-        type=common.number(1),
-        default=[*CONTEXTS],
-        metavar="N",
-        help="tokens of the prompts, a document before the question included (%(default)s); with 32 512 4096 a run "
-        "takes three to six times as long as with 32",
-    )
+    said = "tokens of the prompts, a document before the question included (%(default)s)"
+    parser.add_argument("--contexts", nargs="+", type=common.number(1), default=[*CONTEXTS], metavar="N", help=said)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="of prompts (all)")
     parser.add_argument("--of-each", type=int, choices=(1, 2, 3), default=3, help="prompts of a kind (%(default)s)")
 
@@ -112,10 +106,5 @@ def by_kind(prompts: Sequence[Prompt], values: Mapping[str, Sequence[float]]) ->
 
 def spread(cell: Mapping[str, float], name: str = "tokens_per_s") -> str:
     """Return a median and its range as people read them: "148 (140–155)"."""
-    least, median, most = (figure(cell[key]) for key in (f"least_{name}", name, f"most_{name}"))
+    least, median, most = (cell_of(cell[key]) for key in (f"least_{name}", name, f"most_{name}"))
     return median if least == most else f"{median} ({least}–{most})"
-
-
-def figure(value: float) -> str:
-    """Return a speed or a time with three digits or two decimals."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"

@@ -1,18 +1,10 @@
 """Clients that come at random to one server: tokens/s of all of them, and how long each waits for its first token.
 
-    python -m benchmarks.serving
     python -m benchmarks.serving --clients 8 --requests 4 --new-tokens 128 --json serving.json
 
 The k-th client comes after a Poisson process of `--rate` a second, from a seed, and asks its questions one after
-another. Each server meets the same clients with the same questions at the same times, and the servers alternate. Rows:
-
-    river         river serve
-    river_1       river serve --max-num-seqs 1: the same engine, requests one after another
-    llama_cpp     llama.cpp's own server with as many slots (benchmarks.peers: xllamacpp), from the GGUF file that the
-                  model was made of; llama_cpp_bf16: with its weights in bfloat16 (llama-cpp-python writes the file)
-
-Not handled: llama-cpp-python's server (`python -m llama_cpp.server`), which holds a lock while it answers: one after
-another. Other machines for clients and server; both share the processor here.
+another. Servers alternate and meet the same clients: `river serve`, the same with one row, and llama.cpp's own server
+with as many slots (benchmarks.peers: xllamacpp). Not handled: other machines for clients and server.
 """
 
 from __future__ import annotations
@@ -41,7 +33,6 @@ from benchmarks.prompts import mixed
 from tools import demo_models
 
 START_S = 600.0  # to load, trace and pack where nothing is stored
-PAIRS = (("river", "river_1"), ("river", "llama_cpp"), ("river", "llama_cpp_bf16"))
 
 
 @dataclass(frozen=True)
@@ -203,7 +194,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     if not peers.why_not("llama-cpp-python"):
         files["llama_cpp_bf16"] = peers.converted("llama-cpp-python", gguf, "BF16")
     for name, file in files.items():
-        theirs = [str(peers.python("xllamacpp")), str(peers.SERVER), str(file), "PORT"]
+        theirs = [str(peers.python("xllamacpp")), str(peers.script("xllamacpp")), str(file), "PORT"]
         found[name] = [*theirs, str(options.rows), str(options.threads)]
     return found
 
@@ -229,9 +220,6 @@ def _measure(options: argparse.Namespace) -> dict:
             for server in servers:
                 found = summary(visit(server, questions, times, options.new_tokens))
                 outcome["found"].append({"clients": clients, "server": server.name, **found})
-    for clients in options.clients:
-        rates = {row["server"]: row["tokens_per_s"] for row in outcome["found"] if row["clients"] == clients}
-        outcome.setdefault("ratios", {})[str(clients)] = common.ratios(rates, PAIRS)
     return outcome
 
 
@@ -241,9 +229,6 @@ def _show(outcome: dict) -> None:
     names = ("clients", "server", "tokens", "tokens_per_s", "first_token_s", "first_token_p95_s")
     heads = ["clients", "server", "tokens", "tokens/s of all", "first token, median s", "95 %, s"]
     common.print_table(heads, [[row[name] for name in names] for row in outcome["found"]])
-    for clients, ratios in outcome["ratios"].items():
-        said = ", ".join(f"{pair} {ratio:.2f}" for pair, ratio in ratios.items())
-        print(f"tokens/s at {clients} clients: {said}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,11 @@
 """What a start costs: seconds from the call of `generate`, memory and disk, without a compile cache and with one.
 
-    python -m benchmarks.start
     python -m benchmarks.start --model DIR --rows plain exact --json start.json
 
-Rows, each in separate processes:
-
-    plain           transformers
-    exact, fast     `river_compile.accelerate`, cold: the compile cache is empty: traces the model, quantizes its twins
-    ... again       the same in another process, which finds twins and 12-bit weights in the compile cache, and the
-                    programs of a process that had to make no file of 12-bit weights
-    llama_cpp       llama.cpp on the GGUF file that the model was made of, where it is installed (benchmarks.peers)
-    C++ kernels     their build, once for a machine and version; a wheel may have them
-
-A process asks for a text, and again while exact mode packs its twins (*meanwhile*, tokens/s, ten times at most), each
-time with the next prompt (prompt_sets.py). It waits until they are there (*ready*), and asks each prompt twice more.
-The last time is steady; what the earlier ones take longer is the row's *start*. A row *pays* from so many tokens in a
-process on for which plain, its own start included, takes as long. Tokens/s are the median over prompts and, in
-parentheses, the least and the most. Peak RSS holds mapped files (weights, twins, libraries), whose pages the system
-shares and can drop; "own" is the most that no file backed at a time. "Disk" is what the compile cache holds. With
-`--busy` the process asks all the time until the twins are there. The C++ kernels are compiled before the first row.
+Each row is a process; "again" is another one that finds what the first one stored. It asks for texts while exact mode
+packs its twins ("meanwhile"), waits until they are there ("ready"), and asks each prompt twice more. The last time is
+steady; what the earlier ones take longer is the row's "start". It "pays from" so many tokens on, for which plain takes
+as long. "Own" is the most memory at a time that no file backs, "disk" the compile cache. C++ kernels compile first.
 """
 
 from __future__ import annotations
@@ -48,7 +35,7 @@ Times = tuple[float, ...]  # seconds from a call to each new token
 Calls = list[tuple[int, Times]]  # with the numbers of their prompts
 
 
-def start(folder: str, row: str, dtype: str, prompts: list[list[int]], tokens: int, busy: bool) -> dict:
+def start(folder: str, row: str, dtype: str, prompts: list[list[int]], tokens: int) -> dict:
     """Load a model and generate; return the times of the calls of `generate`, and memory."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -71,7 +58,7 @@ def start(folder: str, row: str, dtype: str, prompts: list[list[int]], tokens: i
 
         began = time.perf_counter()
         early: Calls = [(0, call(0))]
-        while packs() and (busy or len(early) <= _MEANWHILE):
+        while packs() and len(early) <= _MEANWHILE:
             early.append((len(early) % len(prompts), call(len(early) % len(prompts))))
         while packs():
             time.sleep(0.05)
@@ -149,7 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = common.command_line(
         __doc__, "model", "dtype", "new-tokens", "threads", "json", "record", "worker", new_tokens=48
     )
-    parser.add_argument("--busy", action="store_true", help="ask without a pause until the twins are packed")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="which rows (all)")
     prompt_sets.add_arguments(parser)
     options: argparse.Namespace = parser.parse_args(arguments)
@@ -165,22 +151,14 @@ def main(arguments: list[str] | None = None) -> int:
         row["pays_from_tokens"] = None if plain in (None, row) else pays_from(row, plain)
     outcome = {**common.setting("start", options), "rows": rows | ({KERNELS: kernels} if kernels else {})}
     common.print_setting(outcome)
-    common.print_table(
-        [
-            *("", "first token, s", "second, s", "ready, s", "meanwhile", "start, s", "tokens/s", "pays from"),
-            *("peak RSS, MiB", "own, MiB", "disk, MiB"),
-        ],
-        [
-            [
-                name,
-                *(row.get(key) for key in _COLUMNS),
-                spread(row),
-                None if row["pays_from_tokens"] in (None, math.inf) else round(row["pays_from_tokens"]),
-                *(row.get(key) and round(row[key] / 2**20) for key in ("peak_rss_bytes", "own_bytes", "disk_bytes")),
-            ]
-            for name, row in rows.items()
-        ],
-    )
+    sizes = ("peak_rss_bytes", "own_bytes", "disk_bytes")
+    heads = ["", "first token, s", "second, s", "ready, s", "meanwhile", "start, s", "tokens/s", "pays from"]
+    lines = []
+    for name, row in rows.items():
+        pays = None if row["pays_from_tokens"] in (None, math.inf) else round(row["pays_from_tokens"])
+        lines.append([name, *map(row.get, _COLUMNS), spread(row), pays])
+        lines[-1] += [row.get(key) and round(row[key] / 2**20) for key in sizes]
+    common.print_table([*heads, "peak RSS, MiB", "own, MiB", "disk, MiB"], lines)
     if kernels:
         print(f"\nThe C++ kernels took {kernels['build_s']:.1f} s to build, {kernels['disk_bytes'] / 2**20:.0f} MiB")
     common.write_outcome(outcome, options.json)
@@ -195,7 +173,7 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, dict], dict]:
         kernels, _ = (_compile(options, caches) for caches in ({"RIVER_COMPILE_HOME": empty}, {}))
     prompts = prompt_sets.encoded(folder, options)
     ids = [prompt.ids for prompt in prompts]
-    given = {"folder": folder, "dtype": options.dtype, "tokens": options.new_tokens, "busy": options.busy}
+    given = {"folder": folder, "dtype": options.dtype, "tokens": options.new_tokens}
     for row in options.rows:
         if row == "llama_cpp":
             rows |= _llama_cpp(options, prompts)

@@ -2,24 +2,11 @@
 
     python -m benchmarks.tasks --answers answers.jsonl
     python -m benchmarks.tasks --model smollm2 --task gsm --limit 200 --quantizers hqq --answers answers.jsonl
+    python -m benchmarks.tasks --task perplexity       # of Python's documentation, decoded through the exits
 
-Rows:
-
-    plain          the model by PyTorch's own kernels, if `--rules` has it; one problem after another
-    never          the backbone by River's kernels: the plain text, up to rounding
-    exact          the same text, with the river's drafts
-    4-bit          every token through all twins
-    similarity     tokens leave by the paper's rule, above each of `--similarity`
-    confidence     by the model's certainty of the token before, above its default
-    calibrated     by each file of `--calibration`, as `river tune` writes them
-
-Every answer goes into `--answers` when it is known, so a run may be stopped at any time and continues where it was.
-Where rows of a batch do not wait for each other, `--batch` problems are answered at the same time; with an exit rule
-they would, so those rows answer one after another. Speed is that of the first `--timed` problems, asked once more one
-after another in every row. Texts do not depend on the machine's load, but speed does: use `--timed 0` while it is busy,
-and the same command without it later.
-
-`--task perplexity` decodes Python's documentation token by token through the exits instead, and prints its perplexity.
+Rows are plain transformers, full depth ("never"), exact mode, all twins ("4-bit"), and exits by similarity above each
+of `--similarity`, by confidence, or by files of `river tune`. Answers go into `--answers` as they come; a stopped run
+continues. Problems are answered one after another.
 """
 
 from __future__ import annotations
@@ -27,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +50,7 @@ class Rule:
 
     @property
     def leaves(self) -> bool:
-        """Whether a score decides where a token leaves; rows of a batch then leave together."""
+        """Whether a score decides where a token leaves."""
         return self.way in (FAST, CALIBRATED) and "exit_depth" not in self.options
 
 
@@ -117,41 +104,17 @@ def _perplexities(
 def _answered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Rule], options: argparse.Namespace
 ) -> dict[str, dict]:
-    file, problems = (
-        AnswerFile(options.answers),
-        Problems.of(options.task, tokenizer, options.limit, options.new_tokens),
-    )
+    file = AnswerFile(options.answers)
+    problems = Problems.of(options.task, tokenizer, options.limit, options.new_tokens)
     told: dict[str, list[Answer]] = {}
-    speeds: dict[str, float | None] = {}
     for rule in wanted:
+        run = run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
         with running(model, rule.way, rule.calibration, **rule.options):
-            told[rule.name] = _answers(model, problems, file, rule, options, options.batch)
-            few = replace(problems, prompts=problems.prompts[: options.timed])
-            timed = _answers(model, few, file, rule, options, 1, "timed ") if options.timed else []
-            speeds[rule.name] = summary(timed, None)["tokens_per_s"] if timed else None
+            told[rule.name] = ask(model, problems, file, run, rule.name)
         solved = sum(answer.solved for answer in told[rule.name])
         print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
-    return {
-        rule.name: summary(told[rule.name], told.get("never"))
-        | {"tokens_per_s": speeds[rule.name]}
-        | ({} if rule.leaves else {"mean_depth": None})
-        for rule in wanted
-    }
-
-
-def _answers(
-    model: PreTrainedModel,
-    problems: Problems,
-    file: AnswerFile,
-    rule: Rule,
-    options: argparse.Namespace,
-    batch: int,
-    mark: str = "",
-) -> list[Answer]:
-    """Return the answers of a rule; `mark` sets them apart from those of the same rule that were asked otherwise."""
-    at_once = 1 if rule.leaves or rule.way == PLAIN else batch
-    run = mark + run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
-    return ask(model, problems, file, run, at_once, f"{rule.name}, {mark}{at_once} at once")
+    rows = {rule.name: summary(told[rule.name], told.get("never")) for rule in wanted}
+    return {rule.name: rows[rule.name] | ({} if rule.leaves else {"mean_depth": None}) for rule in wanted}
 
 
 def show(outcome: dict) -> None:
@@ -188,8 +151,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river tune`")
-    parser.add_argument("--batch", type=common.number(1), default=8, help="problems per batch (%(default)s)")
-    parser.add_argument("--timed", type=common.number(0), default=6, help="problems for the speed (%(default)s)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
     return parser.parse_args(arguments)
 

@@ -1,128 +1,33 @@
-"""Where the time of one decoded token is spent on a CPU: each part timed where it runs, inside `generate`.
+"""Where the time of a token is spent on a CPU, in exact mode: each kind of phase of the C++ kernels, by kind of pass.
 
-    python -m benchmarks.token_split
-    python -m benchmarks.token_split --model DIR --depth 2
-    python -m benchmarks.token_split --skip-guards     # set_stance(skip_guard_eval_unsafe=True)
-    python -m benchmarks.token_split --own-loop        # with decode
-    python -m benchmarks.token_split --segments        # each kind of segment by itself
-    python -m benchmarks.token_split --phases          # each kind of C++ phase, in exact mode by kind of pass
+    python -m benchmarks.token_split --model DIR
 
-Every part is timed in its place in a whole token, so it finds in the cache what a token leaves there, and the parts add
-up to the token. Medians over the tokens of two generations after a warm-up, batch 1, static cache. A clock costs
-about a microsecond.
-
-With `--phases` an accelerated model answers in exact mode, and every phase of its tapes reads a clock around each of
-its parts. Rows are the phases of each kind of pass (a draft step, a verification by its tokens). Columns: how many a
-pass has, their microseconds, how long this thread and the others ran parts in them, and the wait before them. Another
-column is the rate at which a matmul reads its weights; for a draft's head it counts the weights of all words. While a
-phase runs alone memory idles.
+Every phase of the tapes reads a clock around each of its parts. Rows are the phases of each kind of pass (a draft step,
+a verification by its tokens): how many a pass has, their microseconds, how long this thread and the others ran parts in
+them, the wait before, and the rate at which a matmul reads its weights (a draft's head: those of all words). What a
+token costs outside of the passes is a column of `benchmarks.decode`.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.common import command_line, print_table
 from river_compile import accelerate
-from river_compile.backend import executors_of, river
 from river_compile.cli import shared
-from river_compile.decoding.mode import decode
 from river_compile.decoding.passes import Passes
-from river_compile.exits import forced_depth
 from river_compile.kernels.native import load
 from river_compile.reporting import timing
-from river_compile.runtime.executor import RiverExecutor
-from river_compile.runtime.state import on_step
-from river_compile.runtime.stats import StepRecord
 from tools import demo_models
 
 PROMPT = "Explain how a refrigerator works."
 NEW_TOKENS = 64
 BEGIN, END = load.PHASE_COLUMNS.index("begin"), load.PHASE_COLUMNS.index("end")
-# What comes between two marks of a token, in order.
-STAGES = {
-    ("prepare", "prepared"): "transformers: inputs and masks",
-    ("prepared", "call"): "transformers: to the call",
-    ("call", "executor"): "from the model's call to the executor",
-    ("executor", "ran"): "the executor",
-    ("ran", "returned"): "from the executor to the caller",
-    ("returned", "update"): "transformers: to the update",
-    ("update", "updated"): "transformers: arguments of the next step",
-    ("updated", "prepare"): "transformers: choosing the token, streamer, stopping",
-}
-
-
-class Marks:
-    """Names and times of what happened, and the seconds of the executor's parts, by name."""
-
-    def __init__(self) -> None:
-        self.times: list[tuple[str, float]] = []
-        self.parts: dict[str, list[float]] = {}
-        self.steps: list[tuple[float, float]] = []  # when each ended, and its seconds
-
-    def step(self, state: object, record: StepRecord) -> None:
-        """Note a step of an executor."""
-        self.steps.append((time.perf_counter(), record.seconds))
-
-    def around(self, function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
-        """Return a function that marks when it begins and when it is done."""
-
-        @functools.wraps(function)
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            self.times.append((before, time.perf_counter()))
-            result = function(*args, **kwargs)
-            self.times.append((after, time.perf_counter()))
-            return result
-
-        return marked
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that notes its seconds under a name."""
-        seconds = self.parts.setdefault(name, [])
-
-        def run(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args)
-            seconds.append(time.perf_counter() - start)
-            return result
-
-        return run
-
-    def time_segments(self, executor: RiverExecutor) -> None:
-        """Make the segments of an executor note their seconds, each kind by itself.
-
-        Segments that are replayed together, from a tape, run one by one for that.
-        """
-        executor.captures = None
-        for step in executor.compiled.plain.steps.values():
-            step.callee = self.timed(step.segment.kind, step.callee)
-
-
-@contextmanager
-def marked(model: nn.Module, marks: Marks) -> Iterator[None]:
-    """Inside, marks are set wherever a token passes from one part to the next."""
-    kind: Any = type(model)
-    call, run = kind.__call__, RiverExecutor.__call__
-    model.prepare_inputs_for_generation = marks.around(model.prepare_inputs_for_generation, "prepare", "prepared")
-    update = marks.around(model._update_model_kwargs_for_generation, "update", "updated")
-    model._update_model_kwargs_for_generation = update
-    kind.__call__ = marks.around(call, "call", "returned")
-    RiverExecutor.__call__ = marks.around(run, "executor", "ran")
-    try:
-        yield
-    finally:
-        kind.__call__, RiverExecutor.__call__ = call, run
-        del model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
 
 
 def phases(model: Any, ids: torch.Tensor) -> None:
@@ -177,60 +82,12 @@ def rows_of(replays: list[list[list[int]]]) -> list[list[object]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command_line(__doc__, "model", "threads")
-    parser.add_argument("--depth", type=int, default=0, help="exit depth of every token (default 0: all twins)")
-    parser.add_argument(
-        "--skip-guards", action="store_true", help="Dynamo skips its guards in steps that compile nothing"
-    )
-    parser.add_argument("--own-loop", action="store_true", help="the loop is decode")
-    parser.add_argument("--segments", action="store_true", help="time segment by segment what is replayed as one")
-    parser.add_argument("--phases", action="store_true", help="time the phases of the C++ kernels, in exact mode")
-    parser.add_argument("--kernels", default="auto", help="of the compiled model (default auto)")
-    options = parser.parse_args(arguments)
+    """Run the command line and return the exit status."""
+    options = command_line(__doc__, "model", "threads").parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = demo_models.load(options.model)
-    ids = shared.encode(tokenizer, PROMPT)
-    if options.phases:
-        phases(model, ids)
-        return 0
-    model.compile(backend=river, options={"kernels": options.kernels})
-    marks = Marks()
-    loop = {"custom_generate": decode} if options.own_loop else {}
-    with torch.no_grad(), forced_depth(options.depth):
-        timing.generate(model, ids, NEW_TOKENS, **loop)
-        if options.skip_guards:
-            torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-        for executor in executors_of(model):
-            if executor.decodes and options.segments:
-                marks.time_segments(executor)
-        with marked(model, marks):
-            timing.generate(model, ids, NEW_TOKENS, **loop)
-            marks.times.clear()
-            for seconds in marks.parts.values():
-                seconds.clear()
-            with on_step(marks.step):
-                for _ in range(2):
-                    timing.generate(model, ids, NEW_TOKENS, **loop)
-    show(marks)
+    phases(model, shared.encode(tokenizer, PROMPT))
     return 0
-
-
-def show(marks: Marks) -> None:
-    """Print the parts of a token: how often each runs, and its median in microseconds."""
-    stages: dict[str, list[float]] = {}
-    for (name, start), (following, end) in itertools.pairwise(marks.times):
-        if (name, following) in STAGES:
-            stages.setdefault(STAGES[name, following], []).append(end - start)
-    tokens = len(marks.steps)
-    often = [name for name in STAGES.values() if len(stages.get(name, [])) > tokens / 2]  # (more than a prompt's)
-    rows: list[list[object]] = [[name, 1, statistics.median(stages[name]) * 1e6] for name in often]
-    outside = [end - seconds - before for (before, _), (end, seconds) in itertools.pairwise(marks.steps)]
-    rows.append(["executor", 1, statistics.median(seconds for _, seconds in marks.steps) * 1e6])
-    rows.append(["outside the executor", 1, statistics.median(outside) * 1e6])
-    for name, seconds in marks.parts.items():
-        if len(seconds) > tokens / 2:
-            rows.append([f"  {name}", round(len(seconds) / tokens), statistics.median(seconds) * 1e6])
-    print_table(["", "a token", "us"], rows)
 
 
 if __name__ == "__main__":

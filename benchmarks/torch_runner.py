@@ -15,11 +15,7 @@ _PLAIN = ("eager", "inductor")
 
 
 class TorchRunner:
-    """Generates with a Hugging Face model, compiled or not.
-
-    The plain model has the cache that `generate` gives it by default, an accelerated one makes its own, and other
-    compiled ones have a static cache for the longest prompt of a context.
-    """
+    """Generates with a model, with the cache that is usual for it, or a static one for a context's longest prompt."""
 
     def __init__(self, model: Any, job: dict) -> None:
         self.model, self.job, self._slots = model, job, 0
@@ -27,9 +23,10 @@ class TorchRunner:
     def prepare(self, prompts: Sequence[Sequence[int]]) -> dict:
         """Compile, and warm up with each prompt; return the seconds from there to the first two new tokens."""
         start = time.perf_counter()
-        options = {
-            k: self.model.config.num_hidden_layers if v == FULL_DEPTH else v for k, v in self.job["options"].items()
-        }
+        layers = self.model.config.num_hidden_layers
+        options = {k: layers if v == FULL_DEPTH else v for k, v in self.job["options"].items()}
+        if self.job["backend"] == "inductor" and self.job["device"] == "cuda":
+            options["triton.cudagraphs"] = True  # what mode="reduce-overhead" is
         if self.job["backend"] in ACCELERATED:
             import river_compile
 
@@ -57,6 +54,11 @@ class TorchRunner:
         """Return what one more generation tells, and the peak memory before it."""
         found: dict[str, Any] = {"peak_rss_bytes": common.peak_rss_bytes(), "outside_ms": None, "target_bits": None}
         found["mean_depth"] = float(self.model.config.num_hidden_layers)
+        if self.job["device"] == "cuda":
+            import torch
+
+            found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+            found["graph_skips"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
         if self.job["backend"] not in _PLAIN:
             import river_compile
             from river_compile.runtime.state import on_step
@@ -67,6 +69,8 @@ class TorchRunner:
             steps = inside[1:]  # (the prompt's is the first)
             found["outside_ms"] = 1e3 * (times[-1] - times[0] - sum(steps)) / (len(times) - 1)
             found["target_bits"] = target_bits(self.model, self.job["options"])
+            if self.job["device"] == "cuda":
+                found["captures"] = sum(graph.captures.made for graph in river_compile.report(self.model).graphs)
             if self.job["backend"] == "exact":
                 drafts = river_compile.report(self.model).exact
                 found["accepted_share"] = drafts.accepted / max(drafts.drafted, 1)
@@ -80,7 +84,7 @@ class TorchRunner:
         from river_compile.reporting.timing import generate
 
         static, new_tokens = self.job["backend"] in ("inductor", "torch_compile"), self.job["new_tokens"]
-        prompt = torch.tensor([ids]).repeat(self.job["batch"], 1)
+        prompt = torch.tensor([ids], device=self.job["device"]).repeat(self.job["batch"], 1)
         if not static:
             return generate(self.model, prompt, new_tokens, static_cache=False, stop_after=stop_after)
         slots = min(size for size in self.job["slots"] if size >= len(ids) + new_tokens)
@@ -97,8 +101,7 @@ def target_bits(model: Any, options: dict) -> int | None:
     graphs: Any = river_compile.report(model).to_dict()["graphs"]
     if options.get("exit_depth") == 0 or all(graph["refusal"] for graph in graphs):
         return None
-    packed = 8 if options.get("target_weights") == "8bit" else 12
-    return packed if any(graph["lossless_bytes"] for graph in graphs if graph["kind"] != "prefill") else 16
+    return 12 if any(graph["lossless_bytes"] for graph in graphs if graph["kind"] != "prefill") else 16
 
 
 _runners: list[TorchRunner] = []  # of a worker, one
@@ -110,7 +113,7 @@ def _prepare(prompts: list[list[int]], **job: Any) -> dict:
     shared.quiet()
     torch.set_num_threads(job["threads"])
     model, _ = demo_models.load(job["folder"], dtype=job["dtype"])
-    _runners.append(TorchRunner(model, job | {"first": prompts[0]}))
+    _runners.append(TorchRunner(model.to(job["device"]), job | {"first": prompts[0]}))
     return _runners[0].prepare(prompts)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -159,16 +159,3 @@ def play(columns: Columns, console: Console, line: str) -> None:
         while (now := time.perf_counter() - start) < columns.seconds:
             live.update(Group(columns.at(now, height), Text(line)), refresh=True)
             time.sleep(1 / _PER_SECOND)
-
-
-def frames(columns: Columns, lines: Sequence[str], count: int = 50) -> list[tuple[float, RenderableType]]:
-    """Return moments of what :func:`play` shows, with lines below, as :func:`tools.recording.animated_svg` takes them.
-
-    Args:
-        columns: the answers.
-        lines: shown below the columns all the time.
-        count: of the frames, at equal distances of time; the last one shows the end.
-    """
-    moments = [columns.seconds * number / (count - 1) for number in range(count - 1)] + [columns.seconds]
-    below = [Text(line) for line in lines]
-    return [(seconds, Group(columns.at(seconds), Text(), *below)) for seconds in moments]

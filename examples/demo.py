@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -175,12 +176,12 @@ def _show(console: Console, answers: Sequence[Answer], lines: Sequence[str]) -> 
 
 
 def _record(file: Path, answers: Sequence[Answer], lines: Sequence[str]) -> None:
-    from examples.columns import Columns, frames
-    from tools.recording import animated_svg
+    from examples.columns import Columns
 
-    shown = frames(Columns(answers, PICTURE_WIDTH), lines)
+    console = Console(width=PICTURE_WIDTH, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
+    console.print(Columns(answers, PICTURE_WIDTH).at(), "", *lines, sep="\n")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(animated_svg(shown, PICTURE_WIDTH, "python -m examples.demo"), encoding="utf-8")
+    file.write_text(console.export_svg(title="python -m examples.demo"), encoding="utf-8")
     print(f"Recorded to {file}")
 
 
@@ -202,7 +203,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         default=cache_folder() / "exit_depths.png",
         help="where the picture of exit depths goes (default: %(default)s)",
     )
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write what a terminal shows as an animated SVG")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what a terminal shows in the end as an SVG")
     parser.add_argument("--report", action="store_true", help="also print River's report")
     return parser.parse_args(arguments)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import records
-from benchmarks.records import RESULTS
 from river_compile.reporting import predict
-from tools import figures, machines
+from tools import figures, machines, records
 from tools.marked import ROOT, filled, pages
+from tools.records import RESULTS
 
 
 @pytest.mark.core

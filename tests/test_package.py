@@ -66,6 +66,13 @@ def test_what_tools_and_benchmarks_import_from_the_project_exists():
     assert missing == []
 
 
+def test_tools_never_import_benchmarks():
+    """Benchmarks may import tools, so what both need lies in tools."""
+    for file in (ROOT / "tools").rglob("*.py"):
+        imported = imported_modules(ast.parse(file.read_text(encoding="utf-8")), "tools")
+        assert not any(name.split(".")[0] == "benchmarks" for name in imported), file
+
+
 def test_no_files_import_each_other_in_a_circle():
     """Imports inside functions and those for type checkers count too."""
     found = circle(import_graph(read()))

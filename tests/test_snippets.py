@@ -41,7 +41,6 @@ NOT_RUN = {
     "river bench": "minutes at its default sizes; tests/cli/test_cli.py runs shorter ones",
     "river serve": "runs until it is interrupted; tests/cli/test_serve.py",
     "python -m river_compile.evaluation": "the package lm_eval and a data set; tests/evaluation",
-    "python -m tools.kernels.resources": "an assembler for GPUs; tests/tools/kernels",
     "python -m benchmarks.kernels": "a GPU",
     "python -m tools.kernels.tune": "a GPU, or minutes; tests/tools/kernels",
     "vllm serve": "the package vllm",

@@ -1,15 +1,9 @@
 """What `python -m build` and pip call: setuptools, and the C++ kernels in a wheel for this machine.
 
-    python -m build                                    # the source archive, and the wheel with compiled kernels
-    RIVER_COMPILE_KERNELS_IN_WHEEL=0 python -m build   # the wheel with their sources alone, for any machine
-
-The kernels are compiled from the sources that the wheel also carries (:mod:`river_compile.kernels.native.build`).
-torch is needed for that, for its headers. So a wheel from a source archive has them, and `pip install .` in a checkout,
-which is to be quick, compiles nothing and fetches no second torch; the variable says otherwise.
-
-`_PYTHON_HOST_PLATFORM=linux-aarch64` builds for another machine, with a cross compiler in CXX that finds the other
-machine's libtorch_cpu.so. Not handled: machines that `_tag` does not know, whose wheels carry sources alone; the tag of
-a wheel for many distributions, which auditwheel gives (`auditwheel repair --exclude libtorch_cpu.so`).
+A wheel from a source archive has compiled kernels, which needs torch for its headers; `pip install .` in a checkout
+compiles nothing. RIVER_COMPILE_KERNELS_IN_WHEEL=1 or 0 says otherwise. `_PYTHON_HOST_PLATFORM=linux-aarch64` builds for
+another machine, with a cross compiler in CXX that finds that machine's libtorch_cpu.so. Not handled: machines that
+`_tag` does not know, whose wheels carry sources alone, and tags for many distributions (auditwheel gives them).
 """
 
 from __future__ import annotations

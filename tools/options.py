@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from river_compile.config import EXPERT, USER, RiverConfig
 from tools.marked import ROOT, filled
 
@@ -39,9 +37,8 @@ def _text(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    argparse.ArgumentParser(description="Writes the tables of the backend's options.").parse_args(arguments)
+def main() -> int:
+    """Write the page; return the exit status."""
     PAGE.write_text(replaced(), encoding="utf-8")
     return 0
 

@@ -1,14 +1,12 @@
 """MkDocs' hooks: README.md is the front page, and a link out of docs/ becomes plain text, or a link on the repository.
 
-MkDocs calls these functions by their names. Lists may follow a paragraph without an empty line, as on GitHub.
-Not handled: reference links (``[text][label]``) and links in raw HTML.
+Lists may follow a paragraph without an empty line, as on GitHub. Not handled: reference links and links in raw HTML.
 """
 
 from __future__ import annotations
 
 import os.path
 import re
-from typing import Any
 
 from markdown_it import MarkdownIt
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,7 +21,7 @@ FRONT = "index.md"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add README.md as the front page."""
-    readme = os.path.join(_root(config), "README.md")
+    readme = os.path.join(os.path.dirname(config.config_file_path), "README.md")
     files.append(File.generated(config, FRONT, abs_src_path=readme))
     return files
 
@@ -66,11 +64,12 @@ def rewritten(markdown: str, folder: str, pages: set[str], repo_url: str | None 
         place = os.path.normpath(os.path.join(folder, path))
         page = FRONT if place == "README.md" else os.path.relpath(place, "docs")
         if page in pages or not page.startswith(".."):
-            return f"{image}[{text}]({os.path.relpath(page, _below_docs(folder))}{mark}{anchor})"
+            return f"{image}[{text}]({os.path.relpath(page, below)}{mark}{anchor})"
         if repo_url:
             return f"{image}[{text}]({repo_url.rstrip('/')}/blob/main/{place}{mark}{anchor})"
         return text if "`" in text or " " in text else f"`{text}`"
 
+    below = os.path.relpath(folder, "docs") if folder else "."
     code = [found.span() for found in _CODE.finditer(markdown)]
     parts, end = [], 0
     for found in _LINK.finditer(markdown):
@@ -78,11 +77,3 @@ def rewritten(markdown: str, folder: str, pages: set[str], repo_url: str | None 
             parts += [markdown[end : found.start()], link(found)]
             end = found.end()
     return "".join([*parts, markdown[end:]])
-
-
-def _below_docs(folder: str) -> str:
-    return os.path.relpath(folder, "docs") if folder else "."
-
-
-def _root(config: MkDocsConfig) -> Any:
-    return os.path.dirname(config.config_file_path)

@@ -1,9 +1,7 @@
 """Runs mypy over the packages as they are installed, and over the Python of the README and the documentation.
 
-    python -m tools.typecheck [arguments of mypy]
-
-The checkout keeps `passes/` and `kernels/` at its top, where mypy would not find them under their installed names. So a
-temporary folder of symbolic links stands in for an installation. Settings lie in pyproject.toml.
+The checkout keeps `passes/` and `kernels/` at its top, so a temporary folder of symbolic links stands in for an
+installation. Arguments go to mypy, whose settings lie in pyproject.toml.
 """
 
 from __future__ import annotations

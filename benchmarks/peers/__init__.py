@@ -1,10 +1,7 @@
 """The programs that River is compared with, each in a separate virtual environment below `RIVER_COMPILE_HOME`.
 
-    python -m benchmarks.peers install all      # or some of their names
-    python -m benchmarks.peers list
-
 A peer runs as a worker process (a `..._worker.py` of this folder) that imports nothing of River. What it reads is
-converted from the local model, once, into `peers/files`; nothing is fetched but packages.
+converted from the local model, once, into `peers/files`. `python -m benchmarks.peers install all` installs them.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from river_compile.kernels.files import atomic_write, cache_folder
 
 _INSTALLED = "installed"  # a file in an environment that is complete
 _SCRIPTS = Path(__file__).parent
-SERVER = _SCRIPTS / "xllamacpp_server.py"  # llama.cpp's own, of slots, for `benchmarks.serving`
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import sys
+import threading
 
 import protocol
 import xllamacpp
+
+CONTEXT = 2048  # of each slot of a server
 
 
 class Server(protocol.Peer):
@@ -58,5 +62,16 @@ def parameters(file: str, threads: int, port: int):
     return params
 
 
+def serve(file: str, port: int, slots: int, threads: int) -> None:
+    """Serve a file for `benchmarks.serving`, in slots that generate side by side, until the process ends."""
+    params = parameters(file, threads, port)
+    params.n_parallel, params.n_ctx = slots, CONTEXT * slots
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    threading.Event().wait()
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:  # GGUF PORT SLOTS THREADS
+        serve(sys.argv[1], *map(int, sys.argv[2:]))
     protocol.run(Server)

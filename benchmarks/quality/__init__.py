@@ -1,1 +1,1 @@
-"""What River does to quality, and what other answers to missing KV entries cost: ``python -m benchmarks.quality``."""
+"""What River does to quality: ``python -m benchmarks.quality``, and the problems of ``benchmarks.tasks``."""

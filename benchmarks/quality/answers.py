@@ -1,9 +1,6 @@
-"""Answers of a model to problems: asked one by one or several at a time, judged as they come, and kept in a file.
+"""Answers of a model to problems: asked one by one, judged as they come, and kept in a file.
 
-A run that was stopped continues where its file ends. Several at a time are rows of a
-:class:`river_compile.ContinuousBatch`, so a model has to be accelerated for that.
-
-Not handled: sampled answers.
+A run that was stopped continues where its file ends. Not handled: sampled answers, several problems at a time.
 """
 
 from __future__ import annotations
@@ -11,10 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import queue
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from benchmarks.quality import humaneval, reasoning
 from river_compile.cli.shared import encode, error_line
-from river_compile.decoding.continuous import ContinuousBatch
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.record import find_record
 from river_compile.reporting.timing import Clock, StopAfter
@@ -77,7 +70,7 @@ class Answer:
     Attributes:
         text: of it.
         solved: whether it is right.
-        tokens: new ones, without the first where they come one by one.
+        tokens: new ones, without the first.
         seconds: that these took.
         steps: of decoding meanwhile.
         depth: in which tokens left, in the mean of these steps; 0 where there are none.
@@ -136,9 +129,7 @@ def run_of(model: str, dtype: str, way: str, options: Mapping[str, Any], calibra
     return repr([way, dict(options), model, dtype, calibration and calibration.read_text(encoding="utf-8")])
 
 
-def ask(
-    model: PreTrainedModel, problems: Problems, file: AnswerFile, run: str, at_once: int = 1, said: str = ""
-) -> list[Answer]:
+def ask(model: PreTrainedModel, problems: Problems, file: AnswerFile, run: str, said: str = "") -> list[Answer]:
     """Return a model's answers to all problems, with progress on standard error.
 
     Args:
@@ -146,70 +137,33 @@ def ask(
         problems: to solve.
         file: has answers of earlier runs, and gets the new ones.
         run: as :func:`run_of`.
-        at_once: problems at a time; more than 1 need an accelerated model.
         said: what the progress is called.
     """
-    run = f"{run} {problems.new_tokens} {at_once}"
+    run = f"{run} {problems.new_tokens}"
     names = [_name(ids) for ids in problems.prompts]
-    known = file.of(run)
-    left = [number for number, name in enumerate(names) if name not in known]
-    solved = sum(known[name].solved for name in names if name in known)
+    left = [number for number, name in enumerate(names) if name not in file.of(run)]
+    if left:
+        _generate(model, problems, left[0], Clock(), _WARM_UP)
     with tqdm(total=len(names), initial=len(names) - len(left), desc=said, unit="problem", leave=False) as progress:
-        for number, answer in _answers(model, problems, left, at_once) if left else ():
-            file.add(run, names[number], answer)
-            solved += answer.solved
+        for number in left:
+            file.add(run, names[number], _answer(model, problems, number))
             progress.update()
-            progress.set_postfix_str(f"{solved} of {progress.n} solved")
+            known = file.of(run)
+            progress.set_postfix_str(f"{sum(answer.solved for answer in known.values())} of {len(known)} solved")
     return [file.of(run)[name] for name in names]
 
 
-def _answers(
-    model: PreTrainedModel, problems: Problems, left: Sequence[int], at_once: int
-) -> Iterator[tuple[int, Answer]]:
-    """Yield the answers to some problems as they come, with the problems' numbers."""
-    asking = _one_by_one(model, problems, left) if at_once == 1 else _several(model, problems, left, at_once)
+def _answer(model: PreTrainedModel, problems: Problems, number: int) -> Answer:
+    record, clock = find_record(model), Clock()
+    if record is not None:
+        record.of(PrefixPool).forget_texts()
     with trace() as steps:
-        for number, clock, tokens, seconds in asking:
-            decoded, steps.steps = steps.tokens, []
-            text = problems.tokenizer.decode(clock.ids, skip_special_tokens=True)
-            depth = sum(step.depth for step in decoded) / max(len(decoded), 1)
-            yield number, Answer(text, problems.solves(number, text), tokens, seconds, len(decoded), depth)
-
-
-Asked = Iterator[tuple[int, Clock, int, float]]  # a problem's number, its answer, tokens that were timed, and seconds
-
-
-def _one_by_one(model: PreTrainedModel, problems: Problems, left: Sequence[int]) -> Asked:
-    _generate(model, problems, left[0], Clock(), _WARM_UP)
-    for number in left:
-        record, clock = find_record(model), Clock()
-        if record is not None:
-            record.of(PrefixPool).forget_texts()
         _generate(model, problems, number, clock, problems.new_tokens)
-        yield number, clock, len(clock.ids) - 1, clock.times[-1] - clock.times[0]
-
-
-def _several(model: PreTrainedModel, problems: Problems, left: Sequence[int], at_once: int) -> Asked:
-    done: queue.SimpleQueue[tuple[int, Clock, Future[Any], float]] = queue.SimpleQueue()
-    with ContinuousBatch(model, at_once) as batch:
-
-        def submit(number: int, new_tokens: int) -> None:
-            clock = Clock()
-            future = batch.submit(lambda: _generate(model, problems, number, clock, new_tokens))
-            future.add_done_callback(lambda future: done.put((number, clock, future, time.perf_counter())))
-
-        for number in left[:at_once]:
-            submit(number, _WARM_UP)
-        for _ in left[:at_once]:
-            *_, future, before = done.get()
-            future.result()
-        for number in left:
-            submit(number, problems.new_tokens)
-        for _ in left:
-            number, clock, future, at = done.get()
-            future.result()
-            yield number, clock, len(clock.ids), at - before
-            before = at
+    decoded = steps.tokens
+    text = problems.tokenizer.decode(clock.ids, skip_special_tokens=True)
+    depth = sum(step.depth for step in decoded) / max(len(decoded), 1)
+    seconds = clock.times[-1] - clock.times[0]
+    return Answer(text, problems.solves(number, text), len(clock.ids) - 1, seconds, len(decoded), depth)
 
 
 def _generate(model: PreTrainedModel, problems: Problems, number: int, clock: Clock, new_tokens: int) -> Any:

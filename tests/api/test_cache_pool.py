@@ -18,7 +18,7 @@ from river_compile.record import find_record
 from river_compile.upstream.transformers import cache_of
 from tests.support.families import make, prompt
 from tests.support.lowerings import UNQUANTIZED, operators_on
-from tools.recorder import recording
+from tests.support.recorder import recording
 
 # (The recorder stands for a device that captures, so that a static cache is what pays.)
 OPTIONS = {"group_size": 32, "graphs": True}

@@ -15,7 +15,7 @@ from river_compile.upstream.transformers import cache_of
 from tests.support.decoding import left_padded
 from tests.support.families import CONFIGS, make, prompt
 from tests.support.lowerings import OPERATORS
-from tools.recorder import recording
+from tests.support.recorder import recording
 
 QUALITIES = {
     "exact": {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},

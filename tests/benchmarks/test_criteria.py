@@ -71,23 +71,9 @@ def test_an_oracle_lets_those_leave_that_lose_least_and_chance_as_many(monkeypat
     assert [sum(text.count(2) for text in depths) for depths in meter.depths["chance"]] == [1, 2, 3]
 
 
-def test_frontiers_mix_rules_and_never_exit(rows, tmp_path, capsys):
+def test_frontiers_mix_rules_and_never_exit(rows, capsys):
     assert criteria.least_kl([(0.5, 0.2), (1.0, 0.0)], 0.75) == pytest.approx(0.1)
     assert criteria.least_kl([(0.8, 0.1)], 0.7) is None
     criteria.show("tiny", rows)
     _, frontiers = capsys.readouterr().out.split("KL at equal time")
     assert [line.split()[0] for line in frontiers.splitlines()[-4:]] == list(criteria.at_equal_time(rows))
-    assert criteria.plot({"tiny": rows}, tmp_path) == tmp_path / "criteria.png"
-
-
-def test_the_picture_shows_every_rule_and_never_exit(rows):
-    (axes,) = criteria.draw({"tiny": rows}).axes
-    names = [line.get_label() for line in axes.get_lines()]
-    assert sorted(names) == sorted({*NAMES, "chance", "oracle"})
-    for name, line, dots in zip(names, axes.get_lines(), axes.collections, strict=True):
-        mine = sorted((row["time"], row["kl"]) for row in of(rows, name))
-        assert dots.get_offsets().tolist() == [pytest.approx(point) for point in mine]
-        times, losses = line.get_data()
-        assert all(loss <= kl + 1e-9 for at, loss in zip(times, losses, strict=True) for t, kl in mine if t <= at)
-        assert times[-1] == pytest.approx(1)
-        assert losses[-1] <= 1e-9, "never exit belongs to every frontier"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, decode, decode_rows, peers, prompt_sets, records, torch_runner
+from benchmarks import common, decode, decode_rows, peers, prompt_sets, torch_runner
 from benchmarks.prompt_sets import Prompt
 from river_compile import system
 from river_compile.reporting import dry_run
 from tests.support.lowerings import OPERATORS
-from tools import demo_models
+from tools import demo_models, records
 
 
 class FakeWorker:
@@ -139,7 +139,7 @@ def test_peers_need_a_file_and_one_text_at_a_time(fake):
         return decode_rows.why_not(decode_rows.ROWS[row], decode._parse(["--model", str(fake), *more]))
 
     assert "did not come from a GGUF file" in reason("llama_cpp")
-    assert "did not come from a GGUF file" in reason("no_draft_q8")
+    assert "measured on a CPU" in reason("llama_cpp", "--device", "cuda")
     assert "one text at a time" in reason("llama_cpp", "--batch", "2")
     assert reason("eager") == ""
 
@@ -169,8 +169,14 @@ def test_the_torch_rows_run_a_tiny_model(backend):
     from tests.support.families import make, prompt
 
     options = {"exit_depth": 0, "kernels": OPERATORS, "group_size": 32, "quantizer": "rtn"}
-    job = {"backend": backend, "options": {} if backend == "eager" else options, "new_tokens": 4, "batch": 1}
-    runner = torch_runner.TorchRunner(make("llama", layers=2), job | {"slots": [16]})
+    job = {
+        "backend": backend,
+        "options": {} if backend == "eager" else options,
+        "new_tokens": 4,
+        "batch": 1,
+        "device": "cpu",
+    }
+    runner = torch_runner.TorchRunner(make("llama", layers=2), job | {"slots": [16], "new_tokens": 4, "batch": 1})
     first = prompt()[0].tolist()
     said = runner.prepare([first, first[:3]])
     assert 0 < said["first_token_s"] < said["second_token_s"]
@@ -187,7 +193,7 @@ def test_the_weights_that_full_depth_reads_come_from_the_report():
     from tests.support.families import make, prompt
 
     options = {"exit_depth": decode_rows.FULL_DEPTH, "kernels": OPERATORS, "target_weights": "model"}
-    job = {"backend": "river", "options": options, "new_tokens": 4, "batch": 1, "slots": [16]}
+    job = {"backend": "river", "options": options, "new_tokens": 4, "batch": 1, "device": "cpu", "slots": [16]}
     runner = torch_runner.TorchRunner(make("llama", layers=2), job)
     runner.prepare([prompt()[0].tolist()])
     assert runner.facts(prompt()[0].tolist())["target_bits"] == 16

@@ -11,7 +11,7 @@ from river_compile.lowering import inductor
 from river_compile.lowering.inductor import inductor_settings
 from tests.support.families import make, prompt
 from tests.support.lowerings import UNQUANTIZED, UNQUANTIZED_INDUCTOR
-from tools.recorder import recording
+from tests.support.recorder import recording
 
 
 def test_a_whole_graph_has_the_modes_settings():

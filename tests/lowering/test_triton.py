@@ -30,10 +30,9 @@ from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode
 from tests.support.examples import slow, slow_but
 from tests.support.families import FAMILIES, REWRITTEN, each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS, UNQUANTIZED
-from tools.kernels.resources import token_cost
-from tools.kernels.shapes import ModelShape, model_kernels
+from tests.support.recorder import recording
+from tools.kernels.shapes import ModelShape, model_kernels, token_cost
 from tools.marked import filled
-from tools.recorder import recording
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 LAYERS = 2

@@ -22,7 +22,7 @@ from tests.support.decoding import cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow
 from tests.support.families import each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS
-from tools.recorder import recording
+from tests.support.recorder import recording
 
 LAYERS = 2
 NEVER = [LAYERS] * 3

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tools.recorder import recording
+from tests.support.recorder import recording
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -38,7 +38,7 @@ from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.transformers import cache_argument
 from tests.support.families import CONFIGS, make, prompt
 from tests.support.lowerings import OPERATORS, UNQUANTIZED
-from tools.ranks import Wire
+from tests.support.ranks import Wire
 
 SECONDS = 120  # after which a rank that waits for another one gives up
 LAYERS, CAPACITY, PROMPT = 2, 40, 7

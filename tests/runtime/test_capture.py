@@ -1,7 +1,7 @@
 """Captured decode steps are the uncaptured ones, to the bit, whatever the order of replays.
 
 The recorder stands in for CUDA graphs: it runs launches late, spoils every value that a real replay would not have
-written, and refuses to replay on inputs that have moved (`tools/recorder.py`). On a machine with a
+written, and refuses to replay on inputs that have moved (`tests/support/recorder.py`). On a machine with a
 GPU most tests run with CUDA graphs as well (marked `gpu`), and one looks at the device's memory.
 
 Tracing takes most of the time, so one decoder serves many tests. The bound on captures is set on its runner, and what
@@ -46,7 +46,7 @@ from tests.support.captured import (
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.lowerings import INDUCTOR
-from tools.recorder import Recorder, StaleReplay
+from tests.support.recorder import Recorder, StaleReplay
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ from river_compile.system import reserve
 from tests.support.decoding import cache_state, decode, new_cache
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS, operators_on
+from tests.support.recorder import recording
 from tests.support.traced import TracedStep
-from tools.recorder import recording
 
 LAYERS = 3
 DEPTHS = [LAYERS, 0, 1, 2, LAYERS]

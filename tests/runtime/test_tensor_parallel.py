@@ -18,7 +18,7 @@ from river_compile.runtime.tensor_parallel import Ranks
 from tests.runtime.rank_worker import CASES, DEPTHS, LAYERS, SLOW
 from tests.support.examples import slow
 from tests.support.families import CONFIGS, HIDDEN
-from tools.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TWO = Ranks(0, 2)
 

@@ -1,6 +1,6 @@
 """A tiny model whose decode steps are captured, and the same steps uncaptured to compare with.
 
-The recorder stands in for CUDA graphs on a machine without a GPU (`tools/recorder.py`); a test that uses this on a CPU
+The recorder (recorder.py) stands in for CUDA graphs on a machine without a GPU; a test that uses this on a CPU
 is inside `recording`.
 """
 

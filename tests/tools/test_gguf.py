@@ -1,14 +1,13 @@
-"""A GGUF file gives transformers the same model, whether it is read once or as often as transformers wants."""
+"""A GGUF file that is converted gives the model of its weights."""
 
 from __future__ import annotations
 
-import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.random_llama import write_gguf
-from tools.demo_models import convert, reading_once
+from tests.support.gguf_files import write_gguf
+from tools.demo_models import convert
 
 
 @pytest.fixture
@@ -29,27 +28,6 @@ def file(tmp_path):
 
 def load(file):
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-
-
-def test_the_model_is_what_it_is_without(file):
-    wanted = load(file).state_dict()
-    with reading_once():
-        found = load(file).state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def test_each_file_is_read_once(file):
-    with reading_once():
-        assert gguf.GGUFReader(file) is gguf.GGUFReader(file)
-        assert gguf.GGUFReader(file).get_field("llama.block_count").contents() == 2
-
-
-def test_others_read_as_before_once_it_has_ended(file):
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    with pytest.raises(KeyError), reading_once():
-        raise KeyError
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 def test_a_converted_model_has_the_weights_of_the_file_and_is_whole(file, tmp_path, monkeypatch):

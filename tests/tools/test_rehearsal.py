@@ -1,20 +1,18 @@
-"""The rehearsal of `make gpu`: what the stand-in for a card does as a card would, what is noticed, what is estimated.
+"""The rehearsal of `make gpu`: what the stand-in for a card does as a card would, and that every step runs on it.
 
 A process that has the card keeps it, so what asks for one runs in its own process.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.layout import ROOT, run_python
-from tools import gpu, rehearsal
-from tools.gpu import STEPS, Step
 from tools.rehearsal import left_out
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch has a card of its own")
@@ -24,7 +22,6 @@ CARD = """
 import torch
 from tools.rehearsal import card
 card.install()
-from torch.profiler import ProfilerActivity, profile
 
 def refused(work, *, says):
     try:
@@ -75,19 +72,13 @@ flag = torch.zeros(6, pin_memory=True)
 captured(lambda: flag.copy_(x, non_blocking=True))[0].replay()
 assert flag.tolist() == [4] * 6
 
-# Time is a count of what ran; a profile has it too.
+# Time is a count of what ran.
 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 start.record()
 x.add_(1).mul_(2)
 stop.record()
 assert abs(start.elapsed_time(stop) - 2e3 * card.SECONDS) < 1e-9
 refused(lambda: start.elapsed_time(torch.cuda.Event()), says="enable_timing")
-with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-    graph.replay()
-    torch.cuda.synchronize()
-names = [event.name for event in found.events()]
-assert "cudaGraphLaunch" in names and "cudaDeviceSynchronize" in names
-assert sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events()) == 3
 
 # Memory is counted, and streams are torch's.
 before = torch.cuda.memory_allocated()
@@ -110,14 +101,6 @@ graph.replay()
 assert abs(score.item() - 1) < 1e-3
 assert torch.equal(buffers["hidden"], row + row / 512)  # (rounded, not cut off)
 refused(lambda: kernel(**{name: t.cpu() for name, t in buffers.items()}, score=score.cpu()), says="a GPU")
-
-# Torch's own 4-bit product, which no CPU has, computes its grid.
-from benchmarks.int4_baseline import packed_for_cuda
-from river_compile.kernels.quant.grid import quantize
-grid = quantize(torch.randn(16, 256, device="cuda"), 64, "rtn")
-weight, table = packed_for_cuda(grid)
-y = torch.ops.aten._weight_int4pack_mm(torch.ones(1, 256, device="cuda").bfloat16(), weight, 64, table)
-assert (y.float() - grid.dequantize().float().sum(1)).abs().max() < 0.5
 """
 
 
@@ -125,106 +108,31 @@ def test_the_card_does_what_a_card_does():
     run_python(CARD, ROOT, ROOT)
 
 
-def test_rehearsed_commands_are_those_of_a_card_with_more_behind_them():
-    for step in STEPS:
-        other = rehearsal.rehearsed(step)
-        assert other.name == step.name
-        for command, real in zip(other.commands, step.commands, strict=True):
-            assert command[:2] == ("-m", "tools.rehearsal")
-            assert command[2 : len(real) + 1] == real[1:]
-
-
-@pytest.fixture
-def out(tmp_path, monkeypatch):
-    monkeypatch.setenv(rehearsal.COUNTS, str(tmp_path / "counts.jsonl"))
-    return tmp_path
-
-
-def written(out: Path, name: str, log: str = "", **files: object) -> Step:
-    """A step that has written this."""
-    (out / f"{name}.log").write_text(log)
-    for file, content in files.items():
-        (out / f"{file}.json").write_text(json.dumps(content))
-    return Step(name, 5, "", (("-m", "some.module", *(f"{{out}}/{file}.json" for file in files)),))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "content"),
-    [
-        ([], {"checks": [{}]}),
-        (["made.json has no rows"], {"checks": []}),
-        (["made.json: too deep"], {"rows": [{"levels": 1}, {"error": "too deep"}]}),
-        (["made.json: river never: NaN"], {"models": {"a": {"missing": {"river never": "NaN"}}}}),
-    ],
-)
-def test_what_a_program_notes_and_goes_on_is_a_failure(wrong, content, out):
-    assert rehearsal.shortcomings(written(out, "step", made=content), out) == wrong
-
-
-def test_kernels_that_are_missing_or_left_out_are_failures(out):
-    timed = [{"kernel": "norm + q|k|v"}, {"kernel": "down + residual"}]
-    step = written(out, "kernels", made={"model": "llama-3.2-1b", "kernels": timed})
-    assert [line.partition("lacks ")[2] for line in rehearsal.shortcomings(step, out)] == [
-        "rope + kv write + attention", "o + residual", "norm + gate|up", "norm + head",
-    ]  # fmt: skip
-    step = written(out, "tune", "left out w4 with a tile: no\n4 of 5 kernels tuned for sm_90\n5 of 5 kernels tuned\n")
-    assert rehearsal.shortcomings(step, out) == ["left out w4 with a tile: no", "4 of 5 kernels tuned"]
-
-
-def test_tests_that_were_left_out_are_named_and_count_on_a_card(out):
-    skip = '<testcase name="a"><skipped message="no room" /></testcase>'
-    (out / "some.xml").write_text(f"<suite>{skip}{skip}<testcase name='b' /></suite>")
-    step = Step("some", 5, "", (("-m", "pytest", "--junitxml", "{out}/some.xml"),))
-    assert rehearsal.unrehearsed(step, out) == ["2 tests: no room"]
-    assert rehearsal.terms(step, out, set()) == {"tests": 3 * rehearsal.SECONDS["tests"]}
-
-
 @pytest.mark.slow
 def test_what_is_left_out_is_there():
     """A name that matches no test any more would leave out nothing, or hide that another one is left out."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-n", "0"]
-    command += [
-        part for step in STEPS for c in step.commands if "pytest" in c for part in c if part.startswith("tests/")
-    ]
+    command += ["tests/kernels", "tests/runtime", "tests/api", "tests/lowering"]
     found = subprocess.run([*command, "-o", "addopts="], cwd=ROOT, capture_output=True, text=True).stdout
     for name in left_out.LEFT_OUT:
         assert re.search(name, found), name
 
 
-def test_a_step_is_estimated_from_what_it_did_and_from_what_its_arguments_say(out):
-    seconds = rehearsal.SECONDS
-    counts = [{"kernels": ["a", "b"], "graphs": 3}, {"kernels": ["b", "c"], "timings": 2}]
-    Path(out / "counts.jsonl").write_text("\n".join(map(json.dumps, counts)))
-    known = {"a"}
-    step = Step("some", 5, "", (("-m", "some.module"), ("-m", "other", "--budget", "60")))
-    assert rehearsal.terms(Step("none", 5, "", step.commands[:1]), out, known) == {
-        "processes": 2 * seconds["processes"],
-        "kernels": 2 * seconds["kernels"],  # of which "a" was compiled before
-        "graphs": 3 * seconds["graphs"],
-        "timings": 2 * seconds["timings"],
-    }
-    assert known == {"a", "b", "c"}
-    assert rehearsal.terms(step, out, known) == {"budgets": 60.0}  # (the counts were taken)
-
-
-def test_tokens_are_those_of_the_whole_model():
-    small, large = (
-        rehearsal.token_seconds(("-m", "benchmarks.decode", "--device", "cuda", "--random", name, "--only", "river"))
-        for name in ("llama-3.2-1b", "llama-3.1-8b")
-    )
-    assert 1 < small < large / 3
-
-
-def test_tokens_of_exact_mode_count():
-    """None of the drafts is assumed to hold: longer ones take longer."""
-    command = ("-m", "benchmarks.decode", "--device", "cuda", "--random", "llama-3.2-1b", "--only", "exact")
-    assert 1 < rehearsal.token_seconds(command) < rehearsal.token_seconds((*command, "--drafted", "7"))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_step_of_a_card_runs_without_one(tmp_path, capfd):
-    assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 0, capfd.readouterr().out
-    done = json.loads((tmp_path / "steps.json").read_text())
-    assert [(row["step"], row["state"]) for row in done] == [(step.name, "ok") for step in STEPS]
-    assert all(sum(row["card_seconds"].values()) > 0 for row in done)
+def test_programs_of_a_card_run_without_one(tmp_path):
+    """Kernels are timed, and every kind of a text's steps is captured; `make gpu REHEARSE=1` runs the tests too."""
+    model = str(tmp_path / "model")
+    how = ("--device", "cuda", "--one-process", "--kinds", "chat", "--rows", "no_draft", "exact", "--json")
+    for command in (
+        ("tools.kernels.tune", "--model", "llama-3.2-1b"),
+        ("benchmarks.kernels", "--model", "llama-3.2-1b", "--json", str(tmp_path / "kernels.json")),
+        ("benchmarks.random_llama", "llama-3.2-1b", model, "--device", "cuda"),
+        ("benchmarks.decode", "--model", model, *how, str(tmp_path / "decode.json")),
+    ):
+        environment = {**os.environ, "RIVER_COMPILE_TUNING": str(tmp_path / "tuning.json")}
+        subprocess.run([sys.executable, "-m", "tools.rehearsal", *command], cwd=ROOT, env=environment, check=True)
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["kernels"]) == 6
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert rows["no_draft"]["captures"] > 0
+    assert rows["exact"]["same_text"] == 1

@@ -151,7 +151,6 @@ class TestMissing:
     """``on_missing_twins="save"``: the first start writes what all later ones map."""
 
     def test_it_is_made_once_by_those_that_ask_at_once(self, packed, tmp_path):
-        """Threads here; `python -m benchmarks.replicas` starts processes."""
         folder, calls = tmp_path / "a" / "twins", []
 
         def make():

@@ -1,12 +1,9 @@
 """Tries the backend on every causal language model that transformers has, and writes `docs/models.md`.
 
-    python -m tools.families                    # what has no result yet for these sources, then the page
-    python -m tools.families --only llama mpt   # these, whatever is known of them; other rows stay
-    python -m tools.families --page             # the page from known results alone
+    python -m tools.families --only llama mpt   # these, whatever is known of them; without: what has no result yet
 
-Each type runs in its own process, which is killed when it takes too long. Results are kept in `docs/models.jsonl`
-as they come, so a stopped run continues where it was. The exit status is 1 where any type failed: wrong, crashed or
-hung.
+Each type runs in its own process, killed when it takes too long. Results are kept in `docs/models.jsonl` as they come,
+so a stopped run continues. The exit status is 1 where any type failed: wrong, crashed or hung.
 """
 
 from __future__ import annotations
@@ -40,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="print what the types print")
     chosen = parser.parse_args(arguments)
     known, sources = results.load(), results.sources()
-    names = chosen.only or [n for n in model_types() if chosen.again or not up_to_date(known.get(n), sources)]
+    every = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = chosen.only or [n for n in every if chosen.again or n not in known or known[n].sources != sources]
     for name in tqdm([] if chosen.page else names, unit="type"):
         start = time.perf_counter()
         outcome = isolated(name, chosen.exact, chosen.timeout, chosen.verbose)
@@ -52,16 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [name for name, outcome in known.items() if outcome.result == "failed"]
     print(f"{len(known)} model types, {len(failed)} failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
-
-
-def up_to_date(outcome: Outcome | None, sources: str) -> bool:
-    """True where a type was tried with these very sources."""
-    return outcome is not None and outcome.sources == sources
-
-
-def model_types() -> list[str]:
-    """Return every model type for which transformers has a causal language model."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def isolated(name: str, exact: bool, timeout: float, verbose: bool) -> Outcome:

@@ -161,15 +161,3 @@ def row(outcome: Outcome) -> tuple[str, ...]:
 
 def write_page(known: Mapping[str, Outcome], path: Path = PAGE) -> None:
     path.write_text(page(known), encoding="utf-8")
-
-
-def parse(text: str) -> dict[str, dict[str, str]]:
-    """Return the rows of the page's tables by model type.
-
-    Raises:
-        ValueError: a row has another number of cells than the head.
-    """
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").replace("\\|", "\0").split("|")] for line in lines]
-    rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells]
-    return {row["model type"].strip("`"): row for row in rows if row["model type"].startswith("`")}

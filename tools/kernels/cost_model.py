@@ -7,7 +7,6 @@ the shape and on the named device alone, never on the GPU that is there.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from river_compile.kernels.triton.linear import LinearSpec, min_columns
@@ -23,45 +22,8 @@ BF12_DOT, NORMALISE = 7.0, {"dense": 1.8, "bf12": 5.7}
 _BITS = {"w4": 4, "dense": 16, "bf12": 12}
 #: For which the tile of a kernel for all widths is chosen.
 WIDTH = 4
+_RESIDENT = 6  # programs of attention on a processor
 LAUNCH_SECONDS = 2e-6  # from the end of one kernel of a graph until the next one works
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Where the seconds of a kernel go: memory, cache and instructions side by side, and what is waited for."""
-
-    bytes: float  # what memory takes at its full bandwidth
-    in_flight: float  # and longer, since too few bytes are on their way
-    tail: float  # and longer, since processors are idle in the last wave
-    cache: float  # the cache that all processors share: weights, and the activations that each program reads
-    instructions: float
-    waits: float  # steps that follow one another, and launches
-    waves: float  # of programs, the last one as the part that it fills
-
-    @property
-    def total(self) -> float:
-        return max(self.bytes + self.in_flight + self.tail, self.cache, self.instructions) + self.waits
-
-    @property
-    def bound(self) -> str:
-        """What most of the time is spent on; "bytes" where those alone are four fifths of memory's part or more."""
-        memory = self.bytes + self.in_flight + self.tail
-        longest = max(memory, self.cache, self.instructions)
-        if self.waits > longest:
-            return "latency"
-        if longest > memory:
-            return "cache" if self.cache == longest else "instructions"
-        if self.bytes >= 0.8 * memory:
-            return "bytes"
-        return "in flight" if self.in_flight > self.tail else "tail"
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What a compiler made of a kernel, in the place of the model's estimates."""
-
-    resident: int  # programs that a processor holds at a time
-    instructions: float | None = None  # of a thread, all steps together; None where they were not counted
 
 
 def registers(spec: LinearSpec) -> int:
@@ -102,36 +64,28 @@ def instructions_per_weight(spec: LinearSpec) -> float:
 
 
 def seconds(spec: LinearSpec, device: Device, rows: int | None = None) -> float:
-    """Estimate the time of a kernel in seconds; `rows` as in `rows_of`."""
-    return estimate(spec, device, rows).total
+    """Estimate the time of a kernel in seconds; `rows` as in `rows_of`.
 
-
-def estimate(spec: LinearSpec, device: Device, rows: int | None = None, compiled: Compiled | None = None) -> Estimate:
-    """Estimate the parts of `seconds`, by what was compiled where that is given."""
+    Memory (too few bytes on their way, and processors that are idle in the last wave, make it longer), the cache that
+    all processors share and instructions work side by side; launches and steps that follow one another are waited for.
+    """
     tile, m = spec.tile, rows_of(spec, rows)
     threads = 32 * tile.num_warps
     programs = math.ceil(spec.out_features / tile.block_n) * spec.blocks(m) * tile.split_k
     resident = min(32, 2048 // threads, 65536 // (registers(spec) * threads), device.shared // _shared(spec))
     resident = max(1, resident)
-    of_thread = thread_instructions(spec) if spec.form == "groups" else None
-    if compiled is not None:
-        resident = max(1, compiled.resident)
-        if compiled.instructions is not None:
-            of_thread, threads = compiled.instructions, device.warp * tile.num_warps
     per_processor = programs / device.processors
     waves = math.ceil(per_processor / resident)
     moved = spec.cost(m).bytes / device.bandwidth
     memory = moved / _bandwidth_share(spec, device, min(per_processor, resident))
     idle = max(1.0, waves / max(per_processor / resident, 1e-9)) if per_processor > resident else 1.0
-    if of_thread is None:
-        issued = _instructions(spec, programs)
-    elif spec.form == "groups":
+    if spec.form == "groups":
         # A processor with one program more than others is what the kernel waits for; ten warps hide their latencies.
         most = math.ceil(per_processor)
-        issued = of_thread * threads * most * device.processors
+        issued = thread_instructions(spec) * threads * most * device.processors
         issued /= min(1.0, min(most, resident) * tile.num_warps / 10)
     else:
-        issued = of_thread * threads * programs
+        issued = _instructions(spec, programs)
     instructions = issued / (device.processors * device.lanes * device.clock * 0.7)
     if spec.form == "dot":
         weights = programs * spec.steps * tile.block_k * tile.block_n * len(spec.streams)
@@ -139,43 +93,30 @@ def estimate(spec: LinearSpec, device: Device, rows: int | None = None, compiled
     turns = waves * spec.steps * (0.05e-6 if _pipelined(spec) else 0.3e-6)  # or each waits for memory
     cache = (spec.cost(m).bytes + shared_bytes(spec, m)) / device.cache
     waits = turns + LAUNCH_SECONDS * len(spec.stages())
-    return Estimate(moved, memory - moved, memory * (idle - 1), cache, instructions, waits, per_processor / resident)
+    return max(memory * idle, cache, instructions) + waits
 
 
-def attention_estimate(
-    heads: int, slots: int, device: Device, group: int, head_dim: int, splits: int, resident: int = 6, times: int = 1
-) -> Estimate:
-    """Estimate attention in 16 bits, split so often, with so many programs resident on a processor.
-
-    Of several positions `times` programs read the same slots, all but the first from the cache that processors share.
+def attention_seconds(heads: int, slots: int, device: Device, group: int, head_dim: int, splits: int) -> float:
+    """Estimate attention in 16 bits, split so often, with six programs resident on a processor.
 
     The loop over blocks is not pipelined. Each block waits for memory's 0.9 us and for 300 instructions that follow
     one another (counted for heads of 128, 190 for 64), while the other programs of a processor run. The last
     program puts the parts together, 16 KB of them in 0.3 us.
     """
-    programs, block = times * heads * splits, 4 * ATTENTION_BLOCK * head_dim
+    programs, block = heads * splits, 4 * ATTENTION_BLOCK * head_dim
     per_processor = programs / device.processors
-    waves = math.ceil(per_processor / resident)
-    at_once = min(math.ceil(per_processor), resident)
+    waves = math.ceil(per_processor / _RESIDENT)
+    at_once = min(math.ceil(per_processor), _RESIDENT)
     instructions = (80 + 1.72 * head_dim) * 128  # of a program's threads, for a block
     moved = 4 * slots * head_dim * heads / device.bandwidth
-    issued = device.lanes * device.clock * 0.7
     turns, most = math.ceil(math.ceil(slots / ATTENTION_BLOCK) / splits), math.ceil(per_processor)
     chain = 0.9e-6 + instructions / 128 * 5 / device.clock
-    read, issued = (
-        block * device.processors / device.bandwidth / times,
-        instructions / (device.lanes * device.clock * 0.7),
-    )
+    read, issued = block * device.processors / device.bandwidth, instructions / (device.lanes * device.clock * 0.7)
     parts = 1.5e-6 + 4 * splits * group * head_dim / (16384 / 0.3e-6) if splits > 1 else 0.0
-    return Estimate(
-        bytes=moved,
-        in_flight=turns * waves * max(0.0, chain - at_once * max(read, issued)),
-        tail=max(0.0, turns * most * read - moved),
-        cache=times * moved * device.bandwidth / device.cache,
-        instructions=turns * most * issued,
-        waits=parts + waves * 1e-6 + LAUNCH_SECONDS,  # (a program begins with its query)
-        waves=per_processor / resident,
-    )
+    in_flight = turns * waves * max(0.0, chain - at_once * max(read, issued))  # (too few bytes are on their way)
+    memory, cache = in_flight + max(moved, turns * most * read), moved * device.bandwidth / device.cache
+    waits = parts + waves * 1e-6 + LAUNCH_SECONDS  # (a program begins with its query)
+    return max(memory, cache, turns * most * issued) + waits
 
 
 def rows_of(spec: LinearSpec, rows: int | None = None) -> int:

@@ -1,7 +1,4 @@
-"""The GPUs that kernels are tiled and compiled for: what the cost model and the compiler must know of each.
-
-Not handled: measuring a card (see `tools.kernels.tune`).
-"""
+"""The GPUs that kernels are tiled and compiled for: what the cost model and the compiler must know of each."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from river_compile.kernels.triton.linear import LinearSpec, LinearTile, min_colu
 from river_compile.kernels.triton.spec import next_power_of_two
 from river_compile.kernels.triton.tiles import ATTENTION_BLOCK, min_rows
 
-from .cost_model import WIDTH, attention_estimate, instructions_per_weight, registers, seconds
+from .cost_model import WIDTH, attention_seconds, instructions_per_weight, registers, seconds
 from .devices import Device
 
 MAX_REGISTERS = 168
@@ -148,6 +148,6 @@ def cheapest_splits(heads: int, slots: int, device: Device, group: int, head_dim
     most = math.ceil(slots / ATTENTION_BLOCK).bit_length() - 1
 
     def time(splits: int) -> float:
-        return attention_estimate(heads, slots, device, group, head_dim, splits).total
+        return attention_seconds(heads, slots, device, group, head_dim, splits)
 
     return min((1 << power for power in range(most + 1)), key=time)

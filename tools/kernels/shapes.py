@@ -1,9 +1,8 @@
-"""The decode step of known models as kernel specs, and its costs: what `resources` compiles and benchmarks measure."""
+"""The decode step of known models as kernel specs, and its launches and bytes."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,6 @@ from river_compile.kernels.triton.cache import DecodeAttentionSpec, ExitScoreSpe
 from river_compile.kernels.triton.linear import LinearSpec, untiled
 from river_compile.kernels.triton.spec import DEFAULT_DEVICE, KernelSpec
 from river_compile.kernels.triton.tiles import attention_splits, best_tile
-
-from .cost_model import LAUNCH_SECONDS, Compiled, Estimate, attention_estimate, estimate
-from .devices import Device
 
 
 @dataclass(frozen=True)
@@ -69,14 +65,19 @@ class TokenCost:
     def __rmul__(self, times: int) -> TokenCost:
         return TokenCost(times * self.launches, times * self.bytes)
 
-    def seconds(self, bandwidth: float) -> float:
-        """Return the time that the bytes take at `bandwidth` bytes per second."""
-        return self.bytes / bandwidth
-
 
 def cost_of(*specs: KernelSpec, rows: int = 1) -> TokenCost:
     """Add up kernels, every buffer of every launch once; `rows` is for those that leave their number open."""
     return TokenCost(sum(len(spec.stages()) for spec in specs), sum(spec.cost(rows).bytes for spec in specs))
+
+
+def token_cost(shape: ModelShape, kernels: dict[str, KernelSpec], rows: int = 1) -> tuple[TokenCost, TokenCost]:
+    """Return the costs of one block, and of a token of so many sequences that runs all blocks so and then the head."""
+    block = TokenCost(0, 0)
+    for label, spec in kernels.items():
+        if label not in ("exit score", "norm + head"):
+            block += cost_of(spec, rows=rows if isinstance(spec, LinearSpec) else 1)
+    return block, shape.layers * block + cost_of(kernels["norm + head"], rows=rows)
 
 
 def model_kernels(
@@ -131,23 +132,6 @@ def model_kernels(
         "exit score": ExitScoreSpec(rows, shape.hidden),
         "norm + head": linear(shape.hidden, shape.vocabulary, norm="rms", **dense),
     }
-
-
-def estimate_of(spec: KernelSpec, device: Device, compiled: Compiled | None = None, rows: int = 1) -> Estimate:
-    """Return where the time of a kernel goes by the cost model; of one that it does not know, bytes and launches.
-
-    `rows` is for those that leave their number open, positions for attention's.
-    """
-    if isinstance(spec, LinearSpec):
-        return estimate(spec, device, rows, compiled)
-    if isinstance(spec, DecodeAttentionSpec):
-        resident = {} if compiled is None else {"resident": compiled.resident}
-        heads = (spec.batch * spec.kv_heads, spec.slots, device, spec.group, spec.head_dim, spec.splits)
-        times = spec.groups(rows) // (spec.batch * spec.kv_heads)
-        return attention_estimate(*heads, **resident, times=times)
-    cost, programs = cost_of(spec, rows=rows), math.prod(spec.stages()[0].grid(rows))
-    waits, waves = LAUNCH_SECONDS * cost.launches, programs / device.processors
-    return Estimate(cost.bytes / device.bandwidth, 0.0, 0.0, 0.0, 0.0, waits, waves)
 
 
 def verifying_kernels(attention: DecodeAttentionSpec) -> dict[str, KernelSpec]:

@@ -1,11 +1,10 @@
 """Measures tiles on the GPU at hand and saves the best ones, which are looked up before any other.
 
     python -m tools.kernels.tune --model llama-3.1-8b [--rows 1] [--group-size 64] [--budget 60] [--top 8]
-    python -m tools.kernels.tune --shipped
+    python -m tools.kernels.tune --shipped      # writes the package's own table, by the cost model and without a GPU
 
-For every linear kernel of the model the cost model's best candidates are timed, within one budget in seconds. Each
-choice is saved as soon as it is made. Choices of other devices, versions of Triton and shapes in the file are kept; the
-file is replaced atomically. With --shipped the package's own table is written, by the cost model and without a GPU.
+The cost model's best candidates of every linear kernel are timed, within one budget in seconds. Each choice is saved as
+soon as it is made, next to those of other devices, versions of Triton and shapes.
 """
 
 from __future__ import annotations
@@ -120,11 +119,6 @@ def time_calls(calls: list[Callable[[], object]], repeats: int = 9) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return replay_seconds(graph, repeats) / len(calls)
-
-
-def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Return the GPU seconds of one of so many replays, the median."""
     times = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -133,7 +127,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) / 1e3)
-    return sorted(times)[repeats // 2]
+    return sorted(times)[repeats // 2] / len(calls)
 
 
 def copies_beyond_cache(spec: KernelSpec) -> int:
@@ -157,7 +151,7 @@ def random_buffers(spec: LinearSpec) -> dict[str, torch.Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 1 where there is no GPU."""
+    """Run the command line; return 1 where there is no GPU, or a kernel was not tuned."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b", help="whose shapes (default %(default)s)")
     parser.add_argument("--rows", type=int, default=1, help="sequences (default %(default)s)")
@@ -183,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     tiles = tune(specs, device, measure_on_gpu, budget=options.budget, top=options.top, keep=keep)
     print(f"{len(tiles)} of {len(specs)} kernels tuned for {device}, saved to {tuning_file()}")
-    return 0
+    return int(len(tiles) < len(specs))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ struct Memory final : c10::Allocator {
     void* data = c10::alloc_cpu(std::max<size_t>(bytes, 1));
     std::lock_guard<std::mutex> lock(turn);
     (device.is_cpu() ? pinned : held)[data] = bytes;
-    if (!device.is_cpu()) peak = std::max(peak, allocated += bytes);
+    if (!device.is_cpu()) allocated += bytes;
     return {data, data, raw_deleter(), device};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free; }
@@ -49,7 +49,7 @@ struct Memory final : c10::Allocator {
   }
   static inline std::mutex turn;
   static inline std::map<void*, size_t> pinned, held;
-  static inline size_t allocated = 0, peak = 0;
+  static inline size_t allocated = 0;
   const c10::Device device;
 };
 
@@ -106,10 +106,6 @@ at::Tensor host(const at::Tensor& tensor) {
 }
 
 int64_t allocated() { return Memory::allocated; }
-int64_t peak(bool forget) {
-  std::lock_guard<std::mutex> lock(Memory::turn);
-  return forget ? Memory::peak = Memory::allocated : Memory::peak;
-}
 
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
 REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &memory)
@@ -121,7 +117,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 
 TORCH_LIBRARY(rehearsal, library) {
   library.def("allocated() -> int", allocated);
-  library.def("peak(bool forget) -> int", peak);
   library.def("host(Tensor tensor) -> Tensor", torch::dispatch(c10::DispatchKey::CUDA, host));
 }
 

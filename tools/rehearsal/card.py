@@ -1,16 +1,9 @@
 """A card that is not there: tensors on "cuda" whose memory is the host's, and the parts of `torch.cuda` that use it.
 
-:func:`install` gives this process one. Tensors on it are real ones of device "cuda", so everything that asks
-(``is_cuda``, ``device.type``, guards, dispatch) hears what a card would say. What a kernel would do there, the CPU does
-on the same memory. As on a card,
-
-- an operator refuses tensors of both devices;
-- a capture runs nothing and keeps what a replay repeats; what would make the host wait is refused in it;
-- time (of events, profiles) is a count: `SECONDS` for each operator and kernel that runs.
-
-Generated kernels run in Triton's interpreter, with its own tiles; graphs of Inductor's operator by operator, each of
-which rounds. Not handled: what only a card knows (compilers and drivers, streams that run side by side, memory that is
-used after its end), gradients, several devices.
+What a kernel would do, the CPU does on the same memory: generated kernels in Triton's interpreter, graphs of Inductor's
+operator by operator. As on a card, operators refuse tensors of both devices, and a capture runs nothing, keeps what a
+replay repeats, and refuses what would make the host wait. Time is a count of what ran. Not handled: compilers and
+drivers, streams that run side by side, gradients, several devices.
 """
 
 from __future__ import annotations
@@ -23,8 +16,7 @@ import itertools
 import subprocess
 import threading
 import types
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +26,6 @@ import torch
 from torch import Tensor
 from torch._inductor import compile_fx as inductor
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from river_compile.kernels.files import atomic_write, cached_file
@@ -52,8 +43,6 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _MIXES = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl_")  # take indices of the host's
 _turn = threading.Lock()  # of kernels: what rounds is the whole interpreter's
 _numbers = itertools.count()  # of streams
-counts: Counter[str] = Counter()  # what this process did
-kernels: set[str] = set()  # and the sources that Triton would have compiled
 _WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _kept: list[object] = []  # what lives as long as the process
 _real_load_for = loader.load_for
@@ -64,23 +53,14 @@ class CaptureError(RuntimeError):
 
 
 class Clock:
-    """The card's time in seconds, and what ran when; one for the process."""
+    """The card's time in seconds; one for the process."""
 
     now = 0.0
-    ran: list[tuple[str, float]] | None = None  # while a profile is taken
 
     @classmethod
     def run(cls, name: str, work: Callable[[], object]) -> Any:
-        if cls.ran is not None:
-            cls.ran.append((name, cls.now))
         cls.now += SECONDS
         return work()
-
-    @classmethod
-    def called(cls, name: str) -> None:
-        """Note a call of the host's."""
-        if cls.ran is not None:
-            cls.ran.append((name, cls.now))
 
 
 class Stream(torch.Stream):
@@ -94,7 +74,6 @@ class Stream(torch.Stream):
 
     def synchronize(self) -> None:
         _refuse("a stream's end is waited for")
-        Clock.called("cudaStreamSynchronize")
 
     def wait_stream(self, stream: Stream) -> None:
         assert isinstance(stream, Stream)
@@ -128,7 +107,6 @@ class Event:
 
     def synchronize(self) -> None:
         _refuse("an event is waited for")
-        Clock.called("cudaEventSynchronize")
 
     def elapsed_time(self, end: Event) -> float:
         if not (self._timing and end._timing) or self._at is None or end._at is None:
@@ -145,10 +123,8 @@ class Graph:
     def capture_begin(
         self, pool: object = None, capture_error_mode: str = "global", check_input_liveness: bool = False
     ) -> None:
-        if _here.graph is not None:
-            raise CaptureError("a capture begins inside of another")
+        _refuse("a capture begins inside of another")
         _here.graph = self
-        counts["captures"] += 1
 
     def capture_end(self) -> None:
         _here.graph = None
@@ -158,19 +134,14 @@ class Graph:
 
     def replay(self) -> None:
         _refuse("a graph is replayed")
-        Clock.called("cudaGraphLaunch")
-        _replay(self._calls)
+        for name, work in self._calls:
+            Clock.run(name, work)
 
     def reset(self) -> None:
         self._calls.clear()
 
     def pool(self) -> tuple[int, int]:
         return (0, 0)
-
-
-def _replay(calls: list[tuple[str, Callable[[], object]]]) -> None:
-    for name, work in calls:
-        Clock.run(name, work)
 
 
 class _Here(threading.local):
@@ -282,29 +253,11 @@ def _operator(op: Any, *arguments: Any, **named: Any) -> Any:
     return result
 
 
-def _int4_weight(pairs: Tensor, tiles: int) -> Tensor:
-    """Stands in for torch's order of 4-bit weights: the shape is the card's, the order is kept."""
-    rows, half = pairs.shape
-    return pairs.view(torch.int32).reshape(rows // 8, half // (8 * tiles), 32, tiles // 2)
-
-
-def _int4_product(x: Tensor, weight: Tensor, group: int, table: Tensor) -> Tensor:
-    pairs = weight.reshape(table.shape[1], -1).view(torch.uint8)
-    q = torch.stack([pairs >> 4, pairs & 15], -1).flatten(1).float()
-    scale, zero = table.float().transpose(0, 1).repeat_interleave(group, 1).unbind(-1)
-    return (x.float() @ ((q - 8) * scale + zero).T).to(x.dtype)
-
-
 def _histc(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tensor:
     return torch.histc(x.float(), bins, low, high).to(x.dtype)
 
 
-#: Operators that a CPU has not, or not for integers.
-_ONLY_ON_CARDS = {
-    "aten::histc": _histc,
-    "aten::_convert_weight_to_int4pack": _int4_weight,
-    "aten::_weight_int4pack_mm": _int4_product,
-}
+_ONLY_ON_CARDS = {"aten::histc": _histc}  # operators that a CPU has not for integers
 
 
 def _like(tensor: Tensor, device: str) -> Tensor:
@@ -385,7 +338,6 @@ def _rounded() -> contextlib.AbstractContextManager[object]:
 def _load_for(spec: KernelSpec, target: str) -> loader.Kernel:
     kernel = _real_load_for(spec, target)
     if target != "interpreter":
-        kernels.add(loader.source_file(spec).name)
         quick = spec
         if isinstance(spec, LinearSpec):  # (rows of experts come sorted into the blocks of the tile that was asked for)
             tile = interpreter_tile(spec).tile
@@ -407,37 +359,11 @@ class _Kernel(loader.Kernel):
         return loader.Launch(loader.Kernel(self.spec, self.stages, functions, False), rows)
 
 
-class Profile(torch.profiler.profile):
-    """A profile that has what ran on the card, by its clock, and what ran on the host."""
-
-    def __init__(self, *, activities: Iterable[ProfilerActivity], **settings: Any) -> None:
-        super().__init__(activities=[a for a in activities if a != ProfilerActivity.CUDA], **settings)
-
-    def __enter__(self) -> Profile:
-        Clock.ran = []
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._ran, Clock.ran = Clock.ran or [], None
-
-    def events(self) -> list[Any]:
-        return [*super().events(), *map(_event, self._ran)]
-
-
-def _event(ran: tuple[str, float]) -> types.SimpleNamespace:
-    name, start = ran
-    kind = DeviceType.CPU if name.startswith("cuda") else DeviceType.CUDA
-    span = types.SimpleNamespace(start=1e6 * start, end=1e6 * (start + 0.8 * SECONDS))
-    return types.SimpleNamespace(name=name, device_type=kind, time_range=span)
-
-
 class _Uncompiled:
     """What Inductor's compiler returns: the graph, whose operators run one by one."""
 
     def __init__(self, graph: torch.fx.GraphModule, examples: object, **settings: Any) -> None:
         self._graph, self._boxed_call = graph, True
-        counts["graphs"] += 1
 
     def __call__(self, inputs: list[Any]) -> Any:
         return self._graph(*inputs)
@@ -447,7 +373,6 @@ class _Uncompiled:
 
 def _synchronize(device: object = None) -> None:
     _refuse("the host waits for the device")
-    Clock.called("cudaDeviceSynchronize")
 
 
 def _library() -> str:
@@ -486,7 +411,7 @@ def install() -> None:
         total_memory=MEMORY, warp_size=sheet.warp, regs_per_multiprocessor=sheet.registers, gcnArchName="",
         max_threads_per_multi_processor=sheet.warp * sheet.warps, shared_memory_per_block_optin=sheet.shared,
     )  # fmt: skip
-    bytes_, peak = torch.ops.rehearsal.allocated, torch.ops.rehearsal.peak
+    bytes_ = torch.ops.rehearsal.allocated
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -503,8 +428,8 @@ def install() -> None:
         "mem_get_info": lambda device=None: (MEMORY - bytes_(), MEMORY),
         "memory_allocated": lambda device=None: bytes_(),
         "memory_reserved": lambda device=None: bytes_(),
-        "max_memory_allocated": lambda device=None: peak(False),
-        "reset_peak_memory_stats": lambda device=None: peak(True),
+        "max_memory_allocated": lambda device=None: bytes_(),
+        "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
@@ -525,7 +450,6 @@ def install() -> None:
         setattr(torch.cuda, name, stand_in)
     torch._C._cuda_clearCublasWorkspaces = torch._C._host_emptyCache = lambda: None
     torch.version.cuda = "12.8"
-    torch.profiler.profile = Profile
     loader.load_for = _load_for
     inductor._compile_fx_inner = _Uncompiled
     inductor._recursive_joint_graph_passes = lambda graph, *rest, **named: graph  # (which would time products)

@@ -1,13 +1,8 @@
 """Random cases: drawn from a seed, run, made smaller where they fail, and kept so that they can be run again.
 
-A kind of case is a module with three functions. A case is plain data (JSON), so the file of a failure is its
-reproduction: nothing else decides what it does, but for the timing of kills and threads.
-
-    draw(rng)            returns a random case
-    run(case, folder)    runs it; returns what became of it in a word or two ("passed", "refused"), raises otherwise
-    smaller(case)        yields simpler cases that may fail in the same way
-
-Not handled: a case that ends the process. It stays in the folder of failures, as the file of the case that was running.
+A kind of case is a module with `draw(rng)`, `run(case, folder)`, which returns what became of it ("passed", "refused")
+or raises, and `smaller(case)`, which yields simpler cases. A case is plain data (JSON), so the file of a failure is its
+reproduction, but for the timing of threads. A case that ends the process stays in the folder as "running.json".
 """
 
 from __future__ import annotations

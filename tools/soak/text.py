@@ -1,14 +1,8 @@
 """Cases of kind "text": a model goes through random calls, and every text is the plain model's.
 
-Twins are unquantized and segments run operator by operator, so that wherever a token exits its logits are the plain
-model's up to rounding. What is compared is more than text: each step's logits, up to the first token where two texts
-part. A token may differ only where the logits agree, which makes it a near-tie. If they do not, the case runs again in
-float64, and a difference that is gone there was rounding (experts chosen by a near-tie, say), and is counted as such.
-
-Among the calls are ids in 32 bits, rows that stop strings end, and scores that leave no token, where sampling raises
-the plain model's error. A model that breaks its own graph (with hooks) leaves the next one of its class its river.
-
-Not handled: text of exact mode with sampling, which is equal in distribution alone.
+Twins are unquantized, so wherever a token exits its logits are the plain model's up to rounding. Each step's logits are
+compared up to the first token where two texts part, which must be a near-tie. A case that differs runs again in
+float64: a difference that is gone there was rounding. Not handled: exact mode with sampling, equal in distribution.
 """
 
 from __future__ import annotations
@@ -33,8 +27,8 @@ from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import new_cache
 from tests.support.families import REWRITTEN, VOCABULARY, make, prompt
 from tests.support.lowerings import UNQUANTIZED
+from tests.support.recorder import recording
 from tests.support.tokenizers import byte_tokenizer
-from tools.recorder import recording
 from tools.soak.cases import Case, Failure, refused_by_us
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-6}
@@ -67,8 +61,6 @@ def _options(rng: random.Random, layers: int) -> dict[str, Any]:
         options["prefill"] = "exit"
     if rng.random() < 0.2:
         options["graphs"] = True
-    if rng.random() < 0.1:
-        options["exit_every"] = 2
     return options
 
 

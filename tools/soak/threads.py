@@ -1,9 +1,7 @@
 """Cases of kind "threads": threads generate at the same time, with one model or each with its own.
 
-Every text and its logits are those of the plain model, as in cases of kind "text". Threads share options, since those
-are the process's; each has separate prompts and caches.
-
-Not handled: threads that compile or change weights while others generate.
+Every text and its logits are those of the plain model, as in cases of kind "text". Each thread has separate prompts and
+caches. Not handled: threads that compile or change weights while others generate.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from benchmarks import reads, records
-from tools import figures
+from benchmarks import reads
+from tools import figures, records
 
 
 def outcome(rows, **machine):

@@ -1,8 +1,7 @@
-"""Cases of kinds "program" and "twins": a stored file is edited and has the right hash, as one from elsewhere may.
+"""Stored programs and twins that are edited and have the right hash, as a file from elsewhere may.
 
-A program is refused, or none of its text has become code. Twins are refused, or the C++ kernels run on them. A read or
-a write outside of the file's tensors ends the process, at the latest with AddressSanitizer (`make test-sanitizers`).
-
+A program is refused, or none of its text has become code. Twins are refused, or the C++ kernels run on them: what they
+touch outside of the file's tensors ends the process, at the latest with AddressSanitizer (`make test-sanitizers`).
 Not handled: files that take long to read, such as numbers of a million digits; wrong weights of the right form.
 """
 
@@ -11,22 +10,27 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import itertools
 import json
 import random
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from river_compile.backend import executors_of, river
 from river_compile.compile_cache import codec
 from river_compile.errors import TwinsError
 from river_compile.kernels.native import load
 from river_compile.kernels.quant import layouts, lossless
 from river_compile.kernels.quant.grid import quantize
 from river_compile.twins.file import FILE, FORMAT, VERSION, TwinFile, write_tensors
-from tools.soak.cases import Case, Failure
-from tools.soak.stored import program
+from tests.support.decoding import decode, new_cache
+from tests.support.families import make
+from tests.support.lowerings import OPERATORS
 
 _MARK = "river_forged"
 _VALUES = (
@@ -38,73 +42,74 @@ _VALUES = (
 _HOW = ("replace", "replace", "move", "delete", "repeat", "flip")
 
 
-class Programs:
-    """Edited programs of the compile cache."""
-
-    @staticmethod
-    def draw(rng: random.Random) -> Case:
-        return {"edits": _edits(rng)}
-
-    @staticmethod
-    def run(case: Case, folder: Path) -> str:
-        content = json.loads(_program())
-        for edit in case["edits"]:
-            content = edited(content, **edit)
-        try:
-            read = codec.loads(json.dumps(content).encode())
-        except codec.NotCacheable:
-            return "refused"
-        for segment in read.segments:
-            check_code(segment.code.module.code)
-        return "passed"
-
-    @staticmethod
-    def smaller(case: Case) -> Iterator[Case]:
-        yield from _fewer_edits(case)
+@functools.cache
+def program() -> bytes:
+    """Returns a program as the compile cache has it."""
+    torch._dynamo.reset()
+    model = make("llama", layers=2)
+    options = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32, "exit_depth": 1}
+    model.compile(backend=river, options=options)
+    decode(model, new_cache(model, "static"), [1])
+    return codec.dumps(executors_of(model)[-1].program)
 
 
-class Twins:
-    """Edited files of twins: 4-bit and 12-bit weights."""
+def try_program(rng: random.Random) -> str:
+    """Reads an edited program of the compile cache; returns "refused" or "passed"."""
+    content = json.loads(program())
+    for edit in _edits(rng):
+        content = edited(content, **edit)
+    return read_program(content)
 
-    @staticmethod
-    def draw(rng: random.Random) -> Case:
-        if rng.random() < 0.3:
-            return {"part": "matrices", "edits": _edits(rng)}
-        name = rng.choice([*_twins()[1]])
-        return {"part": name, "edits": _edits(rng, ("number", "number", "swap", "equal", "cut", "dtype"))}
 
-    @staticmethod
-    def run(case: Case, folder: Path) -> str:
-        matrices, tensors = copy.deepcopy(_twins())
-        for edit in case["edits"]:
-            if case["part"] == "matrices":
-                matrices = edited(matrices, **edit)
-            else:
-                tensors[case["part"]] = _edited_tensor(tensors[case["part"]], **edit)
-        metadata = {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(matrices)}
-        write_tensors(folder / FILE, tensors, metadata)
-        try:
-            saved = TwinFile(folder)
-        except TwinsError:
-            return "refused"
-        for matrix in saved._matrices:
-            q, scale_zero = (saved._tensors[f"{matrix.key}.{part}"] for part in ("qweight", "scale_zero"))
-            for rows in (1, 12) if matrix.layout in ("native", lossless.LAYOUT_12BIT) and not matrix.experts else ():
-                x = torch.ones(rows, matrix.shape[1], dtype=torch.bfloat16)
-                load.load().linear(x, q, scale_zero, None, matrix.rows, matrix.group_size)
-        return "passed"
+def read_program(content: Any) -> str:
+    """Reads a program from JSON; returns "refused" or "passed"."""
+    try:
+        read = codec.loads(json.dumps(content).encode())
+    except codec.NotCacheable:
+        return "refused"
+    for segment in read.segments:
+        check_code(segment.code.module.code)
+    return "passed"
 
-    @staticmethod
-    def smaller(case: Case) -> Iterator[Case]:
-        yield from _fewer_edits(case)
+
+def try_twins(rng: random.Random, folder: Path) -> str:
+    """Reads an edited file of twins, 4-bit and 12-bit weights, and runs them; returns "refused" or "passed"."""
+    matrices, tensors = copy.deepcopy(_twins())
+    part = None if rng.random() < 0.3 else rng.choice([*tensors])
+    for edit in _edits(rng) if part is None else _edits(rng, ("number", "number", "swap", "equal", "cut", "dtype")):
+        if part is None:
+            matrices = edited(matrices, **edit)
+        else:
+            tensors[part] = _edited_tensor(tensors[part], **edit)
+    (folder / FILE).unlink(missing_ok=True)
+    write_tensors(folder / FILE, tensors, {"format": FORMAT, "version": str(VERSION), "matrices": json.dumps(matrices)})
+    try:
+        saved = TwinFile(folder)
+    except TwinsError:
+        return "refused"
+    for matrix in saved._matrices:
+        q, scale_zero = (saved._tensors[f"{matrix.key}.{name}"] for name in ("qweight", "scale_zero"))
+        for rows in (1, 12) if matrix.layout in ("native", lossless.LAYOUT_12BIT) and not matrix.experts else ():
+            x = torch.ones(rows, matrix.shape[1], dtype=torch.bfloat16)
+            load.load().linear(x, q, scale_zero, None, matrix.rows, matrix.group_size)
+    return "passed"
+
+
+def main(seconds: float) -> None:
+    """Tries edited files for some seconds."""
+    end, numbers = time.monotonic() + seconds, itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+        while time.monotonic() < end:
+            rng = random.Random(next(numbers))
+            try_program(rng)
+            try_twins(rng, Path(folder))
 
 
 def check_code(code: str) -> None:
-    """Raise a Failure where text of a file is a part of code; quoted it may be."""
+    """Fails where text of a file is a part of code; quoted it may be."""
     for node in ast.walk(ast.parse(code)):
         names = (getattr(node, field, None) for field in ("id", "attr", "arg", "name"))
-        if any(isinstance(name, str) and _MARK in name for name in names):
-            raise Failure(f"a file's text became code:\n{code}")
+        assert not any(isinstance(name, str) and _MARK in name for name in names), f"text became code:\n{code}"
 
 
 def edited(content: Any, how: str, at: float, seed: int) -> Any:
@@ -155,22 +160,11 @@ def _edited_tensor(tensor: torch.Tensor, how: str, at: float, seed: int) -> torc
     return flat.view(tensor.shape)
 
 
-def _edits(rng: random.Random, how: tuple[str, ...] = _HOW) -> list[Case]:
+def _edits(rng: random.Random, how: tuple[str, ...] = _HOW) -> list[dict[str, Any]]:
     return [
         {"how": rng.choice(how), "at": rng.random() ** rng.choice((1, 3)), "seed": rng.randrange(10**6)}
         for _ in range(rng.choice((1, 1, 2, 3)))
     ]
-
-
-def _fewer_edits(case: Case) -> Iterator[Case]:
-    for i in range(len(case["edits"])):
-        if len(case["edits"]) > 1:
-            yield {**case, "edits": [*case["edits"][:i], *case["edits"][i + 1 :]]}
-
-
-@functools.cache
-def _program() -> bytes:
-    return program()[0]
 
 
 @functools.cache

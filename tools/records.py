@@ -1,7 +1,6 @@
 """Measured numbers as records, one a line of ``benchmarks/results/NAME.jsonl``, from which documents are filled.
 
-A record has the benchmark, model, row, key, value and unit; the machine, commit, date and command; and versions.
-A value is a number, or a word such as the name of the file that was the fastest.
+A record has the benchmark, model, row, key, value (a number or a word) and unit; machine, commit, date and command.
 """
 
 from __future__ import annotations
