@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from river_compile.api.accelerate import accelerate, restore
 from river_compile.api.generation import restore_generate
 from river_compile.building.graph_record import Graphs
-from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
@@ -27,6 +26,7 @@ from river_compile.kernels.quant.grid import QuantizedWeight
 from river_compile.ranks import ranks_of
 from river_compile.record import ModelRecord, find_record, unwrap
 from river_compile.runtime.executor import RiverExecutor
+from river_compile.tracing.programs import ProgramCache
 from river_compile.twins.file import write
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.weights import TwinWeight, is_in

@@ -21,7 +21,6 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.admission import allow_drafts
 from river_compile.decoding.draft_length import DraftLength, DraftLengths
 from river_compile.decoding.given import Given
@@ -41,6 +40,7 @@ from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.model_state import model_state
 from river_compile.ranks import Ranks
 from river_compile.record import record_of
+from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
     cache_argument,
