@@ -1,7 +1,8 @@
 """The passes of one call of generate: so many ids at such a depth, on the call's KV cache.
 
 Within a call the model, its configuration, hooks and weights must not change; a change takes effect with the next call.
-Not handled: the prompt (`prompt.py`); which drafts are allowed (`admission.py`).
+Not handled: the prompt (`prompt.py`); how a pass comes by its program (`bound.py`); which drafts are allowed
+(`admission.py`).
 """
 
 from __future__ import annotations

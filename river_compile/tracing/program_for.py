@@ -1,8 +1,8 @@
-"""From a pass of an accelerated model to the program that runs it: known, on disk, derived, stamped, or Dynamo's.
+"""From a pass to the program that runs it: known, on disk, derived, stamped from a few layers, or the graph of Dynamo.
 
-A model with an identity (`compile_cache/identity.py`) is asked of what is known; else Dynamo's guards are asked: a call
-of the model ends at the graph that stands for all of it, before that runs. A call that does more than to run one graph
-of River, or whose graph reads other tensors, has no program. Such a call runs as the bare backend does.
+The last is for models without an identity, whose guards only Dynamo checks, and for the first pass of others. A call of
+the model then ends at the graph that stands for all of it, before that runs. Not handled, so the call runs as that of
+the bare backend: code between graphs and effects, which only Dynamo can run, and graphs that read other tensors.
 """
 
 from __future__ import annotations
