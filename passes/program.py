@@ -332,7 +332,6 @@ class Program:
     kept: tuple[KeptLinear, ...]
     fusions: tuple[Fusion, ...]
     returned: tuple[int, ...]  # slots
-    logits: int | None = None  # index into `returned`; None: unknown
     keys: tuple[int | None, int | None]  # slots of one KV cache tensor before and after a forward; identify a sequence
     batch: Size
     tokens: Size  # of each row

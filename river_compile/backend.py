@@ -39,7 +39,7 @@ from river_compile.upstream.dynamo import (
     compiled_module,
     guard_model,
     last_graph_break,
-    traced_code,
+    traces_whole_call,
     untraceable,
 )
 from river_compile.upstream.tensors import local_of
@@ -95,7 +95,7 @@ def river(
     graphs.add(graph)
     for parameter in parameters[:1]:
         guard_model(parameter, counts=len(graphs) > torch._dynamo.config.recompile_limit)
-        graph.code = traced_code()
+        graph.is_whole_call = traces_whole_call(owner, model.find(OwnCall))
     unbuildable = no_compiler(config, example_inputs, rewritten=True)
     with graph.stage("rewriting"):
         refusal = unbuildable or obstacle(config, owner, example_inputs)

@@ -83,6 +83,14 @@ class CacheFullError(RiverError, ValueError):
 
     id = "RC065"
 
+    @classmethod
+    def of(cls, slots: int, filled: int, new: int) -> Self:
+        """Return the error of a step that adds `new` tokens to `filled` ones."""
+        return cls(
+            f"The static KV cache holds {slots} tokens, {filled} are filled, and this step adds {new}. Set "
+            f"max_cache_len or max_new_tokens to {filled + new} or more, or use a dynamic cache"
+        )
+
 
 class ExactModeError(RiverError, ValueError):
     """Exact mode does not support this call or model; the message says why."""

@@ -6,7 +6,6 @@ transformers model in them; `from_pretrained` of models that are not causal lang
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 import weakref
@@ -19,21 +18,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
-from river_compile.backend import obstacle, river, shared_by
-from river_compile.building.build import build, rebuild
-from river_compile.building.graph_record import GraphRecord, Graphs
-from river_compile.compile_cache.programs import Origin, ProgramCache
+from river_compile.backend import river, shared_by
+from river_compile.building.graph_record import Graphs
 from river_compile.config import RiverConfig
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.checks import FLAG
 from river_compile.kernels.messages import with_id
-from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering.inductor import begin_kernels, no_compiler
-from river_compile.passes.program import Program, RiverProgram
-from river_compile.record import ModelRecord, find_record, forget, record_of, unwrap
-from river_compile.runtime.executor import RiverExecutor
+from river_compile.lowering.inductor import begin_kernels
+from river_compile.record import find_record, forget, record_of, unwrap
 from river_compile.runtime.placement import Placement
+from river_compile.tracing.programs import ProgramCache
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
@@ -108,7 +103,7 @@ def accelerate(
     if calibration_data is not None:
         collect_statistics(model, calibration_data, tokenizer)
     record, call = record_of(model.parameters()), OwnCall(river, backend_options)
-    programs = ProgramCache(config, functools.partial(_built, weakref.ref(model), record, config), compile_cache)
+    programs = ProgramCache(config, compile_cache)
     begin_kernels(config, model.device)
     # The model changes last, so any error above leaves it as it was.
     if has_generate_of_its_own(model):
@@ -136,33 +131,6 @@ def _end_packing(twins: weakref.ref[TwinWeights]) -> None:
     packing = None if here is None else here.background.packing
     if packing is not None and not packing.finishes_at_exit:
         packing.cancel()
-
-
-def _built(
-    model: weakref.ref[PreTrainedModel],
-    record: ModelRecord,
-    config: RiverConfig,
-    found: Program | RiverProgram,
-    names: Sequence[str],
-    args: Sequence[Any],
-    origin: Origin,
-) -> RiverExecutor:
-    """Build a program that Dynamo did not trace in this process."""
-    owner = model()
-    assert owner is not None, "a model that is being called is alive"
-    refusal = (
-        (no_compiler(config, args, rewritten=True) or obstacle(config, owner, args)) if origin == "stamped" else None
-    )
-    if refusal is not None:  # the backend reports it
-        raise CannotBuild(str(refusal))
-    record.of(Statistics).own.attach(owner)
-    graph = GraphRecord(config, inputs=tuple(names), origin=origin)
-    if isinstance(found, Program):
-        executor = rebuild(found, args, record, graph)
-    else:
-        executor = build(found, dict(zip(found.inputs, args, strict=True)), record, graph)
-    record.of(Graphs).append(graph)
-    return executor
 
 
 def without_values(model: nn.Module) -> str:

@@ -140,7 +140,7 @@ Built = tuple[CompiledProgram, Capturing | None]
 
 def _executor(built: Built, model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
     """Return a program's executor, which rebuilds it when its parameters change."""
-    executor = RiverExecutor(*built, graph.code, functools.partial(_rebuild, weakref.ref(model), graph))
+    executor = RiverExecutor(*built, functools.partial(_rebuild, weakref.ref(model), graph))
     graph.executor = weakref.ref(executor)
     return executor
 

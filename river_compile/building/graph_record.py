@@ -8,10 +8,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
-from river_compile.compile_cache.programs import Origin
 from river_compile.config import RiverConfig
 from river_compile.exits import WHOLE, threshold_text
 from river_compile.lowering.inductor import Compiled
@@ -20,7 +18,8 @@ from river_compile.progress import stage_shown
 from river_compile.runtime.captures import CaptureLog
 from river_compile.twins.weights import TwinWeight
 
-_ORIGINS = {
+Origin = Literal["traced", "stamped", "stored", "derived"]
+_ORIGINS: dict[Origin, str] = {
     "traced": "",
     "stamped": ", from a trace of a few layers",
     "stored": ", from the compile cache",
@@ -49,7 +48,7 @@ class GraphRecord:
     lossless_bytes: int = 0  # of its 16-bit layers' packed weights
     paged_out_bytes: int = 0  # of the parameters that these replace, which are only in their file until they are read
     executor: Callable[[], object | None] = field(default=lambda: None)  # weak: None if nothing keeps it
-    code: CodeType | None = None  # that Dynamo traced; None if a call may do more than run the graph
+    is_whole_call: bool = False  # whether a call of the model does nothing but run it
     shares: Sequence[Mapping[str, Any]] = ()  # by process, what is packed there, if several share the model
     captures: CaptureLog = field(default_factory=CaptureLog)
     twins: tuple[TwinWeight, ...] = ()
@@ -171,6 +170,10 @@ def _ranges(depths: tuple[int, ...]) -> str:
 
 class Graphs(list[GraphRecord]):
     """A model's graphs in the order of their compilation."""
+
+    def of(self, executor: object) -> GraphRecord | None:
+        """Return the graph of an executor, None if this model has no such graph."""
+        return next((graph for graph in self if graph.executor() is executor), None)
 
     @property
     def packed(self) -> list[TwinWeight]:

@@ -20,7 +20,6 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from river_compile.agreement import Agreement
-from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.batch import Rows
 from river_compile.decoding.inputs import KNOWN, prepares_as_most_do
 from river_compile.decoding.kv_cache import KVCache
@@ -29,6 +28,7 @@ from river_compile.decoding.sampling import Sampler
 from river_compile.decoding.text import Ends, Text
 from river_compile.kernels.native.load import any_rows, loaded
 from river_compile.record import record_of
+from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream.transformers import cache_argument, is_transformers_model
 
 _ROW_BY_ROW = {MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}

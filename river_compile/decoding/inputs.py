@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-from river_compile.compile_cache.programs import named_arguments
+from river_compile.tracing.forward import named_arguments
 from river_compile.upstream.transformers import cache_of, is_transformers_model, masks_of
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache"}

@@ -17,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from river_compile.compile_cache.programs import ProgramCache
 from river_compile.decoding.admission import allow_drafts
 from river_compile.decoding.batch import generate
 from river_compile.decoding.call import Call, Generated
@@ -35,6 +34,7 @@ from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
 from river_compile.model_state import model_state
 from river_compile.record import record_of
+from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
     cache_of,

@@ -95,7 +95,7 @@ def empty_batch(prompt: Passes, rows: int) -> Passes:
     kv = prompt.kv.like(prompt.kv.slots, rows)
     kv.select([])
     batch = Passes(prompt.model, {}, kv, prompt.depth, prompt.state)
-    batch.graph = prompt.graph
+    batch.programs.graph = prompt.graph
     return batch
 
 

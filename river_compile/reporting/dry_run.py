@@ -16,7 +16,6 @@ import torch
 from torch import fx
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
 
-from river_compile.compile_cache.layers import Layers, layers_of, with_layers
 from river_compile.config import RiverConfig
 from river_compile.decoding.kv_cache import why_no_rewind
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
@@ -26,6 +25,7 @@ from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import recognise
 from river_compile.passes.twins import TwinSpec, twin_layers
+from river_compile.tracing.layers import Layers, layers_of, with_layers
 from river_compile.upstream.transformers import cache_argument, full_static_cache
 
 _PROMPT, _SLOTS = 8, 32

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from types import CodeType
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -21,14 +20,29 @@ from river_compile.exits import ExitPolicy, SequenceState
 from river_compile.passes.program import Program
 from river_compile.runtime.captures import Capturing, buffer_like
 from river_compile.runtime.state import CompiledProgram, StepState
-from river_compile.runtime.stats import Observers
 from river_compile.upstream.tensors import version_of
 
 _CACHES = 4  # caches with states: a state keeps its cache alive, and nothing shows that a cache is no longer used
 _STATES = 8  # sizes of inputs with a state, per cache
 
-_last_token: ContextVar[bool] = ContextVar("_last_token", default=False)
-_calls: Observers[[RiverExecutor, Sequence[Any], tuple]] = Observers()
+
+@dataclass
+class DynamoCall:
+    """A call of a model that a thread makes through Dynamo."""
+
+    stands_for_call: Callable[[RiverExecutor, Sequence[Any]], bool] | None
+    last_token: bool
+    reached: RiverExecutor | None = None  # the latest graph
+
+
+_dynamo_call: ContextVar[DynamoCall | None] = ContextVar("_dynamo_call", default=None)
+
+
+class Reached(BaseException):
+    """Ends a call at the graph that stands for all of it. Not an Exception, which the model's code might catch."""
+
+    def __init__(self, executor: RiverExecutor, args: Sequence[Any]) -> None:
+        self.executor, self.inputs = executor, args
 
 
 class RiverExecutor:
@@ -38,11 +52,10 @@ class RiverExecutor:
         self,
         compiled: CompiledProgram,
         captures: Capturing | None,  # None: nothing captures; may be replaced between two steps
-        code: CodeType | None = None,  # that Dynamo traced; None if a call may do more than to run the graph
         # Rebuilds the program for inputs, and whether their parameters have changed; else missing weights are there.
         rebuild: Callable[[Program, Sequence[Any], bool], tuple[CompiledProgram, Capturing | None]] | None = None,
     ) -> None:
-        self.compiled, self.captures, self.code, self._rebuild = compiled, captures, code, rebuild
+        self.compiled, self.captures, self._rebuild = compiled, captures, rebuild
         self.decodes = compiled.program.is_decode
         self.is_kept = True  # whether the compile cache keeps the program for later processes
         self.model_state: object | None = None  # at the latest check of the parameters
@@ -63,11 +76,11 @@ class RiverExecutor:
 
     @property
     def program(self) -> Program:
-        """The program, with inputs in the graph's order."""
+        """The program, with inputs in the graph's order; may be replaced by itself with the sources of its inputs."""
         return self.compiled.program
 
-    def locate(self, program: Program) -> None:
-        """Replace the program by itself with the sources of its inputs."""
+    @program.setter
+    def program(self, program: Program) -> None:
         self.compiled.program = program
 
     def begin(self, args: Sequence[Any], state: object | None = None) -> None:
@@ -96,7 +109,12 @@ class RiverExecutor:
 
     def __call__(self, *args: Any) -> tuple:
         """Run a pass for Dynamo; the outputs are the caller's. Raises a CacheFullError."""
-        last_token = _last_token.get()
+        call = _dynamo_call.get()
+        last_token = call is not None and call.last_token
+        if call is not None:
+            call.reached = self
+            if call.stands_for_call is not None and call.stands_for_call(self, args):
+                raise Reached(self, args)
         if not self._goes_on(args):
             self.begin(args)
         held = None if last_token else self._state_of(args)
@@ -107,9 +125,7 @@ class RiverExecutor:
             held.load(args, self._varying)
         state.step()
         self._note(state, filled)
-        outputs = state.copied_outputs()
-        _calls(self, args, outputs)
-        return outputs
+        return state.copied_outputs()
 
     def _goes_on(self, args: Sequence[Any]) -> bool:
         """Whether the latest step left this cache: the sequence continues."""
@@ -184,10 +200,7 @@ class RiverExecutor:
             else:
                 filled = int(length)
         if filled + new > size:
-            raise CacheFullError(
-                f"The static KV cache holds {size} tokens, {filled} are filled, and this step adds {new}. Set "
-                f"max_cache_len or max_new_tokens to {filled + new} or more, or use a dynamic cache"
-            )
+            raise CacheFullError.of(size, filled, new)
         return filled + new
 
     def _note(self, state: StepState, filled: int | None) -> None:
@@ -201,15 +214,19 @@ class RiverExecutor:
 
 
 @contextlib.contextmanager
-def last_token_alone(alone: bool = True) -> Iterator[None]:
-    """Inside, this thread's passes through a model may omit all logits but the last token's."""
-    before = _last_token.set(alone)
+def through_dynamo(
+    stands_for_call: Callable[[RiverExecutor, Sequence[Any]], bool] | None = None, last_token: bool = False
+) -> Iterator[DynamoCall]:
+    """Inside, this thread makes a call of a model through Dynamo; yields what the call reaches.
+
+    Args:
+        stands_for_call: is asked with each executor that the call reaches, and its inputs; if it returns True, the call
+            ends with a :class:`Reached`, and the executor does not run.
+        last_token: whether prompts may omit all logits but the last token's.
+    """
+    call = DynamoCall(stands_for_call, last_token)
+    before = _dynamo_call.set(call)
     try:
-        yield
+        yield call
     finally:
-        _last_token.reset(before)
-
-
-def on_call(observer: Callable[[RiverExecutor, Sequence[Any], tuple], object]) -> AbstractContextManager[None]:
-    """Inside, call `observer(executor, args, outputs)` after every call of a graph by Dynamo."""
-    return _calls.added(observer)
+        _dynamo_call.reset(before)

@@ -122,10 +122,9 @@ class StepState:
 
     @property
     def logits(self) -> Tensor:
-        """The latest run's logits, which the next run overwrites."""
-        program = self.compiled.program
-        assert program.logits is not None, "the session located them"
-        logits: Tensor = self.slots[program.returned[program.logits]]
+        """The only output: the latest run's logits, which the next run overwrites."""
+        (slot,) = self.compiled.program.returned
+        logits: Tensor = self.slots[slot]
         return logits
 
     def outputs(self) -> tuple[Any, ...]:

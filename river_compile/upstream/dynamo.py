@@ -84,11 +84,10 @@ def last_graph_break(model: nn.Module, own: OwnCall | None) -> GraphCompileReaso
     return graph_break_reasons[-1] if piece and graph_break_reasons else None
 
 
-def runs_one_graph(model: nn.Module, code: CodeType | None, own: OwnCall | None) -> bool:
-    """True if a call of a model, or its own compiled call, runs only the function with this `traced_code`."""
-    if code is None or model._forward_hooks or model._forward_pre_hooks:
-        return False
-    return code in (_code_of_calls(model) if own is None else [own.code])
+def traces_whole_call(model: nn.Module | None, own: OwnCall | None) -> bool:
+    """Whether a call of a model, or its own compiled call, does nothing but run the graph that Dynamo compiles."""
+    code = traced_code()
+    return code is not None and code in ([own.code] if own is not None else _code_of_calls(model) if model else [])
 
 
 def _code_of_calls(model: nn.Module) -> list[CodeType | None]:

@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 import river_compile
 from river_compile import errors
 from river_compile.backend import river
-from river_compile.compile_cache.programs import ProgramCache
 from river_compile.errors import ExactModeError, OptionError, UnsupportedGraphError
 from river_compile.record import find_record
 from river_compile.reporting.report import Fallbacks
+from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
 from tests.support.families import make, prompt

@@ -30,7 +30,7 @@ from river_compile.errors import OptionError, RankError, TwinsError
 from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import portable
 from river_compile.record import find_record
-from river_compile.runtime.executor import on_call
+from river_compile.runtime.executor import through_dynamo
 from river_compile.runtime.state import on_step
 from river_compile.runtime.tensor_parallel import Ranks
 from river_compile.twins.file import TwinFile
@@ -215,9 +215,9 @@ def wire(folder: Path) -> dict[str, Any]:
     """What a token sends at every depth, and where checks decide."""
     model = held["model"]
     calls: list[tuple] = []
-    with on_call(lambda *call: calls.append(call)):
+    with through_dynamo(lambda *call: calls.append(call)):  # (None: the graph runs)
         decode(model, (0,))
-    executor, args, _ = calls[-1]
+    executor, args = calls[-1]
     counted = {}
     for depth in (*range(LAYERS + 1), None):
         with forced_depth(depth), forced_threshold(2.0), torch.no_grad(), Wire() as wire:

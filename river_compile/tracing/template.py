@@ -5,30 +5,22 @@ Not handled (a Refusal): models whose layers mostly differ from each other, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from river_compile.compile_cache.layers import layers_of, with_layers
 from river_compile.passes.nodes import value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal, Source
 from river_compile.passes.stamp import Template
+from river_compile.tracing.forward import Forward
+from river_compile.tracing.layers import layers_of, with_layers
 from river_compile.upstream.dynamo import trace
 from river_compile.upstream.transformers import mark_dynamic
 
 
-def trace_template(
-    model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache, sources: Mapping[int, Source]
-) -> Template | Refusal:
-    """Trace some layers on a pass's inputs, without running them.
-
-    `sources` are those of the model's tensors and the pass's arguments, by ``id``.
-    """
-    layers = layers_of(model, cache)
+def trace_template(forward: Forward) -> Template | Refusal:
+    """Trace some layers on a pass's inputs, without running them."""
+    model, sources = forward.model, forward.sources
+    layers = layers_of(model, forward.cache)
     if isinstance(layers, Refusal):
         return layers
     path, kinds = layers.path, layers.kinds
@@ -36,9 +28,9 @@ def trace_template(
     traced = sorted({*kinds, *lasts})
     if 2 * len(traced) > len(kinds) or len(traced) < 2:
         return Refusal(f"{len(traced)} of its {len(kinds)} layers would be traced", path)
-    mark_dynamic(inputs)
+    mark_dynamic(forward.inputs)
     try:
-        found = trace(with_layers(model, path, traced), inputs)
+        found = trace(with_layers(model, path, traced), forward.inputs)
     except Exception as error:  # of the model's code, which may need all of its layers
         return Refusal(f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}", path)
     if found is None:

@@ -8,12 +8,13 @@ from torch._dynamo.utils import counters
 from transformers.models.llama import modeling_llama
 
 from river_compile import accelerate, report
-from river_compile.compile_cache.programs import NewProgram, stamped_program
 from river_compile.decoding import inputs as decoding_inputs
 from river_compile.passes.nodes import value_of
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal, RiverProgram
 from river_compile.passes.segments import describe, graph_lines, recognise
+from river_compile.tracing.forward import Forward
+from river_compile.tracing.new_program import NewProgram, stamped_program
 from river_compile.upstream.dynamo import trace
 from river_compile.upstream.transformers import cache_argument, full_static_cache, mark_dynamic
 from tests.support.families import FAMILIES, MORE_CONFIGS, each, make, prompt
@@ -39,7 +40,7 @@ def stamped_and_whole(model) -> tuple[NewProgram | Refusal, RiverProgram, dict]:
     """Returns both programs, and the names of the inputs of the whole one."""
     inputs, cache = prompt_of(model)
     with torch.no_grad():
-        stamped = stamped_program(model, inputs, cache, twins=True)
+        stamped = stamped_program(Forward(model, inputs, cache), twins=True)
         mark_dynamic(inputs)
         graph_module, args = trace(model, inputs)
     whole = recognise(normalized(graph_module))
