@@ -30,7 +30,7 @@ if _TYPE_CHECKING:
     from river_compile.api.accelerate import empty_cache as empty_cache
     from river_compile.api.accelerate import from_pretrained as from_pretrained
     from river_compile.api.accelerate import restore as restore
-    from river_compile.api.twins import export as export
+    from river_compile.api.export import export as export
     from river_compile.api.twins import requantize as requantize
     from river_compile.api.twins import save_twins as save_twins
     from river_compile.config import RiverConfig as RiverConfig
@@ -68,7 +68,7 @@ _EXPORTS = {
     "decode": "decoding.mode",
     "empty_cache": "api.accelerate",
     "exact": "decoding.mode",
-    "export": "api.twins",
+    "export": "api.export",
     "from_pretrained": "api.accelerate",
     "report": "reporting.report",
     "requantize": "api.twins",

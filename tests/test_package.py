@@ -130,12 +130,12 @@ DOORS = {  # of each optional part, the modules of the package that import it; t
     "cli.serving": {"cli.serve"},
     "decoding.continuous": {"", "cli.serving"},
     "evaluation": {"", "cli.commands"},
-    "runtime.offload": {"building.build"},
+    "runtime.offload": {"building.assemble"},
     "runtime.tensor_parallel": {"", "backend"},
     "runtime.weight_store": {"runtime.offload"},
     "kernels.triton": {"lowering.inductor"},
     "twins.background": {"twins.pack", "twins.weights"},
-    "api.twins": {"", "cli.commands"},
+    "api.export": {"", "cli.commands"},
 }
 
 

@@ -276,7 +276,8 @@ def quantize(
 ) -> None:
     """Quantize a model to 4 bits and save the twins, for `accelerate(model, twins=DIR)` and `--twins DIR`."""
     from river_compile.api.accelerate import accelerate
-    from river_compile.api.twins import FORMATS, export, save_twins
+    from river_compile.api.export import FORMATS, export
+    from river_compile.api.twins import save_twins
 
     if format not in ("river", *FORMATS):
         raise typer.BadParameter(f"format {format!r} is none of {', '.join(('river', *FORMATS))}")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from river_compile.backend import obstacle
-from river_compile.building.build import build, rebuild
+from river_compile.building.assemble import rebuild
+from river_compile.building.build import build
 from river_compile.building.graph_record import GraphRecord, Graphs, Origin
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.inductor import no_compiler

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import river_compile
 from river_compile import RiverError, export, report
-from river_compile.api.twins import FORMATS
+from river_compile.api.export import FORMATS
 from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.errors import OptionError, TwinsError
