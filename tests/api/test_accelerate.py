@@ -406,7 +406,7 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
     [
         "torch.compile",
         "river_compile.config.RiverConfig.from_options",
-        "river_compile.api.accelerate.check_paths",
+        "river_compile.api.quality.check_paths",
         "river_compile.api.accelerate.OwnCall",
         "river_compile.api.accelerate.ProgramCache",
         "river_compile.api.accelerate.has_generate_of_its_own",

@@ -378,17 +378,23 @@ class TestSubmittedFunctions:
         assert torch.equal(torch.get_rng_state(), before)
 
 
+def _ended():
+    """Waits for the threads of dropped batches."""
+    gc.collect()
+    for thread in [each for each in threading.enumerate() if each.name == "river continuous batch"]:
+        thread.join(WAIT)
+        assert not thread.is_alive()
+
+
 def test_a_batch_that_is_dropped_ends_its_threads_and_frees_the_model():
     model = river_compile.accelerate(make("llama", torch.float32, layers=2), **OPTIONS, **TWINS)
     batch = river_compile.ContinuousBatch(model)
     assert batch.submit(call_of(model, 5, 3)).result(WAIT).shape[1] == 8
     gone = weakref.ref(model)
-    thread = next(each for each in threading.enumerate() if each.name == "river continuous batch")
     del batch
-    gc.collect()
-    thread.join(WAIT)
-    assert not thread.is_alive()
+    _ended()
     assert river_compile.ContinuousBatch(model).alive  # another one may take its place
+    _ended()
     del model
     gc.collect()
     assert gone() is None
