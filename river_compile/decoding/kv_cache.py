@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticLayer
 
 from river_compile.upstream.transformers import allocate, full_static_cache
 
+_WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")  # transformers' functions
 _STEP = 256  # slots are a multiple of this, so that prompts of similar lengths fit into the same cache
 
 
@@ -25,6 +26,15 @@ def masks_by_slots(model: PreTrainedModel) -> bool:
     """Whether attention cuts its masks out of a square buffer by the number of keys, as GPT-Neo's does."""
     # The last key is then taken for the newest token's; a static cache has empty slots behind that.
     return any(b.dtype == torch.bool and b.dim() == 4 and b.shape[-1] == b.shape[-2] for b in model.buffers())
+
+
+def ignores_windows(model: PreTrainedModel) -> bool:
+    """Whether a sliding cache alone limits what attention sees, and no mask does, as in Moshi."""
+    # Entries that such a cache drops are seen by a long prompt, and by every step on a full cache.
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    slides = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+    homes = {type(module).__module__ for module in model.modules()} if slides else set()
+    return slides and not any(hasattr(sys.modules.get(home), name) for home in homes for name in _WINDOW_MASKS)
 
 
 def other_layers(cache: Cache) -> list[str]:
@@ -39,6 +49,8 @@ def why_no_rewind(model: PreTrainedModel, cache: Cache | None = None) -> str:
         kept = f"the recurrent state of {kind} does"
     elif masks_by_slots(model) and not model._can_compile_fullgraph:
         kept = f"{kind}, whose masks count the slots of the KV cache, does"
+    elif ignores_windows(model):
+        kept = f"{kind}, which sees what its sliding KV cache holds, does"
     elif layers:
         kept = f"KV cache layers of kind {', '.join(layers)} do"
     else:

@@ -7,6 +7,7 @@ and hidden states as outputs, generation that is synchronized over processes; wi
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -24,14 +25,15 @@ from river_compile.decoding.draft_length import DraftLength, DraftLengths
 from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
-from river_compile.decoding.kv_cache import KVCache, masks_by_slots, why_no_rewind
+from river_compile.decoding.kv_cache import KVCache, ignores_windows, masks_by_slots, why_no_rewind
 from river_compile.decoding.passes import Passes, PromptRows
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.prompt import Prompt
 from river_compile.decoding.speculative import Drafting
-from river_compile.errors import DecodeError, ExactModeError, OptionError
+from river_compile.errors import DecodeError, ExactModeError, OptionError, RiverError, RiverWarning
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
+from river_compile.kernels.messages import with_id
 from river_compile.model_state import model_state
 from river_compile.record import record_of
 from river_compile.tracing.programs import ProgramCache
@@ -47,6 +49,12 @@ _CHECKS = {
     "prompt_lookup_num_tokens": optional(integer(0)),
     "strict": FLAG,
 }
+
+
+class StaticCaches:
+    """What is known of a model and static KV caches."""
+
+    why_not = ""  # the error of a prompt on one, if it ran on a cache that grows
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,9 @@ class Decode:
         if joined is not None:
             return joined
         with alone(record):
-            passes, text = mode.passes(call, model_kwargs), None
+            passes, logits = mode.run_prompt(call, model_kwargs)
+            text = None
             try:
-                logits = Prompt(passes, input_ids, config).run()[:, -1:]
                 record.of(PromptRows).add(len(input_ids))
                 drafting = mode.drafting(call, passes, logits)
                 rows = call.rows(passes.agreement, drafting is not None)
@@ -104,6 +112,30 @@ class Decode:
             finally:
                 passes.release(text, input_ids.shape[1])
 
+    def run_prompt(self, call: Call, kwargs: Mapping[str, Any]) -> tuple[Passes, Tensor]:
+        """Return the passes of a call whose prompt has run, and its last logits ``[B, 1, V]``."""
+        passes, fits = self.passes(call, kwargs), record_of(call.model.parameters()).of(StaticCaches)
+        try:
+            return passes, Prompt(passes, call.ids_BS, call.config).run()[:, -1:]
+        except BaseException as error:
+            passes.release()
+            tried = passes.kv.is_full and not call.model._can_compile_fullgraph and isinstance(error, RuntimeError)
+            if not tried or isinstance(error, RiverError):
+                raise
+            fits.why_not = " ".join(str(error).split())[:200]
+        # Whether the code of such a model takes a static cache shows only when it runs.
+        passes = self.passes(call, kwargs)
+        try:
+            logits = Prompt(passes, call.ids_BS, call.config).run()[:, -1:]
+        except BaseException:
+            passes.release()
+            fits.why_not = ""  # the cache was not the reason
+            raise
+        kind = type(call.model).__name__
+        message = f"{kind} takes no static KV cache ({fits.why_not}), so it decodes on one that grows, without drafts"
+        warnings.warn(with_id("RC064", message), RiverWarning, stacklevel=2)
+        return passes, logits
+
     def passes(self, call: Call, kwargs: Mapping[str, Any]) -> Passes:
         """Return the passes on a KV cache that may hold a prefix of the prompt."""
         model, ids_BS = call.model, call.ids_BS
@@ -116,8 +148,9 @@ class Decode:
         made = cache_of(kwargs)
         assert made is not None, "a generation without a cache is refused"
         kv = KVCache(made)
-        # The masks of CPM-Ant and GPT-Neo are for caches that grow.
-        if model._can_compile_fullgraph or (prepares_as_most_do(model) and not masks_by_slots(model)):
+        # The masks of CPM-Ant and GPT-Neo are for caches that grow, and Moshi's for one that slides.
+        fits = model._can_compile_fullgraph or (prepares_as_most_do(model) and not masks_by_slots(model))
+        if fits and not ignores_windows(model) and not record.of(StaticCaches).why_not:
             entries = None if state is None else state.of_entries
             ours, _ = record.of(PrefixPool).acquire(model, len(ids_BS), tokens, ids, entries)
             kv = ours if ours.is_full else kv

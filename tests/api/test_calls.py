@@ -19,6 +19,7 @@ import river_compile
 from river_compile.errors import EmbeddingError, OptionError
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
+from tools.families.tiny import tiny_model
 
 TWINS = {"kernels": OPERATORS, "quantizer": "rtn", "group_size": 32}
 EAGER = {**TWINS, "compile_cache": False, "background_packing": False}
@@ -222,3 +223,16 @@ def test_autocast_quantizes_in_float32():
         warnings.simplefilter("ignore")
         text = generate(model, ids, max_new_tokens=6)
         assert torch.equal(text, generate(plain, ids, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("model_type", ["moshi", "prophetnet"])
+def test_a_model_that_takes_no_full_static_cache_keeps_its_text(model_type):
+    """Attention that a sliding cache alone limits, and code that fails on a static cache, which only a run shows."""
+    model, ids = tiny_model(model_type), prompt()
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    river_compile.accelerate(model, kernels=OPERATORS, quantizer="rtn", group_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, **settings), plain)
