@@ -19,9 +19,10 @@ from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream.dynamo import OwnCall
 from river_compile.upstream.transformers import cache_argument, full_static_cache, mark_dynamic
 from tests.support.families import FAMILIES, each, make, prompt
+from tests.support.lowerings import OPERATORS
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-OPTIONS = {"kernels": "eager", "group_size": 32, "quantizer": "rtn", "compile_cache": False}
+OPTIONS = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn", "compile_cache": False}
 LAYERS = 3  # fewer than are stamped, so Dynamo traces all of them
 WHOLE_CALLS = [name for name in FAMILIES if name != "mpt"]  # (whose code breaks the graph)
 
