@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from river_compile.backend import river
-from river_compile.building import build as building
+from river_compile.building import assemble
 from river_compile.lowering import inductor
 from river_compile.lowering.inductor import inductor_settings
 from tests.support.families import make, prompt
@@ -53,13 +53,13 @@ def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
 @recording()
 def test_the_backend_asks_for_none_whether_it_captures_or_not(captures, monkeypatch):
     """Prompts and caches that grow run uncaptured."""
-    seen, compiler = [], building.SegmentCompiler
+    seen, compiler = [], assemble.SegmentCompiler
 
     def note(*arguments):
         seen.append(arguments[-1])
         return compiler(*arguments)
 
-    monkeypatch.setattr(building, "SegmentCompiler", note)
+    monkeypatch.setattr(assemble, "SegmentCompiler", note)
     model = make("llama", layers=2)
     options = {"kernels": UNQUANTIZED, "graphs": captures}
     model.compile(backend=functools.partial(river, options=options, mode="reduce-overhead"))
