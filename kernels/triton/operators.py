@@ -8,6 +8,7 @@ weights, which a library multiplies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -52,21 +53,10 @@ def linear(
 
 
 @ops.MERGED.register_kernel(_DEVICES)
-def merged(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str = "none",
-    gated: bool = False,
-) -> Tensor:
+def merged(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *fused: Any) -> Tensor:
     """Run `ops.merged`, by a kernel for few rows."""
     multiply = calls_linear.linear if _is_few(x) else ops.merged
-    return multiply(x, weights, biases, residual, norm, norm_weight, norm_bias, eps, activation, gated)
+    return multiply(x, weights, biases, *fused)
 
 
 @ops.EXPERTS.register_kernel(_DEVICES)

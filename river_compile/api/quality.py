@@ -42,15 +42,17 @@ def asked_for(
 ) -> Asked:
     """Return the mode and the backend's options; raise an OptionError for what is bad or does not go together."""
     chosen = _quality(quality, strict, calibration)
+    mode: Decode = decode
     if chosen == FAST:
         backend = _fast_options(calibration, options)
-        return Asked(decode, backend, config_for(backend, shared_by(model.parameters())))
-    mode, backend = _exact_mode(strict, options)
+    else:
+        mode, backend = _exact_mode(strict, options)
     config = config_for(backend, shared_by(model.parameters()))
-    try:
-        check_paths(config)
-    except ExactModeError as error:
-        raise OptionError(error.text, id=error.id) from None
+    if chosen == EXACT:
+        try:
+            check_paths(config)
+        except ExactModeError as error:
+            raise OptionError(error.text, id=error.id) from None
     return Asked(mode, backend, config)
 
 

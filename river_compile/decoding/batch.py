@@ -126,11 +126,8 @@ class Rows:
     def _stopped(self, tokens_B: Tensor) -> list[bool]:
         """Return which rows end with the token that each received."""
         if isinstance(self.stops, Ends):
-            full = self.length >= self.stops.max_length
-            return [full or token in self.stops.tokens for token in tokens_B.tolist()]
-        scores = self.sampler.scores
-        seen = None if scores is None else tuple(scores)
-        stopped: list[bool] = self.agreed(self.stops(self.ids, seen)).tolist()
+            return [self.stops.reached(self.length, token) for token in tokens_B.tolist()]
+        stopped: list[bool] = self.agreed(self.stops(self.ids, self.sampler.scores_so_far)).tolist()
         return stopped
 
     @property

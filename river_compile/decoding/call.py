@@ -118,7 +118,7 @@ class Call:
             kv.copy_to(made)
         return GenerateDecoderOnlyOutput(
             sequences=ids_BS,
-            scores=None if sampler.scores is None else tuple(sampler.scores),
+            scores=sampler.scores_so_far,
             logits=None if sampler.logits is None else tuple(sampler.logits),
             **{cache_argument(self.model): made if kv.is_full else kv.cache},
         )

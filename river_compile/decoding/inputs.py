@@ -1,4 +1,4 @@
-"""The inputs of a session's passes (ids, masks and positions), updated in place from pass to pass.
+"""The inputs of a call's passes (ids, masks and positions), updated in place from pass to pass.
 
 Not handled (transformers' methods make every pass's inputs then): other caches than full static ones, chunked
 attention, models with their own preparation of inputs or masks, other inputs than `KNOWN`.
@@ -31,7 +31,7 @@ class MovedInputs:
 
     def __init__(self, model: PreTrainedModel, width: int, kept: Mapping[Any, Tensor]) -> None:
         self._model, self._width = model, width
-        self._kept = kept  # tensors by name of such passes in an earlier session, to be reused
+        self._kept = kept  # tensors by name of such passes in an earlier call, to be reused
         self._inputs: Inputs | None = None  # owned; of the pass that begins at `_slot`
         self._checked = False  # whether an updated pass was compared with transformers'
         self._given_up = False

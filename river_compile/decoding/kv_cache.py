@@ -32,9 +32,18 @@ def ignores_windows(model: PreTrainedModel) -> bool:
     """Whether a sliding cache alone limits what attention sees, and no mask does, as in Moshi."""
     # Entries that such a cache drops are seen by a long prompt, and by every step on a full cache.
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    slides = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
-    homes = {type(module).__module__ for module in model.modules()} if slides else set()
-    return slides and not any(hasattr(sys.modules.get(home), name) for home in homes for name in _WINDOW_MASKS)
+    if not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
+        return False
+    homes = (sys.modules.get(type(module).__module__) for module in model.modules())  # nearly always, the first has one
+    return not any(hasattr(home, name) for home in homes for name in _WINDOW_MASKS)
+
+
+def needs_own_cache(model: PreTrainedModel) -> str:
+    """Return what ties a model to the cache that transformers makes for it; empty if a full static one will do."""
+    kind = type(model).__name__
+    if masks_by_slots(model) and not model._can_compile_fullgraph:
+        return f"{kind}, whose masks count the slots of the KV cache"
+    return f"{kind}, which sees what its sliding KV cache holds" if ignores_windows(model) else ""
 
 
 def other_layers(cache: Cache) -> list[str]:
@@ -47,10 +56,8 @@ def why_no_rewind(model: PreTrainedModel, cache: Cache | None = None) -> str:
     kind, layers = type(model).__name__, other_layers(cache) if cache is not None else []
     if model._is_stateful:
         kept = f"the recurrent state of {kind} does"
-    elif masks_by_slots(model) and not model._can_compile_fullgraph:
-        kept = f"{kind}, whose masks count the slots of the KV cache, does"
-    elif ignores_windows(model):
-        kept = f"{kind}, which sees what its sliding KV cache holds, does"
+    elif own := needs_own_cache(model):
+        kept = f"{own}, does"
     elif layers:
         kept = f"KV cache layers of kind {', '.join(layers)} do"
     else:
@@ -68,7 +75,7 @@ class KVCache:
         # Of other caches only the tokens are counted.
         self.is_full = not other_layers(cache)
         self.slots = cache.layers[0].max_cache_len if self.is_full else sys.maxsize
-        self.states: dict[tuple[int, int], Any] = {}  # of a session: bound states by rows and width of a pass
+        self.states: dict[tuple[int, int], Any] = {}  # by rows and width of a pass: bound for later calls
         self.take_in()
 
     def take_in(self) -> None:

@@ -25,7 +25,7 @@ from river_compile.decoding.draft_length import DraftLength, DraftLengths
 from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
-from river_compile.decoding.kv_cache import KVCache, ignores_windows, masks_by_slots, why_no_rewind
+from river_compile.decoding.kv_cache import KVCache, needs_own_cache, why_no_rewind
 from river_compile.decoding.passes import Passes, PromptRows
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.prompt import Prompt
@@ -149,8 +149,8 @@ class Decode:
         assert made is not None, "a generation without a cache is refused"
         kv = KVCache(made)
         # The masks of CPM-Ant and GPT-Neo are for caches that grow, and Moshi's for one that slides.
-        fits = model._can_compile_fullgraph or (prepares_as_most_do(model) and not masks_by_slots(model))
-        if fits and not ignores_windows(model) and not record.of(StaticCaches).why_not:
+        fits = model._can_compile_fullgraph or prepares_as_most_do(model)
+        if fits and not (needs_own_cache(model) or record.of(StaticCaches).why_not):
             entries = None if state is None else state.of_entries
             ours, _ = record.of(PrefixPool).acquire(model, len(ids_BS), tokens, ids, entries)
             kv = ours if ours.is_full else kv

@@ -45,6 +45,11 @@ class Sampler:
         self._steps: dict[int, tuple[Tensor, Tensor]] = {}  # the generator's state before a step, and the step's noise
 
     @property
+    def scores_so_far(self) -> tuple[Tensor, ...] | None:
+        """The scores for stopping criteria and for the result; None if they are not kept."""
+        return None if self.scores is None else tuple(self.scores)
+
+    @property
     def is_greedy(self) -> bool:
         """Whether each token is the best by its logits, unless :meth:`bars` says otherwise."""
         only_bars = all(type(processor) in BARRED for processor in self._processors)

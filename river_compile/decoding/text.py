@@ -24,6 +24,10 @@ class Ends:
     max_length: int  # ids at which a row ends
     tokens: frozenset[int] = frozenset()  # end-of-sequence ids
 
+    def reached(self, length: int, token: int) -> bool:
+        """Whether a row of so many ids ends with its last token."""
+        return length >= self.max_length or token in self.tokens
+
 
 Stops: TypeAlias = Callable[[Tensor, object], Tensor] | Ends  # stopping criteria, or a summary of them
 Agreed: TypeAlias = Callable[[Tensor], Tensor]
@@ -86,10 +90,8 @@ class Text:
 
     def _is_last(self, token: int) -> bool:
         if isinstance(self.stops, Ends):
-            return self.length >= self.stops.max_length or token in self.stops.tokens
-        scores = self.sampler.scores
-        seen = None if scores is None else tuple(scores)
-        return bool(self.agreed(self.stops(self.ids, seen)))
+            return self.stops.reached(self.length, token)
+        return bool(self.agreed(self.stops(self.ids, self.sampler.scores_so_far)))
 
     def finish(self) -> Tensor:
         """Return the ids ``[1, S]`` of an ended text."""

@@ -1,4 +1,4 @@
-"""Run a compiled program: bound to a KV cache by a session of generate, or called by Dynamo.
+"""Run a compiled program: bound to a KV cache by a call of generate, or called by Dynamo.
 
 Not handled: how units run (:mod:`river_compile.runtime.state`); when a token exits (:mod:`river_compile.exits`).
 """
