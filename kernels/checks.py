@@ -69,11 +69,11 @@ def integer(least: int, requirement: str = "", most: float = math.inf) -> Check:
     return Check(requirement, allows)
 
 
-def number(requirement: str, least: float = -math.inf) -> Check:
-    """Allow integers and floats of `least` or more, never NaN."""
+def number(requirement: str, least: float = -math.inf, most: float = math.inf) -> Check:
+    """Allow integers and floats from `least` to `most`, never NaN."""
 
     def allows(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
     return Check(requirement, allows)
 

@@ -81,12 +81,12 @@ class ExitPolicy:
     threshold: Threshold
     first_exit: int  # smallest exit depth
     exit_every: int  # distance between depths with a check
-    fixed_depth: int | None  # blocks that every token executes; None: the criterion decides
+    fixed_depth: int | None  # blocks that every token executes, `WHOLE` for all; None: the criterion decides
     deepest: int | None  # largest exit depth; None: all blocks
 
     def may_leave(self, num_blocks: int) -> bool:
         """Whether tokens may exit before the last block."""
-        return self.fixed_depth != num_blocks
+        return self.fixed_depth is None or self.fixed_depth < num_blocks
 
     def candidates(self, num_blocks: int) -> tuple[int, ...]:
         """Return the depths with a check; never 0, where there is nothing to compare."""
@@ -98,7 +98,9 @@ class ExitPolicy:
         """Return the segments that a token may run through: all of them, unless depths are fixed or bounded."""
         if self.fixed_depth is None and self.deepest is None:
             return list(program.segments)
-        first, last = (0, self.deepest) if self.fixed_depth is None else (self.fixed_depth, self.fixed_depth)
+        first, last = 0, self.deepest
+        if self.fixed_depth is not None:
+            first = last = min(self.fixed_depth, program.num_blocks)
         head = program.head if last == program.num_blocks or program.twin_head is None else program.twin_head
         return [program.prologue, *program.blocks[:last], *program.twins[first:], head]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,19 +15,19 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from river_compile.api.generation import generate_by, has_generate_of_its_own, restore_generate
+from river_compile.api.generation import generate_by, has_generate_of_its_own, mode_of, restore_generate
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
 from river_compile.backend import river, shared_by
-from river_compile.building.graph_record import Graphs
 from river_compile.config import RiverConfig
+from river_compile.decoding.assistant import prepare
+from river_compile.decoding.mode import ExactMode
 from river_compile.decoding.prefix_cache import PrefixPool
+from river_compile.decoding.setup import set_up
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.checks import FLAG
 from river_compile.kernels.messages import with_id
-from river_compile.lowering.inductor import begin_kernels
 from river_compile.record import find_record, forget, record_of, unwrap
 from river_compile.runtime.placement import Placement
-from river_compile.tracing.programs import ProgramCache
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
@@ -74,7 +73,9 @@ def accelerate(
         background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
             are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
-            ``num_assistant_tokens_schedule`` and ``prompt_lookup_num_tokens`` (docs/options.md).
+            ``num_assistant_tokens_schedule``, ``assistant_confidence_threshold``, ``prompt_lookup_num_tokens`` and
+            ``assistant_model``, a smaller model with the same tokens that drafts in place of the twins
+            (docs/options.md).
 
     Returns:
         The same model.
@@ -102,10 +103,9 @@ def accelerate(
         raise OptionError("tokenizer= requires calibration_data=. Give both or none", id="RC003")
     if calibration_data is not None:
         collect_statistics(model, calibration_data, tokenizer)
-    record, call = record_of(model.parameters()), OwnCall(river, backend_options)
-    programs = ProgramCache(config, compile_cache)
-    begin_kernels(config, model.device)
-    # The model changes last, so any error above leaves it as it was.
+    record = set_up(model, backend_options, config, compile_cache, background_packing)
+    if isinstance(mode, ExactMode) and mode.assistant_model is not None:
+        prepare(mode.assistant_model, record, config)
     if has_generate_of_its_own(model):
         warnings.warn(
             with_id(
@@ -118,19 +118,7 @@ def accelerate(
         )
     else:
         generate_by(model, mode)
-    record.put(call, programs, Graphs())
-    twins = record.of(TwinWeights)
-    twins.stores, twins.background.enabled = compile_cache, background_packing
-    weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
     return model
-
-
-def _end_packing(twins: weakref.ref[TwinWeights]) -> None:
-    """End the packing for a model that is gone, which holds its weights, unless a later process uses the result."""
-    here = twins()
-    packing = None if here is None else here.background.packing
-    if packing is not None and not packing.finishes_at_exit:
-        packing.cancel()
 
 
 def without_values(model: nn.Module) -> str:
@@ -245,7 +233,10 @@ def restore(model: Module) -> Module:
     """
     inner = unwrap(model)
     bring_back(inner)
+    assistant = getattr(mode_of(inner), "assistant_model", None)
     restore_generate(inner)
+    if assistant is not None and mode_of(assistant) is None:  # it was set up for this model
+        restore(assistant)
     if compiled_with(river, inner._compiled_call_impl):
         vars(inner).pop("_compiled_call_impl")
     record = find_record(inner)

@@ -106,8 +106,9 @@ def generate_by(model: PreTrainedModel, mode: Decode) -> None:
         if streamer is not None:
             kwargs["streamer"] = _LateStreamer(streamer)
         given = Given.of(parameters.bind_partial(self, *args, **kwargs).arguments)
+        known = {name: value for name, value in kwargs.items() if name != "assistant_model"}  # `given` has it
         try:
-            return plain(self, *args, **{**kwargs, "custom_generate": _Handed(ours, given)})
+            return plain(self, *args, **{**known, "custom_generate": _Handed(ours, given)})
         except mode.refusal as refusal:
             if isinstance(ours, ExactMode) and ours.strict:
                 raise
@@ -153,7 +154,13 @@ def restore_generate(model: nn.Module) -> None:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether River replaced a model's ``generate``."""
-    return hasattr(vars(model).get(_GENERATE), _OURS)
+    return mode_of(model) is not None
+
+
+def mode_of(model: nn.Module) -> Decode | None:
+    """Return the mode of a model's ``generate``, None if River did not replace it."""
+    found: Decode | None = getattr(vars(model).get(_GENERATE), _OURS, None)
+    return found
 
 
 def has_generate_of_its_own(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from river_compile.backend import config_for, shared_by
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import check_paths
+from river_compile.decoding.assistant import why_not_assistant
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
 from river_compile.errors import ExactModeError, OptionError
 from river_compile.exit_rule import ExitRule
@@ -46,7 +47,7 @@ def asked_for(
     if chosen == FAST:
         backend = _fast_options(calibration, options)
     else:
-        mode, backend = _exact_mode(strict, options)
+        mode, backend = _exact_mode(model, strict, options)
     config = config_for(backend, shared_by(model.parameters()))
     if chosen == EXACT:
         try:
@@ -72,7 +73,7 @@ def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str
     return chosen
 
 
-def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
+def _exact_mode(model: PreTrainedModel, strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
     """Return exact mode with its options of these, and the backend's."""
     for name in _RULE:
         if options.get(name) is not None:
@@ -82,7 +83,14 @@ def _exact_mode(strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, di
             )
     drafting = {name: value for name, value in options.items() if name in MODE_OPTIONS}
     backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
-    return replace(exact, strict=strict, **drafting), backend
+    mode = replace(exact, strict=strict, **drafting)
+    if mode.assistant_model is not None:
+        why_not = why_not_assistant(model, mode.assistant_model)
+        if why_not:
+            raise OptionError(f"assistant_model={type(mode.assistant_model).__name__} cannot draft: {why_not}")
+    if not mode.self_drafts(backend):
+        backend["exit_depth"] = WHOLE  # no program has twins
+    return mode, backend
 
 
 def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[str, Any]:

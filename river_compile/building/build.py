@@ -78,7 +78,7 @@ def build(
     executor = executor_of(assembled(program, examples, inputs, model, graph, warn), model, graph)
     if unwritten:
         executor.is_kept = False
-        twins.write_later(unwritten, inputs)
+        twins.write_later(unwritten, inputs, has_twins=config.exit_depth is None)
     return executor
 
 

@@ -10,6 +10,7 @@ from river_compile.config import RiverConfig
 from river_compile.decoding.kv_cache import why_no_rewind
 from river_compile.decoding.passes import Passes
 from river_compile.errors import ExactModeError
+from river_compile.exits import WHOLE
 from river_compile.kernels import MAX_EXACT_ROWS
 from river_compile.kernels.native.load import few_rows
 from river_compile.record import ModelRecord
@@ -85,7 +86,7 @@ def check_paths(config: RiverConfig) -> None:
             "Use prefill='backbone'",
             id="RC062",
         )
-    if config.exit_depth is not None:
+    if config.exit_depth not in (None, WHOLE):
         raise ExactModeError(
             f"Exact mode requires all layers and all twins, and exit_depth={config.exit_depth} compiles one path only. "
             "Remove exit_depth",

@@ -1,6 +1,6 @@
-"""Decide how long to draft: as long as the next token is expected to gain more than its time is worth.
+"""Decide who drafts, and how long: as long as the next token is expected to gain more than its time is worth.
 
-Not handled: drafts with alternatives (trees).
+Not handled: drafts with alternatives (trees), or with tokens of two models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-TWINS, LOOKUP = "river", "lookup"  # sources of drafted tokens: the twins, or a copy from the context
+# Sources of drafted tokens: the twins, a smaller model, or a copy from the context.
+TWINS, ASSISTANT, LOOKUP = "river", "assistant", "lookup"
 # Upper edges of the bins of acceptance rates: nats of entropy, and tokens of the repeated ending.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
@@ -29,8 +30,7 @@ _SPEED_DECAY = 0.95  # per cycle, of the average speed
 _SAMPLES = 9  # recent times per width, the least of which counts
 _ENOUGH = 3  # times before their minimum is trusted
 _STALE = 500  # cycles after which a width is measured again
-_DRAFT = 0  # the "width" of a draft step
-_DRAFT_COSTS = 0.3  # of a pass of one token, before it was measured
+_DRAFT_COSTS = 0.3  # a draft step's time in passes of one token, before it was measured
 
 
 class AcceptanceRate:
@@ -62,19 +62,20 @@ class AcceptanceRate:
             self._accepted[i], self._verified[i] = share * self._accepted[i], share * verified
 
     def decay(self) -> None:
-        """Fade towards the prior, so that drafts which stopped paying are tried again."""
+        """Fade lower rates towards the prior, so that drafts which stopped paying are tried again."""
         for i, prior in enumerate(self._prior):
-            start = _PRIOR_WEIGHT * prior
-            self._accepted[i] = start + _DECAY * (self._accepted[i] - start)
-            self._verified[i] = _PRIOR_WEIGHT + _DECAY * (self._verified[i] - _PRIOR_WEIGHT)
+            if self._accepted[i] < prior * self._verified[i]:
+                start = _PRIOR_WEIGHT * prior
+                self._accepted[i] = start + _DECAY * (self._accepted[i] - start)
+                self._verified[i] = _PRIOR_WEIGHT + _DECAY * (self._verified[i] - _PRIOR_WEIGHT)
 
 
 class DraftToken(NamedTuple):
     """One drafted token."""
 
     token: int  # its id
-    source: str  # `TWINS` or `LOOKUP`
-    feature: float  # entropy in nats (river), or tokens of the repeated ending (lookup)
+    source: str  # `TWINS`, `ASSISTANT` or `LOOKUP`
+    feature: float  # entropy in nats, or tokens of the repeated ending (lookup)
     probability: float  # of acceptance, if those before it are accepted
 
 
@@ -86,6 +87,7 @@ class Draft:
     tokens: list[DraftToken] = field(default_factory=list)
     prefixes: list[float] = field(default_factory=list)  # by token: the probability that all up to it are accepted
     steps: int = 0  # draft steps that ran
+    source: str = ""  # whose steps they are
     copy: list[DraftToken] = field(default_factory=list)  # the continuation by prompt lookup
 
     def add(self, token: DraftToken) -> None:
@@ -93,26 +95,34 @@ class Draft:
         self.tokens.append(token)
 
 
+class Plan(NamedTuple):
+    """How a draft continues."""
+
+    source: str  # whose steps run now
+    steps: int  # 0: none, the draft is complete
+    count: int  # tokens to verify then: the draft's, and after them its copy's
+
+
 class DraftLength:
-    """Decides how long drafts are; learns from cycle to cycle, and from call to call of one model."""
+    """Decides who drafts and how long; learns from cycle to cycle, and from call to call of one model."""
 
     # Not adaptive: as many tokens as there is room for, the same for the same text at any speed.
     def __init__(self, adaptive: bool = True) -> None:
         self._adaptive = adaptive
-        river, lookup = AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY), AcceptanceRate(MATCH_EDGES, _BY_MATCH)
-        self._rates = {TWINS: river, LOOKUP: lookup}
-        self._next = AcceptanceRate([], [_NEXT])
+        self._rates = {source: AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY) for source in (TWINS, ASSISTANT)}
+        self._next = {source: AcceptanceRate([], [_NEXT]) for source in self._rates}
+        self._rates[LOOKUP] = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self._widths: Sequence[int] = (1,)
-        self._times: dict[int, deque[float]] = {}  # by width of the pass
-        self._measured: dict[int, int] = {}  # by width: the cycle of its latest time
+        self._times: dict[int | str, deque[float]] = {}  # by width of a pass, or source of a draft step
+        self._measured: dict[int | str, int] = {}  # the cycle of the latest time
         self._cycles = 0
         self._kept = self._seconds = 0.0  # emitted tokens and their time; earlier ones fade
-        self._costs: tuple[float, list[float]] | None = None
+        self._costs: list[float] | None = None  # of passes, in tokens
 
     def carry_over(self, widths: Sequence[int]) -> DraftLength:
         """Prepare for another text and its verification widths (ascending); earlier texts count little."""
         self._widths, self._costs, self._kept, self._seconds = widths, None, 0.0, 0.0
-        for rate in (*self._rates.values(), self._next):
+        for rate in (*self._rates.values(), *self._next.values()):
             rate.cap_weight(_FROM_OTHER_TEXTS)
         return self
 
@@ -120,93 +130,103 @@ class DraftLength:
         """Return a drafted token with its acceptance probability."""
         return DraftToken(token, source, feature, self._rates[source].probability(feature))
 
-    def plan(self, draft: Draft) -> tuple[int, int]:
-        """Return draft steps to run now and, if none, tokens to verify: the draft's, then its copy's."""
-        return self._by_gain(draft) if self._adaptive else self._by_room(draft)
+    def plan(self, draft: Draft, sources: Sequence[str]) -> Plan:
+        """Return how a draft continues, by a source that can run; the first of them where nothing else decides."""
+        if draft.source:  # its steps go on
+            sources = [draft.source]
+        elif self._adaptive:  # one that was never measured is tried
+            sources = [s for s in sources if len(self._times.get(s, ())) < _ENOUGH] or sources
+        return self._by_gain(draft, sources) if self._adaptive else self._by_room(draft, sources)
 
     def learn(self, draft: Draft, kept: Sequence[str], drafting: float, verifying: float) -> None:
         """Learn from a cycle: sources of the emitted tokens, and seconds of drafting and verifying."""
         for token, source in zip(draft.tokens, kept, strict=False):
             accepted = source == token.source
             self._rates[token.source].learn(token.feature, accepted)
-            if token.source == TWINS:
-                self._next.learn(0.0, accepted)
-        if not draft.steps:
-            self._next.decay()
+            if token.source == draft.source:
+                self._next[draft.source].learn(0.0, accepted)
+        for source, rate in self._next.items():
+            if source != draft.source:
+                rate.decay()
         width = self._width(len(draft.tokens))
         self._measure(width, verifying)
         if draft.steps:
-            self._measure(_DRAFT, drafting / draft.steps)
+            self._measure(draft.source, drafting / draft.steps)
         self._cycles += 1
         self._kept = _SPEED_DECAY * self._kept + len(kept)
-        took = draft.steps * self.seconds(_DRAFT) + self.seconds(width)
+        took = self.seconds(width) + (draft.steps * self.seconds(draft.source) if draft.steps else 0.0)
         self._seconds = _SPEED_DECAY * self._seconds + took
         self._costs = None
 
-    def seconds(self, width: int) -> float:
-        """Return the seconds of a pass by width (0: a draft step): the recent minimum, or a lower bound."""
+    def seconds(self, what: int | str) -> float:
+        """Return the seconds of a pass by width, or of a source's draft step: the recent minimum, or a lower bound."""
         # A width with few or old times costs at least its share of each known width. A higher estimate would
         # keep it from being tried again.
-        times = self._times.get(width, ())
-        if len(times) >= _ENOUGH and self._cycles - self._measured[width] <= _STALE:
+        times = self._times.get(what, ())
+        if len(times) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE:
             return min(times)
-        known = {w: min(ts) for w, ts in self._times.items() if w not in (width, _DRAFT) and len(ts) >= _ENOUGH}
-        at_best = max(seconds * _share(width, w) for w, seconds in (known or {1: 1.0}).items())
+        known = {w: min(ts) for w, ts in self._times.items() if isinstance(w, int) and w != what and len(ts) >= _ENOUGH}
+        at_best = max(seconds * _share(what, w) for w, seconds in (known or {1: 1.0}).items())
         return min([*times, at_best])
 
-    def _by_gain(self, draft: Draft) -> tuple[int, int]:
+    def _by_gain(self, draft: Draft, sources: Sequence[str]) -> Plan:
         # Maximizing tokens per second in the long run maximizes each cycle's tokens minus its time at the average
         # speed.
-        step, passes = self._costs = self._costs or self._in_tokens()
+        passes = self._costs = self._costs or self._passes_in_tokens()
         drafted, likely = len(draft.tokens), [*draft.prefixes]
         for token in draft.copy:
             likely.append(token.probability * (likely[-1] if likely else 1.0))
         expected = [*accumulate(likely, initial=0.0)]  # accepted tokens, by tokens verified
         fill = [width - 1 for width in self._widths if width <= len(likely)]  # a pass has one of a few widths
         best, count = max((expected[n] - passes[n], n) for n in (*fill, len(likely)))
-        steps, tokens, reach = 0, expected[drafted], likely[drafted - 1] if drafted else 1.0
-        chance = self._next.probability(0.0)
-        for more in range(1, draft.room - drafted + 1):
-            reach *= chance
-            tokens += reach
-            gain = tokens - more * step - passes[drafted + more]
-            if gain > best:
-                best, steps = gain, more
-        return steps, count
+        plan = Plan("", 0, count)
+        for source in sources:
+            tokens, reach = expected[drafted], likely[drafted - 1] if drafted else 1.0
+            chance, step = self._next[source].probability(0.0), self._worth * self.seconds(source)
+            for more in range(1, draft.room - drafted + 1):
+                reach *= chance
+                tokens += reach
+                gain = tokens - more * step - passes[drafted + more]
+                if gain > best:
+                    best, plan = gain, Plan(source, more, count)
+        return plan
 
-    def _by_room(self, draft: Draft) -> tuple[int, int]:
+    def _by_room(self, draft: Draft, sources: Sequence[str]) -> Plan:
         drafted = len(draft.tokens)
-        leads = bool(draft.copy) and draft.copy[0].probability >= self._next.probability(0.0)
-        if drafted < draft.room and not leads:
-            return draft.room - drafted, drafted
-        return 0, self._width(drafted) - 1 if drafted else len(draft.copy)
+        for source in sources[:1] if drafted < draft.room else ():
+            if not draft.copy or draft.copy[0].probability < self._next[source].probability(0.0):
+                return Plan(source, draft.room - drafted, drafted)
+        return Plan("", 0, self._width(drafted) - 1 if drafted else len(draft.copy))
 
-    def _in_tokens(self) -> tuple[float, list[float]]:
-        """Return the cost of a draft step, and of a pass by verified tokens, each in tokens."""
-        worth = self._kept / self._seconds if self._seconds else 1 / self.seconds(1)
-        passes, start = [], 0
+    @property
+    def _worth(self) -> float:
+        """The average speed, in tokens a second."""
+        return self._kept / self._seconds if self._seconds else 1 / self.seconds(1)
+
+    def _passes_in_tokens(self) -> list[float]:
+        """Return the cost of a pass by verified tokens, in tokens."""
+        passes: list[float] = []
         for width in self._widths:
-            passes += [worth * self.seconds(width)] * (width - start)
-            start = width
-        return worth * self.seconds(_DRAFT), passes
+            passes += [self._worth * self.seconds(width)] * (width - len(passes))
+        return passes
 
     def _width(self, drafted: int) -> int:
         return self._widths[bisect_right(self._widths, drafted)]
 
-    def _measure(self, width: int, seconds: float) -> None:
-        if self._cycles - self._measured.get(width, self._cycles) > _STALE:
-            del self._times[width]
-        self._times.setdefault(width, deque(maxlen=_SAMPLES)).append(seconds)
-        self._measured[width] = self._cycles
+    def _measure(self, what: int | str, seconds: float) -> None:
+        if self._cycles - self._measured.get(what, self._cycles) > _STALE:
+            del self._times[what]
+        self._times.setdefault(what, deque(maxlen=_SAMPLES)).append(seconds)
+        self._measured[what] = self._cycles
 
 
-def _share(width: int, known: int) -> float:
-    """Return a lower bound of a pass's cost relative to one of a known width."""
+def _share(what: int | str, known: int) -> float:
+    """Return a lower bound of the cost of a pass or a draft step, relative to a pass of a known width."""
     # A wider pass costs little more if it waits for weights; a narrower one costs in proportion if it computes.
-    if width == _DRAFT:
+    if isinstance(what, str):
         return _DRAFT_COSTS * _share(1, known)
-    return width / known if width < known else (1 + 0.02 * (width - 1)) / (1 + 0.02 * (known - 1))
+    return what / known if what < known else (1 + 0.02 * (what - 1)) / (1 + 0.02 * (known - 1))
 
 
-class DraftLengths(dict[bool, DraftLength]):
-    """What a model's calls have learned about the lengths of drafts, by `do_sample`."""
+class DraftLengths(dict[tuple[bool, int], DraftLength]):
+    """What a model's calls have learned about their drafts, by `do_sample` and the number of their assistant."""

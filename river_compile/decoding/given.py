@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,11 @@ from transformers.cache_utils import Cache
 from river_compile.upstream.transformers import cache_of, running_generate
 
 # What transformers puts into the configuration of a call that names no other value.
-_FILLED_IN = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant"}
+_FILLED_IN = {
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,11 @@ class Given:
         """The caller's KV cache."""
         return cache_of(self.kwargs)
 
-    def settings(self, names: Iterable[str]) -> dict[str, Any]:
-        """Return the generation settings of these names, given by keyword or by configuration."""
+    def settings(self, names: Iterable[str], other: GenerationConfig | None = None) -> dict[str, Any]:
+        """Return the generation settings of these names, given by keyword, by configuration or by another one."""
         found = {name: self.kwargs.get(name) for name in names}
-        for name in found:
-            value = getattr(self.config, name, None)
+        for name, config in itertools.product(found, (self.config, other)):
+            value = getattr(config, name, None)
             if found[name] is None and value != _FILLED_IN.get(name):
                 found[name] = value
         return {name: value for name, value in found.items() if value is not None}

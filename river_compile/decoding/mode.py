@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,9 +19,11 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from river_compile.decoding.admission import allow_drafts
+from river_compile.decoding.assistant import Assistant, prepare, why_not_assistant
 from river_compile.decoding.batch import generate
 from river_compile.decoding.call import Call, Generated
 from river_compile.decoding.draft_length import DraftLength, DraftLengths
+from river_compile.decoding.drafters import Drafter, Twins
 from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
@@ -32,10 +34,11 @@ from river_compile.decoding.prompt import Prompt
 from river_compile.decoding.speculative import Drafting
 from river_compile.errors import DecodeError, ExactModeError, OptionError, RiverError, RiverWarning
 from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, integer, one_of, optional, short_repr
+from river_compile.kernels.checks import FLAG, integer, number, one_of, optional, short_repr
 from river_compile.kernels.messages import with_id
 from river_compile.model_state import model_state
 from river_compile.record import record_of
+from river_compile.runtime.stats import ExitStats
 from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream.dynamo import OwnCall, current_stance
 from river_compile.upstream.transformers import (
@@ -43,10 +46,14 @@ from river_compile.upstream.transformers import (
 )
 
 CONSTANT = "constant"
+# transformers reads these from the assistant's configuration too.
+_ASSISTED = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 _CHECKS = {
     "num_assistant_tokens": optional(integer(0)),
     "num_assistant_tokens_schedule": one_of(None, CONSTANT),
     "prompt_lookup_num_tokens": optional(integer(0)),
+    "assistant_confidence_threshold": optional(number("it must be a probability from 0 to 1", least=0, most=1)),
+    "self_speculation": one_of(None, True, False),
     "strict": FLAG,
 }
 
@@ -168,7 +175,11 @@ class Decode:
         """Return an unsupported request and its fix, or an empty string."""
         mode = config.get_generation_mode()
         if given.assistant_model is not None:
-            return f"assistant_model={type(given.assistant_model).__name__} is not available. Remove it"
+            why_not = self.why_not_assistant(model, given.assistant_model)
+            if why_not:
+                return f"assistant_model={type(given.assistant_model).__name__} is not available: {why_not}"
+        if given.kwargs.get("assistant_tokenizer") is not None:
+            return "assistant_tokenizer= is not available, since drafts need the model's own tokens. Remove it"
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not self.copies(config):
             return f"{mode.value} is not available. Remove {_asking_for(config)}"
         if model.config.is_encoder_decoder:
@@ -210,6 +221,10 @@ class Decode:
         """Whether the mode does what makes a greedy or sampling config an assisted one."""
         return False
 
+    def why_not_assistant(self, model: PreTrainedModel, assistant: Any) -> str:
+        """Return why an assistant cannot draft, and the fix; an empty string if it can."""
+        return "quality='fast' verifies no drafts. Remove it, or use quality='exact'"
+
 
 decode = Decode()
 
@@ -227,6 +242,10 @@ class ExactMode(Decode):
         num_assistant_tokens_schedule: None: measured times decide the length of each draft. "constant": every draft has
             `num_assistant_tokens` tokens, and nothing depends on time.
         prompt_lookup_num_tokens: most tokens that a draft copies from the context. 0: none. None: as many as it has.
+        assistant_model: a smaller model with the same tokens, which drafts with all its layers in 4 bits.
+        assistant_confidence_threshold: a token of the assistant that is less probable than this ends its draft. None:
+            the expected gain decides.
+        self_speculation: whether the model's own twins draft. None: unless `accelerate` got an assistant.
         strict: an error if a row of a verifying pass might have other bits than it has without drafts.
 
     Raises:
@@ -236,6 +255,9 @@ class ExactMode(Decode):
     num_assistant_tokens: int | None = None
     num_assistant_tokens_schedule: str | None = None
     prompt_lookup_num_tokens: int | None = None
+    assistant_model: PreTrainedModel | None = None
+    assistant_confidence_threshold: float | None = None
+    self_speculation: bool | None = None
     strict: bool = False
     refusal: ClassVar[type[DecodeError | ExactModeError]] = ExactModeError
     depth: ClassVar[int | None] = WHOLE
@@ -245,10 +267,16 @@ class ExactMode(Decode):
             object.__setattr__(self, name, check(name, getattr(self, name), OptionError))
 
     def for_call(self, given: Given, strict: bool | None = None) -> Decode:
-        settings = given.settings(("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens"))
+        assistant: Any = given.assistant_model or self.assistant_model
+        settings = given.settings(_ASSISTED, None if assistant is None else assistant.generation_config)
         if str(settings.get("num_assistant_tokens_schedule")).startswith("heuristic"):
             del settings["num_assistant_tokens_schedule"]  # as a length by measured times is
-        return replace(self, **settings, strict=self.strict if strict is None else strict)
+        settings |= given.settings(("prompt_lookup_num_tokens",))
+        strict = self.strict if strict is None else strict
+        return replace(self, **settings, assistant_model=assistant, strict=strict)
+
+    def why_not_assistant(self, model: PreTrainedModel, assistant: Any) -> str:
+        return why_not_assistant(model, assistant)
 
     def copies(self, config: GenerationConfig) -> bool:
         early_exit, multi_token = config.assistant_early_exit, getattr(config, "use_mtp", None)
@@ -274,9 +302,27 @@ class ExactMode(Decode):
         if self.num_assistant_tokens_schedule == CONSTANT or passes.agreement.several:  # no time is the same in all
             length = DraftLength(adaptive=False)
         else:
-            length = passes.record.of(DraftLengths).setdefault(call.config.do_sample, DraftLength())
+            assistant = self.assistant_model
+            number = 0 if assistant is None else record_of(assistant.parameters()).of(ExitStats).model_id
+            known = passes.record.of(DraftLengths)
+            length = known.setdefault((call.config.do_sample, number), DraftLength())
         copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
-        return Drafting(length.carry_over(passes.widths), copied)
+        return Drafting(length.carry_over(passes.widths), copied, tuple(self._drafters(passes)))
+
+    def _drafters(self, passes: Passes) -> Iterator[Drafter]:
+        """Yield what drafts for passes whose prompt has run."""
+        assert passes.graph is not None, "drafts are allowed"
+        if self.assistant_model is not None:
+            prepare(self.assistant_model, passes.record, passes.graph.config)
+            yield Assistant(self.assistant_model, passes.vocabulary, self.assistant_confidence_threshold)
+        if passes.graph.config.exit_depth is None and self.self_speculation is not False:
+            yield Twins(passes)
+
+    def self_drafts(self, options: Mapping[str, object]) -> bool:
+        """Whether the model's twins are to draft, by the options of the backend."""
+        if self.self_speculation is not None:
+            return self.self_speculation
+        return self.assistant_model is None or options.get("twins") is not None
 
 
 exact = ExactMode()

@@ -121,6 +121,13 @@ class Passes:
         known = 1 in self.record.of(PromptRows) or tokens_left >= _WORTH_GRAPHS
         return known and not (others or self.is_strict) and self.kv.is_full
 
+    @property
+    def padding(self) -> int:
+        """Ids at the beginning of the first row that its mask hides."""
+        mask = self.kwargs.get("attention_mask")
+        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[0].all())
+        return int(mask[0].int().argmax()) if padded else 0
+
     def width_for(self, drafted: int) -> int:
         """Return the smallest verification width for a number of drafted tokens."""
         return self.widths[bisect_right(self.widths, drafted)]

@@ -1,6 +1,6 @@
-"""Self-speculative decoding of one row: draft, verify, accept, rewind.
+"""Speculative decoding of one row: draft, verify, accept, rewind.
 
-Not handled: how long to draft (`draft_length.py`); how passes run (`passes.py`).
+Not handled: who drafts (`drafters.py`), and how long (`draft_length.py`); how passes run (`passes.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from river_compile.decoding.draft_length import LOOKUP, TWINS, Draft, DraftLength
+from river_compile.decoding.draft_length import LOOKUP, Draft, DraftLength
+from river_compile.decoding.drafters import Drafter
 from river_compile.decoding.passes import Passes
 from river_compile.decoding.sampling import SuffixAutomaton
 from river_compile.decoding.text import Text
@@ -24,65 +25,74 @@ from river_compile.runtime.stats import CycleRecord
 class Drafting(NamedTuple):
     """How a call drafts."""
 
-    length: DraftLength  # decides how long
+    length: DraftLength  # decides who drafts and how long
     max_copied: int  # tokens that a draft copies from the context
+    drafters: tuple[Drafter, ...]  # the first one drafts where `length` does not choose
 
 
 def speculate(passes: Passes, text: Text, drafting: Drafting) -> Iterator[None]:
     """Generate a text: in each cycle the accepted part of a draft and one more token; yields after each."""
     #     ids      ... a b        a has cache entries, b not yet
-    #     draft    ... a b c d e  the 4-bit twins propose c d e
+    #     draft    ... a b c d e  the 4-bit twins, or a smaller model, propose c d e
     #     verify   ... a b c d e  one backbone pass over b c d e scores every position
     #     accept   ... a b c x    c is accepted, d is not: x is the backbone's own token after c
-    passes.begin_drafts(text.ids)
     index = SuffixAutomaton(text.ids[0].tolist() if drafting.max_copied else ())
-    while text.runs:
-        passes.make_room(text.tokens_left)
-        times = [time.perf_counter()]
+    try:
+        for drafter in drafting.drafters:
+            drafter.begin(text.ids, passes.padding)
+        while text.runs:
+            _cycle(passes, text, drafting, index)
+            yield
+    finally:
+        for drafter in drafting.drafters:
+            drafter.close()
 
-        # Draft: the twins' steps fill cache slots, which the verifying pass overwrites.
-        draft = _draft(passes, text, drafting, index)
-        drafted = len(draft.tokens)
-        passes.rewind(draft.steps)
-        times.append(time.perf_counter())
 
-        # Verify: one backbone pass over the last emitted token and the draft, padded to a fixed width.
-        logits = passes.verify(text.ids_and(drafted), drafted)
-        best = text.sampler.best(logits[0]).tolist() if text.sampler.is_greedy else []
-        times.append(time.perf_counter())
+def _cycle(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomaton) -> None:
+    """Draft, verify, accept and rewind once."""
+    passes.make_room(text.tokens_left)
+    times = [time.perf_counter()]
 
-        # Accept: the draft's tokens that are the backbone's own choice, then the backbone's next token.
-        emitted, sources = _accept(text, draft, logits, best)
-        if drafting.max_copied:
-            index.extend(emitted)
+    # Draft: the twins' steps fill cache slots, which the verifying pass overwrites.
+    draft = _draft(passes, text, drafting, index)
+    drafted = len(draft.tokens)
+    times.append(time.perf_counter())
 
-        # Rewind: rejected tokens and padding. The last emitted token has no entry yet, as in plain decoding.
-        passes.rewind(passes.width_for(drafted) - len(emitted))
-        times.append(time.perf_counter())
-        _learn(passes, drafting.length, draft, sources, times)
-        yield
+    # Verify: one backbone pass over the last emitted token and the draft, padded to a fixed width.
+    logits = passes.verify(text.ids_and(drafted), drafted)
+    best = text.sampler.best(logits[0]).tolist() if text.sampler.is_greedy else []
+    times.append(time.perf_counter())
+
+    # Accept: the draft's tokens that are the backbone's own choice, then the backbone's next token.
+    emitted, sources = _accept(text, draft, logits, best)
+    if drafting.max_copied:
+        index.extend(emitted)
+
+    # Rewind: rejected tokens and padding. The last emitted token has no entry yet, as in plain decoding.
+    passes.rewind(passes.width_for(drafted) - len(emitted))
+    times.append(time.perf_counter())
+    _learn(passes, drafting.length, draft, sources, times)
 
 
 def _draft(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomaton) -> Draft:
-    """Return tokens of the twins, and after them a copy by prompt lookup."""
-    length, max_copied = drafting
+    """Return tokens of a drafter, and after them a copy by prompt lookup."""
+    length, max_copied, drafters = drafting
     draft = Draft(max(min(passes.longest_draft, text.tokens_left - 1), 0))
     text.reserve(draft.room)
+    ready = {drafter.source: drafter for drafter in drafters if drafter.can_draft(text.length + draft.room)}
     while True:
         if max_copied:
             most = min(draft.room - len(draft.tokens), max_copied)
             copied, ending = index.continuation(most, [token.token for token in draft.tokens])
             draft.copy = [length.token(token, LOOKUP, ending + i) for i, token in enumerate(copied)]
-        steps, count = length.plan(draft)
-        if not steps or not (draft.tokens or passes.can_draft()):
+        plan = length.plan(draft, [*ready])
+        if not plan.steps:
             break
-        for token, entropy in _draft_steps(passes, text, draft, steps if passes.runs_late else 1):
-            draft.add(length.token(token, TWINS, entropy))
-            if token in text.end_tokens:
-                draft.room = len(draft.tokens)
-                break
+        _run_steps(ready[plan.source], text, draft, length, plan.steps if passes.runs_late else 1)
+    if draft.steps:
+        ready[draft.source].end(draft.steps)
     drafted = len(draft.tokens)
-    copies = draft.copy[: max(count - drafted, 0)]
+    copies = draft.copy[: max(plan.count - drafted, 0)]
     if copies:
         text.note_draft(drafted, torch.tensor([copy.token for copy in copies]))
         for copy in copies:
@@ -90,12 +100,21 @@ def _draft(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomato
     return draft
 
 
-def _draft_steps(passes: Passes, text: Text, draft: Draft, steps: int) -> list[tuple[int, float]]:
-    """Queue draft steps, then read them: tokens, and entropies in nats."""
-    first = len(draft.tokens)
-    found = [text.draft(n, passes.draft_step(text.ids_and(n))) for n in range(first, first + steps)]
-    draft.steps += steps
-    return [(int(token), entropy) for token, entropy in torch.cat(found).tolist()]
+def _run_steps(drafter: Drafter, text: Text, draft: Draft, length: DraftLength, steps: int) -> None:
+    """Queue draft steps, then read and add their tokens, up to one that ends the draft."""
+    first, least = len(draft.tokens), drafter.least_probability
+    found, certain = [], []
+    for drafted in range(first, first + steps):
+        logits_1V = drafter.step(text.ids_and(drafted))
+        chosen = text.draft(drafted, logits_1V)  # a token, and its entropy in nats
+        found.append(chosen)
+        certain.append(not least or bool(logits_1V.float().softmax(-1)[0, int(chosen[0, 0])] >= least))
+    draft.source, draft.steps = drafter.source, draft.steps + steps
+    for (token, entropy), is_certain in zip(torch.cat(found).tolist(), certain, strict=True):
+        draft.add(length.token(int(token), drafter.source, entropy))
+        if token in text.end_tokens or not is_certain:
+            draft.room = len(draft.tokens)
+            break
 
 
 def _accept(text: Text, draft: Draft, logits_1WV: Tensor, best: Sequence[int]) -> tuple[list[int], list[str]]:

@@ -111,11 +111,11 @@ class TwinWeights:
         """Whether the background writes the file of so many 12-bit weights, for later processes."""
         return self.background.enabled and self.stores and is_enabled() and sum(map(_size, lossless)) > _SMALL
 
-    def write_later(self, matmuls: Sequence[Matmul], inputs: Sequence[Any]) -> None:
-        """Have the background write the file of 12-bit weights, once the twins are there."""
+    def write_later(self, matmuls: Sequence[Matmul], inputs: Sequence[Any], *, has_twins: bool) -> None:
+        """Have the background write the file of 12-bit weights, once the twins are there if the model `has_twins`."""
         with self._lock:
             write = functools.partial(write_backbone_file, matmuls, inputs, self.digests)
-            self.background.write(write, now=self.has(lossless=False))
+            self.background.write(write, now=not has_twins or self.has(lossless=False))
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:

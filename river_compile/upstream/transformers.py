@@ -70,6 +70,19 @@ def local_tokenizer(model: nn.Module) -> Any:
         return None
 
 
+def prompt_arguments(model: PreTrainedModel, ids_1S: Tensor) -> dict[str, Any]:
+    """Return what generate gives to the forward of a model with a prompt without padding, but for ids and cache."""
+    accepted = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"use_cache": True}
+    if "attention_mask" in accepted:
+        arguments["attention_mask"] = None
+    if "position_ids" in accepted:
+        arguments["position_ids"] = torch.arange(ids_1S.shape[1], device=ids_1S.device)[None]
+    if model._supports_logits_to_keep():
+        arguments["logits_to_keep"] = 1
+    return arguments
+
+
 def full_static_cache(model: PreTrainedModel, slots: int) -> StaticCache:
     """Return a static cache, not yet allocated, that holds all tokens in sliding-window layers too."""
     # transformers makes masks by the sizes that layers report, so a window becomes a mask.
