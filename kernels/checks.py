@@ -41,6 +41,8 @@ def _plain(value: object) -> object:
 
 def short_repr(value: object) -> str:
     text = repr(value)
+    if "\n" in text:  # a module's has a line for each part
+        return type(value).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

@@ -32,7 +32,7 @@ def test_predictions_are_bytes_by_bandwidth_times_a_measured_efficiency():
     assert reads["all_4bit"] == pytest.approx(0.5625e9)
     assert predict.memory_bytes(sizes) == pytest.approx(1.5e9 + 0.5625e9 + 0.2e9)
     assert predict.disk_bytes(sizes) == pytest.approx(1.5e9 + 0.5625e9)
-    speeds = predict.tokens_per_s(sizes, 20e9)
+    speeds = predict.tokens_per_s(reads, 20e9)
     assert speeds == {name: pytest.approx(predict.EFFICIENCY[name] * 20e9 / count) for name, count in reads.items()}
     records = [{"row": "a", "key": key, "value": value} for key, value in SIZES.items()]
     (row,) = machines.table(records).splitlines()[2:]

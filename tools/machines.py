@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from river_compile.reporting import predict
-from river_compile.reporting.predict import ALL_4BIT, EXACT, FAST, PLAIN, Sizes, tokens_per_s
+from river_compile.reporting.predict import ALL_4BIT, EXACT, FAST, PLAIN, Sizes, bytes_per_token, tokens_per_s
 
 BANDWIDTHS = (20, 40, 80, 200, 400)  # GB/s
 LARGEST = 500  # tokens/s, above which a token's fixed costs, which are not predicted, are most of its time
@@ -44,7 +44,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, sizes in sizes_of(records).items():
         title = [name, f"{sizes.parameters / 1e9:.2g}B", _rounded(predict.memory_bytes(sizes) / 1e9)]
-        speeds = [tokens_per_s(sizes, gb * 1e9) for gb in BANDWIDTHS]
+        speeds = [tokens_per_s(bytes_per_token(sizes), gb * 1e9) for gb in BANDWIDTHS]
         cells = (" / ".join(_rate(speed[name]) for name in SHOWN) for speed in speeds)
         lines.append(f"| {' | '.join([*title, *cells])} |")
     return "\n".join(lines) + "\n"
@@ -58,7 +58,7 @@ def checks(reads: Sequence[Mapping[str, Any]], speeds: Iterable[Mapping[str, Any
     for (_, model), run in sorted(runs.items()):
         machine = next(iter(run.values()))["machine"]
         bandwidth = machine["bandwidth_bytes_per_s"]
-        predicted = tokens_per_s(sizes_of(reads)[_SHAPES[model]], bandwidth)
+        predicted = tokens_per_s(bytes_per_token(sizes_of(reads)[_SHAPES[model]]), bandwidth)
         found = {name: _rounded(record["value"]) for name, record in run.items()}
         cells = (f"{_rounded(predicted[name])} / {found.get(name, '–')}" for name in SHOWN)
         title = [f"{machine['cpu']}, {machine['instruction_set']}", f"{bandwidth / 1e9:.0f}", model]
@@ -70,7 +70,7 @@ def efficiencies(reads: Mapping[str, Sizes], speeds: Iterable[Mapping[str, Any]]
     """Return the geometric mean over all measured speeds of the share of the bandwidth that a token reaches."""
     shares: dict[str, list[float]] = {}
     for (_, model), run in _runs(speeds).items():
-        counts = predict.bytes_per_token(reads[_SHAPES[model]])
+        counts = bytes_per_token(reads[_SHAPES[model]])
         for name, record in run.items():
             share = record["value"] * counts[name] / record["machine"]["bandwidth_bytes_per_s"]
             shares.setdefault(name, []).append(share)

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from river_compile.cli.shared import Dtype, Threads, context_of, show
+from river_compile.cli.shared import Assistant, Dtype, Threads, context_of, show
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-PLAIN, INDUCTOR, NO_DRAFT, EXACT, STRICT, FAST, CALIBRATED, ALL_4BIT = ROWS = (
+PLAIN, INDUCTOR, NO_DRAFT, EXACT, ASSISTED, STRICT, FAST, CALIBRATED, ALL_4BIT = ROWS = (
     "eager",  # transformers, uncompiled
     "inductor",  # torch.compile with Inductor
     "no-draft",  # River's kernels, speculation off
     "exact",  # `accelerate(model)`: the twins draft, the model verifies
+    "assistant",  # exact with `assistant_model=`, which drafts in place of the twins
     "strict",  # exact, or an error if it may not be bit-identical
     "fast",  # tokens exit by the default rule: other output
     "calibrated",  # tokens exit by a tuned rule
@@ -57,6 +58,7 @@ def bench(
     calibration: Annotated[
         Path | None, typer.Option(help="Exit rule written by `river tune`, for the row `calibrated`.")
     ] = None,
+    assistant: Assistant = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Same as `-o json`.")] = False,
@@ -66,20 +68,21 @@ def bench(
     `tg` is the mean over four prompts (chat, code, a story, an edit), since the speed of drafts depends on the text.
     `±` is the standard deviation over all samples. JSON has each prompt's mean. Decode speed excludes the first
     token. Rows run one after another in one process, warmed up, with the defaults of `accelerate`. Without `--row` they
-    are eager, no-draft, exact, fast and all-4bit; others are inductor, strict and calibrated, whose exit rule names its
-    twins. Twins are quantized once, into a temporary folder (`TMPDIR`).
+    are eager, no-draft, exact, fast and all-4bit, and those of `--assistant` and `--calibration` (whose exit rule names
+    its twins); others are inductor and strict. Twins are quantized once, into a temporary folder (`TMPDIR`).
     """
     import torch
 
-    from river_compile.cli.shared import start
+    from river_compile.cli.shared import load_assistant, start
 
     output = "json" if as_json else output
     if output not in FORMATS:
         raise ValueError(f"-o {output} is not known; use one of {', '.join(FORMATS)}")
     if min(n_prompt, n_gen) < 0 or n_gen == 1 or repetitions < 1 or not n_prompt + n_gen:
         raise ValueError(f"-p {n_prompt} -n {n_gen} -r {repetitions} measures nothing; give -n 2 or more, -r 1 or more")
-    wanted = chosen(rows, calibration)
+    wanted = chosen(rows, calibration, assistant)
     network, tokenizer = start(model, dtype, threads)
+    given = {CALIBRATED: {"calibration": calibration}, ASSISTED: load_assistant(assistant, dtype)}
     prompts = {"pp": {"": beginning(tokenizer, max(n_prompt, 1))}, "tg": encoded(tokenizer)}
     context, longest = context_of(network), max(ids.shape[1] for ids in prompts["tg"].values())
     takes = max(n_prompt, longest + n_gen if n_gen else 0)
@@ -101,8 +104,8 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         packed_once: dict[str, Any] = {"twins": f"{folder}/twins", "on_missing_twins": "save"}
         for row in wanted:
-            options = {} if row == CALIBRATED else packed_once.copy()  # (a calibration says what its twins are)
-            with running(network, row, calibration, **options):
+            # A calibration says what its twins are, and with an assistant none are made.
+            with running(network, row, **given.get(row, packed_once)):
                 for test, count in tests:
                     speed = _measured(network, prompts[test], test, count, repetitions)
                     results.append({**shared, "backend": row, "test": f"{test}{count}", **speed})
@@ -111,36 +114,39 @@ def bench(
         show("bench", {"results": results}, True, print)
 
 
-def chosen(rows: Sequence[str] | None, calibration: Path | None) -> list[str]:
+def chosen(rows: Sequence[str] | None, calibration: Path | None, assistant: str | None = None) -> list[str]:
     """Return the rows that `--row` asked for, in the order of `ROWS`; without it what users run, or have a file for.
 
     Raises:
-        ValueError: a row that is none of them, or "calibrated" without a calibration.
+        ValueError: a row that is none of them, or one whose file or assistant is missing.
     """
     for row in rows or ():
         if row not in ROWS:
             raise ValueError(f"--row {row} is not known here; use one of {', '.join(ROWS)}")
     if CALIBRATED in (rows or ()) and calibration is None:
         raise ValueError("--row calibrated needs --calibration FILE, which `river tune` writes")
-    return [row for row in ROWS if (row in rows if rows else row in _DEFAULT or (row == CALIBRATED and calibration))]
+    if ASSISTED in (rows or ()) and assistant is None:
+        raise ValueError("--row assistant needs --assistant MODEL, a smaller model with the same tokens")
+    usual = {*_DEFAULT, *([CALIBRATED] if calibration else []), *([ASSISTED] if assistant else [])}
+    return [row for row in ROWS if row in (rows or usual)]
 
 
 @contextlib.contextmanager
-def running(model: PreTrainedModel, row: str, calibration: Path | None, **options: Any) -> Iterator[None]:
-    """Inside, a plain model runs as one of `ROWS`, with options of the backend; afterwards it is plain again."""
+def running(model: PreTrainedModel, row: str, **options: Any) -> Iterator[None]:
+    """Inside, a plain model runs as one of `ROWS`, with options of `accelerate`; afterwards it is plain again."""
     from river_compile.api.accelerate import accelerate, restore
     from river_compile.exits import forced_depth
 
     if row == INDUCTOR:
         model.compile()
     elif row != PLAIN:
-        if row == CALIBRATED:
-            options["calibration"] = calibration
-        elif row == STRICT:
+        options = {**options}
+        if row == STRICT:
             options["strict"] = True
         elif row == NO_DRAFT:
             options["exit_depth"] = model.config.get_text_config(decoder=True).num_hidden_layers
-        accelerate(model, EXACT if row in (EXACT, STRICT) else FAST, background_packing=False, **options)
+        quality = EXACT if row in (EXACT, ASSISTED, STRICT) else FAST
+        accelerate(model, quality, background_packing=False, **options)
     try:
         with forced_depth(0) if row == ALL_4BIT else contextlib.nullcontext():
             yield

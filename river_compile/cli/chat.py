@@ -10,6 +10,7 @@ import typer
 
 from river_compile.cli.shared import (
     AsJson,
+    Assistant,
     Calibration,
     Dtype,
     Model,
@@ -36,6 +37,7 @@ def chat(
     strict: Strict = False,
     calibration: Calibration = None,
     twins: Twins = None,
+    assistant: Assistant = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Answer this message, then exit; may be repeated.")] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum new tokens per answer.")] = 512,
@@ -44,17 +46,18 @@ def chat(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Chat with a model. Green tokens were drafted by the twins, cyan ones copied from the context.
+    """Chat with a model. Green tokens were drafted by twins, blue by an assistant, cyan ones copied from the context.
 
     With `--quality fast` the colour shows how many layers a token ran through.
     """
     from river_compile.api.accelerate import accelerate
-    from river_compile.cli.shared import start
+    from river_compile.cli.shared import load_assistant, start
 
     if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature {temperature} is not allowed; give 0 (greedy) or more")
     network, tokenizer = start(model, dtype, threads)
-    accelerate(network, quality, strict=strict, calibration=calibration, twins=twins)
+    drafts = load_assistant(assistant, dtype)
+    accelerate(network, quality, strict=strict, calibration=calibration, twins=twins, **drafts)
     quality = quality or ("exact" if calibration is None else "fast")
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature or None}
     person = prompt is None and not as_json and sys.stdin.isatty()

@@ -18,6 +18,7 @@ import typer
 from river_compile.cli.shared import (
     NO,
     AsJson,
+    Assistant,
     Dtype,
     Model,
     Texts,
@@ -35,6 +36,7 @@ from river_compile.cli.shared import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel
 
 _FREE = 100e6  # bytes, of kernels and of a small model's twins
 OK, WARN, BAD = "ok", "warning", "bad"
@@ -193,6 +195,7 @@ BASIS = "an estimate: the bytes that a token reads at the memory's bandwidth, ti
 _PREDICTED = {
     "plain": "transformers",
     "exact": "River, default (exact)",
+    "assistant": "River, exact with the assistant",
     "fast": "River, fast",
     "all_4bit": "River, all layers in 4 bits",
 }
@@ -202,38 +205,55 @@ def check(
     model: Model,
     dtype: Dtype = "bfloat16",
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in GB/s (0: measure it here).")] = 0.0,
+    assistant: Assistant = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict support, speed and memory from a model's **config**; no weight is read, nothing is compiled.
 
     Exit code 3 if `accelerate` would not make the model faster.
     """
+    from river_compile.decoding.assistant import why_not_assistant
     from river_compile.reporting import predict
-    from river_compile.reporting.dry_run import dry_run, empty_model
     from river_compile.system import bandwidth as measure
 
     if not 0 <= bandwidth < math.inf:
         raise ValueError(f"--bandwidth {bandwidth} is not allowed; give GB/s, or 0 to measure it here")
-    folder = resolve(model)
-    config = config_of(folder)
-    with loading(folder):
-        network = empty_model(config, dtype)
-    found = dry_run(network)
+    network, found, sizes = _dry(model, dtype)
     rate = bandwidth * 1e9 or measure()
-    sizes = found["bytes"] and predict.Sizes(found["parameters"], found["blocks"], **found["bytes"])
+    reads = sizes and predict.bytes_per_token(sizes)
+    if assistant is not None and reads:
+        small, _, its_sizes = _dry(assistant, dtype)
+        why_not = why_not_assistant(network, small)
+        if why_not or its_sizes is None:
+            raise ValueError(f"--assistant {assistant} cannot draft: {why_not or 'its graphs are unsupported'}")
+        reads["assistant"] = predict.bytes_with_assistant(sizes, its_sizes)
     result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
         **found,
         "bandwidth_bytes_per_s": rate,
-        "bytes_per_token": sizes and predict.bytes_per_token(sizes),
-        "predicted_tokens_per_s": sizes and predict.tokens_per_s(sizes, rate),
+        "bytes_per_token": reads,
+        "predicted_tokens_per_s": reads and predict.tokens_per_s(reads, rate),
         "memory_bytes": sizes and predict.memory_bytes(sizes),
         "disk_bytes": sizes and predict.disk_bytes(sizes),
     }
     show("check", result, as_json, lambda console: _check_page(console, result))
     if found["refusal"] or found["exact_refusal"]:
         raise typer.Exit(NO)
+
+
+def _dry(model: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any], Any]:
+    """Return a model without weights, what its dry run found, and its sizes (None: its graphs are unsupported)."""
+    from river_compile.reporting.dry_run import dry_run, empty_model
+    from river_compile.reporting.predict import Sizes
+
+    folder = resolve(model)
+    config = config_of(folder)
+    with loading(folder):
+        network = empty_model(config, dtype)
+    found = dry_run(network)
+    sizes = Sizes(found["parameters"], found["blocks"], **found["bytes"]) if found["bytes"] else None
+    return network, found, sizes
 
 
 def _check_page(console: Console, result: dict[str, Any]) -> None:
@@ -249,7 +269,9 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
     if why_not:
         console.print(f"  exact     [red]runs at transformers' speed[/]: {why_not}. quality='fast' works")
     reads, speed = result["bytes_per_token"], result["predicted_tokens_per_s"]
-    names = {name: title for name, title in _PREDICTED.items() if not (why_not and name == "exact")}
+    names = {name: title for name, title in _PREDICTED.items() if name in reads}
+    if why_not:
+        names = {name: title for name, title in names.items() if name not in ("exact", "assistant")}
     console.print()
     rows = [[title, megabytes(reads[name]), speed[name]] for name, title in names.items()]
     console.print(table(["a token of", "reads", "tokens/s, about"], rows))

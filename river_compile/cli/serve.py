@@ -16,6 +16,7 @@ import typer
 
 from river_compile.cli.shared import (
     AsJson,
+    Assistant,
     Calibration,
     Dtype,
     Model,
@@ -41,6 +42,7 @@ def serve(
     strict: Strict = False,
     calibration: Calibration = None,
     twins: Twins = None,
+    assistant: Assistant = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -49,7 +51,7 @@ def serve(
 
     SIGTERM stops new requests and lets running answers end. `--json` prints the address when the server listens.
     """
-    from river_compile.cli.shared import config_of, quiet, resolve
+    from river_compile.cli.shared import config_of, load_assistant, quiet, resolve
 
     if max_num_seqs < 1:
         raise ValueError(f"--max-num-seqs {max_num_seqs} is not allowed; give 1 or more")
@@ -63,6 +65,7 @@ def serve(
     folder = resolve(model)
     config_of(folder)
     acceleration = {"quality": quality, "strict": strict, "calibration": calibration, "twins": twins}
+    acceleration |= load_assistant(assistant, dtype, _device())
     quality = quality or ("exact" if calibration is None else "fast")
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
@@ -106,9 +109,6 @@ def make_server(
     **acceleration: Any,
 ) -> Any:
     """Start a server in a thread, with these arguments of `accelerate`; return it."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         from river_compile.cli.serving.server import Server
     except ImportError as error:
@@ -116,4 +116,10 @@ def make_server(
 
         fix = 'In the clone, run pip install ".[serve]"'
         raise OptionError(f"river serve requires more packages ({error}). {fix}", id="RC005") from None
-    return Server(folder, host, port, dtype, device, max_num_seqs, queue, acceleration, api_key)
+    return Server(folder, host, port, dtype, _device(), max_num_seqs, queue, acceleration, api_key)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -53,6 +53,10 @@ Quality = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if exact mode cannot be bit-identical.")]
 Calibration = Annotated[Path | None, typer.Option(help="Exit rule written by `river tune`.")]
 Twins = Annotated[Path | None, typer.Option(help="Twins written by `river quantize`.")]
+Assistant = Annotated[
+    str | None,
+    typer.Option(help="A smaller model with the same tokens, which drafts (a folder, or a name on the hub)."),
+]
 Texts = Annotated[Path | None, typer.Option(help="Texts separated by empty lines. Default: Python's documentation.")]
 
 _CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration", "Decoder")  # in the names of classes with a causal head
@@ -141,6 +145,11 @@ def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTr
     with loading(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_assistant(name: str | None, dtype: torch.dtype | str, device: str = "cpu") -> dict[str, Any]:
+    """Return the argument of `accelerate` for ``--assistant``, empty without one; raise a ValueError."""
+    return {} if name is None else {"assistant_model": load(name, dtype)[0].to(device)}
 
 
 @contextlib.contextmanager

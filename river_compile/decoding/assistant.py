@@ -46,8 +46,8 @@ class Assistant:
 
     source = ASSISTANT
 
-    # Its cache has entries for the first ids of a text. A draft adds some; what was rejected, and what others drafted,
-    # shows in the ids of the next step.
+    # Its cache has entries for the first ids of a text. A draft adds some, and what others drafted is missing there
+    # until the next step.
     def __init__(self, model: PreTrainedModel, vocabulary: int, least_probability: float | None) -> None:
         self.model, self.least_probability = model, least_probability or 0.0
         self._vocabulary = vocabulary  # of the model that it drafts for
@@ -86,9 +86,7 @@ class Assistant:
     def step(self, ids_1S: Tensor) -> Tensor:
         assert self._passes is not None, "it can draft"
         passes, self._ids = self._passes, self._own(ids_1S)
-        tokens = self._ids.shape[1]
-        passes.rewind(max(passes.kv.filled + 1 - tokens, 0))
-        passes.reserve_slots(tokens + passes.widths[-1])
+        passes.reserve_slots(self._ids.shape[1] + passes.widths[-1])
         self._take_in(self._ids[:, :-1])
         logits_1V = passes.draft_step(self._ids)
         missing = self._vocabulary - logits_1V.shape[1]
@@ -111,6 +109,10 @@ class Assistant:
 
     def end(self, steps: int) -> None:
         pass
+
+    def rewind(self, tokens: int) -> None:
+        if self._passes is not None:
+            self._passes.rewind(max(self._passes.kv.filled + self._padding - tokens, 0))
 
     def close(self) -> None:
         passes, self._passes = self._passes, None

@@ -42,6 +42,10 @@ class Drafter(Protocol):
         """End a draft of so many steps, before it is verified."""
         ...
 
+    def rewind(self, tokens: int) -> None:
+        """Forget what it knows of drafted tokens behind the text's first `tokens` ids: they were rejected."""
+        ...
+
     def close(self) -> None:
         """End the text."""
         ...
@@ -67,6 +71,9 @@ class Twins:
 
     def end(self, steps: int) -> None:
         self._passes.rewind(steps)  # the verifying pass overwrites their entries
+
+    def rewind(self, tokens: int) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -70,6 +70,8 @@ def _cycle(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomato
 
     # Rewind: rejected tokens and padding. The last emitted token has no entry yet, as in plain decoding.
     passes.rewind(passes.width_for(drafted) - len(emitted))
+    for drafter in drafting.drafters:
+        drafter.rewind(text.length - 1)
     times.append(time.perf_counter())
     _learn(passes, drafting.length, draft, sources, times)
 

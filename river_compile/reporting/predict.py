@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PLAIN, EXACT, FAST, ALL_4BIT = "plain", "exact", "fast", "all_4bit"
+PLAIN, EXACT, ASSISTED, FAST, ALL_4BIT = "plain", "exact", "assistant", "fast", "all_4bit"
 # Share of the memory's bandwidth that a token reaches: the geometric mean over the machines and models of
 # benchmarks/results (docs/guides/machines.md has each of them; a test compares).
 EFFICIENCY: Mapping[str, float] = {PLAIN: 0.29, EXACT: 0.88, FAST: 0.82, ALL_4BIT: 0.84}
 DRAFTED, EMITTED = 3, 3.3  # tokens of a cycle in exact mode, as measured with Qwen2.5-Coder-1.5B
+# Share of an assistant's tokens that are its model's own, if those before were: Qwen2.5-Coder-0.5B for the 1.5B
+# (docs/guides/assistant.md has it by kind of text).
+AGREES = 0.78
+_LONGEST = 15
 FAST_LAYERS = 2  # 16-bit layers of a token with quality="fast": the mean exit depth of SmolLM2 is 2.05
 _IN_12_BITS = 12 / 16  # of the bytes of bfloat16 weights
 _IN_4_BITS = 4.5 / 16  # with a scale and a zero point for each group
@@ -51,9 +55,18 @@ def bytes_per_token(sizes: Sizes) -> dict[str, float]:
     }
 
 
-def tokens_per_s(sizes: Sizes, bandwidth: float) -> dict[str, float]:
-    """Return the predicted speeds for a memory bandwidth in bytes per second."""
-    return {name: EFFICIENCY[name] * bandwidth / count for name, count in bytes_per_token(sizes).items()}
+def bytes_with_assistant(sizes: Sizes, assistant: Sizes) -> float:
+    """Return the bytes of weights that a token reads if an assistant drafts, at the best length of drafts."""
+    # A cycle emits 1 + a + a^2 + ... tokens (Leviathan et al. 2023, arXiv 2211.17192, equation 1).
+    step = assistant.twins + assistant.head_twin
+    emitted = {n: (1 - AGREES ** (n + 1)) / (1 - AGREES) for n in range(1, _LONGEST + 1)}
+    return min((sizes.packed + n * step) / tokens for n, tokens in emitted.items())
+
+
+def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, float]:
+    """Return the predicted speeds for bytes a token and a memory bandwidth in bytes per second."""
+    shares = {**EFFICIENCY, ASSISTED: EFFICIENCY[EXACT]}
+    return {name: shares[name] * bandwidth / count for name, count in reads.items()}
 
 
 def memory_bytes(sizes: Sizes) -> float:

@@ -1,11 +1,20 @@
-"""How long to draft: by what drafts gain and cost, on numbers alone."""
+"""Who drafts and how long: by what drafts gain and cost, on numbers alone."""
 
 import pytest
+import torch
 
-from river_compile.decoding.draft_length import LOOKUP, TWINS, AcceptanceRate, Draft, DraftLength, DraftToken
+from river_compile.decoding.draft_length import (
+    ASSISTANT,
+    LOOKUP,
+    TWINS,
+    AcceptanceRate,
+    Draft,
+    DraftLength,
+    DraftToken,
+    Plan,
+)
 
 WIDTHS = (1, 2, 4, 8, 16)
-STEP = 0
 
 
 def width(drafted):
@@ -25,8 +34,9 @@ def show(length, w, seconds, step=None):
     """Shows a cycle whose pass has a width, and of whose draft nothing was judged."""
     length.carry_over((w,) if w == 1 else (1, w))
     tokens = [] if w == 1 else [DraftToken(0, LOOKUP, 3.0, 0.5)]
-    steps = 0 if step is None else 1
-    length.learn(Draft(15, tokens, [0.5] * len(tokens), steps), (), 0.0 if step is None else step, seconds)
+    steps, source = (0, "") if step is None else (1, TWINS)
+    draft = Draft(15, tokens, [0.5] * len(tokens), steps, source)
+    length.learn(draft, (), 0.0 if step is None else step, seconds)
 
 
 def rule(step, each_token=0.0, **others):
@@ -39,7 +49,7 @@ def tokens(count, probability, source=LOOKUP):
 
 
 def draft_of(proposed=(), copy=(), room=15):
-    draft = Draft(room, copy=list(copy))
+    draft = Draft(room, copy=list(copy), source=next((token.source for token in proposed), ""))
     for token in proposed:
         draft.add(token)
     return draft
@@ -47,10 +57,10 @@ def draft_of(proposed=(), copy=(), room=15):
 
 def steps_taken(length, probability, room=15, at_once=False):
     """Returns how many steps the twins take if each of its tokens holds with this probability."""
-    length._next = AcceptanceRate([], [probability])
+    length._next[TWINS] = AcceptanceRate([], [probability])
     draft = draft_of(room=room)
     for taken in range(room + 1):
-        steps, _ = length.plan(draft)
+        steps = length.plan(draft, [TWINS]).steps
         if at_once or not steps:
             return steps if at_once else taken
         draft.add(*tokens(1, probability, TWINS))
@@ -86,10 +96,10 @@ def test_the_next_width_is_reached_for_as_a_whole():
 
 def test_copies_are_verified_as_far_as_they_pay():
     draft = draft_of(copy=tokens(15, 0.95))
-    assert rule(0.3).plan(draft) == (0, 15)
-    steps, count = rule(0.3, each_token=0.9).plan(draft)
-    assert not steps
-    assert count <= 3
+    assert rule(0.3).plan(draft, [TWINS]) == Plan("", 0, 15)
+    plan = rule(0.3, each_token=0.9).plan(draft, [TWINS])
+    assert not plan.steps
+    assert plan.count <= 3
 
 
 def test_what_time_is_worth_follows_what_cycles_bring():
@@ -112,10 +122,50 @@ def test_drafts_of_fixed_length_take_all_the_room_whatever_they_cost():
 
 def test_drafts_of_fixed_length_are_copies_where_those_are_as_likely_to_hold():
     length = DraftLength(adaptive=False).carry_over(WIDTHS)
-    assert length.plan(draft_of(copy=tokens(5, 0.9))) == (0, 5)
-    assert length.plan(draft_of(copy=tokens(5, 0.1)))[0] == 15
+    assert length.plan(draft_of(copy=tokens(5, 0.9)), [TWINS]) == Plan("", 0, 5)
+    assert length.plan(draft_of(copy=tokens(5, 0.1)), [TWINS]).steps == 15
     drafted = draft_of(tokens(2, 0.7, TWINS), tokens(5, 0.9))
-    assert length.plan(drafted) == (0, 3)  # (no wider a pass than the draft's own)
+    assert length.plan(drafted, [TWINS]) == Plan("", 0, 3)  # (no wider a pass than the draft's own)
+
+
+def test_drafts_of_fixed_length_are_those_of_the_first_source():
+    length = DraftLength(adaptive=False).carry_over(WIDTHS)
+    assert length.plan(Draft(15), [ASSISTANT, TWINS]) == Plan(ASSISTANT, 15, 0)
+    assert length.plan(Draft(15), []) == Plan("", 0, 0)  # (copies alone)
+
+
+def two_sources(assistant, twins, rates, texts=300):
+    """Returns how often each source was chosen in the second half of a text, by the steps' seconds and the rates."""
+    length, seconds = DraftLength().carry_over(WIDTHS), {ASSISTANT: assistant, TWINS: twins}
+    chosen = []
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(texts):
+        draft = Draft(15)
+        while (plan := length.plan(draft, [ASSISTANT, TWINS])).steps:
+            draft.source, draft.steps = plan.source, draft.steps + 1
+            draft.add(length.token(0, plan.source, 0.3))
+        kept = []
+        for token in draft.tokens:
+            if torch.rand((), generator=draws) >= rates[token.source]:
+                break
+            kept.append(token.source)
+        drafting = draft.steps * seconds.get(draft.source, 0.0)
+        length.learn(draft, [*kept, "backbone"], drafting, 1 + 0.02 * len(draft.tokens))
+        chosen.append(draft.source)
+    return {source: chosen[texts // 2 :].count(source) / (texts - texts // 2) for source in ("", ASSISTANT, TWINS)}
+
+
+def test_the_source_that_gains_more_drafts():
+    """A cheap assistant that holds often, dear twins that hold nearly always; on other texts it holds rarely."""
+    assert two_sources(0.1, 0.3, {ASSISTANT: 0.85, TWINS: 0.95})[ASSISTANT] > 0.9
+    assert two_sources(0.1, 0.3, {ASSISTANT: 0.4, TWINS: 0.95})[TWINS] > 0.9
+    assert two_sources(0.9, 0.9, {ASSISTANT: 0.3, TWINS: 0.3})[""] > 0.8
+
+
+def test_a_draft_has_tokens_of_one_source():
+    length = rule(0.01)
+    drafted = draft_of(tokens(1, 0.9, ASSISTANT))
+    assert length.plan(drafted, [TWINS, ASSISTANT]).source in (ASSISTANT, "")
 
 
 def test_before_passes_are_measured_they_count_in_proportion():
@@ -159,10 +209,10 @@ def test_drafts_that_stopped_paying_are_tried_again_after_a_while():
     length = rule(0.3)
     for _ in range(50):
         length.learn(draft_of(tokens(1, 0.7, TWINS)), ["backbone"], 0.3, 1.0)
-    assert length.plan(Draft(15))[0] == 0
+    assert length.plan(Draft(15), [TWINS]).steps == 0
     for _ in range(200):
         length.learn(Draft(15), ["backbone"], 0.0, 1.0)
-    assert length.plan(Draft(15))[0] > 0
+    assert length.plan(Draft(15), [TWINS]).steps > 0
 
 
 def test_what_other_texts_taught_is_unlearned_quickly():

@@ -451,8 +451,8 @@ def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     exactly(model, ids, max_new_tokens=8)
     assert not learned
     exactly(model, ids, max_new_tokens=8, num_assistant_tokens_schedule=None)
-    length = learned[False]
+    length = learned[False, 0]
     exactly(model, ids, max_new_tokens=8, num_assistant_tokens_schedule=None)
-    assert learned[False] is length
+    assert learned[False, 0] is length
     exactly(model, ids, max_new_tokens=8, num_assistant_tokens_schedule=None, do_sample=True)
-    assert set(learned) == {False, True}
+    assert set(learned) == {(False, 0), (True, 0)}

@@ -20,6 +20,7 @@ import river_compile
 from river_compile.decoding.admission import verification_widths
 from river_compile.decoding.batch import Rows, generate
 from river_compile.decoding.draft_length import DraftLength
+from river_compile.decoding.drafters import Twins
 from river_compile.decoding.sampling import Sampler, SuffixAutomaton
 from river_compile.decoding.speculative import Drafting
 from river_compile.decoding.text import Ends, Text
@@ -65,7 +66,7 @@ def run(runner, texts, max_copied=sys.maxsize, adaptive=False, length=None):
     """Generates texts, which draft; returns all ids."""
     length = DraftLength(adaptive) if length is None else length
     texts.append_next(first_logits(runner, texts.prompt)[:, 0])
-    return generate(runner, texts, Drafting(length.carry_over(runner.widths), max_copied))
+    return generate(runner, texts, Drafting(length.carry_over(runner.widths), max_copied, (Twins(runner),)))
 
 
 def run_on(runner, prompt, recorder, max_copied=sys.maxsize, adaptive=False, length=None, **options):

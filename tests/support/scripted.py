@@ -44,7 +44,7 @@ class ScriptedRunner:
         runs_late: whether passes are taken to return before they have run.
     """
 
-    runs_late, widths = False, (1, 2, 4, 8, 16, 32)
+    runs_late, widths, padding = False, (1, 2, 4, 8, 16, 32), 0
 
     def __init__(self, prompt: Tensor, seed: int, river_right: int, max_draft: int, capacity: int, memory: int) -> None:
         self.stats = ExitStats()
