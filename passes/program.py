@@ -357,6 +357,16 @@ class Program:
         return (self.prologue, *self.blocks, *self.twins, *heads)
 
     @functools.cached_property
+    def hidden(self) -> int | None:
+        """The slot of the last hidden states [B, T, D], before the final norm; None if the head reads other values."""
+        written = {slot for block in self.blocks for slot in block.outputs}
+        read = [slot for slot in self.head.inputs if slot in written]
+        if len(read) != 1 or read[0] not in self.blocks[-1].outputs:
+            return None
+        example = self.examples[read[0]]
+        return read[0] if isinstance(example, TensorSpec) and len(example.shape) == 3 else None
+
+    @functools.cached_property
     def examples(self) -> tuple[Example, ...]:
         return (*(value.example for value in self.inputs), *self.values)
 

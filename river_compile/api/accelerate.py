@@ -73,9 +73,9 @@ def accelerate(
         background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
             are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
-            ``num_assistant_tokens_schedule``, ``assistant_confidence_threshold``, ``prompt_lookup_num_tokens`` and
-            ``assistant_model``, a smaller model with the same tokens that drafts in place of the twins
-            (docs/options.md).
+            ``num_assistant_tokens_schedule``, ``assistant_confidence_threshold``, ``prompt_lookup_num_tokens``,
+            ``assistant_model``, a smaller model with the same tokens that drafts in place of the twins, and
+            ``use_mtp``, drafts by the checkpoint's own layers for multi-token prediction (docs/options.md).
 
     Returns:
         The same model.

@@ -17,6 +17,7 @@ from river_compile.config import RiverConfig
 from river_compile.decoding.admission import check_paths
 from river_compile.decoding.assistant import why_not_assistant
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
+from river_compile.decoding.mtp import load_mtp
 from river_compile.errors import ExactModeError, OptionError
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
@@ -88,6 +89,10 @@ def _exact_mode(model: PreTrainedModel, strict: bool, options: Mapping[str, Any]
         why_not = why_not_assistant(model, mode.assistant_model)
         if why_not:
             raise OptionError(f"assistant_model={type(mode.assistant_model).__name__} cannot draft: {why_not}")
+    if mode.use_mtp:
+        why_not = load_mtp(model)
+        if why_not:
+            raise OptionError(f"use_mtp=True is not available: {why_not}")
     if not mode.self_drafts(backend):
         backend["exit_depth"] = WHOLE  # no program has twins
     return mode, backend

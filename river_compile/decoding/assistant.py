@@ -45,6 +45,7 @@ class Assistant:
     """A model that drafts the texts of one call, on its own KV cache."""
 
     source = ASSISTANT
+    longest = None
 
     # Its cache has entries for the first ids of a text. A draft adds some, and what others drafted is missing there
     # until the next step.

@@ -48,8 +48,11 @@ class _Kept(NamedTuple):
 class BoundPrograms:
     """Finds the states that run one call's passes, and calls the model for passes that have none."""
 
-    def __init__(self, model: PreTrainedModel, record: ModelRecord, state: ModelState | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, record: ModelRecord, state: ModelState | None, keeps_hidden: bool
+    ) -> None:
         self._model, self._record, self._state = model, record, state
+        self.keeps_hidden = keeps_hidden  # whether the last hidden states of passes are wanted
         own = record.find(OwnCall)  # None: the model is called as it is, compiled or not
         self._call = model if own is None else functools.partial(own, model)
         # Graphs of a model whose submodules are compiled stand for no call of it.
@@ -101,7 +104,7 @@ class BoundPrograms:
     ) -> StepState | ModelRan:
         kept: _Kept | None = kv.states.get((kv.rows, width))
         forward = Forward(self._model, inputs, kv.cache)
-        if kept is not None and kept.fits(forward, owned):
+        if kept is not None and kept.fits(forward, owned) and kept.state.keeps_hidden >= self.keeps_hidden:
             executor = kept.state.executor
             self._check_weights(Bindable(executor, kept.state.args))
             if kept.state.compiled is executor.compiled:
@@ -113,7 +116,7 @@ class BoundPrograms:
         if not owned:
             given = {id(value) for _, value in forward.arguments}
             args = [arg.clone() if id(arg) in given and isinstance(arg, Tensor) else arg for arg in args]
-        state = executor.bind(args)
+        state = executor.bind(args, keeps_hidden=self.keeps_hidden)
         kv.states[kv.rows, width] = _Kept(state, forward.kinds, forward.shapes)
         return state
 
@@ -122,15 +125,15 @@ class BoundPrograms:
         found = self._program_for(Forward(self._model, inputs, kv.cache), kv, depth, last_token)
         if isinstance(found, ModelRan):
             return found
-        return found.executor.bind(found.args, captured=False, last_token=last_token)
+        return found.executor.bind(found.args, captured=False, last_token=last_token, keeps_hidden=self.keeps_hidden)
 
     def _program_for(
         self, forward: Forward, kv: KVCache, depth: int | None, last_token: bool = False
     ) -> Bindable | ModelRan:
         call = functools.partial(self.call_model, forward.inputs, depth)
         if not (kv.is_full and self._has_programs):
-            return self.note(run_model(call, last_token))
-        found = self.note(program_for(forward, self._record, self._programs, call, last_token))
+            return self.note(run_model(call, last_token, self.keeps_hidden))
+        found = self.note(program_for(forward, self._record, self._programs, call, last_token, self.keeps_hidden))
         if isinstance(found, Bindable):
             self._check_weights(found)
         return found

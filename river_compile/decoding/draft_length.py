@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from bisect import bisect, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-# Sources of drafted tokens: the twins, a smaller model, or a copy from the context.
-TWINS, ASSISTANT, LOOKUP = "river", "assistant", "lookup"
+# Sources of drafted tokens: the twins, a smaller model, the checkpoint's own MTP layers, or a copy from the context.
+TWINS, ASSISTANT, MTP, LOOKUP = "river", "assistant", "mtp", "lookup"
 # Upper edges of the bins of acceptance rates: nats of entropy, and tokens of the repeated ending.
 ENTROPY_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0)
 MATCH_EDGES = (2.5, 3.5, 4.5, 6.5, 9.5)
@@ -74,7 +74,7 @@ class DraftToken(NamedTuple):
     """One drafted token."""
 
     token: int  # its id
-    source: str  # `TWINS`, `ASSISTANT` or `LOOKUP`
+    source: str  # `TWINS`, `ASSISTANT`, `MTP` or `LOOKUP`
     feature: float  # entropy in nats, or tokens of the repeated ending (lookup)
     probability: float  # of acceptance, if those before it are accepted
 
@@ -89,6 +89,12 @@ class Draft:
     steps: int = 0  # draft steps that ran
     source: str = ""  # whose steps they are
     copy: list[DraftToken] = field(default_factory=list)  # the continuation by prompt lookup
+    longest: Mapping[str, int] = field(default_factory=dict)  # most steps of the sources that have a limit
+
+    def room_for(self, source: str) -> int:
+        """Return how many steps of a source may follow."""
+        room = self.room - len(self.tokens)
+        return min(room, self.longest[source] - self.steps) if source in self.longest else room
 
     def add(self, token: DraftToken) -> None:
         self.prefixes.append(token.probability * (self.prefixes[-1] if self.prefixes else 1.0))
@@ -109,7 +115,7 @@ class DraftLength:
     # Not adaptive: as many tokens as there is room for, the same for the same text at any speed.
     def __init__(self, adaptive: bool = True) -> None:
         self._adaptive = adaptive
-        self._rates = {source: AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY) for source in (TWINS, ASSISTANT)}
+        self._rates = {source: AcceptanceRate(ENTROPY_EDGES, _BY_ENTROPY) for source in (TWINS, ASSISTANT, MTP)}
         self._next = {source: AcceptanceRate([], [_NEXT]) for source in self._rates}
         self._rates[LOOKUP] = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self._widths: Sequence[int] = (1,)
@@ -183,7 +189,7 @@ class DraftLength:
         for source in sources:
             tokens, reach = expected[drafted], likely[drafted - 1] if drafted else 1.0
             chance, step = self._next[source].probability(0.0), self._worth * self.seconds(source)
-            for more in range(1, draft.room - drafted + 1):
+            for more in range(1, draft.room_for(source) + 1):
                 reach *= chance
                 tokens += reach
                 gain = tokens - more * step - passes[drafted + more]
@@ -193,9 +199,9 @@ class DraftLength:
 
     def _by_room(self, draft: Draft, sources: Sequence[str]) -> Plan:
         drafted = len(draft.tokens)
-        for source in sources[:1] if drafted < draft.room else ():
+        for source in sources[:1] if sources and draft.room_for(sources[0]) else ():
             if not draft.copy or draft.copy[0].probability < self._next[source].probability(0.0):
-                return Plan(source, draft.room - drafted, drafted)
+                return Plan(source, draft.room_for(source), drafted)
         return Plan("", 0, self._width(drafted) - 1 if drafted else len(draft.copy))
 
     @property

@@ -1,4 +1,4 @@
-"""Who drafts: a source of tokens one by one. The model's own twins are here, other models in `assistant.py`.
+"""Who drafts: a source of tokens one by one. The model's own twins are here, others in `assistant.py` and `mtp.py`.
 
 Not handled: how long a source drafts (`draft_length.py`); copies from the context (`sampling.py`).
 """
@@ -24,6 +24,11 @@ class Drafter(Protocol):
     @property
     def least_probability(self) -> float:
         """A drafted token that is less probable than this ends the draft."""
+        ...
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a draft; None: no limit of its own."""
         ...
 
     def begin(self, ids_1S: Tensor, padding: int) -> None:
@@ -56,6 +61,7 @@ class Twins:
 
     source = TWINS
     least_probability = 0.0
+    longest = None
 
     def __init__(self, passes: Passes) -> None:
         self._passes = passes

@@ -28,6 +28,7 @@ from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
 from river_compile.decoding.kv_cache import KVCache, needs_own_cache, why_no_rewind
+from river_compile.decoding.mtp import Mtp, mtp_layers, why_not_mtp
 from river_compile.decoding.passes import Passes, PromptRows
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.prompt import Prompt
@@ -53,6 +54,7 @@ _CHECKS = {
     "num_assistant_tokens_schedule": one_of(None, CONSTANT),
     "prompt_lookup_num_tokens": optional(integer(0)),
     "assistant_confidence_threshold": optional(number("it must be a probability from 0 to 1", least=0, most=1)),
+    "use_mtp": FLAG,
     "self_speculation": one_of(None, True, False),
     "strict": FLAG,
 }
@@ -154,14 +156,15 @@ class Decode:
         tokens = max(given.shape[1] for given in (ids_BS, embeds) if given is not None)
         made = cache_of(kwargs)
         assert made is not None, "a generation without a cache is refused"
-        kv = KVCache(made)
+        kv, keeps_hidden = KVCache(made), len(ids_BS) == 1 and self.reads_hidden
         # The masks of CPM-Ant and GPT-Neo are for caches that grow, and Moshi's for one that slides.
         fits = model._can_compile_fullgraph or prepares_as_most_do(model)
         if fits and not (needs_own_cache(model) or record.of(StaticCaches).why_not):
             entries = None if state is None else state.of_entries
-            ours, _ = record.of(PrefixPool).acquire(model, len(ids_BS), tokens, ids, entries)
+            known = None if keeps_hidden else ids  # no hidden states are kept of a text that has run
+            ours, _ = record.of(PrefixPool).acquire(model, len(ids_BS), tokens, known, entries)
             kv = ours if ours.is_full else kv
-        return Passes(model, kwargs, kv, self.depth, state, keeps_text=ids is not None)
+        return Passes(model, kwargs, kv, self.depth, state, ids is not None, keeps_hidden)
 
     def obstacle(
         self,
@@ -217,6 +220,11 @@ class Decode:
             raise OptionError(f"strict={strict} requires custom_generate=exact, got decode. Remove it", id="RC003")
         return self
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether drafts are made of the last hidden states."""
+        return False
+
     def copies(self, config: GenerationConfig) -> bool:
         """Whether the mode does what makes a greedy or sampling config an assisted one."""
         return False
@@ -245,7 +253,8 @@ class ExactMode(Decode):
         assistant_model: a smaller model with the same tokens, which drafts with all its layers in 4 bits.
         assistant_confidence_threshold: a token of the assistant that is less probable than this ends its draft. None:
             the expected gain decides.
-        self_speculation: whether the model's own twins draft. None: unless `accelerate` got an assistant.
+        use_mtp: whether the checkpoint's own layers for multi-token prediction draft. A prompt then runs as a whole.
+        self_speculation: whether the model's own twins draft. None: unless `accelerate` got an assistant or `use_mtp`.
         strict: an error if a row of a verifying pass might have other bits than it has without drafts.
 
     Raises:
@@ -257,6 +266,7 @@ class ExactMode(Decode):
     prompt_lookup_num_tokens: int | None = None
     assistant_model: PreTrainedModel | None = None
     assistant_confidence_threshold: float | None = None
+    use_mtp: bool = False
     self_speculation: bool | None = None
     strict: bool = False
     refusal: ClassVar[type[DecodeError | ExactModeError]] = ExactModeError
@@ -271,16 +281,20 @@ class ExactMode(Decode):
         settings = given.settings(_ASSISTED, None if assistant is None else assistant.generation_config)
         if str(settings.get("num_assistant_tokens_schedule")).startswith("heuristic"):
             del settings["num_assistant_tokens_schedule"]  # as a length by measured times is
-        settings |= given.settings(("prompt_lookup_num_tokens",))
+        settings |= given.settings(("prompt_lookup_num_tokens", "use_mtp"))
         strict = self.strict if strict is None else strict
         return replace(self, **settings, assistant_model=assistant, strict=strict)
 
     def why_not_assistant(self, model: PreTrainedModel, assistant: Any) -> str:
         return why_not_assistant(model, assistant)
 
+    @property
+    def reads_hidden(self) -> bool:
+        return self.use_mtp and self.num_assistant_tokens != 0
+
     def copies(self, config: GenerationConfig) -> bool:
-        early_exit, multi_token = config.assistant_early_exit, getattr(config, "use_mtp", None)
-        return config.prompt_lookup_num_tokens is not None and early_exit is None and not multi_token
+        asked = config.prompt_lookup_num_tokens is not None or getattr(config, "use_mtp", None)
+        return bool(asked) and config.assistant_early_exit is None
 
     def obstacle(
         self,
@@ -293,6 +307,9 @@ class ExactMode(Decode):
     ) -> str:
         if model._is_stateful:  # refused before its prompt runs; other reasons are of the cache that it makes
             return f"{why_no_rewind(model)}. Use quality='fast', whose output changes"
+        why_not = why_not_mtp(model) if self.use_mtp else ""
+        if why_not:
+            return f"use_mtp=True is not available: {why_not}"
         return super().obstacle(model, rows, config, synced_gpus, given, model_kwargs)
 
     def drafting(self, call: Call, passes: Passes, logits: Tensor) -> Drafting | None:
@@ -315,6 +332,8 @@ class ExactMode(Decode):
         if self.assistant_model is not None:
             prepare(self.assistant_model, passes.record, passes.graph.config)
             yield Assistant(self.assistant_model, passes.vocabulary, self.assistant_confidence_threshold)
+        if self.use_mtp:
+            yield Mtp(passes, mtp_layers(passes.record))
         if passes.graph.config.exit_depth is None and self.self_speculation is not False:
             yield Twins(passes)
 
@@ -322,7 +341,8 @@ class ExactMode(Decode):
         """Whether the model's twins are to draft, by the options of the backend."""
         if self.self_speculation is not None:
             return self.self_speculation
-        return self.assistant_model is None or options.get("twins") is not None
+        others = self.assistant_model is not None or self.use_mtp
+        return not others or options.get("twins") is not None
 
 
 exact = ExactMode()

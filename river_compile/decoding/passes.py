@@ -58,13 +58,16 @@ class Passes:
         depth: int | None = None,  # backbone blocks of decode steps, `WHOLE` for all; None: by the exit policy
         state: ModelState | None = None,  # None: not known
         keeps_text: bool = False,  # whether the next call may reuse the text
+        keeps_hidden: bool = False,  # whether a drafter reads the last hidden states
     ) -> None:
         self.model, self.kv, self.depth = model, kv, depth
         self.kwargs = {**kwargs, cache_argument(model): kv.cache}
         self.kwargs_tokens = 0  # tokens of the masks and positions in them; 0 before the prompt
         self.record = record_of(model.parameters())
         self.state, self._keeps_text = state, keeps_text
-        self.programs = BoundPrograms(model, self.record, state)
+        self.programs = BoundPrograms(model, self.record, state, keeps_hidden)
+        self._ran: StepState | ModelRan | None = None  # by the latest pass, if hidden states are kept
+        self._hidden: list[Tensor] = []  # of the prompt's pieces and of verifying passes, until they are taken
         self.widths: tuple[int, ...] = (1,)  # query lengths of verifying passes, ascending
         self._vocab_blocks: VocabBlocks | None = None
         self.vocabulary = 0  # logits of a token
@@ -158,7 +161,9 @@ class Passes:
         width = self.width_for(drafted)
         if width > drafted + 1:  # padding: copies of the last id, whose slots the next rewind frees
             ids_BS = torch.cat([ids_BS, ids_BS[:, -1:].expand(-1, width - drafted - 1)], dim=-1)
-        return self.step(ids_BS, width)[:, : drafted + 1]
+        logits = self.step(ids_BS, width)[:, : drafted + 1]
+        self.keep_hidden(self._ran)
+        return logits
 
     def step(
         self,
@@ -192,6 +197,7 @@ class Passes:
             found.set_vocab_blocks(None if vocab_blocks is None else vocab_blocks.numbers)
             found.step(depth)
             logits = found.logits
+        self._ran = found if self.keeps_hidden else None
         self.kv.filled += width
         return logits
 
@@ -201,9 +207,33 @@ class Passes:
         found = self.programs.find_once(inputs, self.kv, self.depth, last_token=not all_logits)
         if isinstance(found, StepState):
             found.step(self.depth)
+        self.keep_hidden(found)
         self.kv.filled += width
         logits: Tensor = found.logits if isinstance(found, StepState) else found.outputs.logits
         return logits if all_logits else logits[:, -1:]
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether a drafter reads the last hidden states."""
+        return self.programs.keeps_hidden
+
+    def keep_hidden(self, ran: StepState | ModelRan | None) -> None:
+        """Keep the last hidden states of a pass that has run, if a drafter reads them."""
+        hidden = ran.hidden() if isinstance(ran, StepState) else None if ran is None else ran.hidden
+        if hidden is not None:
+            self._hidden.append(hidden)
+
+    def take_hidden(self) -> Tensor | None:
+        """Return the last hidden states ``[B, T, D]`` of the ids that ran since the last call; None without any.
+
+        They are those before the final norm, of the prompt and of verifying passes, padding included.
+        """
+        taken, self._hidden = self._hidden, []
+        return torch.cat(taken, dim=1) if taken else None
+
+    def hand_hidden_to(self, batch: Passes) -> None:
+        """Hand the last hidden states of a prompt to passes that its only row continues in."""
+        batch._hidden, self._hidden = self._hidden, []
 
     def _check_room(self, width: int) -> None:
         if self.kv.free_slots < width:

@@ -62,8 +62,9 @@ class Prompt:
         if inputs is not None:
             logits = passes.run_once(inputs, ids_BS.shape[1] - kept, all_logits)
         else:
-            ran = run_model(functools.partial(self._run_model, ids_BS))
+            ran = run_model(functools.partial(self._run_model, ids_BS), keeps_hidden=passes.keeps_hidden)
             passes.programs.note(ran)
+            passes.keep_hidden(ran)
             outputs = ran.outputs
             logits = outputs.logits if all_logits else outputs.logits[:, -1:]
         passes.kwargs = passes.model._update_model_kwargs_for_generation(outputs, passes.kwargs)

@@ -94,7 +94,7 @@ def empty_batch(prompt: Passes, rows: int) -> Passes:
     # Memory is allocated for all rows; passes see the first ones, which are in use.
     kv = prompt.kv.like(prompt.kv.slots, rows)
     kv.select([])
-    batch = Passes(prompt.model, {}, kv, prompt.depth, prompt.state)
+    batch = Passes(prompt.model, {}, kv, prompt.depth, prompt.state, keeps_hidden=prompt.keeps_hidden)
     batch.programs.graph = prompt.graph
     return batch
 
@@ -110,7 +110,9 @@ def join(batch: Passes, prompt: Passes, ids_1S: Tensor) -> None:
     kwargs = prompt.kwargs_for(entries + 1)
     if kwargs.get("attention_mask") is None:  # a text without padding, next to padded rows
         kwargs["attention_mask"] = ids_1S.new_ones(1, entries + 1)
-    if batch.kv.rows:
+    if not batch.kv.rows:
+        prompt.hand_hidden_to(batch)
+    else:
         kwargs = joined_inputs(batch.kwargs_for(batch.kv.filled + 1), kwargs)
         entries = max(entries, batch.kv.filled)
     batch.reserve_slots(entries + batch.widths[-1])

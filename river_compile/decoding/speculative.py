@@ -80,6 +80,7 @@ def _draft(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomato
     """Return tokens of a drafter, and after them a copy by prompt lookup."""
     length, max_copied, drafters = drafting
     draft = Draft(max(min(passes.longest_draft, text.tokens_left - 1), 0))
+    draft.longest = {drafter.source: drafter.longest for drafter in drafters if drafter.longest is not None}
     text.reserve(draft.room)
     ready = {drafter.source: drafter for drafter in drafters if drafter.can_draft(text.length + draft.room)}
     while True:

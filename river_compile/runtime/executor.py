@@ -32,7 +32,9 @@ class DynamoCall:
 
     stands_for_call: Callable[[RiverExecutor, Sequence[Any]], bool] | None
     last_token: bool
+    keeps_hidden: bool = False
     reached: RiverExecutor | None = None  # the latest graph
+    hidden: Tensor | None = None  # what it gave to its head, as `StepState.hidden`
 
 
 _dynamo_call: ContextVar[DynamoCall | None] = ContextVar("_dynamo_call", default=None)
@@ -101,29 +103,34 @@ class RiverExecutor:
                     weights = self.compiled.weights
             self.model_state = state if weights is None or weights.is_whole else None
 
-    def bind(self, args: Sequence[Any], captured: bool = True, last_token: bool = False) -> StepState:
+    def bind(
+        self, args: Sequence[Any], captured: bool = True, last_token: bool = False, keeps_hidden: bool = False
+    ) -> StepState:
         """Return a state of the program on the cache among its inputs, which it reads in place."""
-        # captured: whether to capture a pass of this size. last_token: as StepState has it.
+        # captured: whether to capture a pass of this size. last_token and keeps_hidden: as StepState has them.
         captures = self.captures if captured and not last_token and self._may_capture(args) else None
-        return StepState(self.compiled, args, None if captures is None else captures.make(), last_token, self)
+        device = None if captures is None else captures.make()
+        return StepState(self.compiled, args, device, last_token, self, keeps_hidden)
 
     def __call__(self, *args: Any) -> tuple:
         """Run a pass for Dynamo; the outputs are the caller's. Raises a CacheFullError."""
         call = _dynamo_call.get()
-        last_token = call is not None and call.last_token
+        last_token, keeps_hidden = (False, False) if call is None else (call.last_token, call.keeps_hidden)
         if call is not None:
             call.reached = self
             if call.stands_for_call is not None and call.stands_for_call(self, args):
                 raise Reached(self, args)
         if not self._goes_on(args):
             self.begin(args)
-        held = None if last_token else self._state_of(args)
-        state = held or self.bind(args, captured=False, last_token=last_token)
+        held = None if last_token or keeps_hidden else self._state_of(args)
+        state = held or self.bind(args, captured=False, last_token=last_token, keeps_hidden=keeps_hidden)
         sequence = state.sequence
         filled = self._check_room(args, sequence)
         if held is not None:
             held.load(args, self._varying)
         state.step()
+        if call is not None:
+            call.hidden = state.hidden()
         self._note(state, filled)
         return state.copied_outputs()
 
@@ -215,7 +222,9 @@ class RiverExecutor:
 
 @contextlib.contextmanager
 def through_dynamo(
-    stands_for_call: Callable[[RiverExecutor, Sequence[Any]], bool] | None = None, last_token: bool = False
+    stands_for_call: Callable[[RiverExecutor, Sequence[Any]], bool] | None = None,
+    last_token: bool = False,
+    keeps_hidden: bool = False,
 ) -> Iterator[DynamoCall]:
     """Inside, this thread makes a call of a model through Dynamo; yields what the call reaches.
 
@@ -223,8 +232,9 @@ def through_dynamo(
         stands_for_call: is asked with each executor that the call reaches, and its inputs; if it returns True, the call
             ends with a :class:`Reached`, and the executor does not run.
         last_token: whether prompts may omit all logits but the last token's.
+        keeps_hidden: whether the last hidden states are wanted.
     """
-    call = DynamoCall(stands_for_call, last_token)
+    call = DynamoCall(stands_for_call, last_token, keeps_hidden)
     before = _dynamo_call.set(call)
     try:
         yield call

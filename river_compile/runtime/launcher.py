@@ -38,9 +38,11 @@ class Launcher:
         slots: list[Any],
         device: CaptureDevice | None,  # None: units run uncaptured
         last_token: bool = False,  # the only one whose logits are read; requires device=None
+        keeps_hidden: bool = False,
     ) -> None:
         self.slots, self.device = slots, device
-        self._program, self._log = program, log
+        self._program, self._log, self._keeps_hidden = program, log, keeps_hidden
+        self.hidden: Tensor | None = None  # the last hidden states of all tokens, where the slot has the last one's
         self._narrowed = program.last_token if last_token else None
         self.buffers: dict[int, Tensor] = {}  # of the values between units, by slot
         self._replays: dict[Unit, Callable[[], object]] = {}
@@ -115,6 +117,7 @@ class Launcher:
         last = self._narrowed
         assert last is not None
         hidden = self.slots[last.hidden]
+        self.hidden = hidden if self._keeps_hidden else None
         self.slots[last.hidden] = hidden.narrow(last.axis, hidden.shape[last.axis] - 1, 1).contiguous()
         self.slots[last.size] = 1
 

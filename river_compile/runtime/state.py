@@ -88,10 +88,13 @@ class StepState:
         device: CaptureDevice | None,  # None: units run uncaptured
         last_token: bool = False,  # the only one whose logits are read; requires device=None
         executor: Any = None,
+        keeps_hidden: bool = False,  # whether `hidden` can be read after a run
     ) -> None:
         program = compiled.program
-        self.compiled, self.device, self.executor = compiled, device, executor
+        self.compiled, self.device, self.executor, self.keeps_hidden = compiled, device, executor, keeps_hidden
         self._units = compiled.plain if device is None or compiled.units is None else compiled.units
+        if keeps_hidden and program.hidden is not None:
+            self._units = self._units.keeping(program.hidden)
         self._late = device is not None and device.runs_late
         # By slot: the inputs, values between units, the vocabulary blocks and the latest score.
         self.slots: list[Any] = [*args, *[None] * (len(program.examples) - len(args) + 2)]
@@ -102,7 +105,7 @@ class StepState:
         # The keys that identify the KV cache; None if the pass makes the cache.
         self.cache: Tensor | None = None if before is None else self.slots[before]
         self.sequence = SequenceState() if self.cache is None else compiled.sequences.get(self.cache)
-        self._launcher = Launcher(program, compiled.log, self.slots, device, last_token)
+        self._launcher = Launcher(program, compiled.log, self.slots, device, last_token, keeps_hidden)
 
     @property
     def buffers(self) -> Mapping[int, Tensor]:
@@ -139,6 +142,17 @@ class StepState:
         fresh = tuple(torch.empty_like(value) if isinstance(value, Tensor) else value for value in outputs)
         copy_into(zip(fresh, outputs, strict=True))
         return fresh
+
+    def hidden(self) -> Tensor | None:
+        """Return the last hidden states ``[B, T, D]``, before the final norm, which later runs leave alone.
+
+        None if the state keeps none, or the head reads other values of the blocks.
+        """
+        slot = self.compiled.program.hidden
+        if slot is None or not self.keeps_hidden:
+            return None
+        hidden: Tensor = self.slots[slot] if self._launcher.hidden is None else self._launcher.hidden
+        return hidden if self.device is None else hidden.clone()
 
     def load(self, args: Sequence[Any], numbers: Sequence[int]) -> None:
         """Copy the inputs with these numbers into the state's buffers."""

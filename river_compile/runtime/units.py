@@ -87,9 +87,14 @@ class Units:
     #     tail d     [embedding stage,] twins d+1..L and the twins' head
 
     def __init__(
-        self, program: Program, steps: Mapping[SegmentSpec, Step], obstacle: Callable[[Step], Refusal | None]
+        self,
+        program: Program,
+        steps: Mapping[SegmentSpec, Step],  # of each reachable segment
+        obstacle: Callable[[Step], Refusal | None],
+        kept: frozenset[int] = frozenset(),  # slots that are read after a run besides the outputs
     ) -> None:
-        self._program, self.steps = program, steps  # steps: of each reachable segment
+        self._program, self.steps, self._kept = program, steps, kept
+        self._keeping: dict[int, Units] = {}
         self._device_obstacle = obstacle  # why a device cannot capture a step, None if it can
         self._made: dict[tuple[SegmentSpec, ...], tuple[Unit, ...]] = {}
 
@@ -111,6 +116,12 @@ class Units:
     def units_for(self, depth: int) -> tuple[Unit, ...]:
         """Return the units of a token that exits after `depth` blocks."""
         return (*self.span(0, depth), *self.tail(depth))
+
+    def keeping(self, slot: int) -> Units:
+        """Return units after whose runs a slot's value can be read, too."""
+        if slot not in self._keeping:
+            self._keeping[slot] = Units(self._program, self.steps, self._device_obstacle, self._kept | {slot})
+        return self._keeping[slot]
 
     def _first(self, start: int) -> tuple[SegmentSpec, ...]:
         return () if start else (self._program.prologue,)
@@ -138,7 +149,7 @@ class Units:
             reads |= {slot: None for slot in step.reads if slot not in written}
             written |= dict.fromkeys(step.writes)
         is_end = last in (program.head, program.twin_head)
-        needed = set(program.returned) | ({SCORE} if is_end and last.has_score else set())
+        needed = self._kept | set(program.returned) | ({SCORE} if is_end and last.has_score else set())
         if not is_end:
             needed |= {slot for s in program.segments if s.depth > last.depth for slot in s.inputs}
         flag = None

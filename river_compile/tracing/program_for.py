@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from river_compile.backend import obstacle
 from river_compile.building.assemble import rebuild
@@ -44,6 +45,7 @@ class ModelRan(NamedTuple):
 
     outputs: Any
     executor: RiverExecutor | None  # of a graph that it reached; None if it reached none of River's
+    hidden: Tensor | None = None  # its last hidden states, as `StepState.hidden`
 
 
 def program_for(
@@ -52,6 +54,7 @@ def program_for(
     programs: ProgramCache | None,
     call: Callable[[], Any],
     last_token: bool = False,
+    keeps_hidden: bool = False,
 ) -> Bindable | ModelRan:
     """Return the program of a call and its inputs, before the call runs.
 
@@ -61,15 +64,17 @@ def program_for(
         programs: those of the model's present identity; None: it has none.
         call: makes the call, through Dynamo.
         last_token: whether a graph that runs may omit all logits but the last token's.
+        keeps_hidden: whether the last hidden states of one that runs are wanted.
     """
     found = None if programs is None else _by_identity(forward, record, programs)
-    return found or _by_guards(forward, record, programs, call, last_token)
+    return found or _by_guards(forward, record, programs, call, last_token, keeps_hidden)
 
 
-def run_model(call: Callable[[], Any], last_token: bool = False) -> ModelRan:
+def run_model(call: Callable[[], Any], last_token: bool = False, keeps_hidden: bool = False) -> ModelRan:
     """Run a call that no program stands for: on a cache that grows, or of a prompt with inputs that are not known."""
-    with through_dynamo(None, last_token) as dynamo:
-        return ModelRan(call(), dynamo.reached)
+    with through_dynamo(None, last_token, keeps_hidden) as dynamo:
+        outputs = call()
+    return ModelRan(outputs, dynamo.reached, dynamo.hidden)
 
 
 def _by_identity(forward: Forward, record: ModelRecord, programs: ProgramCache) -> Bindable | None:
@@ -167,6 +172,7 @@ def _by_guards(
     programs: ProgramCache | None,
     call: Callable[[], Any],
     last_token: bool,
+    keeps_hidden: bool,
 ) -> Bindable | ModelRan:
     """Return the program of the graph that Dynamo has or makes for a call; if that is not all of it, the call runs."""
     graphs = record.of(Graphs)
@@ -185,7 +191,8 @@ def _by_guards(
         return True
 
     try:
-        with stage_shown("tracing"), through_dynamo(stands_for_call, last_token) as dynamo:
-            return ModelRan(call(), dynamo.reached)
+        with stage_shown("tracing"), through_dynamo(stands_for_call, last_token, keeps_hidden) as dynamo:
+            outputs = call()
+        return ModelRan(outputs, dynamo.reached, dynamo.hidden)
     except Reached as reached:
         return Bindable(reached.executor, reached.inputs)
