@@ -1,4 +1,4 @@
-"""The layers for multi-token prediction (MTP) that some checkpoints have besides the model's own, in transformers' code.
+"""The layers for multi-token prediction (MTP) that some checkpoints have besides the model's, in transformers' code.
 
 Layer k proposes the token k + 2 places after a hidden state, and reads the token k + 1 places after it. Not handled:
 releases of transformers without such layers (`why_no_mtp` says so); layers on several devices.

@@ -6,6 +6,7 @@ import torch
 from river_compile.decoding.draft_length import (
     ASSISTANT,
     LOOKUP,
+    MTP,
     TWINS,
     AcceptanceRate,
     Draft,
@@ -239,3 +240,18 @@ def test_acceptance_is_learned_per_bin():
         estimate.learn(2.0, False)
     assert estimate.probability(0.1) > 0.98
     assert estimate.probability(5.0) < 0.02
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_source_with_a_limit_makes_no_longer_drafts(adaptive):
+    """Neither at once nor step by step, however much more would gain; others have their room."""
+    length = rule(0.001) if adaptive else DraftLength(adaptive=False).carry_over(WIDTHS)
+    for source, limits, expected in ((MTP, {MTP: 3}, 3), (TWINS, {MTP: 3}, 15)):
+        length._next[source] = AcceptanceRate([], [0.95])
+        draft = Draft(15, longest=limits)
+        assert length.plan(draft, [source]).steps == expected
+        for taken in range(expected):
+            assert length.plan(draft, [source]).steps > 0, taken
+            draft.source, draft.steps = source, taken + 1
+            draft.add(*tokens(1, 0.95, source))
+        assert length.plan(draft, [source]).steps == 0
