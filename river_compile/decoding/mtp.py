@@ -142,7 +142,7 @@ def mtp_layers(record: ModelRecord) -> MtpLayers:
 
 
 def why_not_mtp(model: PreTrainedModel) -> str:
-    """Load a model's MTP layers if that was not tried; return why they cannot draft, and the fix, or an empty string."""
+    """Load a model's MTP layers if that was not tried; return why they cannot draft and the fix, or nothing."""
     loaded = record_of(model.parameters()).of(_Loaded)
     if not loaded.why_not:
         loaded.why_not = load_mtp(model)
@@ -150,7 +150,7 @@ def why_not_mtp(model: PreTrainedModel) -> str:
 
 
 def load_mtp(model: PreTrainedModel) -> str:
-    """Load a model's MTP layers if they are not there; return why they cannot draft, and the fix, or an empty string."""
+    """Load a model's MTP layers if they are not there; return why they cannot draft and the fix, or nothing."""
     record = record_of(model.parameters())
     loaded = record.of(_Loaded)
     if record.of(Agreement).several:
