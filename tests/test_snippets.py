@@ -42,6 +42,7 @@ NOT_RUN = {
     "river serve": "runs until it is interrupted; tests/cli/test_serve.py",
     "python -m river_compile.evaluation": "the package lm_eval and a data set; tests/evaluation",
     "python -m benchmarks.kernels": "a GPU",
+    "python -m benchmarks.tasks": "hours with a real model; tests/benchmarks",
     "python -m tools.kernels.tune": "a GPU, or minutes; tests/tools/kernels",
     "vllm serve": "the package vllm",
 }
