@@ -1,7 +1,7 @@
 """Drafts by an assistant: a smaller model with the same tokens, all of whose layers run as 4-bit twins.
 
 Its prompts run in 16 bits. Not handled: models with other tokens, or with states that cannot be rewound;
-prompts that came as embeddings, whose ids nobody knows.
+prompts that came as embeddings, whose ids are unknown.
 """
 
 from __future__ import annotations

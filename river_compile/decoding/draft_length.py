@@ -100,7 +100,7 @@ class Plan(NamedTuple):
 
     source: str  # whose steps run now
     steps: int  # 0: none, the draft is complete
-    count: int  # tokens to verify then: the draft's, and after them its copy's
+    verified: int  # tokens to verify then: the draft's, and after them its copy's
 
 
 class DraftLength:
@@ -132,7 +132,7 @@ class DraftLength:
 
     def plan(self, draft: Draft, sources: Sequence[str]) -> Plan:
         """Return how a draft continues, by a source that can run; the first of them where nothing else decides."""
-        if draft.source:  # its steps go on
+        if draft.source:  # a draft has tokens of one source
             sources = [draft.source]
         elif self._adaptive:  # one that was never measured is tried
             sources = [s for s in sources if len(self._times.get(s, ())) < _ENOUGH] or sources

@@ -15,7 +15,7 @@ from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.config import RiverConfig
 from river_compile.lowering.inductor import begin_kernels
-from river_compile.record import ModelRecord, record_of
+from river_compile.record import record_of
 from river_compile.tracing.programs import ProgramCache
 from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.dynamo import OwnCall
@@ -23,8 +23,8 @@ from river_compile.upstream.dynamo import OwnCall
 
 def set_up(
     model: PreTrainedModel, options: Mapping[str, Any], config: RiverConfig, stores: bool, in_background: bool
-) -> ModelRecord:
-    """Replace what River keeps of a model's programs; return its record. Nothing is traced or packed yet.
+) -> None:
+    """Replace what River keeps of a model's programs. Nothing is traced or packed yet.
 
     Args:
         options: of the backend, and `config`, the same checked.
@@ -39,7 +39,6 @@ def set_up(
     twins = record.of(TwinWeights)
     twins.stores, twins.background.enabled = stores, in_background
     weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
-    return record
 
 
 def _end_packing(twins: weakref.ref[TwinWeights]) -> None:

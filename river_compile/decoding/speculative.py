@@ -94,7 +94,7 @@ def _draft(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomato
     if draft.steps:
         ready[draft.source].end(draft.steps)
     drafted = len(draft.tokens)
-    copies = draft.copy[: max(plan.count - drafted, 0)]
+    copies = draft.copy[: max(plan.verified - drafted, 0)]
     if copies:
         text.note_draft(drafted, torch.tensor([copy.token for copy in copies]))
         for copy in copies:

@@ -99,7 +99,7 @@ def test_copies_are_verified_as_far_as_they_pay():
     assert rule(0.3).plan(draft, [TWINS]) == Plan("", 0, 15)
     plan = rule(0.3, each_token=0.9).plan(draft, [TWINS])
     assert not plan.steps
-    assert plan.count <= 3
+    assert plan.verified <= 3
 
 
 def test_what_time_is_worth_follows_what_cycles_bring():
@@ -156,7 +156,7 @@ def two_sources(assistant, twins, rates, texts=300):
 
 
 def test_the_source_that_gains_more_drafts():
-    """A cheap assistant that holds often, dear twins that hold nearly always; on other texts it holds rarely."""
+    """A cheap assistant that holds often, slow twins that hold nearly always; on other texts it holds rarely."""
     assert two_sources(0.1, 0.3, {ASSISTANT: 0.85, TWINS: 0.95})[ASSISTANT] > 0.9
     assert two_sources(0.1, 0.3, {ASSISTANT: 0.4, TWINS: 0.95})[TWINS] > 0.9
     assert two_sources(0.9, 0.9, {ASSISTANT: 0.3, TWINS: 0.3})[""] > 0.8
