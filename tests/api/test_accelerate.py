@@ -100,7 +100,6 @@ def test_a_pipeline_of_an_accelerated_model_drafts(model):
     ("options", "reason"),
     [
         ({"num_beams": 2}, "beam_search"),
-        ({"assistant_model": plain()}, "assistant_model=LlamaForCausalLM"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache=False"),
     ],
