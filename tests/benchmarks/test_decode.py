@@ -227,7 +227,7 @@ def test_the_torch_rows_run_a_tiny_model(backend):
 
 @pytest.mark.parametrize("drafts", [decode_rows.SMALL, decode_rows.BOTH])
 def test_a_tiny_assistant_drafts_the_text_of_its_model(drafts):
-    """Its twins are its own; the model's draft beside it where both do."""
+    """Its twins are its own; the model's draft next to it where both do."""
     from tests.support.families import make, prompt
 
     options = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn", "num_assistant_tokens_schedule": "constant"}
