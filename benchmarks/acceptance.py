@@ -45,9 +45,9 @@ def own_text(model: Any, prompt: list[int], tokens: int) -> Tensor:
 
 
 @torch.inference_mode()
-def choices_of_twins(model: Any, ids: Tensor, prompt: int) -> list[int]:
+def choices_of_twins(model: Any, decoder: TextDecoder, ids: Tensor, prompt: int) -> list[int]:
     """Return the twins' choice after each token behind a prompt but the last, each time on the model's own cache."""
-    decoder, chosen = TextDecoder(model, ids.shape[1]), []
+    chosen = []
     decoder.prompt(ids[:, :prompt])
     for end in range(prompt + 1, ids.shape[1]):
         before = decoder.save()
@@ -59,10 +59,10 @@ def choices_of_twins(model: Any, ids: Tensor, prompt: int) -> list[int]:
     return chosen
 
 
-def choices_of_all_twins(model: Any, ids: Tensor, prompt: int) -> list[int]:
+def choices_of_all_twins(decoder: TextDecoder, ids: Tensor, prompt: int) -> list[int]:
     """Return the same of a model whose tokens all run by twins, as an assistant's do."""
     with forced_depth(0):
-        chosen: list[int] = TextDecoder(model, ids.shape[1]).logits(ids[:, :-1], prompt).argmax(-1).tolist()
+        chosen: list[int] = decoder.logits(ids[:, :-1], prompt).argmax(-1).tolist()
     return chosen
 
 
@@ -112,14 +112,17 @@ def measure(options: argparse.Namespace, **backend: Any) -> dict[str, Any]:
     lengths = [len(prompt.ids) for prompt in prompts]
     pairs = list(zip(texts, lengths, strict=True))
     print("texts are there; asking the twins ...", file=sys.stderr)
-    twins = [choices_of_twins(model, *pair) for pair in pairs]
+    longest = max(ids.shape[1] for ids in texts)  # (another capacity would be another graph)
+    decoder = TextDecoder(model, longest)
+    twins = [choices_of_twins(model, decoder, *pair) for pair in pairs]
     step, by_width = passes(model, prompts[0].ids)
-    del model
+    del model, decoder
     print("asking the assistant ...", file=sys.stderr)
     small, _ = demo_models.load(demo_models.SMALLER[options.model], options.dtype)
     full = [choices(small, *pair) for pair in pairs]
     accelerate(small, "exact", background_packing=False, **backend)
-    assistant = [choices_of_all_twins(small, *pair) for pair in pairs]
+    decoder = TextDecoder(small, longest)
+    assistant = [choices_of_all_twins(decoder, *pair) for pair in pairs]
     small_step, _ = passes(small, prompts[0].ids)
     rows = zip(prompts, pairs, full, assistant, twins, strict=True)
     found = [
