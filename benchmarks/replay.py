@@ -104,7 +104,7 @@ def best(texts: Sequence[Text], seconds: Seconds) -> dict[str, tuple[str, tuple[
         "no drafts": {"": (undrafted(seconds),)},
         **by_one,
         "best of both in each cycle": {f"{m}, {n}": (*one, *other) for (m, one), (n, other) in pairs},
-        "two levels": {f"{m} in {n}": (two_levels(seconds, n, m),) for n, m in checked},
+        "two levels": {f"{n}+ by {m}": (two_levels(seconds, n, m),) for n, m in checked},
     }
     found = {}
     for name, by_length in ways.items():
