@@ -36,6 +36,8 @@ PROGRAMS = {
     "vllm": ("vLLM, bf16", BF16),
     "no_draft": ("River, speculation off", BF16),
     "exact": ('**River, default (`quality="exact"`)**', BF16),
+    "exact_assistant": ("River, default, drafts by a smaller model", BF16),
+    "exact_both": ("River, default, drafts by both", BF16),
     "fast": ('River, `quality="fast"`', "2 layers in 16 bits, then 4-bit"),
     "all_4bit": ("River, all layers in 4 bits (`exit_depth=0`)", BY_4_BITS),
 }
