@@ -108,6 +108,7 @@ def at_a_model(tmp_path, monkeypatch):
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     for folder, config in (
         ("path/to/model", transformers.LlamaConfig(**size)),
+        ("path/to/small", transformers.LlamaConfig(**size)),
         ("path/to/Qwen3-30B-A3B", transformers.Qwen3MoeConfig(**size, **experts)),
     ):
         torch.manual_seed(0)

@@ -101,7 +101,8 @@ def accelerate(
         raise OptionError("tokenizer= requires calibration_data=. Give both or none", id="RC003")
     if calibration_data is not None:
         collect_statistics(model, calibration_data, tokenizer)
-    set_up(model, backend_options, config, compile_cache, background_packing)
+    put_programs = set_up(model, backend_options, config, compile_cache, background_packing)
+    # The model changes last, so any error above leaves it as it was.
     if has_generate_of_its_own(model):
         warnings.warn(
             with_id(
@@ -114,6 +115,7 @@ def accelerate(
         )
     else:
         generate_by(model, mode)
+    put_programs()
     return model
 
 

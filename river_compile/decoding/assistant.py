@@ -150,7 +150,7 @@ def prepare(model: PreTrainedModel, target: ModelRecord, config: RiverConfig) ->
         return
     options = {name: getattr(config, name) for name in _ALIKE} | _OWN
     twins = target.of(TwinWeights)
-    set_up(model, options, config_for(options, None), twins.stores, twins.background.enabled)
+    set_up(model, options, config_for(options, None), twins.stores, twins.background.enabled)()
 
 
 def why_not_assistant(model: PreTrainedModel, assistant: PreTrainedModel) -> str:

@@ -6,7 +6,7 @@ Not handled: its ``generate`` (`api/generation.py`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,8 +23,10 @@ from river_compile.upstream.dynamo import OwnCall
 
 def set_up(
     model: PreTrainedModel, options: Mapping[str, Any], config: RiverConfig, stores: bool, in_background: bool
-) -> None:
-    """Replace what River keeps of a model's programs. Nothing is traced or packed yet.
+) -> Callable[[], None]:
+    """Return a function that replaces what River keeps of a model's programs; nothing is traced or packed yet.
+
+    What can fail is done before it returns.
 
     Args:
         options: of the backend, and `config`, the same checked.
@@ -34,11 +36,14 @@ def set_up(
     record, call = record_of(model.parameters()), OwnCall(river, options)
     programs = ProgramCache(config, stores)
     begin_kernels(config, model.device)
-    # Last, so any error above leaves the model as it was.
-    record.put(call, programs, Graphs())
-    twins = record.of(TwinWeights)
-    twins.stores, twins.background.enabled = stores, in_background
-    weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
+
+    def put() -> None:
+        record.put(call, programs, Graphs())
+        twins = record.of(TwinWeights)
+        twins.stores, twins.background.enabled = stores, in_background
+        weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
+
+    return put
 
 
 def _end_packing(twins: weakref.ref[TwinWeights]) -> None:

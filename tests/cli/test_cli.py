@@ -393,7 +393,9 @@ def test_an_assistant_drafts_for_chat_and_bench_and_check_predicts_it(tiny, caps
     found = printed_json(capsys, "check", tiny, *drafts, "--bandwidth", "10")
     reads = found["bytes_per_token"]
     assert reads["all_4bit"] < reads["assistant"] < reads["plain"]
-    assert found["predicted_tokens_per_s"]["assistant"] == pytest.approx(EFFICIENCY["exact"] * 10e9 / reads["assistant"])
+    assert found["predicted_tokens_per_s"]["assistant"] == pytest.approx(
+        EFFICIENCY["exact"] * 10e9 / reads["assistant"]
+    )
     assert "River, exact with the assistant" in river(capsys, "check", tiny, *drafts, "--bandwidth", "10").out
 
 
