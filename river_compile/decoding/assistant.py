@@ -83,6 +83,10 @@ class Assistant:
     def can_draft(self, tokens: int) -> bool:
         return self._passes is not None and tokens < _positions(self.model) and self._passes.can_draft()
 
+    def behind(self, tokens: int) -> int:
+        filled = 0 if self._passes is None else self._passes.kv.filled
+        return min(tokens - 1 - self._padding - filled, _ONE_BY_ONE + 1)
+
     def step(self, ids_1S: Tensor) -> Tensor:
         assert self._passes is not None, "it can draft"
         passes, self._ids = self._passes, self._own(ids_1S)

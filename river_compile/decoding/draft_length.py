@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -89,6 +89,7 @@ class Draft:
     steps: int = 0  # draft steps that ran
     source: str = ""  # whose steps they are
     copy: list[DraftToken] = field(default_factory=list)  # the continuation by prompt lookup
+    behind: Mapping[str, int] = field(default_factory=dict)  # steps that a source runs first, by source
 
     def add(self, token: DraftToken) -> None:
         self.prefixes.append(token.probability * (self.prefixes[-1] if self.prefixes else 1.0))
@@ -151,10 +152,11 @@ class DraftLength:
         width = self._width(len(draft.tokens))
         self._measure(width, verifying)
         if draft.steps:
-            self._measure(draft.source, drafting / draft.steps)
+            self._measure(draft.source, drafting / (draft.steps + draft.behind.get(draft.source, 0)))
         self._cycles += 1
         self._kept = _SPEED_DECAY * self._kept + len(kept)
-        took = self.seconds(width) + (draft.steps * self.seconds(draft.source) if draft.steps else 0.0)
+        steps = draft.steps + draft.behind.get(draft.source, 0)
+        took = self.seconds(width) + (steps * self.seconds(draft.source) if draft.steps else 0.0)
         self._seconds = _SPEED_DECAY * self._seconds + took
         self._costs = None
 
@@ -183,10 +185,11 @@ class DraftLength:
         for source in sources:
             tokens, reach = expected[drafted], likely[drafted - 1] if drafted else 1.0
             chance, step = self._next[source].probability(0.0), self._worth * self.seconds(source)
+            first = 0 if draft.steps else draft.behind.get(source, 0)
             for more in range(1, draft.room - drafted + 1):
                 reach *= chance
                 tokens += reach
-                gain = tokens - more * step - passes[drafted + more]
+                gain = tokens - (first + more) * step - passes[drafted + more]
                 if gain > best:
                     best, plan = gain, Plan(source, more, count)
         return plan

@@ -34,6 +34,10 @@ class Drafter(Protocol):
         """Whether it can draft until the text has so many ids."""
         ...
 
+    def behind(self, tokens: int) -> int:
+        """Return about how many draft steps it takes to read what it does not know of a text of so many ids."""
+        ...
+
     def step(self, ids_1S: Tensor) -> Tensor:
         """Return the logits ``[1, V]`` of the token after the ids: the text's, and those drafted in this cycle."""
         ...
@@ -65,6 +69,9 @@ class Twins:
 
     def can_draft(self, tokens: int) -> bool:
         return self._passes.can_draft()
+
+    def behind(self, tokens: int) -> int:
+        return 0
 
     def step(self, ids_1S: Tensor) -> Tensor:
         return self._passes.draft_step(ids_1S)

@@ -82,6 +82,7 @@ def _draft(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomato
     draft = Draft(max(min(passes.longest_draft, text.tokens_left - 1), 0))
     text.reserve(draft.room)
     ready = {drafter.source: drafter for drafter in drafters if drafter.can_draft(text.length + draft.room)}
+    draft.behind = {source: drafter.behind(text.length) for source, drafter in ready.items()}
     while True:
         if max_copied:
             most = min(draft.room - len(draft.tokens), max_copied)

@@ -162,6 +162,16 @@ def test_the_source_that_gains_more_drafts():
     assert two_sources(0.9, 0.9, {ASSISTANT: 0.3, TWINS: 0.3})[""] > 0.8
 
 
+def test_a_source_that_has_to_read_first_costs_more():
+    """An assistant that is slightly better than the twins drafts, unless it has missed some tokens."""
+    length = rule(0.2)
+    for _ in range(5):
+        length.learn(Draft(15, [], [], 1, ASSISTANT), ["backbone"], 0.19, 1.0)
+    for behind, source in ((0, ASSISTANT), (4, TWINS)):
+        draft = Draft(15, behind={ASSISTANT: behind, TWINS: 0})
+        assert length.plan(draft, [ASSISTANT, TWINS]).source == source
+
+
 def test_a_draft_has_tokens_of_one_source():
     length = rule(0.01)
     drafted = draft_of(tokens(1, 0.9, ASSISTANT))
