@@ -25,7 +25,7 @@ from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.kernels.checks import FLAG
 from river_compile.kernels.messages import with_id
-from river_compile.lowering.inductor import begin_kernels
+from river_compile.lowering.lower import begin_kernels
 from river_compile.record import find_record, forget, record_of, unwrap
 from river_compile.runtime.placement import Placement
 from river_compile.tracing.programs import ProgramCache

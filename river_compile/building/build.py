@@ -18,7 +18,7 @@ from river_compile.building.choose import Choices, choose, has_room, passes_for,
 from river_compile.building.graph_record import GraphRecord
 from river_compile.building.packing import only_drafts
 from river_compile.building.structured_trace import trace_pass, trace_program
-from river_compile.lowering.inductor import (
+from river_compile.lowering.lower import (
     TRITON_LAYOUT,
     choose_lowering,
     load_generated,

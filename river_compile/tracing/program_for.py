@@ -18,7 +18,7 @@ from river_compile.building.assemble import rebuild
 from river_compile.building.build import build
 from river_compile.building.graph_record import GraphRecord, Graphs, Origin
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering.inductor import no_compiler
+from river_compile.lowering.lower import no_compiler
 from river_compile.passes.program import Input, Program, Refusal, RiverProgram
 from river_compile.progress import stage_shown
 from river_compile.record import ModelRecord
