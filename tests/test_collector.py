@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 
 import pytest
 import torch
@@ -26,6 +27,40 @@ def test_it_is_afterwards_what_it_was(on):
         assert gc.isenabled() == on
     finally:
         (gc.enable if before else gc.disable)()
+
+
+class Ring:
+    """An object that only a collection frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def thawed():
+    """No object is frozen, as in a user's process; `conftest.py` freezes what it has imported."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_was_made_meanwhile_is_collected_later():
+    """By a full collection: no younger one looks at it, and nothing stays frozen."""
+    with collector_paused():
+        ring = weakref.ref(Ring())
+    assert gc.get_freeze_count() == 0
+    gc.collect(1)
+    assert ring() is not None
+    gc.collect()
+    assert ring() is None
+
+
+def test_what_the_caller_froze_stays_frozen():
+    frozen = gc.get_freeze_count()
+    with collector_paused():
+        pass
+    assert gc.get_freeze_count() == frozen > 0
 
 
 def test_no_collection_begins_in_a_trace(monkeypatch):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from river_compile.collector import collector_paused
 from river_compile.compile_cache.codec import NotCacheable, dumps, loads
 from river_compile.compile_cache.folder import Entry, evict, is_enabled
 from river_compile.config import RiverConfig
@@ -64,8 +65,9 @@ class ProgramCache:
         """Return the programs of calls with a signature; reads them if this process has none."""
         if signature not in self._known:
             entry = self._entry()
-            read = () if entry is None else _read_programs(entry, signature)
-            self._known[signature] = [KnownProgram(program, None) for program in read]
+            with collector_paused():
+                read = () if entry is None else _read_programs(entry, signature)
+                self._known[signature] = [KnownProgram(program, None) for program in read]
         return self._known[signature]
 
     def add(
