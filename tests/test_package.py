@@ -134,7 +134,8 @@ DOORS = {  # of each optional part, the modules of the package that import it; t
     "runtime.offload": {"building.assemble"},
     "runtime.tensor_parallel": {"", "backend"},
     "runtime.weight_store": {"runtime.offload"},
-    "kernels.triton": {"lowering.inductor"},
+    "kernels.triton": {"lowering.lower"},
+    "lowering.inductor": {"backend", "lowering.segments"},
     "twins.background": {"twins.pack", "twins.weights"},
     "api.export": {"", "cli.commands"},
 }

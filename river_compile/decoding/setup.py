@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.config import RiverConfig
-from river_compile.lowering.inductor import begin_kernels
+from river_compile.lowering.lower import begin_kernels
 from river_compile.record import record_of
 from river_compile.tracing.programs import ProgramCache
 from river_compile.twins.pack import TwinWeights

@@ -101,8 +101,13 @@ class OwnCall:
     def __init__(self, backend: Callable[..., Any], options: Mapping[str, Any]) -> None:
         # With its own code and globals, its graphs count towards no other model's recompile limit and die with it.
         self.code = _call.__code__.replace(co_name="call_of_one_model")
+        self._backend, self._options = backend, dict(options)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """The function for Dynamo, made at the first call: `torch.compile` imports half of AOTAutograd."""
         own = FunctionType(self.code, {"__builtins__": builtins})
-        self._compiled = torch.compile(own, backend=backend, options=dict(options))
+        return torch.compile(own, backend=self._backend, options=self._options)
 
     def __call__(self, model: nn.Module, /, **inputs: Any) -> Any:
         try:

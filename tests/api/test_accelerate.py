@@ -403,7 +403,6 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
 @pytest.mark.parametrize(
     "step",
     [
-        "torch.compile",
         "river_compile.config.RiverConfig.from_options",
         "river_compile.api.quality.check_paths",
         "river_compile.decoding.setup.OwnCall",
