@@ -9,9 +9,10 @@
 Every row is a separate process with an empty Inductor cache. Each generates the greedy continuation of the same
 prompts (prompt_sets.py), past any end of the text: once to compile and to warm up, then in `--repeats` rounds, rows one
 after another. Tokens/s exclude the prompt: medians over prompts of medians over rounds, with the range of the prompts.
-"Same text": of how many prompts a row with drafts wrote what its program writes without. "Outside": of a token, what is
-not in River's executor. "Uncaptured" graphs of Inductor ran without CUDA graphs: such a row is no baseline. A peer that
-can run with several files or draft lengths runs with the fastest. Nothing here looks at the quality of the text.
+"Same text": of how many prompts a row with drafts wrote what its program writes without. Exact mode's tokens are also
+counted by source. "Outside": of a token, what is not in River's executor. "Uncaptured" graphs of Inductor ran without
+CUDA graphs: such a row is no baseline. A peer that can run with several files or draft lengths runs with the fastest.
+Nothing here looks at the quality of the text.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -32,6 +34,8 @@ from benchmarks.prompt_sets import ALL, Prompt, spread
 from tools import demo_models
 
 _TRIAL_TOKENS = 48
+OWN = "backbone"  # the source of the token after a draft's accepted ones
+SOURCES = {"lookup": "copied", "assistant": "assistant's", "river": "twins'", OWN: "own"}  # and their columns
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,12 +134,13 @@ def _round(worker: common.Worker, result: dict, prompts: list[Prompt], options: 
     """Generate after each prompt once, and note speeds and texts."""
     from river_compile.reporting.timing import decode_rate
 
-    result["texts"] = []
+    result["texts"], result["cycles"] = [], []
     for number, prompt in enumerate(prompts):
         made = worker.ask("generate", ids=prompt.ids, new_tokens=options.new_tokens)
         result["tokens_per_s"][number].append(decode_rate(made["times"]) * options.batch)
         result["first_s"][number].append(made["times"][0])
         result["texts"].append(made["tokens"])
+        result["cycles"].append({key: made.get(key, {}) for key in ("drafted", "emitted")})  # tokens by source
 
 
 def _job(name: str, prompts: list[Prompt], options: argparse.Namespace) -> dict:
@@ -179,13 +184,26 @@ def _numbers(name: str, results: dict[str, dict], prompts: list[Prompt]) -> dict
     seconds = [statistics.median(times) for times in result["first_s"]]
     values["prompt_tokens_per_s"] = [len(p.ids) / s for p, s in zip(prompts, seconds, strict=True)]
     cells = prompt_sets.by_kind(prompts, values)
+    _add_drafts(cells, prompts, result["cycles"])
     whole = next(iter(cells.values()))[ALL]
     found: dict[str, Any] = {"decode_tokens_per_s": whole["tokens_per_s"]}
     found |= {f"decode_{end}_tokens_per_s": whole[f"{end}_tokens_per_s"] for end in ("least", "most")}
+    found["accepted_share"] = whole.get("accepted_share")
     if ROWS[name].same_as in results:
         pairs = zip(result["texts"], results[ROWS[name].same_as]["texts"], strict=True)
         found["same_text"] = sum(a == b for a, b in pairs) / len(prompts)
     return found | {"contexts": cells}
+
+
+def _add_drafts(cells: dict[str, dict[str, Any]], prompts: list[Prompt], cycles: list[dict[str, dict]]) -> None:
+    """Add to the cells of exact mode, by context and kind, the drafts' accepted share and the tokens by source."""
+    for context, kind in ((context, kind) for context, kinds in cells.items() for kind in kinds):
+        those = [c for p, c in zip(prompts, cycles, strict=True) if str(p.context) == context and kind in (ALL, p.kind)]
+        drafted, emitted = (sum((Counter(c[key]) for c in those), Counter()) for key in ("drafted", "emitted"))
+        if emitted:
+            accepted = emitted.total() - emitted[OWN]
+            cells[context][kind]["accepted_share"] = accepted / drafted.total() if drafted else None
+            cells[context][kind]["tokens"] = {source: emitted[source] for source in SOURCES}
 
 
 def memory_speed(outcome: dict, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -236,6 +254,15 @@ def show(outcome: dict) -> None:
             for name, by_kind in cells.items()
         ]
         common.print_table(["", *next(iter(cells.values()), ()), "prompt read at"], table)
+        table = [
+            [name, kind, cell["accepted_share"], *cell["tokens"].values()]
+            for name, by_kind in cells.items()
+            for kind, cell in by_kind.items()
+            if "tokens" in cell
+        ]
+        if table:
+            print(f"\nSources of the tokens after {context} tokens of context")
+            common.print_table(["", "prompts", "drafts accepted", *SOURCES.values()], table)
     print("\nRatios of decode tokens/s" if outcome["ratios"] else "")
     for pair, value in outcome["ratios"].items():
         print(f"  {pair:40} {value:.2f}")

@@ -17,7 +17,7 @@ FULL_DEPTH = "full"  # stands for an exit depth of all blocks, whose number only
 ALL = "all"  # names all rows on the command line
 OWN_FILE = "its own"  # the kind of the GGUF file that the model was made of
 DRAFT_LENGTHS = (2, 4, 8)
-SMALL, ITSELF = "small", "itself"
+SMALL, ITSELF, BOTH = "small", "itself", "both"  # who drafts: a smaller model, the model's own 4-bit weights
 _LLAMA, _SERVER = "llama-cpp-python", "xllamacpp"
 
 
@@ -30,7 +30,8 @@ class Row:
             "torch_compile", `model.compile(backend="river")` and transformers' loop; or the name of a peer.
         options: of the River backend.
         kinds: of weights that a peer writes first and runs; of several the fastest. None for the model as it is.
-        drafts: `ITSELF` or `SMALL`: 4-bit weights that draft for a peer, of this model or of a smaller one.
+        drafts: whose 4-bit weights draft for a peer, and in exact mode who does, where not `ITSELF` alone: a smaller
+            model in place of the twins, or `BOTH`.
         same_as: the row of the same program without drafts, whose text this one should give.
     """
 
@@ -50,6 +51,7 @@ ROWS = {
     "inductor": Row("inductor"),
     "llama_cpp": Row(_LLAMA, kinds=(OWN_FILE,)),
     "llama_cpp_best4": Row(_LLAMA, kinds=("Q4_0", "Q4_K_M", "IQ4_NL")),
+    "llama_cpp_q4_0": Row(_LLAMA, kinds=("Q4_0",)),
     "llama_cpp_bf16": Row(_LLAMA, kinds=("BF16",)),
     "llama_cpp_q8": Row(_LLAMA, kinds=("Q8_0",)),
     "llama_cpp_server_bf16": Row(_SERVER, kinds=("BF16",)),
@@ -67,6 +69,9 @@ ROWS = {
     "exact": Row("exact", same_as="no_draft"),
     "exact_16bit": Row("exact", options={"target_weights": "model"}, same_as="no_draft_16bit"),
     "exact_12bit": Row("exact", options={"target_weights": "12bit"}, same_as="no_draft_12bit"),
+    "exact_assistant": Row("exact", drafts=SMALL, same_as="no_draft"),
+    "exact_assistant_12bit": Row("exact", options={"target_weights": "12bit"}, drafts=SMALL, same_as="no_draft_12bit"),
+    "exact_both": Row("exact", drafts=BOTH, same_as="no_draft"),
     "fast": Row("river"),
     "depth_3": Row("river", options={"exit_depth": 3}),
     "all_4bit": Row("river", options={"exit_depth": 0}),
@@ -77,6 +82,9 @@ DEFAULT = list(PROGRAMS)  # the rows of the README's table
 _RIVALS = ("eager", "llama_cpp", "llama_cpp_best4", "llama_cpp_draft_itself", "llama_cpp_draft_small", "openvino")
 SPEED_RATIOS = (
     *(("exact", rival) for rival in ("no_draft", *_RIVALS)),
+    *(("exact_assistant", other) for other in ("exact", "no_draft", "llama_cpp_best4", "llama_cpp_draft_small")),
+    *(("exact_both", other) for other in ("exact", "exact_assistant")),
+    *(("exact_assistant_12bit", other) for other in ("exact_12bit", "llama_cpp_q4_0", "llama_cpp_draft_small")),
     *(("fast", other) for other in ("no_draft", "eager", "inductor", "torch_compile")),
     *((row, "llama_cpp_bf16") for row in ("no_draft_16bit", "no_draft_12bit", "exact_16bit", "exact_12bit")),
     *(("no_draft_12bit", "no_draft_16bit"), ("exact_12bit", "exact_16bit"), ("no_draft_checks", "no_draft_16bit")),
@@ -105,7 +113,7 @@ def why_not(row: Row, options: argparse.Namespace) -> str:
         reasons.append(peers.why_not(row.backend))
     if row.kinds and peers.PEERS[row.backend].reads == "gguf":
         reasons += [peers.why_not(_LLAMA) if row.kinds != (OWN_FILE,) or row.drafts else "", why_no_gguf(options)]
-    if row.drafts == SMALL and options.model not in demo_models.SMALLER:
+    if row.drafts in (SMALL, BOTH) and options.model not in demo_models.SMALLER:
         reasons.append("no smaller model with the same tokens is known")
     return next(filter(None, reasons), "")
 
@@ -146,7 +154,8 @@ def choices(row: Row, folder: Path, options: argparse.Namespace) -> dict[str, di
         common.WorkerFailed: a peer could not write a file.
     """
     if not row.is_peer:
-        return {"": {"folder": str(folder)}}
+        small = {"assistant": demo_models.resolve(demo_models.SMALLER[options.model])} if row.drafts else {}
+        return {"": {"folder": str(folder), **small}}
     reads_gguf = peers.PEERS[row.backend].reads == "gguf"
     source, writer = (gguf_file(options), _LLAMA) if reads_gguf else (folder, row.backend)
     files = {kind: source if kind == OWN_FILE else peers.converted(writer, source, kind) for kind in row.kinds}

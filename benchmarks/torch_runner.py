@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import common
-from benchmarks.decode_rows import ACCELERATED, FULL_DEPTH
+from benchmarks.decode_rows import ACCELERATED, BOTH, FULL_DEPTH, SMALL
 from river_compile.cli import shared
 from tools import demo_models
 
@@ -17,8 +18,9 @@ _PLAIN = ("eager", "inductor")
 class TorchRunner:
     """Generates with a model, with the cache that is usual for it, or a static one for a context's longest prompt."""
 
-    def __init__(self, model: Any, job: dict) -> None:
-        self.model, self.job, self._slots = model, job, 0
+    # An assistant drafts as the job's "drafts" say.
+    def __init__(self, model: Any, job: dict, assistant: Any = None) -> None:
+        self.model, self.job, self._assistant, self._slots = model, job, assistant, 0
 
     def prepare(self, prompts: Sequence[Sequence[int]]) -> dict:
         """Compile, and warm up with each prompt; return the seconds from there to the first two new tokens."""
@@ -27,6 +29,8 @@ class TorchRunner:
         options = {k: layers if v == FULL_DEPTH else v for k, v in self.job["options"].items()}
         if self.job["backend"] == "inductor" and self.job["device"] == "cuda":
             options["triton.cudagraphs"] = True  # what mode="reduce-overhead" is
+        if self.job.get("drafts") == SMALL:
+            options["assistant_model"] = self._assistant
         if self.job["backend"] in ACCELERATED:
             import river_compile
 
@@ -45,10 +49,25 @@ class TorchRunner:
         return {"first_token_s": setup + first, "second_token_s": setup + second}
 
     def generate(self, ids: Sequence[int], new_tokens: int) -> dict:
-        """Generate after a prompt; return the new tokens, of a batch its first row's, and the seconds to each."""
+        """Generate after a prompt; return the new tokens, of a batch its first row's, and the seconds to each.
+
+        Of exact mode also how many tokens each source drafted, and how many of the new ones came from it.
+        """
         assert new_tokens == self.job["new_tokens"]
-        made = self._generate(ids)
-        return {"tokens": list(made.tokens), "times": list(made.times)}
+        if self.job["backend"] != "exact":
+            made = self._generate(ids)
+            return {"tokens": list(made.tokens), "times": list(made.times)}
+        from river_compile.runtime.stats import CycleRecord, cycles
+
+        seen: list[CycleRecord] = []
+        with cycles.added(seen.append):
+            made = self._generate(ids)
+        return {
+            "tokens": list(made.tokens),
+            "times": list(made.times),
+            "drafted": Counter(source for cycle in seen for source in cycle.drafted),
+            "emitted": Counter(source for cycle in seen for source in cycle.emitted),
+        }
 
     def facts(self, prompt: Sequence[int]) -> dict:
         """Return what one more generation tells, and the peak memory before it."""
@@ -71,10 +90,7 @@ class TorchRunner:
             found["target_bits"] = target_bits(self.model, self.job["options"])
             if self.job["device"] == "cuda":
                 found["captures"] = sum(graph.captures.made for graph in river_compile.report(self.model).graphs)
-            if self.job["backend"] == "exact":
-                drafts = river_compile.report(self.model).exact
-                found["accepted_share"] = drafts.accepted / max(drafts.drafted, 1)
-            else:
+            if self.job["backend"] != "exact":
                 found["mean_depth"] = trace.mean_depth
         return found
 
@@ -86,7 +102,8 @@ class TorchRunner:
         static, new_tokens = self.job["backend"] in ("inductor", "torch_compile"), self.job["new_tokens"]
         prompt = torch.tensor([ids], device=self.job["device"]).repeat(self.job["batch"], 1)
         if not static:
-            return generate(self.model, prompt, new_tokens, static_cache=False, stop_after=stop_after)
+            more = {"assistant_model": self._assistant} if self.job.get("drafts") == BOTH else {}
+            return generate(self.model, prompt, new_tokens, static_cache=False, stop_after=stop_after, **more)
         slots = min(size for size in self.job["slots"] if size >= len(ids) + new_tokens)
         if slots != self._slots:
             vars(self.model).pop("_cache", None)  # transformers keeps a larger one, and attends to all of it
@@ -112,8 +129,9 @@ def _prepare(prompts: list[list[int]], **job: Any) -> dict:
 
     shared.quiet()
     torch.set_num_threads(job["threads"])
-    model, _ = demo_models.load(job["folder"], dtype=job["dtype"])
-    _runners.append(TorchRunner(model.to(job["device"]), job | {"first": prompts[0]}))
+    folders = [job["folder"], *filter(None, [job.get("assistant")])]
+    models = [demo_models.load(folder, dtype=job["dtype"])[0].to(job["device"]) for folder in folders]
+    _runners.append(TorchRunner(models[0], job | {"first": prompts[0]}, *models[1:]))
     return _runners[0].prepare(prompts)
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch._inductor.compile_fx import compile_fx
 
 from river_compile.agreement import Agreement
 from river_compile.building.build import build
@@ -24,7 +23,7 @@ from river_compile.config import RiverConfig, check_mode
 from river_compile.errors import RiverWarning, UnsupportedGraphError
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering.inductor import inductor_settings, no_compiler
+from river_compile.lowering.lower import no_compiler
 from river_compile.passes.nodes import input_name, is_parameter
 from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal
@@ -118,8 +117,9 @@ def river(
     _report_refusal(graph.refusal, "RC100" if unbuildable else "RC021", plainly, is_new, config)
     if plainly:
         return graph_module.forward
-    compiled: Any = compile_fx(graph_module, example_inputs, config_patches=inductor_settings(mode))
-    return compiled
+    from river_compile.lowering.inductor import compile_whole
+
+    return compile_whole(graph_module, example_inputs, mode)
 
 
 def shared_by(parameters: Iterable[object]) -> Ranks | None:

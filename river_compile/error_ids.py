@@ -48,6 +48,7 @@ _TITLES = {
     "RC065": "Static KV cache is full",
     "RC066": "ContinuousBatch is closed or cannot take the call",
     "RC067": "An id is no row of an embedding",
+    "RC068": "An assistant or MTP layers do not draft",
     # Memory and speed.
     "RC080": "No room for offloaded weights",
     "RC081": "Offload folder is in memory",

@@ -1,5 +1,7 @@
 """What pages, docstrings and comments name exists: modules, files, links with anchors, commands and their options.
 
+The citation file and the page of the method name one paper.
+
 Not handled: names in docs/notes and generated pages, and that an option belongs to the very command it stands with.
 """
 
@@ -9,6 +11,7 @@ import itertools
 import re
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
 from tests.support.layout import OURS, ROOT, names_in
@@ -119,3 +122,14 @@ def test_links_lead_to_files_and_headings(page):
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             dead.append(target)
     assert not dead, "\n".join(dead)
+
+
+def test_the_citation_file_and_the_bibtex_name_the_same_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    (paper,) = citation["references"]
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    bibtex = dict(re.findall(r"^  (\w+) += \{(.*)\},$", page, re.MULTILINE))
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    expected = (paper["title"], authors, paper["conference"]["name"], str(paper["year"]), paper["url"])
+    assert tuple(bibtex[name] for name in ("title", "author", "booktitle", "year", "url")) == expected
+    assert f'license = "{citation["license"]}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

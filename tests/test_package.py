@@ -128,12 +128,15 @@ def test_the_check_sees_forbidden_includes(folder, source):
 
 DOORS = {  # of each optional part, the modules of the package that import it; the package itself exports some names
     "cli.serving": {"cli.serve"},
+    "decoding.assistant": {"decoding.mode"},
+    "decoding.mtp": {"decoding.mode"},
     "decoding.continuous": {"", "cli.serving"},
     "evaluation": {"", "cli.commands"},
     "runtime.offload": {"building.assemble"},
     "runtime.tensor_parallel": {"", "backend"},
     "runtime.weight_store": {"runtime.offload"},
-    "kernels.triton": {"lowering.inductor"},
+    "kernels.triton": {"lowering.lower"},
+    "lowering.inductor": {"backend", "lowering.segments"},
     "twins.background": {"twins.pack", "twins.weights"},
     "api.export": {"", "cli.commands"},
 }

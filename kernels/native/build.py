@@ -209,11 +209,17 @@ def find_compiler() -> Compiler:
 
     if os.name == "nt":
         raise CannotBuild("The C++ kernels need GCC or Clang. Compilers on Windows are not supported. Use WSL")
+    given = config.cpp.cxx
+    names = [*filter(None, given if isinstance(given, (tuple, list)) else [given])]
+    # Inductor's search finds the first name that works too, unless it may install one, but imports code generators.
+    if names and shutil.which(names[0]) and not os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
+        first = compiler_of(names[0])
+        if first.version:
+            return first
     try:
         command = get_cpp_compiler()
     except Exception as error:  # Inductor has no public class for it
-        tried = ", ".join(filter(None, config.cpp.cxx)) if isinstance(config.cpp.cxx, tuple) else config.cpp.cxx
-        raise CannotBuild(f"No C++ compiler works here (tried {tried}). {_INSTALL}") from error
+        raise CannotBuild(f"No C++ compiler works here (tried {', '.join(names)}). {_INSTALL}") from error
     return compiler_of(command)
 
 

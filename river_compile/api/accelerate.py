@@ -19,8 +19,6 @@ from river_compile.api.generation import generate_by, has_generate_of_its_own, m
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
 from river_compile.backend import river, shared_by
 from river_compile.config import RiverConfig
-from river_compile.decoding.assistant import prepare
-from river_compile.decoding.mode import ExactMode
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.setup import set_up
 from river_compile.errors import OptionError, RiverWarning
@@ -103,9 +101,8 @@ def accelerate(
         raise OptionError("tokenizer= requires calibration_data=. Give both or none", id="RC003")
     if calibration_data is not None:
         collect_statistics(model, calibration_data, tokenizer)
-    record = set_up(model, backend_options, config, compile_cache, background_packing)
-    if isinstance(mode, ExactMode) and mode.assistant_model is not None:
-        prepare(mode.assistant_model, record, config)
+    put_programs = set_up(model, backend_options, config, compile_cache, background_packing)
+    # The model changes last, so any error above leaves it as it was.
     if has_generate_of_its_own(model):
         warnings.warn(
             with_id(
@@ -118,6 +115,7 @@ def accelerate(
         )
     else:
         generate_by(model, mode)
+    put_programs()
     return model
 
 

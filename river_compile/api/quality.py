@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from river_compile.backend import config_for, shared_by
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import check_paths
-from river_compile.decoding.assistant import why_not_assistant
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
 from river_compile.decoding.mtp import load_mtp
 from river_compile.errors import ExactModeError, OptionError
@@ -86,7 +85,7 @@ def _exact_mode(model: PreTrainedModel, strict: bool, options: Mapping[str, Any]
     backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
     mode = replace(exact, strict=strict, **drafting)
     if mode.assistant_model is not None:
-        why_not = why_not_assistant(model, mode.assistant_model)
+        why_not = mode.why_not_assistant(model, mode.assistant_model)
         if why_not:
             raise OptionError(f"assistant_model={type(mode.assistant_model).__name__} cannot draft: {why_not}")
     if mode.use_mtp:

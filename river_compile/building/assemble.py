@@ -20,12 +20,8 @@ from river_compile.building.structured_trace import trace_artifact
 from river_compile.config import RiverConfig
 from river_compile.exits import SequenceStates
 from river_compile.kernels.native import load as native
-from river_compile.lowering.inductor import (
-    ProgramExamples,
-    SegmentCompiler,
-    inductor_settings,
-    load_generated,
-)
+from river_compile.lowering.lower import load_generated
+from river_compile.lowering.segments import ProgramExamples, SegmentCompiler
 from river_compile.passes.program import Matmul, Program, SegmentSpec
 from river_compile.progress import stage_reached
 from river_compile.record import ModelRecord, adopt
@@ -146,8 +142,7 @@ def _compiled(
     graph: GraphRecord,
 ) -> dict[SegmentSpec, Step]:
     """Compile the segments, each with the operands that follow its inputs."""
-    settings = inductor_settings(graph.mode, whole=False)
-    compiler = SegmentCompiler(examples, program.device, program.native, settings)
+    compiler = SegmentCompiler(examples, program.device, program.native, graph.mode)
     steps: dict[SegmentSpec, Step] = {}
     with graph.stage("compiling"):
         for number, segment in enumerate(segments):

@@ -7,25 +7,26 @@ Not handled: graphs that are no decoder (:mod:`river_compile.backend` sorts them
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from river_compile.building.assemble import assembled, executor_of, placement_of
-from river_compile.building.choose import Choices, choose, has_room, passes_for, why_width_matters
+from river_compile.building.choose import Choices, choose, has_room, packing_for, passes_for, why_width_matters
 from river_compile.building.graph_record import GraphRecord
 from river_compile.building.packing import only_drafts
 from river_compile.building.structured_trace import trace_pass, trace_program
-from river_compile.lowering.inductor import (
+from river_compile.collector import collector_paused
+from river_compile.lowering.lower import (
     TRITON_LAYOUT,
     choose_lowering,
     load_generated,
     lower_segment,
     warn_of_slow_lowering,
 )
-from river_compile.passes.edits import PassRecord, run_passes
+from river_compile.passes.edits import Pass, PassRecord, run_passes
 from river_compile.passes.freeze import freeze
 from river_compile.passes.nodes import calls_flex_attention, value_of
 from river_compile.passes.program import Matmul, Program, RiverProgram
@@ -54,8 +55,8 @@ def build(
     check_captures(plan.device, config, how.native)
     placement_of(model, config).check(plan, config)
     unwritten: list[Matmul] = []  # whose 12-bit weights the background writes to a file
-    with graph.stage("rewriting"):
-        rewritten, passes = _rewritten(found, choices)
+    with graph.stage("rewriting"), collector_paused():
+        rewritten, passes = _rewritten(found, passes_for(choices, plan))
         if by_default:
             lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless]
             later = only_drafts(model, config) and twins.packs_later(lossless)
@@ -65,7 +66,8 @@ def build(
                 there = twins.has(lossless=True) or has_room(found)
             if not there:
                 choices = replace(choices, target_weights="model")
-                rewritten, passes = _rewritten(found, choices)
+                rewritten, others = _rewritten(passes.pop().before, packing_for(choices))
+                passes += others
                 unwritten = lossless if later else []
         for number, record in enumerate(passes, start=1):
             trace_pass(plan.kind, number, record)
@@ -90,7 +92,7 @@ def _frozen(found: RiverProgram, rewritten: RiverProgram, choices: Choices, grap
     return freeze(rewritten, lower, graph.inputs, matrices, how.native, why)
 
 
-def _rewritten(found: RiverProgram, choices: Choices) -> tuple[RiverProgram, list[PassRecord]]:
-    """Run the passes; return the result and what each of them changed."""
+def _rewritten(program: RiverProgram, passes: Sequence[Pass]) -> tuple[RiverProgram, list[PassRecord]]:
+    """Run passes; return the result and what each of them changed."""
     records: list[PassRecord] = []
-    return run_passes(found, passes_for(choices, found.plan), records.append), records
+    return run_passes(program, passes, records.append), records

@@ -92,9 +92,14 @@ def passes_for(choices: Choices, plan: DecoderPlan) -> list[Pass]:
         passes.append(rescored_head)
         if lowering.native and plan.is_decode:
             passes.append(vocab_blocks)
-    if choices.has_own_matmuls and (lowering.native or choices.target_weights != "model"):
-        passes.append(packed_backbone(choices.target_weights, choices.worth_12_bits))
-    return passes
+    return [*passes, *packing_for(choices)]
+
+
+def packing_for(choices: Choices) -> list[Pass]:
+    """Return the last pass, which depends on `target_weights` as no other does; none if no weights can be packed."""
+    if not choices.has_own_matmuls or not (choices.lowering.native or choices.target_weights != "model"):
+        return []
+    return [packed_backbone(choices.target_weights, choices.worth_12_bits)]
 
 
 def _exit_policy(program: RiverProgram, config: RiverConfig) -> ExitPolicy:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from river_compile.config import RiverConfig
 from river_compile.exits import WHOLE, threshold_text
-from river_compile.lowering.inductor import Compiled
+from river_compile.lowering.segments import Compiled
 from river_compile.passes.program import Fusion, KeptLinear, Program, RiverProgram
 from river_compile.progress import stage_shown
 from river_compile.runtime.captures import CaptureLog

@@ -44,6 +44,7 @@ _EXPRESSIONS: dict[str, Callable[..., Any]] = {
     for name in ("FloorDiv", "Mod", "PythonMod", "ModularIndexing", "CleanDiv", "CeilToInt", "Max", "Min")
     if hasattr(sizes, name)
 }
+_CONDITIONS = (sympy.Eq, sympy.Ne, sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)
 _ANY = "Integer"  # the mark of a symbol of any sign
 _NAMES = {kind: name for name, kind in _EXPRESSIONS.items()} | {
     sympy.Equality: "Eq",
@@ -266,7 +267,9 @@ def _read_size(held: Any) -> sympy.Basic:
     name, *arguments = held
     if name == _ANY:  # not known to be positive, as a negative offset
         return _symbol(arguments[0])
-    made: sympy.Basic = _EXPRESSIONS[name](*map(_read_size, arguments))
+    kind, operands = _EXPRESSIONS[name], [_read_size(argument) for argument in arguments]
+    # They were evaluated when they were written, and SymPy imports its tensors to compare symbols.
+    made: sympy.Basic = kind(*operands, evaluate=False) if kind in _CONDITIONS else kind(*operands)
     return made
 
 

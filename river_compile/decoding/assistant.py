@@ -1,7 +1,7 @@
 """Drafts by an assistant: a smaller model with the same tokens, all of whose layers run as 4-bit twins.
 
 Its prompts run in 16 bits. Not handled: models with other tokens, or with states that cannot be rewound;
-prompts that came as embeddings, whose ids nobody knows.
+prompts that came as embeddings, whose ids are unknown.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ class Assistant:
     def can_draft(self, tokens: int) -> bool:
         return self._passes is not None and tokens < _positions(self.model) and self._passes.can_draft()
 
+    def behind(self, tokens: int) -> int:
+        filled = 0 if self._passes is None else self._passes.kv.filled
+        return min(tokens - 1 - self._padding - filled, _ONE_BY_ONE + 1)
+
     def step(self, ids_1S: Tensor) -> Tensor:
         assert self._passes is not None, "it can draft"
         passes, self._ids = self._passes, self._own(ids_1S)
@@ -151,7 +155,7 @@ def prepare(model: PreTrainedModel, target: ModelRecord, config: RiverConfig) ->
         return
     options = {name: getattr(config, name) for name in _ALIKE} | _OWN
     twins = target.of(TwinWeights)
-    set_up(model, options, config_for(options, None), twins.stores, twins.background.enabled)
+    set_up(model, options, config_for(options, None), twins.stores, twins.background.enabled)()
 
 
 def why_not_assistant(model: PreTrainedModel, assistant: PreTrainedModel) -> str:

@@ -89,6 +89,7 @@ class Draft:
     steps: int = 0  # draft steps that ran
     source: str = ""  # whose steps they are
     copy: list[DraftToken] = field(default_factory=list)  # the continuation by prompt lookup
+    behind: Mapping[str, int] = field(default_factory=dict)  # steps that a source runs first, by source
     longest: Mapping[str, int] = field(default_factory=dict)  # most steps of the sources that have a limit
 
     def room_for(self, source: str) -> int:
@@ -106,7 +107,7 @@ class Plan(NamedTuple):
 
     source: str  # whose steps run now
     steps: int  # 0: none, the draft is complete
-    count: int  # tokens to verify then: the draft's, and after them its copy's
+    verified: int  # tokens to verify then: the draft's, and after them its copy's
 
 
 class DraftLength:
@@ -138,7 +139,7 @@ class DraftLength:
 
     def plan(self, draft: Draft, sources: Sequence[str]) -> Plan:
         """Return how a draft continues, by a source that can run; the first of them where nothing else decides."""
-        if draft.source:  # its steps go on
+        if draft.source:  # a draft has tokens of one source
             sources = [draft.source]
         elif self._adaptive:  # one that was never measured is tried
             sources = [s for s in sources if len(self._times.get(s, ())) < _ENOUGH] or sources
@@ -157,10 +158,11 @@ class DraftLength:
         width = self._width(len(draft.tokens))
         self._measure(width, verifying)
         if draft.steps:
-            self._measure(draft.source, drafting / draft.steps)
+            self._measure(draft.source, drafting / (draft.steps + draft.behind.get(draft.source, 0)))
         self._cycles += 1
         self._kept = _SPEED_DECAY * self._kept + len(kept)
-        took = self.seconds(width) + (draft.steps * self.seconds(draft.source) if draft.steps else 0.0)
+        steps = draft.steps + draft.behind.get(draft.source, 0)
+        took = self.seconds(width) + (steps * self.seconds(draft.source) if draft.steps else 0.0)
         self._seconds = _SPEED_DECAY * self._seconds + took
         self._costs = None
 
@@ -189,10 +191,11 @@ class DraftLength:
         for source in sources:
             tokens, reach = expected[drafted], likely[drafted - 1] if drafted else 1.0
             chance, step = self._next[source].probability(0.0), self._worth * self.seconds(source)
+            first = 0 if draft.steps else draft.behind.get(source, 0)
             for more in range(1, draft.room_for(source) + 1):
                 reach *= chance
                 tokens += reach
-                gain = tokens - more * step - passes[drafted + more]
+                gain = tokens - (first + more) * step - passes[drafted + more]
                 if gain > best:
                     best, plan = gain, Plan(source, more, count)
         return plan

@@ -28,7 +28,7 @@ class Drafter(Protocol):
 
     @property
     def longest(self) -> int | None:
-        """Most tokens of a draft; None: no limit of its own."""
+        """Most tokens of a draft; None: no separate limit."""
         ...
 
     def begin(self, ids_1S: Tensor, padding: int) -> None:
@@ -37,6 +37,10 @@ class Drafter(Protocol):
 
     def can_draft(self, tokens: int) -> bool:
         """Whether it can draft until the text has so many ids."""
+        ...
+
+    def behind(self, tokens: int) -> int:
+        """Return about how many draft steps it takes to read what it does not know of a text of so many ids."""
         ...
 
     def step(self, ids_1S: Tensor) -> Tensor:
@@ -71,6 +75,9 @@ class Twins:
 
     def can_draft(self, tokens: int) -> bool:
         return self._passes.can_draft()
+
+    def behind(self, tokens: int) -> int:
+        return 0
 
     def step(self, ids_1S: Tensor) -> Tensor:
         return self._passes.draft_step(ids_1S)

@@ -1,6 +1,6 @@
 """Drafts by a checkpoint's own layers for multi-token prediction (MTP), which read the model's last hidden states.
 
-A draft has a token for each of these layers at most. Not handled: texts some of whose hidden states nobody kept, such
+A draft has a token for each of these layers at most. Not handled: texts some of whose hidden states are unknown, such
 as those of a batch's rows and of prompts that came as embeddings; other sources draft these.
 """
 
@@ -86,6 +86,9 @@ class Mtp:
     def can_draft(self, tokens: int) -> bool:
         return bool(self._layers)
 
+    def behind(self, tokens: int) -> int:
+        return 0  # what others drafted is read in the next step
+
     def step(self, ids_1S: Tensor) -> Tensor:
         number, layer = self._steps, self._layers[self._steps]
         self._steps += 1
@@ -106,8 +109,8 @@ class Mtp:
             return
         tokens, self._steps = tokens - self._padding, 0
         new = tokens - self._layers[0].end
-        if hidden is None or hidden.shape[1] < new:  # a pass of such a width runs through the model
-            self._explain()
+        if hidden is None or hidden.shape[1] < new:
+            self._explain("a pass ran outside of River's graphs")
             self.close()
             return
         self._layers[0].add(self._head.normed(hidden[:, :new]))
@@ -122,15 +125,17 @@ class Mtp:
         self._layers, self._cache = [], None
         self._head.untie()
 
-    def _explain(self) -> None:
-        """Warn once if no text of the model can be drafted."""
+    def _explain(self, why_not: str = "") -> None:
+        """Warn once, if no text of the model can be drafted or with a reason."""
         passes = self._passes
         program = None if passes.graph is None else passes.graph.program
         loaded = passes.record.of(_Loaded)
-        if program is None or program.hidden is not None or loaded.told:
+        if not why_not and program is not None and program.hidden is None:
+            why_not = "its head reads more than one value"
+        if loaded.told or not why_not:
             return
         loaded.told = True
-        message = f"the MTP layers of {type(passes.model).__name__} do not draft: its head reads more than one value"
+        message = f"the MTP layers of {type(passes.model).__name__} do not draft: {why_not}"
         warnings.warn(with_id("RC068", message), RiverWarning, stacklevel=3)
 
 

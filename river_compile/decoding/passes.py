@@ -128,8 +128,9 @@ class Passes:
     def padding(self) -> int:
         """Ids at the beginning of the first row that its mask hides."""
         mask = self.kwargs.get("attention_mask")
-        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[0].all())
-        return int(mask[0].int().argmax()) if padded else 0
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[0].all()):
+            return 0
+        return int(mask[0].int().argmax())
 
     def width_for(self, drafted: int) -> int:
         """Return the smallest verification width for a number of drafted tokens."""

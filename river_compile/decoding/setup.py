@@ -6,7 +6,7 @@ Not handled: its ``generate`` (`api/generation.py`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.config import RiverConfig
-from river_compile.lowering.inductor import begin_kernels
-from river_compile.record import ModelRecord, record_of
+from river_compile.lowering.lower import begin_kernels
+from river_compile.record import record_of
 from river_compile.tracing.programs import ProgramCache
 from river_compile.twins.pack import TwinWeights
 from river_compile.upstream.dynamo import OwnCall
@@ -23,8 +23,10 @@ from river_compile.upstream.dynamo import OwnCall
 
 def set_up(
     model: PreTrainedModel, options: Mapping[str, Any], config: RiverConfig, stores: bool, in_background: bool
-) -> ModelRecord:
-    """Replace what River keeps of a model's programs; return its record. Nothing is traced or packed yet.
+) -> Callable[[], None]:
+    """Return a function that replaces what River keeps of a model's programs; nothing is traced or packed yet.
+
+    What can fail is done before it returns.
 
     Args:
         options: of the backend, and `config`, the same checked.
@@ -34,12 +36,14 @@ def set_up(
     record, call = record_of(model.parameters()), OwnCall(river, options)
     programs = ProgramCache(config, stores)
     begin_kernels(config, model.device)
-    # Last, so any error above leaves the model as it was.
-    record.put(call, programs, Graphs())
-    twins = record.of(TwinWeights)
-    twins.stores, twins.background.enabled = stores, in_background
-    weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
-    return record
+
+    def put() -> None:
+        record.put(call, programs, Graphs())
+        twins = record.of(TwinWeights)
+        twins.stores, twins.background.enabled = stores, in_background
+        weakref.finalize(model, _end_packing, weakref.ref(twins)).atexit = False
+
+    return put
 
 
 def _end_packing(twins: weakref.ref[TwinWeights]) -> None:

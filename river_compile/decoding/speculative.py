@@ -83,6 +83,7 @@ def _draft(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomato
     draft.longest = {drafter.source: drafter.longest for drafter in drafters if drafter.longest is not None}
     text.reserve(draft.room)
     ready = {drafter.source: drafter for drafter in drafters if drafter.can_draft(text.length + draft.room)}
+    draft.behind = {source: drafter.behind(text.length) for source, drafter in ready.items()}
     while True:
         if max_copied:
             most = min(draft.room - len(draft.tokens), max_copied)
@@ -95,7 +96,7 @@ def _draft(passes: Passes, text: Text, drafting: Drafting, index: SuffixAutomato
     if draft.steps:
         ready[draft.source].end(draft.steps)
     drafted = len(draft.tokens)
-    copies = draft.copy[: max(plan.count - drafted, 0)]
+    copies = draft.copy[: max(plan.verified - drafted, 0)]
     if copies:
         text.note_draft(drafted, torch.tensor([copy.token for copy in copies]))
         for copy in copies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from river_compile.passes.freeze import size_conditions, to_example
 from river_compile.passes.nodes import input_name, is_parameter, value_of
 from river_compile.passes.program import Input, Program, Refusal, RiverProgram, Source
 from river_compile.passes.segments import recognise
-from river_compile.passes.stamp import stamp
+from river_compile.passes.stamp import Template, stamp
 from river_compile.tracing.forward import Forward
 from river_compile.tracing.template import trace_template
 
@@ -27,6 +28,7 @@ class NewProgram(NamedTuple):
     found: RiverProgram
     inputs: tuple[Input, ...]  # with sources
     conditions: tuple[sympy.Basic, ...]
+    template: Template | None = None  # that it was stamped from
 
     def copy_sources(self, program: Program) -> Program:
         """Return what the passes made of it, with the sources of its inputs."""
@@ -38,7 +40,11 @@ class NewProgram(NamedTuple):
 def stamped_program(forward: Forward, twins: bool) -> NewProgram | Refusal:
     """Return the program of a pass, stamped from a trace of a few layers; or why that is not possible."""
     template = trace_template(forward)
-    stamped = template if isinstance(template, Refusal) else stamp(template)
+    return template if isinstance(template, Refusal) else _stamped_from(template, twins)
+
+
+def _stamped_from(template: Template, twins: bool) -> NewProgram | Refusal:
+    stamped = stamp(template)
     if isinstance(stamped, Refusal):
         return stamped
     found = recognise(stamped.graph_module, twins)
@@ -50,7 +56,7 @@ def stamped_program(forward: Forward, twins: bool) -> NewProgram | Refusal:
         Input(_name(node, source), to_example(value_of(node)), is_parameter(node), False, source)
         for node, source in zip(found.inputs, stamped.sources, strict=True)
     )
-    return NewProgram(found, located, size_conditions(map(value_of, found.inputs)))
+    return NewProgram(found, located, size_conditions(map(value_of, found.inputs)), template)
 
 
 def _name(node: fx.Node, source: Source) -> str:
@@ -60,21 +66,40 @@ def _name(node: fx.Node, source: Source) -> str:
     return source.name if source.kind == "model" else input_name(node)
 
 
-def decode_variant(program: Program, traced: RiverProgram) -> NewProgram | None:
-    """Return the variant of a program for one token per row; None, with a line in the log, if there is none."""
+def decode_variant(traced: RiverProgram, inputs: Sequence[Input], template: Template | None) -> NewProgram | None:
+    """Return the variant of a program for one token per row; None, with a line in the log, if there is none.
+
+    `traced` is the program before its passes, `inputs` are its inputs, and `template` is what it was stamped from.
+    """
     length = traced.plan.query_length
     if isinstance(length, int) or not length.node.expr.is_Symbol:
         return None
     symbol = length.node.expr
     try:
-        found = recognise(with_size(traced.plan.graph, symbol, 1), twins=False)
+        if template is None:
+            new = _of_one_token(traced, inputs, symbol)
+        else:  # a few layers take less time than all
+            new = _stamped_from(_template_of_one_token(template, symbol), twins=False)
     except Exception as error:  # operators may raise anything
-        found = Refusal(f"{type(error).__name__}: {error}")
-    if isinstance(found, Refusal):
-        log.info("the program for several tokens has no variant for one token: %s", found)
+        new = Refusal(f"{type(error).__name__}: {error}")
+    if isinstance(new, Refusal):
+        log.info("the program for several tokens has no variant for one token: %s", new)
         return None
+    conditions = (condition for condition in new.conditions if symbol not in condition.free_symbols)
+    return new._replace(conditions=tuple(conditions))
+
+
+def _of_one_token(traced: RiverProgram, inputs: Sequence[Input], symbol: sympy.Symbol) -> NewProgram | Refusal:
+    found = recognise(with_size(traced.plan.graph, symbol, 1), twins=False)
+    if isinstance(found, Refusal):
+        return found
     left = {node.name for node in found.inputs}
-    inputs = (given for node, given in zip(traced.inputs, program.inputs, strict=True) if node.name in left)
-    assumed = size_conditions(map(value_of, found.inputs))
-    conditions = tuple(condition for condition in assumed if symbol not in condition.free_symbols)
-    return NewProgram(found, tuple(inputs), conditions)
+    kept = (given for node, given in zip(traced.inputs, inputs, strict=True) if node.name in left)
+    return NewProgram(found, tuple(kept), size_conditions(map(value_of, found.inputs)))
+
+
+def _template_of_one_token(template: Template, symbol: sympy.Symbol) -> Template:
+    graph_module = with_size(template.graph_module.graph, symbol, 1)
+    by_name = {node.name: source for node, source in template.sources.items()}
+    inputs = graph_module.graph.find_nodes(op="placeholder")
+    return replace(template, graph_module=graph_module, sources={node: by_name[node.name] for node in inputs})

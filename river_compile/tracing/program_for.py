@@ -18,8 +18,9 @@ from river_compile.backend import obstacle
 from river_compile.building.assemble import rebuild
 from river_compile.building.build import build
 from river_compile.building.graph_record import GraphRecord, Graphs, Origin
+from river_compile.collector import collector_paused
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering.inductor import no_compiler
+from river_compile.lowering.lower import no_compiler
 from river_compile.passes.program import Input, Program, Refusal, RiverProgram
 from river_compile.progress import stage_shown
 from river_compile.record import ModelRecord
@@ -106,7 +107,10 @@ def _derived(forward: Forward, record: ModelRecord, programs: ProgramCache) -> B
     if not forward.is_one_token or not is_transformers_model(forward.model):
         return None
     for known in programs.of(forward.signature(one_token=False)):
-        new = None if known.traced is None else decode_variant(known.program, known.traced)
+        if known.traced is None:
+            continue
+        with collector_paused():
+            new = decode_variant(known.traced, known.program.inputs, known.template)
         found = None if new is None else _new(new, "derived", forward, record, programs)
         if found is not None:
             return found
@@ -118,7 +122,7 @@ def _stamped(forward: Forward, record: ModelRecord, programs: ProgramCache) -> B
     model, signature = forward.model, forward.signature()
     if signature in programs.not_stamped or not is_transformers_model(model) or torch.is_grad_enabled():
         return None
-    with stage_shown("tracing"):
+    with stage_shown("tracing"), collector_paused():
         new = stamped_program(forward, twins=programs.config.packs_twins)
     if isinstance(new, Refusal):
         log.info("all layers of %s are traced: %s", type(model).__name__, new)
@@ -136,7 +140,7 @@ def _new(
         return None
     executor = _built(new.found, new.inputs, args, origin, forward, record, programs)
     executor.program = new.copy_sources(executor.program)
-    programs.add(forward.signature(), executor, new.found)
+    programs.add(forward.signature(), executor, new.found, new.template)
     return Bindable(executor, args)
 
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from river_compile.collector import collector_paused
 from river_compile.compile_cache.codec import NotCacheable, dumps, loads
 from river_compile.compile_cache.folder import Entry, evict, is_enabled
 from river_compile.config import RiverConfig
 from river_compile.passes.program import Program, RiverProgram
+from river_compile.passes.stamp import Template
 from river_compile.runtime.executor import RiverExecutor
 
 log = logging.getLogger("river_compile.compile_cache")
@@ -31,6 +33,7 @@ class KnownProgram:
     program: Program
     executor: RiverExecutor | None  # None: it was read, and is not built yet
     traced: RiverProgram | None = None  # before its passes; None if an earlier process traced it
+    template: Template | None = None  # that it was stamped from
 
 
 class ProgramCache:
@@ -62,17 +65,20 @@ class ProgramCache:
         """Return the programs of calls with a signature; reads them if this process has none."""
         if signature not in self._known:
             entry = self._entry()
-            read = () if entry is None else _read_programs(entry, signature)
-            self._known[signature] = [KnownProgram(program, None) for program in read]
+            with collector_paused():
+                read = () if entry is None else _read_programs(entry, signature)
+                self._known[signature] = [KnownProgram(program, None) for program in read]
         return self._known[signature]
 
-    def add(self, signature: str, executor: RiverExecutor, traced: RiverProgram) -> None:
+    def add(
+        self, signature: str, executor: RiverExecutor, traced: RiverProgram, template: Template | None = None
+    ) -> None:
         """Add a program that was built in this process; one that is known already stays."""
         with self.lock:
             known = self._known.setdefault(signature, [])
             if any(other.executor is executor for other in known):  # one graph may serve several widths
                 return
-            known.append(KnownProgram(executor.program, executor, traced))
+            known.append(KnownProgram(executor.program, executor, traced, template))
             if executor.is_kept:
                 self._new.append((signature, known[-1]))
 

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import functools
 import inspect
+import itertools
 import re
 import shlex
 import sys
@@ -95,14 +96,23 @@ def _code_of_calls(model: nn.Module) -> list[CodeType | None]:
     return [getattr(function, "__code__", None) for function in (model._call_impl, model.forward)]
 
 
+_numbers = itertools.count()
+
+
 class OwnCall:
     """The compiled call of one model, ``(model, **inputs)``, with hooks of modules guarded."""
 
     def __init__(self, backend: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        # With its own code and globals, its graphs count towards no other model's recompile limit and die with it.
-        self.code = _call.__code__.replace(co_name="call_of_one_model")
+        # With its own code and globals, its graphs count towards no other model's recompile limit and die with it. By
+        # its name Dynamo remembers which numbers differed: a norm's epsilon of another model would become an input.
+        self.code = _call.__code__.replace(co_name=f"call_of_model_{next(_numbers)}")
+        self._backend, self._options = backend, dict(options)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """The function for Dynamo, made at the first call: `torch.compile` imports half of AOTAutograd."""
         own = FunctionType(self.code, {"__builtins__": builtins})
-        self._compiled = torch.compile(own, backend=backend, options=dict(options))
+        return torch.compile(own, backend=self._backend, options=self._options)
 
     def __call__(self, model: nn.Module, /, **inputs: Any) -> Any:
         try:

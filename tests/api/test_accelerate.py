@@ -100,7 +100,6 @@ def test_a_pipeline_of_an_accelerated_model_drafts(model):
     ("options", "reason"),
     [
         ({"num_beams": 2}, "beam_search"),
-        ({"assistant_model": plain()}, "assistant_model=LlamaForCausalLM"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache=False"),
     ],
@@ -404,14 +403,13 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
 @pytest.mark.parametrize(
     "step",
     [
-        "torch.compile",
         "river_compile.config.RiverConfig.from_options",
         "river_compile.api.quality.check_paths",
-        "river_compile.api.accelerate.OwnCall",
-        "river_compile.api.accelerate.ProgramCache",
+        "river_compile.decoding.setup.OwnCall",
+        "river_compile.decoding.setup.ProgramCache",
         "river_compile.api.accelerate.has_generate_of_its_own",
         "river_compile.api.accelerate.generate_by",
-        "river_compile.api.accelerate.begin_kernels",
+        "river_compile.decoding.setup.begin_kernels",
         "river_compile.api.generation.MethodType",
         "river_compile.api.generation.keep_out_of_copies",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -37,7 +38,11 @@ class FakeWorker:
         self.rounds += 1
         speed = 20.0 if "Q4_K_M" in self.file else self.speeds[(self.rounds - 1) // 2 % 3]
         times = [0.5, 0.5 + 1 / speed]
-        return {"tokens": [1, 2 + self.rounds % 2 * (self.name == "exact")], "times": times}
+        made = {"tokens": [1, 2 + self.rounds % 2 * (self.name == "exact")], "times": times}
+        if self.name == "exact":  # of the second prompt all drafts are rejected
+            kept = {"lookup": 2, "river": 3} if arguments["ids"] == [1, 2] else {}
+            made |= {"drafted": {"lookup": 4, "river": 4}, "emitted": {"backbone": 5, **kept}}
+        return made
 
     def close(self):
         self.log.append(("close", self.name))
@@ -104,6 +109,37 @@ def test_drafts_are_compared_with_the_same_program_without(fake, capsys):
     page = capsys.readouterr().out
     assert "1 of 2" in page
     assert "2 of 2" in page
+
+
+def test_the_tokens_of_exact_mode_are_counted_by_source_and_kind(fake, capsys):
+    """Of the last round, in the records too; other rows have no such numbers."""
+    rows = ("no_draft", "exact")
+    assert run(fake, "--rows", *rows, "--repeats", "2", "--new-tokens", "2", "--record", "some") == 0
+    found = json.loads((fake / "out.json").read_text())["rows"]
+    cells = found["exact"]["contexts"]["32"]
+    assert [cells[kind]["accepted_share"] for kind in ("all", "chat", "code")] == [5 / 16, 5 / 8, 0.0]
+    assert cells["all"]["tokens"] == {"lookup": 2, "assistant": 0, "river": 3, "backbone": 10}
+    assert (found["exact"]["accepted_share"], found["no_draft"]["accepted_share"]) == (5 / 16, None)
+    assert "tokens" not in found["no_draft"]["contexts"]["32"]["all"]
+    kept = {(r["row"], r["key"]): r["value"] for r in records.read(fake / "results" / "some.jsonl")}
+    assert (kept["exact/32/chat/tokens", "river"], kept["exact", "accepted_share"]) == (3, 5 / 16)
+    page = capsys.readouterr().out.partition("Sources of the tokens")[2]
+    assert "exact  code                0.00       0            0       0    5" in page
+
+
+def test_an_assistant_is_the_smaller_model_that_is_known(fake, monkeypatch):
+    """Its folder goes to the workers of the rows that it drafts for."""
+    monkeypatch.setitem(demo_models.SMALLER, str(fake), "a small one")
+    monkeypatch.setattr(demo_models, "resolve", lambda name: f"/models/{name}")
+    options = argparse.Namespace(model=str(fake), gguf=None)
+    for name, drafts in (("exact_assistant", decode_rows.SMALL), ("exact_both", decode_rows.BOTH)):
+        row = decode_rows.ROWS[name]
+        assert (row.drafts, decode_rows.why_not(row, options)) == (drafts, "")
+        wanted = {"folder": str(fake), "assistant": "/models/a small one"}
+        assert decode_rows.choices(row, fake, options) == {"": wanted}
+    assert decode_rows.choices(decode_rows.ROWS["exact"], fake, options) == {"": {"folder": str(fake)}}
+    monkeypatch.delitem(demo_models.SMALLER, str(fake))
+    assert "no smaller model" in decode_rows.why_not(row, options)
 
 
 def test_a_peer_that_fails_or_is_not_there_is_absent_with_its_reason(fake, monkeypatch, capsys):
@@ -187,6 +223,28 @@ def test_the_torch_rows_run_a_tiny_model(backend):
     assert (found["outside_ms"] is None) == (backend == "eager")
     assert found["target_bits"] is None
     assert ("generate" in vars(runner.model)) == (backend == "river")
+
+
+@pytest.mark.parametrize("drafts", [decode_rows.SMALL, decode_rows.BOTH])
+def test_a_tiny_assistant_drafts_the_text_of_its_model(drafts):
+    """Its twins are its own; the model's draft next to it where both do."""
+    from tests.support.families import make, prompt
+
+    options = {"kernels": OPERATORS, "group_size": 32, "quantizer": "rtn", "num_assistant_tokens_schedule": "constant"}
+    job = {"new_tokens": 8, "batch": 1, "device": "cpu", "slots": [16]}
+    river = {"backend": "exact", "options": options, "drafts": drafts}
+    ids = prompt()[0].tolist()
+    runners = [
+        torch_runner.TorchRunner(make("llama", layers=2), job | {"backend": "eager", "options": {}}),
+        torch_runner.TorchRunner(make("llama", layers=2), job | river, make("llama", layers=2)),
+    ]
+    for runner in runners:
+        runner.prepare([ids])
+    plain, made = (runner.generate(ids, 8) for runner in runners)
+    assert made["tokens"] == plain["tokens"]
+    assert made["drafted"]["assistant"] > 0
+    assert sum(made["emitted"].values()) == 7  # a prompt's first token is in no cycle
+    assert ("river" in made["drafted"]) <= (drafts == decode_rows.BOTH)
 
 
 def test_the_weights_that_full_depth_reads_come_from_the_report():

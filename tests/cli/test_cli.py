@@ -379,6 +379,26 @@ def test_quantize_and_chat_with_the_twins(tiny, tmp_path, capsys):
     assert len(turn["tokens"]) == 12
 
 
+def test_an_assistant_drafts_for_chat_and_bench_and_check_predicts_it(tiny, capsys):
+    """Here the model itself, in 4 bits."""
+    drafts = ("--assistant", tiny)
+    options = ("--dtype", "float32", "-n", "12", "--prompt", "hello")
+    plain = printed_json(capsys, "chat", tiny, *options)["turns"][0]
+    turn = printed_json(capsys, "chat", tiny, *drafts, *options)["turns"][0]
+    assert turn["assistant"] == plain["assistant"]
+    assert {t["source"] for t in turn["tokens"]} <= {"prompt", "assistant", "lookup", "backbone"}
+    found = printed_json(capsys, "bench", "-m", tiny, *drafts, "--row", "assistant", "-p", "0", "-n", "4", "-r", "1")
+    assert [(row["backend"], row["test"]) for row in found["results"]] == [("assistant", "tg4")]
+    assert "needs --assistant MODEL" in failure(capsys, "bench", "-m", tiny, "--row", "assistant")
+    found = printed_json(capsys, "check", tiny, *drafts, "--bandwidth", "10")
+    reads = found["bytes_per_token"]
+    assert reads["all_4bit"] < reads["assistant"] < reads["plain"]
+    assert found["predicted_tokens_per_s"]["assistant"] == pytest.approx(
+        EFFICIENCY["exact"] * 10e9 / reads["assistant"]
+    )
+    assert "River, exact with the assistant" in river(capsys, "check", tiny, *drafts, "--bandwidth", "10").out
+
+
 def test_chat_shows_depths_where_tokens_leave(tiny, capsys):
     turn = printed_json(capsys, "chat", tiny, "--quality", "fast", "-n", "6", "--prompt", "hello")["turns"][0]
     assert {t["source"] for t in turn["tokens"][1:]} <= {"depth 2", "depth 3"}

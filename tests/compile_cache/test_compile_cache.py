@@ -28,7 +28,7 @@ from river_compile.compile_cache.identity import identity_of
 from river_compile.kernels.native.build import CannotBuild
 from tests.support.examples import slow_but
 from tests.support.families import FAMILIES, each, make, prompt
-from tests.support.layout import ROOT
+from tests.support.layout import ROOT, run_python
 from tests.support.lowerings import INDUCTOR, OPERATORS, UNQUANTIZED
 
 OPTIONS = {"kernels": "native", "group_size": 32, "quantizer": "rtn"}
@@ -93,6 +93,29 @@ class TestASecondStart:
             str(next(used.glob("twins-*/packed")))
         }
 
+    def test_imports_no_compiler(self, used, first, tmp_path):
+        """A new process imports what it runs. (transformers itself has imported Dynamo: `masking_utils`.)"""
+        code = f"""
+import sys
+import torch
+from tests.support.families import make, prompt
+
+model, ids = make("llama", layers=3), prompt()
+before = set(sys.modules)
+assert "river_compile" not in before
+import river_compile
+
+river_compile.accelerate(model, **{OPTIONS})
+text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+origins = {{graph.origin for graph in river_compile.report(model).graphs}}
+compilers = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._export", "torch.export", "triton")
+print([text.tolist(), origins, sorted(name for name in set(sys.modules) - before if name.startswith(compilers))])
+"""
+        text, origins, imported = ast.literal_eval(run_python(code, tmp_path, ROOT).stdout)
+        assert text == first[1].tolist()
+        assert origins == {"stored"}
+        assert imported == []
+
     def test_leaves_at_the_same_depths(self, cache):
         """By the default rule of "fast", with twins from the cache."""
         (text, traced, found), (again, none, later) = start(quality="fast"), start(quality="fast")
@@ -112,7 +135,7 @@ class TestASecondStart:
             raise CannotBuild("it knows no such flag")
 
         monkeypatch.setattr("river_compile.kernels.native.load.load", refuses)
-        monkeypatch.setattr("river_compile.backend.compile_fx", lambda graph, *_, **__: graph.forward)
+        monkeypatch.setattr("river_compile.lowering.inductor.compile_fx", lambda graph, *_, **__: graph.forward)
         with pytest.warns(RiverWarning, match="^RC100: Could not compile River's C.. kernels"):
             text, _, found = start()
         assert torch.equal(text, generate(make("llama", layers=3), prompt()))

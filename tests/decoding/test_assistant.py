@@ -1,4 +1,4 @@
-"""Drafts by a smaller model: the text is the plain model's, whoever drafts, and what cannot draft is named.
+"""Drafts by a smaller model: the text is the plain model's, and what cannot draft is named.
 
 Models are tiny, in float32 and run by operators, so texts are compared token for token. An assistant with the model's
 own weights is accepted nearly always, one with other weights nearly never.
@@ -133,8 +133,8 @@ def test_self_speculation_is_asked_for_or_turned_off():
 @torch.no_grad()
 @pytest.mark.parametrize("others", [1, 3, 12, 40])
 def test_an_assistant_takes_in_what_others_drafted(good, others):
-    """Tokens that were copied, and a text that goes on otherwise than it drafted."""
-    model, plain = good
+    """Tokens that were copied, and a text that continues otherwise than it drafted."""
+    model, _ = good
     generate(model, prompt(12))
     small = river_compile.api.generation.mode_of(model).assistant_model
     text, rejected = prompt(20 + others), prompt(24, seed=1)

@@ -100,7 +100,7 @@ def test_copies_are_verified_as_far_as_they_pay():
     assert rule(0.3).plan(draft, [TWINS]) == Plan("", 0, 15)
     plan = rule(0.3, each_token=0.9).plan(draft, [TWINS])
     assert not plan.steps
-    assert plan.count <= 3
+    assert plan.verified <= 3
 
 
 def test_what_time_is_worth_follows_what_cycles_bring():
@@ -157,10 +157,20 @@ def two_sources(assistant, twins, rates, texts=300):
 
 
 def test_the_source_that_gains_more_drafts():
-    """A cheap assistant that holds often, dear twins that hold nearly always; on other texts it holds rarely."""
+    """A cheap assistant that holds often, slow twins that hold nearly always; on other texts it holds rarely."""
     assert two_sources(0.1, 0.3, {ASSISTANT: 0.85, TWINS: 0.95})[ASSISTANT] > 0.9
     assert two_sources(0.1, 0.3, {ASSISTANT: 0.4, TWINS: 0.95})[TWINS] > 0.9
     assert two_sources(0.9, 0.9, {ASSISTANT: 0.3, TWINS: 0.3})[""] > 0.8
+
+
+def test_a_source_that_has_to_read_first_costs_more():
+    """An assistant that is slightly better than the twins drafts, unless it has missed some tokens."""
+    length = rule(0.2)
+    for _ in range(5):
+        length.learn(Draft(15, [], [], 1, ASSISTANT), ["backbone"], 0.19, 1.0)
+    for behind, source in ((0, ASSISTANT), (4, TWINS)):
+        draft = Draft(15, behind={ASSISTANT: behind, TWINS: 0})
+        assert length.plan(draft, [ASSISTANT, TWINS]).source == source
 
 
 def test_a_draft_has_tokens_of_one_source():
@@ -244,7 +254,7 @@ def test_acceptance_is_learned_per_bin():
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_a_source_with_a_limit_makes_no_longer_drafts(adaptive):
-    """Neither at once nor step by step, however much more would gain; others have their room."""
+    """Neither planned together nor step by step, however much more would gain; others have their room."""
     length = rule(0.001) if adaptive else DraftLength(adaptive=False).carry_over(WIDTHS)
     for source, limits, expected in ((MTP, {MTP: 3}, 3), (TWINS, {MTP: 3}, 15)):
         length._next[source] = AcceptanceRate([], [0.95])

@@ -330,13 +330,6 @@ def test_what_cannot_work_is_refused_by_name(options, message, shared):
         exactly(shared(), prompt(), **options)
 
 
-@pytest.mark.core
-def test_an_assistant_model_is_refused_by_name(shared):
-    """transformers gives a callable custom_generate no assistant, so it would be ignored without a word."""
-    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM is not available"):
-        exactly(shared(), prompt(), assistant_model=make("llama"))
-
-
 def test_a_model_that_reads_the_whole_text_in_every_pass_is_refused():
     """CPM-Ant's positions attend to those that follow, so a pass of several tokens gives others than several passes."""
     model = tiny_model("cpmant")

@@ -12,8 +12,8 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import WHOLE, forced_depth
 from river_compile.kernels.native.build import CannotBuild
-from river_compile.lowering import inductor
-from river_compile.lowering.inductor import choose_lowering
+from river_compile.lowering import lower
+from river_compile.lowering.lower import choose_lowering
 from river_compile.passes.program import Lowering
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import CAPACITY, cache_state, decode, left_padded, new_cache
@@ -154,7 +154,7 @@ def test_which_layout_is_chosen(monkeypatch):
     assert choose_lowering(RiverConfig(), CPU) == chosen
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        inductor.warn_of_slow_lowering(chosen, CPU)
+        lower.warn_of_slow_lowering(chosen, CPU)
 
 
 @pytest.mark.parametrize("quality", ["exact", "fast"])
@@ -164,8 +164,8 @@ def test_where_the_compiler_refuses_the_kernels_a_model_runs_plainly_and_it_is_s
 
     ids, plain = prompt(), make("llama", layers=2)
     expected = plain.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    monkeypatch.setattr(inductor.native_kernels, "load", refuses)
-    monkeypatch.setattr("river_compile.backend.compile_fx", lambda graph, *_, **__: graph.forward)
+    monkeypatch.setattr(lower.native_kernels, "load", refuses)
+    monkeypatch.setattr("river_compile.lowering.inductor.compile_fx", lambda graph, *_, **__: graph.forward)
     model = river_compile.accelerate(make("llama", layers=2), quality)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", RiverWarning)

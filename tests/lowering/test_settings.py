@@ -5,18 +5,29 @@ import functools
 import pytest
 import torch
 
+from river_compile import RiverWarning
 from river_compile.backend import river
-from river_compile.building import assemble
 from river_compile.lowering import inductor
-from river_compile.lowering.inductor import inductor_settings
 from tests.support.families import make, prompt
-from tests.support.lowerings import UNQUANTIZED, UNQUANTIZED_INDUCTOR
+from tests.support.lowerings import UNQUANTIZED_INDUCTOR
 from tests.support.recorder import recording
 
 
-def test_a_whole_graph_has_the_modes_settings():
-    assert inductor_settings("reduce-overhead")["triton.cudagraphs"] is True
-    assert inductor_settings(None) == {}
+@pytest.mark.parametrize(("mode", "expected"), [("reduce-overhead", True), (None, None)])
+def test_a_whole_graph_has_the_modes_settings(mode, expected, monkeypatch):
+    """A model in float64, which River does not rewrite."""
+    seen = []
+
+    def note(graph_module, *_args, config_patches):
+        seen.append(config_patches)
+        return graph_module.forward
+
+    monkeypatch.setattr(inductor, "compile_fx", note)
+    model = make("llama", layers=2).double()
+    model.compile(backend=functools.partial(river, options={"kernels": "native"}, mode=mode))
+    with torch.no_grad(), pytest.warns(RiverWarning, match="its weights are float64"):
+        model(prompt())
+    assert [settings.get("triton.cudagraphs") for settings in seen] == [expected]
 
 
 def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
@@ -53,15 +64,15 @@ def test_inductors_cache_tells_versions_of_the_operators_apart(monkeypatch):
 @recording()
 def test_the_backend_asks_for_none_whether_it_captures_or_not(captures, monkeypatch):
     """Prompts and caches that grow run uncaptured."""
-    seen, compiler = [], assemble.SegmentCompiler
+    seen = []
 
-    def note(*arguments):
-        seen.append(arguments[-1])
-        return compiler(*arguments)
+    def note(graph_module, *_args, config_patches, **_options):
+        seen.append(config_patches)
+        return graph_module
 
-    monkeypatch.setattr(assemble, "SegmentCompiler", note)
+    monkeypatch.setattr(inductor, "compile_fx", note)
     model = make("llama", layers=2)
-    options = {"kernels": UNQUANTIZED, "graphs": captures}
+    options = {"kernels": UNQUANTIZED_INDUCTOR, "graphs": captures}
     model.compile(backend=functools.partial(river, options=options, mode="reduce-overhead"))
     ids = prompt()
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)

@@ -23,8 +23,9 @@ from river_compile.backend import executors_of, river
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError
 from river_compile.exits import forced_depth
-from river_compile.lowering import inductor
-from river_compile.lowering.inductor import SegmentCompiler, choose_lowering
+from river_compile.lowering import lower
+from river_compile.lowering.lower import choose_lowering
+from river_compile.lowering.segments import SegmentCompiler
 from river_compile.passes.program import Lowering, SegmentSpec
 from tests.support.decoding import CAPACITY, cache_argument, cache_state, decode, left_padded, new_cache
 from tests.support.examples import slow, slow_but
@@ -349,19 +350,19 @@ def test_which_lowering_is_chosen(monkeypatch):
     }
     with pytest.raises(OptionError, match="River has no 4-bit kernels for a model on xpu"):
         choose_lowering(RiverConfig(), torch.device("xpu"))
-    monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lower.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match="kernels='triton' requires Triton here, which is not installed"):
         choose_lowering(RiverConfig(kernels="triton"), cpu)
 
 
 def test_the_interpreter_is_announced_once():
-    inductor.warn_once.cache_clear()
+    lower.warn_once.cache_clear()
     with pytest.warns(RiverWarning, match="Triton's interpreter"):
-        inductor.warn_of_slow_lowering(FUSED, torch.device("cpu"))
+        lower.warn_of_slow_lowering(FUSED, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        inductor.warn_of_slow_lowering(FUSED, torch.device("cpu"))
-        inductor.warn_of_slow_lowering(FUSED, torch.device("cuda"))
+        lower.warn_of_slow_lowering(FUSED, torch.device("cpu"))
+        lower.warn_of_slow_lowering(FUSED, torch.device("cuda"))
 
 
 @pytest.mark.gpu

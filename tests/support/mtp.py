@@ -22,7 +22,7 @@ from tools.families.tiny import OVERRIDES, draw_weights, tiny_config
 MtpModel = getattr(modeling_layers, "MtpModel", None)
 needs_mtp = pytest.mark.skipif(MtpModel is None, reason="this release of transformers has no MTP layers")
 BLOCKS = 3
-FAMILIES = ("glm4_moe", "deepseek_v3", "mellum")  # the last one with a sliding window and names of its own
+FAMILIES = ("glm4_moe", "deepseek_v3", "mellum")  # the last one with a sliding window and other names
 _FIELDS = {"mellum": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}}
 _MELLUM = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "post_norm": "norm"}
 

@@ -154,3 +154,15 @@ def test_a_hook_without_effects_is_in_the_program():
     assert isinstance(found, Bindable)
     plain = Pass("llama")
     assert torch.equal(passing.run(found), -2 * plain.run(plain.program()))
+
+
+def test_models_that_differ_in_a_number_have_programs_of_their_own():
+    """Dynamo makes an input of a number that differs from the last time; of another model, that is a constant here."""
+    for epsilon in (1e-5, 1e-3):
+        model = make("llama", layers=2)
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = epsilon
+        accelerate(model, **OPTIONS, background_packing=False)
+        model.generate(prompt(6), max_new_tokens=4, do_sample=False)
+        assert [graph.origin for graph in report(model).graphs] == ["traced", "derived"]

@@ -14,7 +14,7 @@ from river_compile.passes.normalize import normalized
 from river_compile.passes.program import Refusal, RiverProgram
 from river_compile.passes.segments import describe, graph_lines, recognise
 from river_compile.tracing.forward import Forward
-from river_compile.tracing.new_program import NewProgram, stamped_program
+from river_compile.tracing.new_program import NewProgram, decode_variant, stamped_program
 from river_compile.upstream.dynamo import trace
 from river_compile.upstream.transformers import cache_argument, full_static_cache, mark_dynamic
 from tests.support.families import FAMILIES, MORE_CONFIGS, each, make, prompt
@@ -75,6 +75,17 @@ def test_stamped_is_whole(name):
     for mine, theirs in zip(lines_of(stamped.found, ours), lines_of(whole, names), strict=True):
         assert mine == theirs
     assert {given.name for given in stamped.inputs} >= set(filter(None, names.values()))
+
+
+@pytest.mark.parametrize("name", each(TRACED))
+def test_one_token_of_some_layers_is_that_of_all(name):
+    """The program of decode steps, derived before the other layers are stamped, and after."""
+    stamped, *_ = stamped_and_whole(make(name, layers=LAYERS))
+    some, whole = (decode_variant(stamped.found, stamped.inputs, of) for of in (stamped.template, None))
+    assert [given.source for given in some.inputs] == [given.source for given in whole.inputs]
+    assert some.conditions == whole.conditions
+    assert lines_of(some.found, {}) == lines_of(whole.found, {})
+    assert some.found.plan.is_decode
 
 
 def scaled(i, layer):
