@@ -16,7 +16,6 @@ from river_compile.backend import config_for, shared_by
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import check_paths
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
-from river_compile.decoding.mtp import load_mtp
 from river_compile.errors import ExactModeError, OptionError
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
@@ -84,14 +83,9 @@ def _exact_mode(model: PreTrainedModel, strict: bool, options: Mapping[str, Any]
     drafting = {name: value for name, value in options.items() if name in MODE_OPTIONS}
     backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
     mode = replace(exact, strict=strict, **drafting)
-    if mode.assistant_model is not None:
-        why_not = mode.why_not_assistant(model, mode.assistant_model)
-        if why_not:
-            raise OptionError(f"assistant_model={type(mode.assistant_model).__name__} cannot draft: {why_not}")
-    if mode.use_mtp:
-        why_not = load_mtp(model)
-        if why_not:
-            raise OptionError(f"use_mtp=True is not available: {why_not}")
+    why_not = mode.why_no_drafter(model)
+    if why_not:
+        raise OptionError(why_not)
     if not mode.self_drafts(backend):
         backend["exit_depth"] = WHOLE  # no program has twins
     return mode, backend

@@ -28,7 +28,7 @@ from river_compile.decoding.given import Given
 from river_compile.decoding.inputs import BY_SLOT, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
 from river_compile.decoding.kv_cache import KVCache, needs_own_cache, why_no_rewind
-from river_compile.decoding.mtp import Mtp, mtp_layers, why_not_mtp
+from river_compile.decoding.mtp import Mtp, load_mtp, mtp_layers, why_not_mtp
 from river_compile.decoding.passes import Passes, PromptRows
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.prompt import Prompt
@@ -287,6 +287,15 @@ class ExactMode(Decode):
 
     def why_not_assistant(self, model: PreTrainedModel, assistant: Any) -> str:
         return why_not_assistant(model, assistant)
+
+    def why_no_drafter(self, model: PreTrainedModel) -> str:
+        """Return why the assistant or the MTP layers of these options cannot draft, and the fix; empty if they can."""
+        if self.assistant_model is not None:
+            why_not = why_not_assistant(model, self.assistant_model)
+            if why_not:
+                return f"assistant_model={type(self.assistant_model).__name__} cannot draft: {why_not}"
+        why_not = load_mtp(model) if self.use_mtp else ""
+        return f"use_mtp=True is not available: {why_not}" if why_not else ""
 
     @property
     def reads_hidden(self) -> bool:
