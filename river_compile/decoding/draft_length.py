@@ -191,11 +191,10 @@ class DraftLength:
         for source in sources:
             tokens, reach = expected[drafted], likely[drafted - 1] if drafted else 1.0
             chance, step = self._next[source].probability(0.0), self._worth * self.seconds(source)
-            first = 0 if draft.steps else draft.behind.get(source, 0)
             for more in range(1, draft.room_for(source) + 1):
                 reach *= chance
                 tokens += reach
-                gain = tokens - (first + more) * step - passes[drafted + more]
+                gain = tokens - more * step - passes[drafted + more]
                 if gain > best:
                     best, plan = gain, Plan(source, more, count)
         return plan

@@ -163,14 +163,12 @@ def test_the_source_that_gains_more_drafts():
     assert two_sources(0.9, 0.9, {ASSISTANT: 0.3, TWINS: 0.3})[""] > 0.8
 
 
-def test_a_source_that_has_to_read_first_costs_more():
-    """An assistant that is slightly better than the twins drafts, unless it has missed some tokens."""
+def test_reading_what_others_drafted_is_no_part_of_a_step():
+    """A source that was away reads first; its steps cost no more for that, or it would never draft again."""
     length = rule(0.2)
     for _ in range(5):
-        length.learn(Draft(15, [], [], 1, ASSISTANT), ["backbone"], 0.19, 1.0)
-    for behind, source in ((0, ASSISTANT), (4, TWINS)):
-        draft = Draft(15, behind={ASSISTANT: behind, TWINS: 0})
-        assert length.plan(draft, [ASSISTANT, TWINS]).source == source
+        length.learn(Draft(15, [], [], 2, ASSISTANT, behind={ASSISTANT: 4}), ["backbone"], 0.6, 1.0)
+    assert length.seconds(ASSISTANT) == pytest.approx(0.1)
 
 
 def test_a_draft_has_tokens_of_one_source():
