@@ -140,7 +140,6 @@ def running(model: PreTrainedModel, row: str, **options: Any) -> Iterator[None]:
     if row == INDUCTOR:
         model.compile()
     elif row != PLAIN:
-        options = {**options}
         if row == STRICT:
             options["strict"] = True
         elif row == NO_DRAFT:

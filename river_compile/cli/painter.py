@@ -12,7 +12,8 @@ from river_compile.reporting.timing import Clock, decode_rate
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
-STYLES = {"river": "green", "assistant": "blue", "lookup": "cyan", "backbone": "default", "prompt": "default"}
+STYLES = {"river": "green", "assistant": "blue", "mtp": "blue", "lookup": "cyan"}
+STYLES |= dict.fromkeys(("backbone", "prompt"), "default")
 _SHADES = ("green", "cyan", "blue", "magenta", "default")  # from the first blocks to all of them
 _HALF = "\ufffd"  # a tokenizer's output for half a character
 

@@ -52,6 +52,7 @@ class Assistant:
     def __init__(self, model: PreTrainedModel, vocabulary: int, least_probability: float | None) -> None:
         self.model, self.least_probability = model, least_probability or 0.0
         self._vocabulary = vocabulary  # of the model that it drafts for
+        self._positions = _positions(model)
         self._passes: Passes | None = None  # of the present text; None: it cannot draft it
         self._padding = 0
         self._ids: Tensor | None = None  # of the latest step
@@ -59,10 +60,8 @@ class Assistant:
     def begin(self, ids_1S: Tensor, padding: int) -> None:
         self._padding, self._ids = padding, None
         ids_1S = self._own(ids_1S)
-        tokens = ids_1S.shape[1]
-        if tokens < 2 or tokens >= _positions(
-            self.model
-        ):  # one token: the prompt came as embeddings, whose ids are unknown
+        # (One token alone: the prompt came as embeddings, whose ids are unknown.)
+        if not 2 <= ids_1S.shape[1] < self._positions:
             return
         self._passes = passes = _passes_for(self.model, ids_1S)
         try:
@@ -82,7 +81,7 @@ class Assistant:
             raise
 
     def can_draft(self, tokens: int) -> bool:
-        return self._passes is not None and tokens < _positions(self.model) and self._passes.can_draft()
+        return self._passes is not None and tokens < self._positions and self._passes.can_draft()
 
     def behind(self, tokens: int) -> int:
         filled = 0 if self._passes is None else self._passes.kv.filled

@@ -56,7 +56,7 @@ class StepRecord(NamedTuple):
 class CycleRecord(NamedTuple):
     """One speculation step: the drafts, the verifying pass and the emitted tokens."""
 
-    drafted: tuple[str, ...]  # source of each drafted token: "river", "assistant" or "lookup"
+    drafted: tuple[str, ...]  # source of each drafted token: "river", "assistant", "mtp" or "lookup"
     # source of each emitted token: as above, or "backbone" for the token after the accepted drafts
     emitted: tuple[str, ...]
     width: int  # query length of the verifying pass, padding included
