@@ -1,8 +1,8 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``: "decode MODEL ...", "kinds MODEL",
-"contexts MODEL", "assistant MODEL" and "start MODEL ...", each of the last run, on a machine of an instruction set with
-"on ISA"; "machines" predicts tokens/s by memory bandwidth, "checks" has each measurement next to its prediction.
+"contexts MODEL", "assistant MODEL", "assistant_peers MODEL" and "start MODEL ...", each of the last run, on a machine
+of an instruction set with "on ISA"; "machines" predicts tokens/s by memory bandwidth, "checks" compares with them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
     tables = {"decode": decode_table, "start": start_table}
-    tables |= dict.fromkeys(("kinds", "contexts", "assistant"), kinds_table)
+    tables |= dict.fromkeys(("kinds", "contexts", "assistant", "assistant_peers"), kinds_table)
     if name in tables:
         file = results / f"{'decode' if name == 'kinds' else name}.jsonl"
         return tables[name]({model: runs_of(file, model, isa) for model in models})
