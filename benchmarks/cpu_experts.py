@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from benchmarks.common import command_line, print_table
 from benchmarks.cpu_kernels import Call, least_seconds
 from river_compile.kernels.native import load as native
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack
 from tools.kernels.shapes import MODELS
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from river_compile.kernels.native import load
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless
 
 SHAPES = ((4096, 4096), (3072, 576), (1536, 8960))

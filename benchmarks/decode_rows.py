@@ -69,6 +69,7 @@ ROWS = {
     "exact": Row("exact", same_as="no_draft"),
     "exact_16bit": Row("exact", options={"target_weights": "model"}, same_as="no_draft_16bit"),
     "exact_12bit": Row("exact", options={"target_weights": "12bit"}, same_as="no_draft_12bit"),
+    **{f"exact_{q}": Row("exact", options={"quantizer": q}, same_as="no_draft") for q in ("gptq", "mse", "hqq", "rtn")},
     "exact_assistant": Row("exact", drafts=SMALL, same_as="no_draft"),
     "exact_assistant_12bit": Row("exact", options={"target_weights": "12bit"}, drafts=SMALL, same_as="no_draft_12bit"),
     "exact_both": Row("exact", drafts=BOTH, same_as="no_draft"),
@@ -83,6 +84,7 @@ _RIVALS = ("eager", "llama_cpp", "llama_cpp_best4", "llama_cpp_draft_itself", "l
 SPEED_RATIOS = (
     *(("exact", rival) for rival in ("no_draft", *_RIVALS)),
     *(("exact_assistant", other) for other in ("exact", "no_draft", "llama_cpp_best4", "llama_cpp_draft_small")),
+    *(("exact_mse", f"exact_{other}") for other in ("gptq", "hqq", "rtn")),
     *(("exact_both", other) for other in ("exact", "exact_assistant")),
     *(("exact_assistant_12bit", other) for other in ("exact_12bit", "llama_cpp_q4_0", "llama_cpp_draft_small")),
     *(("fast", other) for other in ("no_draft", "eager", "inductor", "torch_compile")),

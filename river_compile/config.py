@@ -16,7 +16,8 @@ from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA, WHOLE, ExitPolicy, Threshold
 from river_compile.kernels.checks import PATH, Check, did_you_mean, integer, number, one_of, optional, short_repr
 from river_compile.kernels.quant.calibrated import OBSERVING
-from river_compile.kernels.quant.grid import GROUP_SIZES, QUANTIZERS
+from river_compile.kernels.quant.data_free import QUANTIZERS
+from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.passes.program import DecoderPlan, Lowering, Program
 
 USER, EXPERT = "user", "expert"
@@ -70,7 +71,7 @@ class RiverConfig:
     quantizer: str = _option(
         "gptq",
         one_of(*OBSERVING, *QUANTIZERS),
-        '4-bit method: `"gptq"`, `"awq"`, `"hqq"`, `"rtn"`, or `"symmetric"` for `export` '
+        '4-bit method: `"gptq"`, `"awq"`, `"mse"`, `"hqq"`, `"rtn"`, or `"symmetric"` for `export` '
         "([quantizers](startup.md#quantizers))",
     )
     prefill: str = _option(

@@ -43,7 +43,7 @@ _tables: dict[str, int] = {}
 _begun: dict[str, tuple[Future[Path], Future[Path]]] = {}  # by instruction set: its kernels, and the operators
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARAMETER_DTYPES = (torch.float32, torch.bfloat16)  # of packed scales and zero-points
-_LANES = 16
+_LARGEST_GROUP = 128  # that the packing library takes
 
 
 def load(isa: Isa | None = None) -> Any:
@@ -249,14 +249,14 @@ def has_packing() -> bool:
     return _packing(choose_isa()) is not None
 
 
-def can_pack(weight: Tensor, group_size: int = _LANES, dtype: torch.dtype = torch.float32) -> bool:
+def can_pack(weight: Tensor, group_size: int = 1, dtype: torch.dtype = torch.float32) -> bool:
     """Whether `fit_grid` and `round_block` take a weight; `dtype`: of the stored scales and zero-points."""
-    supported = weight.dtype == torch.float32 and weight.device.type == "cpu" and not group_size % _LANES
+    supported = weight.dtype == torch.float32 and weight.device.type == "cpu" and group_size <= _LARGEST_GROUP
     return supported and dtype in _PARAMETER_DTYPES and has_packing()
 
 
 def fit_grid(weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `quant.calibrated.fit_grid`, for float32 weights; float32 importance ``[K]`` sums to one in each group."""
+    """As `quant.fit.fit_grid`, for float32 weights; float32 importance ``[K]`` sums to one in each group."""
     rows, groups = weight.shape[0], weight.shape[1] // group_size
     weight, importance = weight.contiguous(), importance.contiguous()
     scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
@@ -279,6 +279,20 @@ def round_block(
     _call("river_round_block", left_KN, scale_GN, zero_GN, group_of, factor, *sizes, errors_KN, q_KN)
 
 
+def pack_mse(weight: Tensor, group_size: int, lines: Tensor, scale_zero: Tensor) -> tuple[float, float] | None:
+    """Fill a weight's bytes in the layout "native", rounded to the grids of the least squared error.
+
+    `weight` ``[N, K]`` is contiguous, in float32, bfloat16 or float16. Returns the sums of the squares of its elements
+    and of their errors; None if some are not finite.
+    """
+    energies = torch.empty(2, dtype=torch.float64)
+    rows, groups = weight.shape[0], weight.shape[1] // group_size
+    sizes = map(ctypes.c_int64, (rows, groups, group_size))
+    dtype = ctypes.c_int32(_DTYPES.index(weight.dtype))
+    finite = _call("river_pack_mse", weight, dtype, *sizes, lines, scale_zero, energies)
+    return (energies[0].item(), energies[1].item()) if finite else None
+
+
 def count_upper(weight: Tensor) -> Tensor:
     """Count each upper byte in a contiguous bfloat16 tensor, int64 ``[256]``."""
     counts = torch.zeros(256, dtype=torch.int64)
@@ -292,11 +306,11 @@ def pack_bf12(weight: Tensor, palette: Tensor, units: Tensor, first: Tensor, pat
     _call("river_pack_bf12", weight, rows, features, palette, units, ctypes.c_int64(len(first) - 1), first, patches)
 
 
-def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> None:
+def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> Any:
     library = _packing(choose_isa())
     assert library is not None, "call `can_pack` or `has_packing` first"
     pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
-    getattr(library, name)(*pointers)
+    return getattr(library, name)(*pointers)
 
 
 @functools.cache
@@ -308,4 +322,5 @@ def _packing(isa: Isa) -> ctypes.CDLL | None:
         return None
     for name in ("fit_grid", "round_block", "count_upper", "pack_bf12"):
         getattr(library, f"river_{name}").restype = None
+    library.river_pack_mse.restype = ctypes.c_bool
     return library

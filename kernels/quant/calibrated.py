@@ -16,18 +16,14 @@ from torch import Tensor
 
 from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
+from river_compile.kernels.quant.fit import fit_grid, round_to_grid
 from river_compile.kernels.quant.grid import (
-    MAX_Q,
     MID_POINT,
     QuantizedWeight,
     check_matrix,
     check_shape,
     decibels,
     nearest,
-    pieces,
-    rounded_to,
-    spanning_grid,
-    storable_grid,
 )
 
 OBSERVING = ("gptq", "awq")
@@ -35,8 +31,6 @@ BLOCK = 128  # columns rounded before the errors are applied to later ones
 ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6)
 DAMPING = 0.05  # share of the mean squared input that is added to every column's own
 FEW_TOKENS = 0.2  # the same, for each feature per token
-_SHRINKS = tuple(1 - 0.04 * i for i in range(1, 13))  # shares of a group's range, down to about a half
-_REFITS = 2
 _ELEMENTS_TOGETHER = 1 << 22  # of a weight, whose copies in float32 GPTQ holds at a time
 
 # Applies the errors ``[block, N]`` of a block of columns to later columns.
@@ -71,20 +65,6 @@ def output_sqnr_db(weight: Tensor, approximation: Tensor, moments: SecondMoments
     """Return the outputs' signal-to-noise ratio in dB: 10 log10(E |W x|^2 / E |W x - V x|^2)."""
     weight = weight.detach().float()
     return decibels(moments.energy(weight), moments.energy(weight - approximation.float()))
-
-
-def fit_grid(
-    weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Fit scale and zero-point, float32 ``[N, K / group_size]``, by least squares with weights importance ``[K]``."""
-    weights_G = importance.reshape(1, -1, group_size)
-    # Without any input, all columns of a group count alike.
-    weights_G = torch.where(weights_G.sum(-1, keepdim=True) > 0, weights_G, torch.ones_like(weights_G))
-    weights_G = weights_G / weights_G.sum(-1, keepdim=True)
-    if native.can_pack(weight, group_size, dtype):
-        return native.fit_grid(weight, group_size, weights_G.flatten().float(), dtype)
-    fitted = [_fit(piece.unflatten(1, (-1, group_size)), weights_G, dtype) for piece in pieces(weight)]
-    return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
 
 
 def gptq(
@@ -148,13 +128,6 @@ def awq(
     return found
 
 
-def round_to_grid(
-    weight: Tensor, group_size: int, importance: Tensor, dtype: torch.dtype = torch.float32
-) -> QuantizedWeight:
-    """Round every weight to the nearest point of the grid of `fit_grid`."""
-    return rounded_to(weight, *fit_grid(weight, group_size, importance, dtype), group_size)
-
-
 def round_compensating(
     left_KN: Tensor, scale_GN: Tensor, zero_GN: Tensor, group_of: Tensor, compensation: Compensation
 ) -> Tensor:
@@ -188,41 +161,6 @@ def _round_block(
         errors_KN[i] = (left_KN[i] - (q * scale_GN[group] + zero_GN[group])) / factor[i, i]
         left_KN[i + 1 :].addr_(factor[i, i + 1 :], errors_KN[i], alpha=-1)
         q_KN[i] = (q + MID_POINT).to(torch.uint8)
-
-
-def _fit(groups: Tensor, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Fit groups ``[n, K / G, G]`` with importance ``[1, K / G, G]`` that sums to one in each group."""
-    low, high = groups.amin(-1), groups.amax(-1)
-    best = spanning_grid(groups, dtype)
-    least = _noise(groups, *best, importance)
-    for step in range(len(_SHRINKS) + _REFITS):
-        if step < len(_SHRINKS):
-            scale = (high - low) * _SHRINKS[step] / MAX_Q
-            zero = (low + high + scale) / 2
-        else:
-            scale, zero = _least_squares(groups, *best, importance)
-        other = storable_grid(scale, zero, low, dtype)
-        noise = _noise(groups, *other, importance)
-        improved = noise < least
-        best = torch.where(improved, other[0], best[0]), torch.where(improved, other[1], best[1])
-        least = torch.where(improved, noise, least)
-    return best
-
-
-def _least_squares(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve for the best scale and zero-point of a grid's integers, by weighted least squares."""
-    q = nearest(groups, scale[..., None], zero[..., None])
-    mean_q, mean_w = (q * importance).sum(-1), (groups * importance).sum(-1)
-    spread = q - mean_q[..., None]
-    variance = (spread.square() * importance).sum(-1)
-    slope = (spread * groups * importance).sum(-1) / variance
-    slope = torch.where((variance > 0) & (slope > 0), slope, scale)
-    return slope, mean_w - slope * mean_q
-
-
-def _noise(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor) -> Tensor:
-    scale, zero = scale[..., None], zero[..., None]
-    return ((nearest(groups, scale, zero) * scale + zero - groups).square() * importance).sum(-1)
 
 
 def _input_scale(squares: Tensor, alpha: float) -> Tensor:

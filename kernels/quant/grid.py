@@ -1,29 +1,23 @@
-"""Group-wise 4-bit quantization of weights: round-to-nearest and HQQ, and signal-to-noise ratios.
+"""The grids of group-wise 4-bit quantization, and signal-to-noise ratios.
 
 A quantizer maps a weight ``[N, K]`` (rows are output features) to a :class:`QuantizedWeight`, with q in 0..15:
 
     w[n, k] = (q[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
-Not handled: calibration inputs (`quant.calibrated`), and the bytes that a kernel reads (`quant.layouts`).
+Not handled: how scales are chosen (`quant.data_free`, `quant.calibrated`), and the bytes of a kernel (`quant.layouts`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from river_compile.kernels.checks import check_choice
-
 MID_POINT = 8
 MAX_Q = 15
-QUANTIZERS = ("hqq", "rtn", "symmetric")
 GROUP_SIZES = (32, 64, 128)
-_SHARES = tuple(1 - 0.03 * i for i in range(12))  # of a group's range, that a symmetric grid covers
 _PIECE_ELEMENTS = 32_000
 _SLAB_ELEMENTS = 1 << 22
 
@@ -79,21 +73,6 @@ def fitting_group_size(in_features: int, requested: int) -> int:
     return math.gcd(in_features, 1 << (requested.bit_length() - 1))
 
 
-def quantize(weight: Tensor, group_size: int, quantizer: str = "hqq") -> QuantizedWeight:
-    """Quantize a finite weight ``[N, K]``; `group_size` divides K. Raises ValueError as `check_matrix`."""
-    check_choice("quantizer", quantizer, QUANTIZERS)
-    solve = {"hqq": _hqq, "rtn": _rtn, "symmetric": _symmetric}[quantizer]
-
-    def solve_slab(slab: Tensor) -> QuantizedWeight:
-        return QuantizedWeight.stacked([solve(piece, group_size) for piece in pieces(check_matrix(slab, group_size))])
-
-    slabs = _slabs(weight)
-    if len(slabs) == 1:
-        return solve_slab(weight)
-    with ThreadPoolExecutor(threads_for(weight)) as pool:
-        return QuantizedWeight.stacked(list(pool.map(solve_slab, slabs)))
-
-
 def threads_for(weight: Tensor) -> int:
     """Return how many threads quantize weights like this one: torch's on a CPU, one on a GPU."""
     # A GPU's stream serializes kernels, and each thread's float32 copies would fill its memory.
@@ -120,7 +99,7 @@ def check_matrix(weight: Tensor, group_size: int) -> Tensor:
 def sqnr_db(weight: Tensor, approximation: Tensor) -> float:
     """Return the signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - approximation)^2)."""
     signal = noise = 0.0
-    for part, other in zip(_slabs(weight.detach()), _slabs(approximation.detach()), strict=True):
+    for part, other in zip(slabs(weight.detach()), slabs(approximation.detach()), strict=True):
         part, other = part.float(), other.float()
         signal += torch.sum(part.square(), dtype=torch.float64).item()
         noise += torch.sum((part - other).square(), dtype=torch.float64).item()
@@ -134,21 +113,6 @@ def decibels(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def spanning_grid(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return scale and zero-point from the least to the largest weight of each group ``[..., G]``."""
-    low, high = groups.amin(-1), groups.amax(-1)
-    scale = (high - low) / MAX_Q
-    return storable_grid(scale, low + MID_POINT * scale, low, dtype)
-
-
-def storable_grid(scale: Tensor, zero: Tensor, low: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round a grid to `dtype`; in a constant group, of weights `low`, q = 8 is exact."""
-    scale = scale.to(dtype).float()
-    constant = scale < torch.finfo(torch.float32).tiny
-    zero = torch.where(constant, low, zero).to(dtype).float()
-    return torch.where(constant, torch.ones_like(scale), scale), zero
-
-
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Return q - 8 of the nearest grid points, in the weight's dtype."""
     return ((weight - zero) / scale).round_().clamp_(-MID_POINT, MAX_Q - MID_POINT)
@@ -160,7 +124,7 @@ def rounded_to(weight: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> 
     return QuantizedWeight((q + MID_POINT).flatten(1).to(torch.uint8), scale, zero, group_size)
 
 
-def _slabs(weight: Tensor) -> Sequence[Tensor]:
+def slabs(weight: Tensor) -> Sequence[Tensor]:
     """Split a matrix by rows, to copy a few in higher precision at a time; other tensors stay whole."""
     if weight.dim() != 2 or weight.device.type != "cpu":
         return [weight]
@@ -173,45 +137,3 @@ def pieces(weight: Tensor) -> Sequence[Tensor]:
     # the other cores to other weights.
     rows = max(1, _PIECE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
     return weight.split(rows)
-
-
-def _rtn(weight: Tensor, group_size: int) -> QuantizedWeight:
-    return rounded_to(weight, *spanning_grid(weight.unflatten(1, (-1, group_size)), torch.float32), group_size)
-
-
-def _hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
-    """Run torchao's solver (Badri and Shaji 2023); a contract test pins its private function."""
-    how = {"nbits": 4, "group_size": group_size, "axis": 1, "compute_dtype": torch.float32}
-    q, scale, zero, _shape = _torchao_hqq()(weight, device=weight.device.type, **how)
-    start = _rtn(weight, group_size)
-    q, scale, zero = q.reshape(start.q.shape), scale.reshape(start.scale.shape), zero.reshape(start.zero.shape)
-    # HQQ divides by the group's range and caps the quotient: (nearly) constant groups keep the exact grid instead.
-    groups = weight.unflatten(1, (-1, group_size))
-    usable = (groups.amax(-1) - groups.amin(-1) > MAX_Q / 2e4) & torch.isfinite(scale) & torch.isfinite(zero)
-    return QuantizedWeight(
-        torch.where(usable.repeat_interleave(group_size, dim=1), q, start.q),
-        torch.where(usable, scale, start.scale),
-        torch.where(usable, zero, start.zero),
-        group_size,
-    )
-
-
-def _symmetric(weight: Tensor, group_size: int) -> QuantizedWeight:
-    """Round to multiples -8..7 of a scale, whose sign maps the largest weight to -8; zero-point 0."""
-    groups = weight.unflatten(1, (-1, group_size))
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    # Each group takes the clipping of its largest weights with the least squared error.
-    best, least = torch.ones_like(largest), torch.full_like(largest, math.inf)
-    for share in _SHARES:
-        scale = (largest * (share / -MID_POINT)).bfloat16().float()
-        scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, 1.0, scale)[..., None]
-        noise = (groups - nearest(groups, scale, torch.zeros_like(scale)) * scale).square().sum(-1)
-        best, least = torch.where(noise < least, scale.squeeze(-1), best), noise.minimum(least)
-    return rounded_to(weight, best, torch.zeros_like(best), group_size)
-
-
-@functools.cache
-def _torchao_hqq() -> Callable[..., tuple]:
-    from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
-
-    return _choose_qparams_and_quantize_affine_hqq

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from river_compile.errors import UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import OBSERVING, output_sqnr_db, quantize_observed
-from river_compile.kernels.quant.grid import QuantizedWeight, decibels, quantize, sqnr_db
+from river_compile.kernels.quant.data_free import quantize
+from river_compile.kernels.quant.grid import QuantizedWeight, decibels, sqnr_db
 from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_stack
+from river_compile.kernels.quant.quick import can_pack_mse, pack_mse
 from river_compile.passes.program import Matmul
 from river_compile.twins.observe import ExpertMoments, InputMoments, Moments
 from river_compile.twins.weights import LOSSLESS, Parameters, TwinWeight, weak_refs
@@ -94,6 +96,8 @@ def _quantize_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inp
     """Quantize a matmul's weight; "awq" and "gptq" need the second moments of its inputs."""
     parts = [w.T if matmul.transposed else w for w in map(as_ordinary, parameters.weights)]
     weight = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+    if _packs_at_once(matmul, weight, quantizer):
+        return _packed_at_once(matmul, weight)
     some = slice(None, None, max(1, len(weight) // _ROWS_COMPARED))
     sample = weight[some].float()
     if inputs is None:
@@ -112,10 +116,22 @@ def _quantize_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inp
     }
 
 
+def _packs_at_once(matmul: Matmul, weight: Tensor, quantizer: str) -> bool:
+    return quantizer == "mse" and can_pack_mse(weight, matmul.group_size, matmul.layout)
+
+
+def _packed_at_once(matmul: Matmul, weight: Tensor) -> Grid:
+    packed, sqnr = pack_mse(weight, matmul.group_size)
+    return packed, {"quantizer": "mse", "sqnr": sqnr}
+
+
 def _quantize_stack(matmul: Matmul, stack: Tensor, quantizer: str, known: ExpertMoments | None) -> Grid:
     """Quantize experts one after another, so that one at a time is in float32."""
+    stack = stack.detach().mT if matmul.transposed else stack.detach()
+    if _packs_at_once(matmul, stack, quantizer):
+        return _packed_at_once(matmul, stack)
     grids, signal, noise = [], [0.0, 0.0], [0.0, 0.0]  # of weights, of outputs
-    for expert, weight in enumerate(stack.detach().mT if matmul.transposed else stack.detach()):
+    for expert, weight in enumerate(stack):
         matrix = weight.float()
         if known is None:
             grid = quantize(matrix, matmul.group_size, quantizer).rounded(_STORED_AS)

@@ -15,7 +15,7 @@ from river_compile.api.export import FORMATS
 from river_compile.backend import river
 from river_compile.building.graph_record import Graphs
 from river_compile.errors import OptionError, TwinsError
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.record import find_record
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make, prompt

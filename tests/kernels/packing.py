@@ -1,6 +1,6 @@
 import torch
 
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from river_compile.kernels import cache_ops, ops
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import pack_stack
 from river_compile.kernels.triton import operators  # noqa: F401  (registers generated kernels)
 from tests.kernels import reference

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import pack_stack
 from river_compile.passes.experts import as_expert_matmul, replace_expert_matmul
 from river_compile.passes.normalize import normalized

@@ -12,7 +12,7 @@ from river_compile import RiverWarning, collect_statistics, report, requantize, 
 from river_compile.backend import executors_of, river
 from river_compile.decoding.mode import exact
 from river_compile.exits import forced_depth
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.record import find_record
 from river_compile.twins import weights
 from river_compile.twins.pack import TwinWeights

@@ -16,7 +16,7 @@ import river_compile.twins.quantize
 from river_compile import RiverWarning, report, save_twins
 from river_compile.backend import river
 from river_compile.errors import TwinsError
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.passes.program import Lowering
 from river_compile.twins.file import FILE, TwinFile, write_missing, write_tensors

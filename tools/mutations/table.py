@@ -15,7 +15,7 @@ TEMPLATES = "kernels/triton/templates"
 _QUANT = (
     Mutation(
         "grid-zero",
-        "kernels/quant/grid.py",
+        "kernels/quant/fit.py",
         "storable_grid(scale, low + MID_POINT * scale, low, dtype)",
         "storable_grid(scale, low + (MID_POINT - 1) * scale, low, dtype)",
         "the zero of a grid is one step off",

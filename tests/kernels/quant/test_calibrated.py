@@ -7,22 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from river_compile.kernels.quant import calibrated
+from river_compile.kernels.quant import calibrated, fit
 from river_compile.kernels.quant.calibrated import (
     BLOCK,
     RowMoments,
     WholeCompensation,
     WholeMoments,
     awq,
-    fit_grid,
     gptq,
     inverse_factor,
     output_sqnr_db,
     quantize_observed,
     round_compensating,
-    round_to_grid,
 )
-from river_compile.kernels.quant.grid import quantize
+from river_compile.kernels.quant.data_free import quantize
+from river_compile.kernels.quant.fit import fit_grid, round_to_grid
 from tests.kernels.quant.observed import damped, drawn
 from tests.support.examples import examples
 
@@ -90,7 +89,7 @@ def test_scale_and_zero_solve_the_weighted_least_squares(seed):
     importance = torch.rand(1, 3, 32, generator=g, dtype=torch.float64)
     importance = importance / importance.sum(-1, keepdim=True)
     scale, zero = torch.full((2, 3), 0.4, dtype=torch.float64), torch.full((2, 3), 0.1, dtype=torch.float64)
-    solved = calibrated._least_squares(groups, scale, zero, importance)
+    solved = fit._least_squares(groups, scale, zero, importance)
     q = ((groups - 0.1) / 0.4).round().clamp(-8, 7)
     for n in range(2):
         for i in range(3):

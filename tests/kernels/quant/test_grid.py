@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from river_compile.kernels.quant.grid import QuantizedWeight, fitting_group_size, quantize, sqnr_db
+from river_compile.kernels.quant.data_free import quantize
+from river_compile.kernels.quant.grid import QuantizedWeight, fitting_group_size, sqnr_db
 
 
 def matrix(n: int = 16, k: int = 256, seed: int = 0) -> torch.Tensor:
@@ -19,7 +20,7 @@ def test_the_grid_is_scale_and_zero_around_8():
     assert weight.dequantize().tolist() == [[-3.0, 1.0, 13.0, -1.0]]
 
 
-@pytest.mark.parametrize("quantizer", ["rtn", "hqq"])
+@pytest.mark.parametrize("quantizer", ["rtn", "hqq", "mse"])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_noise_of_a_normal_matrix(quantizer, group):
     weight = matrix()
@@ -42,6 +43,13 @@ def test_hqq_has_less_noise_where_outliers_stretch_the_grid():
     weight[:, ::50] *= 8
     errors = {q: (weight - quantize(weight, 64, q).dequantize()).abs().pow(0.7).mean().item() for q in ("rtn", "hqq")}
     assert errors["hqq"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_mse_has_the_least_squared_error(group):
+    weight = matrix(seed=2)
+    loss = {q: -sqnr_db(weight, quantize(weight, group, q).dequantize()) for q in ("rtn", "hqq", "mse")}
+    assert loss["mse"] < min(loss["rtn"], loss["hqq"])
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "hqq"])

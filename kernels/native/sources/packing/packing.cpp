@@ -1,120 +1,23 @@
-// Fits of 4-bit grids, GPTQ's rounding of blocks (reference: `kernels/quant/calibrated.py`), and packing in 12 bits.
-// One thread runs each call. Vectors are of 16 floats, in several registers if need be.
+// Fits of 4-bit grids, GPTQ's rounding of blocks (reference: `kernels/quant/calibrated.py`), and packing in 4 and 12
+// bits. One thread runs each call.
 #include <algorithm>
-#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "vectors/dtypes.h"
+#include "packing/grids.h"
 
 namespace {
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Mask __attribute__((vector_size(64)));
+using namespace river;
 
-constexpr int kLanes = 16;
 #if defined(__AVX512F__)
 constexpr int kVectors = 4;  // vectors of output features that are rounded together
 #else
 constexpr int kVectors = 1;
 #endif
 constexpr int kRows = kVectors * kLanes;
-constexpr int kLeast = -8, kMost = 7;
-constexpr int kShrinks = 12, kRefits = 2;
-
-inline Lanes every(float x) { return x - Lanes{}; }
-inline Lanes load(const float* p) {
-  Lanes x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-inline void store(float* p, Lanes x) { std::memcpy(p, &x, sizeof x); }
-inline float sum_of(Lanes x) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
-}
-
-// The nearest point of a grid, q - 8. Numbers this small are rounded, half to even, by adding and taking away 1.5 2^23.
-inline Lanes nearest(Lanes weight, Lanes scale, Lanes zero) {
-  const Lanes least = every(kLeast), most = every(kMost), large = every(12582912.0f);
-  Lanes q = (weight - zero) / scale;
-  q = q < least ? least : q;
-  q = q > most ? most : q;
-  return (q + large) - large;
-}
-
-struct Grid {
-  float scale, zero;
-};
-
-// One group of weights, with the importance of each one's squared error.
-struct Group {
-  const float* weights;
-  const float* importance;
-  int64_t size;
-  bool bfloat16;
-  float low, high;
-
-  Group(const float* weights, const float* importance, int64_t size, bool bfloat16)
-      : weights(weights), importance(importance), size(size), bfloat16(bfloat16), low(weights[0]), high(weights[0]) {
-    for (int64_t i = 1; i < size; ++i) low = std::min(low, weights[i]), high = std::max(high, weights[i]);
-  }
-
-  Grid storable(float scale, float zero) const {
-    if (bfloat16) scale = river::from_bfloat16(river::to_bfloat16(scale));
-    const bool constant = scale < FLT_MIN;
-    zero = constant ? low : zero;
-    return {constant ? 1.0f : scale, bfloat16 ? river::from_bfloat16(river::to_bfloat16(zero)) : zero};
-  }
-
-  float noise(Grid grid) const {
-    const Lanes scale = every(grid.scale), zero = every(grid.zero);
-    Lanes sum = {};
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const Lanes w = load(weights + i), off = nearest(w, scale, zero) * scale + zero - w;
-      sum += off * off * load(importance + i);
-    }
-    return sum_of(sum);
-  }
-
-  // The scale and zero that suit the integers of a grid best, by weighted least squares.
-  Grid refitted(Grid grid) const {
-    const Lanes scale = every(grid.scale), zero = every(grid.zero);
-    Lanes of_q = {}, of_w = {};
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const Lanes w = load(weights + i), counts = load(importance + i);
-      of_q += nearest(w, scale, zero) * counts;
-      of_w += w * counts;
-    }
-    const float mean_q = sum_of(of_q), mean_w = sum_of(of_w);
-    Lanes of_squares = {}, of_products = {};
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const Lanes w = load(weights + i), spread = nearest(w, scale, zero) - mean_q;
-      const Lanes weighted = spread * load(importance + i);
-      of_squares += weighted * spread;
-      of_products += weighted * w;
-    }
-    const float variance = sum_of(of_squares), slope = sum_of(of_products) / variance;
-    const float found = variance > 0 && slope > 0 ? slope : grid.scale;
-    return {found, mean_w - found * mean_q};
-  }
-
-  Grid fitted() const {
-    const float step = (high - low) / 15;
-    Grid best = storable(step, low + 8 * step);
-    float least = noise(best);
-    for (int i = 0; i < kShrinks + kRefits; ++i) {
-      const float scale = (high - low) * (1 - 0.04f * float(i + 1)) / 15;
-      Grid next = i < kShrinks ? Grid{scale, (low + high + scale) / 2} : refitted(best);
-      next = storable(next.scale, next.zero);
-      const float of_next = noise(next);
-      if (of_next < least) best = next, least = of_next;
-    }
-    return best;
-  }
-};
 
 // Rounds column `k` of some output features and moves those after it; leaves q - 8 in its place.
 void round_column(int64_t k, int64_t columns, const float* scales, const float* zeros, const float* factors,
@@ -132,22 +35,96 @@ void round_column(int64_t k, int64_t columns, const float* scales, const float* 
   }
 }
 
+// The 64 bytes of 8 features of 16 output features: a lane's byte j has feature j below, 4 + j above.
+void store_line(const float* groups, const Grids& grids, const Mask& there, uint8_t* line) {
+  Mask bytes = {};
+  for (int j = 0; j < 8; ++j) {
+    const Lanes q = nearest(load(groups + j * kLanes), grids.scale, grids.zero) - float(kLeast);
+    bytes |= __builtin_convertvector(q, Mask) << (8 * (j % 4) + 4 * (j / 4));
+  }
+  bytes &= there;
+  std::memcpy(line, &bytes, sizeof bytes);
+}
+
+// What packing has read and lost, in float64.
+struct Energy {
+  double signal = 0, noise = 0;
+
+  void add(const Groups& groups, const Grids& grids, int rows) {
+    Lanes signal_of = {}, noise_of = {};
+    for (int64_t i = 0; i < groups.size; ++i) {
+      const Lanes w = groups.at(i), off = nearest(w, grids.scale, grids.zero) * grids.scale + grids.zero - w;
+      signal_of += w * w;
+      noise_of += off * off;
+    }
+    for (int n = 0; n < rows; ++n) signal += signal_of[n], noise += noise_of[n];
+  }
+};
+
+template <int kDtype>
+bool pack_rows(const void* weight, int64_t rows, int64_t groups, int64_t size, uint8_t* lines, uint16_t* scale_zero,
+               Energy& energy) {
+  alignas(64) float values[kLargestGroup * kLanes], importance[kLargestGroup];
+  std::fill(importance, importance + size, 1 / float(size));
+  Mask infinite = {};
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int count = int(std::min<int64_t>(kLanes, rows - first));
+    Mask there = {};
+    for (int n = 0; n < count; ++n) there[n] = -1;
+    for (int64_t group = 0; group < groups; ++group) {
+      read_groups<kDtype>(weight, (first * groups + group) * size, groups * size, count, size, values);
+      const Groups of(values, importance, size, true);
+      for (int64_t i = 0; i < size; ++i) infinite |= of.at(i) - of.at(i) != 0;
+      const Grids grids = of.fitted();
+      energy.add(of, grids, count);
+      const int64_t block = first / kLanes * groups + group;
+      for (int64_t i = 0; i < size; i += 8)
+        store_line(values + i * kLanes, grids, there, lines + (block * size + i) * 8);
+      for (int n = 0; n < kLanes; ++n) {
+        scale_zero[(block * kLanes + n) * 2] = n < count ? to_bfloat16(grids.scale[n]) : 0;
+        scale_zero[(block * kLanes + n) * 2 + 1] = n < count ? to_bfloat16(grids.zero[n]) : 0;
+      }
+    }
+  }
+  for (int n = 0; n < kLanes; ++n)
+    if (infinite[n]) return false;
+  return true;
+}
+
 }  // namespace
 
 #define RIVER_EXPORTED extern "C" __attribute__((visibility("default")))
 
-// weight [rows, groups * size], size a multiple of 16; importance sums to one in each group; scale, zero [rows,
-// groups].
+// weight [rows, groups * size], size up to 128; importance sums to one in each group; scale, zero [rows, groups].
 RIVER_EXPORTED void river_fit_grid(const float* weight, const float* importance, int64_t rows, int64_t groups,
                                    int64_t size, bool bfloat16, float* scale, float* zero) {
-  for (int64_t row = 0; row < rows; ++row) {
+  alignas(64) float values[kLargestGroup * kLanes];
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int count = int(std::min<int64_t>(kLanes, rows - first));
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t at = row * groups + group;
-      const Grid grid = Group(weight + at * size, importance + group * size, size, bfloat16).fitted();
-      scale[at] = grid.scale;
-      zero[at] = grid.zero;
+      read_groups<kFloat32>(weight, (first * groups + group) * size, groups * size, count, size, values);
+      const Grids grids = Groups(values, importance + group * size, size, bfloat16).fitted();
+      for (int n = 0; n < count; ++n) {
+        scale[(first + n) * groups + group] = grids.scale[n];
+        zero[(first + n) * groups + group] = grids.zero[n];
+      }
     }
   }
+}
+
+// Packs a weight [rows, groups * size] of any dtype in the layout "native", rounded to the grids of the least squared
+// error. size is a multiple of 8, up to 128. energies: the sums of the squares of the weights and of their errors.
+// Returns whether all weights are finite.
+RIVER_EXPORTED bool river_pack_mse(const void* weight, int32_t dtype, int64_t rows, int64_t groups, int64_t size,
+                                   uint8_t* lines, uint16_t* scale_zero, double* energies) {
+  Energy energy;
+  bool finite = false;
+  with_dtype(dtype, [&](auto known) {
+    finite = pack_rows<decltype(known)::value>(weight, rows, groups, size, lines, scale_zero, energy);
+  });
+  energies[0] = energy.signal;
+  energies[1] = energy.noise;
+  return finite;
 }
 
 // left, errors, q [columns, rows]; scale, zero [groups, rows]; group_of [columns]; factor upper triangular [columns,
