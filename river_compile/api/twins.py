@@ -43,7 +43,7 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(PATH("folder", folder, TwinsError))
     plain, record = unwrap(model), find_record(model)
-    if record is not None and record.find(OwnCall) is not None and not record.of(Graphs).packed:
+    if record is not None and record.find(OwnCall) is not None:
         _pack(plain, record)
     mine = folder if record is None else record.of(Agreement).part_of(folder)
     write(mine, current_twins(plain, mine))
@@ -51,11 +51,14 @@ def save_twins(model: nn.Module, folder: str | Path) -> Path:
 
 
 def _pack(model: Any, record: ModelRecord) -> None:
-    """Have a model trace its passes and quantize its twins, and wait for them."""
-    _generate_a_token(model)
+    """Have a model trace its passes and quantize its twins, if it has not yet, and wait for them."""
+    if not record.of(Graphs).packed:
+        _generate_a_token(model)
     packing = record.of(TwinWeights).background.packing
-    if packing is not None and not record.of(Graphs).packed:
+    if packing is not None:
         packing.wait()
+        packing.check()
+    if not record.of(Graphs).packed:
         _generate_a_token(model)
 
 

@@ -63,7 +63,7 @@ class BoundPrograms:
         self.graph: GraphRecord | None = None  # that the call's first pass ran in
         self._checked: set[RiverExecutor] = set()  # whose weights were checked in this call
         packing = record.of(TwinWeights).background.packing
-        self._packed = packing if packing is not None and packing.ended else None  # whose twins the passes may use
+        self._packed = packing if packing is not None and packing.usable else None  # whose twins the passes may use
         self.forget_states()
 
     def forget_states(self) -> None:
@@ -75,8 +75,10 @@ class BoundPrograms:
         """Whether the twins are there; if they have just come, the next passes bind programs with them."""
         background = self._record.of(TwinWeights).background
         packing = background.packing
+        if packing is not None:
+            packing.check()
         if packing is not None and packing is not self._packed:
-            if not packing.ended:
+            if not packing.usable:
                 return False
             self._packed = packing
             self._checked.clear()

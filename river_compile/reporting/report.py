@@ -86,6 +86,7 @@ class Report:
             "packed_bytes": sum(twin.nbytes for twin in self.packed),
             "packing_seconds": twins.packing_seconds,
             "packing_in_background": None if share is None else round(share, 3),
+            "drafts_with_quick_twins": twins.background.refines,
             "packing_for_later": twins.background.writes,
             "packed_again": twins.changes,
             **record.of(Placement).to_dict(),
@@ -118,7 +119,8 @@ class Report:
             if self.packed:
                 yield from _twin_lines(record, self.packed)
             if (share := twins.background.share) is not None:
-                yield f"  packing        {share:.0%} done in the background; drafts begin afterwards"
+                what = "drafts get better twins" if twins.background.refines else "drafts begin afterwards"
+                yield f"  packing        {share:.0%} done in the background; {what}"
             yield from record.of(Placement).lines()
             if twins.background.writes:
                 yield "  packing        the 16-bit layers without loss in the background, for later processes"

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from river_compile.kernels.messages import with_id
 from river_compile.progress import stage_reached, stage_shown, stages_told
@@ -40,16 +40,17 @@ class _Cancelled(BaseException):
 
 
 class Packing:
-    """Work in a separate thread, by stages that have progress."""
+    """Works in a separate thread, by stages that have progress."""
 
-    def __init__(self, work: Callable[[], None], finishes_at_exit: bool) -> None:
+    def __init__(self, works: Sequence[Callable[[], None]], finishes_at_exit: bool) -> None:
         """Begin; `finishes_at_exit`: whether the interpreter waits for it, since a later process uses the result."""
         self.stage, self.share = _STAGE, 0.0  # the present stage, and how much of it is done
         self.seconds = 0.0
         self.finishes_at_exit = finishes_at_exit
         self._error: Exception | None = None
-        self._done = threading.Event()
-        self._next: list[Callable[[], None]] | None = [work]  # no caller waits for later ones; None: no more is taken
+        self._begun = self._done = False  # whether the first work has ended, and all that callers wait for
+        self._next: list[Callable[[], None]] | None = [*works]  # None: no more is taken
+        self._awaited = len(works)
         self._lock = threading.Lock()
         self._cancelled = self._told_of_exit = False
         self._thread = threading.Thread(target=self._run, name="river packing")
@@ -57,18 +58,18 @@ class Packing:
         _begun.add(self)
 
     @property
-    def ended(self) -> bool:
-        """Whether the work that callers wait for has ended, with a result or an error."""
-        return self._done.is_set()
+    def usable(self) -> bool:
+        """Whether the first work has ended, with a result or an error."""
+        return self._begun
 
     @property
     def over(self) -> bool:
-        """Whether that work has ended or never will: in a process that was forked meanwhile, its thread is missing."""
-        return self.ended or not self._thread.is_alive()
+        """Whether the awaited works have ended or never will: a forked process misses the thread."""
+        return self._done or self.idle
 
     @property
     def idle(self) -> bool:
-        """Whether the work that no caller waits for has ended too."""
+        """Whether the works that no caller waits for have ended too."""
         return not self._thread.is_alive()
 
     def then(self, work: Callable[[], None]) -> bool:
@@ -80,7 +81,7 @@ class Packing:
         return True
 
     def check(self) -> None:
-        """Raise the error that ended the work, if one did."""
+        """Raise the error that ended an awaited work, if one did."""
         if self._error is not None:
             raise self._error
 
@@ -111,12 +112,16 @@ class Packing:
         with stages_told(_STAGE, self._reach):
             while (work := self._taken()) is not None:
                 self._do(work)
-                if not self._done.is_set():
+                self._begun = True
+                self._awaited -= 1
+                if not self._done:
                     self.seconds = time.perf_counter() - start
-                    self._done.set()
+                    self._done = self._awaited == 0 or self._error is not None
 
     def _taken(self) -> Callable[[], None] | None:
         with self._lock:
+            if self._next and self._error is not None:
+                del self._next[: max(0, self._awaited)]
             if self._next:
                 return self._next.pop(0)
             self._next = None
@@ -128,7 +133,7 @@ class Packing:
         except _Cancelled:
             pass
         except Exception as error:
-            if self._done.is_set():
+            if self._done:
                 why = f"{type(error).__name__}: {error}"
                 log.warning("%s", with_id("RC050", f"Could not pack the 16-bit layers for later processes ({why})"))
             else:
@@ -160,6 +165,11 @@ class Background:
         return None if self.packing is None or self.packing.over else self.packing.share
 
     @property
+    def refines(self) -> bool:
+        """Whether drafts run with quick twins, and better ones are being made."""
+        return self.packing is not None and self.packing.usable and not self.packing.over
+
+    @property
     def writes(self) -> bool:
         """Whether the file is being written now."""
         return self.share is None and self._writing is not None and not self._writing.idle
@@ -168,10 +178,13 @@ class Background:
     def seconds(self) -> float:
         return 0.0 if self.packing is None else self.packing.seconds
 
-    def begin(self, work: Callable[[], None], finishes_at_exit: bool) -> None:
-        """Make twins, unless others are being made."""
-        if self.packing is None or self.packing.over:
-            self.packing = Packing(work, finishes_at_exit)
+    def begin(self, works: Sequence[Callable[[], None]], finishes_at_exit: bool) -> None:
+        """Make twins, unless others are being made; drafts begin after the first work."""
+        if self.packing is not None and not self.packing.over:
+            if not self.packing.usable:
+                return
+            self.packing.cancel()  # its drafts are of parameters that are gone
+        self.packing = Packing(works, finishes_at_exit)
 
     def end(self, cancel: bool) -> None:
         """Wait for twins that are being made, which `cancel` ends before."""
@@ -195,4 +208,4 @@ class Background:
         if self.packing is not None and self.packing.then(work):
             self._writing = self.packing
         else:
-            self._writing = Packing(work, finishes_at_exit=True)
+            self._writing = Packing([work], finishes_at_exit=True)

@@ -24,7 +24,7 @@ from river_compile.progress import stage_reached
 from river_compile.twins.file import TwinFile
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration
-from river_compile.twins.quantize import make_weight, pack_weight
+from river_compile.twins.quantize import QUICK, UNOBSERVED, make_weight, pack_weight
 from river_compile.twins.threads import in_threads, thread_pool
 from river_compile.twins.weights import LOSSLESS, Parameters, ParameterStamp, TwinWeight
 
@@ -75,6 +75,12 @@ class Job:
     def observes(self) -> bool:
         """Whether weights are made with statistics."""
         return self.file is None and self.config.quantizer in OBSERVING
+
+    @property
+    def quick(self) -> Job | None:
+        """The job whose twins draft until this one's are there; None if there is no faster one."""
+        slow = self.file is None and self.config.quantizer in (*OBSERVING, UNOBSERVED)
+        return replace(self, config=replace(self.config, quantizer=QUICK)) if self.drafting and slow else None
 
     def quantizer(self, lossless: bool) -> str:
         return LOSSLESS if lossless else self.config.quantizer

@@ -64,7 +64,11 @@ class TwinWeights:
             may_wait = job.drafting and self.background.enabled and not job.refresh
             if not may_wait:
                 self.background.end(cancel=job.refresh)
+            begun = self.background.packing
+            drafts = begun is not None and begun.usable
             there = self._in_memory(matmuls, job)
+            if may_wait and job.quick is not None:
+                there = self._in_memory(matmuls, job.quick) | there
             missing = [matmul for matmul in matmuls if matmul not in there]
             new: dict[Matmul, TwinWeight] = {}
             for lossless in (True, False):
@@ -78,7 +82,8 @@ class TwinWeights:
             if not all(matmul.lossless for matmul in matmuls):
                 self.background.begin_writing()
             made_now = [packed[matmul] for matmul in packed if matmul in new]
-            program = ProgramWeights(packed, job.parameters, self.digests.of, made_now, awaits)
+            has_first = drafts and awaits is begun
+            program = ProgramWeights(packed, job.parameters, self.digests.of, made_now, awaits, has_first)
             self._programs.add(program)
             return program
 
@@ -185,16 +190,27 @@ class TwinWeights:
                 write_stored(entry, [*made.values()])
             return made
         # If others are being made, the program is built again when those are there, and these begin.
-        self.background.begin(functools.partial(self._make_later, job, matmuls, entry), entry is not None)
+        works = [functools.partial(self._make_later, job, matmuls, entry)]
+        if job.quick is not None:
+            works.insert(0, functools.partial(self._make_later, job.quick, matmuls, None))
+        self.background.begin(works, entry is not None)
         return {}
 
     def _make_later(self, job: Job, matmuls: Sequence[Matmul], entry: Entry | None) -> None:
         """Make twins, unless their parameters change meanwhile, which the next sequence finds."""
         self.loss.is_old |= job.observes
-        made = job.make_unless_changed(matmuls, lossless=False)
+        quick = {} if job.quick is None else self._in_memory(matmuls, job.quick)
+
+        def keep(twin: TwinWeight) -> TwinWeight:
+            return quick[twin.matmul].become(twin) if twin.matmul in quick else twin
+
+        made = job.make_unless_changed(matmuls, False, keep)
         if made and entry is not None:
             write_stored(entry, [*made.values()])
         self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
+        if job.quick is not None:
+            for matmul in quick:
+                self._made_before.pop(job.quick.key(matmul), None)
 
     def _made(self, job: Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
         self.loss.is_old |= job.observes and not lossless

@@ -25,6 +25,7 @@ from river_compile.twins.weights import LOSSLESS, Parameters, TwinWeight, weak_r
 from river_compile.upstream.tensors import as_ordinary
 
 UNOBSERVED = "hqq"  # reads weights alone: replaces a calibrated quantizer without statistics
+QUICK = "mse"  # packed at the speed at which weights are read: drafts until better twins are there
 _STORED_AS = torch.bfloat16  # scale and zero-point in the CPU's kernel; others store an exact form
 _ROWS_COMPARED = 128  # output features that give the SQNR to a tenth of a dB
 
@@ -117,12 +118,12 @@ def _quantize_matrix(matmul: Matmul, parameters: Parameters, quantizer: str, inp
 
 
 def _packs_at_once(matmul: Matmul, weight: Tensor, quantizer: str) -> bool:
-    return quantizer == "mse" and can_pack_mse(weight, matmul.group_size, matmul.layout)
+    return quantizer == QUICK and can_pack_mse(weight, matmul.group_size, matmul.layout)
 
 
 def _packed_at_once(matmul: Matmul, weight: Tensor) -> Grid:
     packed, sqnr = pack_mse(weight, matmul.group_size)
-    return packed, {"quantizer": "mse", "sqnr": sqnr}
+    return packed, {"quantizer": QUICK, "sqnr": sqnr}
 
 
 def _quantize_stack(matmul: Matmul, stack: Tensor, quantizer: str, known: ExpertMoments | None) -> Grid:

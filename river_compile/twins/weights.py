@@ -94,6 +94,15 @@ class TwinWeight:
         """The SQNR of the outputs if known, else of the weights."""
         return self.sqnr if self.output_sqnr is None else self.output_sqnr
 
+    def become(self, better: TwinWeight) -> TwinWeight:
+        """Take the values of another packing of the same matmul, in this one's memory, and return this one."""
+        # Programs read this memory, perhaps now: they draft, so any mixture of both gives the same text.
+        for mine, other in zip(self.tensors, better.tensors, strict=True):
+            mine.copy_(other)
+        for name in ("asked", "quantizer", "sqnr", "output_sqnr", "statistics", "input_scale"):
+            setattr(self, name, getattr(better, name))
+        return self
+
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters that it was made from, weights first; those that are gone are missing."""
@@ -175,8 +184,9 @@ class ProgramWeights:
         digests: Callable[[Mapping[Matmul, Parameters]], dict[Matmul, str]],
         made: Sequence[TwinWeight],
         awaits: Packing | None = None,  # the twins are missing that this makes
+        has_first: bool = False,  # they were not among those of its first work
     ) -> None:
-        self.packed, self._digests, self._awaits = packed, digests, awaits
+        self.packed, self._digests, self._awaits, self._has_first = packed, digests, awaits, has_first
         self.made = made  # those of the packed that are new
         self._order = [number for matmul in packed for number in matmul.parameters]
         self._stamp: ParameterStamp | None = ParameterStamp(
@@ -205,7 +215,7 @@ class ProgramWeights:
     @property
     def can_be_whole(self) -> bool:
         """Whether missing twins are there by now. Raises the error that ended their making."""
-        if self._awaits is None or not self._awaits.over:
+        if self._awaits is None or not (self._awaits.over or (self._awaits.usable and not self._has_first)):
             return False
         self._awaits.check()
         return True

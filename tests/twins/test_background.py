@@ -305,7 +305,7 @@ def interrupt():
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGINT)
 
-packing = Packing(work, finishes_at_exit=True)
+packing = Packing([work], finishes_at_exit=True)
 threading.Thread(target=interrupt).start()
 """
 
