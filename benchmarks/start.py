@@ -3,8 +3,8 @@
     python -m benchmarks.start --model DIR --rows plain exact --json start.json
 
 Each row is a process; "again" is another one that finds what the first one stored. It asks for texts while exact mode
-packs its twins ("meanwhile"), waits until they are there ("ready"), and asks each prompt twice more. The last time is
-steady; what the earlier ones take longer is the row's "start". It "pays from" so many tokens on, for which plain takes
+packs its twins ("meanwhile"). "Drafts" ends the first call after quick ones were there, "ready" is when the final ones
+are. Then it asks each prompt twice. The last time is steady; what earlier ones take longer is the row's "start". It "pays from" so many tokens on, for which plain takes
 as long. "Own" is the most memory at a time that no file backs, "disk" the compile cache. C++ kernels compile first.
 """
 
@@ -28,7 +28,7 @@ from tools.figures import KERNELS
 
 ROWS = ("plain", "exact", "fast", "llama_cpp")
 MODULE = "benchmarks.start"
-_COLUMNS = "first_token_s", "second_token_s", "ready_s", "meanwhile_tokens_per_s", "start_s"
+_COLUMNS = "first_token_s", "second_token_s", "drafts_s", "ready_s", "meanwhile_tokens_per_s", "start_s"
 _MEANWHILE = 10
 
 Times = tuple[float, ...]  # seconds from a call to each new token
@@ -53,13 +53,18 @@ def start(folder: str, row: str, dtype: str, prompts: list[list[int]], tokens: i
         def call(number: int) -> Times:
             return generate(model, torch.tensor([prompts[number]]), tokens, static_cache=False).times
 
-        def packs() -> bool:
-            return row != "plain" and river_compile.report(model).to_dict()["packing_in_background"] is not None
+        def says(key: str) -> object:
+            return row != "plain" and river_compile.report(model).to_dict()[key]
 
-        began = time.perf_counter()
+        def packs() -> bool:
+            return row != "plain" and says("packing_in_background") is not None
+
+        began, drafts = time.perf_counter(), None
         early: Calls = [(0, call(0))]
         while packs() and len(early) <= _MEANWHILE:
             early.append((len(early) % len(prompts), call(len(early) % len(prompts))))
+            if drafts is None and says("drafts_with_quick_twins"):
+                drafts = time.perf_counter() - began
         while packs():
             time.sleep(0.05)
         ready = time.perf_counter() - began
@@ -71,6 +76,7 @@ def start(folder: str, row: str, dtype: str, prompts: list[list[int]], tokens: i
     return {
         "early": early,
         "steady": steady,
+        "drafts_s": drafts,
         "ready_s": ready if meanwhile else early[0][1][1],
         "meanwhile_tokens_per_s": statistics.median(map(decode_rate, meanwhile)) if meanwhile else None,
         "loaded_bytes": loaded,
@@ -152,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = {**common.setting("start", options), "rows": rows | ({KERNELS: kernels} if kernels else {})}
     common.print_setting(outcome)
     sizes = ("peak_rss_bytes", "own_bytes", "disk_bytes")
-    heads = ["", "first token, s", "second, s", "ready, s", "meanwhile", "start, s", "tokens/s", "pays from"]
+    heads = ["", "first token, s", "second, s", "drafts, s", "ready, s", "meanwhile", "start, s", "tokens/s", "pays from"]
     lines = []
     for name, row in rows.items():
         pays = None if row["pays_from_tokens"] in (None, math.inf) else round(row["pays_from_tokens"])

@@ -39,6 +39,13 @@ class _Cancelled(BaseException):
     """Ends the thread. Not an Exception, which code on the way might catch."""
 
 
+def _be_nice() -> None:
+    """Give this thread, and threads that it starts, less of a core that generation uses too."""
+    if sys.platform == "linux":
+        here = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, here, min(os.getpriority(os.PRIO_PROCESS, here) + _NICER, 19))
+
+
 class Packing:
     """Works in a separate thread, by stages that have progress."""
 
@@ -106,12 +113,13 @@ class Packing:
 
     def _run(self) -> None:
         start = time.perf_counter()
-        if sys.platform == "linux":
-            here = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, here, min(os.getpriority(os.PRIO_PROCESS, here) + _NICER, 19))
+        if self._awaited == 1:
+            _be_nice()
         with stages_told(_STAGE, self._reach):
             while (work := self._taken()) is not None:
                 self._do(work)
+                if self._awaited == 2:  # the first work is quick, and makes the model faster: it takes its share
+                    _be_nice()
                 self._begun = True
                 self._awaited -= 1
                 if not self._done:
