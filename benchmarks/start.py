@@ -3,9 +3,10 @@
     python -m benchmarks.start --model DIR --rows plain exact --json start.json
 
 Each row is a process; "again" is another one that finds what the first one stored. It asks for texts while exact mode
-packs its twins ("meanwhile"). "Drafts" ends the first call after quick ones were there, "ready" is when the final ones
-are. Then it asks each prompt twice. The last time is steady; what earlier ones take longer is the row's "start". It "pays from" so many tokens on, for which plain takes
-as long. "Own" is the most memory at a time that no file backs, "disk" the compile cache. C++ kernels compile first.
+packs its twins ("meanwhile"). "Drafts" ends the first call with quick ones, "ready" is when the final ones are there.
+Then it asks each prompt twice; the last time is steady, what earlier ones take longer is the row's "start". It "pays
+from" so many tokens on, for which plain takes as long. "Own" is the most memory at a time that no file backs, "disk"
+the compile cache. C++ kernels compile first.
 """
 
 from __future__ import annotations
@@ -158,7 +159,17 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = {**common.setting("start", options), "rows": rows | ({KERNELS: kernels} if kernels else {})}
     common.print_setting(outcome)
     sizes = ("peak_rss_bytes", "own_bytes", "disk_bytes")
-    heads = ["", "first token, s", "second, s", "drafts, s", "ready, s", "meanwhile", "start, s", "tokens/s", "pays from"]
+    heads = [
+        "",
+        "first token, s",
+        "second, s",
+        "drafts, s",
+        "ready, s",
+        "meanwhile",
+        "start, s",
+        "tokens/s",
+        "pays from",
+    ]
     lines = []
     for name, row in rows.items():
         pays = None if row["pays_from_tokens"] in (None, math.inf) else round(row["pays_from_tokens"])

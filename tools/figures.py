@@ -1,8 +1,8 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``: "decode MODEL ...", "kinds MODEL",
-"contexts MODEL", "assistant MODEL", "assistant_peers MODEL" and "start MODEL ...", each of the last run, on a machine
-of an instruction set with "on ISA"; "machines" predicts tokens/s by memory bandwidth, "checks" compares with them.
+"contexts MODEL", "quantizers MODEL", "assistant MODEL", "assistant_peers MODEL" and "start MODEL ...", each of the last
+run, on a machine of an instruction set with "on ISA"; "machines" and "checks" compare speeds with predictions.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ PROGRAMS = {
 # The same for rows that are no part of a default run.
 MORE_PROGRAMS = {
     "llama_cpp_q4_0": ("llama.cpp, Q4_0", BY_4_BITS),
+    **{f"exact_{q}": (f"River, twins by {q}", BF16) for q in ("gptq", "mse", "hqq", "rtn")},
     "no_draft_12bit": ("River, speculation off, 12-bit weights", BF16),
     "exact_12bit": ("River, default, 12-bit weights", BF16),
     "exact_assistant_12bit": ("River, drafts by a smaller model, 12-bit weights", BF16),
@@ -75,7 +76,7 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
     tables = {"decode": decode_table, "start": start_table}
-    tables |= dict.fromkeys(("kinds", "contexts", "assistant", "assistant_peers"), kinds_table)
+    tables |= dict.fromkeys(("kinds", "contexts", "quantizers", "assistant", "assistant_peers"), kinds_table)
     if name in tables:
         file = results / f"{'decode' if name == 'kinds' else name}.jsonl"
         return tables[name]({model: runs_of(file, model, isa) for model in models})
@@ -183,11 +184,21 @@ def start_table(runs: dict[str, list[Run]]) -> str:
                 full = found.get((row, "ready_s"), found[row, "second_token_s"])
                 pays = found.get((row, "pays_from_tokens"))
                 sizes = (found.get((row, key)) for key in ("peak_rss_bytes", "own_bytes", "disk_bytes"))
-                cells = [cell_of(found[row, "first_token_s"]), cell_of(full), _NONE if pays is None else f"{pays:.0f}"]
+                drafts = found.get((row, "drafts_s"), full)
+                cells = [cell_of(found[row, "first_token_s"]), cell_of(drafts), cell_of(full)]
+                cells.append(_NONE if pays is None else f"{pays:.0f}")
                 lines.append([_title(model), program, *cells, *(cell_of(size and size / 1e9) for size in sizes)])
         if (KERNELS, "build_s") in found:
             built = [f"Compiling the C++ kernels, once for a machine, took {found[KERNELS, 'build_s']:.0f} s more."]
-    heads = ["model", "program", "first token, s", "full speed after, s", "pays from, tokens", "peak memory, GB"]
+    heads = [
+        "model",
+        "program",
+        "first token, s",
+        "drafts after, s",
+        "full speed after, s",
+        "pays from, tokens",
+        "peak memory, GB",
+    ]
     heads += ["own, GB", "disk, GB"]
     if all(line[-1] == _NONE for line in lines):
         heads, lines = heads[:-1], [line[:-1] for line in lines]

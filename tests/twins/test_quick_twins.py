@@ -71,9 +71,7 @@ def test_they_draft_the_same_text_until_the_bytes_of_better_ones_lie_in_their_pl
     assert {name: twin.tensors[0].data_ptr() for name, twin in twins_of(quick).items()} == places
     after = bits_of(quick)
     assert all(not torch.equal(after[name][0], before[name][0]) for name in before)
-    at_once = river_compile.accelerate(
-        make("llama", layers=2), compile_cache=False, background_packing=False, **GPTQ
-    )
+    at_once = river_compile.accelerate(make("llama", layers=2), compile_cache=False, background_packing=False, **GPTQ)
     assert generate(at_once, 20).tolist() == expected
     for name, tensors in bits_of(at_once).items():
         assert all(map(torch.equal, tensors, after[name]))
