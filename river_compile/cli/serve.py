@@ -20,6 +20,7 @@ from river_compile.cli.shared import (
     Calibration,
     Dtype,
     Model,
+    PrefixCache,
     Quality,
     Strict,
     Threads,
@@ -43,6 +44,7 @@ def serve(
     calibration: Calibration = None,
     twins: Twins = None,
     assistant: Assistant = None,
+    prefix_cache: PrefixCache = True,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -65,6 +67,7 @@ def serve(
     folder = resolve(model)
     config_of(folder)
     acceleration = {"quality": quality, "strict": strict, "calibration": calibration, "twins": twins}
+    acceleration |= {"prefix_cache": prefix_cache}
     acceleration |= load_assistant(assistant, dtype, _device())
     quality = quality or ("exact" if calibration is None else "fast")
     url = f"http://{host}:{port}/v1"
