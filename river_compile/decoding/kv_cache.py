@@ -198,6 +198,12 @@ def _front(layer: Any, rows: int) -> Any:
     return view
 
 
+def bytes_per_token(model: PreTrainedModel) -> int | None:
+    """Return the bytes of keys and values of one token, None if the cache's shapes show in the first pass only."""
+    cache = KVCache.of(model, _STEP)
+    return cache.bytes // _STEP if cache.is_full and cache.memory_rows else None
+
+
 def slots_for(model: PreTrainedModel, tokens: int) -> int:
     """Return the slots for some tokens, rounded up; at most the model's positions (MPT's bias)."""
     return min(-(-tokens // _STEP) * _STEP, getattr(model.config, "max_seq_len", None) or sys.maxsize)

@@ -113,9 +113,10 @@ class PrefixPool:
             cache = pooled.cache if is_reusable else pooled.cache.like(slots, rows)
         if not cache.memory_rows:
             shared, source = 0, None
+            self.files = None  # a first call of a process could take nothing from them
         parts = [] if source is None or (source is text and is_reusable) else [source.entries]
         mapped = []
-        if self.files is not None and ids is not None and same is not None and cache.memory_rows:
+        if self.files is not None and ids is not None and same is not None:
             mapped = self.files.find(model, same, ids[:-LEAST_PREFIX], shared, cache.prefix(0))
         if mapped:
             parts, shared = mapped, sum(part[0][0].shape[1] for part in mapped)

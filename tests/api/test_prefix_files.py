@@ -143,9 +143,9 @@ class TestALaterProcess:
         finally:
             torch.set_num_threads(before)
 
-    @pytest.mark.parametrize("family", ["gemma3", "qwen2", "gpt2"])
+    @pytest.mark.parametrize("family", ["gemma3", "qwen2"])
     def test_of_other_families(self, family):
-        """Sliding windows, biases, learned positions."""
+        """Sliding windows, biases."""
         first = prompt(READ, 1, seed=3)
         ran(started(family), first)
         ids = then(first, 30, 1)
@@ -364,6 +364,7 @@ class TestTheFolder:
         rest = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) - sum(sizes)
         monkeypatch.setenv("RIVER_COMPILE_CACHE_SIZE_GB", str((rest + 7.5 * max(sizes)) / 1e9))
         folder.evict()
+        monkeypatch.delenv("RIVER_COMPILE_CACHE_SIZE_GB")
         assert ran(started(), texts[0])[2] == READ - MANY
         assert 0 < ran(started(), texts[1])[2] < 4 * BLOCK
 
