@@ -3,7 +3,7 @@
     python -m benchmarks.prefix --model qwen-coder-1.5b --tokens 2000 --question 20
 
 One process reads the beginning with a question, and ends. Another one has answered a short prompt, then gets the same
-beginning with other questions: without the cache ("fresh"), from the disk ("disk"), and again ("memory"). The whole
+beginning with other questions: from the disk ("disk"), again ("memory"), and without the cache ("fresh"). The whole
 answers of "fresh" and "disk" are compared. A third one's first call is such a question ("disk, first call"). Drafts are
 off and weights are the model's: both concern later tokens only, and would be packed in each empty cache.
 """
@@ -41,7 +41,10 @@ class Model:
         return {"load_s": time.perf_counter() - began}
 
     def ask(self, ids: list[int], tokens: int, cached: bool = True) -> dict:
-        """Generate after a prompt; return times, new ids, and how many tokens of the prompt came from the disk."""
+        """Generate after a prompt; return times, new ids, and how many tokens of the prompt came from the disk.
+
+        Not `cached`: without the disk from now on, and without the texts in memory.
+        """
         import torch
 
         import river_compile
@@ -52,11 +55,8 @@ class Model:
         before = river_compile.report(self.model).to_dict()["kept_texts"]
         made = generate(self.model, torch.tensor([ids]), tokens, static_cache=False, fresh=not cached)
         after = river_compile.report(self.model).to_dict()["kept_texts"]
-        if not cached:
-            river_compile.empty_cache(self.model)
-            self._accelerate(True)
         reused = {name: after[name] - before[name] for name in ("reused", "from_disk")}
-        return {"first_token_s": made.times[0], "ids": list(made.ids), **reused}
+        return {"first_token_s": made.times[0], "ids": list(made.tokens), **reused}
 
     def _accelerate(self, prefix_cache: bool) -> None:
         import river_compile
@@ -112,9 +112,9 @@ def _measure(options: argparse.Namespace) -> dict[str, dict]:
             row(worker, first)
         with closing(process("the second process")) as worker:
             row(worker, first[:_WARM_UP])
+            from_disk, from_memory = row(worker, questions[0]), row(worker, questions[1])
             rows["fresh"] = row(worker, questions[0], cached=False)
-            rows["disk"] = row(worker, questions[0])
-            rows["memory"] = row(worker, questions[1])
+            rows |= {"disk": from_disk, "memory": from_memory}
         with closing(process("the third process")) as worker:
             rows["disk, first call"] = row(worker, questions[2])
     return rows
