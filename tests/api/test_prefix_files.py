@@ -132,7 +132,7 @@ class TestALaterProcess:
     @examples(6)
     @given(cuts=st.lists(st.integers(1, 330), min_size=2, max_size=3), threads=st.sampled_from([1, 2]))
     def test_has_a_fresh_prompts_bits_whatever_others_wrote(self, cuts, threads, fresh):
-        """Texts that part at any places, each in a process of its own, on other numbers of threads."""
+        """Texts that part at any places, each for a model that has just started, on other numbers of threads."""
         folder.clear(folder.PROMPTS)
         before, text = torch.get_num_threads(), prompt(330, 1, seed=5)
         try:
@@ -154,7 +154,7 @@ class TestALaterProcess:
         assert_same(ours, theirs)
 
     def test_is_a_process(self, cache, fresh, tmp_path):
-        """The first one ends at once: what it wrote is whole."""
+        """The first one ends immediately: what it wrote is whole."""
         code = (
             "from tests.api.test_prefix_files import *\n"
             "found = generate(model := started(), {ids})\n"
@@ -241,7 +241,7 @@ def test_another_model_never_matches(other):
 
 
 def test_a_model_that_changes_after_its_prompt_is_another(fresh):
-    """Each state has files of its own; the earlier one finds its prompt again."""
+    """Each state has its own files; the earlier one finds its prompt again."""
     model, ids = started(), prompt(READ, 1, seed=3)
     ran(model, ids)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

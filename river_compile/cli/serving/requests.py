@@ -132,9 +132,9 @@ def translated(handler: Any, body: Body) -> Asked:
     if body.get("logit_bias") is not None:
         body["logit_bias"] = _biases(body["logit_bias"])
     stops = _stops(body)
-    penalties = [float(body.pop(name, None) or 0) for name in _PENALTIES]
+    presence, frequency = (float(body.pop(name, None) or 0) for name in _PENALTIES)
     # (A seed given to transformers would seed the whole process.)
-    return Asked(body.pop("seed", None), stops, *penalties, _grammar(handler, body))
+    return Asked(body.pop("seed", None), stops, presence, frequency, _grammar(handler, body))
 
 
 def _grammar(handler: Any, body: Body) -> Grammar | None:
