@@ -130,3 +130,20 @@ def test_a_server_whose_queue_is_full_is_healthy_and_not_ready(served):
             connection.close()
     served.until_free()
     assert served.raw("GET", "/ready")[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_while_an_answer_is_written_is_openais(served, monkeypatch, stream):
+    """A processor fails at the third token; the client's library raises its message."""
+
+    def fail(self, input_ids, scores):
+        if input_ids.shape[1] > self.length + 2:
+            raise ValueError('it is "bad"')
+        return scores
+
+    monkeypatch.setattr("river_compile.cli.serving.requests.Penalties.__call__", fail)
+    with pytest.raises(openai.APIError, match=r"it is .bad.") as raised:
+        pieces(served.ask("hello", 8, presence_penalty=1, stream=stream))
+    assert raised.value.body.keys() == {"message", "type", "param", "code"}
+    monkeypatch.undo()
+    assert served.text("hello")
