@@ -1,8 +1,9 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
 They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``: "decode MODEL ...", "kinds MODEL",
-"contexts MODEL", "quantizers MODEL", "assistant MODEL", "assistant_peers MODEL" and "start MODEL ...", each of the last
-run, on a machine of an instruction set with "on ISA"; "machines" and "checks" compare speeds with predictions.
+"contexts MODEL", "quantizers MODEL", "assistant MODEL", "assistant_peers MODEL", "prefix MODEL ..." and "start MODEL
+...", each of the last run, on a machine of an instruction set with "on ISA"; "machines" and "checks" compare speeds
+with predictions.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ STARTS = {
     "fast, again": 'River, `quality="fast"`, second start',
     "llama_cpp": "llama.cpp, 4-bit file",
 }
+# By row of `benchmarks.prefix`: where the entries come from.
+PREFIXES = {
+    "fresh": "the whole prompt runs",
+    "disk": "a new process that has answered a short prompt, from the disk",
+    "disk, first call": "a new process, its first call, from the disk",
+    "memory": "the same process again, from memory",
+}
 KERNELS = "C++ kernels"  # and its row of their build
 _VERSIONS = (
     *("torch", "transformers", "llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai"),
@@ -75,7 +83,7 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     """
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
-    tables = {"decode": decode_table, "start": start_table}
+    tables = {"decode": decode_table, "start": start_table, "prefix": prefix_table}
     tables |= dict.fromkeys(("kinds", "contexts", "quantizers", "assistant", "assistant_peers"), kinds_table)
     if name in tables:
         file = results / f"{'decode' if name == 'kinds' else name}.jsonl"
@@ -210,6 +218,20 @@ def start_table(runs: dict[str, list[Run]]) -> str:
     )
     rows = [f"| {' | '.join(line)} |" for line in table]
     return "\n".join([*rows, "", " ".join([*_sources(what, runs), *built])]) + "\n"
+
+
+def prefix_table(runs: dict[str, list[Run]]) -> str:
+    """Return a table of the time to the first token after a long beginning, by where its entries come from."""
+    found = {model: _by_key(last) for model, (*_, last) in runs.items()}
+    lines = [f"| first token after a long beginning, s | {' | '.join(map(_title, runs))} |"]
+    lines.append(f"|---|{'---:|' * len(runs)}")
+    for row, title in PREFIXES.items():
+        cells = [cell_of(keys.get((row, "first_token_s"))) for keys in found.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    sizes = {int(keys["disk", "prompt_tokens"]): int(keys["disk", "from_disk"]) for keys in found.values()}
+    prompts = " and ".join(f"{tokens:,} tokens, {read:,} of them from the disk" for tokens, read in sizes.items())
+    what = f"Prompts of {prompts}; drafts off, the model's own 16-bit weights, measured once."
+    return "\n".join([*lines, "", " ".join(_sources(what, runs))]) + "\n"
 
 
 def _title(model: str) -> str:

@@ -171,7 +171,7 @@ def build_all(folder: Path) -> int:
     for library in libraries:
         name, _, _ = library.stem.rpartition("_")
         (folder / f"{name}.so").write_bytes(library.read_bytes()[:-_DIGEST])  # tools of wheels reject what follows
-    (folder / _HASH_FILE).write_text(_hash_of_sources())
+    (folder / _HASH_FILE).write_text(hash_of_sources())
     return sum(library.stat().st_size for library in libraries)
 
 
@@ -181,12 +181,12 @@ def _library(sources: Sequence[str], name: str, flags: Sequence[str]) -> Path:
 
 def _prebuilt(name: str) -> Path | None:
     library, hash_file = BUILT / f"{name}.so", BUILT / _HASH_FILE
-    if not library.exists() or not hash_file.exists() or hash_file.read_text() != _hash_of_sources():
+    if not library.exists() or not hash_file.exists() or hash_file.read_text() != hash_of_sources():
         return None
     return library
 
 
-def _hash_of_sources() -> str:
+def hash_of_sources() -> str:
     digest = hashlib.sha256()
     for file in sorted(SOURCES.rglob("*")):
         if file.is_file():
@@ -277,7 +277,7 @@ def build(compiler: Compiler, sources: Sequence[str], name: str, flags: Sequence
     command = [compiler.command, *_FLAGS]
     make = functools.partial(_make, command, sources, flags)
     inputs = [*command, *sources, *flags, compiler.version, torch.__version__, sys.platform, target_architecture()]
-    digest = hashlib.sha256("\0".join([*inputs, _hash_of_sources()]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([*inputs, hash_of_sources()]).encode()).hexdigest()[:16]
     try:
         return cached_file(f"native/{name}_{digest}.so", _is_whole, make)
     except OSError as error:

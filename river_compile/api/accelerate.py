@@ -35,7 +35,9 @@ from river_compile.upstream.dynamo import OwnCall, compiled_with, drop_graphs, u
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-_ARGUMENTS = ("calibration_data", "tokenizer", "compile_cache", "background_packing")  # of accelerate by keyword
+_ARGUMENTS = (  # of accelerate by keyword
+    *("calibration_data", "tokenizer", "compile_cache", "prefix_cache", "background_packing"),
+)
 
 
 def accelerate(
@@ -47,6 +49,7 @@ def accelerate(
     calibration_data: Sequence[str] | Sequence[Tensor] | None = None,
     tokenizer: Tokenizer | None = None,
     compile_cache: bool = True,
+    prefix_cache: bool = False,
     background_packing: bool = True,
     **options: Any,
 ) -> Model:
@@ -68,6 +71,9 @@ def accelerate(
             tokenizer.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/startup.md).
+        prefix_cache: whether prompts of 256 tokens or more are kept on disk, in the compile cache, with their keys and
+            values. A later process whose prompt begins like one runs only the new part, with the same output
+            (docs/startup.md). On a CPU, in 16 bits.
         background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
             are packed in a thread of lower priority. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
@@ -94,6 +100,10 @@ def accelerate(
     mode, backend_options, config = asked_for(model, quality, strict, calibration, options)
     compile_cache = FLAG("compile_cache", compile_cache, OptionError)
     background_packing = FLAG("background_packing", background_packing, OptionError)
+    if FLAG("prefix_cache", prefix_cache, OptionError) and not compile_cache:
+        raise OptionError(
+            "prefix_cache=True requires compile_cache=True, where prompts are kept. Remove one", id="RC003"
+        )
     missing = config.twins is not None and not os.path.exists(Path(config.twins) / FILE)
     if config.twins is not None and missing and config.on_missing_twins == "raise":
         TwinFile(config.twins)  # raises the error that says what is wrong
@@ -101,7 +111,7 @@ def accelerate(
         raise OptionError("tokenizer= requires calibration_data=. Give both or none", id="RC003")
     if calibration_data is not None:
         collect_statistics(model, calibration_data, tokenizer)
-    put_programs = set_up(model, backend_options, config, compile_cache, background_packing)
+    put_programs = set_up(model, backend_options, config, compile_cache, background_packing, prefix_cache)
     # The model changes last, so any error above leaves it as it was.
     if has_generate_of_its_own(model):
         warnings.warn(

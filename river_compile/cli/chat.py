@@ -14,6 +14,7 @@ from river_compile.cli.shared import (
     Calibration,
     Dtype,
     Model,
+    PrefixCache,
     Quality,
     Strict,
     Threads,
@@ -38,6 +39,7 @@ def chat(
     calibration: Calibration = None,
     twins: Twins = None,
     assistant: Assistant = None,
+    prefix_cache: PrefixCache = True,
     prompt: Annotated[list[str] | None, typer.Option(help="Answer this message, then exit; may be repeated.")] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum new tokens per answer.")] = 512,
@@ -56,8 +58,8 @@ def chat(
     if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature {temperature} is not allowed; give 0 (greedy) or more")
     network, tokenizer = start(model, dtype, threads)
-    drafts = load_assistant(assistant, dtype)
-    accelerate(network, quality, strict=strict, calibration=calibration, twins=twins, **drafts)
+    more = {**load_assistant(assistant, dtype), "prefix_cache": prefix_cache}
+    accelerate(network, quality, strict=strict, calibration=calibration, twins=twins, **more)
     quality = quality or ("exact" if calibration is None else "fast")
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature or None}
     person = prompt is None and not as_json and sys.stdin.isatty()

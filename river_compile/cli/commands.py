@@ -368,9 +368,10 @@ def tune(
 
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete all entries.")] = False,
+    clear_prompts: Annotated[bool, typer.Option("--clear-prompts", help="Delete the prefix cache only.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the compile cache: twins and compiled programs of earlier runs, by model.
+    """List the compile cache: twins, compiled programs and prompts of earlier runs, by model.
 
     Running processes keep the files that they have mapped.
     """
@@ -379,7 +380,7 @@ def cache(
     found = [
         {"about": e.about, "folder": str(e.folder), "bytes": e.bytes, "used": e.used} for e in folder.list_entries()
     ]
-    freed = folder.clear() if clear else 0
+    freed = folder.clear("" if clear else folder.PROMPTS) if clear or clear_prompts else 0
     result = {"folder": str(folder.compile_cache_folder()), "entries": found, "freed_bytes": freed}
     show("cache", result, as_json, lambda console: _cache_page(console, result))
 

@@ -10,7 +10,7 @@ import functools
 import re
 import signal
 import socket
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,13 +20,18 @@ from river_compile.cli.shared import (
     Calibration,
     Dtype,
     Model,
+    PrefixCache,
     Quality,
     Strict,
     Threads,
     Twins,
+    megabytes,
     show,
     use_threads,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _KEY = "Key that clients must send; better in RIVER_COMPILE_API_KEY, since other users see arguments."
 
@@ -43,6 +48,7 @@ def serve(
     calibration: Calibration = None,
     twins: Twins = None,
     assistant: Assistant = None,
+    prefix_cache: PrefixCache = True,
     dtype: Dtype = "bfloat16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -65,12 +71,14 @@ def serve(
     folder = resolve(model)
     config_of(folder)
     acceleration = {"quality": quality, "strict": strict, "calibration": calibration, "twins": twins}
+    acceleration |= {"prefix_cache": prefix_cache}
     acceleration |= load_assistant(assistant, dtype, _device())
     quality = quality or ("exact" if calibration is None else "fast")
     url = f"http://{host}:{port}/v1"
     result = {"model": model, "quality": quality, "url": url}
     server = make_server(folder, host, port, dtype, max_num_seqs, queue, api_key, **acceleration)
-    show("serve", result, as_json, lambda console: console.print(f"serving [bold]{model}[/] ({quality}) at {url}"))
+    result |= {"kv_bytes_per_token": server.kv_bytes_per_token, "context": server.context}
+    show("serve", result, as_json, lambda console: _page(console, result, max_num_seqs))
     signal.signal(signal.SIGTERM, functools.partial(_stop, server))
     try:
         server.wait()
@@ -78,6 +86,15 @@ def serve(
         server.close()
     if not server.started:
         raise ValueError(f"the server could not listen at {url}; its log above says why")
+
+
+def _page(console: Console, result: dict[str, Any], max_num_seqs: int) -> None:
+    console.print(f"serving [bold]{result['model']}[/] ({result['quality']}) at {result['url']}")
+    token, context = result["kv_bytes_per_token"], result["context"]
+    if token:
+        most = f", {megabytes(token * context)} at the context of {context:,} tokens" if context else ""
+        clients = "1 client" if max_num_seqs == 1 else f"each of {max_num_seqs} clients"
+        console.print(f"KV cache: {token / 1e3:.1f} kB a token of {clients}{most}")
 
 
 def _stop(server: Any, *_: object) -> None:

@@ -57,6 +57,9 @@ Assistant = Annotated[
     str | None,
     typer.Option(help="A smaller model with the same tokens, which drafts (a folder, or a name on the hub)."),
 ]
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep long prompts on disk for later processes.")
+]
 Texts = Annotated[Path | None, typer.Option(help="Texts separated by empty lines. Default: Python's documentation.")]
 
 _CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration", "Decoder")  # in the names of classes with a causal head

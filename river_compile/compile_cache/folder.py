@@ -1,6 +1,7 @@
 """The compile cache: a folder of what earlier processes built, with one entry for each model or set of weights.
 
     $RIVER_COMPILE_CACHE_DIR/<key>/<name>    a file: the SHA-256 of its key, name and content in 64 digits, the content
+                             <key>/<name>.block    a file that is mapped, and evicted by itself; it states its hash
 
 Not handled: a parent folder that other users may write to.
 """
@@ -13,7 +14,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,9 @@ _HASH = 64  # hexadecimal digits
 _DEFAULT_GB = 20.0
 _VARIABLE = "RIVER_COMPILE_CACHE_DIR"
 _ABOUT = "about"
+PROMPTS = "prompts-"  # beginning of the keys of entries that hold what users wrote
+BLOCK = ".block"  # ending of files that are used and evicted one by one; others go with their entry
+_OF_BLOCKS = 0.25  # of the limit: what blocks may take in a full cache, since other entries take longer to build
 _FOLDER, _FILE = 0o700, 0o600  # modes
 _warned: set[str] = set()  # paths
 
@@ -77,11 +82,10 @@ class Entry:
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content, None if it is missing, damaged or not trusted."""
-        file = self.folder / name
-        if not (is_trusted(self.folder) and is_trusted(file)):
+        if not self.trusts(name):
             return None
         try:
-            whole = file.read_bytes()
+            whole = (self.folder / name).read_bytes()
         except OSError:
             return None
         content = whole[_HASH:]
@@ -89,6 +93,10 @@ class Entry:
             self.remove_damaged(name, "its place and content do not have the hash that it begins with")
             return None
         return content
+
+    def trusts(self, name: str) -> bool:
+        """True if no other user can have written a file; otherwise warn once."""
+        return is_trusted(self.folder) and is_trusted(self.folder / name)
 
     def remove_damaged(self, name: str, why: object) -> None:
         """Remove a file that cannot be used, with a warning."""
@@ -101,13 +109,18 @@ class Entry:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file unless it exists; warn once in a process if it cannot."""
+        whole = self._hash(name, content) + content
+        self.write_by(name, lambda scratch: scratch.write_bytes(whole))
+
+    def write_by(self, name: str, make: Callable[[Path], object]) -> None:
+        """Have `make` write a file at a new path, unless it exists; warn once in a process if it cannot."""
         file = self.folder / name
         try:
             if file.exists():
                 return
             self.make_folder()
             with atomic_write(file) as scratch:
-                scratch.write_bytes(self._hash(name, content) + content)
+                make(scratch)
                 scratch.chmod(_FILE)
             self.describe()
         except OSError as error:
@@ -179,10 +192,12 @@ def _read_about(folder: Path) -> str:
         return folder.name
 
 
-def clear() -> int:
-    """Remove all entries; return their bytes. Raises an OSError if one cannot be removed."""
+def clear(beginning: str = "") -> int:
+    """Remove all entries whose keys have this beginning; return their bytes. Raises an OSError if one stays."""
     freed = 0
     for entry in list_entries():
+        if not entry.folder.name.startswith(beginning):
+            continue
         with contextlib.suppress(FileNotFoundError):  # another process removes it, too
             shutil.rmtree(entry.folder)
         freed += entry.bytes
@@ -190,10 +205,47 @@ def clear() -> int:
 
 
 def evict() -> None:
-    """Remove the least recently used entries until the rest takes at most RIVER_COMPILE_CACHE_SIZE_GB."""
-    limit, size = float(os.environ.get("RIVER_COMPILE_CACHE_SIZE_GB") or _DEFAULT_GB) * 1e9, 0
-    for entry in list_entries():
-        size += entry.bytes
-        if size > limit:
-            log.info("%s is evicted (%.1f MB)", entry.folder, entry.bytes / 1e6)
-            shutil.rmtree(entry.folder, ignore_errors=True)
+    """Remove the least recently used until the rest takes at most RIVER_COMPILE_CACHE_SIZE_GB.
+
+    Blocks take what other entries leave of it, or a quarter; then whole entries go.
+    """
+    limit = float(os.environ.get("RIVER_COMPILE_CACHE_SIZE_GB") or _DEFAULT_GB) * 1e9
+    entries = [_Used(entry.folder, entry.bytes, entry.used) for entry in list_entries()]
+    blocks = [block for entry in entries for block in _blocks_of(entry.path)]
+    of_blocks = Counter[Path]()
+    for block in blocks:
+        of_blocks[block.path.parent] += block.bytes
+    others = [entry._replace(bytes=entry.bytes - of_blocks[entry.path]) for entry in entries]
+    left = limit - sum(entry.bytes for entry in others)
+    left = limit - _evict(blocks, max(left, _OF_BLOCKS * limit))
+    _evict(others, left)
+
+
+class _Used(NamedTuple):
+    path: Path
+    bytes: int
+    used: float  # seconds since the epoch
+
+
+def _blocks_of(folder: Path) -> Iterator[_Used]:
+    for path in folder.glob(f"*{BLOCK}"):
+        with contextlib.suppress(OSError):  # another process removes it
+            found = path.stat()
+            yield _Used(path, found.st_size, found.st_mtime)
+
+
+def _evict(found: Iterable[_Used], limit: float) -> int:
+    """Remove the least recently used beyond a limit; return the bytes that stay."""
+    size = kept = 0
+    for one in sorted(found, key=lambda one: -one.used):
+        size += one.bytes
+        if size <= limit:
+            kept = size
+            continue
+        log.info("%s is evicted (%.1f MB)", one.path, one.bytes / 1e6)
+        if one.path.name.endswith(BLOCK):
+            with contextlib.suppress(OSError):
+                one.path.unlink()
+        else:
+            shutil.rmtree(one.path, ignore_errors=True)
+    return kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLa
 from river_compile.upstream.transformers import allocate, full_static_cache
 
 _WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")  # transformers' functions
+Entries: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # of one row, by layer: keys and values ``[H, T, D]``
 _STEP = 256  # slots are a multiple of this, so that prompts of similar lengths fit into the same cache
 
 
@@ -152,18 +153,21 @@ class KVCache:
         self._set_filled(end)
         self._show(self.rows + 1)
 
-    def prefix(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Return views of the first row's first entries by layer: keys and values ``[H, tokens, D]``."""
+    def prefix(self, tokens: int) -> Entries:
+        """Return views of the first row's first entries."""
         return [(layer.keys[0, :, :tokens], layer.values[0, :, :tokens]) for layer in self.whole.layers]
 
-    def begin_with(self, tokens: int, prefix: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:
-        """Keep only the first entries: the cache's own, or those of a one-row prefix."""
+    def begin_with(self, tokens: int, parts: Sequence[Entries] = ()) -> None:
+        """Keep only the first entries: the cache's own, or those of one row in parts, the first ones of them."""
         # Slots are zeroed, since attention may multiply hidden ones by 0.
         for number, layer in enumerate(self.whole.layers):
             for place, entries in enumerate(_tensors(layer)):
                 entries[:, :, tokens:].zero_()
-                if prefix is not None:
-                    entries[0, :, :tokens].copy_(prefix[number][place][:, :tokens])
+                first = 0
+                for part in parts:
+                    new = part[number][place][:, : tokens - first]
+                    entries[0, :, first : first + new.shape[1]].copy_(new)
+                    first += new.shape[1]
         self._set_filled(tokens)
         self._show(self.memory_rows)
 
@@ -192,6 +196,12 @@ def _front(layer: Any, rows: int) -> Any:
     view = copy.copy(layer)
     view.keys, view.values, view.batch_size = layer.keys[:rows], layer.values[:rows], rows
     return view
+
+
+def bytes_per_token(model: PreTrainedModel) -> int | None:
+    """Return the bytes of keys and values of one token, None if the cache's shapes show in the first pass only."""
+    cache = KVCache.of(model, _STEP)
+    return cache.bytes // _STEP if cache.is_full and cache.memory_rows else None
 
 
 def slots_for(model: PreTrainedModel, tokens: int) -> int:

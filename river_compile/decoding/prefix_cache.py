@@ -1,5 +1,7 @@
 """The prefix cache: the KV cache between two calls of a model, and saved texts that a later prompt may begin with.
 
+Texts are in memory; below it is `prefix_files.py`, if the model keeps prompts on disk.
+
 Not handled: sharing entries between saved texts.
 """
 
@@ -7,15 +9,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from river_compile.decoding.kv_cache import KVCache, slots_for
+from river_compile.decoding.kv_cache import Entries, KVCache, slots_for
+from river_compile.decoding.prefix_files import PrefixFiles
 from river_compile.kernels.native.load import any_rows
+from river_compile.model_state import ModelState
 
 # Passes of few positions sum attention in another order than a prompt (`kFewPositions` of
 # kernels/native/sources/operators/tensors.h), so at least this much of a prompt runs. Fewer entries are not worth
@@ -31,7 +35,7 @@ class _Text(NamedTuple):
     """Token ids on the host, and their entries by layer, which may be views of a cache."""
 
     ids: Tensor
-    entries: Sequence[tuple[Tensor, Tensor]]
+    entries: Entries
 
     def copied(self) -> _Text:
         """Return a copy in host memory; the device's is the model's."""
@@ -52,6 +56,7 @@ class KeptTexts(NamedTuple):
     tokens: int = 0  # of these texts
     saved_bytes: int = 0  # outside of the cache
     reused: int = 0  # prompt tokens that did not run again, so far
+    from_disk: int = 0  # of these, whose entries were read from files
 
 
 class _Pooled(NamedTuple):
@@ -69,15 +74,16 @@ class PrefixPool:
     # copied back if a prompt shares more with it than with the text in the cache. All texts belong to one state of
     # the model.
     def __init__(self) -> None:
+        self.files: PrefixFiles | None = None  # None: texts stay in memory
         self._lock = threading.Lock()
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._pooled: _Pooled | None = None
         self._saved: list[_Text] = []  # least recently used first
-        self._state: object | None = None  # of the model, for all texts
-        self._reused = 0
+        self._state: ModelState | None = None  # of the model, for all texts
+        self._reused = self._from_disk = 0
 
     def acquire(
-        self, model: PreTrainedModel, rows: int, tokens: int, ids: Tensor | None = None, state: object | None = None
+        self, model: PreTrainedModel, rows: int, tokens: int, ids: Tensor | None = None, state: ModelState | None = None
     ) -> tuple[KVCache, int]:
         """Return a cache for a call, and the number of its prompt's tokens that have entries in it."""
         # ids: of a prompt that may reuse texts of this `state` of the model; None: no reuse. If the state is None or
@@ -91,6 +97,7 @@ class PrefixPool:
             if pooled is not None and changed:
                 pooled.cache.states.clear()
             shared, source = (0, None) if ids is None or state is None else self._longest(ids)
+            same = None if state is None else self._state  # one object until the model changes
         text = None if pooled is None or pooled.ids is None else _text_in(pooled)
         if text is not None:
             here = 0 if ids is None or state is None else _shared(ids, text.ids)
@@ -106,16 +113,22 @@ class PrefixPool:
             cache = pooled.cache if is_reusable else pooled.cache.like(slots, rows)
         if not cache.memory_rows:
             shared, source = 0, None
-        if source is not None:
-            cache.begin_with(shared, None if source is text and is_reusable else source.entries)
-        elif is_reusable:
-            cache.begin_with(0)
+            self.files = None  # a first call of a process could take nothing from them
+        parts = [] if source is None or (source is text and is_reusable) else [source.entries]
+        mapped = []
+        if self.files is not None and ids is not None and same is not None:
+            mapped = self.files.find(model, same, ids[:-LEAST_PREFIX], shared, cache.prefix(0))
+        if mapped:
+            parts, shared = mapped, sum(part[0][0].shape[1] for part in mapped)
+        if shared or is_reusable:
+            cache.begin_with(shared, parts)
         with self._lock:
             self._reused += shared
+            self._from_disk += shared if mapped else 0
         return cache, shared
 
     def release(
-        self, model: PreTrainedModel, cache: KVCache, ids_BS: Tensor | None, prompt: int, state: object | None
+        self, model: PreTrainedModel, cache: KVCache, ids_BS: Tensor | None, prompt: int, state: ModelState | None
     ) -> None:
         """Return a cache to the pool, with the text whose entries are in it (``ids_BS``, None: none)."""
         if not (cache.is_full and cache.memory_rows):
@@ -130,7 +143,12 @@ class PrefixPool:
         keeps = ids is not None and len(ids) >= LEAST_PREFIX
         with self._lock:
             self._model = self._model or self._freed_with(model)
-            text = ids.cpu() if ids is not None and keeps and state is not None and state == self._state else None
+            same = self._state
+        text = ids.cpu() if ids is not None and keeps and state is not None and state == same else None
+        if self.files is not None and text is not None and same is not None:
+            self.files.save(model, same, text[:prompt], cache.prefix(prompt))
+        with self._lock:
+            text = text if same is self._state else None
             others, self._pooled = self._pooled, _Pooled(_key(model, cache.memory_rows), cache, text)
         if others is not None and others.ids is not None:  # from a concurrent call
             self._save(_text_in(others))
@@ -180,13 +198,13 @@ class PrefixPool:
             lengths = [len(text.ids) for text in self._saved]
             if self._pooled is not None and self._pooled.ids is not None:
                 lengths.append(len(self._pooled.ids))
-            return KeptTexts(len(lengths), sum(lengths), self._saved_bytes, self._reused)
+            return KeptTexts(len(lengths), sum(lengths), self._saved_bytes, self._reused, self._from_disk)
 
     @property
     def _saved_bytes(self) -> int:
         return sum(text.bytes for text in self._saved)
 
-    def _forget(self, state: object | None) -> None:
+    def _forget(self, state: ModelState | None) -> None:
         self._saved, self._state = [], state
         if self._pooled is not None:
             self._pooled = self._pooled._replace(ids=None)

@@ -268,7 +268,7 @@ def test_health_is_503_where_the_thread_that_generates_has_ended(tiny, caplog):
 
 def test_serve_says_where_it_listens(tiny, capsys, monkeypatch):
     class Ended:
-        started = True
+        started, kv_bytes_per_token, context = True, 1536, 2048
 
         def wait(self):
             pass
@@ -281,6 +281,9 @@ def test_serve_says_where_it_listens(tiny, capsys, monkeypatch):
     monkeypatch.setattr(serve.signal, "signal", lambda *handler: None)
     assert app.main(["serve", tiny, "--port", "1234", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["url"] == "http://localhost:1234/v1"
+    assert app.main(["serve", tiny, "--port", "1234"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "KV cache: 1.5 kB a token of each of 8 clients, 3.1 MB at the context of 2,048 tokens" in page
 
 
 def test_a_port_in_use_is_named_before_the_model_is_loaded(capsys):

@@ -83,13 +83,12 @@ def test_an_unknown_field_is_named(served):
     ("path", "field"),
     [
         *[("chat/completions", field) for field in (
-            {"response_format": {"type": "json_object"}}, {"n": 2}, {"logprobs": True}, {"top_logprobs": 2},
+            {"n": 2}, {"logprobs": True}, {"top_logprobs": 2},
             {"tool_choice": "required"}, {"parallel_tool_calls": False}, {"modalities": ["audio"]},
             {"reasoning_effort": "high"}, {"function_call": {"name": "f"}},
             {"generation_config": "{}"},
         )],
         *[("completions", field) for field in ({"echo": True}, {"best_of": 2}, {"logprobs": 0}, {"n": 3})],
-        ("responses", {"text": {"format": {"type": "json_object"}}}),
         ("responses", {"previous_response_id": "x"}),
     ],
 )  # fmt: skip

@@ -421,6 +421,21 @@ def test_the_oldest_entries_are_evicted(cache, monkeypatch):
     assert sorted(path.name for path in cache.iterdir()) == ["entry2", "entry3"]
 
 
+@pytest.mark.parametrize(("limit", "entries", "blocks"), [(9000, 4, 6), (6000, 4, 4), (4000, 3, 2), (2000, 1, 1)])
+def test_blocks_take_what_entries_leave_or_a_quarter(cache, monkeypatch, limit, entries, blocks):
+    """Of four entries and six blocks of half their size, the least recently used go."""
+    for number in range(4):
+        folder.Entry(f"entry{number}").write_by("x", lambda path: path.write_bytes(bytes(1000)))
+        os.utime(cache / f"entry{number}", (number, number))
+    for number in range(6):
+        folder.Entry("blocks").write_by(f"{number}.block", lambda path: path.write_bytes(bytes(500)))
+        os.utime(cache / "blocks" / f"{number}.block", (number, number))
+    monkeypatch.setenv("RIVER_COMPILE_CACHE_SIZE_GB", str(limit / 1e9))
+    folder.evict()
+    assert sorted(path.name for path in cache.glob("entry*")) == [f"entry{n}" for n in range(4 - entries, 4)]
+    assert sorted(path.stem for path in cache.rglob("*.block")) == [f"{n}" for n in range(6 - blocks, 6)]
+
+
 def test_the_command_lists_sizes_and_clears(used, capsys):
     assert main(["cache", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

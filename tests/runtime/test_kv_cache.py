@@ -84,7 +84,7 @@ def test_a_prefix_goes_to_another_cache_and_nothing_behind_it(model):
     kv, other = cache(model), cache(model, slots=24)
     write(kv, [[1, 2, 3, 4]])
     write(other, [[9] * 20])
-    other.begin_with(3, kv.prefix(4))
+    other.begin_with(3, [kv.prefix(4)])
     assert shown(other) == [[1, 2, 3]]
     assert not other.cache.layers[0].keys[:, :, 3:].any()
     kv.begin_with(2)

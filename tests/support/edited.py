@@ -23,11 +23,12 @@ import torch
 
 from river_compile.backend import executors_of, river
 from river_compile.compile_cache import codec
+from river_compile.compile_cache.tensor_file import write_tensors
 from river_compile.errors import TwinsError
 from river_compile.kernels.native import load
 from river_compile.kernels.quant import layouts, lossless
 from river_compile.kernels.quant.data_free import quantize
-from river_compile.twins.file import FILE, FORMAT, VERSION, TwinFile, write_tensors
+from river_compile.twins.file import FILE, FORMAT, VERSION, TwinFile
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 from tests.support.lowerings import OPERATORS

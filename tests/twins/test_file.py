@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 import river_compile.twins.quantize
 from river_compile import RiverWarning, report, save_twins
 from river_compile.backend import river
+from river_compile.compile_cache.tensor_file import write_tensors
 from river_compile.errors import TwinsError
 from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.passes.program import Lowering
-from river_compile.twins.file import FILE, TwinFile, write_missing, write_tensors
+from river_compile.twins.file import FILE, TwinFile, write_missing
 from tests.support.decoding import decode, new_cache
 from tests.support.families import make
 from tests.support.lowerings import OPERATORS

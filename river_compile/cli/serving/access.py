@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from river_compile.cli.serving.errors import Refused
 from river_compile.kernels.checks import short_repr
 
-OPEN = ("/health", "/metrics")  # without a key, for probes and monitoring
+OPEN = ("/health", "/ready", "/metrics")  # without a key, for probes and monitoring
 
 
 class Access:

@@ -50,6 +50,7 @@ def build(models: Any, state: State, most_bytes: int, host: str, api_key: str | 
         "/v1/models": _models(served),
         _MODEL: _model(served),
         "/health": _health(state.manager),
+        "/ready": _ready(state.manager),
         "/metrics": _metrics(state.metrics),
     }
     texts = {
@@ -73,7 +74,7 @@ def build(models: Any, state: State, most_bytes: int, host: str, api_key: str | 
 
 def _route(path: str) -> str:
     """Return the route of a path, for the metrics; the client's own paths are unbounded."""
-    if path in (*_TEXTS, "/v1/models", "/health", "/metrics"):
+    if path in (*_TEXTS, "/v1/models", "/health", "/ready", "/metrics"):
         return path
     return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
 
@@ -121,6 +122,14 @@ def _health(manager: Manager) -> Answer:
             logger.error(ENDED)
             raise errors.Refused(503, "thread_ended", ENDED)
         return JSONResponse({"status": "ok"})
+
+    return answer
+
+
+def _ready(manager: Manager) -> Answer:
+    async def answer(_: Request) -> Response:
+        manager.check_place()
+        return JSONResponse({"status": "ready"})
 
     return answer
 

@@ -43,14 +43,15 @@ class Manager(utils.GenerateManager):
         Raises:
             Refused: the thread has ended, or the queue is full.
         """
-        self._check_place()
+        self.check_place()
         self._preparing += 1
         try:
             yield
         finally:
             self._preparing -= 1
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
+        """Raise Refused if a request now would be: the thread has ended, or the queue is full."""
         if not self.alive:
             raise Refused(503, "thread_ended", ENDED)
         # A streamed answer has ended for its client before the call returns.
@@ -61,7 +62,7 @@ class Manager(utils.GenerateManager):
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a function in the batch's thread; raise Refused if the thread has ended or the queue is full."""
-        self._check_place()
+        self.check_place()
         seed = asked.get().seed
         seed = random.SystemRandom().getrandbits(63) if seed is None else seed
         call = self.batch.submit(functools.partial(fn, *args, **kwargs), seed)
@@ -119,6 +120,8 @@ class Manager(utils.GenerateManager):
     def _arguments(model: Any, processor: Any, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
         only_text = {"generation_mode": "text"} if hasattr(model, "has_talker") else {}
         processors = asked.get().processors(inputs["input_ids"].shape[-1])
+        if asked.get().grammar is not None and config.eos_token_id is None:  # what ends a text of a grammar
+            config.eos_token_id = getattr(processor, "tokenizer", processor).eos_token_id
         return {
             **inputs, "generation_config": config, "tokenizer": processor, "logits_processor": processors, **only_text
         }  # fmt: skip

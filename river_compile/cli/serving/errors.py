@@ -35,9 +35,13 @@ class Refused(Exception):
 
     def answer(self) -> JSONResponse:
         """Return the error as an answer."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+    def body(self) -> dict[str, object]:
+        """Return the error's JSON."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        body = {"message": str(self), "type": kind, "param": self.param and self.param[:_LONGEST], "code": self.code}
-        return JSONResponse({"error": body}, self.status, self.headers)
+        param = self.param and self.param[:_LONGEST]
+        return {"error": {"message": str(self), "type": kind, "param": param, "code": self.code}}
 
 
 def invalid(message: str, param: str | None) -> Refused:

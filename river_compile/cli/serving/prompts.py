@@ -21,6 +21,7 @@ from river_compile.cli.serving import forms
 from river_compile.cli.serving.connections import check_client
 from river_compile.cli.serving.errors import Refused, invalid
 from river_compile.cli.serving.requests import Asked, Body, translated
+from river_compile.cli.serving.streams import with_errors
 from river_compile.cli.shared import error_line
 
 _PIECE = 1 << 16  # characters that are tokenized before the next look at the client
@@ -122,7 +123,14 @@ class _Prepares:
         pass  # :func:`requests.translated` has
 
     def _streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        return _left(super()._streaming, *args, **kwargs)  # type: ignore[misc]
+        starts = _left(super()._streaming, *args, **kwargs)  # type: ignore[misc]
+
+        def start() -> Any:
+            response = starts()
+            response.body_iterator = with_errors(response.body_iterator)
+            return response
+
+        return start
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         return _left(super()._non_streaming, *args, **kwargs)  # type: ignore[misc]

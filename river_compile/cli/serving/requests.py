@@ -18,6 +18,7 @@ from transformers.cli.serving.completion import CompletionHandler
 
 from river_compile.cli.serving import forms
 from river_compile.cli.serving.errors import Refused, invalid
+from river_compile.cli.serving.grammars import Grammar, grammar_of
 from river_compile.kernels.checks import did_you_mean, short_repr
 
 Body = dict[str, Any]
@@ -35,8 +36,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "n": (1,),
     "parallel_tool_calls": (True,),
-    "response_format": ({"type": "text"},),
-    "text": ({"format": {"type": "text"}},),
     "tool_choice": ("none", "auto"),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
@@ -63,6 +62,7 @@ _NUMBERS: dict[str, _Number] = {
     "frequency_penalty": _PENALTY,
 }
 _PENALTIES = ("presence_penalty", "frequency_penalty")
+_TAKEN = _INERT | {*_PENALTIES, "response_format", "text"}  # of the fields that transformers' server ignores
 # Other fields: their kind, and how a message names it.
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "model": (str, "a string"),
@@ -73,6 +73,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "stop": ((str, list), f"a string, or a list of up to {_MOST_STOPS}"),
     "logit_bias": (dict, "an object of token ids and numbers"),
     "chat_template_kwargs": (dict, "an object"),
+    "text": (dict, "an object"),
 }
 # What `apply_chat_template` itself takes is the server's to give.
 _TEMPLATES_OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents"}
@@ -86,10 +87,12 @@ class Asked:
     stops: tuple[str, ...] = ()  # strings that end the text, and are left out of it
     presence: float = 0.0  # penalties of OpenAI's API
     frequency: float = 0.0
+    grammar: Grammar | None = None  # of the text
 
     def processors(self, length: int) -> list[LogitsProcessor]:
         """Return the processors after a prompt of `length` tokens."""
-        return [Penalties(length, self.presence, self.frequency)] if self.presence or self.frequency else []
+        penalties = [Penalties(length, self.presence, self.frequency)] if self.presence or self.frequency else []
+        return [*penalties, *([] if self.grammar is None else [self.grammar])]
 
 
 NOTHING = Asked()
@@ -129,9 +132,26 @@ def translated(handler: Any, body: Body) -> Asked:
     if body.get("logit_bias") is not None:
         body["logit_bias"] = _biases(body["logit_bias"])
     stops = _stops(body)
-    penalties = [float(body.pop(name, None) or 0) for name in _PENALTIES]
+    presence, frequency = (float(body.pop(name, None) or 0) for name in _PENALTIES)
     # (A seed given to transformers would seed the whole process.)
-    return Asked(body.pop("seed", None), stops, *penalties)
+    return Asked(body.pop("seed", None), stops, presence, frequency, _grammar(handler, body))
+
+
+def _grammar(handler: Any, body: Body) -> Grammar | None:
+    """Return the grammar of the form that an answer is to have, None for text."""
+    form, path = body.pop("response_format", None), "response_format"
+    text = body.pop("text", None)
+    for name in text or ():
+        if name != "format":
+            raise Refused(400, "unsupported_value", f"text.{name} is not supported; leave it out", f"text.{name}")
+    if text and text.get("format") is not None:
+        form, path = text["format"], "text.format"
+    grammar = None if form is None else grammar_of(form, path)
+    if grammar is None:
+        return None
+    (loaded,) = handler.model_manager.loaded_models.values()
+    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    return Grammar(grammar, tokenizer, loaded.model.config.get_text_config().vocab_size)
 
 
 def _check_names(handler: Any, body: Body) -> None:
@@ -158,7 +178,7 @@ def _check_prompt(handler: Any, body: Body) -> None:
 
 
 def _check_unsupported(ignored: set[str], body: Body) -> None:
-    for name in sorted((ignored | _TRANSFORMERS) & body.keys() - _INERT - {*_PENALTIES}):
+    for name in sorted((ignored | _TRANSFORMERS) & body.keys() - _TAKEN):
         neutral = _NEUTRAL.get(name, ())
         value = body[name]
         if value is not None and not any(type(value) is type(given) and value == given for given in neutral):

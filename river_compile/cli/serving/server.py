@@ -16,6 +16,7 @@ from river_compile.cli.serving import app, prompts
 from river_compile.cli.serving.batches import State
 from river_compile.cli.shared import loading
 from river_compile.decoding.continuous import ContinuousBatch
+from river_compile.decoding.kv_cache import bytes_per_token
 
 _WARM_UP = 8  # tokens of a prompt, and after it
 
@@ -78,6 +79,8 @@ class Server:
         (loaded,) = self._models.loaded_models.values()
         model, processor = loaded.model, loaded.processor
         prompts.bound(processor, model)
+        self.kv_bytes_per_token = bytes_per_token(model)
+        self.context = prompts.context_of(model)
         self.state = State(model, max_num_seqs, queue)
         only_text = self._models.get_model_modality(model, processor) is Modality.LLM
         served = app.build(self._models, self.state, prompts.most_bytes(model, only_text), host, api_key)

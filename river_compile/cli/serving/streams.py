@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers.cli.serving import utils
 from transformers.generation.streamers import BaseStreamer
 
+from river_compile.cli.serving.errors import Refused
 from river_compile.cli.serving.metrics import Metrics
 from river_compile.cli.serving.requests import asked
+
+_ERROR = 'data: {"error": "'  # of transformers' events; no other one begins so
+
+
+async def with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """Yield events of transformers, with an error as OpenAI's object in place of a string."""
+    async with contextlib.aclosing(events):
+        async for event in events:
+            before, found, text = event.partition(_ERROR)
+            if found:
+                error = Refused(500, "internal_error", text.rpartition('"')[0])
+                event = f"{before}data: {json.dumps(error.body())}\n\n"
+            yield event
 
 
 class Tokens:
