@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ class Statistics:
         return None, functools.partial(self.own.stream_moments, resample=refresh)
 
 
+class ExitPlan(NamedTuple):
+    """What an exit rule is tuned for."""
+
+    budget: float  # largest mean KL from full depth, in nats per token
+    blocks: tuple[tuple[Matmul, ...], ...]  # the twins' matmuls
+
+
 @dataclass(frozen=True)
 class Job:
     """How a program's weights are made, and which they are."""
@@ -68,8 +76,14 @@ class Job:
     parameters: Mapping[Matmul, Parameters]
     digests: Mapping[Matmul, str]  # of the parameters
     refresh: bool = False  # parameters have changed: no file has their weights, and own text is sampled again
-    drafting: bool = False  # only drafts read the twins, so a result without them will do
+    can_wait: bool = False  # tokens run at full depth without the twins, so a result without them will do
     file: TwinFile | None = None  # of the options, which has the twins
+    exits: ExitPlan | None = None  # the rule to tune when the twins are there; None: the options have it
+
+    @property
+    def twins(self) -> list[Matmul]:
+        """The matmuls of the program's twins that tokens can reach."""
+        return [matmul for matmul in self.parameters if not matmul.lossless]
 
     @property
     def observes(self) -> bool:
