@@ -53,11 +53,6 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def first_exits(num_blocks: int) -> list[int]:
-    """Return the depths at which a tuned rule of "confidence" may let tokens exit, in order."""
-    return sorted(depth for depth in {0, 2, num_blocks // 4} if depth < num_blocks)
-
-
 def threshold_after(threshold: Threshold, depth: int) -> float:
     """Return the threshold after `depth` blocks; a tuple's last value holds for all greater depths."""
     return threshold[min(depth, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold

@@ -19,7 +19,7 @@ from river_compile.kernels.messages import with_id
 from river_compile.passes.program import Matmul, Program, SegmentSpec
 from river_compile.record import ModelRecord
 from river_compile.system import advise_pageout
-from river_compile.twins.making import ExitPlan, Job, Statistics
+from river_compile.twins.making import Job, Statistics
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.quantize import UNOBSERVED
 from river_compile.twins.weights import Parameters, ProgramWeights, TwinWeight
@@ -120,9 +120,8 @@ def _job(
     savable = [matmul for segment in program.segments for matmul in segment.packed if not matmul.lossless]
     parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*reached, *savable)}
     can_wait, digests = can_wait_for_twins(model, config), twins.digests.of(parameters)
-    blocks = tuple(segment.packed for segment in program.twins)
-    exits = None if config.budget is None else ExitPlan(config.budget, blocks)
-    job = Job(config, statistics, program.device, parameters, digests, refresh, can_wait, exits=exits)
+    blocks = frozenset(matmul for segment in program.twins for matmul in segment.packed)
+    job = Job(config, statistics, program.device, parameters, digests, refresh, can_wait, blocks=blocks)
     has_twins = any(not matmul.lossless for matmul in parameters)  # a prompt's program may have none
     if config.twins is None or not has_twins or refresh:
         return job

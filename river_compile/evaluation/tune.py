@@ -22,7 +22,7 @@ from river_compile.errors import BudgetError, OptionError
 from river_compile.evaluation.meter import Measured, Meter, Rule, compiled
 from river_compile.evaluation.risk import fixed_sequence, texts_needed
 from river_compile.exit_rule import Candidate, ExitRule
-from river_compile.exits import CRITERIA, Criterion, first_exits
+from river_compile.exits import CRITERIA, Criterion
 from river_compile.kernels.checks import Check, integer, number
 from river_compile.twins.observe import checked_texts
 
@@ -259,7 +259,7 @@ def candidate_rules(meter: Meter, criterion: Criterion, texts: Sequence[int], ev
     if criterion.reads == "block":
         return [meter.measure(rule, texts, "pilot texts") for rule in _score_rules(meter, criterion, texts, every)]
     found = []
-    for first_exit in first_exits(meter.num_blocks):
+    for first_exit in sorted(depth for depth in {0, 2, meter.num_blocks // 4} if depth < meter.num_blocks):
         runs = [meter.run(i, (criterion.always, first_exit)) for i in texts]
         all_left = meter.measured((criterion.always, first_exit), texts, runs)
         entropies = [[step.entropy for step in run.steps if step.entropy is not None] for run in runs]

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +58,6 @@ class Statistics:
         return None, functools.partial(self.own.stream_moments, resample=refresh)
 
 
-class ExitPlan(NamedTuple):
-    """What an exit rule is tuned for."""
-
-    budget: float  # largest mean KL from full depth, in nats per token
-    blocks: tuple[tuple[Matmul, ...], ...]  # the twins' matmuls
-
-
 @dataclass(frozen=True)
 class Job:
     """How a program's weights are made, and which they are."""
@@ -78,7 +70,7 @@ class Job:
     refresh: bool = False  # parameters have changed: no file has their weights, and own text is sampled again
     can_wait: bool = False  # tokens run at full depth without the twins, so a result without them will do
     file: TwinFile | None = None  # of the options, which has the twins
-    exits: ExitPlan | None = None  # the rule to tune when the twins are there; None: the options have it
+    blocks: frozenset[Matmul] = frozenset()  # those of the layers' twins
 
     @property
     def twins(self) -> list[Matmul]:

@@ -231,10 +231,10 @@ def beginnings(model: nn.Module, rows: int, tokens: int) -> Tensor | None:
     try:
         ids = [list(tokenizer(text)["input_ids"])[:tokens] for text in default_texts()]
         begun = torch.tensor([row for row in ids if len(row) == tokens][:rows])
+        fits = len(begun) and int(begun.max()) < network.config.get_text_config().vocab_size
     except Exception as error:  # any tokenizer's code may fail
         log.info("the package's texts are not read: %s", _why(error))
         return None
-    fits = len(begun) and int(begun.max()) < network.config.get_text_config().vocab_size
     return begun.to(network.device) if fits else None
 
 

@@ -77,7 +77,7 @@ class TwinWeights:
             found = there | new
             packed = {matmul: found[matmul] for matmul in matmuls if matmul in found}
             awaits = self.background.packing if len(packed) < len(matmuls) else None
-            if job.exits is not None and awaits is None:
+            if job.config.budget is not None and awaits is None:
                 self._tune_exits(job, [matmul for matmul in matmuls if not matmul.lossless])
             if not all(matmul.lossless for matmul in matmuls):
                 self.background.begin_writing()
@@ -184,13 +184,14 @@ class TwinWeights:
 
     def _tune_exits(self, job: Job, twins: Sequence[Matmul], now: bool = False) -> None:
         """Find the exit rule of twins that are there: known, stored with them, or tuned."""
-        assert job.exits is not None
+        budget = job.config.budget
+        assert budget is not None
         entry = entry_for(twins, job.digests, job.quantizer(lossless=False))
         stored = entry if job.file is None and self._has_entry(job, lossless=False) else None
-        if self.exits.find(entry.folder.name, job.exits.budget, stored):
+        if self.exits.find(entry.folder.name, budget, stored):
             return
-        made = {matmul: self._made_before[job.key(matmul)] for matmul in twins}
-        tune = functools.partial(self.exits.tune, job.exits, made, job.statistics.own, stored)
+        made = [self._made_before[job.key(matmul)] for matmul in twins if matmul in job.blocks]
+        tune = functools.partial(self.exits.tune, made, budget, job.statistics.own, stored)
         if now or not self.background.enabled or sum(map(_size, twins)) <= _SMALL:
             tune()
         else:
@@ -217,7 +218,7 @@ class TwinWeights:
         if made and entry is not None:
             write_stored(entry, [*made.values()])
         self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
-        if job.exits is not None and made:
+        if job.config.budget is not None and made:
             self._tune_exits(job, job.twins, now=True)
 
     def _made(self, job: Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
