@@ -60,7 +60,8 @@ def accelerate(
     Args:
         model: a causal language model of transformers.
         quality: "exact" (default): the twins draft, the model's own weights verify, and the output is the model's.
-            "fast": tokens exit early to the 4-bit twins, and the output changes.
+            "fast": tokens exit early to the 4-bit twins, and the output changes. Without an exit rule among the options
+            one is tuned within ``budget=`` (0.05), a mean KL in nats per token; full depth answers until then.
         strict: with "exact": raise an error if a verifying pass might not be bit-identical to one without drafts.
         calibration: an exit rule of `river_compile.tune_exit` or the file it was saved to; implies "fast".
         calibration_data: texts like yours, or tensors of token ids ``[T]`` or ``[B, T]``, to quantize the twins with
@@ -68,8 +69,9 @@ def accelerate(
             tokenizer.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/startup.md).
-        background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
-            are packed in a thread of lower priority. False: the first call waits for them.
+        background_packing: with "exact" on a CPU, and with a "fast" that is tuned: whether to answer at full depth, with
+            drafts from the context only, while new twins are packed in a thread of lower priority, and an exit rule is
+            tuned. False: the first call waits for them.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule``, ``assistant_confidence_threshold``, ``prompt_lookup_num_tokens``,
             ``assistant_model``, a smaller model with the same tokens that drafts in place of the twins, and

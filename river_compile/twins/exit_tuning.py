@@ -76,7 +76,7 @@ class TunedExits:
     def __str__(self) -> str:
         """The state in words."""
         if self.refusal:
-            return f"none could be found, so every token runs at full depth: {self.refusal}"
+            return f"none could be found, so no token exits: {self.refusal}"
         pending = "none yet; it is tuned in the background, and full depth answers until then"
         return pending if self.rule is None else str(self.rule)
 
