@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS = ("humaneval-chat", "humaneval", "gsm", "reasoning", "perplexity")
-KINDS = ("never", "exact", "4-bit", "similarity", "confidence", "calibrated")
+KINDS = ("never", "exact", "4-bit", "budget", "similarity", "confidence", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
             yield Rule(f"exact, {quantizer}", EXACT, twins)
         if "4-bit" in options.rules:
             yield Rule(f"4-bit, {quantizer}", ALL_4BIT, twins)
+        if "budget" in options.rules:
+            yield Rule(f"budget, {quantizer}", FAST, {**twins, "budget": options.budget})
         leaving = [("similarity", threshold) for threshold in options.similarity] + [("confidence", None)]
         for criterion, threshold in leaving:
             if criterion in options.rules:
@@ -150,6 +152,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantizers", nargs="*", default=["gptq"], help="of the twins (gptq)")
     parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
+    parser.add_argument("--budget", type=float, default=0.05, help="KL of the row `budget` (%(default)s)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river tune`")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
     return parser.parse_args(arguments)

@@ -69,9 +69,9 @@ def accelerate(
             tokenizer.
         tokenizer: for texts in `calibration_data`.
         compile_cache: whether to reuse and keep what is built in the compile cache (docs/startup.md).
-        background_packing: with "exact" on a CPU, and with a "fast" that is tuned: whether to answer at full depth, with
-            drafts from the context only, while new twins are packed in a thread of lower priority, and an exit rule is
-            tuned. False: the first call waits for them.
+        background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
+            are packed in a thread of lower priority. With "fast" and no rule: whether to answer at full depth meanwhile
+            and until a rule is tuned. False: the first call waits for both.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule``, ``assistant_confidence_threshold``, ``prompt_lookup_num_tokens``,
             ``assistant_model``, a smaller model with the same tokens that drafts in place of the twins, and
