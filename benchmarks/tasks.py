@@ -53,6 +53,11 @@ class Rule:
         """Whether a score decides where a token leaves."""
         return self.way in (FAST, CALIBRATED) and "exit_depth" not in self.options
 
+    @property
+    def accelerated(self) -> dict[str, Any]:
+        """The options of `accelerate`."""
+        return self.options if self.calibration is None else {**self.options, "calibration": self.calibration}
+
 
 def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
     """Yield the rows that were asked for, of a model with so many blocks; those with twins once for each quantizer."""
@@ -98,7 +103,7 @@ def _perplexities(
 ) -> dict[str, dict]:
     samples, rows = samples_of(tokenizer, options.limit or 40, options.new_tokens), {}
     for rule in wanted:
-        with running(model, rule.way, rule.calibration, **rule.options):
+        with running(model, rule.way, **rule.accelerated):
             rows[rule.name] = perplexity(model, samples) | ({} if rule.leaves else {"mean_depth": None})
     return rows
 
@@ -111,7 +116,7 @@ def _answered(
     told: dict[str, list[Answer]] = {}
     for rule in wanted:
         run = run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
-        with running(model, rule.way, rule.calibration, **rule.options):
+        with running(model, rule.way, **rule.accelerated):
             told[rule.name] = ask(model, problems, file, run, rule.name)
         solved = sum(answer.solved for answer in told[rule.name])
         print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
