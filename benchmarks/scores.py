@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         "kinds": kinds,
     }
     common.write_outcome(outcome, options.json)
-    common.record(outcome, options)
+    places = {name: {kind: {"place": told["place"]} for kind, told in found.items()} for name, found in kinds.items()}
+    common.record({**outcome, "kinds": places}, options)
     return 0
 
 
