@@ -73,7 +73,8 @@ ROWS = {
     "exact_assistant": Row("exact", drafts=SMALL, same_as="no_draft"),
     "exact_assistant_12bit": Row("exact", options={"target_weights": "12bit"}, drafts=SMALL, same_as="no_draft_12bit"),
     "exact_both": Row("exact", drafts=BOTH, same_as="no_draft"),
-    "fast": Row("river"),
+    "fast": Row("river", options={"threshold": 0.7}),
+    "budget": Row("river"),  # tuned by default
     "depth_3": Row("river", options={"exit_depth": 3}),
     "all_4bit": Row("river", options={"exit_depth": 0}),
     "torch_compile": Row("torch_compile"),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS = ("humaneval-chat", "humaneval", "gsm", "reasoning", "perplexity")
-KINDS = ("never", "exact", "4-bit", "similarity", "confidence", "calibrated")
+KINDS = ("never", "exact", "4-bit", "budget", "similarity", "confidence", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Rule:
         """Whether a score decides where a token leaves."""
         return self.way in (FAST, CALIBRATED) and "exit_depth" not in self.options
 
+    @property
+    def accelerated(self) -> dict[str, Any]:
+        """The options of `accelerate`."""
+        return self.options if self.calibration is None else {**self.options, "calibration": self.calibration}
+
 
 def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
     """Yield the rows that were asked for, of a model with so many blocks; those with twins once for each quantizer."""
@@ -66,6 +71,8 @@ def rules(options: argparse.Namespace, blocks: int) -> Iterator[Rule]:
             yield Rule(f"exact, {quantizer}", EXACT, twins)
         if "4-bit" in options.rules:
             yield Rule(f"4-bit, {quantizer}", ALL_4BIT, twins)
+        if "budget" in options.rules:
+            yield Rule(f"budget, {quantizer}", FAST, {**twins, "budget": options.budget})
         leaving = [("similarity", threshold) for threshold in options.similarity] + [("confidence", None)]
         for criterion, threshold in leaving:
             if criterion in options.rules:
@@ -96,7 +103,7 @@ def _perplexities(
 ) -> dict[str, dict]:
     samples, rows = samples_of(tokenizer, options.limit or 40, options.new_tokens), {}
     for rule in wanted:
-        with running(model, rule.way, rule.calibration, **rule.options):
+        with running(model, rule.way, **rule.accelerated):
             rows[rule.name] = perplexity(model, samples) | ({} if rule.leaves else {"mean_depth": None})
     return rows
 
@@ -109,7 +116,7 @@ def _answered(
     told: dict[str, list[Answer]] = {}
     for rule in wanted:
         run = run_of(options.model, options.dtype, rule.way, rule.options, rule.calibration)
-        with running(model, rule.way, rule.calibration, **rule.options):
+        with running(model, rule.way, **rule.accelerated):
             told[rule.name] = ask(model, problems, file, run, rule.name)
         solved = sum(answer.solved for answer in told[rule.name])
         print(f"{rule.name}: {solved} of {len(problems.prompts)} solved", file=sys.stderr, flush=True)
@@ -150,6 +157,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantizers", nargs="*", default=["gptq"], help="of the twins (gptq)")
     parser.add_argument("--rules", nargs="+", choices=("plain", *KINDS), default=KINDS, help="rows (all but plain)")
     parser.add_argument("--similarity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="thresholds (0.5 0.7 0.9)")
+    parser.add_argument("--budget", type=float, default=0.05, help="KL of the row `budget` (%(default)s)")
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], metavar="FILE", help="of `river tune`")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="where answers are kept, and looked for")
     return parser.parse_args(arguments)

@@ -51,7 +51,7 @@ def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = Non
 def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     """Draw loss against cost of all candidates, with the budget, as a PNG; return the path."""
     is_kl = found.metric == "kl"
-    figure = _new_figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     axes.axhline(found.budget if is_kl else 1 - found.budget, color="tab:red", linewidth=1, label="budget")
     for passed, label, colour in _VERDICTS:
@@ -65,17 +65,17 @@ def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of a size in inches that no window will show."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save_figure(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as a PNG without the frames' upper and right edges; return the path."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -98,7 +98,7 @@ def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[
         axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
         axes.bar(x, step.depth, color=colours(step.depth / highest), width=0.9)
         axes.text(x, step.depth, str(step.depth), ha="center", va="bottom", fontsize=7)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[CycleRecord]) -> Path:
@@ -125,7 +125,7 @@ def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence
     handles = [Patch(color=colour, label=meaning) for colour, meaning in _SOURCES.values()]
     handles.append(Patch(facecolor="none", edgecolor="0.6", label="drafted, did not hold"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> list[str]:
@@ -141,7 +141,7 @@ def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> li
 def _lines_of_tokens(names: Sequence[str], highest: int, room: float) -> Figure:
     """Return a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
     lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
-    figure = _new_figure(14, 1 + 1.2 * len(lines))
+    figure = new_figure(14, 1 + 1.2 * len(lines))
     for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
         axes.set_xticks(range(len(line)), line, fontsize=7, rotation=35, ha="right", parse_math=False)
         axes.set_xlim(-0.6, _PER_LINE - 0.4)

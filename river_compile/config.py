@@ -7,6 +7,7 @@ tables of docs/options.md from here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from river_compile.passes.program import DecoderPlan, Lowering, Program
 
 USER, EXPERT = "user", "expert"
 _A_SCORE = number("it must be a number, such as 0.7, a list with one for each depth from 1 on, or nats of entropy")
+_A_BUDGET = number("it must be a number above 0, in nats per token, such as 0.05")
 _KERNELS = one_of("auto", "triton", "native")
 _MODE = optional(one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
 
@@ -67,6 +69,12 @@ class RiverConfig:
         None,
         optional(integer(0, "it must be an integer from 0 to the number of blocks")),
         "one exit depth for every token: 0 (all layers in 4 bits) to L (full depth)",
+    )
+    budget: float | None = _option(
+        None,
+        optional(Check(_A_BUDGET.requirement, lambda value: _A_BUDGET.allows(value) and 0 < value < math.inf)),
+        'largest mean KL from full depth, in nats per token, that `accelerate(model, "fast")` tunes threshold and exit '
+        "depth to (0.05), unless options or `calibration` have a rule ([modes](modes.md#fast))",
     )
     quantizer: str = _option(
         "gptq",
@@ -156,7 +164,8 @@ class RiverConfig:
             self._set(name, option.check)
         criterion = CRITERIA[self.criterion]
         if self.threshold is None:
-            object.__setattr__(self, "threshold", criterion.threshold)
+            none_yet = self.budget is not None
+            object.__setattr__(self, "threshold", criterion.never if none_yet else criterion.threshold)
         if self.offload_policy is None:
             verified = self.moves_weights and self.first_exit == WHOLE  # drafts are, by all layers
             object.__setattr__(self, "offload_policy", "fetch" if verified else "exit")
@@ -179,8 +188,28 @@ class RiverConfig:
             )
         if self.offload is None and self.offload_policy == "fetch":
             yield "offload_policy='fetch' requires offload=. Set offload to the number of blocks that stay in memory"
+        if self.budget is not None:
+            yield from self._untunable()
         if self.twins is None and self.on_missing_twins == "save":
             yield "on_missing_twins='save' requires twins=. Set twins to the folder to write"
+
+    def _untunable(self) -> Iterator[str]:
+        """Yield options that leave nothing to tune, or that tuning does not know."""
+        criterion = CRITERIA[self.criterion]
+        if criterion.reads == "block":
+            yield (
+                f"budget={self.budget} tunes an entropy, and criterion={self.criterion!r} reads none. Use "
+                "criterion='confidence', or tune_exit"
+            )
+        for name in ("threshold", "exit_depth"):
+            given = getattr(self, name)
+            if given is not None and not (name == "threshold" and given == criterion.never):
+                yield f"budget={self.budget} tunes the exit rule, which {name}={given} sets. Remove one of the two"
+        if self.deepest is not None:
+            yield (
+                f"budget={self.budget} compares with full depth, and no token goes further than block {self.deepest}. "
+                "Use offload_policy='fetch', or give a rule"
+            )
 
     def _unreachable(self) -> Iterator[str]:
         """Yield options that ask for layers which no token reaches."""

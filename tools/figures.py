@@ -39,13 +39,14 @@ PROGRAMS = {
     "exact": ('**River, default (`quality="exact"`)**', BF16),
     "exact_assistant": ("River, default, drafts by a smaller model", BF16),
     "exact_both": ("River, default, drafts by both", BF16),
-    "fast": ('River, `quality="fast"`', "2 layers in 16 bits, then 4-bit"),
+    "fast": ("River, similarity above 0.7 (`threshold=0.7`)", "2 layers in 16 bits, then 4-bit"),
     "all_4bit": ("River, all layers in 4 bits (`exit_depth=0`)", BY_4_BITS),
 }
 # The same for rows that are no part of a default run.
 MORE_PROGRAMS = {
     "llama_cpp_q4_0": ("llama.cpp, Q4_0", BY_4_BITS),
     **{f"exact_{q}": (f"River, twins by {q}", BF16) for q in ("gptq", "mse", "hqq", "rtn")},
+    "budget": ('River, `quality="fast"`', "16-bit or 4-bit weights by token"),
     "no_draft_12bit": ("River, speculation off, 12-bit weights", BF16),
     "exact_12bit": ("River, default, 12-bit weights", BF16),
     "exact_assistant_12bit": ("River, drafts by a smaller model, 12-bit weights", BF16),
@@ -55,8 +56,8 @@ STARTS = {
     "plain": "transformers",
     "exact": "River, first start",
     "exact, again": "River, second start",
-    "fast": 'River, `quality="fast"`, first start',
-    "fast, again": 'River, `quality="fast"`, second start',
+    "fast": "River, `threshold=0.7`, first start",
+    "fast, again": "River, `threshold=0.7`, second start",
     "llama_cpp": "llama.cpp, 4-bit file",
 }
 # By row of `benchmarks.prefix`: where the entries come from.

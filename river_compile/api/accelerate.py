@@ -63,7 +63,8 @@ def accelerate(
     Args:
         model: a causal language model of transformers.
         quality: "exact" (default): the twins draft, the model's own weights verify, and the output is the model's.
-            "fast": tokens exit early to the 4-bit twins, and the output changes.
+            "fast": tokens exit early to the 4-bit twins, and the output changes. Without an exit rule among the options
+            one is tuned within ``budget=`` (0.05), a mean KL in nats per token; full depth answers until then.
         strict: with "exact": raise an error if a verifying pass might not be bit-identical to one without drafts.
         calibration: an exit rule of `river_compile.tune_exit` or the file it was saved to; implies "fast".
         calibration_data: texts like yours, or tensors of token ids ``[T]`` or ``[B, T]``, to quantize the twins with
@@ -75,7 +76,8 @@ def accelerate(
             values. A later process whose prompt begins like one runs only the new part, with the same output
             (docs/startup.md). On a CPU, in 16 bits.
         background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
-            are packed in a thread of lower priority. False: the first call waits for them.
+            are packed in a thread of lower priority. With "fast" and no rule: whether to answer at full depth meanwhile
+            and until a rule is tuned. False: the first call waits for both.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule``, ``assistant_confidence_threshold``, ``prompt_lookup_num_tokens``,
             ``assistant_model``, a smaller model with the same tokens that drafts in place of the twins, and

@@ -24,6 +24,8 @@ from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
 QUALITIES = EXACT, FAST = "exact", "fast"
 _QUALITY = one_of(None, *QUALITIES)
 _RULE = ("criterion", "threshold", "first_exit", "exit_depth")  # options that say which tokens exit
+_BUDGET = 0.05  # nats per token
+_TUNED = {"criterion": "confidence", "budget": _BUDGET}
 _FULL_DEPTH = {"first_exit": WHOLE}  # no token exits, and no block has a check
 MODE_OPTIONS = frozenset(vars(exact))  # of exact mode, by keyword of `accelerate`
 Rule: TypeAlias = "ExitRule | str | os.PathLike[str]"
@@ -44,7 +46,7 @@ def asked_for(
     chosen = _quality(quality, strict, calibration)
     mode: Decode = decode
     if chosen == FAST:
-        backend = _fast_options(calibration, options)
+        backend = _fast_options(model, calibration, options)
     else:
         mode, backend = _exact_mode(model, strict, options)
     config = config_for(backend, shared_by(model.parameters()))
@@ -74,7 +76,7 @@ def _quality(quality: str | None, strict: bool, calibration: Rule | None) -> str
 
 def _exact_mode(model: PreTrainedModel, strict: bool, options: Mapping[str, Any]) -> tuple[ExactMode, dict[str, Any]]:
     """Return exact mode with its options of these, and the backend's."""
-    for name in _RULE:
+    for name in (*_RULE, "budget"):
         if options.get(name) is not None:
             raise OptionError(
                 f"{name}={short_repr(options[name])} requires quality='fast', got 'exact'. Remove it or change quality",
@@ -91,18 +93,31 @@ def _exact_mode(model: PreTrainedModel, strict: bool, options: Mapping[str, Any]
     return mode, backend
 
 
-def _fast_options(calibration: Rule | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the backend's options, with those of an exit rule."""
+def _fast_options(model: PreTrainedModel, calibration: Rule | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the backend's options, with those of an exit rule, or a budget to tune one within."""
     for name in filter(MODE_OPTIONS.__contains__, options):
         raise OptionError(
             f"{name}={short_repr(options[name])} requires quality='exact', got 'fast'. Remove it or change quality",
             id="RC003",
         )
     if calibration is None:
-        return {**options}
+        known = {name: value for name, value in options.items() if name != "budget" or value is not None}
+        return known if _has_rule(model, options) else _TUNED | known
+    if options.get("budget") is not None:
+        raise OptionError("budget= tunes an exit rule, which calibration= sets. Remove one of the two", id="RC003")
     if not isinstance(calibration, ExitRule):
         calibration = ExitRule.load(PATH("calibration", calibration, OptionError))
     given = next((name for name in options if name in calibration.options), None)
     if given is not None:
         raise OptionError(f"{given}={short_repr(options[given])} is set by calibration=. Remove {given}", id="RC003")
     return {**calibration.options, **options}
+
+
+def _has_rule(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
+    """Whether options say which tokens exit, or no rule can be tuned with them."""
+    if options.get("budget") is not None:
+        return False
+    untunable = options.get("prefill") == "exit" or (
+        options.get("offload") is not None and options.get("offload_policy") != "fetch"
+    )
+    return untunable or any(options.get(n) is not None for n in _RULE) or shared_by(model.parameters()) is not None

@@ -124,6 +124,7 @@ def assembled(
         weights=weights,
         on_close=how.on_close,
         agreement=agreement,
+        tuned=None if config.budget is None or not program.is_decode else model.of(TwinWeights).exits.applied_to,
     )
     return compiled, captures
 

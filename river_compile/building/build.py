@@ -16,7 +16,7 @@ from torch import fx
 from river_compile.building.assemble import assembled, executor_of, placement_of
 from river_compile.building.choose import Choices, choose, has_room, packing_for, passes_for, why_width_matters
 from river_compile.building.graph_record import GraphRecord
-from river_compile.building.packing import only_drafts
+from river_compile.building.packing import can_wait_for_twins
 from river_compile.building.structured_trace import trace_pass, trace_program
 from river_compile.collector import collector_paused
 from river_compile.lowering.lower import (
@@ -59,7 +59,7 @@ def build(
         rewritten, passes = _rewritten(found, passes_for(choices, plan))
         if by_default:
             lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless]
-            later = only_drafts(model, config) and twins.packs_later(lossless)
+            later = can_wait_for_twins(model, config) and twins.packs_later(lossless)
             if later:
                 there = has_backbone_file(lossless, inputs, twins.digests)
             else:

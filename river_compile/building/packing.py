@@ -48,9 +48,12 @@ def tell_of_change(model: ModelRecord, changed: Sequence[TwinWeight], seconds: f
     log.info("%s", message)
 
 
-def only_drafts(model: ModelRecord, config: RiverConfig) -> bool:
-    """Whether only exact mode's drafts read a model's twins: none else runs its programs at another depth than full."""
-    return model.find(OwnCall) is not None and config.first_exit == WHOLE
+def can_wait_for_twins(model: ModelRecord, config: RiverConfig) -> bool:
+    """Whether a model's programs run at full depth until the twins are there.
+
+    Only exact mode's drafts read them, or tokens whose exit rule is tuned afterwards.
+    """
+    return model.find(OwnCall) is not None and (config.first_exit == WHOLE or config.budget is not None)
 
 
 def packed_weights(
@@ -116,8 +119,9 @@ def _job(
     twins = model.of(TwinWeights)
     savable = [matmul for segment in program.segments for matmul in segment.packed if not matmul.lossless]
     parameters = {matmul: Parameters.from_inputs(matmul, inputs) for matmul in (*reached, *savable)}
-    drafting, digests = only_drafts(model, config), twins.digests.of(parameters)
-    job = Job(config, statistics, program.device, parameters, digests, refresh, drafting)
+    can_wait, digests = can_wait_for_twins(model, config), twins.digests.of(parameters)
+    blocks = frozenset(matmul for segment in program.twins for matmul in segment.packed)
+    job = Job(config, statistics, program.device, parameters, digests, refresh, can_wait, blocks=blocks)
     has_twins = any(not matmul.lossless for matmul in parameters)  # a prompt's program may have none
     if config.twins is None or not has_twins or refresh:
         return job

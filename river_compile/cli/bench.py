@@ -135,7 +135,6 @@ def chosen(rows: Sequence[str] | None, calibration: Path | None, assistant: str 
 def running(model: PreTrainedModel, row: str, **options: Any) -> Iterator[None]:
     """Inside, a plain model runs as one of `ROWS`, with options of `accelerate`; afterwards it is plain again."""
     from river_compile.api.accelerate import accelerate, restore
-    from river_compile.exits import forced_depth
 
     if row == INDUCTOR:
         model.compile()
@@ -144,11 +143,12 @@ def running(model: PreTrainedModel, row: str, **options: Any) -> Iterator[None]:
             options["strict"] = True
         elif row == NO_DRAFT:
             options["exit_depth"] = model.config.get_text_config(decoder=True).num_hidden_layers
+        elif row == ALL_4BIT:
+            options["exit_depth"] = 0
         quality = EXACT if row in (EXACT, ASSISTED, STRICT) else FAST
         accelerate(model, quality, background_packing=False, **options)
     try:
-        with forced_depth(0) if row == ALL_4BIT else contextlib.nullcontext():
-            yield
+        yield
     finally:
         restore(model)
         model._compiled_call_impl = None

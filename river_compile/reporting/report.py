@@ -92,6 +92,7 @@ class Report:
             **record.of(Placement).to_dict(),
             "matrices": [_weight_dict(twin) for twin in self.packed],
             "own_text_refused": record.of(Statistics).own.refusal or None,
+            "exit_rule": self._exit_rule(),
             "twin_loss": loss and {**asdict(loss), "large": loss.large},
             "exit_depths": self.decode_depths,
             "prefill_exit_depths": self.prefill_depths,
@@ -104,6 +105,20 @@ class Report:
                 "by_source": dict(self.exact.by_source),
             },
         }
+
+    @property
+    def _budget(self) -> float | None:
+        """KL that the exit rule is tuned to; None: the options have a rule."""
+        return next((graph.config.budget for graph in self.graphs if graph.config.budget is not None), None)
+
+    def _exit_rule(self) -> dict[str, object] | None:
+        """Return the rule that was tuned, as JSON's types; None if the options have one."""
+        if self._budget is None:
+            return None
+        exits = self.record.of(TwinWeights).exits
+        rule = {} if exits.rule is None else asdict(exits.rule)
+        numbers = {name: _finite(value) if isinstance(value, float) else value for name, value in rule.items()}
+        return {"budget": self._budget, **numbers, "refusal": exits.refusal or None}
 
     def __str__(self) -> str:
         return "\n".join([f"River Compile report for {self.model}", *self._lines()])
@@ -119,8 +134,11 @@ class Report:
             if self.packed:
                 yield from _twin_lines(record, self.packed)
             if (share := twins.background.share) is not None:
-                what = "drafts get better twins" if twins.background.refines else "drafts begin afterwards"
+                what = "drafts" if self._budget is None else "exits"
+                what = "drafts get better twins" if twins.background.refines else f"{what} begin afterwards"
                 yield f"  packing        {share:.0%} done in the background; {what}"
+            if self._budget is not None:
+                yield f"  exit rule      {twins.exits}"
             yield from record.of(Placement).lines()
             if twins.background.writes:
                 yield "  packing        the 16-bit layers without loss in the background, for later processes"

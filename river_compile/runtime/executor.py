@@ -90,18 +90,25 @@ class RiverExecutor:
         # state: of the model; equal to the latest check's, nothing is checked. None: not known. Bound states keep the
         # old program.
         with self._checking:
-            if state is not None and state == self.model_state:
-                return
-            weights, agreement = self.compiled.weights, self.compiled.agreement
-            if weights is not None and self._rebuild is not None:
-                changed = not agreement.every(weights.matches(args))
-                if changed or weights.can_be_whole:
-                    policy = self.policy
-                    self.compiled, self.captures = self._rebuild(self.program, args, changed)
-                    self.policy = policy
-                    self._states = WeakTensorKeyDictionary()
-                    weights = self.compiled.weights
-            self.model_state = state if weights is None or weights.is_whole else None
+            self._check_weights(args, state)
+            weights, tuned = self.compiled.weights, self.compiled.tuned
+            if tuned is not None and weights is not None and weights.is_whole:
+                self.policy = tuned(self.policy)
+
+    def _check_weights(self, args: Sequence[Any], state: object | None) -> None:
+        """Rebuild the program if its weights changed, or missing ones are there."""
+        if state is not None and state == self.model_state:
+            return
+        weights, agreement = self.compiled.weights, self.compiled.agreement
+        if weights is not None and self._rebuild is not None:
+            changed = not agreement.every(weights.matches(args))
+            if changed or weights.can_be_whole:
+                policy = self.policy
+                self.compiled, self.captures = self._rebuild(self.program, args, changed)
+                self.policy = policy
+                self._states = WeakTensorKeyDictionary()
+                weights = self.compiled.weights
+        self.model_state = state if weights is None or weights.is_whole else None
 
     def bind(
         self, args: Sequence[Any], captured: bool = True, last_token: bool = False, keeps_hidden: bool = False

@@ -76,6 +76,7 @@ class CompiledProgram:
     weights: Weights | None  # the packed ones, None without any
     on_close: Callable[[], None] | None  # called after each step
     agreement: Agreement = ALONE  # on the scores
+    tuned: Callable[[ExitPolicy], ExitPolicy] | None = None  # applies a rule that is found later, if it is there
 
 
 class StepState:

@@ -68,8 +68,14 @@ class Job:
     parameters: Mapping[Matmul, Parameters]
     digests: Mapping[Matmul, str]  # of the parameters
     refresh: bool = False  # parameters have changed: no file has their weights, and own text is sampled again
-    drafting: bool = False  # only drafts read the twins, so a result without them will do
+    can_wait: bool = False  # tokens run at full depth without the twins, so a result without them will do
     file: TwinFile | None = None  # of the options, which has the twins
+    blocks: frozenset[Matmul] = frozenset()  # those of the layers' twins
+
+    @property
+    def twins(self) -> list[Matmul]:
+        """The matmuls of the program's twins that tokens can reach."""
+        return [matmul for matmul in self.parameters if not matmul.lossless]
 
     @property
     def observes(self) -> bool:
@@ -80,7 +86,8 @@ class Job:
     def quick(self) -> Job | None:
         """The job whose twins draft until this one's are there; None if there is no faster one."""
         slow = self.file is None and self.config.quantizer in (*OBSERVING, UNOBSERVED)
-        return replace(self, config=replace(self.config, quantizer=QUICK)) if self.drafting and slow else None
+        drafts = self.can_wait and self.config.budget is None  # an exit rule is tuned to the twins that were asked for
+        return replace(self, config=replace(self.config, quantizer=QUICK)) if drafts and slow else None
 
     def quantizer(self, lossless: bool) -> str:
         return LOSSLESS if lossless else self.config.quantizer

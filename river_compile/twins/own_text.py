@@ -39,7 +39,7 @@ _STATISTICS_TOKENS, _LOSS_TOKENS = 32, 8  # most in a row: each further token of
 LOSS_SEED = 1  # not that of the statistics' text, so that nothing was fitted to it
 _LARGE = 0.2  # nats
 _WINDOW, _WINDOWS = 256, 4  # of the package's texts
-_KL_TOKENS = 64  # tokens per comparison: large vocabularies take memory in float32
+KL_TOKENS = 64  # tokens per comparison: large vocabularies take memory in float32
 
 
 class Text(NamedTuple):
@@ -67,6 +67,11 @@ class SelfCalibration:
         """Set the model."""
         if self._model() is not model:
             self._model, self._text, self.refusal = weakref.ref(model), None, ""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, None if it was not given or is gone."""
+        return self._model()
 
     def stream_moments(
         self, weights: Sequence[Tensor], see: Callable[[Tensor, Moments], None], *, resample: bool = False
@@ -147,18 +152,20 @@ def estimate_loss(model: nn.Module, packed: Iterable[TwinWeight]) -> TwinLoss:
     """Compare a model's logits with and without its twins on sampled text; raises as `sample`."""
     # The estimate is for exits before the first block, after a prompt through the twins: an upper bound for all exits.
     ids = sample(model, _ROWS, _row_length(model, _LOSS_TOKENS), LOSS_SEED)
-    forward, inputs = (
-        uncompiled_forward(model),
-        {"input_ids": ids, "use_cache": False, **full_attention_mask(model, ids)},
-    )
-    with one_expert_at_a_time(model):
-        reference = forward(**inputs).logits.flatten(0, 1)
-        with _InTwins(model.parameters(), list(packed)):
-            logits = forward(**inputs).logits.flatten(0, 1)
-    pairs = zip(reference.split(_KL_TOKENS), logits.split(_KL_TOKENS), strict=True)
+    reference = logits_of(model, ids).flatten(0, 1)
+    logits = logits_of(model, ids, packed).flatten(0, 1)
+    pairs = zip(reference.split(KL_TOKENS), logits.split(KL_TOKENS), strict=True)
     kl = torch.cat([token_kl(a, b) for a, b in pairs]).mean().item()
     agreement = (reference.argmax(-1) == logits.argmax(-1)).float().mean().item()
     return TwinLoss(kl, agreement, ids.numel())
+
+
+def logits_of(model: nn.Module, ids_BT: Tensor, twins: Iterable[TwinWeight] = ()) -> Tensor:
+    """Return the model's logits ``[B, T, V]``, with twins in place of the weights that they were made from."""
+    with one_expert_at_a_time(model), _InTwins(model.parameters(), list(twins)):
+        inputs = {"input_ids": ids_BT, "use_cache": False, **full_attention_mask(model, ids_BT)}
+        logits: Tensor = uncompiled_forward(model)(**inputs).logits
+    return logits
 
 
 class _InTwins(MatmulHook):
@@ -215,21 +222,39 @@ def package_ids(model: nn.Module) -> Tensor | None:
     return windows.to(network.device) if int(ids.max()) < config.vocab_size else None
 
 
+def beginnings(model: nn.Module, rows: int, tokens: int) -> Tensor | None:
+    """Return token ids ``[rows, tokens]`` that the package's texts begin with; None without a fitting tokenizer."""
+    tokenizer = local_tokenizer(model)
+    if tokenizer is None:
+        return None
+    network: Any = model
+    try:
+        ids = [list(tokenizer(text)["input_ids"])[:tokens] for text in default_texts()]
+        begun = torch.tensor([row for row in ids if len(row) == tokens][:rows])
+        fits = len(begun) and int(begun.max()) < network.config.get_text_config().vocab_size
+    except Exception as error:  # any tokenizer's code may fail
+        log.info("the package's texts are not read: %s", _why(error))
+        return None
+    return begun.to(network.device) if fits else None
+
+
 @torch.no_grad()
-def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0) -> Tensor:
+def sample(model: nn.Module, rows: int, tokens: int, seed: int = 0, begun: Tensor | None = None) -> Tensor:
     """Sample token ids ``[rows, tokens]`` from a model, at temperature 1. Raises as the model does."""
-    # One batch of rows that begin with a uniformly drawn token, as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888). A
-    # separate generator makes the text reproducible and leaves the caller's random state alone. The model runs
-    # uncompiled, also while Dynamo compiles it.
+    # One batch of rows that begin with a uniformly drawn token, as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888), or
+    # as `begun` does. A separate generator makes the text reproducible and leaves the caller's random state alone. The
+    # model runs uncompiled, also while Dynamo compiles it.
     network: Any = model
     forward, device = uncompiled_forward(model), next(model.parameters()).device
     draws = torch.Generator(device).manual_seed(seed)
     vocabulary = network.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (rows, 1), generator=draws, device=device)
+    ids = torch.randint(vocabulary, (rows, 1), generator=draws, device=device) if begun is None else begun
     name = cache_argument(model)
     cache: dict[str, Any] = {}
     while ids.shape[1] < tokens:
-        outputs = forward(input_ids=ids[:, -1:], use_cache=True, **full_attention_mask(model, ids), **cache)
+        outputs = forward(
+            input_ids=ids[:, -1:] if cache else ids, use_cache=True, **full_attention_mask(model, ids), **cache
+        )
         cache = {name: outputs[name]}
         ids = torch.cat([ids, _draw(outputs.logits[:, -1], draws)], dim=1)
         stage_reached(ids.shape[1] / tokens)

@@ -21,6 +21,7 @@ from river_compile.passes.program import Matmul
 from river_compile.twins.backbone_file import write_backbone_file
 from river_compile.twins.background import Background
 from river_compile.twins.digests import Digests
+from river_compile.twins.exit_tuning import TunedExits
 from river_compile.twins.file import (
     TwinFile,
     entry_for,
@@ -49,6 +50,7 @@ class TwinWeights:
         self.digests = Digests()
         self.background = Background()
         self.loss = JointLoss()
+        self.exits = TunedExits()
         self.seconds = 0.0  # that programs took to get their weights, apart from the background's
         self.changes = 0  # times that parameters were found changed
         self.changed = 0  # twins that were quantized again the last time
@@ -58,10 +60,10 @@ class TwinWeights:
 
         Args:
             matmuls: of twins, and lossless ones of the backbone.
-            job: how missing ones are made. Twins that only drafts read may be left to the background.
+            job: how missing ones are made. Twins that tokens can wait for may be left to the background.
         """
         with self._lock:
-            may_wait = job.drafting and self.background.enabled and not job.refresh
+            may_wait = job.can_wait and self.background.enabled and not job.refresh
             if not may_wait:
                 self.background.end(cancel=job.refresh)
             begun = self.background.packing
@@ -79,6 +81,8 @@ class TwinWeights:
             found = there | new
             packed = {matmul: found[matmul] for matmul in matmuls if matmul in found}
             awaits = self.background.packing if len(packed) < len(matmuls) else None
+            if job.config.budget is not None and awaits is None:
+                self._tune_exits(job, [matmul for matmul in matmuls if not matmul.lossless])
             if not all(matmul.lossless for matmul in matmuls):
                 self.background.begin_writing()
             made_now = [packed[matmul] for matmul in packed if matmul in new]
@@ -159,8 +163,7 @@ class TwinWeights:
         """Load weights from the options' file or the compile cache, or make them; none if the background does."""
         if job.file is not None and not lossless:
             return job.load(matmuls, job.file)
-        own = job.statistics.observed is not None and not lossless
-        if own or job.refresh or not self.stores or not is_enabled():
+        if not self._has_entry(job, lossless):
             return self._begun_or_made(job, matmuls, lossless, may_wait, None)
         entry = entry_for(matmuls, job.digests, job.quantizer(lossless))
         if not lossless:
@@ -178,6 +181,26 @@ class TwinWeights:
         if not lossless:
             self.loss.read(job.observes)
         return loaded | (self._made(job, others, lossless) if others else {})
+
+    def _has_entry(self, job: Job, lossless: bool) -> bool:
+        """Whether the compile cache may have weights of a job."""
+        own = job.statistics.observed is not None and not lossless
+        return not (own or job.refresh) and self.stores and is_enabled()
+
+    def _tune_exits(self, job: Job, twins: Sequence[Matmul], now: bool = False) -> None:
+        """Find the exit rule of twins that are there: known, stored with them, or tuned."""
+        budget = job.config.budget
+        assert budget is not None
+        entry = entry_for(twins, job.digests, job.quantizer(lossless=False))
+        stored = entry if job.file is None and self._has_entry(job, lossless=False) else None
+        if self.exits.find(entry.folder.name, budget, stored):
+            return
+        made = [self._made_before[job.key(matmul)] for matmul in twins if matmul in job.blocks]
+        tune = functools.partial(self.exits.tune, made, budget, job.statistics.own, stored)
+        if now or not self.background.enabled or sum(map(_size, twins)) <= _SMALL:
+            tune()
+        else:
+            self.background.begin([tune], stored is not None)
 
     def _begun_or_made(
         self, job: Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
@@ -211,6 +234,8 @@ class TwinWeights:
         if job.quick is not None:
             for matmul in quick:
                 self._made_before.pop(job.quick.key(matmul), None)
+        if job.config.budget is not None and made:
+            self._tune_exits(job, job.twins, now=True)
 
     def _made(self, job: Job, matmuls: Sequence[Matmul], lossless: bool) -> dict[Matmul, TwinWeight]:
         self.loss.is_old |= job.observes and not lossless
