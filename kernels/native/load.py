@@ -41,7 +41,7 @@ log = logging.getLogger("river_compile.kernels.native.load")
 _loading = threading.Lock()
 _tables: dict[str, int] = {}
 _begun: dict[str, tuple[Future[Path], Future[Path]]] = {}  # by instruction set: its kernels, and the operators
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARAMETER_DTYPES = (torch.float32, torch.bfloat16)  # of packed scales and zero-points
 _LARGEST_GROUP = 128  # that the packing library takes
 
@@ -127,7 +127,7 @@ def best_tokens(logits_NV: Tensor) -> Tensor:
 
 
 def _chooses(logits_NV: Tensor) -> bool:
-    return bool(_tables) and logits_NV.is_cpu and logits_NV.dtype in _DTYPES and logits_NV.stride(-1) == 1
+    return bool(_tables) and logits_NV.is_cpu and logits_NV.dtype in DTYPES and logits_NV.stride(-1) == 1
 
 
 def _table(library: Path) -> int:
@@ -288,7 +288,7 @@ def pack_mse(weight: Tensor, group_size: int, lines: Tensor, scale_zero: Tensor)
     energies = torch.empty(2, dtype=torch.float64)
     rows, groups = weight.shape[0], weight.shape[1] // group_size
     sizes = map(ctypes.c_int64, (rows, groups, group_size))
-    dtype = ctypes.c_int32(_DTYPES.index(weight.dtype))
+    dtype = ctypes.c_int32(DTYPES.index(weight.dtype))
     finite = _call("river_pack_mse", weight, dtype, *sizes, lines, scale_zero, energies)
     return (energies[0].item(), energies[1].item()) if finite else None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 MID_POINT = 8
 MAX_Q = 15
 GROUP_SIZES = (32, 64, 128)
+NOT_FINITE = "the weight holds infinite or NaN values and cannot be quantized"
 _PIECE_ELEMENTS = 32_000
 _SLAB_ELEMENTS = 1 << 22
 
@@ -92,7 +93,7 @@ def check_matrix(weight: Tensor, group_size: int) -> Tensor:
     check_shape(weight, group_size)
     weight = weight.detach().float()
     if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds infinite or NaN values and cannot be quantized")
+        raise ValueError(NOT_FINITE)
     return weight
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from river_compile.kernels.native import load as native
-from river_compile.kernels.quant.grid import GROUP_SIZES, decibels, threads_for
+from river_compile.kernels.quant.grid import GROUP_SIZES, NOT_FINITE, decibels, threads_for
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, PackedLinear, tensors_of
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ELEMENTS = 1 << 22  # of a weight that one thread packs
 _BLOCK = 16  # output features whose bytes lie together
 
@@ -22,7 +21,7 @@ _BLOCK = 16  # output features whose bytes lie together
 def can_pack_mse(weight: Tensor, group_size: int, layout: str) -> bool:
     """Whether `pack_mse` takes a weight, or a stack of weights."""
     fits = layout == NATIVE_LAYOUT and group_size in GROUP_SIZES and not weight.shape[-1] % group_size
-    return fits and weight.dtype in _DTYPES and weight.device.type == "cpu" and native.has_packing()
+    return fits and weight.dtype in native.DTYPES and weight.device.type == "cpu" and native.has_packing()
 
 
 def pack_mse(weight: Tensor, group_size: int) -> tuple[PackedLinear, float]:
@@ -34,12 +33,9 @@ def pack_mse(weight: Tensor, group_size: int) -> tuple[PackedLinear, float]:
     experts = stack[0] if stack else 0
     shapes = tensors_of(NATIVE_LAYOUT, n, k, group_size).values()
     lines, scale_zero = (torch.empty((*stack, *shape), dtype=dtypes[0]) for shape, dtypes in shapes)
-    weight = weight.detach()
-    if experts:
-        triples = zip(weight, lines, scale_zero, strict=True)
-        energies = [_fill(matrix, group_size, *to) for matrix, *to in triples]
-    else:
-        energies = [_fill(weight, group_size, lines, scale_zero)]
+    whole = weight.detach(), lines, scale_zero
+    triples = zip(*whole, strict=True) if experts else [whole]
+    energies = [_fill(matrix, group_size, *to) for matrix, *to in triples]
     signal, noise = map(sum, zip(*energies, strict=True))
     return PackedLinear(NATIVE_LAYOUT, lines, scale_zero, group_size, k, n, experts), decibels(signal, noise)
 
@@ -54,7 +50,7 @@ def _fill(matrix: Tensor, group_size: int, lines: Tensor, scale_zero: Tensor) ->
         blocks = slice(start // _BLOCK, (start + rows) // _BLOCK)
         found = native.pack_mse(matrix[start : start + rows], group_size, lines[blocks], scale_zero[blocks])
         if found is None:
-            raise ValueError("the weight holds infinite or NaN values and cannot be quantized")
+            raise ValueError(NOT_FINITE)
         return found
 
     if n <= rows:

@@ -75,9 +75,9 @@ def accelerate(
         prefix_cache: whether prompts of 256 tokens or more are kept on disk, in the compile cache, with their keys and
             values. A later process whose prompt begins like one runs only the new part, with the same output
             (docs/startup.md). On a CPU, in 16 bits.
-        background_packing: with "exact" on a CPU: whether to answer, with drafts from the context only, while new twins
-            are packed in a thread of lower priority. With "fast" and no rule: whether to answer at full depth meanwhile
-            and until a rule is tuned. False: the first call waits for both.
+        background_packing: with "exact" on a CPU: whether to answer, with drafts from the context and then by quick
+            twins, while new twins are packed in a thread of lower priority. With "fast" and no rule: whether to answer
+            at full depth meanwhile and until a rule is tuned. False: the first call waits for both.
         options: of the backend (such as ``twins=``), and with "exact" transformers' ``num_assistant_tokens``,
             ``num_assistant_tokens_schedule``, ``assistant_confidence_threshold``, ``prompt_lookup_num_tokens``,
             ``assistant_model``, a smaller model with the same tokens that drafts in place of the twins, and

@@ -62,8 +62,7 @@ class BoundPrograms:
         self._programs = programs if begun else None
         self.graph: GraphRecord | None = None  # that the call's first pass ran in
         self._checked: set[RiverExecutor] = set()  # whose weights were checked in this call
-        packing = record.of(TwinWeights).background.packing
-        self._packed = packing if packing is not None and packing.usable else None  # whose twins the passes may use
+        self._packed = record.of(TwinWeights).background.usable  # whose twins the passes may use
         self.forget_states()
 
     def forget_states(self) -> None:
@@ -77,12 +76,12 @@ class BoundPrograms:
         packing = background.packing
         if packing is not None:
             packing.check()
-        if packing is not None and packing is not self._packed:
             if not packing.usable:
                 return False
-            self._packed = packing
-            self._checked.clear()
-            self.states.clear()
+            if packing is not self._packed:
+                self._packed = packing
+                self._checked.clear()
+                self.states.clear()
         # A program that was never built may begin to pack: a pass at full depth builds it.
         has_run = 1 in self.states or 1 in self._without or (kv.rows, 1) in kv.states
         return has_run or not background.enabled

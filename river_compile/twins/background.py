@@ -1,4 +1,4 @@
-"""Packing in the background: a thread of lower priority makes twins while the model answers without drafts.
+"""Packing in the background: a thread makes twins, perhaps quick ones first, while the model answers without drafts.
 
 Not handled: a lower priority on other systems than Linux; Ctrl-C between its matrices (it ends after the present one).
 """
@@ -113,13 +113,11 @@ class Packing:
 
     def _run(self) -> None:
         start = time.perf_counter()
-        if self._awaited == 1:
-            _be_nice()
         with stages_told(_STAGE, self._reach):
             while (work := self._taken()) is not None:
-                self._do(work)
-                if self._awaited == 2:  # the first work is quick, and makes the model faster: it takes its share
+                if self._awaited == 1:  # a quick one before it, which makes the model faster, takes its whole share
                     _be_nice()
+                self._do(work)
                 self._begun = True
                 self._awaited -= 1
                 if not self._done:
@@ -173,9 +171,14 @@ class Background:
         return None if self.packing is None or self.packing.over else self.packing.share
 
     @property
+    def usable(self) -> Packing | None:
+        """The latest making of twins, if its first ones are there."""
+        return self.packing if self.packing is not None and self.packing.usable else None
+
+    @property
     def refines(self) -> bool:
         """Whether drafts run with quick twins, and better ones are being made."""
-        return self.packing is not None and self.packing.usable and not self.packing.over
+        return self.usable is not None and not self.usable.over
 
     @property
     def writes(self) -> bool:

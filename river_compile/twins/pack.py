@@ -66,11 +66,10 @@ class TwinWeights:
             may_wait = job.can_wait and self.background.enabled and not job.refresh
             if not may_wait:
                 self.background.end(cancel=job.refresh)
-            begun = self.background.packing
-            drafts = begun is not None and begun.usable
+            usable = self.background.usable  # before the look at what it has made
             there = self._in_memory(matmuls, job)
-            if may_wait and job.quick is not None:
-                there = self._in_memory(matmuls, job.quick) | there
+            if may_wait and (faster := job.quick) is not None:
+                there = self._in_memory(matmuls, faster) | there
             missing = [matmul for matmul in matmuls if matmul not in there]
             new: dict[Matmul, TwinWeight] = {}
             for lossless in (True, False):
@@ -85,9 +84,7 @@ class TwinWeights:
                 self._tune_exits(job, [matmul for matmul in matmuls if not matmul.lossless])
             if not all(matmul.lossless for matmul in matmuls):
                 self.background.begin_writing()
-            made_now = [packed[matmul] for matmul in packed if matmul in new]
-            has_first = drafts and awaits is begun
-            program = ProgramWeights(packed, job.parameters, self.digests.of, made_now, awaits, has_first)
+            program = ProgramWeights(packed, job.parameters, self.digests.of, [*new.values()], awaits, awaits is usable)
             self._programs.add(program)
             return program
 
@@ -214,15 +211,16 @@ class TwinWeights:
             return made
         # If others are being made, the program is built again when those are there, and these begin.
         works = [functools.partial(self._make_later, job, matmuls, entry)]
-        if job.quick is not None:
-            works.insert(0, functools.partial(self._make_later, job.quick, matmuls, None))
+        if (faster := job.quick) is not None:
+            works.insert(0, functools.partial(self._make_later, faster, matmuls, None))
         self.background.begin(works, entry is not None)
         return {}
 
     def _make_later(self, job: Job, matmuls: Sequence[Matmul], entry: Entry | None) -> None:
         """Make twins, unless their parameters change meanwhile, which the next sequence finds."""
         self.loss.is_old |= job.observes
-        quick = {} if job.quick is None else self._in_memory(matmuls, job.quick)
+        faster = job.quick
+        quick = {} if faster is None else self._in_memory(matmuls, faster)
 
         def keep(twin: TwinWeight) -> TwinWeight:
             return quick[twin.matmul].become(twin) if twin.matmul in quick else twin
@@ -231,9 +229,9 @@ class TwinWeights:
         if made and entry is not None:
             write_stored(entry, [*made.values()])
         self._made_before |= {job.key(matmul): twin for matmul, twin in made.items()}
-        if job.quick is not None:
+        if faster is not None:
             for matmul in quick:
-                self._made_before.pop(job.quick.key(matmul), None)
+                self._made_before.pop(faster.key(matmul), None)
         if job.config.budget is not None and made:
             self._tune_exits(job, job.twins, now=True)
 

@@ -5,14 +5,13 @@ import threading
 
 import pytest
 import torch
-from transformers import LogitsProcessor
 
 import river_compile
 from river_compile.decoding import prefix_cache
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.kernels.native.load import any_rows
 from river_compile.upstream.transformers import cache_of
-from tests.support.decoding import left_padded
+from tests.support.decoding import Scores, left_padded
 from tests.support.families import CONFIGS, make, prompt
 from tests.support.lowerings import OPERATORS
 from tests.support.recorder import recording
@@ -35,17 +34,6 @@ def eager():
     """Returns a model whose blocks run operator by operator, with the bits of the plain model."""
     with recording():
         yield lambda quality="exact", **more: accelerated(quality, kernels=OPERATORS, graphs=True, **more)
-
-
-class Scores(LogitsProcessor):
-    """Notes the scores of each step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def __call__(self, input_ids, scores):
-        self.steps.append(scores.clone())
-        return scores
 
 
 def generate(model, ids, tokens=8, **options):

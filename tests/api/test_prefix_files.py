@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LogitsProcessor
 
 import river_compile
 from river_compile import RiverWarning
 from river_compile.cli.app import main
 from river_compile.compile_cache import folder
 from river_compile.errors import OptionError
+from tests.support.decoding import Scores
 from tests.support.examples import examples
 from tests.support.families import make, prompt
 from tests.support.layout import ROOT, run_python
@@ -42,15 +42,6 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_prompts(cache):
     folder.clear(folder.PROMPTS)
-
-
-class Scores(LogitsProcessor):
-    def __init__(self):
-        self.steps = []
-
-    def __call__(self, input_ids, scores):
-        self.steps.append(scores.clone())
-        return scores
 
 
 def started(family="llama", dtype=torch.bfloat16, seed=0, change=None, prefix_cache=True, **options):
@@ -358,7 +349,7 @@ class TestTheFolder:
         texts = [prompt(READ, 1, seed=seed) for seed in (3, 4)]
         for ids in texts:
             ran(started(), ids)
-            time.sleep(0.05)
+            time.sleep(0.05)  # their times of use, of which a file system keeps milliseconds, differ
         ran(started(), then(texts[0], 30, 1))
         sizes = [file.stat().st_size for file in blocks(cache)]
         rest = sum(entry.bytes for entry in folder.list_entries()) - sum(sizes)

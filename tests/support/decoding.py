@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, StaticCache
 
 from river_compile.decoding.kv_cache import KVCache
 from river_compile.decoding.passes import Passes
@@ -21,6 +21,17 @@ from river_compile.upstream.transformers import cache_argument, cache_of, full_s
 from tests.support.families import prompt
 
 CAPACITY = 24
+
+
+class Scores(LogitsProcessor):
+    """Notes the scores of each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, input_ids, scores):
+        self.steps.append(scores.clone())
+        return scores
 
 
 def new_cache(model: PreTrainedModel, kind: str, capacity: int = CAPACITY) -> StaticCache | DynamicCache:

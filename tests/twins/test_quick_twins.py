@@ -9,7 +9,6 @@ import torch
 
 import river_compile
 from river_compile.errors import UnsupportedGraphError
-from river_compile.record import find_record
 from river_compile.twins import making, pack
 from tests.support.families import make
 from tests.twins.test_background import EXACT, drafted, finish, generate, packing_of
@@ -145,4 +144,4 @@ def test_a_quantizer_that_is_as_quick_has_one_stage(held):
     packing_of(model).wait()
     generate(model)
     assert {twin.quantizer for twin in twins_of(model).values()} == {"rtn"}
-    assert find_record(model) is not None
+    assert not river_compile.report(model).to_dict()["drafts_with_quick_twins"]

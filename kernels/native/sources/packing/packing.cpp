@@ -1,7 +1,6 @@
 // Fits of 4-bit grids, GPTQ's rounding of blocks (reference: `kernels/quant/calibrated.py`), and packing in 4 and 12
 // bits. One thread runs each call.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
