@@ -1,6 +1,6 @@
 """Makes the 16-bit layers multiply by the package's kernels, and packs their weights without loss.
 
-Not handled: weights or results of another dtype than the input, transposed weights (GPT-2's Conv1D), experts.
+Not handled: weights or results of another dtype than the input, transposed weights (GPT-2's Conv1D, gpt-oss's experts).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import fx
 from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.quant import lossless
 from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
+from river_compile.passes.experts import ExpertMatmul, as_expert_matmul, replace_expert_matmul
 from river_compile.passes.nodes import Linear, called, input_name, is_ordinary, is_parameter, same_dtype, value_of
 from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.twins import current_input, group_by_input, replace_linears, simplify_attention
@@ -69,7 +70,17 @@ def _with_river_linears(segment: Segment, layout: str) -> Segment:
         together = MOST_MERGED if aligned else 1
         for start in range(0, len(linears), together):
             _merge(made.graph, linears[start : start + together], layout)
+    for stack in filter(None, map(as_expert_matmul, list(made.graph.nodes))):
+        if layout == "dense" and _is_readable(stack):
+            replace_expert_matmul(made.graph, stack, stack.weight, None, 0, layout)
     return made
+
+
+def _is_readable(stack: ExpertMatmul) -> bool:
+    """Whether the C++ kernels read a stack of experts as the model has it."""
+    value = value_of(stack.weight)
+    alike = same_dtype(stack.weight, stack.x) and same_dtype(stack.weight, stack.node)
+    return not stack.transposed and alike and is_ordinary(value) and value.is_contiguous()
 
 
 def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
