@@ -34,6 +34,7 @@ from river_compile.passes.nodes import (
     is_ordinary,
     is_parameter,
     is_tensor,
+    mutated_inputs,
     operands,
     other_operand,
     rank,
@@ -293,10 +294,13 @@ def _fuse_router(view: BlockView, mixture: fx.Node) -> None:
     with view.graph.inserting_before(first):
         made = call(torch.ops.river.route.default, (logits, each, routing, floats), value, first)
         parts = [call(operator.getitem, (made, i), value[i], first) for i in range(2)]
+    divided = skip_casts(weight)
     for old, new in zip((weight, index), parts, strict=True):
         old.replace_all_uses_with(new)
     for old in (weight, index):
         drop_unused(old)
+    if divided is not weight and mutated_inputs(divided):  # (what writes is dropped only if asked for)
+        drop_unused(divided)
     _own_linear(logits)
 
 
