@@ -3,7 +3,7 @@
     python -m benchmarks.mixtures [--shape 1.3b] [--rows eager 16bit 12bit 4bit exact start] [--new-tokens 64]
 
 "eager" is transformers; "16bit" and "12bit" are full depth without drafts; "4bit" runs all layers in 4 bits; "exact"
-drafts; "start" has the default options. Every row is a process of its own, which builds the model, generates a token
+drafts; "start" has the default options. Every row is a separate process, which builds the model, generates a token
 (first call), then the text `--repeats` times. GB/s are the bytes that a token reads times tokens/s; the KV cache is
 left out. `--sharpen` multiplies the head, which makes texts more predictable. Random weights say nothing about the
 text, and little about drafts.

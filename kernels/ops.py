@@ -253,8 +253,8 @@ def experts(
 
     Args:
         x: ``[M, K]``.
-        weight, scale_zero: of E stacked weights, as `layouts.pack_stack` or `layouts.pack_lossless_stack` packs them; in
-            layout "dense" ``[E, N, K]`` in x.dtype and None.
+        weight, scale_zero: of E stacked weights, as `layouts.pack_stack` or `layouts.pack_lossless_stack` packs them.
+            In layout "dense" ``[E, N, K]`` in x.dtype and None.
         expert: integer ``[M]``; a row with a number outside of 0 to E - 1 gets zeros.
         out_features: N, the rows of each W.
         group_size: G; 0 for weights that keep their values.

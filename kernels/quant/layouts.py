@@ -118,7 +118,9 @@ def pack_lossless_stack(
         weight = weight.contiguous()
         counts = lossless.count_upper_bytes(weight)
         if lossless.patched_share(counts) > lossless.MAX_PATCHED_SHARE:
-            return PackedLinear(layout_name, stack.contiguous().clone(), torch.zeros(0, dtype=torch.int32), 0, k, n, experts)
+            return PackedLinear(
+                layout_name, stack.contiguous().clone(), torch.zeros(0, dtype=torch.int32), 0, k, n, experts
+            )
         one, patches = lossless.pack_12bit(weight, counts)
         if units is None:
             units = torch.empty((experts, *one.shape), dtype=torch.uint8)

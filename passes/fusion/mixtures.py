@@ -1,7 +1,7 @@
 """Fuses the router, the stacks and the weighted sum of a mixture of experts into operators of the C++ kernels.
 
-Not handled: generated kernels, experts without a gate, norms after an expert, and routers that do not choose by a softmax
-(their mixture is fused, the router is not).
+Not handled: generated kernels, experts without a gate, norms after an expert. Of routers that choose in other ways than
+by a softmax, the mixture is fused alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from river_compile.kernels import mixture_ops  # noqa: F401  (registers the operators)
+from river_compile.kernels import mixture_ops
 from river_compile.kernels.portable import route_like
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
 from river_compile.passes.edits import (
@@ -319,7 +319,12 @@ def _own_linear(logits: fx.Node) -> None:
 def _routing(index: fx.Node, weight: fx.Node) -> tuple[fx.Node, str] | None:
     """Return the logits that a top-k chooses from, and how the weights follow from them (`mixture_ops.route`)."""
     top = operands(index, operator.getitem)
-    if top is None or top[1] != 1 or not called(top[0], torch.topk) or top[0].args[2:] not in ((), (-1,), (-1, True, True)):
+    if (
+        top is None
+        or top[1] != 1
+        or not called(top[0], torch.topk)
+        or top[0].args[2:] not in ((), (-1,), (-1, True, True))
+    ):
         return None
     topk = top[0]
     values, scores, inner = _item(topk, 0), topk.args[0], skip_casts(weight)

@@ -59,7 +59,7 @@ def gated(both: torch.Tensor, activation: str, pairs: bool) -> torch.Tensor:
 )
 @examples(20)
 def test_a_mixture(isa, tokens, each, sizes, weights, dtype, around, threads, seed):
-    """With biases and a residual or without; experts that nothing chose hold NaN, rows without an expert add nothing."""
+    """With biases and a residual or without; unchosen experts hold NaN, and rows without an expert add nothing."""
     load.load(isa)
     torch.set_num_threads(threads)
     if weights == "12 bits":
@@ -145,7 +145,9 @@ def test_a_router(isa, logits, each, routing, dtype, floats):
     chosen = order.values[:, :each]
     expected = chosen.softmax(-1) if routing != "all" else z.double().softmax(-1).gather(1, index)
     assert weight.dtype == (torch.float32 if floats else dtype)
-    torch.testing.assert_close(weight.double(), expected, rtol=1e-2 if weight.dtype != torch.float32 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        weight.double(), expected, rtol=1e-2 if weight.dtype != torch.float32 else 1e-5, atol=1e-6
+    )
 
 
 @ISAS
