@@ -3,6 +3,7 @@
 import json
 import math
 from typing import Literal
+from urllib.request import Request, urlopen
 
 import jsonschema
 import pytest
@@ -18,7 +19,7 @@ import llguidance.hf  # noqa: E402
 from langchain_core.messages import HumanMessage  # noqa: E402
 
 from river_compile.cli.serving.tools import CallParser, Calls  # noqa: E402
-from tests.support.serving import HELLO, pieces, whole  # noqa: E402
+from tests.support.serving import HELLO, JSON, pieces, whole  # noqa: E402
 
 SAMPLED = {"temperature": 0.9, "top_p": 0.95}
 
@@ -89,6 +90,14 @@ def test_each_choice_is_the_text_of_its_seed(served, stream):
     assert len({*expected.values()}) > 1
     assert reasons == dict.fromkeys(range(3), "length")
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(chat_of("dice")), 18)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stream_says_that_it_is_done(served, count):
+    body = {**HELLO, "stream": True, "n": count}
+    request = Request(f"{served.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": JSON})
+    with urlopen(request) as answer:
+        assert answer.read().endswith(b"}\n\ndata: [DONE]\n\n")
 
 
 def test_completions_have_choices_too(served):

@@ -64,6 +64,15 @@ async def together(streams: Sequence[Events]) -> Events:
             task.cancel()
 
 
+async def ended(events: Events, end: str) -> Events:
+    """Yield events, and an end if there is one."""
+    async with contextlib.aclosing(events):
+        async for event in events:
+            yield event
+    if end:
+        yield end
+
+
 def chunks_of(events: str) -> list[dict[str, Any]]:
     """Return the objects of one or several events."""
     return [json.loads(line.removeprefix(_DATA)) for line in events.split("\n\n") if line.startswith(_DATA)]

@@ -19,7 +19,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 
 from river_compile.cli.serving import forms
-from river_compile.cli.serving.choices import Events, Usage, collected, edited, together
+from river_compile.cli.serving.choices import Events, Usage, collected, edited, ended, together
 from river_compile.cli.serving.connections import check_client
 from river_compile.cli.serving.errors import Refused, invalid
 from river_compile.cli.serving.logprobs import Piece, of_chat, of_completion
@@ -123,6 +123,7 @@ class _Prepares:
     text: str  # the field that has the prompt
     piece = "content"  # the argument of `_build_chunk_sse` that has a piece of an answer
     logprobs = staticmethod(of_chat)
+    end = "data: [DONE]\n\n"  # after the last event
     choice = 0  # the index of the choice that a copy of the handler answers
     usage: Usage | None = None  # of all choices
 
@@ -131,7 +132,7 @@ class _Prepares:
 
     def _streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         _check_fit(super()._streaming, *args, **kwargs)  # type: ignore[misc]
-        return lambda: StreamingResponse(self._events(*args, **kwargs), media_type="text/event-stream")
+        return lambda: StreamingResponse(ended(self._events(*args, **kwargs), self.end), media_type="text/event-stream")
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         whole = super()._non_streaming  # type: ignore[misc]
@@ -196,7 +197,7 @@ class Completions(_Prepares, CompletionHandler):
 class Responses(_Prepares, ResponseHandler):
     """Answers /v1/responses."""
 
-    text = "input"
+    text, end = "input", ""
 
 
 def prepare(handler: Any, body: bytes, request_id: str) -> tuple[Asked, Callable[[], Any]]:
