@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.pictures import method
+from tools.pictures import measured, method
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "images"
@@ -31,19 +31,20 @@ def _svg(text: Callable[[], str]) -> Callable[[Path], object]:
 
 
 _DRAWING = ("tools/pictures/method.py", "tools/pictures/svg.py")
+_MEASURED = ("tools/pictures/measured.py", "examples/plots.py")
 PICTURES = {
     "how_it_works.svg": Picture(_svg(method.how_it_works), _DRAWING),
     "weight_line.svg": Picture(_svg(method.weight_line), _DRAWING),
+    "criteria.png": Picture(measured.criteria, (*_MEASURED, "tools/pictures/data/criteria.json")),
+    "calibration.png": Picture(measured.rule, (*_MEASURED, "tools/pictures/data/rule.json")),
+    "exact_cycles.png": Picture(measured.cycles, (*_MEASURED, "tools/pictures/data/cycles.json")),
 }
 
 # Drawn by programs that need hours or a model, or that have left the repository; each by its command, and the commit.
 _QUALITY = "research code of commit 7bd9e69; docs/notes/2026-11-quality.md"
 ARCHIVED = {
-    "calibration.png": "python -m examples.tune_exit --plot",
-    "criteria.png": "python -m benchmarks.criteria --own-text --texts 8 --tokens 24; docs/notes/2026-11-quality.md",
     "demo.svg": "python -m examples.demo",
-    "exact_cycles.png": "python -m examples.exact --plot",
-    "explain.png": "river explain",
+    "explain.png": "docs/assets/explain-smollm2.html in Chromium, 900 x 620 pixels",
     "quality_entries.png": _QUALITY,
     "quality_fills.png": _QUALITY,
     "quality_frontier.png": _QUALITY,
