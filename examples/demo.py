@@ -55,12 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     import river_compile
     from examples.columns import Answer, Columns, play
     from examples.plots import plot_trace
+    from river_compile.config import RiverConfig
+    from river_compile.lowering.lower import begin_kernels
     from river_compile.reporting.timing import generate
 
     load = os.getloadavg()[0]
     if options.threads:
         torch.set_num_threads(options.threads)
     with stage_shown("preparing"):  # one bar from the download to the last run
+        begin_kernels(RiverConfig(), torch.device("cpu"))  # while the model is fetched and converted
         model, tokenizer = demo_models.load_or_exit(options.model, dtype=options.dtype)
         prompt = shared.encode(tokenizer, options.prompt)
         runs, undrafted = _runs(model, prompt, options.new_tokens, options.repeats)

@@ -62,7 +62,6 @@ def plot_calibration(found: ExitRule, path: str | Path) -> Path:
         if shown:
             axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=colour, label=label, zorder=2)
     best = found.chosen
-    axes.annotate(_named(best), (best.cost, best.loss), (0, -22), textcoords="offset points", ha="center", fontsize=9)
     axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
     what = "KL" if is_kl else "disagreement"
     axes.set_title(f"The fastest rule within the budget of {what}: {_named(best)}")

@@ -38,6 +38,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2": "two processes and the package accelerate; tests/runtime/test_tensor_parallel.py",
     "from openai import": "the package openai and a server; tests/cli/test_serve.py",
     "import intel_extension_for_pytorch": "the package that it replaces",
+    "from langchain_openai import": "the package langchain-openai and a server; tests/cli/test_serve.py",
     "from langchain_core": "LangChain; tests/examples/test_langchain.py",
     "pip install": "installs a package; tests/tools builds and installs the wheel",
     "make demo": "fetches a model",

@@ -1,6 +1,6 @@
 """MkDocs' hook for parts of pages that a reader changes: a calculator, a threshold's slider, a filter of tables.
 
-A page asks for one by ``<!-- widget: NAME -->``, which GitHub does not show. The site gets an element with its data, and
+A page asks for one by ``<!-- widget: NAME -->``, which GitHub hides. The site gets an element with its data, and
 ``docs/assets/site.js`` fills it. Without scripts an element stays empty, so each stands next to a table or a picture.
 """
 

@@ -21,6 +21,7 @@ from river_compile.kernels.quant.calibrated import OBSERVING
 from river_compile.kernels.quant.grid import threads_for
 from river_compile.passes.program import Matmul
 from river_compile.progress import stage_reached
+from river_compile.system import trim_heap
 from river_compile.twins.file import TwinFile
 from river_compile.twins.observe import Moments, Observation
 from river_compile.twins.own_text import SelfCalibration
@@ -149,6 +150,7 @@ class Job:
                 for (matmul, _), twin in zip(jobs, pool.imap(one, jobs), strict=True):
                     found[matmul] = keep(twin)
                     stage_reached(len(found) / len(matmuls))
+                trim_heap()  # threads that take and free matrices of many sizes keep half as much again
 
             source = "" if recorded is None else recorded.source
             if stream is not None:

@@ -47,7 +47,7 @@ def rule() -> dict[str, Any]:
     """Return an exit rule with its candidates, as `ExitRule.save` writes it."""
     model, tokenizer = demo_models.load_or_exit(MODEL)
     texts = shared.topics()[:60]
-    found = river_compile.tune_exit(model, tokenizer, texts, kl=0.1, criterion="confidence", tokens=8)
+    found = river_compile.tune_exit(model, tokenizer, texts, kl=0.05, criterion="confidence", tokens=8)
     path = found.save(DATA / "rule.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
