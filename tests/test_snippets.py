@@ -42,6 +42,7 @@ NOT_RUN = {
     "from langchain_core": "LangChain; tests/examples/test_langchain.py",
     "pip install": "installs a package; tests/tools builds and installs the wheel",
     "make demo": "fetches a model",
+    "river chat HuggingFaceTB": "fetches a model",
     "make test": "runs this test",
     "river bench": "minutes at its default sizes; tests/cli/test_cli.py runs shorter ones",
     "river serve": "runs until it is interrupted; tests/cli/test_serve.py",
