@@ -16,12 +16,11 @@ except ImportError as error:
     ) from None
 
 from river_compile import ExitRule, Trace
-from river_compile.exit_rule import Candidate
 from river_compile.exits import threshold_text
 from river_compile.runtime.stats import CycleRecord, StepRecord
 
 _DPI = 110
-_WIDTH = 900 / _DPI  # inches: a page of the manual
+PAGE_WIDTH = 900 / _DPI  # inches, of the manual
 _PER_LINE = 16
 _SOURCES = {  # of a token in exact mode: colour and meaning
     "river": ("#2a78b5", "drafted by the twins"),
@@ -54,7 +53,7 @@ def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = Non
 def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     """Draw loss against cost of all candidates, with the budget, as a PNG; return the path."""
     is_kl = found.metric == "kl"
-    figure = new_figure(_WIDTH, 4.6)
+    figure = new_figure(PAGE_WIDTH, 4.6)
     axes = figure.subplots()
     axes.axhline(found.budget if is_kl else 1 - found.budget, color="tab:red", linewidth=1, label="budget")
     for passed, label, colour in _VERDICTS:
@@ -64,16 +63,13 @@ def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     best = found.chosen
     axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
     what = "KL" if is_kl else "disagreement"
-    axes.set_title(f"The fastest rule within the budget of {what}: {_named(best)}")
+    rule = f"threshold {threshold_text(best.threshold)}, first exit {best.first_exit}"
+    axes.set_title(f"The fastest rule within the budget of {what}: {rule}")
     axes.set_xlabel("time per token, as a share of full depth's")
     axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return save_figure(figure, path)
-
-
-def _named(rule: Candidate) -> str:
-    return f"threshold {threshold_text(rule.threshold)}, first exit {rule.first_exit}"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -150,7 +146,7 @@ def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> li
 def _lines_of_tokens(names: Sequence[str], highest: int, room: float, what: str) -> Figure:
     """Return a figure with lines of 16 tokens, their names below, for bars up to `highest`."""
     lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
-    figure = new_figure(_WIDTH, 0.9 + 1.25 * len(lines))
+    figure = new_figure(PAGE_WIDTH, 0.9 + 1.25 * len(lines))
     for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
         axes.set_xticks(range(len(line)), line, fontsize=9, rotation=30, ha="right", parse_math=False)
         axes.set_xlim(-0.6, _PER_LINE - 0.4)

@@ -20,6 +20,13 @@ FRONT = "index.md"
 OUTSIDE = {"README.md": FRONT, "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Drop the edit links of pages if the repository has no address, which MkDocs would warn of."""
+    if not config.repo_url:
+        config.edit_uri = None
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of `OUTSIDE`, which lie at the repository's root."""
     root = os.path.dirname(config.config_file_path)

@@ -15,10 +15,14 @@ from mkdocs.structure.pages import Page
 
 from river_compile.reporting import predict
 from tools import machines, records
-from tools.pictures.measured import DATA
+from tools.pictures import DATA
 
 _MARK = re.compile(r"<!-- widget: (\w+) -->")
-_MODES = {predict.PLAIN: "transformers", predict.EXACT: "exact (default)", predict.FAST: 'quality="fast"'}
+_MODES = {
+    predict.PLAIN: "transformers",
+    predict.EXACT: "exact (default)",
+    predict.FAST: 'quality="fast", threshold=0.7',
+}
 
 
 def calculator() -> dict[str, Any]:

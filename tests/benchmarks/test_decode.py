@@ -20,7 +20,7 @@ class FakeWorker:
     """Stands in for `common.Worker`: notes who was asked what, and answers with growing speeds."""
 
     log: list = []  # noqa: RUF012  (shared by all on purpose)
-    warmed: list = []  # noqa: RUF012
+    warmed: list = []  # noqa: RUF012  (likewise)
     speeds = (1.0, 9.0, 4.0)
     fails = ""
 

@@ -15,6 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
 
+# What follows needs those packages.
 import llguidance.hf  # noqa: E402
 from langchain_core.messages import HumanMessage  # noqa: E402
 

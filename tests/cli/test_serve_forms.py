@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")
 
+# What follows needs those packages.
 from river_compile.cli.serving.grammars import Grammar, grammar_of, vocabulary_of  # noqa: E402
 from tests.support.serving import HELLO, held, pieces, post  # noqa: E402
 

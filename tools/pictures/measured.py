@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.plots import new_figure, plot_calibration, plot_trace, save_figure
+from examples.plots import PAGE_WIDTH, new_figure, plot_calibration, plot_trace, save_figure
 from river_compile import ExitRule, Trace
 from river_compile.runtime.stats import CycleRecord
+from tools.pictures import DATA
 
-DATA = Path(__file__).parent / "data"
 _LINES = {"similarity": "tab:blue", "confidence": "tab:green", "chance": "black", "oracle": "0.6"}
 
 
@@ -34,7 +34,7 @@ def rule(path: Path) -> None:
 def criteria(path: Path) -> None:
     """Draw the KL of each criterion at equal time per token, of two models."""
     found = _read("criteria")
-    figure = new_figure(900 / 110, 3.6)
+    figure = new_figure(PAGE_WIDTH, 3.6)
     for axes, (model, lines) in zip(figure.subplots(1, len(found["kl"])), found["kl"].items(), strict=True):
         for name, values in lines.items():
             style = "--" if name == "chance" else ":" if name == "oracle" else "-"

@@ -11,7 +11,6 @@ import datetime
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from river_compile.evaluation.meter import Meter, compiled
 from river_compile.exits import CRITERIA
 from river_compile.kernels.native.machine import processor_name
 from tools import demo_models
+from tools.pictures import DATA
 
-DATA = Path(__file__).parent / "data"
 MODEL = "smollm2"
 QUESTION = "Explain in a few sentences why the sky is blue."
 NEW_TOKENS = 64

@@ -32,6 +32,7 @@ _SEAM = 64  # tokens that a cut between pieces may add at most
 _UNBOUNDED = 1 << 17  # tokens, for the size of a body where a model has no maximum context
 _BYTES, _MORE = 32, 1 << 16  # of JSON: for each token (a word of escaped Cyrillic has as many), and besides the prompt
 _MEDIA = 32 << 20  # bytes of images and audio in one body
+_Mixed: Any = object  # base of what is mixed into classes of transformers', whose methods a type checker would miss
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -60,7 +61,7 @@ def _too_long(context: int, length: str) -> _Unfit:
     )
 
 
-class _Bounded:
+class _Bounded(_Mixed):
     """Mixed into a tokenizer's class: a long text is counted in pieces, and refused when they exceed the context.
 
     A text that fits is tokenized twice then, which takes far less time than its prefill.
@@ -73,13 +74,13 @@ class _Bounded:
             if isinstance(one, str) and len(one) > _PIECE:
                 self._check(one)
         check_client()
-        return super().__call__(text, *args, **kwargs)  # type: ignore[misc]
+        return super().__call__(text, *args, **kwargs)
 
     def _check(self, text: str) -> None:
         tokens = 0
         for at in range(0, len(text), _PIECE):
             check_client()
-            piece = super().__call__(text[at : at + _PIECE], add_special_tokens=False, verbose=False)  # type: ignore[misc]
+            piece = super().__call__(text[at : at + _PIECE], add_special_tokens=False, verbose=False)
             tokens += len(piece["input_ids"]) - _SEAM
             if tokens >= self.context:
                 raise _too_long(self.context, f"more than {tokens}")
@@ -117,7 +118,7 @@ def _fit(config: GenerationConfig, model: PreTrainedModel, length: int) -> None:
         config.max_new_tokens = min(config.max_new_tokens, context - length)
 
 
-class _Prepares:
+class _Prepares(_Mixed):
     """Mixed into transformers' handlers: `handle_request` ends before it generates, and returns what is left to do."""
 
     text: str  # the field that has the prompt
@@ -131,11 +132,11 @@ class _Prepares:
         pass  # :func:`requests.translated` has
 
     def _streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        _check_fit(super()._streaming, *args, **kwargs)  # type: ignore[misc]
+        _check_fit(super()._streaming, *args, **kwargs)
         return lambda: StreamingResponse(ended(self._events(*args, **kwargs), self.end), media_type="text/event-stream")
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        whole = super()._non_streaming  # type: ignore[misc]
+        whole = super()._non_streaming
         _check_fit(whole, *args, **kwargs)
 
         def start() -> Awaitable[Response]:
@@ -151,7 +152,7 @@ class _Prepares:
             one = copy.copy(self)
             one.choice, one.usage = index, usage
             before = asked.set(asking.of_choice(index))
-            response = super(_Prepares, one)._streaming(*args, **kwargs)  # type: ignore[misc]
+            response = super(_Prepares, one)._streaming(*args, **kwargs)
             asked.reset(before)
             streams.append(with_errors(response.body_iterator))
         return streams[0] if len(streams) == 1 else together(streams)
@@ -159,7 +160,7 @@ class _Prepares:
     def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
         if kwargs.get("usage") is not None and self.usage is not None:
             kwargs["usage"] = self.usage.add(kwargs["usage"])
-        event: str = super()._build_chunk_sse(*args, **kwargs)  # type: ignore[misc]
+        event: str = super()._build_chunk_sse(*args, **kwargs)
         piece = kwargs.get(self.piece)
         changes = {"logprobs": self.logprobs(piece.tokens)} if isinstance(piece, Piece) else {}
         return edited(event, index=self.choice, **changes) if self.choice or changes else event
@@ -167,7 +168,7 @@ class _Prepares:
     def get_processor_inputs_from_messages(self, messages: list[Body], modality: utils.Modality) -> Any:
         if modality is utils.Modality.LLM:
             forms.check_only_text(messages)
-        return super().get_processor_inputs_from_messages(messages, modality)  # type: ignore[misc]
+        return super().get_processor_inputs_from_messages(messages, modality)
 
 
 async def _whole(events: Events) -> Response:
