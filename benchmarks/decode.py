@@ -115,7 +115,8 @@ def _prepared(
     way = max(tried, key=tried.__getitem__) if tried else next(iter(ways))
     worker = stack.enter_context(closing(decode_rows.worker(name, row, options.threads)))
     job = _job(name, prompts, options) | ways[way]
-    said = worker.ask("prepare", prompts=[prompt.ids for prompt in prompts], **job)
+    warmed = prompts[:1] if options.warm_up_first else prompts
+    said = worker.ask("prepare", prompts=[prompt.ids for prompt in warmed], **job)
     found = {"choice": way, "tried": tried} if tried else {}
     return worker, {**said, **found, "texts": [], **{key: [[] for _ in prompts] for key in ("tokens_per_s", "first_s")}}
 
@@ -274,6 +275,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=common.number(1), default=1, help="texts generated together (%(default)s)")
     prompt_sets.add_arguments(parser)
     parser.add_argument("--one-process", action="store_true", help="one row after another, if memory is short")
+    said = "warm up with the first prompt alone; for peers, since River captures passes for each size of KV cache"
+    parser.add_argument("--warm-up-first", action="store_true", help=said)
     parser.add_argument("--gguf", type=Path, help="the GGUF file that the model folder was made of, for llama.cpp")
     rows, said = [*ROWS, decode_rows.ALL], f"{', '.join(ROWS)}; or all (default: README.md's table)"
     parser.add_argument("--rows", nargs="+", choices=rows, default=decode_rows.DEFAULT, metavar="ROW", help=said)

@@ -19,11 +19,13 @@ from river_compile import ExitRule, Trace
 from river_compile.exits import threshold_text
 from river_compile.runtime.stats import CycleRecord, StepRecord
 
-_PER_LINE = 32
+_DPI = 110
+PAGE_WIDTH = 900 / _DPI  # inches, of the manual
+_PER_LINE = 16
 _SOURCES = {  # of a token in exact mode: colour and meaning
-    "river": ("#2a78b5", "drafted by the river"),
+    "river": ("#2a78b5", "drafted by the twins"),
     "lookup": ("#3a9a5c", "copied from the context"),
-    "backbone": ("#d98324", "the backbone's own"),
+    "backbone": ("#d98324", "chosen by the 16-bit layers"),
 }
 _VERDICTS = ((True, "passed", "tab:green"), (False, "failed", "tab:orange"), (None, "pilot texts only", "lightgray"))
 
@@ -51,7 +53,7 @@ def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = Non
 def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     """Draw loss against cost of all candidates, with the budget, as a PNG; return the path."""
     is_kl = found.metric == "kl"
-    figure = new_figure(8, 5)
+    figure = new_figure(PAGE_WIDTH, 4.6)
     axes = figure.subplots()
     axes.axhline(found.budget if is_kl else 1 - found.budget, color="tab:red", linewidth=1, label="budget")
     for passed, label, colour in _VERDICTS:
@@ -60,8 +62,10 @@ def plot_calibration(found: ExitRule, path: str | Path) -> Path:
             axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=colour, label=label, zorder=2)
     best = found.chosen
     axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
-    axes.set_title(f"threshold {threshold_text(best.threshold)}, first exit {best.first_exit}")
-    axes.set_xlabel("time per token, share of full depth")
+    what = "KL" if is_kl else "disagreement"
+    rule = f"threshold {threshold_text(best.threshold)}, first exit {best.first_exit}"
+    axes.set_title(f"The fastest rule within the budget of {what}: {rule}")
+    axes.set_xlabel("time per token, as a share of full depth's")
     axes.set_ylabel("KL, nats per token, clipped by text" if is_kl else "disagreement, share of tokens")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -79,7 +83,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as a PNG without the frames' upper and right edges; return the path."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(path), format="png", dpi=110)
+    figure.savefig(Path(path), format="png", dpi=_DPI)
     return Path(path)
 
 
@@ -89,10 +93,10 @@ def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[
         raise ValueError("nothing to draw: the trace holds no decode step (generate inside `with trace() as t:`)")
     names = _names(texts, len(steps), "decode steps", first=1)
     mean = sum(step.depth for step in steps) / len(steps)
-    title = f"Exit depth of {len(steps)} tokens, mean {mean:.2f} of {num_blocks} blocks"
+    title = f"Exit depth of {len(steps)} tokens, mean {mean:.2f} of {num_blocks} layers"
     highest = max(num_blocks, 1)
     colours = colormaps["viridis_r"]
-    figure = _lines_of_tokens(names, highest, room=1.15)
+    figure = _lines_of_tokens(names, highest, room=1.15, what="exit depth")
     figure.suptitle(title)
     for i, step in enumerate(steps):
         axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
@@ -104,14 +108,15 @@ def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[
 def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[CycleRecord]) -> Path:
     """Draw each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
 
-    Each cycle climbs like a staircase; grey outlines on its last step are drafted tokens that did not hold.
+    Each cycle climbs like a staircase; grey outlines on its last step are rejected drafts.
     """
     kept = sum(len(cycle.emitted) for cycle in cycles)
     names = _names(texts, kept, "tokens kept in cycles", first=2)
     dropped = [len(cycle.drafted) - cycle.accepted for cycle in cycles]
     highest = max(len(cycle.emitted) + more for cycle, more in zip(cycles, dropped, strict=True))
-    figure = _lines_of_tokens(names, highest, room=1.05)
-    figure.suptitle(f"{kept} tokens in {len(cycles)} verifying passes, {kept / len(cycles):.2f} tokens per pass")
+    figure = _lines_of_tokens(names, highest, room=1.05, what="place")
+    mean = kept / len(cycles)
+    figure.suptitle(f"{kept} tokens in {len(cycles)} passes of the 16-bit layers: {mean:.2f} for each", fontsize=11)
     bars = iter(range(kept))
     for cycle, more in zip(cycles, dropped, strict=True):
         for height, source in enumerate(cycle.emitted, start=1):
@@ -123,8 +128,8 @@ def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence
         if more:
             axes.bar(x, more, bottom=height, facecolor="none", edgecolor="0.6", linewidth=0.8, width=0.9)
     handles = [Patch(color=colour, label=meaning) for colour, meaning in _SOURCES.values()]
-    handles.append(Patch(facecolor="none", edgecolor="0.6", label="drafted, did not hold"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    handles.append(Patch(facecolor="none", edgecolor="0.6", label="drafted, rejected"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save_figure(figure, path)
 
 
@@ -138,13 +143,14 @@ def _names(texts: Sequence[str] | None, count: int, what: str, first: int) -> li
     return [text if len(text) <= 12 else text[:11] + "…" for text in shown]
 
 
-def _lines_of_tokens(names: Sequence[str], highest: int, room: float) -> Figure:
-    """Return a figure with lines of 32 tokens, their names below, for bars up to `highest`."""
+def _lines_of_tokens(names: Sequence[str], highest: int, room: float, what: str) -> Figure:
+    """Return a figure with lines of 16 tokens, their names below, for bars up to `highest`."""
     lines = [names[start : start + _PER_LINE] for start in range(0, len(names), _PER_LINE)]
-    figure = new_figure(14, 1 + 1.2 * len(lines))
+    figure = new_figure(PAGE_WIDTH, 0.9 + 1.25 * len(lines))
     for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
-        axes.set_xticks(range(len(line)), line, fontsize=7, rotation=35, ha="right", parse_math=False)
+        axes.set_xticks(range(len(line)), line, fontsize=9, rotation=30, ha="right", parse_math=False)
         axes.set_xlim(-0.6, _PER_LINE - 0.4)
         axes.set_ylim(0, highest * room)
         axes.set_yticks([0, highest])
+        axes.set_ylabel(what, fontsize=9)
     return figure

@@ -49,6 +49,8 @@ def _one_or_several(value: object) -> bool:
 class RiverConfig:
     """Options of the backend, checked; ``RiverConfig.options()`` describes them.
 
+        river_compile.RiverConfig(threshold=0.9, first_exit=4)  # raises if a value is not allowed
+
     Raises:
         OptionError: (a ``ValueError``) a value that is not allowed, or does not go with another one.
     """

@@ -16,6 +16,11 @@ _FOLDER = str(Path(__file__).parent)
 class RiverError(Exception):
     """Base of River's errors.
 
+        try:
+            river_compile.accelerate(model, quality="best")
+        except river_compile.RiverError as error:
+            print(error.id)  # RC..., which `river explain-error` explains
+
     Args:
         text: what failed, why, and what to do.
         id: of the cause, if it has one; else that of the class.
@@ -123,4 +128,9 @@ class RankError(RiverError, RuntimeError):
 
 
 class RiverWarning(UserWarning):
-    """Something runs in another way than asked for; the message says what and why, and begins with an id."""
+    """Something runs in another way than asked for; the message says what and why, and begins with an id.
+
+        warnings.simplefilter("error", river_compile.RiverWarning)  # a call that is not accelerated is an error
+
+    There is one warning for each reason.
+    """

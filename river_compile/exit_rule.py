@@ -18,17 +18,29 @@ VERSION = 5
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exit rule and its measurements, each a mean over texts."""
+    """An exit rule and its measurements, each a mean over texts.
 
-    threshold: Threshold  # of the criterion; a tuple where each depth has its own
-    first_exit: int  # smallest exit depth
-    kl: float  # KL divergence from full depth, in nats per token, not clipped
-    agreement: float  # share of tokens with the same most likely next token
-    loss: float  # that the budget limits: KL or disagreement of a text, clipped
-    mean_depth: float  # backbone blocks executed
-    cost: float  # time of a decode step as a share of full depth's
-    texts: int  # how many texts were measured
-    passed: bool | None = None  # the test of the budget; None: only measured on the pilot texts
+    Attributes:
+        threshold: of the criterion; a tuple where each depth has its own.
+        first_exit: smallest exit depth, in layers.
+        kl: KL divergence from full depth, in nats per token, not clipped.
+        agreement: share of tokens with the same most likely next token.
+        loss: what the budget limits: KL or disagreement of a text, clipped.
+        mean_depth: backbone layers executed.
+        cost: time of a decode step as a share of full depth's.
+        texts: how many texts were measured.
+        passed: whether the rule passed the test of the budget; None: it was measured on the pilot texts only.
+    """
+
+    threshold: Threshold
+    first_exit: int
+    kl: float
+    agreement: float
+    loss: float
+    mean_depth: float
+    cost: float
+    texts: int
+    passed: bool | None = None
 
     @property
     def rule(self) -> tuple[Threshold, int]:
@@ -48,17 +60,33 @@ def _content_hash(content: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """The result of `river_compile.tune_exit`, for ``accelerate(model, calibration=rule)``."""
+    """The result of `river_compile.tune_exit`, for ``accelerate(model, calibration=rule)``.
 
-    metric: str  # "kl" or "agreement"
-    budget: float  # as asked for
-    confidence: float  # probability, over the draw of the texts, that the budget holds for their source
-    clip: float  # largest loss that one text counts with (nats for KL, share of tokens for disagreement)
-    num_blocks: int  # blocks of the model
-    seconds_full_depth: float  # median time of a decode step at full depth, on this machine
-    chosen: Candidate  # the cheapest that passed, as measured on the texts that tested it
-    candidates: tuple[Candidate, ...]  # all rules, as measured last
-    base_options: dict[str, object]  # that tuning was given
+        rule = river_compile.tune_exit(model, tokenizer, texts, kl=0.1)
+        print(rule)  # what is guaranteed, what was measured, and the speed to expect
+        river_compile.accelerate(model, calibration=rule.save("exit_rule.json"))
+
+    Attributes:
+        metric: "kl" or "agreement".
+        budget: as asked for: KL in nats per token, or the least share of tokens that agree.
+        confidence: probability, over the draw of the texts, that the budget holds for their source.
+        clip: largest loss that one text counts with (nats for KL, share of tokens for disagreement).
+        num_blocks: layers of the model.
+        seconds_full_depth: median time of a decode step at full depth, on this machine.
+        chosen: the cheapest candidate that passed, as measured on the texts that tested it.
+        candidates: all rules, as measured last.
+        base_options: options that tuning was given.
+    """
+
+    metric: str
+    budget: float
+    confidence: float
+    clip: float
+    num_blocks: int
+    seconds_full_depth: float
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    base_options: dict[str, object]
 
     @property
     def options(self) -> dict[str, object]:

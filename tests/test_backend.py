@@ -144,7 +144,7 @@ class TestRefusals:
         x = torch.randn(3, 8)
         with torch.no_grad(), pytest.warns(RiverWarning, match="one hidden state must pass") as seen:
             torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-4, atol=1e-5)
-        assert len(seen) == 1
+        assert len([one for one in seen if issubclass(one.category, RiverWarning)]) == 1  # imports may warn too
 
     def test_a_graph_that_dynamo_broke_says_where(self):
         """A piece of a model holds no decoder because the model's code broke the graph: the warning names the line."""

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+import river_compile
 from tests.support.layout import OURS, ROOT, names_in
 from tools.prose import GENERATED, PAGES
 
@@ -122,6 +123,18 @@ def test_links_lead_to_files_and_headings(page):
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             dead.append(target)
     assert not dead, "\n".join(dead)
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    """In its table for readers without a site, and as a section."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)
+    documented = {section.rsplit(".", 1)[-1] for section in sections if section.rsplit(".", 1)[0] != "river_compile"}
+    documented |= names_in("river_compile.errors") if "river_compile.errors" in sections else set()
+    assert {*river_compile.__all__} <= documented
+    table = re.findall(r"\[`(\w+)`\]\(#([\w.]+)\)", page)
+    assert {name for name, _ in table} == {*river_compile.__all__}
+    assert all(anchor.endswith(f".{name}") and is_module_or_name_in_one(anchor) for name, anchor in table)
 
 
 def test_the_citation_file_and_the_bibtex_name_the_same_paper():

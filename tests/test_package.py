@@ -219,8 +219,9 @@ def test_every_public_name_loads():
 
 
 def test_every_name_of_the_api_page_is_public():
-    """It says to import each from the package itself; errors, which are in their module, have no entry each."""
+    """It says to import each from the package itself, but records and errors; errors have no entry each."""
+    records = {"Candidate", "CycleRecord", "StepRecord"}  # (which users get from a rule or a trace)
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = re.findall(r"^::: river_compile\.(?!errors$)[\w.]+\.(\w+)$", page, re.MULTILINE)
     assert len(documented) >= 20
-    assert set(documented) <= set(importlib.import_module("river_compile").__all__)
+    assert set(documented) - records <= set(importlib.import_module("river_compile").__all__)

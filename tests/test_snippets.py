@@ -1,4 +1,4 @@
-"""The pages' Python and commands run as they are printed, where `path/to/model` and `MODEL` are tiny models.
+"""Pages and public docstrings: their Python and commands run; `path/to/model` and `MODEL` are tiny models.
 
 The blocks of a page run in order in one namespace, which begins with what the quickstart's first block defines. Blocks
 and commands that cannot run here are in one table, each with its reason; a `river` command among them is parsed.
@@ -9,9 +9,12 @@ Not handled: blocks without a language that are no commands (pictures, outputs, 
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import re
 import shlex
+import textwrap
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +23,7 @@ import transformers
 import typer.main
 from markdown_it import MarkdownIt
 
+import river_compile
 from river_compile.cli import app
 from tests.support.commands import compile_by_operator
 from tests.support.layout import ROOT
@@ -34,9 +38,12 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2": "two processes and the package accelerate; tests/runtime/test_tensor_parallel.py",
     "from openai import": "the package openai and a server; tests/cli/test_serve.py",
     "import intel_extension_for_pytorch": "the package that it replaces",
+    "from langchain_openai": "a server; tests/cli/test_serve_choices.py",
+    "GgufConfig(": "a GGUF file; tests/tools/test_gguf.py",
     "from langchain_core": "LangChain; tests/examples/test_langchain.py",
     "pip install": "installs a package; tests/tools builds and installs the wheel",
     "make demo": "fetches a model",
+    "river chat HuggingFaceTB": "fetches a model",
     "make test": "runs this test",
     "river bench": "minutes at its default sizes; tests/cli/test_cli.py runs shorter ones",
     "river serve": "runs until it is interrupted; tests/cli/test_serve.py",
@@ -46,6 +53,9 @@ NOT_RUN = {
     "python -m tools.kernels.tune": "a GPU, or minutes; tests/tools/kernels",
     "vllm serve": "the package vllm",
 }
+
+# Names whose example takes minutes here; the same calls stand on a page, which runs.
+EXAMPLES_OF_PAGES = {"tune_exit": "docs/modes.md", "ExitRule": "docs/modes.md"}
 
 BEFORE = """
 import torch, river_compile
@@ -141,6 +151,34 @@ def test_a_command_of_a_page_runs(command, capsys):
     program, *arguments = shlex.split(command.text)
     assert program == "river", "a new program has to run here or be in the table"
     assert app.main(arguments) == 0, capsys.readouterr().err
+
+
+def example_of(name: str) -> str:
+    """Returns the indented Python of a public name's docstring: what stands before its first section."""
+    value = getattr(river_compile, name)
+    text = inspect.getdoc(value if inspect.isclass(value) or inspect.isfunction(value) else type(value)) or ""
+    before = re.split(r"^(?:Args|Attributes|Returns|Raises|Yields):$", text, flags=re.MULTILINE)[0]
+    return textwrap.dedent("\n".join(line for line in before.splitlines() if line.startswith("    ")))
+
+
+@pytest.mark.usefixtures("at_a_model", "fresh_dynamo")
+@pytest.mark.parametrize("name", [name for name in river_compile.__all__ if name not in EXAMPLES_OF_PAGES])
+def test_the_example_in_a_public_docstring_runs(name):
+    example = example_of(name)
+    assert example, f"river_compile.{name} has no example"
+    names: dict[str, object] = {"warnings": warnings}
+    exec(BEFORE, names)
+    exec("river_compile.accelerate(model, background_packing=False)", names)
+    with warnings.catch_warnings():
+        exec(compile(example, name, "exec"), names)
+
+
+@pytest.mark.parametrize(("name", "page"), EXAMPLES_OF_PAGES.items())
+def test_a_long_example_in_a_docstring_calls_what_a_page_calls(name, page):
+    calls = re.findall(r"river_compile\.\w+\(", example_of(name))
+    text = "".join(block.text for block in blocks() if block.page == page)
+    assert calls
+    assert not [call for call in calls if call not in text]
 
 
 def refusal_of(words: list[str]) -> str:

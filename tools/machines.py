@@ -15,6 +15,7 @@ from river_compile.reporting.predict import ALL_4BIT, EXACT, FAST, PLAIN, Sizes,
 BANDWIDTHS = (20, 40, 80, 200, 400)  # GB/s
 LARGEST = 500  # tokens/s, above which a token's fixed costs, which are not predicted, are most of its time
 SHOWN = (PLAIN, EXACT, FAST)
+_TORCH = 1e9  # bytes of torch, transformers and a short KV cache
 _ROWS = {"eager": PLAIN, "exact": EXACT, "fast": FAST, "all_4bit": ALL_4BIT}  # of `benchmarks.decode`
 _SHAPES = {  # of `benchmarks.reads`, by model
     "smollm2": "smollm2-135m",
@@ -40,14 +41,27 @@ def sizes_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Sizes]:
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the Markdown table of a run of `benchmarks.reads`."""
-    heads = ["model", "parameters", "memory, GB", *(f"{bandwidth} GB/s" for bandwidth in BANDWIDTHS)]
+    heads = [
+        "model",
+        "parameters",
+        "memory, GB",
+        "first run at peak, GB",
+        "disk, GB",
+        *(f"{bandwidth} GB/s" for bandwidth in BANDWIDTHS),
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, sizes in sizes_of(records).items():
-        title = [name, f"{sizes.parameters / 1e9:.2g}B", _rounded(predict.memory_bytes(sizes) / 1e9)]
+        sums = (predict.memory_bytes(sizes), peak_bytes(sizes), predict.disk_bytes(sizes))
+        title = [name, f"{sizes.parameters / 1e9:.2g}B", *(_rounded(count / 1e9) for count in sums)]
         speeds = [tokens_per_s(bytes_per_token(sizes), gb * 1e9) for gb in BANDWIDTHS]
         cells = (" / ".join(_rate(speed[name]) for name in SHOWN) for speed in speeds)
         lines.append(f"| {' | '.join([*title, *cells])} |")
     return "\n".join(lines) + "\n"
+
+
+def peak_bytes(sizes: Sizes) -> float:
+    """Return the predicted resident bytes of a first run: the 16-bit file is mapped while its copies are made."""
+    return 2 * sizes.parameters + predict.memory_bytes(sizes) + _TORCH
 
 
 def checks(reads: Sequence[Mapping[str, Any]], speeds: Iterable[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""MkDocs' hooks: README.md is the front page, and a link out of docs/ becomes plain text, or a link on the repository.
+"""MkDocs' hooks: README.md is the front page; a link out of docs/ becomes plain text, or a link on the repository.
 
 Lists may follow a paragraph without an empty line, as on GitHub. Not handled: reference links and links in raw HTML.
 """
@@ -17,18 +17,28 @@ _LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^()\s]+)\)")
 _CODE = re.compile(r"^(?:```.*?^```|~~~.*?^~~~)$|`[^`\n]+`(?!\])", flags=re.MULTILINE | re.DOTALL)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#|/")
 FRONT = "index.md"
+OUTSIDE = {"README.md": FRONT, "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Drop the edit links of pages if the repository has no address, which MkDocs would warn of."""
+    if not config.repo_url:
+        config.edit_uri = None
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add README.md as the front page."""
-    readme = os.path.join(os.path.dirname(config.config_file_path), "README.md")
-    files.append(File.generated(config, FRONT, abs_src_path=readme))
+    """Add the pages of `OUTSIDE`, which lie at the repository's root."""
+    root = os.path.dirname(config.config_file_path)
+    for path, page in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=os.path.join(root, path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Return a page as Python-Markdown needs it, its links relative to docs/."""
-    folder = "" if page.file.src_uri == FRONT else os.path.join("docs", os.path.dirname(page.file.src_uri))
+    at_root = page.file.src_uri in OUTSIDE.values()
+    folder = "" if at_root else os.path.join("docs", os.path.dirname(page.file.src_uri))
     return rewritten(spaced(markdown), folder, {f.src_uri for f in files}, config.repo_url)
 
 
@@ -62,8 +72,8 @@ def rewritten(markdown: str, folder: str, pages: set[str], repo_url: str | None 
             return found[0]
         path, mark, anchor = target.partition("#")
         place = os.path.normpath(os.path.join(folder, path))
-        page = FRONT if place == "README.md" else os.path.relpath(place, "docs")
-        if page in pages or not page.startswith(".."):
+        page = OUTSIDE.get(place) or os.path.relpath(place, "docs")
+        if page in pages or not (page.startswith("..") or place in OUTSIDE):
             return f"{image}[{text}]({os.path.relpath(page, below)}{mark}{anchor})"
         if repo_url:
             return f"{image}[{text}]({repo_url.rstrip('/')}/blob/main/{place}{mark}{anchor})"

@@ -55,6 +55,10 @@ def accelerate(
 ) -> Model:
     """Make a model generate faster, by ``model.generate``, ``pipeline(model=model)`` and all other callers.
 
+        model = AutoModelForCausalLM.from_pretrained("path/to/model", dtype=torch.bfloat16)
+        river_compile.accelerate(model)
+        output = model.generate(**inputs, max_new_tokens=32)  # as before, faster
+
     Only ``generate`` is replaced; its first calls trace the model and quantize its twins. A call that River does not
     support (beams, assisted modes, attention weights as outputs, ...) runs transformers' own code, with one warning for
     each reason. `deepcopy`, `pickle` and `save_pretrained` give the plain model, and `river_compile.restore` undoes
@@ -158,6 +162,8 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode and accelerate it.
 
+        model = river_compile.from_pretrained("path/to/model", dtype=torch.bfloat16)
+
     Args:
         name: a model folder, or the name of a hub repository.
         quality: as for `river_compile.accelerate`.
@@ -192,6 +198,9 @@ def collect_statistics(
     progress: bool = True,
 ) -> Observation:
     """Run calibration data through a model, for the quantizers "gptq" and "awq".
+
+        river_compile.collect_statistics(model, texts, tokenizer)
+        river_compile.accelerate(model)  # the twins are quantized with these statistics
 
     ``accelerate(model, calibration_data=...)`` calls it. Call it before the first token; twins that exist stay as they
     are. A second call replaces what the first one collected.
@@ -229,6 +238,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def restore(model: Module) -> Module:
     """Undo ``accelerate`` and ``model.compile(backend="river")``, and free the twins.
 
+        river_compile.restore(model)  # transformers' generate again
+
     Weights that moved return to device memory, bit for bit. A wrapper that ``torch.compile(model, backend="river")``
     returned stays compiled: it traces the model again at its next call.
 
@@ -262,6 +273,8 @@ def restore(model: Module) -> Module:
 
 def empty_cache(model: nn.Module) -> int:
     """Free the KV cache and the prefix cache that a model keeps for its next ``generate``.
+
+        print(f"{river_compile.empty_cache(model) / 1e6:.0f} MB freed")
 
     Args:
         model: the module that was compiled, or the wrapper that ``torch.compile`` returned.

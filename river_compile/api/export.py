@@ -43,6 +43,8 @@ _PROMPT, _SLOTS = 2, 32  # of the call that `export` traces
 def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed-tensors") -> Path:
     """Write the twins as a 4-bit checkpoint that transformers loads like any other model; the format is vLLM's, too.
 
+        river_compile.export(model, "checkpoint-4bit")
+
     Each linear of a twin becomes ``weight_packed`` (int32 ``[N, K / 8]``, eight 4-bit values in a word) and
     ``weight_scale`` ``[N, K / group]``; all other weights stay as they are. The format has no zero-points, so the model
     is quantized with ``quantizer="symmetric"``, unless its twins are that already. It stays as it is.

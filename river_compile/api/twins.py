@@ -27,6 +27,9 @@ from river_compile.upstream.dynamo import OwnCall
 def save_twins(model: nn.Module, folder: str | Path) -> Path:
     """Save the 4-bit twins of a model; ``accelerate(model, twins=folder)`` reads them.
 
+        river_compile.save_twins(river_compile.accelerate(model), "twins")
+        river_compile.accelerate(model, twins="twins")
+
     An accelerated model that has no twins yet is quantized first. If several processes share it, each calls this and
     writes its own part, ``rank-0-of-2`` and so on.
 
@@ -92,6 +95,10 @@ def current_twins(model: nn.Module, folder: Path) -> list[TwinWeight]:
 
 def requantize(model: nn.Module) -> int:
     """Have the next call quantize the twins of all weights that changed, however they were changed.
+
+        with torch.inference_mode():
+            model.lm_head.weight[0, 0] = 1
+        river_compile.requantize(model)
 
     The next prompt notices ``load_state_dict``, an optimizer's step, ``parameter.data = ...`` and a merged adapter by
     itself. Single elements that were changed under ``torch.inference_mode()`` or through ``parameter.data`` are not

@@ -196,7 +196,7 @@ _PREDICTED = {
     "plain": "transformers",
     "exact": "River, default (exact)",
     "assistant": "River, exact with the assistant",
-    "fast": "River, fast",
+    "fast": "River, fast with threshold=0.7",
     "all_4bit": "River, all layers in 4 bits",
 }
 

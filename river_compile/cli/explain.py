@@ -142,17 +142,17 @@ PAGE = """<!doctype html>
   .bars i { background: hsl(calc(215 - 205 * var(--d)) 75% 55%); width: calc(100% * var(--w)); min-width: 2px; }
 </style></head><body>
 <h1>{{ model }}</h1>
-<p>{{ blocks }} blocks; a token exits when the similarity of a block's output to its input exceeds {{ threshold }}.
+<p>{{ blocks }} layers; a token exits when the similarity of a layer's output to its input exceeds {{ threshold }}.
 Made by river_compile {{ version }}.</p>
-<h2 id="text">A text, each token underlined by how deep it went</h2>
+<h2 id="text">An answer, each token underlined by its exit depth</h2>
 <p>{{ prompt }}</p>
 <p class="text">{% for piece, depth in tokens -%}
-<span style="--d:{{ depth / blocks }}" title="{{ depth }} of {{ blocks }} blocks">{{ piece }}</span>
+<span style="--d:{{ depth / blocks }}" title="{{ depth }} of {{ blocks }} layers">{{ piece }}</span>
 {%- endfor %}</p>
 <h2 id="exits">Where tokens exited</h2>
 {% set most = depths | map(attribute=1) | max if depths else 1 %}
 <div class="bars">{% for depth, count in depths %}
-<span>block {{ depth }}{{ " (full depth)" if depth == blocks }}</span>
+<span>layer {{ depth }}{{ " (full depth)" if depth == blocks }}</span>
 <i style="--d:{{ depth / blocks }};--w:{{ count / most }}"></i><span>{{ count }}</span>
 {% endfor %}</div>
 {% macro pair(left, one, right, other) %}
@@ -162,8 +162,8 @@ Made by river_compile {{ version }}.</p>
 <h2 id="{{ graph.name }}">Graph {{ graph.name }}</h2>
 <details open><summary>the plan</summary><pre>{{ graph.plan }}</pre></details>
 {% for number, block, twin in graph.pairs %}
-<details><summary>block {{ number }} and its twin</summary>
-{{ pair("the block, 16 bits", block, "its twin, 4 bits", twin) }}</details>
+<details><summary>layer {{ number }} and its twin</summary>
+{{ pair("the layer, 16 bits", block, "its twin, 4 bits", twin) }}</details>
 {% endfor %}
 {% for pass in graph.passes %}
 <details><summary>pass {{ pass.name }}</summary>

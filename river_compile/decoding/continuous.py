@@ -41,27 +41,45 @@ _limit = integer(1, most=_MOST)
 
 @dataclass(frozen=True)
 class BatchCounters:
-    """Totals of a batch so far."""
+    """Totals of a batch so far.
 
-    rows: int  # the limit
-    rows_in_use: int  # calls in progress, including one whose prompt runs and one that runs alone
-    queued: int  # calls that wait for a row
-    calls: int  # that have ended, for any reason
-    tokens: int  # new ones, of ended calls
-    prompt_tokens: int  # of joined calls
-    prompt_tokens_kept: int  # those of them from the prefix cache
-    drafted: int  # tokens, of this model
-    accepted: int  # drafted tokens
-    first_token_seconds: tuple[float, ...]  # from `submit` to the first token, of the latest calls, oldest first
-    busy_seconds: float  # of the batch's thread
+        with river_compile.ContinuousBatch(model) as batch:
+            batch.generate(**inputs, max_new_tokens=16)
+            print(batch.counters.tokens)
+
+    Attributes:
+        rows: the limit of calls at the same time.
+        rows_in_use: calls in progress, including one whose prompt runs and one that runs alone.
+        queued: calls that wait for a row.
+        calls: calls that have ended, for any reason.
+        tokens: new tokens of ended calls.
+        prompt_tokens: prompt tokens of joined calls.
+        prompt_tokens_kept: those of them that came from the prefix cache.
+        drafted: drafted tokens of this model.
+        accepted: drafted tokens that were accepted.
+        first_token_seconds: seconds from `submit` to the first token, of the latest calls, oldest first.
+        busy_seconds: seconds that the batch's thread has worked.
+    """
+
+    rows: int
+    rows_in_use: int
+    queued: int
+    calls: int
+    tokens: int
+    prompt_tokens: int
+    prompt_tokens_kept: int
+    drafted: int
+    accepted: int
+    first_token_seconds: tuple[float, ...]
+    busy_seconds: float
 
 
 class ContinuousBatch:
     """Runs calls of one model's generate as rows of one batch.
 
-        batch = ContinuousBatch(model, max_num_seqs=8)
-        text = batch.generate(**inputs, max_new_tokens=100)             # from any number of threads
-        future = batch.submit(lambda: model.generate(**inputs))         # without waiting
+        with river_compile.ContinuousBatch(model, max_num_seqs=8) as batch:
+            output = batch.generate(**inputs, max_new_tokens=100)     # from any number of threads
+            future = batch.submit(lambda: model.generate(**inputs))   # without waiting
 
     Leaving a ``with`` block waits for what was submitted, as executors of `concurrent.futures` do.
     With early exits all rows exit together, when the least certain one may.

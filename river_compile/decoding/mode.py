@@ -68,7 +68,13 @@ class StaticCaches:
 
 @dataclass(frozen=True)
 class Decode:
-    """Greedy decoding and sampling with transformers' processors, stopping criteria and streamers."""
+    """Greedy decoding and sampling with transformers' processors, stopping criteria and streamers.
+
+        model.compile(backend="river")
+        model.generate(**inputs, custom_generate=river_compile.decode)
+
+    Each step runs to the depth that the exit rule chooses, without drafts.
+    """
 
     refusal: ClassVar[type[DecodeError | ExactModeError]] = DecodeError
     depth: ClassVar[int | None] = None  # of decode steps; None: by the exit policy
@@ -240,6 +246,10 @@ decode = Decode()
 @dataclass(frozen=True)
 class ExactMode(Decode):
     """Speculative decoding with the model's own output; a callable for ``generate(custom_generate=...)``.
+
+        model.compile(backend="river")
+        model.generate(**inputs, custom_generate=river_compile.exact)
+        model.generate(**inputs, custom_generate=river_compile.ExactMode(num_assistant_tokens=7))
 
     The options have transformers' names. Each can be given to ``generate`` too, for one call.
 

@@ -64,6 +64,9 @@ def tune_exit(
 ) -> ExitRule:
     """Tune the exit threshold and first exit depth: the fastest rule whose loss keeps a budget on unseen text.
 
+        rule = river_compile.tune_exit(model, tokenizer, texts, kl=0.1)
+        river_compile.accelerate(model, calibration=rule)
+
     The loss of a text is its mean over tokens. The guarantee is about the clipped loss, since KL has no largest value;
     the unclipped one is reported too. A tight budget gives a slower rule, at worst full depth.
 

@@ -37,12 +37,24 @@ class Fallbacks(Counter[str]):
 
 @dataclass(frozen=True)
 class Report:
-    """What River did with a model: ``print`` it, or take `to_dict`; `report` makes it."""
+    """What River did with a model: ``print`` it, or take `to_dict`; `report` makes it.
+
+        found = river_compile.report(model)
+        print(found)
+        print(found.to_dict()["exact"], found.mean_depth)
+
+    Attributes:
+        model: name of the model's class.
+        record: what each part of River keeps of the model.
+        decode_depths: decode steps by exit depth, when the report was made.
+        prefill_depths: prompts by exit depth.
+        exact: totals of speculative decoding.
+    """
 
     model: str
     record: ModelRecord
-    decode_depths: dict[int, int]  # decode steps by exit depth, when the report was made
-    prefill_depths: dict[int, int]  # prompts by exit depth
+    decode_depths: dict[int, int]
+    prefill_depths: dict[int, int]
     exact: ExactStats
 
     @property
@@ -154,6 +166,8 @@ class Report:
 
 def report(model: nn.Module, estimate_loss: bool = False) -> Report:
     """Report which graphs of a model River rewrote, which it did not and why, and at which depths tokens exited.
+
+        print(river_compile.report(model))
 
     Args:
         model: an accelerated or compiled model, or the wrapper that ``torch.compile`` returned.

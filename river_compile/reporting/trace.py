@@ -13,11 +13,21 @@ from river_compile.runtime.stats import CycleRecord, StepRecord, cycles
 
 @dataclass
 class Trace:
-    """Steps and cycles recorded while a ``trace()`` was open, in order."""
+    """Steps and cycles recorded while a ``trace()`` was open, in order.
 
-    steps: list[StepRecord] = field(default_factory=list)  # every forward pass, prompts included
-    num_blocks: int = 0  # of the largest model that ran
-    cycles: list[CycleRecord] = field(default_factory=list)  # of exact mode; their passes are in `steps` too
+        with river_compile.trace() as trace:
+            model.generate(**inputs, max_new_tokens=8)
+        print([step.depth for step in trace.tokens], [cycle.accepted for cycle in trace.cycles])
+
+    Attributes:
+        steps: every forward pass, prompts included.
+        num_blocks: layers of the largest model that ran.
+        cycles: those of speculative decoding; their passes are in `steps` too.
+    """
+
+    steps: list[StepRecord] = field(default_factory=list)
+    num_blocks: int = 0
+    cycles: list[CycleRecord] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[StepRecord]:
@@ -50,7 +60,15 @@ class Trace:
 
 @contextlib.contextmanager
 def trace() -> Iterator[Trace]:
-    """Record every step and cycle of the process, in all threads, as a context manager."""
+    """Record every step and cycle of the process, in all threads, as a context manager.
+
+        with river_compile.trace() as trace:
+            model.generate(**inputs, max_new_tokens=8)
+        print(trace.mean_depth, trace.kept_sources, trace.acceptance_by_position)
+
+    Yields:
+        The trace, which grows until the context ends.
+    """
     found = Trace()
     with on_step(found.add_step), cycles.added(found.cycles.append):
         yield found

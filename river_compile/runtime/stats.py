@@ -42,27 +42,45 @@ class Observers(Generic[P]):
 
 
 class StepRecord(NamedTuple):
-    """One forward pass."""
+    """One forward pass.
 
-    depth: int  # backbone blocks executed before the exit
-    scores: tuple[float, ...]  # exit score after each candidate block that ran
-    decode: bool  # False for a prompt
-    thread: int  # identifier of its thread
-    model: int  # `ExitStats.model_id`
-    entropy: float | None = None  # of the previous step's logits, in nats, if it decided ("confidence")
-    seconds: float = 0.0  # wall time on the host, without Dynamo's guards
+    Attributes:
+        depth: backbone layers that ran before the exit, 0 to the model's number of layers.
+        scores: exit score after each candidate layer that ran.
+        decode: False for a prompt.
+        thread: identifier of the thread that ran it (`threading.get_ident`).
+        model: number of the model, unique in the process.
+        entropy: of the previous step's logits, in nats, if it decided (criterion "confidence"); else None.
+        seconds: wall time on the host, without Dynamo's guards.
+    """
+
+    depth: int
+    scores: tuple[float, ...]
+    decode: bool
+    thread: int
+    model: int
+    entropy: float | None = None
+    seconds: float = 0.0
 
 
 class CycleRecord(NamedTuple):
-    """One speculation step: the drafts, the verifying pass and the emitted tokens."""
+    """One cycle of speculative decoding: the drafts, the verifying pass and the emitted tokens.
 
-    drafted: tuple[str, ...]  # source of each drafted token: "river", "assistant", "mtp" or "lookup"
-    # source of each emitted token: as above, or "backbone" for the token after the accepted drafts
+    Attributes:
+        drafted: source of each drafted token: "river" (the twins), "assistant", "mtp" or "lookup" (the context).
+        emitted: source of each emitted token: as above, or "backbone" for the token after the accepted drafts.
+        width: query length of the verifying pass, padding included.
+        seconds: wall time of drafting, verifying and accepting.
+        thread: identifier of the thread that ran it (`threading.get_ident`).
+        model: number of the model, unique in the process.
+    """
+
+    drafted: tuple[str, ...]
     emitted: tuple[str, ...]
-    width: int  # query length of the verifying pass, padding included
-    seconds: tuple[float, float, float]  # wall time of drafting, verifying and accepting
-    thread: int  # identifier of its thread
-    model: int  # `ExitStats.model_id`
+    width: int
+    seconds: tuple[float, float, float]
+    thread: int
+    model: int
 
     @property
     def accepted(self) -> int:

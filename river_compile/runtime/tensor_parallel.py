@@ -39,6 +39,8 @@ _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 def tensor_parallel_plan(config: PretrainedConfig, ranks: int) -> dict[str, str]:
     """Return the changes to a model's own plan with which it compiles for tensor parallelism.
 
+        plan = river_compile.tensor_parallel_plan(model.config, ranks=2)
+
     For ``DistributedConfig(tp_size=ranks, tp_plan=tensor_parallel_plan(config, ranks))``. Every rank holds the
     embedding, the head if their weights are tied, and attention if its heads cannot be divided by the ranks.
 

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import river_compile
 from river_compile.errors import EmbeddingError, OptionError
+from tests.support.examples import slow
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
 from tools.families.tiny import tiny_model
@@ -225,7 +226,7 @@ def test_autocast_quantizes_in_float32():
         assert torch.equal(text, generate(plain, ids, max_new_tokens=6))
 
 
-@pytest.mark.parametrize("model_type", ["moshi", "prophetnet"])
+@pytest.mark.parametrize("model_type", ["moshi", slow("prophetnet")])
 def test_a_model_that_takes_no_full_static_cache_keeps_its_text(model_type):
     """Attention that a sliding cache alone limits, and code that fails on a static cache, which only a run shows."""
     model, ids = tiny_model(model_type), prompt()

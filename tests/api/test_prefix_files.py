@@ -352,7 +352,7 @@ class TestTheFolder:
             time.sleep(0.05)  # their times of use, of which a file system keeps milliseconds, differ
         ran(started(), then(texts[0], 30, 1))
         others = [entry.folder for entry in folder.list_entries() if not entry.folder.name.startswith(folder.PROMPTS)]
-        for other in others:  # blocks have a share of the limit beside them, which earlier tests would change
+        for other in others:  # blocks share the limit with them, so earlier tests would count
             shutil.rmtree(other)
         size = max(file.stat().st_size for file in blocks(cache))
         monkeypatch.setenv("RIVER_COMPILE_CACHE_SIZE_GB", str(7.5 * size / 1e9))

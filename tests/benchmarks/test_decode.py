@@ -20,6 +20,7 @@ class FakeWorker:
     """Stands in for `common.Worker`: notes who was asked what, and answers with growing speeds."""
 
     log: list = []  # noqa: RUF012  (shared by all on purpose)
+    warmed: list = []  # noqa: RUF012  (likewise)
     speeds = (1.0, 9.0, 4.0)
     fails = ""
 
@@ -32,6 +33,7 @@ class FakeWorker:
             raise common.WorkerFailed(f"{self.name}: no memory\nmore words")
         if command == "prepare":
             self.file = arguments.get("file", "")
+            self.warmed.append(arguments["prompts"])
             return {"first_token_s": 1.0, "second_token_s": 2.0}
         if command == "facts":
             return {"mean_depth": 3.0, "peak_rss_bytes": 2**20, "target_bits": 12}
@@ -52,6 +54,7 @@ class FakeWorker:
 def fake(monkeypatch, tmp_path):
     """Workers, prompts and converted files that cost nothing; gives the folder of a model."""
     monkeypatch.setattr(FakeWorker, "log", [])
+    monkeypatch.setattr(FakeWorker, "warmed", [])
     monkeypatch.setattr(FakeWorker, "fails", "")
     monkeypatch.setattr(common, "Worker", FakeWorker)
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
@@ -163,6 +166,12 @@ def test_one_process_at_a_time_if_memory_is_short(fake):
     assert run(fake, "--rows", "eager", "fast", "--repeats", "1", "--new-tokens", "2", "--one-process") == 0
     asked = ("prepare", "generate", "generate", "facts", "close")
     assert FakeWorker.log == [(command, row) for row in ("eager", "fast") for command in asked]
+
+
+def test_a_long_prompt_may_be_left_out_of_the_warm_up(fake):
+    assert run(fake, "--rows", "eager", "--repeats", "1", "--new-tokens", "2") == 0
+    assert run(fake, "--rows", "eager", "--repeats", "1", "--new-tokens", "2", "--warm-up-first") == 0
+    assert FakeWorker.warmed == [[[1, 2], [1, 2, 3, 4]], [[1, 2]]]
 
 
 def test_a_gguf_file_that_is_not_there_is_named(fake, capsys):

@@ -230,7 +230,7 @@ def test_check_says_which_models_run_at_transformers_speed_by_default(config, wh
     page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out.split())
     assert "exact runs at transformers' speed: " in page
     assert "River, default" not in page
-    assert "River, fast" in page
+    assert "River, fast with threshold=0.7" in page
 
 
 @pytest.mark.slow

@@ -56,9 +56,9 @@ def test_the_page_is_whole_and_needs_nothing_else(file):
     assert page.refers == []
     assert {"text", "exits", "report", "decode_1", "prefill_1"} <= set(page.ids)
     assert len(page.titles) == 8
-    assert page.titles[0] == "3 of 3 blocks"
+    assert page.titles[0] == "3 of 3 layers"
     assert "<hello>" in page.text
-    assert "block 3 and its twin" in page.text
+    assert "layer 3 and its twin" in page.text
     assert "pass 1_twin_layers" in page.text
     assert "4-bit matmul 0: model.layers.2" in page.text
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")
 
-from river_compile.cli.serving.grammars import Grammar, grammar_of  # noqa: E402
+# What follows needs those packages.
+from river_compile.cli.serving.grammars import Grammar, grammar_of, vocabulary_of  # noqa: E402
 from tests.support.serving import HELLO, held, pieces, post  # noqa: E402
 
 MOST = 900  # tokens, which are bytes: a random model writes as many spaces as it may
@@ -39,7 +40,8 @@ def plain(tiny):
 
     def text(question):
         ids = tokenizer(f"user: {question}\nassistant: ", return_tensors="pt")["input_ids"]
-        grammar = Grammar(grammar_of(FORM, "response_format"), tokenizer, model.config.vocab_size)
+        vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
+        grammar = Grammar(grammar_of(FORM, "response_format"), vocabulary)
         options = {"max_new_tokens": MOST, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
         made = model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[grammar], **options)
         return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)

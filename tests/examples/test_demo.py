@@ -155,3 +155,12 @@ def test_logits_of_a_parting_are_the_eager_models():
     assert found.wider == wider.argmax()
     with pytest.raises(ValueError, match="no token that differs"):
         parting(model, ids, 6, eager, eager)
+
+
+def test_the_line_says_how_deep_tokens_ran_and_what_the_rule_loses():
+    rule = {"budget": 0.05, "kl": 0.049, "refusal": None}
+    assert demo.depth_line(6.2, 30, rule) == (
+        "fast runs 6.2 of 30 layers in 16 bits on average; its rule loses a KL of 0.049 nats per token, by an estimate."
+    )
+    refused = {"budget": 0.05, "refusal": "no text"}
+    assert demo.depth_line(30, 30, refused) == "fast runs 30.0 of 30 layers in 16 bits on average."

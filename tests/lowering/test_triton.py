@@ -2,7 +2,7 @@
 
 Every family decodes at every depth with fused twins and, from the same traced graphs and the same 4-bit grids, with
 unfused ones in float32: logits, cache entries, slots and lengths agree. The same runs give the table of
-`docs/kernels.md`; RIVER_UPDATE_DOCS=1 writes it. A few models go the whole way through Inductor, captured too.
+`docs/gpu.md`; RIVER_UPDATE_DOCS=1 writes it. A few models go the whole way through Inductor, captured too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.recorder import recording
 from tools.kernels.shapes import ModelShape, model_kernels, token_cost
 from tools.marked import filled
 
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 LAYERS = 2
 DEPTHS = [0, 1, LAYERS]
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1}

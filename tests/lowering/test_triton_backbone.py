@@ -36,7 +36,8 @@ def compiled(name: str, lowering: Lowering = FUSED, dtype: torch.dtype = torch.f
     return model
 
 
-@pytest.mark.parametrize("name", each(["llama", "qwen2", "qwen3", "gemma3", "gpt2"]))  # (GPT-2's are transposed)
+# (The weights of GPT-2 are transposed.)
+@pytest.mark.parametrize("name", each(["llama", "qwen2", "qwen3", "gemma3", "gpt2"], quick=["llama", "gpt2"]))
 def test_never_exiting_computes_what_the_model_does(name):
     """Logits, entries and lengths, and of tokens that leave, the entries of the blocks before."""
     model = compiled(name)
@@ -145,7 +146,7 @@ def generated(model, rows: int, **how):
 
 @pytest.mark.parametrize(
     ("name", "rows", "dtype"),
-    [("qwen2", 1, torch.float32), ("qwen3", 1, torch.bfloat16), slow("llama", 3, torch.bfloat16)],
+    [slow("qwen2", 1, torch.float32), ("qwen3", 1, torch.bfloat16), slow("llama", 3, torch.bfloat16)],
 )
 def test_verified_text_has_the_bits_of_decoding_without_drafts(name, rows, dtype):
     """Every token's logits, in passes of one position and of several, captured as one launch a pass."""

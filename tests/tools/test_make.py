@@ -90,14 +90,41 @@ def test_make_test_fails_with_a_test(make):
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_call_targets_rows_and_modules_that_exist(workflow):
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1].split()
-    for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
+    for name, job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].items():
         used = [step["uses"].partition("@")[0] for step in job["steps"] if "uses" in step]
+        if name == "publish":
+            assert used == ["actions/download-artifact", "pypa/gh-action-pypi-publish"]
+            continue
         assert used[:2] == ["actions/checkout", "actions/setup-python"]
-        assert {*used[2:]} <= {"actions/upload-artifact"}
+        assert {*used[2:]} <= {"actions/download-artifact", "actions/upload-artifact"}
         commands = " ".join(step.get("run", "") for step in job["steps"]).replace("\\\n", " ")
         assert {*re.findall(r"\bmake (\S+)", commands)} <= {*targets}
         modules = re.findall(r"-m ((?:benchmarks|tools)[.\w]+)", commands)
+        assert all((ROOT / script).exists() for script in re.findall(r"python (tools/[\w/.]+)", commands))
         files = [ROOT / module.replace(".", "/") for module in modules]
         assert all(file.with_suffix(".py").exists() or (file / "__main__.py").exists() for file in files)
         rows = " ".join(re.findall(r"--rows ([\w\s]+)", commands)).split()
         assert {*rows} <= {*ROWS}
+
+
+def test_only_a_tag_publishes_and_only_what_loads_under_both_ends_of_torchs_range():
+    text = (ROOT / ".github/workflows/wheels.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    publish, torches = jobs["publish"], jobs["torches"]
+    assert publish["if"] == "startsWith(github.ref, 'refs/tags/v')"
+    assert {"source", "wheel", "torches"} <= {*publish["needs"]}
+    assert publish["permissions"] == {"id-token": "write"}  # trusted publishing: no stored secret
+    assert "secrets." not in text
+    tested = re.search(r"torch ([\d.]+) to ([\d.]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    oldest, newest = (version.rpartition(".")[0] for version in torches["strategy"]["matrix"]["torch"])
+    assert (oldest, newest) == tested.groups()
+    assert f"torch>={oldest}" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "torch-abi-audit --check torch" in " ".join(step.get("run", "") for step in torches["steps"])
+
+
+def test_the_package_and_the_citation_name_the_same_authors_and_keywords():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for author in citation["authors"]:
+        assert f'name = "{author["name"]}"' in package
+    assert all(f'    "{keyword}",\n' in package for keyword in citation["keywords"])

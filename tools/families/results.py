@@ -108,6 +108,8 @@ Each was tried as a tiny random model in float32: all texts of `accelerate` are 
 
 `make families` writes this page, in an hour or more. [models.jsonl](models.jsonl) has the words of each refusal.
 
+<!-- widget: filter -->
+
 ## Popular model types
 
 Open families whose downloads the ATOM Report follows (Brand and Lambert 2026, arXiv 2604.07190), and older ones that

@@ -18,9 +18,11 @@ from transformers.cli.serving import utils
 
 from river_compile.cli.serving.connections import ends_with_request
 from river_compile.cli.serving.errors import Refused, gone
+from river_compile.cli.serving.logged import LoggedStreamer
 from river_compile.cli.serving.metrics import Metrics
 from river_compile.cli.serving.requests import asked
 from river_compile.cli.serving.streams import Stops, Streamer, Whole
+from river_compile.cli.serving.tools import CallParser
 from river_compile.cli.shared import error_line
 from river_compile.decoding.continuous import ContinuousBatch
 
@@ -108,11 +110,19 @@ class Manager(utils.GenerateManager):
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], utils.DirectStreamer]:
         """Start an answer that is streamed (transformers' interface)."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        loop, queue, asking = asyncio.get_running_loop(), asyncio.Queue[Any](), asked.get()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
-        streamer = Streamer(tokenizer, loop, queue, response_parser=response_parser, metrics=self.metrics)
+        parser = CallParser() if asking.calls else response_parser
+        logprobs = asking.logprobs and asking.logprobs()
+        arguments = self._arguments(model, processor, inputs, gen_config)
+        kept: dict[str, Any] = {"response_parser": parser, "metrics": self.metrics}
+        if logprobs is None:
+            streamer = Streamer(tokenizer, loop, queue, **kept)
+        else:
+            arguments["logits_processor"].insert(0, logprobs)
+            streamer = LoggedStreamer(tokenizer, loop, queue, logprobs=logprobs, ends=_ends(gen_config), **kept)
         ends_with_request(streamer.cancel)
-        call = self.submit(model.generate, **self._arguments(model, processor, inputs, gen_config), streamer=streamer)
+        call = self.submit(model.generate, **arguments, streamer=streamer)
         call.add_done_callback(functools.partial(_tell_end, loop, queue))
         return queue, streamer
 
@@ -150,6 +160,12 @@ class State(utils.GenerationState):
     def shutdown(self) -> None:
         """End the batch."""
         self.manager.stop()
+
+
+def _ends(config: GenerationConfig) -> frozenset[int]:
+    """Return the ids that end a text."""
+    ends = config.eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def _tell_end(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], call: Future[Any]) -> None:

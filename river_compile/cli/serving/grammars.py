@@ -20,7 +20,7 @@ from river_compile.cli.serving.forms import need
 from river_compile.kernels.checks import short_repr
 
 # A model that is unsure may write spaces until its tokens are used up.
-_JSON: Any = {"whitespace_pattern": r"[ \n]{0,16}"}
+JSON_SPACES: Any = {"whitespace_pattern": r"[ \n]{0,16}"}
 _FORMS = ("text", "json_object", "json_schema")
 
 
@@ -39,20 +39,26 @@ def grammar_of(form: object, path: str) -> str | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON)
+        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON_SPACES)
     inner = f"{path}.json_schema" if "schema" not in given else path
     holder = need(given.get("json_schema"), dict, inner, "an object with a schema") if inner != path else given
     schema = need(holder.get("schema"), dict, f"{inner}.schema", "a JSON schema")
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+    return check_schema(schema, f"{inner}.schema")
+
+
+def check_schema(schema: dict[str, Any], path: str) -> str:
+    """Return the grammar of a JSON schema; raise Refused for one that llguidance does not support."""
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_SPACES)
     wrong = LLMatcher.validate_grammar(grammar)
     if wrong and not wrong.startswith("WARNING"):
         why = " ".join(wrong.split())[:200]
-        raise Refused(400, "invalid_json_schema", f"{inner}.schema is not supported: {why}", f"{inner}.schema")
+        raise Refused(400, "invalid_json_schema", f"{path} is not supported: {why}", path)
     return grammar
 
 
 @functools.lru_cache(maxsize=1)
-def _known(tokenizer: Any, vocabulary: int) -> LLTokenizer:
+def vocabulary_of(tokenizer: Any, vocabulary: int) -> LLTokenizer:
+    """Return llguidance's form of a tokenizer, with so many tokens as the model has logits."""
     return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
 
 
@@ -60,13 +66,12 @@ class Grammar(LogitsProcessor):
     """Bars the tokens after which a text cannot become one of a grammar; after its end, all but the end token.
 
     Args:
-        grammar: that :func:`grammar_of` returned.
-        tokenizer: of the model.
-        vocabulary: the model's number of logits.
+        grammar: in a form of llguidance's.
+        vocabulary: of the model (:func:`vocabulary_of`).
     """
 
-    def __init__(self, grammar: str, tokenizer: Any, vocabulary: int) -> None:
-        self._matcher = LLMatcher(_known(tokenizer, vocabulary), grammar, log_level=0)
+    def __init__(self, grammar: str, vocabulary: LLTokenizer) -> None:
+        self._matcher = LLMatcher(vocabulary, grammar, log_level=0)
         self._length: int | None = None  # ids that it has read
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

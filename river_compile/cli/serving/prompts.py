@@ -5,12 +5,13 @@ transformers' handlers do all of this in the event loop, before they wait for `g
 
 from __future__ import annotations
 
-import functools
+import copy
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from jinja2 import TemplateError
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving import utils
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -18,9 +19,11 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 
 from river_compile.cli.serving import forms
+from river_compile.cli.serving.choices import Events, Usage, collected, edited, ended, together
 from river_compile.cli.serving.connections import check_client
 from river_compile.cli.serving.errors import Refused, invalid
-from river_compile.cli.serving.requests import Asked, Body, translated
+from river_compile.cli.serving.logprobs import Piece, of_chat, of_completion
+from river_compile.cli.serving.requests import Asked, Body, asked, translated
 from river_compile.cli.serving.streams import with_errors
 from river_compile.cli.shared import error_line
 
@@ -29,6 +32,7 @@ _SEAM = 64  # tokens that a cut between pieces may add at most
 _UNBOUNDED = 1 << 17  # tokens, for the size of a body where a model has no maximum context
 _BYTES, _MORE = 32, 1 << 16  # of JSON: for each token (a word of escaped Cyrillic has as many), and besides the prompt
 _MEDIA = 32 << 20  # bytes of images and audio in one body
+_Mixed: Any = object  # base of what is mixed into classes of transformers', whose methods a type checker would miss
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -57,7 +61,7 @@ def _too_long(context: int, length: str) -> _Unfit:
     )
 
 
-class _Bounded:
+class _Bounded(_Mixed):
     """Mixed into a tokenizer's class: a long text is counted in pieces, and refused when they exceed the context.
 
     A text that fits is tokenized twice then, which takes far less time than its prefill.
@@ -70,13 +74,13 @@ class _Bounded:
             if isinstance(one, str) and len(one) > _PIECE:
                 self._check(one)
         check_client()
-        return super().__call__(text, *args, **kwargs)  # type: ignore[misc]
+        return super().__call__(text, *args, **kwargs)
 
     def _check(self, text: str) -> None:
         tokens = 0
         for at in range(0, len(text), _PIECE):
             check_client()
-            piece = super().__call__(text[at : at + _PIECE], add_special_tokens=False, verbose=False)  # type: ignore[misc]
+            piece = super().__call__(text[at : at + _PIECE], add_special_tokens=False, verbose=False)
             tokens += len(piece["input_ids"]) - _SEAM
             if tokens >= self.context:
                 raise _too_long(self.context, f"more than {tokens}")
@@ -114,37 +118,69 @@ def _fit(config: GenerationConfig, model: PreTrainedModel, length: int) -> None:
         config.max_new_tokens = min(config.max_new_tokens, context - length)
 
 
-class _Prepares:
+class _Prepares(_Mixed):
     """Mixed into transformers' handlers: `handle_request` ends before it generates, and returns what is left to do."""
 
     text: str  # the field that has the prompt
+    piece = "content"  # the argument of `_build_chunk_sse` that has a piece of an answer
+    logprobs = staticmethod(of_chat)
+    end = "data: [DONE]\n\n"  # after the last event
+    choice = 0  # the index of the choice that a copy of the handler answers
+    usage: Usage | None = None  # of all choices
 
     def _validate_request(self, body: Body) -> None:
         pass  # :func:`requests.translated` has
 
     def _streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        starts = _left(super()._streaming, *args, **kwargs)  # type: ignore[misc]
+        _check_fit(super()._streaming, *args, **kwargs)
+        return lambda: StreamingResponse(ended(self._events(*args, **kwargs), self.end), media_type="text/event-stream")
 
-        def start() -> Any:
-            response = starts()
-            response.body_iterator = with_errors(response.body_iterator)
-            return response
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        whole = super()._non_streaming
+        _check_fit(whole, *args, **kwargs)
+
+        def start() -> Awaitable[Response]:
+            return whole(*args, **kwargs) if asked.get().is_one_text else _whole(self._events(*args, **kwargs))
 
         return start
 
-    async def _non_streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        return _left(super()._non_streaming, *args, **kwargs)  # type: ignore[misc]
+    def _events(self, *args: Any, **kwargs: Any) -> Events:
+        """Start all choices that the current request asks for; return the events of the answer."""
+        asking = asked.get()
+        usage, streams = Usage(asking.choices), []
+        for index in range(asking.choices):
+            one = copy.copy(self)
+            one.choice, one.usage = index, usage
+            before = asked.set(asking.of_choice(index))
+            response = super(_Prepares, one)._streaming(*args, **kwargs)
+            asked.reset(before)
+            streams.append(with_errors(response.body_iterator))
+        return streams[0] if len(streams) == 1 else together(streams)
+
+    def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
+        if kwargs.get("usage") is not None and self.usage is not None:
+            kwargs["usage"] = self.usage.add(kwargs["usage"])
+        event: str = super()._build_chunk_sse(*args, **kwargs)
+        piece = kwargs.get(self.piece)
+        changes = {"logprobs": self.logprobs(piece.tokens)} if isinstance(piece, Piece) else {}
+        return edited(event, index=self.choice, **changes) if self.choice or changes else event
 
     def get_processor_inputs_from_messages(self, messages: list[Body], modality: utils.Modality) -> Any:
         if modality is utils.Modality.LLM:
             forms.check_only_text(messages)
-        return super().get_processor_inputs_from_messages(messages, modality)  # type: ignore[misc]
+        return super().get_processor_inputs_from_messages(messages, modality)
 
 
-def _left(generates: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
+async def _whole(events: Events) -> Response:
+    return JSONResponse(await collected(events))
+
+
+def _check_fit(generates: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     given = inspect.signature(generates).bind(*args, **kwargs).arguments
     _fit(given["gen_config"], given["model"], given["inputs"]["input_ids"].shape[-1])
-    return functools.partial(generates, *args, **kwargs)
+    if (given["gen_config"].num_beams or 1) > 1 and not asked.get().is_one_text:
+        message = "n, logprobs and tool_choice are not supported with the beam search of this model's settings"
+        raise Refused(400, "unsupported_value", message)
 
 
 class Chats(_Prepares, ChatCompletionHandler):
@@ -156,13 +192,13 @@ class Chats(_Prepares, ChatCompletionHandler):
 class Completions(_Prepares, CompletionHandler):
     """Answers /v1/completions."""
 
-    text = "prompt"
+    text, piece, logprobs = "prompt", "text", staticmethod(of_completion)
 
 
 class Responses(_Prepares, ResponseHandler):
     """Answers /v1/responses."""
 
-    text = "input"
+    text, end = "input", ""
 
 
 def prepare(handler: Any, body: bytes, request_id: str) -> tuple[Asked, Callable[[], Any]]:
@@ -181,6 +217,7 @@ def prepare(handler: Any, body: bytes, request_id: str) -> tuple[Asked, Callable
     """
     given = forms.parsed(body)
     asking = translated(handler, given)
+    asked.set(asking)
     try:
         return asking, _run(handler.handle_request(given, request_id))
     except _Unfit as error:

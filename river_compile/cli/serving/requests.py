@@ -5,12 +5,14 @@ Formats are those of OpenAI's API. Not handled: fields that transformers' server
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from llguidance import LLTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -18,7 +20,9 @@ from transformers.cli.serving.completion import CompletionHandler
 
 from river_compile.cli.serving import forms
 from river_compile.cli.serving.errors import Refused, invalid
-from river_compile.cli.serving.grammars import Grammar, grammar_of
+from river_compile.cli.serving.grammars import Grammar, grammar_of, vocabulary_of
+from river_compile.cli.serving.logprobs import Logprobs
+from river_compile.cli.serving.tools import Calls
 from river_compile.kernels.checks import did_you_mean, short_repr
 
 Body = dict[str, Any]
@@ -32,9 +36,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "parallel_tool_calls": (True,),
     "tool_choice": ("none", "auto"),
     "top_logprobs": (0,),
@@ -62,7 +64,11 @@ _NUMBERS: dict[str, _Number] = {
     "frequency_penalty": _PENALTY,
 }
 _PENALTIES = ("presence_penalty", "frequency_penalty")
-_TAKEN = _INERT | {*_PENALTIES, "response_format", "text"}  # of the fields that transformers' server ignores
+# Fields that transformers' server ignores, and River takes.
+_TAKEN = _INERT | {*_PENALTIES, "response_format", "text"}
+_OF_COMPLETIONS = {"logprobs", "n"}
+_OF_CHATS = _OF_COMPLETIONS | {"parallel_tool_calls", "tool_choice", "top_logprobs"}
+_MOST_LOGPROBS = {"top_logprobs": 20, "logprobs": 5}  # OpenAI's limits, of chats and of completions
 # Other fields: their kind, and how a message names it.
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "model": (str, "a string"),
@@ -87,12 +93,26 @@ class Asked:
     stops: tuple[str, ...] = ()  # strings that end the text, and are left out of it
     presence: float = 0.0  # penalties of OpenAI's API
     frequency: float = 0.0
-    grammar: Grammar | None = None  # of the text
+    choices: int = 1  # texts
+    grammar: Callable[[], Grammar] | None = None  # of one text
+    calls: bool = False  # whether a text is calls of tools, by its grammar
+    logprobs: Callable[[], Logprobs] | None = None  # of one text
+
+    @property
+    def is_one_text(self) -> bool:
+        """Whether an answer is the text of one choice, without more."""
+        return self.choices == 1 and not self.calls and self.logprobs is None
+
+    def of_choice(self, index: int) -> Asked:
+        """Return what one choice asks: its seed is the first one's plus its index."""
+        if self.seed is None or index == 0:
+            return self
+        return replace(self, seed=(self.seed + index + 2**63) % 2**64 - 2**63)
 
     def processors(self, length: int) -> list[LogitsProcessor]:
         """Return the processors after a prompt of `length` tokens."""
         penalties = [Penalties(length, self.presence, self.frequency)] if self.presence or self.frequency else []
-        return [*penalties, *([] if self.grammar is None else [self.grammar])]
+        return [*penalties, *([] if self.grammar is None else [self.grammar()])]
 
 
 NOTHING = Asked()
@@ -117,8 +137,9 @@ def translated(handler: Any, body: Body) -> Asked:
     if body.get("model") not in (None, served):
         raise no_model(body["model"], served)
     _check_prompt(handler, body)
-    _check_unsupported(handler._unused_fields, body)
+    _check_unsupported(handler, body)
     _check_numbers(body)
+    choices, logprobs = _choices(handler, body), _logprobs(handler, body)
     for i, tool in enumerate(body.get("tools") or ()):
         forms.need(tool, dict, f"tools[{i}]", "an object")
         forms.need(tool.get("function", {}), dict, f"tools[{i}].function", "an object")
@@ -133,11 +154,48 @@ def translated(handler: Any, body: Body) -> Asked:
         body["logit_bias"] = _biases(body["logit_bias"])
     stops = _stops(body)
     presence, frequency = (float(body.pop(name, None) or 0) for name in _PENALTIES)
+    calls = Calls.of(body) if isinstance(handler, ChatCompletionHandler) else None
+    grammar = _form(body)
+    if calls is not None:  # its calls leave no text that could have a form
+        grammar = calls.grammar(*_tokenizer(handler))
+    text = None if grammar is None else functools.partial(Grammar, grammar, _tokenizer(handler)[1])
     # (A seed given to transformers would seed the whole process.)
-    return Asked(body.pop("seed", None), stops, presence, frequency, _grammar(handler, body))
+    seed = body.pop("seed", None)
+    return Asked(seed, stops, presence, frequency, choices, text, calls is not None, logprobs)
 
 
-def _grammar(handler: Any, body: Body) -> Grammar | None:
+def _tokenizer(handler: Any) -> tuple[Any, LLTokenizer]:
+    (loaded,) = handler.model_manager.loaded_models.values()
+    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    return tokenizer, vocabulary_of(tokenizer, loaded.model.config.get_text_config().vocab_size)
+
+
+def _choices(handler: Any, body: Body) -> int:
+    given = body.pop("n", None)
+    limit = handler.generation_state.manager.limit
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= limit):
+        raise invalid(f"n={short_repr(given)} is not allowed; give 1 to {limit} (--max-num-seqs)", "n")
+    return given or 1
+
+
+def _logprobs(handler: Any, body: Body) -> Callable[[], Logprobs] | None:
+    """Return what makes the processor that keeps log-probabilities, None if none are asked for."""
+    given, top, name = body.pop("logprobs", None), body.pop("top_logprobs", None), "logprobs"
+    if isinstance(handler, ChatCompletionHandler):
+        if given is not None and not isinstance(given, bool):
+            raise invalid(f"logprobs={short_repr(given)} is not true or false", "logprobs")
+        if top and not given:
+            raise invalid(f"top_logprobs={short_repr(top)} needs logprobs=true", "top_logprobs")
+        given, name = (top or 0) if given else None, "top_logprobs"
+    if given is None or given is False:  # (some clients send it)
+        return None
+    most = _MOST_LOGPROBS[name]
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= most:
+        raise invalid(f"{name}={short_repr(given)} is not allowed; give 0 to {most}", name)
+    return functools.partial(Logprobs, given, _tokenizer(handler)[1])
+
+
+def _form(body: Body) -> str | None:
     """Return the grammar of the form that an answer is to have, None for text."""
     form, path = body.pop("response_format", None), "response_format"
     text = body.pop("text", None)
@@ -146,12 +204,7 @@ def _grammar(handler: Any, body: Body) -> Grammar | None:
             raise Refused(400, "unsupported_value", f"text.{name} is not supported; leave it out", f"text.{name}")
     if text and text.get("format") is not None:
         form, path = text["format"], "text.format"
-    grammar = None if form is None else grammar_of(form, path)
-    if grammar is None:
-        return None
-    (loaded,) = handler.model_manager.loaded_models.values()
-    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
-    return Grammar(grammar, tokenizer, loaded.model.config.get_text_config().vocab_size)
+    return None if form is None else grammar_of(form, path)
 
 
 def _check_names(handler: Any, body: Body) -> None:
@@ -177,8 +230,11 @@ def _check_prompt(handler: Any, body: Body) -> None:
         forms.check_input(body.get("input"))
 
 
-def _check_unsupported(ignored: set[str], body: Body) -> None:
-    for name in sorted((ignored | _TRANSFORMERS) & body.keys() - _TAKEN):
+def _check_unsupported(handler: Any, body: Body) -> None:
+    taken = _TAKEN
+    if isinstance(handler, (ChatCompletionHandler, CompletionHandler)):
+        taken = _TAKEN | (_OF_CHATS if isinstance(handler, ChatCompletionHandler) else _OF_COMPLETIONS)
+    for name in sorted((handler._unused_fields | _TRANSFORMERS) & body.keys() - taken):
         neutral = _NEUTRAL.get(name, ())
         value = body[name]
         if value is not None and not any(type(value) is type(given) and value == given for given in neutral):

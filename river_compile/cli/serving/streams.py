@@ -63,11 +63,14 @@ class Streamer(utils.DirectStreamer):
 
     def _enqueue(self, item: Any) -> None:
         if type(item) is str:  # (reasoning is a subclass)
-            item = self._stops.feed(item)
-        elif rest := self._stops.rest():
-            super()._enqueue(rest)
-        if item != "":
-            super()._enqueue(item)
+            self._show(self._stops.feed(item))
+            return
+        self._show(self._stops.rest(), last=item is None)
+        super()._enqueue(item)
+
+    def _show(self, text: str, last: bool = False) -> None:
+        if text or type(text) is not str:
+            super()._enqueue(text)
 
 
 class Whole(BaseStreamer):
