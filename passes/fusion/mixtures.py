@@ -120,12 +120,11 @@ def _find(down: fx.Node) -> _Mixture:
     for value, factor in either_way(weighted, operator.mul):
         if value is down and called(factor, torch.unsqueeze) and factor.args[1] in (-1, 1):
             weight = factor.args[0]
-    require(weight is not None, "its result is not multiplied by a weight for each row", weighted)
+    require(is_tensor(weight), "its result is not multiplied by a weight for each row", weighted)
     last, writes = weighted, [*added_up, *added_down]
     if order.permutation is not None:
-        taken = operands(weight, operator.getitem)
-        require(taken is not None and taken[1] is order.permutation, "its weights are in another order", weight)
-        weight = taken[0]
+        weight = _taken(weight, order.permutation)
+        require(weight is not None, "its weights are in another order", weighted)
         restored = _only_user(weighted)
         taken = operands(restored, operator.getitem)
         write = None if taken is None else _inverse(taken[1], order.permutation)
@@ -166,17 +165,19 @@ def _order(up: fx.Node, down: fx.Node) -> _Order:
         ends, experts = expert.args[1:]
         require(other.args[1] is ends, "its two matmuls choose other experts", other)
         sort = _sorted_by(ends, experts)
-        require(sort is not None, "its groups are not those of sorted numbers of experts", ends)
-        taken, permutation = operands(x, operator.getitem), _item(sort, 1)
-        divided = taken and operands(taken[1], operator.floordiv)
-        fits = divided and divided[0] is permutation and isinstance(divided[1], int)
-        require(fits and same_dtype(taken[0], up), "its rows are not a token's for each of its experts", x)
-        return _Order(taken[0], sort.args[0], divided[1], permutation)
+        if sort is None:
+            raise NoMatch("its groups are not those of sorted numbers of experts", ends)
+        permutation = _item(sort, 1)
+        token, place = operands(x, operator.getitem) or (x, None)
+        divided, each = operands(place, operator.floordiv) or (None, None)
+        if divided is permutation is not None and isinstance(each, int) and same_dtype(token, up):
+            return _Order(token, sort.args[0], each, permutation)
+        raise NoMatch("its rows are not a token's for each of its experts", x)
     if called(expert, as_chosen) and called(other, as_chosen) and expert.args[1] is other.args[1]:
         each = x.args[1] if called(x, Tensor.repeat_interleave) and len(x.args) == 2 else None
-        fits = isinstance(each, int) and x.kwargs.get("dim") == 0 and same_dtype(x, up)
-        require(fits, "its rows are not a token's for each of its experts", x)
-        return _Order(x.args[0], expert.args[1], each, None)
+        if isinstance(each, int) and x.kwargs.get("dim") == 0 and same_dtype(x, up):
+            return _Order(x.args[0], expert.args[1], each, None)
+        raise NoMatch("its rows are not a token's for each of its experts", x)
     raise NoMatch("experts are not chosen by their numbers", expert)
 
 
@@ -187,9 +188,15 @@ def _sorted_by(ends: fx.Node, experts: int) -> fx.Node | None:
     if not called(counts, torch.histc) or any(counts.kwargs.get(key) != value for key, value in bounds.items()):
         return None
     numbers = counts.args[0].args[0] if called(counts.args[0], Tensor.to) else counts.args[0]
-    taken = operands(numbers, operator.getitem)
-    plain = taken and taken[1] == 0 and called(taken[0], torch.sort) and len(taken[0].args) == 1
-    return taken[0] if plain and not taken[0].kwargs else None
+    sort, item = operands(numbers, operator.getitem) or (None, None)
+    plain = item == 0 and called(sort, torch.sort) and len(sort.args) == 1 and not sort.kwargs
+    return sort if plain else None
+
+
+def _taken(node: fx.Node, index: fx.Node) -> fx.Node | None:
+    """Return the value from which a node takes the rows of an index."""
+    value, place = operands(node, operator.getitem) or (None, None)
+    return value if place is index else None
 
 
 def _item(node: fx.Node, number: int) -> fx.Node | None:
@@ -229,16 +236,14 @@ def _gated(node: object) -> _Gated | None:
         found = activation(left)
         gate, up = part(found[0]) if found else None, part(right)
         if gate and up and found and _is_stack(gate.source) and gate.source is up.source:
-            half = shape(gate.source)[1] // 2
+            half = gate.source.args[4] // 2
             if (gate.start, up.start, gate.step, up.step) == (0, half, 1, 1) and gate.length == up.length == half:
                 return _Gated(gate.source, found[1], False)
             if (gate.start, up.start, gate.step, up.step) == (0, 1, 2, 2):
                 return _Gated(gate.source, found[1], True)
-        clamped = _clamped_up(left), _clamped_swish(right)
-        if clamped[0] and clamped[1] and clamped[0][0] is clamped[1][0]:
-            (source, up_start), (_, gate_start) = clamped
-            if (gate_start, up_start) == (0, 1) and _is_stack(source):
-                return _Gated(source, mixture_ops.CLAMPED_SWISH, True)
+        source, start = _clamped_up(left) or (None, None)
+        if _is_stack(source) and start == 1 and _clamped_swish(right) == (source, 0):
+            return _Gated(source, mixture_ops.CLAMPED_SWISH, True)
     return None
 
 
@@ -286,8 +291,8 @@ def _fuse_router(view: BlockView, mixture: fx.Node) -> None:
     if found is None:
         return
     logits, routing = found
-    each, floats = shape(index)[1], value_of(weight).dtype == torch.float32
-    if rank(logits) != 2 or shape(logits)[1] > _MOST_EXPERTS or not (floats or same_dtype(weight, logits)):
+    each, floats = value_of(index).shape[1], value_of(weight).dtype == torch.float32
+    if rank(logits) != 2 or value_of(logits).shape[1] > _MOST_EXPERTS or not (floats or same_dtype(weight, logits)):
         return
     first = min(index, weight)
     value = route_like(value_of(logits), each, floats)
@@ -359,11 +364,17 @@ def _fuse_residual(mixture: fx.Node) -> fx.Node:
     found = operands(total, operator.add)
     if found is None or found[0] is found[1] or not all(is_tensor(n) and same_size(n, total) for n in found):
         return mixture
-    residual = found[1] if found[0] is last else found[0]
-    with mixture.graph.inserting_before(total):
+    residual, views = found[1] if found[0] is last else found[0], [last]
+    if not same_dtype(residual, mixture):
+        return mixture
+    while views[-1] is not mixture:
+        views.append(views[-1].args[0])
+    graph = mixture.graph
+    with graph.inserting_before(total):
         rows = reshape_like(residual, mixture)
-        made = call(mixture.target, (*mixture.args[:15], rows), value_of(mixture), mixture)
-        result = reshape_like(made, total)
+        made = result = call(mixture.target, (*mixture.args[:15], rows), value_of(mixture), mixture)
+        for before, view in reversed(list(zip(views[1:], views, strict=False))):  # with the sizes of the model's code
+            result = graph.node_copy(view, lambda n, old=before, new=result: new if n is old else n)
     total.replace_all_uses_with(result)
     drop_unused(total)
     return made
