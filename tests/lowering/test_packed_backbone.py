@@ -92,7 +92,7 @@ def test_a_token_reads_the_experts_that_it_chose(weights, bits):
     sides = 0.01 * 8 * numbers + 1024 * len(stacks) if bits == 12 else 0  # space for patches, their places, palettes
     assert held <= graph["expert_bytes"] <= held + sides
     assert graph["chosen_bytes"] == graph["expert_bytes"] // 2
-    assert graph["fused"]["router + experts"] == 2
+    assert graph["fused"]["router + experts"] == len(stacks)  # in layers and twins
     assert "MB of the layers'" in str(report(model))
 
 
