@@ -38,7 +38,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2": "two processes and the package accelerate; tests/runtime/test_tensor_parallel.py",
     "from openai import": "the package openai and a server; tests/cli/test_serve.py",
     "import intel_extension_for_pytorch": "the package that it replaces",
-    "from langchain_openai": "a server; tests/cli/test_serve_choices.py",
+    "from langchain_openai": "a server; tests/cli/test_serve_tools.py",
     "GgufConfig(": "a GGUF file; tests/tools/test_gguf.py",
     "from langchain_core": "LangChain; tests/examples/test_langchain.py",
     "pip install": "installs a package; tests/tools builds and installs the wheel",
