@@ -334,6 +334,7 @@ class TestReport:
         gc.collect()
         assert [cache() is not None for cache in caches] == 3 * [False] + 4 * [True]
 
+    @pytest.mark.slow
     def test_the_structured_trace_shows_the_passes(self, tmp_path):
         """TORCH_TRACE receives the plan, checks and twins by name, and what each pass changed, for tlparse."""
         code = """

@@ -21,6 +21,7 @@ from river_compile.reporting.report import Fallbacks
 from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
+from tests.support.examples import slow
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
 from tests.support.tokenizers import byte_tokenizer
@@ -578,7 +579,7 @@ class TestDraftSettings:
             generate(drafting, **setting)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [slow("before"), "after"])
 def test_a_model_in_float64_generates_plainly_with_one_warning(when):
     model, expected = plain().double() if when == "before" else plain(), generate(plain().double())
     river_compile.accelerate(model, **{**EXACT, "kernels": "auto"})

@@ -7,6 +7,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 import river_compile
+from tests.support.examples import slow
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
 
@@ -53,7 +54,7 @@ def with_forward_hooks(model):
     return model
 
 
-@pytest.mark.parametrize("hooked", [with_accelerates_hooks, with_forward_hooks])
+@pytest.mark.parametrize("hooked", [with_accelerates_hooks, slow(with_forward_hooks)])
 def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(hooked):
     """It keeps its text and a warning names the break; the next model of its class is rewritten and drafts."""
     broken, whole = (river_compile.accelerate(make("llama", layers=2, seed=i), **OPTIONS) for i in range(2))
@@ -67,6 +68,7 @@ def test_a_model_whose_hooks_break_its_graph_takes_the_river_from_no_other_one(h
     assert [graph.refusal for graph in river_compile.report(whole).graphs if graph.refusal] == []
 
 
+@pytest.mark.slow
 def test_a_model_that_is_refused_for_another_reason_names_no_break_of_an_earlier_one():
     generated(with_forward_hooks(river_compile.accelerate(make("llama", layers=2), **OPTIONS)))
     _, _, said = generated(river_compile.accelerate(make("llama", layers=1), **OPTIONS))

@@ -65,6 +65,7 @@ def test_an_argument_of_one_call_alone_is_read_in_that_call_alone(first, drafts)
     assert not torch.equal(generate(plain, ids), generate(plain, ids, **calls[1]))
 
 
+@pytest.mark.slow
 def test_one_tensor_for_two_arguments_is_another_program_than_two_tensors(gpt2):
     model, plain = gpt2
     ids = prompt(9, 1)
@@ -74,7 +75,7 @@ def test_one_tensor_for_two_arguments_is_another_program_than_two_tensors(gpt2):
         assert torch.equal(generate(model, ids, **options), generate(plain, ids, **options))
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 64])
+@pytest.mark.parametrize("tokens", [slow(1), 4, slow(64)])
 def test_a_prompt_in_chunks_has_the_plain_text(tokens, llama):
     """Rows are padded by more than a chunk, and masks and positions are those of the tokens so far."""
     model, plain = llama
@@ -103,6 +104,7 @@ def test_a_batch_keeps_each_prompts_mask(llama):
     assert not torch.equal(text, generate(plain, ids))
 
 
+@pytest.mark.slow
 def test_calls_with_other_arguments_run_beside_a_batch(gpt2):
     model, plain = gpt2
     ids, types = prompt(9, 1), prompt(9, 1, seed=5)

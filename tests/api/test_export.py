@@ -18,6 +18,7 @@ from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.quant.data_free import quantize
 from river_compile.record import find_record
 from tests.support.decoding import decode, new_cache
+from tests.support.examples import slow
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
 from tests.support.traced import TracedStep
@@ -116,7 +117,7 @@ def test_any_model_is_exported_in_one_step_and_left_as_it_was(state, tmp_path):
     assert {name for name in saved if name.endswith("_packed")} == {n for n in expected if n.endswith("_packed")}
 
 
-@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("ran", [slow(False), True])
 def test_twins_are_saved_before_and_after_the_first_token(ran, tmp_path):
     model = river_compile.accelerate(make("llama", layers=2), **QUICK)
     if ran:

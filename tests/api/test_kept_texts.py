@@ -303,6 +303,7 @@ def test_callers_who_get_the_cache_back_have_one_of_their_own(one):
     assert torch.equal(text, generate(plain, then(theirs.sequences, 1)))
 
 
+@pytest.mark.slow
 def test_rotary_frequencies_that_follow_the_length_take_fresh_prompts(eager):
     """A token's entries are others in a longer text."""
     config = CONFIGS["llama"](2)

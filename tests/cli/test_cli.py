@@ -379,6 +379,7 @@ def test_quantize_and_chat_with_the_twins(tiny, tmp_path, capsys):
     assert len(turn["tokens"]) == 12
 
 
+@pytest.mark.slow
 def test_an_assistant_drafts_for_chat_and_bench_and_check_predicts_it(tiny, capsys):
     """Here the model itself, in 4 bits."""
     drafts = ("--assistant", tiny)

@@ -27,7 +27,7 @@ from river_compile.compile_cache import folder
 from river_compile.compile_cache.identity import identity_of
 from river_compile.kernels.native.build import CannotBuild
 from tests.support.examples import slow_but
-from tests.support.families import FAMILIES, each, make, prompt
+from tests.support.families import FAMILIES, make, prompt
 from tests.support.layout import ROOT, run_python
 from tests.support.lowerings import INDUCTOR, OPERATORS, UNQUANTIZED
 
@@ -123,7 +123,8 @@ print([text.tolist(), origins, sorted(name for name in set(sys.modules) - before
         assert torch.equal(text, again)
         assert found.decode_depths == later.decode_depths
 
-    @pytest.mark.parametrize("name", each(FAMILIES, quick=["gpt2"]))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", FAMILIES)
     def test_of_each_family(self, cache, name):
         """Windows that fill up on the way, experts: whatever is read, the text is plain generation's."""
         start(name)

@@ -278,6 +278,7 @@ def test_early_exits_take_no_assistant():
         river_compile.accelerate(model_of(), "fast", assistant_model=model_of(), **ALONE)
 
 
+@pytest.mark.slow
 def test_restore_frees_the_assistant_too():
     """Unless the caller accelerated it."""
     small, own = model_of(), river_compile.accelerate(model_of(), **ALONE)

@@ -247,6 +247,7 @@ def test_a_call_is_cancelled_on_its_way_into_the_batch(exact):
         assert batch.submit(call_of(exact, 5, 3)).result(WAIT).shape[1] == 8
 
 
+@pytest.mark.slow
 def test_a_change_of_the_model_takes_effect_when_the_batch_is_empty(exact):
     """One that PyTorch does not count, of an attribute that passes have as a constant."""
     call, norm = call_of(exact, 5, 12), exact.model.layers[1].input_layernorm

@@ -28,6 +28,7 @@ from river_compile.record import find_record
 from river_compile.runtime.captures import CaptureLog
 from river_compile.tracing.programs import ProgramCache
 from river_compile.upstream import mtp as upstream
+from tests.support.examples import slow
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
 from tests.support.mtp import checkpoint, load, needs_mtp, register
@@ -112,7 +113,7 @@ def ours(monkeypatch):
     return proposed
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: f"{head[0]}-{head[1]}")
+@pytest.mark.parametrize("head", [*HEADS[:2], *map(slow, HEADS[2:])], ids=lambda head: f"{head[0]}-{head[1]}")
 @pytest.mark.parametrize("length", [12, 5])  # (transformers takes no prompt of fewer tokens than layers)
 def test_the_layers_propose_what_transformers_does(monkeypatch, accelerated, plain, ours, head, length):
     """Position by position, whatever was accepted before; behind the last verified token, sliding windows included."""
@@ -222,6 +223,7 @@ def test_a_text_may_end_within_a_draft(accelerated, plain):
         assert torch.equal(text, generate(plain("glm4_moe", 3, 0.0), ids, eos_token_id=token))
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_and_embeddings_are_not_drafted(accelerated, plain):
     """Also not the last row, which drafts by other sources; nothing is refused."""
     model, theirs = (source("glm4_moe", 1, SOME_RIGHT) for source in (accelerated, plain))
@@ -314,6 +316,7 @@ def passes_of(model, ids):
     return Passes(model, kwargs, KVCache.of(model, 64), WHOLE, state, keeps_hidden=True)
 
 
+@pytest.mark.slow
 def test_a_freed_model_frees_its_layers(folder):
     """They share its embedding and head while a text is drafted, and hold neither afterwards."""
     model = river_compile.accelerate(load(folder("glm4_moe", 1, SOME_RIGHT)), use_mtp=True, **ALONE)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import river_compile
+from tests.support.examples import slow
 from tests.support.families import make
 
 ADAPTED = ("q_proj", "v_proj", "down_proj")
@@ -82,6 +83,7 @@ def text(model: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_exact_mode_follows_adapters():
     plain, model = (
         adapted(),
@@ -102,7 +104,9 @@ def test_exact_mode_follows_adapters():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [(adapt, remove), (parametrized, unparametrized)], ids=["modules", "parametrized"])
+@pytest.mark.parametrize(
+    "changes", [(adapt, remove), slow((parametrized, unparametrized))], ids=["modules", "parametrized"]
+)
 def test_adapters_come_and_go_after_accelerate(changes):
     """Each change is in the next text, the model continues to draft, and restore leaves the changed model."""
     plain, model = make("llama", layers=2), make("llama", layers=2)

@@ -144,6 +144,7 @@ def test_twins_under_autocast_have_the_plain_models_dtypes(lowering):
 
 
 @pytest.mark.parametrize("family", each(["llama", "opt"]))
+@pytest.mark.slow
 def test_generating_under_autocast(family):
     """Rotated keys stay in float32 there and values do not, so the cache has two dtypes, which no kernel takes.
 

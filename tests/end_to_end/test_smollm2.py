@@ -69,6 +69,7 @@ def test_default_river_leaves_early_and_stays_sensible(smollm2):
         assert answer(model, tokenizer) == plain_text
 
 
+@pytest.mark.slow
 def test_drafts_of_the_default_river_keep_the_plain_text_in_a_pipeline(smollm2):
     model, tokenizer, plain_text = smollm2
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)

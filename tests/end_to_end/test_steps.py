@@ -17,6 +17,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from river_compile.backend import river
 from river_compile.upstream.transformers import cache_argument
 from tests.support.decoding import cache_state, left_padded, new_cache
+from tests.support.examples import slow
 from tests.support.families import CONFIGS, HIDDEN, make, prompt
 from tests.support.lowerings import UNQUANTIZED
 
@@ -44,7 +45,7 @@ def generate(model, ids, mask, kind="static", **options):
     return [out.sequences, *out.scores, *(torch.as_tensor(part) for state in cache_state(cache) for part in state)]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "static"), ("llama", "dynamic"), ("gpt2", "static")])
+@pytest.mark.parametrize(("name", "kind"), [("llama", "static"), slow("llama", "dynamic"), slow("gpt2", "static")])
 def test_text_scores_and_entries_are_those_through_dynamo(name, kind):
     """With left padding, of one sequence and of another after it."""
     model, (ids, mask) = compiled(make(name, layers=LAYERS)), left_padded(batch=3)

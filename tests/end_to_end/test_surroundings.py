@@ -53,6 +53,7 @@ def generates(**environment: str | None) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_a_second_process_traces_nothing(tmp_path):
     """It reads programs before anything else has loaded the kernels that they call."""
     first, second = (generates(RIVER_COMPILE_CACHE_DIR=str(tmp_path)) for _ in range(2))

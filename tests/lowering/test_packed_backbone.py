@@ -19,6 +19,7 @@ from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
 from river_compile.twins import digests, pack
+from tests.support.examples import slow
 from tests.support.families import each, make, prompt
 from tests.support.lowerings import OPERATORS
 
@@ -217,7 +218,8 @@ def gains(monkeypatch):
     ("by_rows", "exact", "fast"),
     [
         ({1: 1.3, 4: 1.2, 6: 1.0}, True, True), ({1: 1.3, 4: 0.8, 6: 0.8}, False, True),
-        ({1: 1.0, 4: 1.4, 6: 1.4}, True, False), ({1: 1.04, 4: 1.04, 6: 1.04}, False, False), ({}, False, False),
+        slow({1: 1.0, 4: 1.4, 6: 1.4}, True, False), slow({1: 1.04, 4: 1.04, 6: 1.04}, False, False),
+        ({}, False, False),
     ],
 )  # fmt: skip
 def test_weights_are_packed_where_whole_passes_were_measured_to_gain(gains, by_rows, exact, fast):

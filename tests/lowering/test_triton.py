@@ -298,6 +298,7 @@ def test_a_head_of_4_bits_takes_the_heads_kernel():
     assert fused["norm + head"] == fused["head + largest logits anew"] == 1
 
 
+@pytest.mark.slow
 def test_two_rows_of_a_prompt_leave_through_fused_twins():
     """prefill="exit": the rules around the cache stay out, the others hold for many positions, whatever the cache."""
     model, results = make("llama", layers=LAYERS), {}

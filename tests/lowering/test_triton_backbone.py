@@ -146,7 +146,7 @@ def generated(model, rows: int, **how):
 
 @pytest.mark.parametrize(
     ("name", "rows", "dtype"),
-    [slow("qwen2", 1, torch.float32), ("qwen3", 1, torch.bfloat16), slow("llama", 3, torch.bfloat16)],
+    [slow("qwen2", 1, torch.float32), slow("qwen3", 1, torch.bfloat16), slow("llama", 3, torch.bfloat16)],
 )
 def test_verified_text_has_the_bits_of_decoding_without_drafts(name, rows, dtype):
     """Every token's logits, in passes of one position and of several, captured as one launch a pass."""

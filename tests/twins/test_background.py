@@ -25,6 +25,7 @@ from river_compile.record import find_record
 from river_compile.runtime.state import on_step
 from river_compile.twins import making, pack
 from river_compile.twins.pack import TwinWeights
+from tests.support.examples import slow
 from tests.support.families import make, prompt
 from tests.support.lowerings import OPERATORS
 
@@ -278,7 +279,7 @@ generate(model, 2)
 """
 
 
-@pytest.mark.parametrize("cache", ["cache", "no cache"])
+@pytest.mark.parametrize("cache", ["cache", slow("no cache")])
 def test_a_process_ends_after_its_twins_are_stored_or_at_once(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(tmp_path))
     subprocess.run([sys.executable, "-c", PROGRAM, cache], check=True, timeout=120)

@@ -282,6 +282,7 @@ class TestGenerate:
         ids = prompt()
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **arguments)
 
+    @pytest.mark.slow
     def test_reinforcement_learning(self, model):
         """Steps and generations in turn: no graph is traced again, and exact mode has the text of the new weights."""
         self.text(model)
