@@ -1,5 +1,6 @@
 // The choice of a matmul's kernel, by the format of its activations and by rows. Matmuls take more than half of a
 // library's time to compile, so they are compiled at the same time as kernels.cpp, which has the table of phases.
+#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <iterator>
@@ -75,17 +76,39 @@ inline GemmArgs rows_of_expert(const GemmArgs& all, int row, int count, int64_t 
   return a;
 }
 
-// Neighbours that chose the same expert share what is read of its weight.
-inline void moe_gemm(const GemmArgs& a, int part, int parts) {
+// Calls f(first row, how many, their expert) for neighbours that chose the same.
+template <class F>
+void for_neighbours(const GemmArgs& a, const F& f) {
   for (int row = 0, end; row < a.rows; row = end) {
     const int64_t chosen = a.expert[row];
     for (end = row + 1; end < a.rows && a.expert[end] == chosen;) ++end;
-    if (chosen >= 0 && chosen < a.experts)
-      gemm_of(rows_of_expert(a, row, end - row, chosen), part, parts);
-    else
-      for (int r = row; part == 0 && r < end; ++r)
-        std::memset(row_of(a.epilogue, r), 0, a.epilogue.width() * bytes_of(a.epilogue.dtype));
+    f(row, end - row, chosen >= 0 && chosen < a.experts ? chosen : -1);
   }
+}
+
+// Neighbours share what is read of their expert's weight. A part reads on in as few experts as it can, since the first
+// rows of each are not fetched ahead: parts split the blocks of all experts, behind one another.
+inline void moe_gemm(const GemmArgs& a, int part, int parts) {
+  const int64_t blocks = a.epilogue.blocks();
+  const auto cost_of = [](int count) { return ceil_div(int64_t(count), int64_t(4)); };  // of a block
+  int64_t total = 0, before = 0;
+  for_neighbours(a, [&](int, int count, int64_t chosen) { total += chosen < 0 ? 0 : blocks * cost_of(count); });
+  const Share mine = share_of(total, part, parts);
+  for_neighbours(a, [&](int row, int count, int64_t chosen) {
+    if (chosen < 0) {
+      for (int r = row; part == 0 && r < row + count; ++r)
+        std::memset(row_of(a.epilogue, r), 0, a.epilogue.width() * bytes_of(a.epilogue.dtype));
+      return;
+    }
+    const int64_t cost = cost_of(count);
+    const auto block_at = [&](int64_t at) { return std::clamp(ceil_div(at - before, cost), int64_t(0), blocks); };
+    const Share only{block_at(mine.first), block_at(mine.end)};
+    before += blocks * cost;
+    if (only.first == only.end) return;
+    GemmArgs some = rows_of_expert(a, row, count, chosen);
+    some.only = only;
+    gemm_of(some, part, parts);
+  });
 }
 
 void gemm(const void* args, int part, int parts) {
