@@ -167,12 +167,18 @@ def show(name: str, found: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def draw(found: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    """Draw the score's distribution by depth, and what a layer adds, a column for each model."""
-    from examples.plots import new_figure, save_figure
+    """Draw the score's distribution by depth, and below it what a layer adds, two models next to each other."""
+    from examples.plots import PAGE_WIDTH, new_figure, save_figure
 
-    figure = new_figure(4 * len(found), 6)
-    axes = figure.subplots(2, len(found), sharey="row", squeeze=False)
-    for (name, measured), above, below in zip(found.items(), axes[0], axes[1], strict=True):
+    pairs = -(-len(found) // 2)
+    figure = new_figure(PAGE_WIDTH, 5 * pairs)
+    axes = figure.subplots(2 * pairs, 2, squeeze=False)
+    for unused in axes[-2:, len(found) % 2 or 2 :].flat:
+        unused.set_axis_off()
+    places = [(axes[2 * (i // 2)][i % 2], axes[2 * (i // 2) + 1][i % 2]) for i in range(len(found))]
+    for (name, measured), (above, below) in zip(found.items(), places, strict=True):
+        above.set_ylim(-0.8, 1.1)
+        below.set_ylim(0.1, 1e5)
         depths = range(1, len(measured["block"]) + 1)
         title = demo_models.MODELS[name].title if name in demo_models.MODELS else name
         for place, color in (("block", "tab:blue"), ("updates", "tab:gray")):
@@ -188,9 +194,11 @@ def draw(found: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         for part, color in (("norm", "tab:green"), ("added", "tab:orange")):
             below.semilogy(depths, [_quantile(row, 0.5) for row in measured[part]], color=color, label=NORMS[part])
         below.set_xlabel("layer")
-    axes[0][0].set_ylabel("cosine: median, 10 to 90 % of tokens")
-    axes[0][0].legend(frameon=False, fontsize="small", loc="lower right")
-    axes[1][0].legend(frameon=False, fontsize="small")
+    for above, below in places[::2]:
+        above.set_ylabel("cosine: median, 10 to 90 % of tokens")
+        below.set_ylabel("norm, or a share of it")
+    places[0][0].legend(frameon=False, fontsize="small", loc="lower right")
+    places[0][1].legend(frameon=False, fontsize="small")
     print(f"\nDrawn to {save_figure(figure, path)}")
 
 

@@ -17,7 +17,16 @@ from river_compile.kernels import mixture_ops, ops  # noqa: F401  (registers riv
 from river_compile.kernels.quant import lossless
 from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
 from river_compile.passes.experts import ExpertMatmul, as_expert_matmul, experts_per_token, replace_expert_matmul
-from river_compile.passes.nodes import Linear, called, input_name, is_ordinary, is_parameter, same_dtype, value_of
+from river_compile.passes.nodes import (
+    Linear,
+    as_linear,
+    called,
+    input_name,
+    is_ordinary,
+    is_parameter,
+    same_dtype,
+    value_of,
+)
 from river_compile.passes.program import Matmul, RiverProgram, Segment
 from river_compile.passes.twins import current_input, group_by_input, replace_linears, simplify_attention
 
@@ -61,6 +70,15 @@ def parts_of(parameter: fx.Node | None) -> list[fx.Node]:
     if parameter is None:
         return []
     return list(parameter.args[0]) if called(parameter, torch.cat) else [parameter]
+
+
+def model_matmuls(program: RiverProgram) -> Iterator[str]:
+    """Yield the names of weights of blocks and head that the model's operators multiply."""
+    for segment in (*program.blocks, program.head):
+        for node in segment.graph.nodes:
+            matmul = as_linear(node) or as_expert_matmul(node)
+            if matmul is not None:
+                yield input_name(segment.origins.get(matmul.weight, matmul.weight))
 
 
 def _with_river_linears(segment: Segment, layout: str) -> Segment:

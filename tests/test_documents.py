@@ -125,6 +125,20 @@ def test_links_lead_to_files_and_headings(page):
     assert not dead, "\n".join(dead)
 
 
+def test_no_message_names_a_page_that_an_installed_package_lacks():
+    """Only docstrings and comments, whose readers have the sources, name files of docs/."""
+    packaged = {"river_compile/docs/river.schema.json"}  # package data in pyproject.toml
+    found = []
+    for file in (file for folder in ("river_compile", "passes", "kernels") for file in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                names = re.findall(r"[\w./-]*docs/[\w./-]+\w", node.value)
+                found += [f"{file.relative_to(ROOT)}: {name}" for name in names if name not in packaged]
+    assert not found, "\n".join(found)
+
+
 def test_the_page_of_the_api_has_every_public_name():
     """In its table for readers without a site, and as a section."""
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

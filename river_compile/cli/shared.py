@@ -40,7 +40,9 @@ def _checked_dtype(name: str) -> str:
     return name
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document (docs/river.schema.json).")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document (schema: river_compile/docs/river.schema.json).")
+]
 Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
 Dtype = Annotated[
     str, typer.Option(help="Dtype of the weights: bfloat16, float16 or float32.", callback=_checked_dtype)

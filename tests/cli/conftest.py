@@ -37,3 +37,12 @@ def keyed(tiny):
 @pytest.fixture(autouse=True)
 def _without_inductor(monkeypatch):
     compile_by_operator(monkeypatch)
+
+
+@pytest.fixture
+def chain(served):
+    """LangChain's chat model of the server."""
+    langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    return langchain_openai.ChatOpenAI(
+        base_url=f"{served.url}/v1", api_key="none", model=served.name, temperature=0, max_tokens=400, max_retries=0
+    )

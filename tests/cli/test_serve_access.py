@@ -61,8 +61,10 @@ def test_responses_are_whole_unless_a_stream_is_asked_for(served):
     asked = {"model": served.name, "input": "hello", "max_output_tokens": 8, "temperature": 0}
     answer = served.client.responses.create(**asked)
     assert answer.output_text.rstrip("\ufffd") == expected
-    assert (answer.status, answer.usage.output_tokens) == ("completed", 8)
+    assert (answer.status, answer.usage.output_tokens) == ("incomplete", 8)
+    assert answer.incomplete_details.reason == "max_output_tokens"
     last = [*served.client.responses.create(**asked, stream=True)][-1]
+    assert last.type == "response.incomplete"
     assert last.response.output_text.rstrip("\ufffd") == expected
 
 

@@ -1,49 +1,23 @@
-"""Choices, log-probabilities and forced tool calls of `river serve`, by the clients of OpenAI and LangChain."""
+"""Choices, log-probabilities and ends of texts of `river serve`, by the clients of OpenAI and LangChain."""
 
 import json
 import math
-from typing import Literal
 from urllib.request import Request, urlopen
 
-import jsonschema
 import pytest
 import torch
 import transformers
-from pydantic import BaseModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 openai = pytest.importorskip("openai", reason="the server's packages are not installed")
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
 
 # What follows needs those packages.
-import llguidance.hf  # noqa: E402
 from langchain_core.messages import HumanMessage  # noqa: E402
 
-from river_compile.cli.serving.tools import CallParser, Calls  # noqa: E402
 from tests.support.serving import HELLO, JSON, pieces, whole  # noqa: E402
 
 SAMPLED = {"temperature": 0.9, "top_p": 0.95}
-
-
-class Weather(BaseModel):
-    """Says the weather."""
-
-    sky: Literal["clear", "grey"]
-    days: Literal[1, 2, 30]
-
-
-class Noon(BaseModel):
-    """Waits until noon."""
-
-    day: Literal["today", "tomorrow"]
-
-
-def tool(kind):
-    return {"type": "function", "function": {"name": kind.__name__, "parameters": kind.model_json_schema()}}
-
-
-TOOLS = [tool(Weather), tool(Noon)]
-NAMED = {"type": "function", "function": {"name": "Noon"}}
 
 
 @pytest.fixture(scope="module")
@@ -185,63 +159,12 @@ def test_tokens_of_a_stop_string_have_no_log_probabilities(served):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("choice", "names"), [("required", {"Weather", "Noon"}), (NAMED, {"Noon"})])
-def test_a_forced_call_is_parsed(served, stream, choice, names):
-    options = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
-    answer = served.ask("hello", 100, stream=stream, **options)
-    if stream:
-        chunks = [c.choices[0] for c in answer]
-        assert not any(c.delta.content for c in chunks)
-        (call,) = [call for c in chunks for call in c.delta.tool_calls or ()]
-        assert call.index == 0
-        reason = chunks[-1].finish_reason
-    else:
-        (call,) = answer.choices[0].message.tool_calls
-        assert answer.choices[0].message.content is None
-        reason = answer.choices[0].finish_reason
-    assert call.function.name in names
-    kind = {"Weather": Weather, "Noon": Noon}[call.function.name]
-    jsonschema.validate(json.loads(call.function.arguments), kind.model_json_schema())
-    assert reason == "tool_calls"
-    assert call.id
-
-
-def test_each_choice_has_its_call(served):
-    answer = served.ask("hello", 100, n=2, seed=1, temperature=1.5, tools=TOOLS, tool_choice=NAMED)
-    for choice in answer.choices:
-        (call,) = choice.message.tool_calls
-        Noon.model_validate_json(call.function.arguments)
-
-
-def test_a_call_that_is_cut_is_none(served):
-    choice = served.ask("hello", 5, tools=TOOLS, tool_choice="required").choices[0]
-    assert (choice.message.tool_calls, choice.finish_reason) == (None, "length")
-
-
-def test_a_templates_marks_are_around_several_calls(served):
-    """Of a tokenizer that has one of the marks as a special token."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(served.name)
-    tokenizer.add_tokens("<tool_call>", special_tokens=True)
-    tokenizer.chat_template += "<tool_call></tool_call>"
-    vocabulary = llguidance.hf.from_tokenizer(tokenizer)
-    calls = Calls.of({"tools": TOOLS, "tool_choice": "required"})
-    matcher = llguidance.LLMatcher(vocabulary, calls.grammar(tokenizer, vocabulary))
-    texts = [
-        '{"name": "Noon", "arguments": {"day": "today"}}',
-        '{"name": "Weather", "arguments": {"sky":"grey","days":2}}',
-    ]
-    text = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in texts)
-    for token in tokenizer.encode(text):
-        assert matcher.consume_token(token), text
-    assert matcher.is_accepting()
-    parser = CallParser()
-    found = [event["value"]["function"] for character in text for event in parser.feed(character)]
-    assert found == [
-        {"name": "Noon", "arguments": '{"day": "today"}'}, {"name": "Weather", "arguments": '{"sky":"grey","days":2}'}
-    ]  # fmt: skip
-
-
-NO_NAME = {"type": "function", "function": {"parameters": {}}}
+def test_a_text_that_ends_at_its_last_token_is_whole(served, stream):
+    options = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [7]}}}}
+    for most, reason in ((1, "length"), (2, "stop")):
+        answer = served.ask("hello", most, stream=stream, **options)
+        last = [*answer][-1] if stream else answer
+        assert last.choices[0].finish_reason == reason
 
 
 @pytest.mark.parametrize(
@@ -256,20 +179,6 @@ NO_NAME = {"type": "function", "function": {"parameters": {}}}
         ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
         ("completions", {"logprobs": 6}, "invalid_value", "logprobs"),
         ("completions", {"logprobs": True}, "invalid_value", "logprobs"),
-        ("chat/completions", {"tool_choice": "any"}, "invalid_value", "tool_choice"),
-        ("chat/completions", {"tool_choice": "required"}, "invalid_value", "tool_choice"),
-        ("chat/completions", {"tool_choice": NAMED, "tools": TOOLS[:1]}, "invalid_value", "tool_choice"),
-        ("chat/completions", {"tool_choice": {"type": "x"}, "tools": TOOLS}, "invalid_value", "tool_choice.type"),
-        ("chat/completions", {"tool_choice": {"type": "function"}}, "missing_required_parameter",
-         "tool_choice.function"),
-        ("chat/completions", {"tool_choice": "required", "tools": [NO_NAME]}, "missing_required_parameter",
-         "tools[0].function.name"),
-        ("chat/completions", {"tool_choice": "required", "tools": [{"type": "x"}]}, "invalid_value", "tools[0].type"),
-        ("chat/completions", {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f",
-         "parameters": {"type": "nothing"}}}]}, "invalid_json_schema", "tools[0].function.parameters"),
-        ("chat/completions", {"tools": TOOLS, "parallel_tool_calls": False}, "unsupported_value",
-         "parallel_tool_calls"),
-        ("responses", {"tool_choice": "required"}, "unsupported_value", "tool_choice"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_allowed_is_named(served, path, field, code, param):
@@ -280,14 +189,6 @@ def test_a_value_that_is_not_allowed_is_named(served, path, field, code, param):
     assert param in error["message"]
 
 
-@pytest.fixture
-def chain(served):
-    """LangChain's chat model of the server."""
-    return langchain_openai.ChatOpenAI(
-        base_url=f"{served.url}/v1", api_key="none", model=served.name, temperature=0, max_tokens=400, max_retries=0
-    )
-
-
 def test_langchain_answers_and_streams(served, chain):
     short = chain.bind(max_tokens=8)
     answer = short.invoke("hello")
@@ -295,19 +196,6 @@ def test_langchain_answers_and_streams(served, chain):
     assert answer.usage_metadata["output_tokens"] == 8
     parts = [*short.stream("hello")]
     assert whole("".join(part.content for part in parts)) == served.text("hello")
-
-
-def test_langchain_gets_objects_by_schema_and_by_call(chain):
-    assert chain.with_structured_output(Weather, method="json_schema").invoke("hello").days in (1, 2, 30)
-    assert chain.with_structured_output(Weather, method="function_calling").invoke("hello").sky in ("clear", "grey")
-
-
-def test_langchain_calls_tools(chain):
-    answer = chain.bind_tools([Weather, Noon], tool_choice="any", parallel_tool_calls=False).invoke("hello")
-    (call,) = answer.tool_calls
-    assert {"Weather": Weather, "Noon": Noon}[call["name"]].model_validate(call["args"])
-    parts = chain.bind_tools([Noon], tool_choice="Noon").stream("hello")
-    assert [call["name"] for part in parts for call in part.tool_call_chunks] == ["Noon"]
 
 
 def test_langchain_gets_log_probabilities(chain):

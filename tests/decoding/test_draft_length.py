@@ -80,7 +80,7 @@ def test_drafts_that_do_not_pay_are_not_made():
 
 
 def test_mixtures_of_experts_copy_but_hardly_draft():
-    """Each verified token reads other experts. A step pays once at most, near certain or not; a sure copy is verified."""
+    """Each verified token reads other experts. A step pays once at most; a sure copy is verified."""
     length = rule(0.45, w2=1.7, w4=3.0, w8=5.2, w16=8.6)
     assert [steps_taken(length, probability) for probability in (0.5, 0.8, 0.9, 0.97)] == [0, 0, 0, 0]
     assert length.plan(draft_of(copy=tokens(15, 0.97)), [TWINS]) == Plan("", 0, 15)

@@ -13,11 +13,14 @@ from tests.support.sources import FOLDERS, ROOT
 OURS = ("river_compile", "benchmarks", "examples", "tools", "tests")
 COPIED = (  # files that a build needs besides the folders
     "pyproject.toml",
+    "setup.py",
     "MANIFEST.in",
     "README.md",
     "LICENSE",
     "docs/troubleshooting.md",
+    "docs/river.schema.json",
     "tools/build_backend.py",
+    "tools/index_page.py",
 )
 SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 

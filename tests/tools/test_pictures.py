@@ -55,7 +55,7 @@ def test_every_picture_is_drawn_by_the_table_or_archived_and_shown_on_a_page():
     assert files == shown
 
 
-@pytest.mark.parametrize("name", [name for name in table.PICTURES if name.endswith(".png")])
+@pytest.mark.parametrize("name", [n for n in (*table.PICTURES, *table.ARCHIVED) if n.endswith(".png")])
 def test_pictures_are_no_wider_than_a_page(name):
     with Image.open(table.FOLDER / name) as picture:
         assert picture.width <= WIDEST

@@ -1,5 +1,6 @@
 """An installed wheel, alone in a folder: found by torch, imported at no cost, under one name, without a compiler."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from river_compile.kernels.native import build as native
 from river_compile.kernels.native.build import isas_of
 from river_compile.kernels.native.machine import ARM, X86, target_architecture
-from tests.support.layout import build_wheel, run_python
+from tests.support.layout import ROOT, build_wheel, run_python
 from tools import build_backend
+from tools.index_page import addresses, description
 
 MACHINE = target_architecture()
 TAGS = {("linux", X86): "linux_x86_64", ("linux", ARM): "linux_aarch64", ("darwin", ARM): "macosx_11_0_arm64"}
@@ -74,6 +76,36 @@ def test_importing_prints_nothing_and_loads_neither_torch_nor_triton(installed, 
     code = "import sys, river_compile; assert not {'torch', 'triton', 'transformers'} & set(sys.modules)"
     done = run_python(code, tmp_path, installed)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+RELATIVE = r"\]\((?![a-z]+:|#)"
+
+
+def test_the_page_of_an_index_has_no_link_that_leads_nowhere(installed):
+    """Without the repository's address, links keep their text."""
+    (folder,) = installed.glob("*.dist-info")
+    page = (folder / "METADATA").read_text(encoding="utf-8").partition("\n\n")[2]
+    assert page.startswith("# River Compile")
+    assert not re.search(RELATIVE, page)
+    assert "hardware" in page
+
+
+def test_links_of_an_index_lead_to_the_tag_of_the_release():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = description(readme, "1.2.3", {"RIVER_REPOSITORY_URL": "https://example.org/river/"})
+    assert not re.search(RELATIVE, page)
+    assert page.count("](") == readme.count("](")
+    for target in re.findall(r"https://example.org/river/(?:blob|raw)/v1.2.3/([^)#]+)", page):
+        assert (ROOT / target).exists(), target
+    assert re.search(r"!\[[^]]+\]\(https://example.org/river/raw/v1.2.3/docs/images/", page)
+    assert description("`[a](b)` [a](b) ![c](d)\n```\n[a](b)\n```\n", "1", {}) == "`[a](b)` a \n```\n[a](b)\n```\n"
+
+
+def test_addresses_are_those_of_who_builds():
+    assert set(addresses({})) == {"Paper"}
+    found = addresses({"RIVER_REPOSITORY_URL": "https://example.org/river", "RIVER_SITE_URL": "https://site.org/"})
+    assert found["Repository"] == "https://example.org/river"
+    assert found["Documentation"] == "https://site.org"
 
 
 @pytest.mark.skipif(TAG is None, reason="this machine's wheels carry no compiled kernels")

@@ -97,8 +97,11 @@ class Manager(utils.GenerateManager):
         ids = await self.async_submit(
             model.generate, **self._arguments(model, processor, inputs, gen_config), streamer=streamer
         )
-        text = processor.decode(ids[0, length:], skip_special_tokens=True)
-        return Stops(asked.get().stops).cut(text), length, ids[0, length:]
+        new, stops, limit = ids[0, length:], Stops(asked.get().stops), gen_config.max_new_tokens
+        text = stops.cut(processor.decode(new, skip_special_tokens=True))
+        stopped = stops.stopped or int(new[-1]) in _ends(gen_config)
+        asked.get().ending.cut = limit is not None and len(new) >= limit and not stopped
+        return text, length, new
 
     def generate_streaming(
         self,
@@ -115,12 +118,17 @@ class Manager(utils.GenerateManager):
         parser = CallParser() if asking.calls else response_parser
         logprobs = asking.logprobs and asking.logprobs()
         arguments = self._arguments(model, processor, inputs, gen_config)
-        kept: dict[str, Any] = {"response_parser": parser, "metrics": self.metrics}
+        kept: dict[str, Any] = {
+            "response_parser": parser,
+            "metrics": self.metrics,
+            "limit": gen_config.max_new_tokens,
+            "ends": _ends(gen_config),
+        }
         if logprobs is None:
             streamer = Streamer(tokenizer, loop, queue, **kept)
         else:
             arguments["logits_processor"].insert(0, logprobs)
-            streamer = LoggedStreamer(tokenizer, loop, queue, logprobs=logprobs, ends=_ends(gen_config), **kept)
+            streamer = LoggedStreamer(tokenizer, loop, queue, logprobs=logprobs, **kept)
         ends_with_request(streamer.cancel)
         call = self.submit(model.generate, **arguments, streamer=streamer)
         call.add_done_callback(functools.partial(_tell_end, loop, queue))

@@ -67,7 +67,8 @@ def _refused(request: Request, error: Exception) -> Refused:
     if isinstance(error, HTTPException):
         if error.status_code in _CODES:
             asked = f"{request.method} {short_repr(request.url.path)}"
-            message = f"{asked} is not served; docs/serving.md has the list of routes"
+            routes = ", ".join(sorted({route.path for route in request.app.routes}))
+            message = f"{asked} is not served; the routes are {routes}"
             return Refused(error.status_code, _CODES[error.status_code], message, headers=error.headers)
         return Refused(error.status_code, "invalid_value", str(error.detail), headers=error.headers)
     if isinstance(error, ValueError):  # transformers' and the model's, about what was asked

@@ -18,12 +18,11 @@ class LoggedStreamer(Streamer):
 
     Args:
         logprobs: a processor of the same call.
-        ends: ids that end a text, and are no part of it.
     """
 
-    def __init__(self, *args: Any, logprobs: Logprobs, ends: frozenset[int], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, logprobs: Logprobs, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._logprobs, self._ends = logprobs, ends
+        self._logprobs = logprobs
         self._waiting: list[Token] = []  # have no text yet
         self._begun: list[tuple[int, Token]] = []  # with the beginnings of their texts, of which none is shown
         self._fed = self._shown = 0  # characters

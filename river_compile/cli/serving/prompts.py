@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+import json
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from jinja2 import TemplateError
@@ -24,6 +25,7 @@ from river_compile.cli.serving.connections import check_client
 from river_compile.cli.serving.errors import Refused, invalid
 from river_compile.cli.serving.logprobs import Piece, of_chat, of_completion
 from river_compile.cli.serving.requests import Asked, Body, asked, translated
+from river_compile.cli.serving.responses import edited_events, finished, response_of
 from river_compile.cli.serving.streams import with_errors
 from river_compile.cli.shared import error_line
 
@@ -123,9 +125,11 @@ class _Prepares(_Mixed):
 
     text: str  # the field that has the prompt
     piece = "content"  # the argument of `_build_chunk_sse` that has a piece of an answer
-    logprobs = staticmethod(of_chat)
+    logprobs, collected = staticmethod(of_chat), staticmethod(collected)
     end = "data: [DONE]\n\n"  # after the last event
-    choice = 0  # the index of the choice that a copy of the handler answers
+    # Of a copy of the handler, which answers one choice:
+    choice = 0  # its index
+    asking: Asked
     usage: Usage | None = None  # of all choices
 
     def _validate_request(self, body: Body) -> None:
@@ -136,11 +140,14 @@ class _Prepares(_Mixed):
         return lambda: StreamingResponse(ended(self._events(*args, **kwargs), self.end), media_type="text/event-stream")
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        whole = super()._non_streaming
+        asking, whole = asked.get(), super()._non_streaming
         _check_fit(whole, *args, **kwargs)
 
-        def start() -> Awaitable[Response]:
-            return whole(*args, **kwargs) if asked.get().is_one_text else _whole(self._events(*args, **kwargs))
+        async def start() -> Response:
+            if not asking.is_one_text:
+                return JSONResponse(await self.collected(self._events(*args, **kwargs)))
+            response = await whole(*args, **kwargs)
+            return JSONResponse(self.finished(json.loads(response.body), asking))
 
         return start
 
@@ -150,16 +157,29 @@ class _Prepares(_Mixed):
         usage, streams = Usage(asking.choices), []
         for index in range(asking.choices):
             one = copy.copy(self)
-            one.choice, one.usage = index, usage
-            before = asked.set(asking.of_choice(index))
+            one.choice, one.usage, one.asking = index, usage, asking.of_choice(index)
+            before = asked.set(one.asking)
             response = super(_Prepares, one)._streaming(*args, **kwargs)
             asked.reset(before)
-            streams.append(with_errors(response.body_iterator))
+            streams.append(one.edited(with_errors(response.body_iterator)))
         return streams[0] if len(streams) == 1 else together(streams)
+
+    def edited(self, events: Events) -> Events:
+        """Return a choice's events as clients get them."""
+        return events
+
+    @staticmethod
+    def finished(answer: dict[str, Any], asking: Asked) -> dict[str, Any]:
+        """Return transformers' answer of one choice, in one piece, with its end."""
+        for choice in answer["choices"]:
+            choice["finish_reason"] = asking.ending.reason(choice["finish_reason"])
+        return answer
 
     def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
         if kwargs.get("usage") is not None and self.usage is not None:
             kwargs["usage"] = self.usage.add(kwargs["usage"])
+        if kwargs.get("finish_reason") is not None:
+            kwargs["finish_reason"] = self.asking.ending.reason(kwargs["finish_reason"])
         event: str = super()._build_chunk_sse(*args, **kwargs)
         piece = kwargs.get(self.piece)
         changes = {"logprobs": self.logprobs(piece.tokens)} if isinstance(piece, Piece) else {}
@@ -169,10 +189,6 @@ class _Prepares(_Mixed):
         if modality is utils.Modality.LLM:
             forms.check_only_text(messages)
         return super().get_processor_inputs_from_messages(messages, modality)
-
-
-async def _whole(events: Events) -> Response:
-    return JSONResponse(await collected(events))
 
 
 def _check_fit(generates: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -199,6 +215,10 @@ class Responses(_Prepares, ResponseHandler):
     """Answers /v1/responses."""
 
     text, end = "input", ""
+    collected, finished = staticmethod(response_of), staticmethod(finished)
+
+    def edited(self, events: Events) -> Events:
+        return edited_events(events, self.asking)
 
 
 def prepare(handler: Any, body: bytes, request_id: str) -> tuple[Asked, Callable[[], Any]]:

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llguidance import LLTokenizer
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.response import ResponseHandler
 
 from river_compile.cli.serving import forms
 from river_compile.cli.serving.errors import Refused, invalid
@@ -37,8 +38,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "include": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
-    "tool_choice": ("none", "auto"),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
@@ -67,7 +66,13 @@ _PENALTIES = ("presence_penalty", "frequency_penalty")
 # Fields that transformers' server ignores, and River takes.
 _TAKEN = _INERT | {*_PENALTIES, "response_format", "text"}
 _OF_COMPLETIONS = {"logprobs", "n"}
-_OF_CHATS = _OF_COMPLETIONS | {"parallel_tool_calls", "tool_choice", "top_logprobs"}
+_OF_TOOLS = {"parallel_tool_calls", "tool_choice"}
+_OF_CHATS = _OF_COMPLETIONS | _OF_TOOLS | {"top_logprobs"}
+_TAKEN_BY: dict[type, set[str]] = {
+    ChatCompletionHandler: _OF_CHATS,
+    CompletionHandler: _OF_COMPLETIONS,
+    ResponseHandler: _OF_TOOLS,
+}
 _MOST_LOGPROBS = {"top_logprobs": 20, "logprobs": 5}  # OpenAI's limits, of chats and of completions
 # Other fields: their kind, and how a message names it.
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -85,6 +90,17 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 _TEMPLATES_OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents"}
 
 
+@dataclass
+class Ending:
+    """How a text ended: written by what streams it, read by what tells the client."""
+
+    cut: bool = False  # at the most tokens that were asked for
+
+    def reason(self, told: str) -> str:
+        """Return the `finish_reason` in place of transformers', which looks at numbers of tokens alone."""
+        return "length" if self.cut else "stop" if told == "length" else told
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a request asks besides transformers' settings."""
@@ -95,19 +111,19 @@ class Asked:
     frequency: float = 0.0
     choices: int = 1  # texts
     grammar: Callable[[], Grammar] | None = None  # of one text
-    calls: bool = False  # whether a text is calls of tools, by its grammar
+    calls: Calls | None = None  # that a text is, by its grammar
     logprobs: Callable[[], Logprobs] | None = None  # of one text
+    ending: Ending = field(default_factory=Ending)  # of one text
 
     @property
     def is_one_text(self) -> bool:
         """Whether an answer is the text of one choice, without more."""
-        return self.choices == 1 and not self.calls and self.logprobs is None
+        return self.choices == 1 and self.calls is None and self.logprobs is None
 
     def of_choice(self, index: int) -> Asked:
         """Return what one choice asks: its seed is the first one's plus its index."""
-        if self.seed is None or index == 0:
-            return self
-        return replace(self, seed=(self.seed + index + 2**63) % 2**64 - 2**63)
+        seed = None if self.seed is None else (self.seed + index + 2**63) % 2**64 - 2**63
+        return replace(self, seed=seed, ending=Ending())
 
     def processors(self, length: int) -> list[LogitsProcessor]:
         """Return the processors after a prompt of `length` tokens."""
@@ -154,14 +170,18 @@ def translated(handler: Any, body: Body) -> Asked:
         body["logit_bias"] = _biases(body["logit_bias"])
     stops = _stops(body)
     presence, frequency = (float(body.pop(name, None) or 0) for name in _PENALTIES)
-    calls = Calls.of(body) if isinstance(handler, ChatCompletionHandler) else None
+    calls = Calls.of(body, isinstance(handler, ResponseHandler)) if _has_tools(handler) else None
     grammar = _form(body)
     if calls is not None:  # its calls leave no text that could have a form
         grammar = calls.grammar(*_tokenizer(handler))
     text = None if grammar is None else functools.partial(Grammar, grammar, _tokenizer(handler)[1])
     # (A seed given to transformers would seed the whole process.)
     seed = body.pop("seed", None)
-    return Asked(seed, stops, presence, frequency, choices, text, calls is not None, logprobs)
+    return Asked(seed, stops, presence, frequency, choices, text, calls, logprobs)
+
+
+def _has_tools(handler: Any) -> bool:
+    return isinstance(handler, (ChatCompletionHandler, ResponseHandler))
 
 
 def _tokenizer(handler: Any) -> tuple[Any, LLTokenizer]:
@@ -231,10 +251,8 @@ def _check_prompt(handler: Any, body: Body) -> None:
 
 
 def _check_unsupported(handler: Any, body: Body) -> None:
-    taken = _TAKEN
-    if isinstance(handler, (ChatCompletionHandler, CompletionHandler)):
-        taken = _TAKEN | (_OF_CHATS if isinstance(handler, ChatCompletionHandler) else _OF_COMPLETIONS)
-    for name in sorted((handler._unused_fields | _TRANSFORMERS) & body.keys() - taken):
+    taken = next(fields for kind, fields in _TAKEN_BY.items() if isinstance(handler, kind))
+    for name in sorted((handler._unused_fields | _TRANSFORMERS) & body.keys() - taken - _TAKEN):
         neutral = _NEUTRAL.get(name, ())
         value = body[name]
         if value is not None and not any(type(value) is type(given) and value == given for given in neutral):

@@ -46,19 +46,29 @@ class Tokens:
 
 
 class Streamer(utils.DirectStreamer):
-    """Streams an answer up to a stop string; the call ends at the token after a hang-up (transformers' part)."""
+    """Streams an answer up to a stop string; the call ends at the token after a hang-up (transformers' part).
 
-    def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
+    Args:
+        limit: the most tokens; None: no limit.
+        ends: ids that end a text, and are no part of it.
+        metrics: that count its tokens.
+    """
+
+    def __init__(self, *args: Any, limit: int | None, ends: frozenset[int], metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tokens, self._stops = Tokens(metrics), Stops(asked.get().stops)
+        self._tokens, self._stops, self._ending = Tokens(metrics), Stops(asked.get().stops), asked.get().ending
+        self._limit, self._ends, self._last = limit, ends, -1
         self.ended = False
 
     def put(self, value: Tensor) -> None:
         self._tokens.put(value)
+        self._last = int(value.reshape(-1)[-1])
         super().put(value)
 
     def end(self) -> None:
         self.ended = True
+        stopped = self._last in self._ends or self._stops.stopped
+        self._ending.cut = self._limit is not None and self.total_tokens >= self._limit and not stopped
         super().end()
 
     def _enqueue(self, item: Any) -> None:

@@ -22,7 +22,8 @@ from river_compile.kernels.checks import short_repr
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MARKS = ("<tool_call>", "</tool_call>")
 _ARGUMENTS = '"arguments": '
-_CHOICES = '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
+_CHOICES = '"none", "auto", "required", or {}'
+_FORMS = ('{"type": "function", "function": {"name": ...}}', '{"type": "function", "name": ...}')  # nested and flat
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,15 @@ class Calls:
 
     tools: Sequence[tuple[str, dict[str, Any]]]  # that may be called: names, and schemas of parameters
     several: bool  # whether there may be more than one call
+    choice: object  # the client's `tool_choice`
 
     @classmethod
-    def of(cls, body: dict[str, Any]) -> Calls | None:
-        """Return the calls that a chat completion asks for, None if the answer may be text.
+    def of(cls, body: dict[str, Any], flat: bool = False) -> Calls | None:
+        """Return the calls that a request asks for, None if the answer may be text.
+
+        Args:
+            body: the request.
+            flat: whether name and parameters stand next to the type, as in responses, or in a `function`, as in chats.
 
         Raises:
             Refused: `tool_choice` or a tool has another form than OpenAI's, or names a tool that is none.
@@ -49,13 +55,14 @@ class Calls:
                 raise Refused(400, "unsupported_value", message, "parallel_tool_calls")
             return None
         if choice != "required" and not isinstance(choice, dict):
-            raise invalid(f"tool_choice={short_repr(choice)} is not allowed; give {_CHOICES}", "tool_choice")
-        name = None if choice == "required" else _named(choice)
-        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.get("tools") or ())]
+            allowed = _CHOICES.format(_FORMS[flat])
+            raise invalid(f"tool_choice={short_repr(choice)} is not allowed; give {allowed}", "tool_choice")
+        name = None if choice == "required" else _named(choice, flat)
+        tools = [_tool(tool, f"tools[{i}]", flat) for i, tool in enumerate(body.get("tools") or ())]
         tools = [tool for tool in tools if name in (None, tool[0])]
         if not tools:
             raise invalid(f"tool_choice={short_repr(name or choice)}: tools has no such function", "tool_choice")
-        return cls(tools, name is None and several is not False)
+        return cls(tools, name is None and several is not False, choice)
 
     def grammar(self, tokenizer: Any, vocabulary: LLTokenizer) -> str:
         """Return their grammar, for a tokenizer with the chat template."""
@@ -69,27 +76,36 @@ class Calls:
         return "\n".join(lines) + "\n"
 
 
-def _tool(tool: dict[str, Any], path: str) -> tuple[str, dict[str, Any]]:
+def _function(holder: dict[str, Any], path: str, flat: bool) -> tuple[dict[str, Any], str]:
+    """Return what has a function's name, and its place."""
+    if flat and "function" not in holder:
+        return holder, path
+    place = f"{path}.function"
+    return need(holder.get("function"), dict, place, "an object"), place
+
+
+def _tool(tool: dict[str, Any], path: str, flat: bool) -> tuple[str, dict[str, Any]]:
     """Return name and parameters of a tool."""
     if tool.get("type") != "function":
         raise invalid(f"{path}.type={short_repr(tool.get('type'))} is not 'function'", f"{path}.type")
-    function = need(tool.get("function"), dict, f"{path}.function", "an object")
-    name = need(function.get("name"), str, f"{path}.function.name", "a string")
+    function, place = _function(tool, path, flat)
+    name = need(function.get("name"), str, f"{place}.name", "a string")
     if not _NAME.fullmatch(name):
         allowed = "give up to 64 letters, digits, dots, - or _"
-        raise invalid(f"{path}.function.name={short_repr(name)} is not allowed; {allowed}", f"{path}.function.name")
-    place = f"{path}.function.parameters"
+        raise invalid(f"{place}.name={short_repr(name)} is not allowed; {allowed}", f"{place}.name")
+    place = f"{place}.parameters"
     schema = need(function.get("parameters") or {"type": "object"}, dict, place, "a JSON schema")
     check_schema(schema, place)
     return name, schema
 
 
-def _named(choice: dict[str, Any]) -> str:
+def _named(choice: dict[str, Any], flat: bool) -> str:
     if choice.get("type") != "function":
         shown = short_repr(choice.get("type"))
-        raise invalid(f"tool_choice.type={shown} is not allowed; give {_CHOICES}", "tool_choice.type")
-    function = need(choice.get("function"), dict, "tool_choice.function", "an object")
-    name: str = need(function.get("name"), str, "tool_choice.function.name", "a string")
+        allowed = _CHOICES.format(_FORMS[flat])
+        raise invalid(f"tool_choice.type={shown} is not allowed; give {allowed}", "tool_choice.type")
+    function, place = _function(choice, "tool_choice", flat)
+    name: str = need(function.get("name"), str, f"{place}.name", "a string")
     return name
 
 
