@@ -59,7 +59,7 @@ inline GemmArgs rows_of_expert(const GemmArgs& all, int row, int count, int64_t 
   return a;
 }
 
-// Neighbours that chose the same expert share what is read of its weight.
+// Neighbors that chose the same expert share what is read of its weight.
 inline void moe_gemm(const GemmArgs& a, int part, int parts) {
   for (int row = 0, end; row < a.rows; row = end) {
     const int64_t chosen = a.expert[row];
