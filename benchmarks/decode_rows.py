@@ -70,6 +70,7 @@ ROWS = {
     "exact_16bit": Row("exact", options={"target_weights": "model"}, same_as="no_draft_16bit"),
     "exact_12bit": Row("exact", options={"target_weights": "12bit"}, same_as="no_draft_12bit"),
     **{f"exact_{q}": Row("exact", options={"quantizer": q}, same_as="no_draft") for q in ("gptq", "mse", "hqq", "rtn")},
+    "exact_groups_32": Row("exact", options={"group_size": 32}, same_as="no_draft"),
     "exact_assistant": Row("exact", drafts=SMALL, same_as="no_draft"),
     "exact_assistant_12bit": Row("exact", options={"target_weights": "12bit"}, drafts=SMALL, same_as="no_draft_12bit"),
     "exact_both": Row("exact", drafts=BOTH, same_as="no_draft"),
@@ -77,6 +78,7 @@ ROWS = {
     "budget": Row("river"),  # tuned by default
     "depth_3": Row("river", options={"exit_depth": 3}),
     "all_4bit": Row("river", options={"exit_depth": 0}),
+    "all_4bit_groups_32": Row("river", options={"exit_depth": 0, "group_size": 32}),
     "torch_compile": Row("torch_compile"),
     "torch_compile_all_4bit": Row("torch_compile", options={"exit_depth": 0}),
 }
@@ -86,6 +88,7 @@ SPEED_RATIOS = (
     *(("exact", rival) for rival in ("no_draft", *_RIVALS)),
     *(("exact_assistant", other) for other in ("exact", "no_draft", "llama_cpp_best4", "llama_cpp_draft_small")),
     *(("exact_mse", f"exact_{other}") for other in ("gptq", "hqq", "rtn")),
+    *((f"{row}_groups_32", row) for row in ("exact", "all_4bit")),
     *(("exact_both", other) for other in ("exact", "exact_assistant")),
     *(("exact_assistant_12bit", other) for other in ("exact_12bit", "llama_cpp_q4_0", "llama_cpp_draft_small")),
     *(("fast", other) for other in ("no_draft", "eager", "inductor", "torch_compile")),

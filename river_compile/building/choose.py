@@ -16,7 +16,7 @@ from river_compile.errors import OptionError
 from river_compile.exits import CRITERIA, WHOLE, ExitPolicy
 from river_compile.kernels.measured import Shapes, worth_12_bits
 from river_compile.kernels.native.build import choose_isa
-from river_compile.passes.backbone import own_matmuls, packed_backbone
+from river_compile.passes.backbone import model_matmuls, own_matmuls, packed_backbone
 from river_compile.passes.edits import Pass
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.heads import exit_checks, find_logits, logits_entropy, rescored_head, vocab_blocks
@@ -166,7 +166,8 @@ def why_width_matters(program: RiverProgram, choices: Choices) -> str:
     if not choices.has_own_matmuls:
         return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
     if choices.lowering.native:
-        return ""
+        left = next(model_matmuls(program), None)
+        return "" if left is None else f"{left} is multiplied by the model's operator, as its layout has no kernel"
     missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
     if missed is not None:
         return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"

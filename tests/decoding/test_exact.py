@@ -205,6 +205,13 @@ def test_what_strict_cannot_keep_is_an_error(options):
         exactly(compiled(**options), prompt(), strict=True)
 
 
+def test_strict_names_a_weight_that_the_models_operator_multiplies():
+    """GPT-2 stores its matrices the other way around. A library sums them differently for one row and for several."""
+    reason = r"strict=True for this GPT2LMHeadModel: transformer\.h\.0\.attn\.c_attn\.weight is multiplied by the model's"
+    with pytest.raises(ExactModeError, match=reason):
+        exactly(compiled("gpt2", dtype=torch.bfloat16, kernels="native"), prompt(), strict=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("drafted_at_once", [2, 5])
 def test_after_each_cycle_the_cache_holds_what_passes_of_that_width_write(drafted_at_once, monkeypatch):

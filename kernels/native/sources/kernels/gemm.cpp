@@ -2,13 +2,15 @@
 // library's time to compile, so they are compiled at the same time as kernels.cpp, which has the table of phases.
 #include <climits>
 #include <cstring>
+#include <iterator>
 
 #include "kernels/gemm_f32.h"
 #include "kernels/gemv_int4.h"
 
 #if defined(RIVER_ISA_AMX)
 #include "kernels/gemm_amx.h"
-#elif defined(RIVER_ISA_AVX512_BF16) || defined(RIVER_ISA_NEON_I8MM)
+#endif
+#if defined(RIVER_ISA_AMX) || defined(RIVER_ISA_AVX512_BF16) || defined(RIVER_ISA_NEON_I8MM)
 #include "kernels/gemm_bf16_dot.h"
 #endif
 
@@ -26,13 +28,15 @@ constexpr GemmChoice kGemms[] = {
 #if defined(RIVER_ISA_AMX)
     {kAmxTiles, kBlock, gemm_amx},
     {kAmxTiles, INT_MAX, gemm_amx_multi},
+    {kBFloat16Rows, INT_MAX, gemm_bf16_dot},
 #elif defined(RIVER_ISA_AVX512_BF16) || defined(RIVER_ISA_NEON_I8MM)
     {kBFloat16Rows, INT_MAX, gemm_bf16_dot},
 #else
     {kEvenOdd, INT_MAX, gemm_f32},
 #endif
 };
-extern const int32_t kBFloat16Format = kGemms[2].format;  // kernels.cpp declares it, and `gemm`
+extern const int32_t kBFloat16Format = kGemms[2].format;  // kernels.cpp declares both, and `gemm`
+extern const int32_t kRowsFormat = std::end(kGemms)[-1].format;
 
 inline void gemm_of(const GemmArgs& a, int part, int parts) {
   const GemmChoice* choice = kGemms;
@@ -44,17 +48,29 @@ inline char* row_of(const Epilogue& e, int row) {
   return static_cast<char*>(e.y.data) + row * e.y.stride * bytes_of(e.dtype);
 }
 
+inline int64_t bytes_of_value(int32_t format) { return format == kInt8 ? 1 : format == kBFloat16Rows ? 2 : 4; }
+
 // `count` rows from `row` on, which meet expert number `chosen`.
 inline GemmArgs rows_of_expert(const GemmArgs& all, int row, int count, int64_t chosen) {
   GemmArgs a = all;
-  const int64_t groups = a.groups(), blocks = ceil_div(a.epilogue.out_features, kBlock);
-  a.x.values = static_cast<int8_t*>(a.x.values) + row * a.padded_features();
-  a.x.scale += row * groups;
-  a.x.sum += row * groups;
-  a.x.start += row * groups;
-  a.weight += chosen * blocks * a.padded_features() * kBlock / 2;
-  a.scale_zero += chosen * blocks * groups * kBlock * 2;
-  a.epilogue.y.data = row_of(a.epilogue, row);
+  Epilogue& e = a.epilogue;
+  const int64_t groups = a.groups(), blocks = ceil_div(e.out_features, kBlock), features = e.out_features;
+  a.x.values = static_cast<char*>(a.x.values) + row * a.padded_features() * bytes_of_value(a.x.format);
+  if (a.dense.count) {
+    const char* stack = static_cast<const char*>(a.dense.data[0]);
+    a.dense.data[0] = stack + chosen * features * a.in_features * bytes_of(e.dtype);
+  } else if (a.palette) {
+    a.weight += chosen * blocks * (kBlock / kFour) * ceil_div(a.in_features, kUnit) * kUnitBytes;
+    a.palette += chosen * a.side_each;
+  } else {
+    a.x.scale += row * groups;
+    a.x.sum += row * groups;
+    a.x.start += row * groups;
+    a.weight += chosen * blocks * a.padded_features() * kBlock / 2;
+    a.scale_zero += chosen * blocks * groups * kBlock * 2;
+  }
+  if (e.bias.count) e.bias.data[0] = static_cast<const char*>(e.bias.data[0]) + chosen * features * bytes_of(e.dtype);
+  e.y.data = row_of(e, row);
   a.rows = count;
   return a;
 }
@@ -68,7 +84,7 @@ inline void moe_gemm(const GemmArgs& a, int part, int parts) {
       gemm_of(rows_of_expert(a, row, end - row, chosen), part, parts);
     else
       for (int r = row; part == 0 && r < end; ++r)
-        std::memset(row_of(a.epilogue, r), 0, a.epilogue.out_features * bytes_of(a.epilogue.dtype));
+        std::memset(row_of(a.epilogue, r), 0, a.epilogue.width() * bytes_of(a.epilogue.dtype));
   }
 }
 
