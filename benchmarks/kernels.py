@@ -26,7 +26,7 @@ from river_compile.kernels.triton.linear import LinearSpec
 from river_compile.kernels.triton.loader import device_name, load
 from river_compile.kernels.triton.spec import Buffer, KernelSpec
 from tools.kernels.cost_model import rows_of
-from tools.kernels.cost_model import seconds as modelled
+from tools.kernels.cost_model import seconds as modeled
 from tools.kernels.devices import known
 from tools.kernels.shapes import MODELS, model_kernels
 from tools.kernels.tune import copies_beyond_cache, first_line, measure_on_gpu, time_calls
@@ -96,7 +96,7 @@ def timing(label: str, spec: KernelSpec) -> Timing | None:
         measure_on_gpu(spec),
         moved,
         torch_linear_seconds(spec),
-        modelled(spec, known(device_name(torch.cuda.current_device()))),
+        modeled(spec, known(device_name(torch.cuda.current_device()))),
     )
 
 

@@ -90,7 +90,7 @@ class Columns:
     Args:
         answers: at least one; speeds and words are compared with the first.
         width: in characters.
-        stars: put stars around words that differ, for output without colours.
+        stars: put stars around words that differ, for output without colors.
     """
 
     def __init__(self, answers: Sequence[Answer], width: int, stars: bool = False) -> None:

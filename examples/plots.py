@@ -22,7 +22,7 @@ from river_compile.runtime.stats import CycleRecord, StepRecord
 _DPI = 110
 PAGE_WIDTH = 900 / _DPI  # inches, of the manual
 _PER_LINE = 16
-_SOURCES = {  # of a token in exact mode: colour and meaning
+_SOURCES = {  # of a token in exact mode: color and meaning
     "river": ("#2a78b5", "drafted by the twins"),
     "lookup": ("#3a9a5c", "copied from the context"),
     "backbone": ("#d98324", "chosen by the 16-bit layers"),
@@ -34,7 +34,7 @@ def plot_trace(trace: Trace, path: str | Path, texts: Sequence[str] | None = Non
     """Draw a trace's tokens above their texts as a PNG; return the path.
 
     Bars are exit depths. Where cycles of exact mode were recorded, they are the tokens' places in their cycles,
-    coloured by where the tokens came from.
+    colored by where the tokens came from.
 
     Args:
         trace: of `river_compile.trace`.
@@ -56,10 +56,10 @@ def plot_calibration(found: ExitRule, path: str | Path) -> Path:
     figure = new_figure(PAGE_WIDTH, 4.6)
     axes = figure.subplots()
     axes.axhline(found.budget if is_kl else 1 - found.budget, color="tab:red", linewidth=1, label="budget")
-    for passed, label, colour in _VERDICTS:
+    for passed, label, color in _VERDICTS:
         shown = [c for c in found.candidates if c.passed is passed]
         if shown:
-            axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=colour, label=label, zorder=2)
+            axes.scatter([c.cost for c in shown], [c.loss for c in shown], c=color, label=label, zorder=2)
     best = found.chosen
     axes.scatter([best.cost], [best.loss], s=160, facecolors="none", edgecolors="black", label="chosen", zorder=3)
     what = "KL" if is_kl else "disagreement"
@@ -95,18 +95,18 @@ def _plot_depths(path: str | Path, texts: Sequence[str] | None, steps: Sequence[
     mean = sum(step.depth for step in steps) / len(steps)
     title = f"Exit depth of {len(steps)} tokens, mean {mean:.2f} of {num_blocks} layers"
     highest = max(num_blocks, 1)
-    colours = colormaps["viridis_r"]
+    colors = colormaps["viridis_r"]
     figure = _lines_of_tokens(names, highest, room=1.15, what="exit depth")
     figure.suptitle(title)
     for i, step in enumerate(steps):
         axes, x = figure.axes[i // _PER_LINE], i % _PER_LINE
-        axes.bar(x, step.depth, color=colours(step.depth / highest), width=0.9)
+        axes.bar(x, step.depth, color=colors(step.depth / highest), width=0.9)
         axes.text(x, step.depth, str(step.depth), ha="center", va="bottom", fontsize=7)
     return save_figure(figure, path)
 
 
 def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence[CycleRecord]) -> Path:
-    """Draw each token that exact mode kept as high as its place in its cycle, coloured by where it came from.
+    """Draw each token that exact mode kept as high as its place in its cycle, colored by where it came from.
 
     Each cycle climbs like a staircase; grey outlines on its last step are rejected drafts.
     """
@@ -127,7 +127,7 @@ def _plot_cycles(path: str | Path, texts: Sequence[str] | None, cycles: Sequence
                 axes.axvline(x - 0.5, color="0.85", linewidth=0.8, zorder=0)
         if more:
             axes.bar(x, more, bottom=height, facecolor="none", edgecolor="0.6", linewidth=0.8, width=0.9)
-    handles = [Patch(color=colour, label=meaning) for colour, meaning in _SOURCES.values()]
+    handles = [Patch(color=color, label=meaning) for color, meaning in _SOURCES.values()]
     handles.append(Patch(facecolor="none", edgecolor="0.6", label="drafted, rejected"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save_figure(figure, path)

@@ -37,7 +37,7 @@ def kv_fill(
         k_cache, v_cache: ``[B, J, S, D]`` in qkv.dtype, features contiguous. Mutated.
         norm: "rms" or "rms_plus_one" with q_norm and k_norm, else "none".
         eps: of the norm.
-        interleaved: whether rotated pairs are neighbours instead of R / 2 apart.
+        interleaved: whether rotated pairs are neighbors instead of R / 2 apart.
 
     Returns:
         The query ``[B, H, D]`` in qkv.dtype, for several positions ``[B, T, H, D]``.

@@ -60,7 +60,7 @@ class ExpertMatmul:
 
 
 def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
-    """Recognise ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
+    """Recognize ``grouped_mm(x, weight, offs)``, ``bmm(x, weight)`` and ``bmm(weight[chosen], x)``."""
     if not is_tensor(node) or node.op != "call_function" or len(node.args) != 2:
         return None
     left, right = node.args

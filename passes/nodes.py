@@ -157,14 +157,14 @@ def sizes_of(value: Tensor) -> tuple[int | str, ...]:
     return tuple(str(n) if fixed is None else fixed for n, fixed in zip(value.shape, known, strict=True))
 
 
-def closure(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+def closure(nodes: Iterable[fx.Node], neighbors: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(neighbours(node))
+            stack.extend(neighbors(node))
     return found
 
 
@@ -318,7 +318,7 @@ class Linear:
 
 
 def as_linear(node: fx.Node) -> Linear | None:
-    """Recognise a linear layer of parameters: ``F.linear``, ``addmm``, ``x @ weight.T`` (Falcon)."""
+    """Recognize a linear layer of parameters: ``F.linear``, ``addmm``, ``x @ weight.T`` (Falcon)."""
     bias = None
     if called(node, F.linear) and len(node.args) == 3:
         x, weight, bias = node.args
@@ -352,6 +352,6 @@ def as_sdpa(node: fx.Node) -> Sdpa | None:
 
 
 def inference_sdpa(node: Argument) -> Sdpa | None:
-    """Recognise attention over heads ``[B, H, T, D]`` without dropout."""
+    """Recognize attention over heads ``[B, H, T, D]`` without dropout."""
     found = as_sdpa(node) if isinstance(node, fx.Node) else None
     return found if found and not found.dropout and rank(found.q) == 4 else None

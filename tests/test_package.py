@@ -176,7 +176,7 @@ def test_a_wheel_holds_every_module_below_river_compile(wheel):
 
 
 def test_a_wheel_registers_the_backend(wheel):
-    """The wheel's metadata has the entry points by which TorchDynamo and lm-eval find the package, and the licence."""
+    """The wheel's metadata has the entry points by which TorchDynamo and lm-eval find the package, and the license."""
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         text = archive.read(entry_points).decode()

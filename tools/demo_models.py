@@ -45,7 +45,7 @@ class Source:
     title: str  # for people
     parts: tuple[tuple[str, str], ...]  # a PyPI package and the path of a piece of the file in it, in order
     filename: str  # of the whole file
-    terms: str  # the model's licence
+    terms: str  # the model's license
     tuned_from: str = ""  # the model that this one is trained from; it has no file then
     stretched_from: str = ""  # the model that this one is stretched from, to so many layers; it has no parts then
     layers: int = 0

@@ -49,6 +49,7 @@ WORDS = {
     r"for good": "permanently",
     r"doubt|doubts|doubted": "defer, uncertain",
     r"(?:go|goes|went|going) on": "continue",
+    r"\w*(?:colour|favour|behaviour|neighbour)\w*|licences?|modelled|labelled|recognise[ds]": "the American spelling",
 }
 _WORDS = [(re.compile(rf"(?<![\w-])(?:{word})(?![\w-])", re.IGNORECASE), say) for word, say in WORDS.items()]
 _INLINE = re.compile(r"``.+?``|`[^`]+`|\"[\w-]+\"", re.DOTALL)  # a quoted word is a value

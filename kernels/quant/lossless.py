@@ -43,7 +43,7 @@ _PALETTE = 16
 
 # 8 bits: qweight int8 or float8_e4m3fn [N, K] and scale float32 [N, 1], or for integers [N, K / 32]. They come from
 # torchao's weight-only tensors, and from floats loaded from quantized files (GGUF's Q8_0, compressed-tensors). Each
-# value is an 8-bit number times the scale of its row, or of its 128, 64 or 32 neighbours, rounded to the weight's
+# value is an 8-bit number times the scale of its row, or of its 128, 64 or 32 neighbors, rounded to the weight's
 # dtype. The numbers are recovered exactly, and the scales so that every value rounds to the weight's.
 GROUP_8BIT = 32
 _SHARING = (128, 64, GROUP_8BIT)  # features that may share a scale, if a row has several
@@ -237,7 +237,7 @@ def _rounding_interval(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if magnitudes.dtype == torch.float32 else torch.float32
     bits = magnitudes.view(_BITS[magnitudes.dtype])
     below, value, above = ((bits + step).view(magnitudes.dtype).to(wide) for step in (-1, 0, 1))
-    # Ties round to the even neighbour.
+    # Ties round to the even neighbor.
     beyond = (bits & 1).to(wide) * (2 * torch.finfo(wide).eps)
     return (below + value) / 2 * (1 + beyond), (value + above) / 2 * (1 - beyond)
 

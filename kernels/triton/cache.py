@@ -148,7 +148,7 @@ class KvFillSpec(CacheSpec):
     # Only the indexed slots change; an index outside of the cache writes nothing.
     rotary_dim: int = 0  # R, an even number up to D; 0 for no rotary embedding
     rotary_dtype: str = "bfloat16"  # of cos and sin
-    interleaved: bool = False  # whether rotated pairs are neighbours instead of R / 2 apart
+    interleaved: bool = False  # whether rotated pairs are neighbors instead of R / 2 apart
     rotary_rows: int = 1  # sequences of cos and sin: B, or 1 for shared positions
     head_norm: str = "none"  # "rms" or "rms_plus_one" for queries and keys
     eps: float = 1e-6  # as in torch

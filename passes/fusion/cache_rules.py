@@ -160,7 +160,7 @@ def _cached_attention(view: BlockView) -> tuple[fx.Node, Attention]:
         found = attention(node)
         if found is not None and found.k in view.entries and found.v in view.entries:
             return node, found
-    raise NoMatch("no attention over a static cache was recognised")
+    raise NoMatch("no attention over a static cache was recognized")
 
 
 def _fixed_sizes(cache: fx.Node) -> tuple[int, int]:

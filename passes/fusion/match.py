@@ -117,7 +117,7 @@ class Part:
 
 
 def part(node: Argument) -> Part | None:
-    """Recognise ``x[..., a:b:c]``, ``x.split(...)[i]`` and ``x.chunk(...)[i]``."""
+    """Recognize ``x[..., a:b:c]``, ``x.split(...)[i]`` and ``x.chunk(...)[i]``."""
     if not called(node, operator.getitem):
         return None
     source, index = node.args

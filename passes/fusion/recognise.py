@@ -1,4 +1,4 @@
-"""Recognises norms, activations, rotary embeddings and attention by the nodes that compute them.
+"""Recognizes norms, activations, rotary embeddings and attention by the nodes that compute them.
 
 Not handled: norms without a weight, rotations whose tables hold each angle once, complex rotations.
 """
@@ -44,7 +44,7 @@ class Normed:
 
 
 def norm(node: Argument) -> Normed | None:
-    """Recognise RMSNorm (with 1 + weight too) and LayerNorm, called or written out, of one dtype."""
+    """Recognize RMSNorm (with 1 + weight too) and LayerNorm, called or written out, of one dtype."""
     node = skip_noops(node)
     found = _called_norm(skip_casts(node)) or _written_rms(skip_casts(node))
     if found is None or not same_dtype(found.x, node):
@@ -124,7 +124,7 @@ class Rotation:
 
 
 def rotation(node: Argument) -> Rotation | None:
-    """Recognise ``x * cos + rotate_half(x) * sin`` of whole heads or their first features."""
+    """Recognize ``x * cos + rotate_half(x) * sin`` of whole heads or their first features."""
     node = skip_casts(skip_noops(node))
     joined = _pair(node, torch.cat)
     if joined is None:
@@ -197,7 +197,7 @@ class Attention:
 
 
 def attention(node: Argument) -> Attention | None:
-    """Recognise `portable.grouped_attention`, torch's, and attention written out as matmuls and softmax."""
+    """Recognize `portable.grouped_attention`, torch's, and attention written out as matmuls and softmax."""
     found = inference_sdpa(node)
     if found is not None:
         k, v = skip_repeat(found.k), skip_repeat(found.v)

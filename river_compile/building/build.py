@@ -45,7 +45,7 @@ def build(
     model: ModelRecord,
     graph: GraphRecord,
 ) -> RiverExecutor:
-    """Build a recognised decoder on its real inputs, in order, and fill in the records."""
+    """Build a recognized decoder on its real inputs, in order, and fill in the records."""
     config, plan, inputs = graph.config, found.plan, [*values.values()]
     how = choose_lowering(config, plan.device, calls_flex_attention(plan.graph.nodes))
     if how.layout == TRITON_LAYOUT:

@@ -50,7 +50,7 @@ def chat(
 ) -> None:
     """Chat with a model. Green tokens were drafted by twins, blue by an assistant, cyan ones copied from the context.
 
-    With `--quality fast` the colour shows how many layers a token ran through.
+    With `--quality fast` the color shows how many layers a token ran through.
     """
     from river_compile.api.accelerate import accelerate
     from river_compile.cli.shared import load_assistant, start

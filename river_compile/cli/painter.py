@@ -1,4 +1,4 @@
-"""A streamer that colours tokens by their source."""
+"""A streamer that colors tokens by their source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HALF = "\ufffd"  # a tokenizer's output for half a character
 
 
 class Painter(Clock):
-    """Streams a text, each token in the colour of its source or exit depth.
+    """Streams a text, each token in the color of its source or exit depth.
 
     In exact mode (`by_cycle`) the tokens of a cycle appear together, since their sources are known after it.
     """

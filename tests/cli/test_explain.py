@@ -65,7 +65,7 @@ def test_the_page_is_whole_and_needs_nothing_else(file):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_shows_the_page(file, tmp_path):
-    """A screenshot has the page's size and more than a blank page's colours."""
+    """A screenshot has the page's size and more than a blank page's colors."""
     from PIL import Image
 
     picture = tmp_path / "page.png"

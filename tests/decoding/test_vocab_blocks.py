@@ -52,7 +52,7 @@ class TestWhichTokens:
         assert wanted[:first].all()
         assert not wanted[first:].any()
 
-    def test_what_was_seen_and_its_neighbours(self):
+    def test_what_was_seen_and_its_neighbors(self):
         tokens = VocabBlocks(VOCABULARY)
         before = tokens.numbers
         tokens.add(torch.tensor([[3, 5], [7, 7]]))

@@ -97,7 +97,7 @@ def test_folders_and_locales(surroundings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_narrow_terminal_without_colours(tmp_path):
+def test_a_narrow_terminal_without_colors(tmp_path):
     """Tables wrap and lose nothing; with NO_COLOR no escape code is written, even to a terminal."""
     folder = save_tiny_llama(tmp_path / "tiny")
     wide, narrow = (

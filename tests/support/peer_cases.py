@@ -281,7 +281,7 @@ INPUTS = [
     call("position_ids that begin later", more=lambda _: positions(4)),
     call("logits_to_keep", ANY, more=lambda _: {"logits_to_keep": 1}),
     only("an id that the vocabulary lacks", lambda _: {"input_ids": torch.tensor([[5, VOCABULARY + 3]])}, RAISES),
-    call("an argument that nobody knows", RAISES, more=lambda _: {"colour": "red"}),
+    call("an argument that nobody knows", RAISES, more=lambda _: {"color": "red"}),
     only(
         "a mask of another length", lambda _: {**text(), "attention_mask": torch.ones(1, 4, dtype=torch.long)}, RAISES
     ),

@@ -7,7 +7,7 @@ A captured graph behaves unlike plain code in ways that a test on a CPU would no
 - what a unit made for itself is filled the same way when its replay has ended;
 - a replay sees no slot but those that its unit reads, and raises where one of them lies elsewhere than at capture.
 
-Not handled: a GPU's behaviour. Kernels that cannot be captured, streams and memory pools are seen by the CUDA device
+Not handled: a GPU's behavior. Kernels that cannot be captured, streams and memory pools are seen by the CUDA device
 alone.
 """
 

@@ -320,7 +320,7 @@ class TestEdited:
             {"group_size": "32"},
             {"sqnr": None},
             {"sqnr": "good"},
-            {"colour": "red"},
+            {"color": "red"},
             {"quantizer": ["hqq"]},
             {"shape": [64, 1e400]},
             {"experts": 3},

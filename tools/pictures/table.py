@@ -49,7 +49,7 @@ ARCHIVED = {
     "quality_fills.png": _QUALITY,
     "quality_frontier.png": _QUALITY,
     "quality_similarity.png": _QUALITY,
-    "scores.png": "python -m benchmarks.scores --model smollm2 gemma3-270m qwen-coder-0.5b qwen-coder-1.5b --picture FILE",
+    "scores.png": "python -m benchmarks.scores --picture FILE, with the models of benchmarks/results/scores.jsonl",
 }
 
 

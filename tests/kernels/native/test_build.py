@@ -93,7 +93,7 @@ def script(path, *lines):
 @pytest.mark.parametrize(
     ("does", "says"),
     [
-        ("echo the licence ran out >&2; exit 1", "the licence ran out"),
+        ("echo the license ran out >&2; exit 1", "the license ran out"),
         ("exit 7", "exit status 7"),
         ("", "wrote nothing"),
     ],

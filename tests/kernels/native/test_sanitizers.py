@@ -42,7 +42,7 @@ def test_the_pool_runs_each_part_once_and_phases_one_after_another(sanitizer, se
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_each_phase_under_the_address_sanitizer():
-    """And undefined behaviour, with the kernels of this machine's best instruction set."""
+    """And undefined behavior, with the kernels of this machine's best instruction set."""
     sanitized.starter(sanitized.ADDRESS)
     program.run(sanitized.library(build.supported_isas()[0]), flags=sanitized.ADDRESS).check()
 

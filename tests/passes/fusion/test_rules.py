@@ -97,7 +97,7 @@ def test_a_full_ring_buffer_is_left_to_inductor():
     assert_same(fused, run(graph_module, inputs, OPERATORS))
     missed = {f.rule: f.missed for f in fused[2] if f.missed}
     assert set(missed) == set(BLOCK_RULES)
-    assert missed["attention"] == "no attention over a static cache was recognised"
+    assert missed["attention"] == "no attention over a static cache was recognized"
 
 
 @examples(25)

@@ -117,7 +117,7 @@ def test_the_shipped_table_is_the_cost_models(device):
         assert table[shipped.form_of(fields)] == shipped.tiles_of(fields, DEVICES[device])
 
 
-def test_an_entry_that_its_neighbours_give_is_not_needed():
+def test_an_entry_that_its_neighbors_give_is_not_needed():
     entries = {(64, 64): (1,), (128, 64): (1,), (256, 64): (2,), (512, 64): (2,), (1024, 64): (2,)}
     kept = shipped.needed(entries)
     assert len(kept) < len(entries)

@@ -151,7 +151,7 @@ RIVER_EXPORTED void river_round_block(const float* left, const float* scale, con
 
 // counts: [256], how many weights have each upper byte; those of earlier calls are added to.
 RIVER_EXPORTED void river_count_upper(const uint16_t* weights, int64_t count, int64_t* counts) {
-  int64_t several[4][256] = {};  // (neighbours mostly have the same one, and an addition waits for the one before it)
+  int64_t several[4][256] = {};  // (neighbors mostly have the same one, and an addition waits for the one before it)
   for (int64_t i = 0; i < count; ++i) ++several[i % 4][weights[i] >> 8];
   for (const auto& of : several)
     for (int byte = 0; byte < 256; ++byte) counts[byte] += of[byte];

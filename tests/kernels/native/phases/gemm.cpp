@@ -161,7 +161,7 @@ void check_form(Case& c, Form form) {
   if (form == k12Bits) expect_bits_of_dense(c, p, dense);
 }
 
-// Neighbours share an expert, or have numbers that no expert has.
+// Neighbors share an expert, or have numbers that no expert has.
 void check_experts(Case& c) {
   Random& r = c.random;
   Product p = draw_product(c, kInt4Experts);
