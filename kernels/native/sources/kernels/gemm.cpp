@@ -73,9 +73,9 @@ inline GemmArgs rows_of_expert(const GemmArgs& all, int row, int count, int64_t 
   return a;
 }
 
-// Calls f(first row, how many, their expert) for neighbours that chose the same.
+// Calls f(first row, how many, their expert) for neighbors that chose the same.
 template <class F>
-void for_neighbours(const GemmArgs& a, const F& f) {
+void for_neighbors(const GemmArgs& a, const F& f) {
   for (int row = 0, end; row < a.rows; row = end) {
     const int64_t chosen = a.expert[row];
     for (end = row + 1; end < a.rows && a.expert[end] == chosen;) ++end;
@@ -83,15 +83,15 @@ void for_neighbours(const GemmArgs& a, const F& f) {
   }
 }
 
-// Neighbours share what is read of their expert's weight. A part reads on in as few experts as it can, since the first
+// Neighbors share what is read of their expert's weight. A part reads on in as few experts as it can, since the first
 // rows of each are not fetched ahead: parts split the blocks of all experts, behind one another.
 inline void moe_gemm(const GemmArgs& a, int part, int parts) {
   const int64_t blocks = a.epilogue.blocks();
   const auto cost_of = [](int count) { return ceil_div(int64_t(count), int64_t(4)); };  // of a block
   int64_t total = 0, before = 0;
-  for_neighbours(a, [&](int, int count, int64_t chosen) { total += chosen < 0 ? 0 : blocks * cost_of(count); });
+  for_neighbors(a, [&](int, int count, int64_t chosen) { total += chosen < 0 ? 0 : blocks * cost_of(count); });
   const Share mine = share_of(total, part, parts);
-  for_neighbours(a, [&](int row, int count, int64_t chosen) {
+  for_neighbors(a, [&](int row, int count, int64_t chosen) {
     if (chosen < 0) {
       for (int r = row; part == 0 && r < row + count; ++r)
         std::memset(row_of(a.epilogue, r), 0, a.epilogue.width() * bytes_of(a.epilogue.dtype));
