@@ -167,7 +167,7 @@ def why_width_matters(program: RiverProgram, choices: Choices) -> str:
         return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
     if choices.lowering.native:
         left = next(model_matmuls(program), None)
-        return "" if left is None else f"{left} is multiplied by the model's operator, as its layout has no kernel"
+        return "" if left is None else f"{left} is multiplied by the model's operator: no kernel reads its form"
     missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
     if missed is not None:
         return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"
