@@ -79,6 +79,14 @@ def test_drafts_that_do_not_pay_are_not_made():
     assert steps_taken(rule(0.3, each_token=1.0), 0.9) == 0
 
 
+def test_mixtures_of_experts_copy_but_hardly_draft():
+    """Each verified token reads other experts. A step pays once at most; a sure copy is verified."""
+    length = rule(0.45, w2=1.7, w4=3.0, w8=5.2, w16=8.6)
+    assert [steps_taken(length, probability) for probability in (0.5, 0.8, 0.9, 0.97)] == [0, 0, 0, 0]
+    assert length.plan(draft_of(copy=tokens(15, 0.97)), [TWINS]) == Plan("", 0, 15)
+    assert steps_taken(rule(0.25, w2=1.3, w4=2.4, w8=4.0, w16=7.0), 0.9) == 1
+
+
 def test_a_length_decided_at_once_is_that_of_steps_decided_one_by_one():
     """Where the tokens hold as often as the average says, so that a step tells nothing new."""
     for step, each_token in ((0.01, 0.0), (0.1, 0.02), (0.3, 0.0), (0.3, 0.1)):
