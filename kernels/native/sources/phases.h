@@ -115,10 +115,12 @@ struct GemmArgs {
   int32_t rows, in_features, group_size, experts;
   int64_t side_each;           // int32s from one expert's palette to the next
   int32_t in_8_bits, grouped;  // kInt8s or kFloat8s, and whether every 32 input features have a scale; 0 otherwise
+  Share only;                  // of its blocks of output features, those that a part computes; end 0: its share of all
   Epilogue epilogue;
 
   int64_t groups() const { return ceil_div(in_features, group_size); }
   int64_t padded_features() const { return groups() * group_size; }
+  Share blocks_of(int part, int parts) const { return only.end ? only : share_of(epilogue.blocks(), part, parts); }
   // Two blocks of 16 output features as bfloat16.
   int64_t unpacked_bytes() const { return 2 * 2 * kBlock * ceil_div(int64_t(in_features), kUnit) * kUnit; }
 };

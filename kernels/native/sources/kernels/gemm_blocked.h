@@ -35,7 +35,7 @@ template <class Microkernel>
 void gemm_blocked(const GemmArgs& a, int part, int parts, const Microkernel& microkernel,
                   int together = kRowsTogether) {
   for (int first = 0; first < a.rows; first += together)
-    for (auto [n, end] = share_of(a.epilogue.blocks(), part, parts); n < end; ++n)
+    for (auto [n, end] = a.blocks_of(part, parts); n < end; ++n)
       for (int row = first; row < std::min(first + together, a.rows); row += kBlock)
         gemm_block<16>(a, n, row, std::min(kBlock, a.rows - row), microkernel);
 }
