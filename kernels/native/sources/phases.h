@@ -276,23 +276,23 @@ struct Phase {
 
 // The phases of one instruction set.
 struct Kernels {
-  Run prepare;        // PrepareArgs
-  Run gemm;           // GemmArgs
-  Run gemm_epilogue;  // LibraryEpilogueArgs
-  Run kv_fill;        // KvFillArgs
-  Run attend;         // AttentionArgs
-  Run combine;        // AttentionArgs
-  Run attend_prompt;  // PromptArgs
-  Run rescore;        // RescoreArgs
-  Run exit_score;     // ScoreArgs
-  Run weigh;          // ChoiceArgs
-  Run choose;         // ChoiceArgs
-  Run sort;           // SortArgs
-  Run combine_experts;  // CombineArgs
-  Run route;          // RouteArgs
-  int32_t bfloat16;   // format of the activations that bfloat16 weights meet
+  Run prepare;               // PrepareArgs
+  Run gemm;                  // GemmArgs
+  Run gemm_epilogue;         // LibraryEpilogueArgs
+  Run kv_fill;               // KvFillArgs
+  Run attend;                // AttentionArgs
+  Run combine;               // AttentionArgs
+  Run attend_prompt;         // PromptArgs
+  Run rescore;               // RescoreArgs
+  Run exit_score;            // ScoreArgs
+  Run weigh;                 // ChoiceArgs
+  Run choose;                // ChoiceArgs
+  Run sort;                  // SortArgs
+  Run combine_experts;       // CombineArgs
+  Run route;                 // RouteArgs
+  int32_t bfloat16;          // format of the activations that bfloat16 weights meet
   int32_t rows_of_bfloat16;  // the same where every row lies by itself
-  bool vectors;       // whether matmuls of 16-bit weights and any number of rows are fast
+  bool vectors;              // whether matmuls of 16-bit weights and any number of rows are fast
 };
 
 }  // namespace river

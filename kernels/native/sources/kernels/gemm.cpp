@@ -24,12 +24,9 @@ struct GemmChoice {
 
 // The first that fits is taken.
 constexpr GemmChoice kGemms[] = {
-    {kInt8, INT_MAX, gemv_int4},
-    {kFloats, INT_MAX, gemm_f32},
+    {kInt8, INT_MAX, gemv_int4},   {kFloats, INT_MAX, gemm_f32},
 #if defined(RIVER_ISA_AMX)
-    {kAmxTiles, kBlock, gemm_amx},
-    {kAmxTiles, INT_MAX, gemm_amx_multi},
-    {kBFloat16Rows, INT_MAX, gemm_bf16_dot},
+    {kAmxTiles, kBlock, gemm_amx}, {kAmxTiles, INT_MAX, gemm_amx_multi}, {kBFloat16Rows, INT_MAX, gemm_bf16_dot},
 #elif defined(RIVER_ISA_AVX512_BF16) || defined(RIVER_ISA_NEON_I8MM)
     {kBFloat16Rows, INT_MAX, gemm_bf16_dot},
 #else

@@ -11,7 +11,7 @@
 
 namespace river {
 
-void gemm(const void* args, int part, int parts);  // gemm.cpp
+void gemm(const void* args, int part, int parts);   // gemm.cpp
 extern const int32_t kBFloat16Format, kRowsFormat;  // gemm.cpp
 
 namespace {

@@ -125,10 +125,10 @@ inline void describe_stack(LinearCall& call, const Tensor& x, int64_t rows, int6
   a.epilogue.bias = {{vector_of(bias, x, a.experts * n, name)}, {0, int32_t(n)}, 1};
 }
 
-inline Tensor mixture(const Tensor& x, const Tensor& index, const Tensor& weight, const Tensor& up, const Maybe& up_side,
-                      const Maybe& up_bias, int64_t up_group, const Tensor& down, const Maybe& down_side,
-                      const Maybe& down_bias, int64_t down_group, int64_t features, const std::string& activation,
-                      bool pairs, const Maybe& residual) {
+inline Tensor mixture(const Tensor& x, const Tensor& index, const Tensor& weight, const Tensor& up,
+                      const Maybe& up_side, const Maybe& up_bias, int64_t up_group, const Tensor& down,
+                      const Maybe& down_side, const Maybe& down_bias, int64_t down_group, int64_t features,
+                      const std::string& activation, bool pairs, const Maybe& residual) {
   check(x.dim() == 2 && x.is_contiguous() && x.size(1) > 0, "x", "be a contiguous matrix");
   check(index.is_cpu() && index.scalar_type() == ScalarType::Long && index.is_contiguous() && index.dim() == 2 &&
             index.size(0) == x.size(0) && index.size(1) > 0,

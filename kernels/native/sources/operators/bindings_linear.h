@@ -105,8 +105,7 @@ inline LinearCall in_12_bits(const Tensor& x, const Tensor& units, const Tensor&
   const auto* numbers = static_cast<const int32_t*>(side.data_ptr());
   const int64_t each = side.numel() / experts;
   bool fits = side.is_cpu() && side.scalar_type() == ScalarType::Int && side.is_contiguous() && each >= 5 + fours;
-  for (int64_t i = 0; fits && i < experts; ++i)
-    fits = each >= 5 + fours + 2 * int64_t(numbers[i * each + 4 + fours]);
+  for (int64_t i = 0; fits && i < experts; ++i) fits = each >= 5 + fours + 2 * int64_t(numbers[i * each + 4 + fours]);
   STD_TORCH_CHECK(fits, "scale_zero is not the palette and the patches of weights in 12 bits with these features");
   LinearCall call;
   call.gemm.side_each = each;
