@@ -117,7 +117,8 @@ void check_route(Case& c) {
   for (int64_t row = 0; row < a.rows; ++row) {
     const int kind = r.between(0, 5);  // equal ones, a NaN, or experts that nothing chooses
     for (int64_t i = 0; kind < 3 && i < n; ++i)
-      if (r.one_in(3) && (kind != 2 || i > 0)) logits.set(row * stride + i, kind == 0 ? 2 : kind == 1 ? kNaN : -kInfinity);
+      if (r.one_in(3) && (kind != 2 || i > 0))
+        logits.set(row * stride + i, kind == 0 ? 2 : kind == 1 ? kNaN : -kInfinity);
   }
   a.logits = {logits.data(), stride};
   a.index = output_of<int64_t>(c, int64_t(a.rows) * a.each);
