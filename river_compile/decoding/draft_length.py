@@ -31,6 +31,7 @@ _SAMPLES = 9  # recent times per width, the least of which counts
 _ENOUGH = 3  # times before their minimum is trusted
 _STALE = 500  # cycles after which a width is measured again
 _DRAFT_COSTS = 0.3  # a draft step's time in passes of one token, before it was measured
+_SHORT = 1024  # tokens: the cache of shorter contexts takes little of a pass's time
 
 
 class AcceptanceRate:
@@ -102,6 +103,52 @@ class Draft:
         self.tokens.append(token)
 
 
+class Times:
+    """Recent times of passes by width, and of draft steps by source, after contexts of about one size."""
+
+    def __init__(self, near: Times | None = None) -> None:
+        self._near = near  # those of the nearest size that is known
+        self._times: dict[int | str, deque[float]] = {}
+        self._measured: dict[int | str, int] = {}  # the cycle of the latest time
+        self._cycles = 0
+
+    def end_cycle(self) -> None:
+        self._cycles += 1
+
+    def add(self, what: int | str, seconds: float) -> None:
+        """Add one time of a pass of a width, or of a source's draft step."""
+        if self._cycles - self._measured.get(what, self._cycles) > _STALE:
+            del self._times[what]
+        self._times.setdefault(what, deque(maxlen=_SAMPLES)).append(seconds)
+        self._measured[what] = self._cycles
+
+    def is_tried(self, what: int | str) -> bool:
+        """Whether there are enough times, or were after other contexts."""
+        return len(self._times.get(what, ())) >= _ENOUGH or (self._near is not None and self._near.is_tried(what))
+
+    def seconds(self, what: int | str) -> float:
+        """Return the recent minimum, or an estimate."""
+        times = self._times.get(what, ())
+        if len(times) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE:
+            return min(times)
+        if self._near is not None and self._near.is_tried(what):
+            return min([*times, self._from_near(self._near, what)])
+        # A width with few or old times costs at least its share of each known width. A higher estimate would
+        # keep it from being tried again.
+        known = {w: min(ts) for w, ts in self._times.items() if isinstance(w, int) and w != what and len(ts) >= _ENOUGH}
+        if not known and self._near is not None:
+            known = {1: self._from_near(self._near, 1)}
+        at_best = max(seconds * _share(what, w) for w, seconds in (known or {1: 1.0}).items())
+        return min([*times, at_best])
+
+    def _from_near(self, near: Times, what: int | str) -> float:
+        """Return a time after other contexts, and what reading these takes more or less."""
+        # Passes and draft steps read the whole cache once, whatever else they do.
+        seconds = near.seconds(what)
+        more = [min(ts) - near.seconds(w) for w, ts in self._times.items() if len(ts) > 1 and near.is_tried(w)]
+        return max(seconds + min(more, default=0.0), seconds / 2)
+
+
 class Plan(NamedTuple):
     """How a draft continues."""
 
@@ -120,14 +167,17 @@ class DraftLength:
         self._next = {source: AcceptanceRate([], [_NEXT]) for source in self._rates}
         self._rates[LOOKUP] = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self._widths: Sequence[int] = (1,)
-        self._times: dict[int | str, deque[float]] = {}  # by width of a pass, or source of a draft step
-        self._measured: dict[int | str, int] = {}  # the cycle of the latest time
-        self._cycles = 0
+        self._size = 0  # of the context: how often it must be halved to be short
+        self._times = {0: Times()}  # by that
         self._kept = self._seconds = 0.0  # emitted tokens and their time; earlier ones fade
         self._costs: list[float] | None = None  # of passes, in tokens
 
-    def carry_over(self, widths: Sequence[int]) -> DraftLength:
-        """Prepare for another text and its verification widths (ascending); earlier texts count little."""
+    def carry_over(self, widths: Sequence[int], context: int = 0) -> DraftLength:
+        """Prepare for another text, of so many tokens, and its widths (ascending); earlier texts count little."""
+        self._size = size = (context // _SHORT).bit_length()
+        if size not in self._times:
+            near = min(self._times, key=lambda known: abs(known - size))
+            self._times[size] = Times(self._times[near])
         self._widths, self._costs, self._kept, self._seconds = widths, None, 0.0, 0.0
         for rate in (*self._rates.values(), *self._next.values()):
             rate.cap_weight(_FROM_OTHER_TEXTS)
@@ -142,7 +192,7 @@ class DraftLength:
         if draft.source:  # a draft has tokens of one source
             sources = [draft.source]
         elif self._adaptive:  # one that was never measured is tried
-            sources = [s for s in sources if len(self._times.get(s, ())) < _ENOUGH] or sources
+            sources = [s for s in sources if not self._times[self._size].is_tried(s)] or sources
         return self._by_gain(draft, sources) if self._adaptive else self._by_room(draft, sources)
 
     def learn(self, draft: Draft, kept: Sequence[str], drafting: float, verifying: float) -> None:
@@ -156,26 +206,20 @@ class DraftLength:
             if source != draft.source:
                 rate.decay()
         width = self._width(len(draft.tokens))
-        self._measure(width, verifying)
-        if draft.steps:
-            self._measure(draft.source, drafting / (draft.steps + draft.behind.get(draft.source, 0)))
-        self._cycles += 1
-        self._kept = _SPEED_DECAY * self._kept + len(kept)
         steps = draft.steps + draft.behind.get(draft.source, 0)
+        times = self._times[self._size]
+        times.add(width, verifying)
+        if draft.steps:
+            times.add(draft.source, drafting / steps)
+        times.end_cycle()
+        self._kept = _SPEED_DECAY * self._kept + len(kept)
         took = self.seconds(width) + (steps * self.seconds(draft.source) if draft.steps else 0.0)
         self._seconds = _SPEED_DECAY * self._seconds + took
         self._costs = None
 
     def seconds(self, what: int | str) -> float:
-        """Return the seconds of a pass by width, or of a source's draft step: the recent minimum, or a lower bound."""
-        # A width with few or old times costs at least its share of each known width. A higher estimate would
-        # keep it from being tried again.
-        times = self._times.get(what, ())
-        if len(times) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE:
-            return min(times)
-        known = {w: min(ts) for w, ts in self._times.items() if isinstance(w, int) and w != what and len(ts) >= _ENOUGH}
-        at_best = max(seconds * _share(what, w) for w, seconds in (known or {1: 1.0}).items())
-        return min([*times, at_best])
+        """Return the seconds of a pass by width, or of a source's draft step: the recent minimum, or an estimate."""
+        return self._times[self._size].seconds(what)
 
     def _by_gain(self, draft: Draft, sources: Sequence[str]) -> Plan:
         # Maximizing tokens per second in the long run maximizes each cycle's tokens minus its time at the average
@@ -220,12 +264,6 @@ class DraftLength:
 
     def _width(self, drafted: int) -> int:
         return self._widths[bisect_right(self._widths, drafted)]
-
-    def _measure(self, what: int | str, seconds: float) -> None:
-        if self._cycles - self._measured.get(what, self._cycles) > _STALE:
-            del self._times[what]
-        self._times.setdefault(what, deque(maxlen=_SAMPLES)).append(seconds)
-        self._measured[what] = self._cycles
 
 
 def _share(what: int | str, known: int) -> float:
