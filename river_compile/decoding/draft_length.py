@@ -33,6 +33,7 @@ _STALE = 500  # cycles after which a width is measured again
 _DRAFT_COSTS = 0.3  # a draft step's time in passes of one token, before it was measured
 _WIDER_COSTS = 0.02  # what a pass costs more with each token beyond the first, at best, if it reads no more
 _NOT_SHARED = 0.75  # of what a pass reads more than one token, at best: neighbors choose some experts together
+_SHORT = 1024  # tokens: the cache of shorter contexts takes little of a pass's time
 
 
 class AcceptanceRate:
@@ -104,6 +105,75 @@ class Draft:
         self.tokens.append(token)
 
 
+def _alike(_width: int) -> float:
+    return 1.0
+
+
+class Times:
+    """Recent times of passes by width, and of draft steps by source, after contexts of about one size."""
+
+    def __init__(self, near: Times | None = None) -> None:
+        self._near = near  # those of the nearest size that is known
+        self._times: dict[int | str, deque[float]] = {}
+        self._measured: dict[int | str, int] = {}  # the cycle of the latest time
+        self._cycles = 0
+        self.reads: Callable[[int], float] = _alike  # what a pass of a width reads, in what one token reads
+
+    def end_cycle(self) -> None:
+        self._cycles += 1
+
+    def add(self, what: int | str, seconds: float) -> None:
+        """Add one time of a pass of a width, or of a source's draft step."""
+        if self._cycles - self._measured.get(what, self._cycles) > _STALE:
+            del self._times[what]
+        self._times.setdefault(what, deque(maxlen=_SAMPLES)).append(seconds)
+        self._measured[what] = self._cycles
+
+    def is_tried(self, what: int | str) -> bool:
+        """Whether there are enough times, or were after other contexts."""
+        return len(self._times.get(what, ())) >= _ENOUGH or (self._near is not None and self._near.is_tried(what))
+
+    def is_known(self, what: int | str) -> bool:
+        """Whether there are enough times that are not old, or were enough after other contexts."""
+        return self._has_new(what) or (self._near is not None and self._near.is_tried(what))
+
+    def _has_new(self, what: int | str) -> bool:
+        return len(self._times.get(what, ())) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE
+
+    def seconds(self, what: int | str) -> float:
+        """Return the recent minimum, or an estimate."""
+        times = self._times.get(what, ())
+        if self._has_new(what):
+            return min(times)
+        if self._near is not None and self._near.is_tried(what):
+            return min([*times, self._from_near(self._near, what)])
+        # A width with few or old times costs at least its share of each known width. A higher estimate would
+        # keep it from being tried again.
+        known = {w: min(ts) for w, ts in self._times.items() if isinstance(w, int) and w != what and len(ts) >= _ENOUGH}
+        if not known and self._near is not None:
+            known = {1: self._from_near(self._near, 1)}
+        at_best = max(seconds * self._share(what, w) for w, seconds in (known or {1: 1.0}).items())
+        return min([*times, at_best])
+
+    def _from_near(self, near: Times, what: int | str) -> float:
+        """Return a time after other contexts, and what reading these takes more or less."""
+        # Passes and draft steps read the whole cache once, whatever else they do.
+        seconds = near.seconds(what)
+        more = [min(ts) - near.seconds(w) for w, ts in self._times.items() if len(ts) > 1 and near.is_tried(w)]
+        return max(seconds + min(more, default=0.0), seconds / 2)
+
+    def _share(self, what: int | str, known: int) -> float:
+        """Return a lower bound of the cost of a pass or a draft step, relative to a pass of a known width."""
+        # A wider pass costs little more if it waits for the same weights; a narrower one costs in proportion if it
+        # computes.
+        if isinstance(what, str):
+            return _DRAFT_COSTS * self._share(1, known)
+        return what / known if what < known else self._at_best(what) / self._at_best(known)
+
+    def _at_best(self, width: int) -> float:
+        return (1 + _WIDER_COSTS * (width - 1)) * (1 + _NOT_SHARED * (self.reads(width) - 1))
+
+
 class Plan(NamedTuple):
     """How a draft continues."""
 
@@ -122,20 +192,24 @@ class DraftLength:
         self._next = {source: AcceptanceRate([], [_NEXT]) for source in self._rates}
         self._rates[LOOKUP] = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self._widths: Sequence[int] = (1,)
-        self._reads: Callable[[int], float] = _one
-        self._times: dict[int | str, deque[float]] = {}  # by width of a pass, or source of a draft step
-        self._measured: dict[int | str, int] = {}  # the cycle of the latest time
-        self._cycles = 0
+        self._size = 0  # of the context: how often it must be halved to be short
+        self._times = {0: Times()}  # by that
         self._kept = self._seconds = 0.0  # emitted tokens and their time; earlier ones fade
         self._costs: list[float] | None = None  # of passes, in tokens
 
-    def carry_over(self, widths: Sequence[int], reads: Callable[[int], float] | None = None) -> DraftLength:
-        """Prepare for another text and its verification widths (ascending); earlier texts count little.
+    def carry_over(
+        self, widths: Sequence[int], context: int = 0, reads: Callable[[int], float] = _alike
+    ) -> DraftLength:
+        """Prepare for another text, of so many tokens, and its widths (ascending); earlier texts count little.
 
-        `reads`: the bytes of weights that a pass of a width reads, in those of one token. None: all read the same.
+        `reads`: the bytes of weights that a pass of a width reads, in those of a pass of one token.
         """
+        self._size = size = (context // _SHORT).bit_length()
+        if size not in self._times:
+            near = min(self._times, key=lambda known: abs(known - size))
+            self._times[size] = Times(self._times[near])
+        self._times[size].reads = reads
         self._widths, self._costs, self._kept, self._seconds = widths, None, 0.0, 0.0
-        self._reads = reads or _one
         for rate in (*self._rates.values(), *self._next.values()):
             rate.cap_weight(_FROM_OTHER_TEXTS)
         return self
@@ -150,7 +224,8 @@ class DraftLength:
             sources = [draft.source]
         if not self._adaptive:
             return self._by_room(draft, sources)
-        unknown = [] if draft.source else [source for source in sources if not self._is_known(source)]
+        times = self._times[self._size]
+        unknown = [] if draft.source else [source for source in sources if not times.is_known(source)]
         plan = self._by_gain(draft, unknown or sources)
         tried = [source for source in unknown if draft.room_for(source)]
         # One that seems not to pay takes a single step a few times, since nothing else tells how often it holds.
@@ -167,30 +242,20 @@ class DraftLength:
             if source != draft.source:
                 rate.decay()
         width = self._width(len(draft.tokens))
-        self._measure(width, verifying)
-        if draft.steps:
-            self._measure(draft.source, drafting / (draft.steps + draft.behind.get(draft.source, 0)))
-        self._cycles += 1
-        self._kept = _SPEED_DECAY * self._kept + len(kept)
         steps = draft.steps + draft.behind.get(draft.source, 0)
+        times = self._times[self._size]
+        times.add(width, verifying)
+        if draft.steps:
+            times.add(draft.source, drafting / steps)
+        times.end_cycle()
+        self._kept = _SPEED_DECAY * self._kept + len(kept)
         took = self.seconds(width) + (steps * self.seconds(draft.source) if draft.steps else 0.0)
         self._seconds = _SPEED_DECAY * self._seconds + took
         self._costs = None
 
     def seconds(self, what: int | str) -> float:
-        """Return the seconds of a pass by width, or of a source's draft step: the recent minimum, or a lower bound."""
-        # A width with few or old times costs at least its share of each known width. A higher estimate would
-        # keep it from being tried again.
-        times = self._times.get(what, ())
-        if self._is_known(what):
-            return min(times)
-        known = {w: min(ts) for w, ts in self._times.items() if isinstance(w, int) and w != what and len(ts) >= _ENOUGH}
-        at_best = max(seconds * self._share(what, w) for w, seconds in (known or {1: 1.0}).items())
-        return min([*times, at_best])
-
-    def _is_known(self, what: int | str) -> bool:
-        """Whether there are enough times that are not old."""
-        return len(self._times.get(what, ())) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE
+        """Return the seconds of a pass by width, or of a source's draft step: the recent minimum, or an estimate."""
+        return self._times[self._size].seconds(what)
 
     def _by_gain(self, draft: Draft, sources: Sequence[str]) -> Plan:
         # Maximizing tokens per second in the long run maximizes each cycle's tokens minus its time at the average
@@ -235,27 +300,6 @@ class DraftLength:
 
     def _width(self, drafted: int) -> int:
         return self._widths[bisect_right(self._widths, drafted)]
-
-    def _measure(self, what: int | str, seconds: float) -> None:
-        if self._cycles - self._measured.get(what, self._cycles) > _STALE:
-            del self._times[what]
-        self._times.setdefault(what, deque(maxlen=_SAMPLES)).append(seconds)
-        self._measured[what] = self._cycles
-
-    def _share(self, what: int | str, known: int) -> float:
-        """Return a lower bound of the cost of a pass or a draft step, relative to a pass of a known width."""
-        # A wider pass costs little more if it waits for the same weights; a narrower one costs in proportion if it
-        # computes.
-        if isinstance(what, str):
-            return _DRAFT_COSTS * self._share(1, known)
-        return what / known if what < known else self._at_best(what) / self._at_best(known)
-
-    def _at_best(self, width: int) -> float:
-        return (1 + _WIDER_COSTS * (width - 1)) * (1 + _NOT_SHARED * (self._reads(width) - 1))
-
-
-def _one(_width: int) -> float:
-    return 1.0
 
 
 class DraftLengths(dict[tuple[bool, int], DraftLength]):
