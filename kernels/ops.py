@@ -242,8 +242,8 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 def experts(
     x: Tensor,
-    qweight: Tensor,
-    scale_zero: Tensor,
+    weight: Tensor,
+    scale_zero: Tensor | None,
     expert: Tensor,
     out_features: int,
     group_size: int,
@@ -253,11 +253,12 @@ def experts(
 
     Args:
         x: ``[M, K]``.
-        qweight, scale_zero: of E stacked weights, as `layouts.pack_stack` packs them.
+        weight, scale_zero: of E stacked weights, as `layouts.pack_stack` or `layouts.pack_lossless_stack` packs them.
+            In layout "dense" ``[E, N, K]`` in x.dtype and None.
         expert: integer ``[M]``; a row with a number outside of 0 to E - 1 gets zeros.
         out_features: N, the rows of each W.
-        group_size: G.
-        layout: name of the packing.
+        group_size: G; 0 for weights that keep their values.
+        layout: name of the packing, or "dense".
 
     Returns:
         ``[M, N]`` in x.dtype, accumulated in float32.
@@ -265,39 +266,50 @@ def experts(
     Raises:
         ValueError: an unknown layout, or a tensor of another shape or dtype than these.
     """
-    stack = expert_stack(x, qweight, scale_zero, expert, out_features, group_size, layout)
-    linear = layouts.layout(layout).linear
+    stack = expert_stack(x, weight, scale_zero, expert, out_features, group_size, layout)
     rows_of: dict[int, list[int]] = {}
     for row, chosen in enumerate(expert.tolist()):
         rows_of.setdefault(chosen, []).append(row)
     y = x.new_zeros((x.shape[0], out_features))
     for chosen, rows in rows_of.items():
-        if 0 <= chosen < stack.experts:
-            y[rows] = linear(x[rows], stack.matrix(chosen), None)
+        if 0 <= chosen < len(weight):
+            y[rows] = _by_matrix(x[rows], weight[chosen] if stack is None else stack.matrix(chosen))
     return y
+
+
+def _by_matrix(x: Tensor, matrix: Tensor | layouts.PackedLinear) -> Tensor:
+    if isinstance(matrix, Tensor):
+        return F.linear(x, matrix)
+    if matrix.layout in _LOSSLESS:
+        return F.linear(x, matrix.dequantize(x.dtype))
+    return layouts.layout(matrix.layout).linear(x, matrix, None)
 
 
 def expert_stack(
     x: Tensor,
-    qweight: Tensor,
-    scale_zero: Tensor,
+    weight: Tensor,
+    scale_zero: Tensor | None,
     expert: Tensor,
     out_features: int,
     group_size: int,
     layout: str,
-) -> layouts.PackedLinear:
-    """Return the weights that :func:`experts` multiplies by; raise as that does."""
-    if x.dim() != 2 or expert.shape != x.shape[:1] or qweight.dim() < 3:
-        shapes = f"x {tuple(x.shape)}, expert {tuple(expert.shape)} and qweight {tuple(qweight.shape)}"
+) -> layouts.PackedLinear | None:
+    """Return the packed weights that :func:`experts` multiplies by, None for weights in x.dtype; raise as that does."""
+    if x.dim() != 2 or expert.shape != x.shape[:1] or weight.dim() < 3:
+        shapes = f"x {tuple(x.shape)}, expert {tuple(expert.shape)} and weight {tuple(weight.shape)}"
         raise ValueError(f"experts takes x [M, K], expert [M] and stacked weights; it was given {shapes}")
-    return layouts.PackedLinear(layout, qweight, scale_zero, group_size, x.shape[1], out_features, len(qweight))
+    if (scale_zero is None) != (layout == "dense"):
+        raise ValueError(f"layout={layout!r} has a scale_zero unless it is 'dense'")
+    if scale_zero is None:
+        return None
+    return layouts.PackedLinear(layout, weight, scale_zero, group_size, x.shape[1], out_features, len(weight))
 
 
 EXPERTS = torch.library.custom_op("river::experts", experts, mutates_args=())
 
 
 @EXPERTS.register_fake
-def _(x: Tensor, qweight: Tensor, scale_zero: Tensor, expert: Tensor, out_features: int, *_others: Any) -> Tensor:
+def _(x: Tensor, _weight: Any, _scale_zero: Any, _expert: Tensor, out_features: int, *_others: Any) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 
 

@@ -110,6 +110,13 @@ def fused_width(out_features: int, fused: Sequence[object]) -> int:
     return out_features // 2 if any(fused[6:7]) else out_features  # fused[6] is `gated`
 
 
+def route_like(logits: Tensor, each: int, floats: bool) -> tuple[Tensor, Tensor]:
+    """Return tensors of the shapes and dtypes of `route`'s results."""
+    shape = (logits.shape[0], each)
+    weight = logits.new_empty(shape, dtype=torch.float32 if floats else logits.dtype)
+    return weight, logits.new_empty(shape, dtype=torch.int64)
+
+
 def token_kl(reference: Tensor, other: Tensor) -> Tensor:
     """Return KL(reference || other) in nats of each row of logits ``[tokens, V]``."""
     p, q = reference.float().log_softmax(-1), other.float().log_softmax(-1)

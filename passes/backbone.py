@@ -1,22 +1,22 @@
 """Makes the 16-bit layers multiply by the package's kernels, and packs their weights without loss.
 
-Not handled: weights or results of another dtype than the input, transposed weights (GPT-2's Conv1D), experts.
+Not handled: weights or results of another dtype than the input, transposed weights (GPT-2's Conv1D, gpt-oss's experts).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import fx
 
-from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
+from river_compile.kernels import mixture_ops, ops  # noqa: F401  (registers river::linear and river::mixture)
 from river_compile.kernels.quant import lossless
 from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
-from river_compile.passes.experts import as_expert_matmul
+from river_compile.passes.experts import ExpertMatmul, as_expert_matmul, experts_per_token, replace_expert_matmul
 from river_compile.passes.nodes import (
     Linear,
     as_linear,
@@ -56,6 +56,8 @@ def packed_backbone(weights: str, worth: Callable[[Mapping[Shape, int]], Collect
         """Blocks and head read weights packed without loss."""
         segments = (*program.blocks, program.head)
         shapes = Counter(_shape(weights) for segment in segments for _, weights, _ in _plain_matmuls(segment))
+        for stack in (stack for segment in segments for stack in _plain_stacks(segment)):
+            shapes[stack.shape] += stack.each
         in_12_bits = worth(shapes) if weights == "12bit" else ()
         *blocks, head = (_packed(segment, program, weights, in_12_bits) for segment in segments)
         return replace(program, blocks=tuple(blocks), head=head)
@@ -88,7 +90,17 @@ def _with_river_linears(segment: Segment, layout: str) -> Segment:
         together = MOST_MERGED if aligned else 1
         for start in range(0, len(linears), together):
             _merge(made.graph, linears[start : start + together], layout)
+    for stack in filter(None, map(as_expert_matmul, list(made.graph.nodes))):
+        if layout == "dense" and _is_readable(stack):
+            replace_expert_matmul(made.graph, stack, stack.weight, None, 0, layout)
     return made
+
+
+def _is_readable(stack: ExpertMatmul) -> bool:
+    """Whether the C++ kernels read a stack of experts as the model has it."""
+    value = value_of(stack.weight)
+    alike = same_dtype(stack.weight, stack.x) and same_dtype(stack.weight, stack.node)
+    return not stack.transposed and alike and is_ordinary(value) and value.is_contiguous()
 
 
 def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
@@ -169,11 +181,78 @@ def _packed(segment: Segment, program: RiverProgram, how: str, in_12_bits: Colle
                 drop_unused(joined)
         packed.append(linear)
         read |= dict.fromkeys([*weights, *biases])
+    for stack in _plain_stacks(made):
+        if stack.shape not in in_12_bits or value_of(stack.weight).dtype != torch.bfloat16:
+            continue
+        new = add_placeholders(made.graph, [f"packed_{len(packed)}_{name}" for name in ("weight", "scale_zero")])
+        parameter = stack.weight
+        experts, out_features, in_features = value_of(parameter).shape
+        stack.put(new[0], new[1], lossless.LAYOUT_12BIT)
+        packed.append(
+            Matmul(
+                name=input_name(origins[parameter]),
+                weights=(number_of[parameter],),
+                biases=(None,),
+                in_features=in_features,
+                out_features=(experts * out_features,),
+                transposed=False,
+                group_size=0,
+                layout=lossless.LAYOUT_12BIT,
+                experts=experts,
+            )
+        )
+        read[parameter] = None
     for node in read:  # keep other unused placeholders: Inductor looks for sizes among them
         if not node.users:
             made.graph.erase_node(node)
     inputs = tuple(origins[node] for node in made.graph.find_nodes(op="placeholder") if node in origins)
     return replace(made, inputs=inputs, packed=(*made.packed, *packed))
+
+
+@dataclass(frozen=True)
+class _PlainStack:
+    """A stack of experts as the model has it: an operand of ``river::experts`` or ``river::mixture``."""
+
+    node: fx.Node
+    place: int  # of its weight among the arguments
+    each: int  # experts of a token
+
+    @property
+    def weight(self) -> fx.Node:
+        weight: fx.Node = self.node.args[self.place]
+        return weight
+
+    @property
+    def shape(self) -> Shape:
+        _, n, k = value_of(self.weight).shape
+        return n, k
+
+    def put(self, weight: fx.Node, scale_zero: fx.Node, layout: str) -> None:
+        arguments = list(self.node.args)
+        arguments[self.place : self.place + 2] = weight, scale_zero
+        if called(self.node, torch.ops.river.experts.default):
+            arguments[6] = layout
+        else:
+            layouts = arguments[14].split()
+            layouts[self.place == _DOWN] = layout
+            arguments[14] = " ".join(layouts)
+        self.node.args = tuple(arguments)
+
+
+_UP, _DOWN = 3, 7  # places of a mixture's stacks
+
+
+def _plain_stacks(segment: Segment) -> list[_PlainStack]:
+    """Return the stacks that the C++ kernels read as the model has them."""
+    experts, mixture, chosen = (
+        torch.ops.river.experts.default,
+        torch.ops.river.mixture.default,
+        experts_per_token(segment),
+    )
+    found = [(n, 1) for n in segment.graph.find_nodes(op="call_function", target=experts)]
+    found += [(n, i) for n in segment.graph.find_nodes(op="call_function", target=mixture) for i in (_UP, _DOWN)]
+    plain = [(n, i) for n, i in found if is_parameter(n.args[i], dims=3) and n.args[i + 1] is None]
+    return [_PlainStack(node, place, chosen.get(node.args[place], 1)) for node, place in plain]
 
 
 def _layout(kernels: str, weights: list[torch.Tensor], how: str, in_12_bits: bool) -> str | None:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from river_compile.kernels import ops  # noqa: F401  (registers river::experts)
+from river_compile.kernels import mixture_ops, ops  # noqa: F401  (registers river::experts and river::mixture)
 from river_compile.kernels.quant.grid import fitting_group_size
-from river_compile.passes.edits import add_placeholders, call, cast_like, drop_unused, reshape_like
+from river_compile.passes.edits import call, cast_like, drop_unused, reshape_like
 from river_compile.passes.nodes import called, closure, input_name, is_parameter, is_tensor, rank, shape, value_of
 from river_compile.passes.program import Matmul, Segment
 
@@ -24,6 +24,7 @@ _MATMULS = (
     *(F.linear, operator.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.mm, torch.einsum),
     *(F.scaled_dot_product_attention, torch.conv1d, F.conv1d),
 )
+_OPERATORS = (torch.ops.river.linear.default, torch.ops.river.experts.default, torch.ops.river.mixture.default)
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ def as_expert_matmul(node: fx.Node) -> ExpertMatmul | None:
     return None
 
 
-def replace_expert_matmul(graph: fx.Graph, found: ExpertMatmul, linear: Matmul, index: int) -> None:
-    """Replace a matmul by one ``river::experts``, the `index`-th matmul of its twin."""
+def replace_expert_matmul(
+    graph: fx.Graph, found: ExpertMatmul, weight: fx.Node, scale_zero: fx.Node | None, group_size: int, layout: str
+) -> None:
+    """Replace a matmul by one ``river::experts`` with these operands."""
     node, x = found.node, found.x
     experts, out_features, in_features = found.shape
-    qweight, scale_zero = add_placeholders(graph, [f"river_{index}_{name}" for name in ("qweight", "scale_zero")])
     if called(x, torch.unsqueeze) and rank(x.args[0]) == 2:
         x = x.args[0]
     many = value_of(node).numel() // out_features
@@ -94,7 +96,7 @@ def replace_expert_matmul(graph: fx.Graph, found: ExpertMatmul, linear: Matmul, 
         x = cast_like(node, x)
         chosen = value_of(x).new_empty((many,), dtype=torch.int64)
         expert = call(found.expert, (x, found.route, experts), chosen, node)
-        arguments = (x, qweight, scale_zero, expert, out_features, linear.group_size, linear.layout)
+        arguments = (x, weight, scale_zero, expert, out_features, group_size, layout)
         value = value_of(x).new_empty((many, out_features))
         result = reshape_like(call(torch.ops.river.experts.default, arguments, value, node), node)
     node.replace_all_uses_with(result)
@@ -161,7 +163,9 @@ def _is_grouped(node: fx.Node) -> bool:
 
 def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
     if called(node, torch.ops.river.experts.default):
-        return node.args[1:3]
+        return tuple(operand for operand in node.args[1:3] if operand is not None)
+    if called(node, torch.ops.river.mixture.default):
+        return tuple(node.args[i] for i in (3, 4, 7, 8) if node.args[i] is not None)
     found = as_expert_matmul(node)
     return () if found is None else (found.weight,)
 
@@ -171,6 +175,8 @@ def _top_k(node: fx.Node) -> int | None:
     seen, latest = {node}, [node]
     while latest:
         for found in latest:
+            if called(found, torch.ops.river.mixture.default):
+                return int(value_of(found.args[1]).shape[1])
             if called(found, torch.topk) and isinstance(found.args[1], int):
                 return found.args[1]
         latest = list(dict.fromkeys(a for n in latest for a in n.all_input_nodes if a not in seen))
@@ -179,7 +185,8 @@ def _top_k(node: fx.Node) -> int | None:
 
 
 def _chooses(node: fx.Node) -> bool:
-    return called(node, torch.topk, torch.argmax) or (called(node, torch.max, Tensor.max) and _returns_indices(node))
+    chooses = (torch.topk, torch.argmax, torch.ops.river.route.default)
+    return called(node, *chooses) or (called(node, torch.max, Tensor.max) and _returns_indices(node))
 
 
 def _returns_indices(node: fx.Node) -> bool:
@@ -188,4 +195,4 @@ def _returns_indices(node: fx.Node) -> bool:
 
 
 def _multiplies(node: fx.Node) -> bool:
-    return called(node, *_MATMULS) or as_expert_matmul(node) is not None
+    return called(node, *_MATMULS, *_OPERATORS) or as_expert_matmul(node) is not None

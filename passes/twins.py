@@ -172,7 +172,8 @@ class _Experts:
     reason: str
 
     def replace(self, graph: fx.Graph, index: int) -> None:
-        replace_expert_matmul(graph, self.found, self.matmul, index)
+        new = add_placeholders(graph, [f"river_{index}_{name}" for name in ("qweight", "scale_zero")])
+        replace_expert_matmul(graph, self.found, new[0], new[1], self.matmul.group_size, self.matmul.layout)
 
 
 def _merged(linears: tuple[Linear, ...], number_of: Mapping[fx.Node, int], how: TwinSpec, reason: str) -> _Linears:

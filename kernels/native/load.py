@@ -34,7 +34,7 @@ from river_compile.kernels.native.build import (
     packing_library,
 )
 from river_compile.kernels.native.cores import limit
-from river_compile.kernels.portable import fused_width
+from river_compile.kernels.portable import fused_width, route_like
 
 log = logging.getLogger("river_compile.kernels.native.load")
 
@@ -160,13 +160,15 @@ def _add_fake(a: Tensor, b: Tensor) -> Tensor:
     return torch.empty_like(torch.broadcast_tensors(a, b)[0], memory_format=torch.contiguous_format)
 
 
-_FAKES: dict[str, Callable[..., Tensor | None]] = {
+_FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor] | None]] = {
     "linear": _linear_fake,
     "dense": _dense_fake,  # up to four weights in x's dtype, one below the other
     "kv_fill": _kv_fill_fake,
     "decode_attention": _attention_fake,
     "attention": _attention_fake,  # a position's bits do not depend on the others, up to 16 positions and beyond
     "experts": lambda x, _weight, _scale_zero, _expert, out_features, *_: x.new_empty((x.shape[0], out_features)),
+    "mixture": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    "route": lambda logits, each, _routing, floats: route_like(logits, each, floats),
     "embed": lambda ids, table: table.new_empty((*ids.shape, table.shape[1])),
     # Cosines or sines of positions times frequencies, twice as many features as frequencies.
     "turns": lambda positions, frequencies, _scale, _sine, like: like.new_empty(

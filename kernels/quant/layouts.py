@@ -79,7 +79,9 @@ class PackedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``[N, K]`` in `dtype`, a stack as ``[E N, K]``."""
         if self.unpacked:
-            return self.qweight.to(dtype)
+            return self.qweight.to(dtype).flatten(0, -2)
+        if self.experts and self.layout in LOSSLESS:
+            return torch.cat([self.matrix(i).dequantize(dtype) for i in range(self.experts)])
         if self.layout == lossless.LAYOUT_8BIT:
             return lossless.dequantize_8bit(self.qweight, self.scale_zero).to(dtype)
         if self.layout in lossless.LAYOUTS_12BIT:
@@ -102,6 +104,30 @@ def pack_lossless(weights: Sequence[Tensor], layout_name: str = lossless.LAYOUT_
     if counts is None or lossless.patched_share(counts) > lossless.MAX_PATCHED_SHARE:
         return PackedLinear(layout_name, weight.clone(), torch.zeros(0, dtype=torch.int32), 0, k, n)
     return PackedLinear(layout_name, *lossless.pack_12bit(weight, counts), 0, k, n)
+
+
+def pack_lossless_stack(
+    stack: Tensor, layout_name: str = lossless.LAYOUT_12BIT, transposed: bool = False
+) -> PackedLinear:
+    """Pack stacked weights ``[E, N, K]`` (`transposed`: ``[E, K, N]``) as `pack_lossless`, one after another."""
+    stack = stack.detach().cpu().mT if transposed else stack.detach().cpu()
+    experts, n, k = stack.shape
+    _, length = lossless.shapes_12bit(n, k)
+    units, side = None, torch.zeros((experts, *length), dtype=torch.int32)
+    for i, weight in enumerate(stack):
+        weight = weight.contiguous()
+        counts = lossless.count_upper_bytes(weight)
+        if lossless.patched_share(counts) > lossless.MAX_PATCHED_SHARE:
+            return PackedLinear(
+                layout_name, stack.contiguous().clone(), torch.zeros(0, dtype=torch.int32), 0, k, n, experts
+            )
+        one, patches = lossless.pack_12bit(weight, counts)
+        if units is None:
+            units = torch.empty((experts, *one.shape), dtype=torch.uint8)
+        units[i], used = one, 5 + len(one) + 2 * int(patches[4 + len(one)])
+        side[i, :used] = patches[:used]
+    assert units is not None
+    return PackedLinear(layout_name, units, side, 0, k, n, experts)
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:

@@ -62,8 +62,8 @@ def merged(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *fuse
 @ops.EXPERTS.register_kernel(_DEVICES)
 def experts(
     x: Tensor,
-    qweight: Tensor,
-    scale_zero: Tensor,
+    weight: Tensor,
+    scale_zero: Tensor | None,
     expert: Tensor,
     out_features: int,
     group_size: int,
@@ -71,8 +71,9 @@ def experts(
 ) -> Tensor:
     """Run `ops.experts`, by a kernel in Triton's layout."""
     if layout != _LAYOUT:
-        return ops.experts(x, qweight, scale_zero, expert, out_features, group_size, layout)
-    stack = ops.expert_stack(x, qweight, scale_zero, expert, out_features, group_size, layout)
+        return ops.experts(x, weight, scale_zero, expert, out_features, group_size, layout)
+    stack = ops.expert_stack(x, weight, scale_zero, expert, out_features, group_size, layout)
+    assert stack is not None
     return calls_linear.experts(x, stack, expert)
 
 

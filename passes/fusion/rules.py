@@ -25,8 +25,10 @@ from river_compile.passes.edits import (
     require,
     reshape_like,
 )
+from river_compile.passes.experts import is_router
 from river_compile.passes.fusion.cache_rules import fuse_attention, fuse_kv_fill
 from river_compile.passes.fusion.match import WHOLE, BlockView, Columns, columns, is_river_linear, sources
+from river_compile.passes.fusion.mixtures import fuse_mixture, has_native_stacks
 from river_compile.passes.fusion.recognise import Normed, activation, norm
 from river_compile.passes.nodes import (
     called,
@@ -199,7 +201,17 @@ def _fused_block(segment: Segment, rules: Sequence[Rule], any_width: bool) -> tu
     for rewrite in (_absorb_bias, _regroup):
         for node in list(fused.graph.nodes):
             rewrite(node)
-    return fused, _apply(fused, rules, any_width)
+    return fused, _apply(fused, _rules_of(fused, rules), any_width)
+
+
+def _rules_of(segment: Segment, rules: Sequence[Rule]) -> Sequence[Rule]:
+    """Return the rules of a block; where experts take the place of the MLP, theirs take the place of its rules."""
+    if not has_native_stacks(segment.graph):
+        return rules
+    view = BlockView(segment.graph)
+    routers_alone = all(is_router(matmul) for matmul in view.matmuls("up"))
+    left_out = (fuse_gated_mlp, fuse_down_residual) if routers_alone and not view.matmuls("down") else ()
+    return (fuse_mixture, *(rule for rule in rules if rule not in left_out))
 
 
 def _apply(segment: Segment, rules: Sequence[Rule], any_width: bool = False) -> list[Fusion]:

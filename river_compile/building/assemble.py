@@ -72,6 +72,7 @@ def _rebuild(
     start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
     graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
+    graph.backbone_bytes = graph.expert_bytes = graph.chosen_bytes = 0
     built = assembled(program, ProgramExamples(program), inputs, model, graph, refresh=changed)
     weights = built[0].weights
     made = weights.made if changed and isinstance(weights, ProgramWeights) else ()
@@ -105,6 +106,7 @@ def assembled(
     how = placement.steps(program, inputs, config)
     vocab_blocks = all_vocab_blocks(program)
     steps = _compiled(program, examples, segments, packed, vocab_blocks, how, graph)
+    _count_experts(graph, segments, packed, inputs)
     if agreement.several and program.twins:
         graph.shares = agreement.gather(graph.share(agreement.name))
     trace_artifact(f"river_{program.kind}_report", lambda: "\n".join(graph.lines()))
@@ -159,6 +161,20 @@ def _compiled(
             steps[segment] = how.make(segment, callee, operands)
     graph.compiled = tuple(compiler.compiled)
     return steps
+
+
+def _count_experts(
+    graph: GraphRecord, segments: Sequence[SegmentSpec], packed: Mapping[Matmul, TwinWeight], inputs: Sequence[Any]
+) -> None:
+    """Note the bytes of the 16-bit layers' weights and stacks of experts, and of those that a token reads."""
+    assert graph.program is not None
+    for segment in (segment for segment in segments if segment.kind in ("block", "head")):
+        given = [inputs[slot] if graph.program.is_parameter(slot) else None for slot in segment.inputs]
+        values = [*given, *(tensor for matmul in segment.packed for tensor in packed[matmul].tensors)]
+        graph.backbone_bytes += bytes_of_token(segment, values)
+        stacks = [(values[place], count) for place, count in segment.experts]
+        graph.expert_bytes += sum(stack.nbytes for stack, _ in stacks if isinstance(stack, Tensor))
+        graph.chosen_bytes += sum(stack[:count].nbytes for stack, count in stacks if isinstance(stack, Tensor))
 
 
 def bytes_of_token(segment: SegmentSpec, values: Sequence[object], first: int = 0) -> int:

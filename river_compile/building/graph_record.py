@@ -46,6 +46,9 @@ class GraphRecord:
     token_bytes: int = 0  # of its twins' packed weights, read by a token at depth 0
     packed_bytes: int = 0  # of its twins' packed weights
     lossless_bytes: int = 0  # of its 16-bit layers' packed weights
+    backbone_bytes: int = 0  # of its 16-bit layers and head, packed or not, that a token reads
+    expert_bytes: int = 0  # of these layers' stacks of experts
+    chosen_bytes: int = 0  # of those that a token reads
     paged_out_bytes: int = 0  # of the parameters that these replace, which are only in their file until they are read
     executor: Callable[[], object | None] = field(default=lambda: None)  # weak: None if nothing keeps it
     is_whole_call: bool = False  # whether a call of the model does nothing but run it
@@ -86,6 +89,16 @@ class GraphRecord:
     def options(self) -> tuple[RiverConfig, str | None]:
         """The user's options."""
         return self.config, self.mode
+
+    def reads(self, tokens: int) -> float:
+        """Return the bytes of weights that a pass of so many tokens reads, in those of one token.
+
+        Each token chooses its experts by itself, as if at random.
+        """
+        if not self.chosen_bytes:
+            return 1.0
+        unread = (1 - self.chosen_bytes / self.expert_bytes) ** tokens
+        return 1 + (self.expert_bytes * (1 - unread) - self.chosen_bytes) / self.backbone_bytes
 
     def share(self, process: str) -> dict[str, Any]:
         """Return what this process packed, under its name."""
@@ -128,6 +141,9 @@ class GraphRecord:
             yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
         if self.lossless_bytes:
             yield f"    backbone     {self.lossless_bytes / 1e6:.1f} MB of weights, packed without loss"
+        if self.expert_bytes:
+            read, held = self.chosen_bytes / 1e6, self.expert_bytes / 1e6
+            yield f"    experts      a token reads {read:.1f} MB of the layers' {held:.1f} MB"
         if self.paged_out_bytes:
             yield f"    given back   {self.paged_out_bytes / 1e6:.1f} MB of parameters, which lie in their file alone"
         for reason, count in Counter(k.reason for k in self.kept).items():

@@ -40,6 +40,7 @@ _VIEWS = (
     Tensor.view,
     operator.getitem,
 )
+_STACKS = ("dense", NATIVE_LAYOUT, lossless.LAYOUT_12BIT)  # layouts of experts
 # Operators that make a tensor of numbers alone; a recording keeps its values.
 _CONSTANTS = (torch.arange, torch.full, torch.zeros)
 
@@ -126,16 +127,19 @@ def use_native(graph: fx.Graph) -> None:
     ours, native_ops = torch.ops.river, native.load()
     alike = {
         getattr(ours, name).default: getattr(native_ops, name).default
-        for name in ("norm", "rescore", "kv_fill", "decode_attention", "attention", "exit_score")
+        for name in ("norm", "rescore", "route", "kv_fill", "decode_attention", "attention", "exit_score")
     }
     for node in list(graph.nodes):
         if node.target in alike:
             node.target = alike[node.target]
         elif called(node, ours.linear.default):
             _use_native_linear(node, native_ops)
-        elif called(node, ours.experts.default) and node.args[-1] == NATIVE_LAYOUT:
+        elif called(node, ours.experts.default) and node.args[-1] in _STACKS:
             *tensors, out_features, group_size, _ = node.args
             node.target, node.args = native_ops.experts.default, (*tensors, out_features, group_size)
+        elif called(node, ours.mixture.default):
+            *before, _layouts = node.args[:15]
+            node.target, node.args = native_ops.mixture.default, (*before, *node.args[15:])
 
 
 def _use_native_linear(node: fx.Node, native_ops: Any) -> None:

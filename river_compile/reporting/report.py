@@ -221,6 +221,8 @@ def _graph_dict(graph: GraphRecord) -> dict[str, object]:
         "other_group_sizes": graph.other_groups,
         "packed_bytes": graph.packed_bytes,
         "lossless_bytes": graph.lossless_bytes,
+        "expert_bytes": graph.expert_bytes,
+        "chosen_bytes": graph.chosen_bytes,
         "given_back_bytes": graph.paged_out_bytes,
         "token_bytes": graph.token_bytes,
         "fused": dict(Counter(f.rule for f in graph.fusions if not f.missed)),

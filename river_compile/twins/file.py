@@ -272,7 +272,10 @@ class TwinFile:
                 if tensor is not None and part != "qweight" and not _is_finite(tensor):
                     raise self._refusal("RC041", f"{name} holds infinite or NaN values")
             side = self._tensors[f"{matrix.key}.scale_zero"]
-            if matrix.layout in lossless.LAYOUTS_12BIT and not lossless.has_valid_patches(side, *matrix.shape):
+            sides = side if matrix.experts else [side]
+            sizes = matrix.rows, matrix.shape[1]
+            in_12_bits = matrix.layout in lossless.LAYOUTS_12BIT
+            if in_12_bits and not all(lossless.has_valid_patches(each, *sizes) for each in sides):
                 raise self._refusal("RC041", f"{matrix.key} has patches outside of its matrix or out of order")
         if left:
             raise self._refusal("RC041", f"{next(iter(left))} belongs to no matrix")

@@ -17,7 +17,7 @@ from river_compile.errors import UnsupportedGraphError
 from river_compile.kernels.quant.calibrated import OBSERVING, output_sqnr_db, quantize_observed
 from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.grid import QuantizedWeight, decibels, sqnr_db
-from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_stack
+from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossless, pack_lossless_stack, pack_stack
 from river_compile.kernels.quant.quick import can_pack_mse, pack_mse
 from river_compile.passes.program import Matmul
 from river_compile.twins.observe import ExpertMoments, InputMoments, Moments
@@ -84,6 +84,9 @@ def pack_weight(
 
 
 def _grid(matmul: Matmul, parameters: Parameters, asked: str, known: Moments | None) -> Grid:
+    if asked == LOSSLESS and matmul.experts:
+        stack = pack_lossless_stack(parameters.weights[0], matmul.layout, matmul.transposed)
+        return stack, {"quantizer": asked, "sqnr": math.inf}
     if asked == LOSSLESS:
         return pack_lossless(parameters.weights, matmul.layout), {"quantizer": asked, "sqnr": math.inf}
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked

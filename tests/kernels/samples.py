@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from river_compile.kernels import mixture_ops  # noqa: F401  (registers river::mixture and river::route)
 from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack_stack
 from tests.kernels.packing import pack_linear
@@ -42,6 +43,12 @@ def sample_calls() -> dict[str, tuple]:
         calls[f"linear gated {name}"] = (x, *weights, random(2, 1, 12), *norm, "silu", True)
         stack, chosen = stacked(3, 16, 64, name), torch.tensor([2, 0, 2, -1])
         calls[f"experts {name}"] = (random(4, 64), stack.qweight, stack.scale_zero, chosen, 16, 32, name)
+    calls["experts 16 bits"] = (random(4, 64), random(3, 16, 64), None, torch.tensor([2, 0, 2, -1]), 16, 0, "dense")
+    calls["route"] = (random(3, 5), 2, "all", True)
+    calls["route in the logits' dtype"] = (random(3, 5, dtype=torch.bfloat16), 2, "chosen", False)
+    index, weight = torch.tensor([[2, 0], [1, -1]]), random(2, 2)
+    stacks = (random(3, 32, 64), None, random(3, 32), 0, random(3, 64, 16), None, None, 0)
+    calls["mixture"] = (random(2, 64), index, weight, *stacks, 16, "silu", False, "dense dense", random(2, 64))
     for layout in ("dense", "triton"):
         calls[f"linear 16 bits {layout}"] = (x, random(24, 64), None, None, 24, 0, layout, None, *norm)
     pair = [random(32, 64), random(32, 64)]

@@ -13,11 +13,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import river_compile
 from river_compile import RiverWarning, report
 from river_compile.building import choose
+from river_compile.building.graph_record import Graphs
 from river_compile.errors import OptionError
 from river_compile.kernels import measured
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
+from river_compile.record import record_of
 from river_compile.twins import digests, pack
 from tests.support.examples import slow
 from tests.support.families import each, make, prompt
@@ -66,9 +68,11 @@ def assert_alike(a, b):
     assert all(map(torch.equal, generate(a), generate(b)))
 
 
-@pytest.mark.parametrize("family", each(("llama", "qwen2", "gemma2", "phi3", "gpt_neox", "mixtral"), ["llama"]))
+@pytest.mark.parametrize(
+    "family", each(("llama", "qwen2", "gemma2", "phi3", "gpt_neox", "mixtral", "qwen3_moe"), ["llama", "mixtral"])
+)
 def test_texts_and_scores_are_those_of_weights_in_16_bits(family):
-    """With biases, merged and gated products, tied and untied heads; where experts stay in 16 bits too."""
+    """With biases, merged and gated products, tied and untied heads, and stacks of experts."""
     packed, plain = accelerated(model_of(family), "12bit"), accelerated(model_of(family), "model")
     assert_alike(packed, plain)
     assert all(map(torch.equal, generate(packed, 3), generate(plain, 3)))
@@ -76,6 +80,26 @@ def test_texts_and_scores_are_those_of_weights_in_16_bits(family):
     assert all(sizes)
     assert "MB of weights, packed without loss" in str(report(packed))
     assert all(graph["lossless_bytes"] == 0 for graph in report(plain).to_dict()["graphs"])
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("12bit", 12), ("model", 16)])
+def test_a_token_reads_the_experts_that_it_chose(weights, bits):
+    """Two of four in each stack, in 12 bits and in 16; the report tells both sizes."""
+    model = accelerated(model_of("mixtral"), weights)
+    generate(model)
+    graph = next(graph for graph in report(model).to_dict()["graphs"] if graph["kind"] == "decode")
+    stacks = [p for name, p in model.named_parameters() if ".experts." in name]
+    numbers = sum(stack.numel() for stack in stacks)
+    held = numbers * bits // 8
+    sides = 0.01 * 8 * numbers + 1024 * len(stacks) if bits == 12 else 0  # space for patches, their places, palettes
+    assert held <= graph["expert_bytes"] <= held + sides
+    assert graph["chosen_bytes"] == graph["expert_bytes"] // 2
+    assert graph["fused"]["router + experts"] == len(stacks)  # in layers and twins
+    for record in record_of(model.parameters()).of(Graphs):  # of several tokens, each chooses two by itself
+        others = record.backbone_bytes - record.chosen_bytes
+        read = [others + record.expert_bytes * share for share in (2 / 4, 3 / 4, 15 / 16)]
+        assert [record.reads(tokens) for tokens in (1, 2, 4)] == pytest.approx([r / read[0] for r in read])
+    assert "MB of the layers'" in str(report(model))
 
 
 def in_place(model):

@@ -12,6 +12,7 @@ from torch import fx
 
 from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import pack_stack
+from river_compile.passes.edits import add_placeholders
 from river_compile.passes.experts import as_expert_matmul, replace_expert_matmul
 from river_compile.passes.normalize import normalized
 from tests.support.examples import examples
@@ -72,7 +73,8 @@ def test_every_spelling_becomes_one_operator_of_the_same_result(spelling, chosen
     assert (found.shape, found.transposed) == ((EXPERTS, N, K), weight is not exact)
     site = found.matmul({n: number for number, n in enumerate(graph.nodes)}, 32, "plain")
     assert (site.in_features, site.out_features, site.group_size, site.experts) == (K, (EXPERTS * N,), 32, EXPERTS)
-    replace_expert_matmul(graph, found, site, 0)
+    operands = add_placeholders(graph, ["qweight", "scale_zero"])
+    replace_expert_matmul(graph, found, *operands, site.group_size, site.layout)
     graph.lint()
     graph_module.recompile()
     targets = [node.target for node in graph.nodes if node.op == "call_function"]

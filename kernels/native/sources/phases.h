@@ -32,7 +32,9 @@ using Strided = Matrix<void>;
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3, kInt8s = 4, kFloat8s = 5 };
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
-enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
+enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kClampedSwish = 5 };
+// Where a gate's features lie: there is none, all before the up projection's, or each before its partner.
+enum Gate : int32_t { kNoGate = 0, kGateFirst = 1, kGatePairs = 2 };
 
 // Prepared activations: int8 for 4-bit weights; float32 in order, or of every two vectors even and then odd features;
 // bfloat16 rows or tiles; unchanged (normalised) for a library's matmul.
@@ -54,7 +56,8 @@ struct PrepareArgs {
   const void* norm_bias;    // [K] of `dtype` or null
   Strided residual;         // [M, K] of `dtype`, added in format kUnchanged, or null
   Activations out;
-  int32_t dtype, rows, in_features, group_size, norm;
+  const int32_t* order;  // [M] row m is row order[m] / each of x; null: row m
+  int32_t dtype, rows, in_features, group_size, norm, each;
   float eps;
 
   int64_t groups() const { return ceil_div(in_features, group_size); }
@@ -74,7 +77,7 @@ struct Epilogue {
   Rows bias;                                       // [N] of `dtype`, or none
   Strided residual;                                // [M, N] (gated [M, N / 2]) of `dtype`, or null
   Strided y;                                       // as the residual
-  int32_t dtype, out_features, activation, gated;  // gated: N is a multiple of 32
+  int32_t dtype, out_features, activation, gated;  // gated: a `Gate`, and N a multiple of 32
 
   int64_t width() const { return gated ? out_features / 2 : out_features; }
   int64_t blocks() const { return ceil_div(width(), kBlock); }
@@ -105,15 +108,19 @@ struct GemmArgs {
   const Pieces* unpacked;       // of `unpacked_bytes` or more, for 12-bit weights
   const float* scale;           // [N, 1 or K / 32] of 8-bit weights, null otherwise; then `weight` is [N, K]
   const int64_t* expert;        // [M] which of `experts` stacked weights a row meets, null if there is one for all;
-                                // a row with none of their numbers gets zeros
+                                // a row with none of their numbers gets zeros. Biases, palettes and patches are
+                                // stacked too; `x` is in int8 or rows, and `dense` one stack
   const int32_t* vocab_blocks;  // how many blocks of 16 output features to compute, and their numbers, ascending; the
                                 // others become kMaskedLogit. Null: all are. For 4-bit weights, not gated, no residual
   int32_t rows, in_features, group_size, experts;
+  int64_t side_each;           // int32s from one expert's palette to the next
   int32_t in_8_bits, grouped;  // kInt8s or kFloat8s, and whether every 32 input features have a scale; 0 otherwise
+  Share only;                  // of its blocks of output features, those that a part computes; end 0: its share of all
   Epilogue epilogue;
 
   int64_t groups() const { return ceil_div(in_features, group_size); }
   int64_t padded_features() const { return groups() * group_size; }
+  Share blocks_of(int part, int parts) const { return only.end ? only : share_of(epilogue.blocks(), part, parts); }
   // Two blocks of 16 output features as bfloat16.
   int64_t unpacked_bytes() const { return 2 * 2 * kBlock * ceil_div(int64_t(in_features), kUnit) * kUnit; }
 };
@@ -125,6 +132,38 @@ struct LibraryEpilogueArgs {
   Rows product;  // matrices [M, N_i] of `dtype`, contiguous, side by side
   Epilogue epilogue;
   int32_t rows;
+};
+
+// Sorts what T tokens chose by expert; what chose none comes last. One part.
+struct SortArgs {
+  const int64_t* chosen;  // [R] the expert of each row
+  int64_t* expert;        // [R] the same, ascending, -1 for none
+  int32_t* order;         // [R] the row at each place
+  int32_t* place;         // [R] the place of each row
+  int32_t* starts;        // [experts + 2]
+  int32_t rows, experts;
+};
+
+// y[m] = sum over j of weight[m, j] values[place[m each + j]] + residual[m]. Parts split groups of features.
+struct CombineArgs {
+  const void* values;    // [M each, N] of `dtype`
+  const int32_t* place;  // [M each]
+  const void* weight;    // [M, each] of `weight_dtype`
+  Strided residual;      // [M, N] of `dtype`, or null
+  void* y;               // [M, N] of `dtype`
+  int32_t dtype, weight_dtype, rows, each, features;
+};
+
+constexpr int kMostExperts = 1024;
+// Weights of the chosen: their softmax among all, that divided by its sum, or their softmax among themselves.
+enum Routing : int32_t { kAmongAll = 0, kAmongAllNormalised = 1, kAmongChosen = 2 };
+
+// The largest `each` of a row's logits, descending, the first of equal ones first. Parts split the rows.
+struct RouteArgs {
+  Strided logits;  // [M, experts] of `dtype`
+  void* weight;    // [M, each] of `weight_dtype`
+  int64_t* index;  // [M, each]
+  int32_t dtype, weight_dtype, rows, experts, each, routing;
 };
 
 constexpr int kBlockOfLogits = 64;
@@ -237,19 +276,23 @@ struct Phase {
 
 // The phases of one instruction set.
 struct Kernels {
-  Run prepare;        // PrepareArgs
-  Run gemm;           // GemmArgs
-  Run gemm_epilogue;  // LibraryEpilogueArgs
-  Run kv_fill;        // KvFillArgs
-  Run attend;         // AttentionArgs
-  Run combine;        // AttentionArgs
-  Run attend_prompt;  // PromptArgs
-  Run rescore;        // RescoreArgs
-  Run exit_score;     // ScoreArgs
-  Run weigh;          // ChoiceArgs
-  Run choose;         // ChoiceArgs
-  int32_t bfloat16;   // format of the activations that bfloat16 weights meet
-  bool vectors;       // whether matmuls of 16-bit weights and any number of rows are fast
+  Run prepare;               // PrepareArgs
+  Run gemm;                  // GemmArgs
+  Run gemm_epilogue;         // LibraryEpilogueArgs
+  Run kv_fill;               // KvFillArgs
+  Run attend;                // AttentionArgs
+  Run combine;               // AttentionArgs
+  Run attend_prompt;         // PromptArgs
+  Run rescore;               // RescoreArgs
+  Run exit_score;            // ScoreArgs
+  Run weigh;                 // ChoiceArgs
+  Run choose;                // ChoiceArgs
+  Run sort;                  // SortArgs
+  Run combine_experts;       // CombineArgs
+  Run route;                 // RouteArgs
+  int32_t bfloat16;          // format of the activations that bfloat16 weights meet
+  int32_t rows_of_bfloat16;  // the same where every row lies by itself
+  bool vectors;              // whether matmuls of 16-bit weights and any number of rows are fast
 };
 
 }  // namespace river

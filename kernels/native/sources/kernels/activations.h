@@ -138,7 +138,7 @@ inline void prepare(const void* args, int part, int parts) {
   alignas(64) float values[kLargestGroup];
   Moments moments;
   for (int64_t i = share.first * together; i < share.end * together; ++i) {
-    const int64_t row = i / groups, first = i % groups * size;
+    const int64_t row = a.order ? a.order[i / groups] / a.each : i / groups, first = i % groups * size;
     if (a.norm && first == 0) moments = moments_of(a, row);
     load_group(a, a.x.data, row * a.x.stride, first, values);
     if (a.norm) normalise(a, moments, first, values);

@@ -9,13 +9,13 @@
 
 namespace river {
 
-constexpr int kStep = 32, kTogether = 2 * kLanes;  // input features of a turn, and of a vector
+constexpr int kTurn = 32, kPairs = 2 * kLanes;  // input features of a turn, and of a vector
 
 // y[r][t] = sum over k of weight[t, k] x[r, k] for R rows and T <= 4 features; `fetch(k)` runs for each turn.
 template <int R, int T, class Fetch>
 void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t row_bytes, Matrix<float> y,
                    const Fetch& fetch) {
-  const int64_t whole = k / kStep * kStep;
+  const int64_t whole = k / kTurn * kTurn;
   Floats sums[R][4] = {};
   const auto add = [&](int64_t i, const auto& load_weights) RIVER_INLINED {
     unrolled<T>([&](auto t) RIVER_INLINED {
@@ -26,13 +26,13 @@ void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t r
       });
     });
   };
-  for (int64_t i = 0; i < whole; i += kStep) {
+  for (int64_t i = 0; i < whole; i += kTurn) {
     fetch(i);
-    unrolled<kStep / kTogether>(
-        [&](auto v) RIVER_INLINED { add(i + v * kTogether, [](const uint8_t* w) RIVER_INLINED { return load(w); }); });
+    unrolled<kTurn / kPairs>(
+        [&](auto v) RIVER_INLINED { add(i + v * kPairs, [](const uint8_t* w) RIVER_INLINED { return load(w); }); });
   }
-  for (int64_t i = whole; i < k; i += kTogether)
-    add(i, [&](const uint8_t* w) RIVER_INLINED { return load_some(w, std::min<int64_t>(kTogether, k - i)); });
+  for (int64_t i = whole; i < k; i += kPairs)
+    add(i, [&](const uint8_t* w) RIVER_INLINED { return load_some(w, std::min<int64_t>(kPairs, k - i)); });
   unrolled<R>([&](auto r) RIVER_INLINED {
     float total[4];
     sums_of_pairs(sums[r], total);

@@ -13,10 +13,19 @@ RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 409
 // A microkernel (a, n, row, rows, y) leaves y[r][i] = sum over k of weight[16 n + i, k] x[row + r, k] for `rows` <= R.
 template <int R, class Microkernel>
 void gemm_block(const GemmArgs& a, int64_t n, int row, int rows, const Microkernel& microkernel) {
+  const Epilogue& e = a.epilogue;
   float y[R][kBlock], up[R][kBlock];
-  microkernel(a, n, row, rows, y);
-  if (a.epilogue.gated) microkernel(a, n + a.epilogue.blocks(), row, rows, up);
-  epilogue(a.epilogue, n * kBlock, row, rows, y[0], up[0]);
+  if (e.gated == kGatePairs) {
+    microkernel(a, 2 * n, row, rows, y);
+    microkernel(a, 2 * n + 1, row, rows, up);
+    if (e.bias.count) add_bias(e, 2 * n * kBlock, kBlock, rows, kBlock, y[0]);
+    if (e.bias.count) add_bias(e, (2 * n + 1) * kBlock, kBlock, rows, kBlock, up[0]);
+    separate_pairs(rows, y, up);
+  } else {
+    microkernel(a, n, row, rows, y);
+    if (e.gated) microkernel(a, n + e.blocks(), row, rows, up);
+  }
+  epilogue(e, n * kBlock, row, rows, y[0], up[0]);
 }
 
 constexpr int kRowsTogether = 256;  // whose activations stay in a core's cache while weights pass by
@@ -26,7 +35,7 @@ template <class Microkernel>
 void gemm_blocked(const GemmArgs& a, int part, int parts, const Microkernel& microkernel,
                   int together = kRowsTogether) {
   for (int first = 0; first < a.rows; first += together)
-    for (auto [n, end] = share_of(a.epilogue.blocks(), part, parts); n < end; ++n)
+    for (auto [n, end] = a.blocks_of(part, parts); n < end; ++n)
       for (int row = first; row < std::min(first + together, a.rows); row += kBlock)
         gemm_block<16>(a, n, row, std::min(kBlock, a.rows - row), microkernel);
 }

@@ -127,7 +127,7 @@ inline void gemv_int4(const GemmArgs& a, int part, int parts) {
   const bool all = !a.vocab_blocks || a.vocab_blocks[0] >= blocks;
   const int32_t* listed = all ? nullptr : a.vocab_blocks + 1;
   const int64_t count = all ? blocks : a.vocab_blocks[0];
-  for (auto [i, end] = share_of(count, part, parts); i < end; ++i) {
+  for (auto [i, end] = all ? a.blocks_of(part, parts) : share_of(count, part, parts); i < end; ++i) {
     const int64_t n = all ? i : listed[i];
     if (!all && i == 0) write_unwanted(a, 0, n);
     if (!all) write_unwanted(a, n + 1, i + 1 < count ? listed[i + 1] : blocks);

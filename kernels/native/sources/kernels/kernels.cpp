@@ -3,6 +3,7 @@
 #include "kernels/attention.h"
 #include "kernels/choices.h"
 #include "kernels/exit_scores.h"
+#include "kernels/experts.h"
 #include "kernels/gemm_library.h"
 #include "kernels/kv_fill.h"
 #include "kernels/prompt_attention.h"
@@ -10,8 +11,8 @@
 
 namespace river {
 
-void gemm(const void* args, int part, int parts);  // gemm.cpp
-extern const int32_t kBFloat16Format;              // gemm.cpp
+void gemm(const void* args, int part, int parts);   // gemm.cpp
+extern const int32_t kBFloat16Format, kRowsFormat;  // gemm.cpp
 
 namespace {
 
@@ -27,7 +28,11 @@ const Kernels kKernels{
     .exit_score = exit_score,
     .weigh = weigh,
     .choose = choose,
+    .sort = sort,
+    .combine_experts = combine_experts,
+    .route = route,
     .bfloat16 = kBFloat16Format,
+    .rows_of_bfloat16 = kRowsFormat,
     .vectors = kHasVectors,
 };
 

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "operators/bindings_cache.h"
+#include "operators/bindings_experts.h"
 #include "operators/bindings_inputs.h"
 #include "operators/bindings_linear.h"
 #include "operators/bindings_logits.h"
@@ -129,6 +130,17 @@ struct Stack {
   }
 };
 
+// Puts results on torch's stack.
+template <class Result>
+void put(StableIValue* stack, const Result& result) {
+  stack[0] = torch::stable::detail::from(result);
+}
+template <class First, class Second>
+void put(StableIValue* stack, const std::tuple<First, Second>& results) {
+  stack[0] = torch::stable::detail::from(std::get<0>(results));
+  stack[1] = torch::stable::detail::from(std::get<1>(results));
+}
+
 template <class Result, class... Args>
 void run(Result (*f)(Args...), StableIValue* stack, uint64_t given) {
   Stack arguments{stack};
@@ -137,7 +149,7 @@ void run(Result (*f)(Args...), StableIValue* stack, uint64_t given) {
   if constexpr (std::is_void_v<Result>)
     std::apply(f, taken);
   else
-    stack[0] = torch::stable::detail::from(std::apply(f, taken));
+    put(stack, std::apply(f, taken));
 }
 
 // TORCH_BOX, for arguments that are several of the schema's.
@@ -162,8 +174,14 @@ const Operator kOnTensors[] = {
      boxed<linear>},
     {"dense", "(Tensor x, Tensor[] weights, Tensor[] biases, " + kFused + ") -> Tensor", boxed<dense>},
     {"experts",
-     "(Tensor x, Tensor weight, Tensor scale_zero, Tensor expert, int out_features, int group_size) -> Tensor",
+     "(Tensor x, Tensor weight, Tensor? scale_zero, Tensor expert, int out_features, int group_size) -> Tensor",
      boxed<experts>},
+    {"mixture",
+     "(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor? up_side, Tensor? up_bias, int up_group, Tensor down, "
+     "Tensor? down_side, Tensor? down_bias, int down_group, int features, str activation, bool pairs, "
+     "Tensor? residual=None) -> Tensor",
+     boxed<mixture>},
+    {"route", "(Tensor logits, int each, str routing, bool floats) -> (Tensor, Tensor)", boxed<route>},
     {"embed", "(Tensor ids, Tensor table) -> Tensor", boxed<embed>},
     {"turns", "(Tensor positions, Tensor frequencies, float scale, bool sine, Tensor like) -> Tensor", boxed<turns>},
     {"norm", "(Tensor x, " + kNorm + ", Tensor? residual=None) -> Tensor", boxed<norm>},

@@ -18,6 +18,36 @@ struct Fused {
   bool gated;
 };
 
+inline size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline size_t bytes_of_values(const GemmArgs& gemm) {
+  const int32_t format = gemm.x.format;
+  const size_t element = format == kInt8 ? 1 : format == kAmxTiles || format == kBFloat16Rows ? 2 : 4;
+  const size_t spare = format == kAmxTiles && gemm.rows > kBlock ? kBlock - 1 : 0;  // of the last block of rows
+  return whole_lines((gemm.rows + spare) * gemm.padded_features() * element);
+}
+
+inline size_t bytes_of_groups(const GemmArgs& gemm) { return whole_lines(size_t(gemm.rows) * gemm.groups() * 4); }
+
+// Bytes of prepared activations.
+inline size_t activation_bytes(const GemmArgs& gemm) { return bytes_of_values(gemm) + 3 * bytes_of_groups(gemm); }
+
+inline void place_activations(GemmArgs& gemm, PrepareArgs& prepare, char* memory) {
+  Activations& x = gemm.x;
+  x.values = memory;
+  x.scale = reinterpret_cast<float*>(memory += bytes_of_values(gemm));
+  x.sum = reinterpret_cast<float*>(memory += bytes_of_groups(gemm));
+  x.start = reinterpret_cast<int32_t*>(memory + bytes_of_groups(gemm));
+  prepare.out = x;
+}
+
+// Pieces of so many bytes: the recorded tape's, or `now` of this call.
+inline const Pieces* pieces_for(int64_t bytes, Pieces* now) {
+  if (Tape* tape = Tape::recording()) return tape->pieces(bytes);
+  *now = pieces_of(bytes);
+  return now;
+}
+
 struct LinearCall {
   PrepareArgs prepare{};
   GemmArgs gemm{};
@@ -38,22 +68,8 @@ struct LinearCall {
 
  private:
   void place() {
-    const auto aligned = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
-    Activations& x = gemm.x;
-    const size_t groups = size_t(gemm.rows) * gemm.groups(), k = gemm.padded_features();
-    const size_t element = x.format == kInt8 ? 1 : x.format == kAmxTiles || x.format == kBFloat16Rows ? 2 : 4;
-    const size_t spare = x.format == kAmxTiles && gemm.rows > kBlock ? kBlock - 1 : 0;  // of the last block of rows
-    const size_t values = aligned((gemm.rows + spare) * k * element);
-    char* memory = workspace(values + 3 * aligned(groups * 4));
-    x.values = memory;
-    x.scale = reinterpret_cast<float*>(memory += values);
-    x.sum = reinterpret_cast<float*>(memory += aligned(groups * 4));
-    x.start = reinterpret_cast<int32_t*>(memory + aligned(groups * 4));
-    prepare.out = x;
-    if (!gemm.palette) return;
-    Tape* const tape = Tape::recording();
-    if (!tape) unpacked = pieces_of(gemm.unpacked_bytes());
-    gemm.unpacked = tape ? tape->pieces(gemm.unpacked_bytes()) : &unpacked;
+    place_activations(gemm, prepare, workspace(activation_bytes(gemm)));
+    if (gemm.palette) gemm.unpacked = pieces_for(gemm.unpacked_bytes(), &unpacked);
   }
 };
 
@@ -79,17 +95,21 @@ inline LinearCall quantized(const Tensor& weight, const Tensor& scale_zero, int6
 }
 
 // A matmul with weights of bfloat16 in 12 bits; `side` is what GemmArgs::palette says.
-inline LinearCall in_12_bits(const Tensor& x, const Tensor& units, const Tensor& side, int64_t n) {
-  const int64_t k = columns_of(x), fours = ceil_div(n, kBlock) * kBlock / kFour, across = ceil_div(k, kUnit);
+inline LinearCall in_12_bits(const Tensor& x, const Tensor& units, const Tensor& side, int64_t k, int64_t n,
+                             int64_t experts = 1) {
+  const int64_t fours = ceil_div(n, kBlock) * kBlock / kFour, across = ceil_div(k, kUnit);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be bfloat16, as the weights in 12 bits are");
   STD_TORCH_CHECK(n > 0 && k > 0 && units.is_cpu() && units.scalar_type() == ScalarType::Byte &&
-                      units.is_contiguous() && units.numel() == fours * across * kUnitBytes,
+                      units.is_contiguous() && units.numel() == experts * fours * across * kUnitBytes,
                   "weight is not packed in 12 bits with these features");
   const auto* numbers = static_cast<const int32_t*>(side.data_ptr());
-  STD_TORCH_CHECK(side.is_cpu() && side.scalar_type() == ScalarType::Int && side.is_contiguous() &&
-                      side.numel() >= 5 + fours && side.numel() >= 5 + fours + 2 * int64_t(numbers[4 + fours]),
-                  "scale_zero is not the palette and the patches of weights in 12 bits with these features");
+  const int64_t each = side.numel() / experts;
+  bool fits = side.is_cpu() && side.scalar_type() == ScalarType::Int && side.is_contiguous() && each >= 5 + fours;
+  for (int64_t i = 0; fits && i < experts; ++i) fits = each >= 5 + fours + 2 * int64_t(numbers[i * each + 4 + fours]);
+  STD_TORCH_CHECK(fits, "scale_zero is not the palette and the patches of weights in 12 bits with these features");
   LinearCall call;
+  call.gemm.side_each = each;
+  call.gemm.experts = int32_t(experts);
   call.gemm.x.format = kernels().bfloat16;
   call.gemm.weight = static_cast<const uint8_t*>(units.data_ptr());
   call.gemm.palette = numbers;
@@ -248,26 +268,12 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale_
   check(!lossless || !vocab_blocks, "vocab_blocks", "be for matmuls with weights in 4 bits");
   LinearCall call = !lossless ? quantized(weight, scale_zero, columns_of(x), out_features, group_size)
                     : bytes   ? in_8_bits(x, weight, scale_zero, out_features)
-                              : in_12_bits(x, weight, scale_zero, out_features);
+                              : in_12_bits(x, weight, scale_zero, columns_of(x), out_features);
   const Rows added{{vector_of(bias, x, out_features, "bias")}, {0, int32_t(out_features)}, bias.has_value()};
   Tensors held;
   const Tensor y = describe(call, x, out_features, lossless ? kLargestGroup : group_size, added, fused, held);
   call.gemm.vocab_blocks = vocab_blocks_of(vocab_blocks, out_features, fused);
   call.run(lossless && rows_of(x) > few_rows(true, x.dim() == 3 ? x.size(1) : 1));
-  return y;
-}
-
-inline Tensor experts(const Tensor& x, const Tensor& weight, const Tensor& scale_zero, const Tensor& expert,
-                      int64_t out_features, int64_t group_size) {
-  check(x.dim() == 2 && weight.dim() > 0 && weight.size(0) > 0, "x", "be a matrix, and weight a stack");
-  check(expert.is_cpu() && expert.scalar_type() == ScalarType::Long && expert.is_contiguous() && expert.dim() == 1 &&
-            expert.size(0) == x.size(0),
-        "expert", "be contiguous, in int64, with a number for each row of x");
-  LinearCall call = quantized(weight, scale_zero, columns_of(x), out_features, group_size, weight.size(0));
-  call.gemm.expert = static_cast<const int64_t*>(expert.data_ptr());
-  Tensors held;
-  const Tensor y = describe(call, x, out_features, group_size, {}, {{}, {"none"}, "none"}, held);
-  call.run();
   return y;
 }
 

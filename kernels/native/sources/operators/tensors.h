@@ -113,7 +113,7 @@ inline int32_t norm_of(const std::string& name) {
   return number_of(name, {"none", "rms", "rms_plus_one", "layer"}, "norm");
 }
 inline int32_t activation_of(const std::string& name) {
-  return number_of(name, {"none", "silu", "gelu", "gelu_tanh", "relu"}, "activation");
+  return number_of(name, {"none", "silu", "gelu", "gelu_tanh", "relu", "clamped_swish"}, "activation");
 }
 
 constexpr int kFewPositions = 16;  // up to which each attends by itself, and passes run on our threads

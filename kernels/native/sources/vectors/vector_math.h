@@ -37,6 +37,11 @@ inline void activate(int32_t activation, float* y, int count) {
       y[i] = 0.5f * y[i] * (1.0f + tanh_of(0.79788456f * (y[i] + 0.044715f * y[i] * y[i] * y[i])));
   else if (activation == kRelu)
     for (int i = 0; i < count; ++i) y[i] = y[i] < 0 ? 0.0f : y[i];
+  else if (activation == kClampedSwish)
+    for (int i = 0; i < count; ++i) {
+      const float least = y[i] > 7.0f ? 7.0f : y[i];
+      y[i] = least / (1.0f + exp_of(-1.702f * least));
+    }
 }
 
 // Sums of 16 lanes, halved until one is left.
