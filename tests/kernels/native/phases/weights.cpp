@@ -124,6 +124,39 @@ Weights pack_12_bits(Case& c, GemmArgs& a, Rows& dense) {
   return w;
 }
 
+Weights pack_mxfp4(Case& c, GemmArgs& a, Rows& dense) {
+  constexpr double kMagnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  const int64_t n_all = a.epilogue.out_features, values = n_all * a.in_features;
+  auto* const bytes = c.input_of(values / 2).data<uint8_t>();
+  auto* const exponents = c.input_of(values / kMxGroup).data<uint8_t>();
+  auto* const plain = static_cast<uint16_t*>(c.input(values, kBFloat16).data());
+  const int least = c.random.pick({40, 110, 120});
+  for (int64_t group = 0; group < values / kMxGroup; ++group)
+    exponents[group] = uint8_t(least + c.random.between(0, 9));
+  Weights w;
+  for (int64_t i = 0; i < values; ++i) {
+    if (i % 2 == 0) bytes[i / 2] = c.random.byte();
+    const int code = bytes[i / 2] >> i % 2 * 4 & 15;
+    w.values.push_back(std::ldexp(kMagnitudes[code % 8], exponents[i / kMxGroup] - 127) * (code < 8 ? 1 : -1));
+    plain[i] = bfloat16_bits(w.values[i]);
+  }
+  a.weight = bytes;
+  a.exponents = exponents;
+  dense = {{plain}, {0, int32_t(n_all)}, 1};
+  return w;
+}
+
+Weights pack_transposed(Case& c, GemmArgs& a, Rows& dense) {
+  const Weights w = pack_dense(c, a, {0, a.epilogue.out_features});
+  dense = a.dense;
+  const int64_t n_all = a.epilogue.out_features, k_all = a.in_features;
+  Values& turned = c.input(n_all * k_all, a.epilogue.dtype);
+  for (int64_t i = 0; i < n_all * k_all; ++i) turned.set(i, w.values[i % n_all * k_all + i / n_all]);
+  a.dense.data[0] = turned.data();
+  a.transposed = 1;
+  return w;
+}
+
 Weights pack_8_bits(Case& c, GemmArgs& a) {
   const int64_t n_all = a.epilogue.out_features, k_all = a.in_features, groups = a.grouped ? k_all / 32 : 1;
   const bool floats = a.in_8_bits == kFloat8s;

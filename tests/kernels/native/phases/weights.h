@@ -16,6 +16,9 @@ std::vector<Weights> pack_int4(Case& c, GemmArgs& a, const std::vector<bool>& us
 Weights pack_dense(Case& c, GemmArgs& a, const std::vector<int32_t>& first);
 // bfloat16 in 12 bits, a share of them patches; `dense` becomes the same in 16 bits.
 Weights pack_12_bits(Case& c, GemmArgs& a, Rows& dense);
+// MXFP4, and one matrix of the epilogue's dtype stored as [K, N]; `dense` becomes the same in rows.
+Weights pack_mxfp4(Case& c, GemmArgs& a, Rows& dense);
+Weights pack_transposed(Case& c, GemmArgs& a, Rows& dense);
 // Integers with a scale for each row or every 32 features, or floats with one for each row.
 Weights pack_8_bits(Case& c, GemmArgs& a);
 
