@@ -38,7 +38,9 @@ _TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles in the layout
 #           16, the line's input feature j in the low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G,
 #           16, 2].
 #   12bit   and the others of `LOSSLESS` have no grid: qweight and scale_zero are units and side, or qweight and scale,
-#           of `quant.lossless`, or blocks and scales of `quant.mxfp4`. For a weight that does not fit there, qweight is the weight and scale_zero is empty.
+#           of `quant.lossless`, or blocks and scales of `quant.mxfp4`. For a weight that does not fit there, qweight is
+#           the weight and scale_zero is empty.
+
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,6 @@ def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[i
     if name in lossless.LAYOUTS_12BIT:
         units, side = lossless.shapes_12bit(n, k)
         return {"qweight": (units, (torch.uint8,)), "scale_zero": (side, (torch.int32,))}
-    if name == LAYOUT_MXFP4:
-        groups = (n, k // GROUP)
-        return {"qweight": ((*groups, GROUP // 2), (torch.uint8,)), "scale_zero": (groups, (torch.uint8,))}
     blocks, pairs = (-(-n // 16), k // group), (n, k // group, 2)
     native = ((*blocks, 16, 2), (torch.bfloat16,))
     qweight, scale_zero = {

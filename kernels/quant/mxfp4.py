@@ -1,12 +1,11 @@
 """MXFP4 stacks of experts, as gpt-oss's checkpoints hold them: 4-bit floats with a power of two for every 32.
 
-The bytes are the checkpoint's, and `Mxfp4Stack` makes them a parameter. Not handled: MXFP4 of plain linear layers, GPUs,
-gradients, and finding groups with subnormal bfloat16 numbers in a stack of 16 bits.
+The bytes are the checkpoint's, and `Mxfp4Stack` makes them a parameter. Not handled: MXFP4 of plain linear layers,
+GPUs, gradients, and finding groups with subnormal bfloat16 numbers in a stack of 16 bits.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,15 +20,19 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1; codes from 8 
 _SAMPLED_ROWS = 16  # tell most stacks that are none
 
 # For N output and K input features: blocks uint8 [N, K / 32, 16], byte j of a group its features 2 j in the low and
-# 2 j + 1 in the high nibble; scales uint8 [N, K / 32], each 2^(scale - 127). Every value fits into bfloat16, so a matrix
-# in 16 bits has them if a scale for each group is found: that with which its largest number is 4 or 6 has all numbers
-# of those with larger scales.
+# 2 j + 1 in the high nibble; scales uint8 [N, K / 32], each 2^(scale - 127). Every value fits into bfloat16. Of a group
+# in 16 bits one scale is tried, with which its largest number is 4 to 6: all numbers of larger scales have it.
 
 
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Return the bfloat16 values ``[..., N, K]`` of blocks uint8 ``[..., N, K / 32, 16]`` and their scales."""
+    # (Traceable: no tensor is kept from one call to the next.)
     codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    return _numbers()[scales.unsqueeze(-1).int() * 16 + codes.int()].flatten(-2)
+    numbers = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=blocks.device)[codes.int()]
+    bits = scales.to(torch.int32)
+    is_other = (bits == 0) | (bits == _NOT_A_NUMBER)  # 2^-127, which is subnormal, and NaN
+    powers = (bits << 23 | is_other.to(torch.int32) << 22).view(torch.float32)
+    return (numbers * powers.unsqueeze(-1)).bfloat16().flatten(-2)
 
 
 def find_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -52,15 +55,6 @@ def _found(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     codes = torch.where(zero, 0, torch.where(half, 1, (steps >> 6) + 2)) | (bits >> 12 & 8)
     codes = codes.to(torch.uint8)
     return codes[..., 0::2] | codes[..., 1::2] << 4, scales.to(torch.uint8)
-
-
-@functools.cache
-def _numbers() -> Tensor:
-    """Return the bfloat16 number of each scale and code, ``[256 * 16]``."""
-    values = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], dtype=torch.float64)
-    table = values * torch.exp2(torch.arange(-127, 129, dtype=torch.float64))[:, None]
-    table[_NOT_A_NUMBER] = torch.nan
-    return table.bfloat16().flatten()
 
 
 def check_mxfp4(name: str, blocks: Tensor, scales: Tensor) -> None:
