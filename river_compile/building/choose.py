@@ -18,9 +18,10 @@ from river_compile.kernels.measured import Shapes, worth_12_bits
 from river_compile.kernels.native.build import choose_isa
 from river_compile.passes.backbone import model_matmuls, own_matmuls, packed_backbone
 from river_compile.passes.edits import Pass
+from river_compile.passes.experts import is_mxfp4
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.heads import exit_checks, find_logits, logits_entropy, rescored_head, vocab_blocks
-from river_compile.passes.nodes import is_parameter, value_of
+from river_compile.passes.nodes import input_name, is_parameter, is_tensor, value_of
 from river_compile.passes.program import DecoderPlan, Lowering, RiverProgram
 from river_compile.passes.twins import TwinSpec, one_row_head, twin_head, twin_layers
 from river_compile.system import memory_bytes
@@ -134,6 +135,20 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
             "target_weights='12bit' requires a processor with AVX2. Use target_weights='model'", id="RC004"
         )
     return asked
+
+
+def check_mxfp4(program: RiverProgram) -> None:
+    """Raise an OptionError if a rewritten program has MXFP4 experts that no C++ kernel reads."""
+    for segment in program.segments:
+        for node in segment.graph.find_nodes(op="placeholder"):
+            if is_tensor(node) and is_mxfp4(node):
+                raise OptionError(
+                    f"{input_name(segment.origins[node])} has MXFP4 weights, which only the C++ kernels of experts "
+                    "read: on a CPU, in bfloat16, without adapters on experts, offloading, or options that choose "
+                    "other kernels (kernels=, target_kernels=). Load the model by transformers for these, which "
+                    "dequantizes it",
+                    id="RC004",
+                )
 
 
 def has_room(program: RiverProgram) -> bool:
