@@ -42,7 +42,6 @@ _TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles in the layout
 #           the weight and scale_zero is empty.
 
 
-
 @dataclass(frozen=True)
 class PackedLinear:
     """A packed weight, or a stack of such; the comment above has the shapes of each layout."""

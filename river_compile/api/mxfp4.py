@@ -18,8 +18,8 @@ from river_compile.errors import OptionError
 from river_compile.kernels.quant.mxfp4 import Mxfp4Stack, check_mxfp4
 from river_compile.upstream.mxfp4 import loading_mxfp4_by
 
-_DTYPES = ("auto", "bfloat16", torch.bfloat16)
-_OF_TRANSFORMERS = ("quantization_config", "device_map", "use_kernels", "tp_plan")
+MXFP4_DTYPES = ("auto", "bfloat16", torch.bfloat16)
+NOT_WITH_MXFP4 = ("quantization_config", "device_map", "use_kernels", "tp_plan")
 
 
 def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -43,9 +43,9 @@ def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         OSError: (of transformers) there is no such model.
     """
     dtype = kwargs.setdefault("dtype", "auto")
-    if dtype not in _DTYPES:
+    if dtype not in MXFP4_DTYPES:
         raise OptionError(f"MXFP4 experts require dtype=torch.bfloat16, not {dtype!r}. Remove dtype=", id="RC004")
-    given = [key for key in _OF_TRANSFORMERS if kwargs.get(key) is not None]
+    given = [key for key in NOT_WITH_MXFP4 if kwargs.get(key) is not None]
     if given:
         raise OptionError(
             f"load_mxfp4 loads to the CPU, as the checkpoint is quantized, so {given[0]}= has no place. Remove it, or "
@@ -66,13 +66,28 @@ def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
 @contextlib.contextmanager
 def experts_as_they_come() -> Iterator[None]:
     """Have ``from_pretrained`` of transformers keep MXFP4 experts of a checkpoint as they are."""
-    with loading_mxfp4_by(_stack_of):
-        yield
+    failed: list[OptionError] = []
 
+    def stack_of(name: str, blocks: torch.Tensor | None, scales: torch.Tensor | None) -> torch.nn.Parameter:
+        try:
+            return _stack_of(name, blocks, scales)
+        except ValueError as error:
+            why = f"Cannot load the checkpoint: {error}. Download its files again"
+            failed.append(OptionError(why, id="RC004"))
+            raise
 
-def _stack_of(name: str, blocks: torch.Tensor, scales: torch.Tensor) -> torch.nn.Parameter:
     try:
-        check_mxfp4(name, blocks, scales)
-    except ValueError as error:
-        raise OptionError(f"Cannot load the checkpoint: {error}. Download its files again", id="RC004") from error
+        with loading_mxfp4_by(stack_of):
+            yield
+    except RuntimeError:  # transformers names all parameters that it could not load
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def _stack_of(name: str, blocks: torch.Tensor | None, scales: torch.Tensor | None) -> torch.nn.Parameter:
+    """Return a stack's parameter; raise a ValueError for damage."""
+    if blocks is None or scales is None:
+        raise ValueError(f"{name} has no {'scales' if scales is None else 'blocks'}")
+    check_mxfp4(name, blocks, scales)
     return torch.nn.Parameter(Mxfp4Stack(blocks, scales), requires_grad=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
-MakeStack = Callable[[str, Tensor, Tensor], nn.Parameter]  # of a name, blocks and scales
+MakeStack = Callable[[str, Tensor | None, Tensor | None], nn.Parameter]  # of a name, blocks, scales
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def loading_mxfp4_by(make: MakeStack) -> Iterator[None]:
         _self: Mxfp4Dequantize, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any
     ) -> dict[str, nn.Parameter]:
         own = full_layer_name.rpartition(".")[2]
-        blocks, scales = (_only(input_dict[f"{own}_{part}"]) for part in ("blocks", "scales"))
+        blocks, scales = (_only(input_dict.get(f"{own}_{part}")) for part in ("blocks", "scales"))
         return {full_layer_name: make(full_layer_name, blocks, scales)}
 
     def check(quantizer: Mxfp4HfQuantizer, *_: Any, **__: Any) -> None:
@@ -42,5 +42,5 @@ def loading_mxfp4_by(make: MakeStack) -> Iterator[None]:
         yield
 
 
-def _only(tensor: Tensor | list[Tensor]) -> Tensor:
+def _only(tensor: Tensor | list[Tensor] | None) -> Tensor | None:
     return tensor[0] if isinstance(tensor, list) else tensor
