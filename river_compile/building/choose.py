@@ -182,7 +182,12 @@ def why_width_matters(program: RiverProgram, choices: Choices) -> str:
         return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
     if choices.lowering.native:
         left = next(model_matmuls(program), None)
-        return "" if left is None else f"{left} is multiplied by the model's operator: no kernel reads its form"
+        if left is not None:
+            return f"{left} is multiplied by the model's operator: no kernel reads its form"
+        missed = next(
+            (f for f in program.fusions if f.missed and f.rule == "attention" and f.segment[:5] == "block"), None
+        )
+        return "" if missed is None else f"attention of {missed.segment} is the model's operator's ({missed.missed})"
     missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
     if missed is not None:
         return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"
