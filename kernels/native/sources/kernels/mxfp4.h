@@ -135,22 +135,25 @@ class MadeBlocks {
     }
   }
 
-  // From [K, N], a word of 32 bits from 16 columns of 16 rows, or of pairs of rows, at a time.
+  // From [K, N], 16 columns of 16 words at a time, which are numbers of 32 bits or pairs of 16 from two rows.
   void transpose_block(const GemmArgs& a, int64_t n, char* memory) const {
     const int64_t stride = a.epilogue.out_features * bytes_, rows_of_word = 4 / bytes_;
     const char* const first = static_cast<const char*>(a.dense.data[0]) + n * kBlock * bytes_;
     const int count = count_of(a, n);
+    const auto row_of = [&](int64_t k) { return k < a.in_features ? first + k * stride : nullptr; };
     for (int64_t k = 0; k < padded_; k += kBlock * rows_of_word) {
-      alignas(64) uint32_t words[kBlock * kBlock] = {}, columns[kBlock * kBlock];
-      for (int64_t i = 0; i < kBlock * rows_of_word && k + i < a.in_features; ++i) {
-        const char* const row = first + (k + i) * stride;
-        uint32_t* const to = words + i / rows_of_word * kBlock;
+      alignas(64) uint32_t words[kBlock * kBlock], columns[kBlock * kBlock];
+      for (int64_t i = 0; i < kBlock; ++i) {
+        const int64_t row = k + i * rows_of_word;
+        for (int64_t ahead = 0; ahead < rows_of_word; ++ahead)  // (each row lies in a page of its own)
+          __builtin_prefetch(first + std::min<int64_t>(row + ahead + kRowsAhead, a.in_features - 1) * stride);
+        uint32_t* const to = words + i * kBlock;
         if (bytes_ == 4)
-          std::memcpy(to, row, count * 4);
-        else if (count == kBlock)
-          add_halves<kBlock>(row, kBlock, i % 2 * 16, to);
+          read<uint32_t>(row_of(row), count, to);
+        else if (count == kBlock && row + 1 < a.in_features)
+          for (int j = 0; j < kBlock; ++j) to[j] = pair(row_of(row), row_of(row + 1), j);
         else
-          add_halves<0>(row, count, i % 2 * 16, to);
+          read_pairs(row_of(row), row_of(row + 1), count, to);
       }
       transpose(words, kBlock, columns);
       for (int i = 0; i < kBlock; ++i)
@@ -158,13 +161,27 @@ class MadeBlocks {
     }
   }
 
-  template <int kCount>
-  static void add_halves(const char* row, int count, int shift, uint32_t* to) {
-    for (int j = 0; j < (kCount ? kCount : count); ++j) {
-      uint16_t half;
-      std::memcpy(&half, row + 2 * j, 2);
-      to[j] |= uint32_t(half) << shift;
-    }
+  static constexpr int kRowsAhead = 96;
+
+  static uint32_t pair(const char* low, const char* high, int j) {
+    uint16_t halves[2];
+    std::memcpy(halves, low + 2 * j, 2);
+    std::memcpy(halves + 1, high + 2 * j, 2);
+    return halves[0] | uint32_t(halves[1]) << 16;
+  }
+
+  // The first `count` numbers of a row, zeros without one.
+  template <class T>
+  static void read(const char* row, int count, T* to) {
+    std::fill(to, to + kBlock, T(0));
+    if (row) std::memcpy(to, row, count * sizeof(T));
+  }
+
+  static void read_pairs(const char* low, const char* high, int count, uint32_t* to) {
+    uint16_t halves[2][kBlock];
+    read(low, count, halves[0]);
+    read(high, count, halves[1]);
+    for (int j = 0; j < kBlock; ++j) to[j] = halves[0][j] | uint32_t(halves[1][j]) << 16;
   }
 
   const int64_t bytes_, padded_;
