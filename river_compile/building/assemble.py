@@ -71,7 +71,8 @@ def _rebuild(
     assert model is not None, "the model whose parameters these are is there"
     start = time.perf_counter()
     adopt(model, (inputs[i] for i in range(len(inputs)) if program.is_parameter(i)))
-    graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = graph.expert_bytes = graph.chosen_bytes = 0
+    graph.token_bytes = graph.packed_bytes = graph.lossless_bytes = 0
+    graph.backbone_bytes = graph.expert_bytes = graph.chosen_bytes = 0
     built = assembled(program, ProgramExamples(program), inputs, model, graph, refresh=changed)
     weights = built[0].weights
     made = weights.made if changed and isinstance(weights, ProgramWeights) else ()
@@ -165,10 +166,12 @@ def _compiled(
 def _count_experts(
     graph: GraphRecord, segments: Sequence[SegmentSpec], packed: Mapping[Matmul, TwinWeight], inputs: Sequence[Any]
 ) -> None:
-    """Note the bytes of the 16-bit layers' stacks of experts, and of those that a token reads."""
-    for segment in (segment for segment in segments if segment.kind == "block"):
-        given = [inputs[slot] if slot < len(inputs) else None for slot in segment.inputs]
+    """Note the bytes of the 16-bit layers' weights and stacks of experts, and of those that a token reads."""
+    assert graph.program is not None
+    for segment in (segment for segment in segments if segment.kind in ("block", "head")):
+        given = [inputs[slot] if graph.program.is_parameter(slot) else None for slot in segment.inputs]
         values = [*given, *(tensor for matmul in segment.packed for tensor in packed[matmul].tensors)]
+        graph.backbone_bytes += bytes_of_token(segment, values)
         stacks = [(values[place], count) for place, count in segment.experts]
         graph.expert_bytes += sum(stack.nbytes for stack, _ in stacks if isinstance(stack, Tensor))
         graph.chosen_bytes += sum(stack[:count].nbytes for stack, count in stacks if isinstance(stack, Tensor))

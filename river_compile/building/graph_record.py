@@ -46,7 +46,8 @@ class GraphRecord:
     token_bytes: int = 0  # of its twins' packed weights, read by a token at depth 0
     packed_bytes: int = 0  # of its twins' packed weights
     lossless_bytes: int = 0  # of its 16-bit layers' packed weights
-    expert_bytes: int = 0  # of its 16-bit layers' stacks of experts, packed or not
+    backbone_bytes: int = 0  # of its 16-bit layers and head, packed or not, that a token reads
+    expert_bytes: int = 0  # of these layers' stacks of experts
     chosen_bytes: int = 0  # of those that a token reads
     paged_out_bytes: int = 0  # of the parameters that these replace, which are only in their file until they are read
     executor: Callable[[], object | None] = field(default=lambda: None)  # weak: None if nothing keeps it
@@ -88,6 +89,16 @@ class GraphRecord:
     def options(self) -> tuple[RiverConfig, str | None]:
         """The user's options."""
         return self.config, self.mode
+
+    def reads(self, tokens: int) -> float:
+        """Return the bytes of weights that a pass of so many tokens reads, in those of one token.
+
+        Each token chooses its experts by itself, as if at random.
+        """
+        if not self.chosen_bytes:
+            return 1.0
+        unread = (1 - self.chosen_bytes / self.expert_bytes) ** tokens
+        return 1 + (self.expert_bytes * (1 - unread) - self.chosen_bytes) / self.backbone_bytes
 
     def share(self, process: str) -> dict[str, Any]:
         """Return what this process packed, under its name."""

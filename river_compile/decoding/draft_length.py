@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect, bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -31,6 +31,8 @@ _SAMPLES = 9  # recent times per width, the least of which counts
 _ENOUGH = 3  # times before their minimum is trusted
 _STALE = 500  # cycles after which a width is measured again
 _DRAFT_COSTS = 0.3  # a draft step's time in passes of one token, before it was measured
+_WIDER_COSTS = 0.02  # what a pass costs more with each token beyond the first, at best, if it reads no more
+_NOT_SHARED = 0.75  # of what a pass reads more than one token, at best: neighbors choose some experts together
 
 
 class AcceptanceRate:
@@ -120,15 +122,20 @@ class DraftLength:
         self._next = {source: AcceptanceRate([], [_NEXT]) for source in self._rates}
         self._rates[LOOKUP] = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self._widths: Sequence[int] = (1,)
+        self._reads: Callable[[int], float] = _one
         self._times: dict[int | str, deque[float]] = {}  # by width of a pass, or source of a draft step
         self._measured: dict[int | str, int] = {}  # the cycle of the latest time
         self._cycles = 0
         self._kept = self._seconds = 0.0  # emitted tokens and their time; earlier ones fade
         self._costs: list[float] | None = None  # of passes, in tokens
 
-    def carry_over(self, widths: Sequence[int]) -> DraftLength:
-        """Prepare for another text and its verification widths (ascending); earlier texts count little."""
+    def carry_over(self, widths: Sequence[int], reads: Callable[[int], float] | None = None) -> DraftLength:
+        """Prepare for another text and its verification widths (ascending); earlier texts count little.
+
+        `reads`: the bytes of weights that a pass of a width reads, in those of one token. None: all read the same.
+        """
         self._widths, self._costs, self._kept, self._seconds = widths, None, 0.0, 0.0
+        self._reads = reads or _one
         for rate in (*self._rates.values(), *self._next.values()):
             rate.cap_weight(_FROM_OTHER_TEXTS)
         return self
@@ -141,9 +148,13 @@ class DraftLength:
         """Return how a draft continues, by a source that can run; the first of them where nothing else decides."""
         if draft.source:  # a draft has tokens of one source
             sources = [draft.source]
-        elif self._adaptive:  # one that was never measured is tried
-            sources = [s for s in sources if len(self._times.get(s, ())) < _ENOUGH] or sources
-        return self._by_gain(draft, sources) if self._adaptive else self._by_room(draft, sources)
+        if not self._adaptive:
+            return self._by_room(draft, sources)
+        unknown = [] if draft.source else [source for source in sources if not self._is_known(source)]
+        plan = self._by_gain(draft, unknown or sources)
+        tried = [source for source in unknown if draft.room_for(source)]
+        # One that seems not to pay takes a single step a few times, since nothing else tells how often it holds.
+        return Plan(tried[0], 1, 0) if tried and not (plan.steps or plan.verified) else plan
 
     def learn(self, draft: Draft, kept: Sequence[str], drafting: float, verifying: float) -> None:
         """Learn from a cycle: sources of the emitted tokens, and seconds of drafting and verifying."""
@@ -171,11 +182,15 @@ class DraftLength:
         # A width with few or old times costs at least its share of each known width. A higher estimate would
         # keep it from being tried again.
         times = self._times.get(what, ())
-        if len(times) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE:
+        if self._is_known(what):
             return min(times)
         known = {w: min(ts) for w, ts in self._times.items() if isinstance(w, int) and w != what and len(ts) >= _ENOUGH}
-        at_best = max(seconds * _share(what, w) for w, seconds in (known or {1: 1.0}).items())
+        at_best = max(seconds * self._share(what, w) for w, seconds in (known or {1: 1.0}).items())
         return min([*times, at_best])
+
+    def _is_known(self, what: int | str) -> bool:
+        """Whether there are enough times that are not old."""
+        return len(self._times.get(what, ())) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE
 
     def _by_gain(self, draft: Draft, sources: Sequence[str]) -> Plan:
         # Maximizing tokens per second in the long run maximizes each cycle's tokens minus its time at the average
@@ -227,13 +242,20 @@ class DraftLength:
         self._times.setdefault(what, deque(maxlen=_SAMPLES)).append(seconds)
         self._measured[what] = self._cycles
 
+    def _share(self, what: int | str, known: int) -> float:
+        """Return a lower bound of the cost of a pass or a draft step, relative to a pass of a known width."""
+        # A wider pass costs little more if it waits for the same weights; a narrower one costs in proportion if it
+        # computes.
+        if isinstance(what, str):
+            return _DRAFT_COSTS * self._share(1, known)
+        return what / known if what < known else self._at_best(what) / self._at_best(known)
 
-def _share(what: int | str, known: int) -> float:
-    """Return a lower bound of the cost of a pass or a draft step, relative to a pass of a known width."""
-    # A wider pass costs little more if it waits for weights; a narrower one costs in proportion if it computes.
-    if isinstance(what, str):
-        return _DRAFT_COSTS * _share(1, known)
-    return what / known if what < known else (1 + 0.02 * (what - 1)) / (1 + 0.02 * (known - 1))
+    def _at_best(self, width: int) -> float:
+        return (1 + _WIDER_COSTS * (width - 1)) * (1 + _NOT_SHARED * (self._reads(width) - 1))
+
+
+def _one(_width: int) -> float:
+    return 1.0
 
 
 class DraftLengths(dict[tuple[bool, int], DraftLength]):

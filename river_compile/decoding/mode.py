@@ -343,7 +343,9 @@ class ExactMode(Decode):
             known = passes.record.of(DraftLengths)
             length = known.setdefault((call.config.do_sample, number), DraftLength())
         copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
-        return Drafting(length.carry_over(passes.widths), copied, tuple(self._drafters(passes)))
+        assert passes.graph is not None, "drafts are allowed"
+        length.carry_over(passes.widths, passes.graph.reads)
+        return Drafting(length, copied, tuple(self._drafters(passes)))
 
     def _drafters(self, passes: Passes) -> Iterator[Drafter]:
         """Yield what drafts for passes whose prompt has run."""

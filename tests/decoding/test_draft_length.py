@@ -1,5 +1,8 @@
 """Who drafts and how long: by what drafts gain and cost, on numbers alone."""
 
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -85,6 +88,48 @@ def test_mixtures_of_experts_copy_but_hardly_draft():
     assert [steps_taken(length, probability) for probability in (0.5, 0.8, 0.9, 0.97)] == [0, 0, 0, 0]
     assert length.plan(draft_of(copy=tokens(15, 0.97)), [TWINS]) == Plan("", 0, 15)
     assert steps_taken(rule(0.25, w2=1.3, w4=2.4, w8=4.0, w16=7.0), 0.9) == 1
+
+
+def mixture_text(share, step, rate, tokens=256, copied=False):
+    """Returns how long a text takes with drafts, in passes of one token for each of its tokens.
+
+    A token chooses 8 of 64 experts at random, which make up a share of what its pass reads. A step of the twins takes
+    `step` passes, and each drafted token holds with this rate. `copied`: it is a copy from its first token on.
+    """
+
+    def reads(width):
+        return 1 - share + share * 8 * (1 - 0.875**width)
+
+    length, draws = DraftLength().carry_over(WIDTHS, reads), random.Random(0)
+    seconds = made = 0.0
+    while made < tokens:
+        draft = Draft(15, copy=[length.token(0, LOOKUP, made + i) for i in range(15 * copied)])
+        while (plan := length.plan(draft, [TWINS])).steps:
+            draft.source, draft.steps = plan.source, draft.steps + 1
+            draft.add(length.token(0, TWINS, 0.3))
+            draft.copy = draft.copy[: draft.room - len(draft.tokens)]
+        for token in draft.copy[: max(plan.verified - len(draft.tokens), 0)]:
+            draft.add(token)
+        kept = [*itertools.takewhile(lambda _: draws.random() < rate, draft.tokens)]
+        verifying = reads(width(len(draft.tokens))) + 0.01 * len(draft.tokens)
+        length.learn(draft, [*(token.source for token in kept), "backbone"], draft.steps * step, verifying)
+        seconds += draft.steps * step + verifying
+        made += len(kept) + 1
+    return seconds / made
+
+
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+@pytest.mark.parametrize("step", [0.28, 0.45])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.6, 0.8, 0.9, 0.95])
+def test_drafts_of_a_mixture_cost_two_percent_at_most(share, step, rate):
+    """A first text finds out whether they hold; a long one also tries again now and then."""
+    assert mixture_text(share, step, rate) < 1.02
+    assert mixture_text(share, step, rate, tokens=2048) < 1.02
+
+
+def test_a_mixture_drafts_where_that_pays():
+    assert mixture_text(0.6, 0.28, 0.95, tokens=1024) < 0.85
+    assert mixture_text(0.75, 0.45, 0.97, copied=True) < 0.55
 
 
 def test_a_length_decided_at_once_is_that_of_steps_decided_one_by_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from river_compile.kernels import mixture_ops  # noqa: F401  (registers river::mixture and river::route)
 from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import PackedLinear, pack_stack
 from tests.kernels.packing import pack_linear

@@ -212,7 +212,7 @@ def test_a_stack_holds_the_grid_that_it_was_packed_from(seed, experts, n, group)
 
 def test_what_the_operators_refuse():
     stack = stacked(3, 16, 64, "triton")
-    with pytest.raises(ValueError, match=r"it was given x \(2, 64\), expert \(3,\) and qweight \(3, 16, 8\)"):
+    with pytest.raises(ValueError, match=r"it was given x \(2, 64\), expert \(3,\) and weight \(3, 16, 8\)"):
         river.experts(random(2, 64), stack.qweight, stack.scale_zero, torch.tensor([0, 1, 2]), 16, 32, "triton")
     p, x = packed(24, 64, "triton"), random(1, 64)
     with pytest.raises(ValueError, match="layout='rows' is not allowed; choose one of 'triton', 'plain'"):

@@ -13,11 +13,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import river_compile
 from river_compile import RiverWarning, report
 from river_compile.building import choose
+from river_compile.building.graph_record import Graphs
 from river_compile.errors import OptionError
 from river_compile.kernels import measured
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant import lossless
+from river_compile.record import record_of
 from river_compile.twins import digests, pack
 from tests.support.examples import slow
 from tests.support.families import each, make, prompt
@@ -93,6 +95,10 @@ def test_a_token_reads_the_experts_that_it_chose(weights, bits):
     assert held <= graph["expert_bytes"] <= held + sides
     assert graph["chosen_bytes"] == graph["expert_bytes"] // 2
     assert graph["fused"]["router + experts"] == len(stacks)  # in layers and twins
+    for record in record_of(model.parameters()).of(Graphs):  # of several tokens, each chooses two by itself
+        others = record.backbone_bytes - record.chosen_bytes
+        read = [others + record.expert_bytes * share for share in (2 / 4, 3 / 4, 15 / 16)]
+        assert [record.reads(tokens) for tokens in (1, 2, 4)] == pytest.approx([r / read[0] for r in read])
     assert "MB of the layers'" in str(report(model))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from river_compile import report
-from river_compile.backend import river
+from river_compile.backend import executors_of, river
 from river_compile.decoding.mode import decode as decode_loop
 from river_compile.decoding.mode import exact
 from river_compile.errors import ExactModeError, OptionError
@@ -24,6 +24,7 @@ from tests.support.families import each, make, prompt
 from tests.support.lowerings import BLOCK_RULES, FUSED, OPERATORS
 from tests.support.recorder import recording
 
+river_ops = torch.ops.river
 LAYERS = 2
 NEVER = [LAYERS] * 3
 OPTIONS = {"quantizer": "rtn", "group_size": 32, "first_exit": 1, "target_kernels": "river"}
@@ -104,6 +105,19 @@ def test_weights_in_12_bits(name):
         packed = {g["kind"]: g["lossless_bytes"] > 0 for g in report(model).to_dict()["graphs"]}
         assert packed == dict.fromkeys(("prefill", "decode"), weights == "12bit")
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0.05, atol=0.05)
+
+
+def test_experts_in_16_bits_stay_the_model_s_own():
+    """Operators of the C++ kernels, which would read numbers of experts back from a GPU, are in no program."""
+    model = compiled("mixtral")
+    decode(model, new_cache(model, "full"), [1, LAYERS], plain_prompt=True)
+    (program,) = (executor.program for executor in executors_of(model) if executor.program.kind == "decode")
+    for segments, stacks in ((program.blocks, 0), (program.twins, 2)):
+        for segment in segments:
+            calls = [node for node in segment.code.module.graph.nodes if node.op == "call_function"]
+            assert not {river_ops.mixture.default, river_ops.route.default} & {node.target for node in calls}
+            layouts = [node.args[6] for node in calls if node.target is river_ops.experts.default]
+            assert layouts == ["triton"] * stacks
 
 
 @pytest.mark.slow

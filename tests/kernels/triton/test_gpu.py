@@ -59,9 +59,13 @@ def test_the_same_checks_pass_in_the_interpreter(shape, kernel, rows):
     check_kernel(kernel_of(shape, kernel, rows, 40, DEFAULT_DEVICE), rows, 40, "cpu")
 
 
+ON_CPUS = ("mixture", "route")  # operators that passes choose for the C++ kernels alone
+
+
 def captured_calls() -> list[str]:
-    """Names the sample calls with weights in a GPU's layout."""
-    return [call for call in sample_calls() if not call.endswith("plain")]
+    """Names the sample calls of a GPU's operators with weights in its layout."""
+    elsewhere = (*ON_CPUS, "experts 16 bits")
+    return [call for call in sample_calls() if not call.startswith(elsewhere) and not call.endswith("plain")]
 
 
 @pytest.mark.gpu
@@ -108,4 +112,4 @@ def test_what_is_captured_reads_nothing_back(call, monkeypatch):
 
 
 def test_every_operator_of_a_gpu_is_captured():
-    assert {call.split()[0] for call in captured_calls()} == {call.split()[0] for call in sample_calls()}
+    assert {call.split()[0] for call in captured_calls()} == {call.split()[0] for call in sample_calls()} - {*ON_CPUS}

@@ -11,6 +11,7 @@ double activated(int32_t activation, double x) {
     case kGelu: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
     case kGeluTanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case kRelu: return std::max(x, 0.0);
+    case kClampedSwish: return std::min(x, 7.0) / (1 + std::exp(-1.702 * std::min(x, 7.0)));
     default: return x;
   }
 }
@@ -36,8 +37,9 @@ std::vector<int32_t> draw_matrices(Case& c, int out_features) {
 
 void draw_epilogue(Case& c, Epilogue& e, int rows, const std::vector<int32_t>& first, const Around& may) {
   Random& r = c.random;
-  e.gated = may.gate && e.out_features % 32 == 0 && r.one_in(2);
-  e.activation = e.gated || r.one_in(2) ? r.between(kIdentity, kRelu) : kIdentity;
+  const bool gated = may.gate && e.out_features % 32 == 0 && r.one_in(2);
+  e.gated = !gated ? kNoGate : may.pairs && r.one_in(2) ? kGatePairs : kGateFirst;
+  e.activation = gated || r.one_in(2) ? r.between(kIdentity, kClampedSwish) : kIdentity;
   const int64_t width = e.width(), stride = width + r.pick({0, 3}), other = width + r.pick({0, 7});
   if (may.bias && r.one_in(2)) {
     e.bias.count = int32_t(first.size()) - 1;
@@ -53,13 +55,15 @@ void expect_epilogue(Case& c, const Epilogue& e, int rows, const Sums& sums) {
   const int64_t width = e.width(), all = e.out_features;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t n = 0; n < width; ++n) {
-      const int64_t i = row * all + n;
-      const double x = sums.values[i] + bias_of(e, n), off = sums.magnitudes[i] + std::fabs(bias_of(e, n));
+      const int64_t at = e.gated == kGatePairs ? 2 * n : n, partner = e.gated == kGatePairs ? at + 1 : n + width;
+      const auto sum_of = [&](int64_t of) { return sums.values[row * all + of] + bias_of(e, of); };
+      const auto magnitude_of = [&](int64_t of) { return sums.magnitudes[row * all + of] + std::fabs(bias_of(e, of)); };
+      const double x = sum_of(at), off = magnitude_of(at);
       double y = activated(e.activation, x), magnitude = (e.activation ? kSteepest : 1) * off;
       if (e.gated) {
-        const double up = sums.values[i + width] + bias_of(e, n + width);
-        magnitude =
-            magnitude * std::fabs(up) + std::fabs(y) * (sums.magnitudes[i + width] + std::fabs(bias_of(e, n + width)));
+        const bool clamped = e.activation == kClampedSwish;
+        const double up = clamped ? 1 + std::clamp(sum_of(partner), -7.0, 7.0) : sum_of(partner);
+        magnitude = magnitude * std::fabs(up) + std::fabs(y) * (clamped + magnitude_of(partner));
         y *= up;
       }
       if (e.residual.data) {

@@ -12,7 +12,7 @@ struct Sums {
 
 // What an epilogue may have.
 struct Around {
-  bool gate = true, residual = true, bias = true;
+  bool gate = true, residual = true, bias = true, pairs = false;
 };
 
 // Draws the rest of an epilogue of which dtype and out_features are set; `first`: where matrices begin, and their end.

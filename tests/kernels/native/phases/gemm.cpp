@@ -155,9 +155,9 @@ void check_form(Case& c, Form form) {
   Rows dense{};
   if (form == kInt4) weights = pack_int4(c, a, {true});
   if (is_dense) weights = {pack_dense(c, a, first)};
-  if (form == k12Bits) weights = {pack_12_bits(c, a, dense)};
-  if (form == kMxfp4) weights = {pack_mxfp4(c, a, dense)};
-  if (form == kTransposed) weights = {pack_transposed(c, a, dense)};
+  if (form == k12Bits) weights = pack_12_bits(c, a, {true}, dense);
+  if (form == kMxfp4) weights = pack_mxfp4(c, a, {true}, dense);
+  if (form == kTransposed) weights = pack_transposed(c, a, {true}, dense);
   if (form >= kInt8Rows) {
     a.in_8_bits = form == kFloat8 ? kFloat8s : kInt8s;
     a.grouped = form == kInt8Groups;
@@ -174,25 +174,53 @@ void check_form(Case& c, Form form) {
   if (is_unpacked(form)) expect_bits_of_dense(c, p, dense);
 }
 
+// Adds each expert's bias to the sums of its rows.
+void add_biases(const GemmArgs& a, Sums& sums) {
+  const Epilogue& e = a.epilogue;
+  for (int64_t row = 0; e.bias.count && row < a.rows; ++row)
+    for (int64_t n = 0; a.expert[row] >= 0 && a.expert[row] < a.experts && n < e.out_features; ++n) {
+      const double bias = value_of(e.bias.data[0], a.expert[row] * e.out_features + n, e.dtype);
+      sums.values[row * e.out_features + n] += bias;
+      sums.magnitudes[row * e.out_features + n] += std::fabs(bias);
+    }
+}
+
 // Neighbors share an expert, or have numbers that no expert has.
-void check_experts(Case& c) {
+void check_experts(Case& c, Form form) {
   Random& r = c.random;
-  Product p = draw_product(c, kInt4Experts);
+  Product p = draw_product(c, form);
+  GemmArgs& a = p.gemm;
+  Epilogue& e = a.epilogue;
+  if (a.x.format == c.kernels.bfloat16) a.x.format = c.kernels.rows_of_bfloat16;
   std::vector<bool> used(r.between(1, 4));
   const int none = int(used.size());
-  auto* const expert = c.input_of(8 * p.gemm.rows).data<int64_t>();
-  for (int row = 0; row < p.gemm.rows; ++row) {
+  auto* const expert = c.input_of(8 * a.rows).data<int64_t>();
+  for (int row = 0; row < a.rows; ++row) {
     expert[row] = row > 0 && r.one_in(2) ? expert[row - 1] : r.between(-1, none);
     if (expert[row] >= 0 && expert[row] < none) used[expert[row]] = true;
   }
-  const std::vector<Weights> weights = pack_int4(c, p.gemm, used);
-  p.gemm.expert = expert;
-  draw_epilogue(c, p.gemm.epilogue, p.gemm.rows, {0, p.gemm.epilogue.out_features}, {false, false, false});
-  p.gemm.epilogue.activation = kIdentity;
+  Rows dense{};
+  const std::vector<Weights> weights = form == k12Bits        ? pack_12_bits(c, a, used, dense)
+                                       : form == kMxfp4       ? pack_mxfp4(c, a, used, dense)
+                                       : form == kTransposed  ? pack_transposed(c, a, used, dense)
+                                       : form == kInt4Experts ? pack_int4(c, a, used)
+                                                              : pack_dense_experts(c, a, used);
+  const Pieces pieces = is_unpacked(form) ? pieces_for(c, a) : Pieces{};
+  if (is_unpacked(form)) a.unpacked = &pieces;
+  a.expert = expert;
+  draw_epilogue(c, e, a.rows, {0, e.out_features}, {.residual = false, .bias = false, .pairs = true});
+  const int64_t biases = int64_t(a.experts) * e.out_features;
+  if (r.one_in(2)) e.bias = {{c.normal(1, biases, 0, e.dtype).data()}, {0, e.out_features}, 1};
+  c.describe(" experts=", a.experts, " stacked biases=", e.bias.count);
   place(c, p);
   c.repeat([&](int parts) { run_product(c, p, parts); });
-  expect_epilogue(c, p.gemm.epilogue, p.gemm.rows, expected_of(p, weights));
+  Sums sums = expected_of(p, weights);
+  add_biases(a, sums);
+  Epilogue without_bias = e;
+  without_bias.bias.count = 0;
+  expect_epilogue(c, without_bias, a.rows, sums);
   expect_rows_alone(c, p);
+  if (is_unpacked(form)) expect_bits_of_dense(c, p, dense);
 }
 
 // Blocks that are not listed become kMaskedLogit; the others have the bits of the whole product.
@@ -260,11 +288,17 @@ void check_library_epilogue(Case& c) {
 
 std::vector<Check> gemm_checks() {
   const auto of = [](Form form) { return [form](Case& c) { check_form(c, form); }; };
+  const auto experts_of = [](Form form) { return [form](Case& c) { check_experts(c, form); }; };
   const std::vector<Entry> entries{&Kernels::gemm};
   return {
       {"gemm 4-bit", entries, 100, of(kInt4)},
       {"gemm 4-bit, vocab_blocks", entries, 20, check_vocab_blocks},
-      {"gemm 4-bit, experts", entries, 40, check_experts},
+      {"gemm 4-bit, experts", entries, 40, experts_of(kInt4Experts)},
+      {"gemm float32, experts", entries, 16, experts_of(kDense32)},
+      {"gemm bfloat16, experts", entries, 30, experts_of(kDense16)},
+      {"gemm 12-bit, experts", entries, 30, experts_of(k12Bits)},
+      {"gemm MXFP4, experts", entries, 40, experts_of(kMxfp4)},
+      {"gemm transposed, experts", entries, 40, experts_of(kTransposed)},
       {"gemm float32", entries, 24, of(kDense32)},
       {"gemm bfloat16", entries, 60, of(kDense16)},
       {"gemm float16", entries, 24, of(kDenseHalf)},

@@ -113,6 +113,7 @@ struct Check {
 
 std::vector<Check> prepare_checks();
 std::vector<Check> gemm_checks();
+std::vector<Check> experts_checks();
 std::vector<Check> cache_checks();
 std::vector<Check> attention_checks();
 std::vector<Check> logits_checks();

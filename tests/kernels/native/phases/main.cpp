@@ -27,7 +27,7 @@ constexpr int kMessages = 3;  // of each check that failed
 
 std::vector<Check> all_checks() {
   std::vector<Check> all;
-  for (auto* some : {prepare_checks, gemm_checks, cache_checks, attention_checks, logits_checks})
+  for (auto* some : {prepare_checks, gemm_checks, experts_checks, cache_checks, attention_checks, logits_checks})
     for (Check& check : some()) all.push_back(std::move(check));
   return all;
 }

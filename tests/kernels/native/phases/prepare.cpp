@@ -8,9 +8,20 @@ struct Expected {
   Doubles values, magnitudes;  // [M, K]
 };
 
+// The rows of x in the order that was asked for.
+Doubles rows_of(const PrepareArgs& a) {
+  const int64_t k = a.in_features;
+  Doubles rows;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t from = a.order ? a.order[row] / a.each : row;
+    for (int64_t i = 0; i < k; ++i) rows.push_back(value_of(a.x.data, from * a.x.stride + i, a.dtype));
+  }
+  return rows;
+}
+
 Expected expected_of(const PrepareArgs& a) {
   const int64_t k = a.in_features;
-  Expected e{doubles_of(a.x, a.rows, k, a.dtype), {}};
+  Expected e{rows_of(a), {}};
   e.magnitudes.resize(e.values.size());
   for (int64_t row = 0; row < a.rows; ++row) {
     double* const x = e.values.data() + row * k;
@@ -136,6 +147,22 @@ void check_prepare(Case& c, int32_t format) {
   check_format(c, a);
 }
 
+// Each row several times, in any order.
+void check_order(Case& c, int32_t format) {
+  Random& r = c.random;
+  PrepareArgs a = drawn(c, format);
+  const int tokens = a.rows;
+  a.each = r.between(1, 3);
+  a.rows = r.between(1, tokens * a.each);
+  auto* const order = c.input_of(4 * a.rows).data<int32_t>();
+  for (int row = 0; row < a.rows; ++row) order[row] = r.between(0, tokens * a.each - 1);
+  a.order = order;
+  c.describe("tokens=", tokens, " each=", a.each, " M=", a.rows, " K=", a.in_features, " ", name_of(a.dtype));
+  a.out = activations_of(c, a.rows, a.in_features, a.group_size, format);
+  c.repeat([&](int parts) { c.run(&Kernels::prepare, &a, parts); });
+  check_format(c, a);
+}
+
 // What is not finite shows in the scale of its group, and in no other one.
 void check_not_finite(Case& c) {
   PrepareArgs a = drawn(c, kInt8);
@@ -160,6 +187,9 @@ std::vector<Check> prepare_checks() {
       {"prepare int8, not finite", entries, 6, check_not_finite},
       {"prepare floats", entries, 12, of(kFloats)},
       {"prepare for bfloat16", entries, 16, [](Case& c) { check_prepare(c, c.kernels.bfloat16); }},
+      {"prepare int8, in order", entries, 16, [](Case& c) { check_order(c, kInt8); }},
+      {"prepare floats, in order", entries, 8, [](Case& c) { check_order(c, kFloats); }},
+      {"prepare rows, in order", entries, 12, [](Case& c) { check_order(c, c.kernels.rows_of_bfloat16); }},
       {"prepare unchanged", entries, 16, of(kUnchanged)},
   };
 }

@@ -56,6 +56,33 @@ std::vector<uint16_t> draw_bfloat16(Case& c, int64_t count) {
 // The byte of a line that holds input feature `i` of a unit.
 int64_t byte_of_feature(int64_t i) { return i < 32 ? i / 8 * 16 + i % 8 : (i - 32) / 8 * 16 + 8 + i % 8; }
 
+// Packs a matrix [N, K] in units of zeros; returns its palette, each four's first patch, and the patches.
+std::vector<int32_t> pack_units(const std::vector<uint16_t>& weights, int64_t n_all, int64_t k_all, uint8_t* units) {
+  const int64_t fours = ceil_div(n_all, int64_t(kBlock)) * kBlock / kFour, across = ceil_div(k_all, int64_t(kUnit));
+  const std::array<uint8_t, 16> palette = palette_of(weights);
+  std::vector<int32_t> side(4), patches;
+  std::memcpy(side.data(), palette.data(), 16);
+  side.push_back(0);
+  for (int64_t four = 0; four < fours; ++four) {
+    for (int64_t k = 0; k < k_all; ++k)
+      for (int64_t n = four * kFour; n < std::min(n_all, (four + 1) * kFour); ++n) {
+        const uint16_t w = weights[n * k_all + k];
+        const int64_t of = n % kFour, code = std::find(palette.begin(), palette.end(), w >> 8) - palette.begin();
+        auto* const unit = units + (four * across + k / kUnit) * kUnitBytes + byte_of_feature(k % kUnit);
+        if (code == 16) {
+          patches.push_back(int32_t(4 * k + of));
+          patches.push_back(w);
+        } else {
+          unit[of / 2 * kUnit] |= uint8_t(code << (of % 2 ? 4 : 0));
+          unit[(2 + of) * kUnit] = uint8_t(w);
+        }
+      }
+    side.push_back(int32_t(patches.size() / 2));
+  }
+  side.insert(side.end(), patches.begin(), patches.end());
+  return side;
+}
+
 }  // namespace
 
 std::vector<Weights> pack_int4(Case& c, GemmArgs& a, const std::vector<bool>& used) {
@@ -68,6 +95,20 @@ std::vector<Weights> pack_int4(Case& c, GemmArgs& a, const std::vector<bool>& us
     all.push_back(pack_expert(c, a, weight + i * bytes, scale_zero + i * pairs, used[i]));
   a.weight = weight;
   a.scale_zero = scale_zero;
+  a.experts = int32_t(experts);
+  return all;
+}
+
+std::vector<Weights> pack_dense_experts(Case& c, GemmArgs& a, const std::vector<bool>& used) {
+  const int64_t experts = int64_t(used.size()), each = int64_t(a.epilogue.out_features) * a.in_features;
+  Values& stack = c.input(experts * each, a.epilogue.dtype);
+  std::vector<Weights> all(experts);
+  for (int64_t i = 0; i < experts * each; ++i) {
+    if (!used[i / each]) continue;
+    stack.set(i, c.random.normal());
+    all[i / each].values.push_back(stack.at(i));
+  }
+  a.dense = {{stack.data()}, {0, a.epilogue.out_features}, 1};
   a.experts = int32_t(experts);
   return all;
 }
@@ -86,75 +127,67 @@ Weights pack_dense(Case& c, GemmArgs& a, const std::vector<int32_t>& first) {
   return w;
 }
 
-Weights pack_12_bits(Case& c, GemmArgs& a, Rows& dense) {
-  const int64_t n_all = a.epilogue.out_features, k_all = a.in_features, units = ceil_div(k_all, int64_t(kUnit));
-  const int64_t fours = ceil_div(n_all, int64_t(kBlock)) * kBlock / kFour;
-  const std::vector<uint16_t> weights = draw_bfloat16(c, n_all * k_all);
-  const std::array<uint8_t, 16> palette = palette_of(weights);
-  Buffer& packed = c.input_of(fours * units * kUnitBytes);
-  std::fill_n(packed.data<uint8_t>(), packed.bytes(), 0);
-  std::vector<int32_t> first{0}, patches;
-  for (int64_t four = 0; four < fours; ++four) {
-    for (int64_t k = 0; k < k_all; ++k)
-      for (int64_t n = four * kFour; n < std::min(n_all, (four + 1) * kFour); ++n) {
-        const uint16_t w = weights[n * k_all + k];
-        const int64_t of = n % kFour, code = std::find(palette.begin(), palette.end(), w >> 8) - palette.begin();
-        auto* const unit =
-            packed.data<uint8_t>() + (four * units + k / kUnit) * kUnitBytes + byte_of_feature(k % kUnit);
-        if (code == 16) {
-          patches.push_back(int32_t(4 * k + of));
-          patches.push_back(w);
-        } else {
-          unit[of / 2 * kUnit] |= uint8_t(code << (of % 2 ? 4 : 0));
-          unit[(2 + of) * kUnit] = uint8_t(w);
-        }
-      }
-    first.push_back(int32_t(patches.size() / 2));
+std::vector<Weights> pack_12_bits(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense) {
+  const int64_t experts = int64_t(used.size()), n = a.epilogue.out_features, k = a.in_features;
+  const int64_t bytes = ceil_div(n, int64_t(kBlock)) * kBlock / kFour * ceil_div(k, int64_t(kUnit)) * kUnitBytes;
+  auto* const units = c.input_of(experts * bytes).data<uint8_t>();
+  Values& plain = c.input(experts * n * k, kBFloat16);
+  std::vector<Weights> all(experts);
+  std::vector<std::vector<int32_t>> sides(experts);
+  size_t longest = 0;
+  for (int64_t i = 0; i < experts; ++i) {
+    if (!used[i]) continue;
+    const std::vector<uint16_t> weights = draw_bfloat16(c, n * k);
+    std::fill_n(units + i * bytes, bytes, 0);
+    sides[i] = pack_units(weights, n, k, units + i * bytes);
+    longest = std::max(longest, sides[i].size());
+    std::memcpy(plain.from(i * n * k), weights.data(), 2 * weights.size());
+    for (const uint16_t x : weights) all[i].values.push_back(bfloat16_value(x));
   }
-  auto* const side = c.input_of(16 + 4 * int64_t(first.size() + patches.size())).data<int32_t>();
-  std::memcpy(side, palette.data(), 16);
-  std::copy(patches.begin(), patches.end(), std::copy(first.begin(), first.end(), side + 4));
-  a.weight = packed.data<uint8_t>();
+  auto* const side = c.input_of(4 * experts * int64_t(longest)).data<int32_t>();
+  for (int64_t i = 0; i < experts; ++i) std::copy(sides[i].begin(), sides[i].end(), side + i * longest);
+  a.weight = units;
   a.palette = side;
-  void* const plain = c.input(n_all * k_all, kBFloat16).data();
-  std::memcpy(plain, weights.data(), 2 * weights.size());
-  dense = {{plain}, {0, int32_t(n_all)}, 1};
-  Weights w;
-  for (const uint16_t x : weights) w.values.push_back(bfloat16_value(x));
-  return w;
+  a.side_each = int64_t(longest);
+  a.experts = int32_t(experts);
+  dense = {{plain.data()}, {0, int32_t(n)}, 1};
+  return all;
 }
 
-Weights pack_mxfp4(Case& c, GemmArgs& a, Rows& dense) {
+std::vector<Weights> pack_mxfp4(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense) {
   constexpr double kMagnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
-  const int64_t n_all = a.epilogue.out_features, values = n_all * a.in_features;
-  auto* const bytes = c.input_of(values / 2).data<uint8_t>();
-  auto* const exponents = c.input_of(values / kMxGroup).data<uint8_t>();
-  auto* const plain = static_cast<uint16_t*>(c.input(values, kBFloat16).data());
+  const int64_t experts = int64_t(used.size()), each = int64_t(a.epilogue.out_features) * a.in_features;
+  auto* const bytes = c.input_of(experts * each / 2).data<uint8_t>();
+  auto* const exponents = c.input_of(experts * each / kMxGroup).data<uint8_t>();
+  auto* const plain = static_cast<uint16_t*>(c.input(experts * each, kBFloat16).data());
   const int least = c.random.pick({40, 110, 120});
-  for (int64_t group = 0; group < values / kMxGroup; ++group)
-    exponents[group] = uint8_t(least + c.random.between(0, 9));
-  Weights w;
-  for (int64_t i = 0; i < values; ++i) {
+  std::vector<Weights> all(experts);
+  for (int64_t i = 0; i < experts * each; ++i) {
+    if (!used[i / each]) continue;
+    if (i % kMxGroup == 0) exponents[i / kMxGroup] = uint8_t(least + c.random.between(0, 9));
     if (i % 2 == 0) bytes[i / 2] = c.random.byte();
     const int code = bytes[i / 2] >> i % 2 * 4 & 15;
-    w.values.push_back(std::ldexp(kMagnitudes[code % 8], exponents[i / kMxGroup] - 127) * (code < 8 ? 1 : -1));
-    plain[i] = bfloat16_bits(w.values[i]);
+    const double w = std::ldexp(kMagnitudes[code % 8], exponents[i / kMxGroup] - 127) * (code < 8 ? 1 : -1);
+    plain[i] = bfloat16_bits(w);
+    all[i / each].values.push_back(w);
   }
   a.weight = bytes;
   a.exponents = exponents;
-  dense = {{plain}, {0, int32_t(n_all)}, 1};
-  return w;
+  a.experts = int32_t(experts);
+  dense = {{plain}, {0, a.epilogue.out_features}, 1};
+  return all;
 }
 
-Weights pack_transposed(Case& c, GemmArgs& a, Rows& dense) {
-  const Weights w = pack_dense(c, a, {0, a.epilogue.out_features});
+std::vector<Weights> pack_transposed(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense) {
+  const std::vector<Weights> all = pack_dense_experts(c, a, used);
   dense = a.dense;
-  const int64_t n_all = a.epilogue.out_features, k_all = a.in_features;
-  Values& turned = c.input(n_all * k_all, a.epilogue.dtype);
-  for (int64_t i = 0; i < n_all * k_all; ++i) turned.set(i, w.values[i % n_all * k_all + i / n_all]);
+  const int64_t n_all = a.epilogue.out_features, each = n_all * a.in_features;
+  Values& turned = c.input(int64_t(used.size()) * each, a.epilogue.dtype);
+  for (int64_t i = 0; i < int64_t(used.size()) * each; ++i)
+    if (used[i / each]) turned.set(i, all[i / each].values[i % n_all * a.in_features + i % each / n_all]);
   a.dense.data[0] = turned.data();
   a.transposed = 1;
-  return w;
+  return all;
 }
 
 Weights pack_8_bits(Case& c, GemmArgs& a) {

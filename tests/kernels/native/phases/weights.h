@@ -12,13 +12,17 @@ struct Weights {
 
 // Stacked 4-bit weights; those of experts that `used` lacks have scales of NaN.
 std::vector<Weights> pack_int4(Case& c, GemmArgs& a, const std::vector<bool>& used);
+// Stacked matrices of the epilogue's dtype; those of experts that `used` lacks are NaN.
+std::vector<Weights> pack_dense_experts(Case& c, GemmArgs& a, const std::vector<bool>& used);
 // Up to four matrices of the epilogue's dtype, which begin at `first`.
 Weights pack_dense(Case& c, GemmArgs& a, const std::vector<int32_t>& first);
-// bfloat16 in 12 bits, a share of them patches; `dense` becomes the same in 16 bits.
-Weights pack_12_bits(Case& c, GemmArgs& a, Rows& dense);
-// MXFP4, and one matrix of the epilogue's dtype stored as [K, N]; `dense` becomes the same in rows.
-Weights pack_mxfp4(Case& c, GemmArgs& a, Rows& dense);
-Weights pack_transposed(Case& c, GemmArgs& a, Rows& dense);
+// Stacked bfloat16 in 12 bits, a share of them patches, without those that `used` lacks; `dense` becomes the same in
+// 16 bits.
+std::vector<Weights> pack_12_bits(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense);
+// Stacked MXFP4, those that `used` lacks with scales of NaN; and as `pack_dense_experts`, stored as [K, N]. `dense`
+// becomes the same in rows.
+std::vector<Weights> pack_mxfp4(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense);
+std::vector<Weights> pack_transposed(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense);
 // Integers with a scale for each row or every 32 features, or floats with one for each row.
 Weights pack_8_bits(Case& c, GemmArgs& a);
 
