@@ -58,7 +58,7 @@ def vocab_blocks(program: RiverProgram) -> RiverProgram:
 
 def rescored_head(program: RiverProgram) -> RiverProgram:
     """The 4-bit head recomputes its largest logits from the 16-bit weight."""
-    rule, fallback = "head + largest logits anew", "the head stays in 16 bits"
+    rule, fallback = "head + largest logits recomputed", "the head stays in 16 bits"
     return _change_head(program, rule, lambda head: _rescored(head, program.inputs), fallback)
 
 

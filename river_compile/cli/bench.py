@@ -65,7 +65,7 @@ def bench(
 ) -> None:
     """Measure tokens per second: `pp512` processes a prompt of 512 tokens, `tg128` generates 128 tokens.
 
-    `tg` is the mean over four prompts (chat, code, a story, an edit), since the speed of drafts depends on the text.
+    `tg` is the mean over four prompts (chat, code, a story, an edit), because the speed of drafts depends on the text.
     `±` is the standard deviation over all samples. JSON has each prompt's mean. Decode speed excludes the first
     token. Rows run one after another in one process, warmed up, with the defaults of `accelerate`. Without `--row` they
     are eager, no-draft, exact, fast and all-4bit, and those of `--assistant` and `--calibration` (whose exit rule names

@@ -33,7 +33,7 @@ from river_compile.cli.shared import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-_KEY = "Key that clients must send; better in RIVER_COMPILE_API_KEY, since other users see arguments."
+_KEY = "Key that clients must send; better in RIVER_COMPILE_API_KEY, because other users see arguments."
 
 
 def serve(

@@ -344,7 +344,7 @@ class ExactMode(Decode):
             length = known.setdefault((call.config.do_sample, number), DraftLength())
         copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
         assert passes.graph is not None, "drafts are allowed"
-        length.carry_over(passes.widths, passes.graph.reads)
+        length.carry_over(passes.widths, call.ids_BS.shape[1], passes.graph.reads)
         return Drafting(length, copied, tuple(self._drafters(passes)))
 
     def _drafters(self, passes: Passes) -> Iterator[Drafter]:

@@ -34,9 +34,9 @@ def measured(step, passes):
     return length.carry_over(WIDTHS)
 
 
-def show(length, w, seconds, step=None):
+def show(length, w, seconds, step=None, context=0):
     """Shows a cycle whose pass has a width, and of whose draft nothing was judged."""
-    length.carry_over((w,) if w == 1 else (1, w))
+    length.carry_over((w,) if w == 1 else (1, w), context)
     tokens = [] if w == 1 else [DraftToken(0, LOOKUP, 3.0, 0.5)]
     steps, source = (0, "") if step is None else (1, TWINS)
     draft = Draft(15, tokens, [0.5] * len(tokens), steps, source)
@@ -100,7 +100,7 @@ def mixture_text(share, step, rate, tokens=256, copied=False):
     def reads(width):
         return 1 - share + share * 8 * (1 - 0.875**width)
 
-    length, draws = DraftLength().carry_over(WIDTHS, reads), random.Random(0)
+    length, draws = DraftLength().carry_over(WIDTHS, reads=reads), random.Random(0)
     seconds = made = 0.0
     while made < tokens:
         draft = Draft(15, copy=[length.token(0, LOOKUP, made + i) for i in range(15 * copied)])
@@ -265,6 +265,41 @@ def test_what_seems_dear_is_tried_again():
     for _ in range(600):
         show(length, 1, 1.0)
     assert length.seconds(32) < 2.0
+
+
+LONG = 4096
+
+
+def begun_after_a_long_context(more):
+    """Returns a rule that knows short contexts, and two passes of one token after a long one that took `more`."""
+    length = rule(0.3)
+    for _ in range(2):
+        length.carry_over((1,), LONG).learn(Draft(15), ["backbone"], 0.0, 1.0 + more)
+    return length.carry_over(WIDTHS, LONG)
+
+
+def test_what_a_long_context_adds_to_one_pass_it_adds_to_all():
+    """Each reads the cache once. Before a draft is tried there, a step costs nearly what it may save."""
+    length = begun_after_a_long_context(more=4.0)
+    assert [length.seconds(what) for what in (1, 8, TWINS)] == pytest.approx([5.0, 5.0, 4.3])
+    assert steps_taken(length, 0.8) == 0
+    assert steps_taken(rule(0.3), 0.8) > 0
+
+
+def test_times_after_a_long_context_say_nothing_of_a_short_one():
+    length = begun_after_a_long_context(more=4.0)
+    for w in WIDTHS * 4:
+        show(length, w, 20.0, context=LONG)
+    length.carry_over(WIDTHS, LONG)
+    assert length.seconds(8) == 20.0
+    assert length.carry_over(WIDTHS).seconds(8) == 1.0
+
+
+def test_a_single_slow_pass_after_a_long_context_is_not_believed():
+    """The first one may record its operators."""
+    length = rule(0.3)
+    length.carry_over((1,), LONG).learn(Draft(15), ["backbone"], 0.0, 90.0)
+    assert length.carry_over(WIDTHS, LONG).seconds(8) == 1.0
 
 
 def test_drafts_that_stopped_paying_are_tried_again_after_a_while():

@@ -295,7 +295,7 @@ def test_a_head_of_4_bits_takes_the_heads_kernel():
     found = run("llama", lm_head="w4")
     assert_same(found["results"][True], found["results"][False], rtol=1e-4, atol=1e-4)
     fused = found["graphs"][0]["fused"]
-    assert fused["norm + head"] == fused["head + largest logits anew"] == 1
+    assert fused["norm + head"] == fused["head + largest logits recomputed"] == 1
 
 
 @pytest.mark.slow

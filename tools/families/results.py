@@ -95,7 +95,7 @@ def page(known: Mapping[str, Outcome]) -> str:
 Of {total} of transformers {transformers.__version__}, `accelerate` speeds up {yes + undrafted}:
 {yes} with drafts, {undrafted} without. {plain} run at transformers' speed, {untried} could not be tried,
 {count["failed"]} failed.
-Each was tried as a tiny random model in float32: all texts of `accelerate` are the plain model's.
+Each was tried as a tiny random model in float32: the output of `accelerate` is the plain model's.
 `river check MODEL` tells for one model, from its configuration.
 
 - **accelerate**: "yes" with drafts; "no drafts": River's kernels decode token by token; "no": transformers' own loop

@@ -29,6 +29,31 @@ struct SlotRange {
 
 constexpr int kSlotsAhead = 16;  // whose keys are asked for
 
+// Whether queries meet keys in dot products of pairs. (Weights of values would lose bits as bfloat16.)
+template <int D>
+constexpr bool kInPairs = kHasPairs && D == kBFloat16;
+
+// scores[r][t] = the dot product of query r and key t, of R queries and four keys.
+template <int R>
+RIVER_INLINE void score_pairs(const char* const (&keys)[4], int features, Matrix<const float> queries,
+                              Matrix<float> scores) {
+  constexpr int kVector = 2 * kLanes;
+  Floats sums[R][4] = {};
+  const auto add = [&](int d, const auto& load_key) RIVER_INLINED {
+    unrolled<4>([&](auto t) RIVER_INLINED {
+      const Ints key = load_key(reinterpret_cast<const uint8_t*>(keys[t] + d * 2));
+      unrolled<R>([&](auto r) RIVER_INLINED {
+        const auto* query = reinterpret_cast<const uint8_t*>(queries.data + r * queries.stride) + d * 2;
+        sums[r][t] = dot_pairs(sums[r][t], key, load(query));
+      });
+    });
+  };
+  int d = 0;
+  for (; d + kVector <= features; d += kVector) add(d, [](const uint8_t* key) RIVER_INLINED { return load(key); });
+  if (d < features) add(d, [&](const uint8_t* key) RIVER_INLINED { return load_some(key, features - d); });
+  unrolled<R>([&](auto r) RIVER_INLINED { sums_of_pairs(sums[r], scores.data + r * scores.stride); });
+}
+
 template <int D>
 RIVER_INLINE void fetch_slot(const AttentionArgs& a, const char* entries, int32_t slot) {
   const char* const entry = entries + slot * a.cache.slot * bytes_of(D);
@@ -47,8 +72,14 @@ void score(const AttentionArgs& a, const char* keys, const char* values, const S
       fetch_slot<D>(a, values, slot);
       fetch_slot<D>(a, keys, s.slots[std::min(i + j + kSlotsAhead, s.to - 1)]);
     }
-    dots<4, D>(four, a.head_dim, {m.q[s.first], kMostHeadFeatures}, s.count, {m.scores[s.first] + i, kChunk + 16},
-               [](int64_t, int, int) {});
+    const Matrix<float> scores{m.scores[s.first] + i, kChunk + 16};
+    if constexpr (kInPairs<D>)
+      in_batches<kMostRows>(s.count, [&](auto r, int first, int, int) RIVER_INLINED {
+        score_pairs<r>(four, a.head_dim, {m.q[s.first + first], kMostHeadFeatures},
+                       {scores.data + first * scores.stride, scores.stride});
+      });
+    else
+      dots<4, D>(four, a.head_dim, {m.q[s.first], kMostHeadFeatures}, s.count, scores, [](int64_t, int, int) {});
   }
 }
 
@@ -113,6 +144,11 @@ void add_values(const AttentionArgs& a, const char* values, const SlotRange& s, 
 
 template <int D>
 void load_query(const AttentionArgs& a, int64_t at, float* q) {
+  if constexpr (kInPairs<D>) {
+    std::memset(q, 0, ceil_div(a.head_dim, kPiece) * kPiece * 2);
+    std::memcpy(q, static_cast<const uint16_t*>(a.q) + at * a.head_dim, a.head_dim * 2);
+    return;
+  }
   alignas(64) float values[kMostHeadFeatures];
   const int size = (a.head_dim + kPiece - 1) / kPiece * kPiece;
   load_filled(a.q, at * a.head_dim, a.head_dim, size, D, values);
@@ -145,8 +181,9 @@ void store_sums(const AttentionArgs& a, int64_t at, int chunk, int query, const 
 inline int common_slots(const Live* live, int positions) {
   int common = live[0].count;
   for (int p = 1; p < positions; ++p) {
-    const int most = std::min(common, live[p].count);
-    common = int(std::mismatch(live[0].slots, live[0].slots + most, live[p].slots).first - live[0].slots);
+    common = std::min(common, live[p].count);
+    if (std::memcmp(live[0].slots, live[p].slots, common * sizeof(int32_t)) != 0)
+      common = int(std::mismatch(live[0].slots, live[0].slots + common, live[p].slots).first - live[0].slots);
   }
   return common;
 }
@@ -180,14 +217,14 @@ void attend_chunk(const AttentionArgs& a, int64_t row, int positions, int64_t kv
   }
 }
 
-// Parts split groups of `together` positions, key-value heads and chunks.
+// Parts split chunks, key-value heads and groups of `together` positions; those of a chunk read it from the cache.
 template <int D>
 void attend_all(const AttentionArgs& a, int part, int parts) {
-  const int64_t groups = ceil_div(a.positions, a.together);
-  for (auto [i, end] = share_of(a.batch * groups * a.kv_heads * a.chunks, part, parts); i < end; ++i) {
-    const int64_t group = i / a.chunks / a.kv_heads, first = group % groups * a.together;
-    attend_chunk<D>(a, group / groups * a.positions + first, int(std::min<int64_t>(a.together, a.positions - first)),
-                    i / a.chunks % a.kv_heads, int(i % a.chunks));
+  const int64_t groups = ceil_div(a.positions, a.together), inner = a.chunks * groups;
+  for (auto [i, end] = share_of(a.batch * a.kv_heads * inner, part, parts); i < end; ++i) {
+    const int64_t first = i % groups * a.together, sequence = i / inner / a.kv_heads;
+    attend_chunk<D>(a, sequence * a.positions + first, int(std::min<int64_t>(a.together, a.positions - first)),
+                    i / inner % a.kv_heads, int(i % inner / groups));
   }
 }
 

@@ -41,16 +41,30 @@ inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
   return first;
 }
 
+// Whether slots `first` to `last - 1` are seen at once to take part, with nothing added to their scores.
+inline bool all_take_part(const AttentionArgs& a, int64_t at, int first, int last) {
+  if (!a.mask) return true;
+  const auto* mask = static_cast<const uint8_t*>(a.mask) + at;
+  return a.mask_dtype == kBool && !std::memchr(mask + first, 0, last - first);
+}
+
 // Finds those of chunk number `chunk` of a row.
 inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live) {
   const int64_t at = row / a.positions * a.mask_sequence + row % a.positions * a.mask_position;
   const int slots = a.causal ? int(std::min<int64_t>(a.slots, row % a.positions + 1)) : a.slots;
   const int first = first_live(a, at, slots) + chunk * kChunk;
-  float added;
-  for (int slot = first; slot < std::min(first + kChunk, slots); ++slot) {
-    if (!takes_part(a, at, slot, added)) continue;
-    live.slots[live.count] = slot;
-    live.added[live.count++] = added;
+  const int last = std::min(first + kChunk, slots);
+  float added = 0;
+  if (first < last && all_take_part(a, at, first, last)) {
+    live.count = last - first;
+    for (int i = 0; i < live.count; ++i) live.slots[i] = first + i;
+    std::fill(live.added, live.added + live.count, added);
+  } else {
+    for (int slot = first; slot < last; ++slot) {
+      if (!takes_part(a, at, slot, added)) continue;
+      live.slots[live.count] = slot;
+      live.added[live.count++] = added;
+    }
   }
   for (int i = live.count; i % 16; ++i) live.added[i] = 0;
 }

@@ -103,9 +103,11 @@ inline void describe_mask(AttentionArgs& a, const Tensor& mask, int64_t sequence
 
 inline void run_few(AttentionArgs& a) {
   const int64_t partials = int64_t(a.batch) * a.positions * a.heads * a.chunks;
-  a.together = std::clamp(kQueries / (a.heads / a.kv_heads), 1, (a.positions + 1) / 2);  // (two threads have work)
+  const int64_t alone = a.batch * a.kv_heads * a.chunks;             // units of one group
+  const int most = alone > 1 ? a.positions : (a.positions + 1) / 2;  // (two threads have work)
+  a.together = std::clamp(kQueries / (a.heads / a.kv_heads), 1, most);
   if (a.chunks > 1) a.partial = reinterpret_cast<float*>(workspace(partials * (a.head_dim + 2) * sizeof(float)));
-  const int64_t units = a.batch * ceil_div(a.positions, a.together) * a.kv_heads * a.chunks;
+  const int64_t units = alone * ceil_div(a.positions, a.together);
   const Phase attend{kernels().attend, &a, int(std::min<int64_t>(units, 4 * threads()))};
   if (a.chunks == 1)
     run_phases(a, {attend});

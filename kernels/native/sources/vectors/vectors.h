@@ -128,6 +128,8 @@ RIVER_INLINE void store_pairs(Floats even, Floats odd, uint32_t* to) {
 }
 #else
 constexpr bool kHasPairs = false;
+void sums_of_pairs(const Floats (&v)[4], float* sums);
+Ints load_some(const uint8_t* p, int64_t count);
 Floats dot_pairs(Floats sum, Ints a, Ints b);
 void store_pairs(Floats even, Floats odd, uint32_t* to);
 #endif
