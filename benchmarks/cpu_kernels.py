@@ -97,7 +97,8 @@ def print_attention(threads: Sequence[int], repeats: int) -> None:
     """Time attention of a few positions in bfloat16 over a full KV cache; print a line for each heads and threads."""
     load.load()
     before = torch.get_num_threads()
-    print(f"| attention over {SLOTS} slots | threads | {' | '.join(f'{rows} rows, us' for rows in ROWS)} | GB/s, 1 row |")
+    heads_of_rows = " | ".join(f"{rows} row{'s' * (rows > 1)}, us" for rows in ROWS)
+    print(f"| attention over {SLOTS} slots | threads | {heads_of_rows} | GB/s, 1 row |")
     print("|---|---:|" + "---:|" * (len(ROWS) + 1))
     for heads, kv_heads, features in HEADS:
         size = 4 * kv_heads * SLOTS * features  # bytes of keys and values
@@ -107,7 +108,8 @@ def print_attention(threads: Sequence[int], repeats: int) -> None:
             torch.set_num_threads(count)
             times = least_seconds(calls, repeats, dict.fromkeys(ROWS, max(1, RUN_BYTES // size)))
             cells = " | ".join(f"{times[rows] * 1e6:.0f}" for rows in ROWS)
-            print(f"| {heads} x {features}, {kv_heads} in the cache | {count} | {cells} | {size / times[1] / 1e9:.1f} |")
+            what = f"{heads} x {features}, {kv_heads} in the cache"
+            print(f"| {what} | {count} | {cells} | {size / times[1] / 1e9:.1f} |")
     torch.set_num_threads(before)
 
 

@@ -66,7 +66,7 @@ def build(
     with graph.stage("rewriting"), collector_paused():
         rewritten, passes = _rewritten(found, passes_for(choices, plan))
         if by_default:
-            lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless]
+            lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless and not x.in_place]
             later = can_wait_for_twins(model, config) and twins.packs_later(lossless)
             if later:
                 there = has_backbone_file(lossless, inputs, twins.digests)

@@ -154,6 +154,7 @@ def check_mxfp4(program: RiverProgram) -> None:
 def has_room(program: RiverProgram) -> bool:
     """Whether the packed weights of blocks and head, which no file backs at first, take a small part of the memory."""
     nodes = {node for segment in (*program.blocks, program.head) for node in segment.inputs if is_parameter(node)}
+    nodes = {node for node in nodes if not is_mxfp4(node)}  # not packed
     return sum(0.75 * value_of(node).nbytes for node in nodes) <= _MOST_OF_MEMORY * memory_bytes()
 
 

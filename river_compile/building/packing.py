@@ -16,7 +16,6 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import WHOLE
 from river_compile.kernels.messages import with_id
-from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4
 from river_compile.passes.program import Matmul, Program, SegmentSpec
 from river_compile.record import ModelRecord
 from river_compile.system import advise_pageout
@@ -97,10 +96,10 @@ def packed_weights(
             id="RC004",
         )
     # Every time, since quantizing has just read the parameters again. MXFP4 experts are read where they lie.
-    replaced = {i for linear in smaller for i in linear.weights if linear.layout != LAYOUT_MXFP4}
+    replaced = {i for linear in smaller for i in linear.weights if not linear.in_place}
     if config.exit_depth == 0 and config.prefill == "exit":  # twins run prompts too
         read = {slot for segment in segments for slot in segment.inputs}
-        read |= {i for linear in packed for i in linear.weights if linear.layout == LAYOUT_MXFP4}
+        read |= {i for linear in packed for i in linear.weights if linear.in_place}
         replaced |= {i for linear in packed for i in linear.weights} - read
     graph.paged_out_bytes = advise_pageout({id(inputs[i]): inputs[i] for i in replaced}.values())
     if graph.twins:
