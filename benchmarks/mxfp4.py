@@ -43,10 +43,11 @@ _model: list[PreTrainedModel] = []  # of this worker
 def config_of(shape: str) -> GptOssConfig:
     """Return the configuration of a shape, whose texts never end early."""
     layers, hidden, experts = SHAPES[shape]
+    heads = max(2, hidden // 360 * 8)
     return GptOssConfig(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=hidden, num_local_experts=experts,
-        num_experts_per_tok=min(4, experts), vocab_size=8192, num_attention_heads=hidden // 32 or 1,
-        num_key_value_heads=max(1, hidden // 256), head_dim=64, max_position_embeddings=4096, bos_token_id=1,
+        num_experts_per_tok=min(4, experts), vocab_size=8192, num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 8), head_dim=64, max_position_embeddings=4096, bos_token_id=1,
         eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
 
