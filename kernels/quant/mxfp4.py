@@ -90,7 +90,7 @@ class Mxfp4Stack(Tensor):
     def __init__(self, blocks: Tensor, scales: Tensor) -> None:
         self.blocks, self.scales = blocks, scales
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"Mxfp4Stack({tuple(self.shape)})"
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -100,12 +100,17 @@ class Mxfp4Stack(Tensor):
     def __tensor_unflatten__(parts: Mapping[str, Tensor], _: None, _size: object, _stride: object) -> Mxfp4Stack:
         return Mxfp4Stack(parts["blocks"], parts["scales"])
 
+    def untyped_storage(self) -> Any:
+        raise RuntimeError(
+            "MXFP4 experts have no storage in 16 bits, and save_pretrained requires one. Copy the checkpoint's folder"
+        )
+
     def dequantize(self) -> Tensor:
         """Return the bfloat16 values ``[E, K, N]``."""
         return unpack_mxfp4(self.blocks, self.scales).mT.contiguous()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})

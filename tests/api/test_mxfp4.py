@@ -86,6 +86,11 @@ def test_the_loaded_model_is_that_of_transformers(folder):
     assert all(map(torch.equal, generate(ours), generate(plain)))
 
 
+def test_saving_is_an_error_that_names_the_checkpoint(folder, tmp_path):
+    with pytest.raises(RuntimeError, match="Copy the checkpoint's folder"):
+        river_compile.load_mxfp4(folder).save_pretrained(tmp_path)
+
+
 def test_from_pretrained_keeps_experts_in_4_bits(folder):
     """Unless an argument asks for something else."""
     model = river_compile.from_pretrained(folder, compile_cache=False)

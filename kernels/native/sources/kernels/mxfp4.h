@@ -1,6 +1,6 @@
-// MXFP4 weights as checkpoints hold them, and stacks [K, N]: what both read as bfloat16, so that sums are those of the
-// weights in 16 bits. A group of 32 input features is 16 bytes of E2M1 numbers, feature 2 j in the low nibble of byte j
-// and 2 j + 1 in the high one, times 2^(exponent - 127).
+// MXFP4 weights as checkpoints hold them, and stacks [K, N]: both are read as bfloat16, so that sums are those of 16-bit
+// weights. A group of 32 input features is 16 bytes of E2M1 numbers, feature 2 j in the low nibble of byte j and 2 j + 1
+// in the high one, times 2^(exponent - 127).
 #pragma once
 
 #include <algorithm>
@@ -145,7 +145,7 @@ class MadeBlocks {
       alignas(64) uint32_t words[kBlock * kBlock], columns[kBlock * kBlock];
       for (int64_t i = 0; i < kBlock; ++i) {
         const int64_t row = k + i * rows_of_word;
-        for (int64_t ahead = 0; ahead < rows_of_word; ++ahead)  // (each row lies in a page of its own)
+        for (int64_t ahead = 0; ahead < rows_of_word; ++ahead)  // (each row lies in another page)
           __builtin_prefetch(first + std::min<int64_t>(row + ahead + kRowsAhead, a.in_features - 1) * stride);
         uint32_t* const to = words + i * kBlock;
         if (bytes_ == 4)
