@@ -1,6 +1,6 @@
-// MXFP4 weights as checkpoints hold them, and stacks [K, N]: both are read as bfloat16, so that sums are those of 16-bit
-// weights. A group of 32 input features is 16 bytes of E2M1 numbers, feature 2 j in the low nibble of byte j and 2 j + 1
-// in the high one, times 2^(exponent - 127).
+// MXFP4 weights as checkpoints hold them, and stacks [K, N]: both are read as bfloat16, so that sums are those of
+// 16-bit weights. A group of 32 input features is 16 bytes of E2M1 numbers, feature 2 j in the low nibble of byte j and
+// 2 j + 1 in the high one, times 2^(exponent - 127).
 #pragma once
 
 #include <algorithm>
