@@ -100,7 +100,7 @@ class Mxfp4Stack(Tensor):
     def __tensor_unflatten__(parts: Mapping[str, Tensor], _: None, _size: object, _stride: object) -> Mxfp4Stack:
         return Mxfp4Stack(parts["blocks"], parts["scales"])
 
-    def untyped_storage(self) -> Any:
+    def storage(self) -> Any:  # (safetensors asks for it)
         raise RuntimeError(
             "MXFP4 experts have no storage in 16 bits, and save_pretrained requires one. Copy the checkpoint's folder"
         )
