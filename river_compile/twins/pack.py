@@ -112,8 +112,7 @@ class TwinWeights:
 
     def has(self, *, lossless: bool) -> bool:
         """Whether packed weights of the backbone, or those of twins, are in memory."""
-        made = (twin.matmul for twin in self._made_before.values())
-        return any(matmul.lossless == lossless and not matmul.in_place for matmul in made)
+        return any(x.matmul.lossless == lossless and not x.matmul.in_place for x in self._made_before.values())
 
     def packs_later(self, lossless: Sequence[Matmul]) -> bool:
         """Whether the background writes the file of so many 12-bit weights, for later processes."""
@@ -205,8 +204,7 @@ class TwinWeights:
         self, job: Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
     ) -> dict[Matmul, TwinWeight]:
         """Make weights and write them to an entry, immediately or in the background, which returns none."""
-        may_wait = may_wait and sum(map(_size, matmuls)) > _SMALL
-        if not may_wait:
+        if not may_wait or sum(map(_size, matmuls)) <= _SMALL:
             made = self._made(job, matmuls, lossless)
             if entry is not None:
                 write_stored(entry, [*made.values()])
