@@ -1,4 +1,4 @@
-"""Times matmuls on this CPU, of 4-bit, bfloat16 and 12-bit weights: `benchmarks.kernels --device cpu`.
+"""Times matmuls, of 4-bit, bfloat16 and 12-bit weights, and attention: `benchmarks.kernels --device cpu`.
 
 Every matmul reads weights that no cache holds, and its rate counts those bytes. "of a sum" is the rate at which torch
 sums bytes on the same threads. Subjects alternate and the least time of each counts, so that a busy machine costs
@@ -20,6 +20,8 @@ from river_compile.kernels.quant.layouts import PackedLinear, pack, pack_lossles
 
 SHAPES = ((4096, 4096), (3072, 576), (1536, 8960))
 ROWS = (1, 4, 8, 16)
+HEADS = ((9, 3, 64), (12, 2, 128), (32, 8, 128))  # of queries and of the cache, features: SmolLM2, Qwen's 1.5B, an 8B
+SLOTS = 4096  # of the KV cache
 BYTES = 600 * 2**20  # of copies that alternate
 RUN_BYTES = 8 * 2**20  # of the calls that are timed as one: a millisecond, so that few runs are interrupted
 
@@ -89,6 +91,34 @@ def _subjects(n: int, k: int, group_size: int) -> Iterator[tuple[str, int, int, 
         yield "native bfloat16", rows, in_16_bits.nbytes, dense
         if twelves:  # (of whose second tensor a few patches are read, and the rest is room)
             yield "the same in 12 bits", rows, twelves[0].qweight.nbytes, [*map(linear, twelves)]
+
+
+def print_attention(threads: Sequence[int], repeats: int) -> None:
+    """Time attention of a few positions in bfloat16 over a full KV cache; print a line for each heads and threads."""
+    load.load()
+    before = torch.get_num_threads()
+    heads_of_rows = " | ".join(f"{rows} row{'s' * (rows > 1)}, us" for rows in ROWS)
+    print(f"| attention over {SLOTS} slots | threads | {heads_of_rows} | GB/s, 1 row |")
+    print("|---|---:|" + "---:|" * (len(ROWS) + 1))
+    for heads, kv_heads, features in HEADS:
+        size = 4 * kv_heads * SLOTS * features  # bytes of keys and values
+        caches = torch.randn(max(2, BYTES // size), 2, 1, kv_heads, SLOTS, features).bfloat16()
+        calls = {rows: _attention(caches, rows, heads) for rows in ROWS}
+        for count in threads:
+            torch.set_num_threads(count)
+            times = least_seconds(calls, repeats, dict.fromkeys(ROWS, max(1, RUN_BYTES // size)))
+            cells = " | ".join(f"{times[rows] * 1e6:.0f}" for rows in ROWS)
+            what = f"{heads} x {features}, {kv_heads} in the cache"
+            print(f"| {what} | {count} | {cells} | {size / times[1] / 1e9:.1f} |")
+    torch.set_num_threads(before)
+
+
+def _attention(caches: torch.Tensor, rows: int, heads: int) -> list[Call]:
+    """Return calls of attention of some positions at the end of each cache."""
+    q = torch.randn(1, rows, heads, caches.shape[-1]).bfloat16()
+    live = torch.ones(1, 1, rows, SLOTS, dtype=torch.bool).tril(SLOTS - rows)
+    attend, scale = torch.ops.river_native.attention.default, caches.shape[-1] ** -0.5
+    return [functools.partial(attend, q, k, v, live, scale, 0.0, False) for k, v in caches]
 
 
 def _sum(*tensors: torch.Tensor) -> None:

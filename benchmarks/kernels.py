@@ -136,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu":
         found = cpu_kernels.measure(options.group_size, options.threads, options.repeats)
         cpu_kernels.print_table(found)
+        cpu_kernels.print_attention(options.threads, options.repeats)
         if options.json:
             common.write_json(options.json, {"group_size": options.group_size, "kernels": [asdict(t) for t in found]})
         return 0

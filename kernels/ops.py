@@ -22,7 +22,6 @@ from river_compile.kernels.quant import layouts, lossless
 RESCORED = 256
 VOCAB_BLOCK = 16  # output features of one of `vocab_blocks`
 MASKED_LOGIT = -32768.0  # exact in all dtypes; not infinite, so that further masking gives no NaN
-_LOSSLESS = (lossless.LAYOUT_12BIT, lossless.LAYOUT_8BIT, lossless.LAYOUT_12BIT_TRITON)
 
 
 def linear(
@@ -74,7 +73,7 @@ def linear(
     check_vocab_blocks(vocab_blocks, gated, residual, scale_zero)
     matrix = operand(x, weight, scale_zero, out_features, group_size, layout, norm, norm_weight, activation)
     h = x if norm_weight is None else normalized(x, norm, norm_weight, norm_bias, eps)
-    if isinstance(matrix, layouts.PackedLinear) and (layout in _LOSSLESS or matrix.unpacked):
+    if isinstance(matrix, layouts.PackedLinear) and (layout in layouts.LOSSLESS or matrix.unpacked):
         matrix = matrix.dequantize(torch.float32 if layout == lossless.LAYOUT_8BIT else x.dtype)
     if isinstance(matrix, layouts.PackedLinear):
         y = layouts.layout(layout).linear(h, matrix, bias)
@@ -254,7 +253,7 @@ def experts(
     Args:
         x: ``[M, K]``.
         weight, scale_zero: of E stacked weights, as `layouts.pack_stack` or `layouts.pack_lossless_stack` packs them.
-            In layout "dense" ``[E, N, K]`` in x.dtype and None.
+            In layout "dense" ``[E, N, K]`` in x.dtype, which may be a view of ``[E, K, N]``, and None.
         expert: integer ``[M]``; a row with a number outside of 0 to E - 1 gets zeros.
         out_features: N, the rows of each W.
         group_size: G; 0 for weights that keep their values.
@@ -280,7 +279,7 @@ def experts(
 def _by_matrix(x: Tensor, matrix: Tensor | layouts.PackedLinear) -> Tensor:
     if isinstance(matrix, Tensor):
         return F.linear(x, matrix)
-    if matrix.layout in _LOSSLESS:
+    if matrix.layout in layouts.LOSSLESS:
         return F.linear(x, matrix.dequantize(x.dtype))
     return layouts.layout(matrix.layout).linear(x, matrix, None)
 

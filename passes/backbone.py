@@ -1,6 +1,6 @@
 """Makes the 16-bit layers multiply by the package's kernels, and packs their weights without loss.
 
-Not handled: weights or results of another dtype than the input, transposed weights (GPT-2's Conv1D, gpt-oss's experts).
+Not handled: weights or results of another dtype than the input, transposed weights of linear layers (GPT-2's Conv1D).
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from torch import fx
 
 from river_compile.kernels import mixture_ops, ops  # noqa: F401  (registers river::linear and river::mixture)
 from river_compile.kernels.quant import lossless
+from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4
 from river_compile.passes.edits import Pass, add_placeholders, call, drop_unused
-from river_compile.passes.experts import ExpertMatmul, as_expert_matmul, experts_per_token, replace_expert_matmul
+from river_compile.passes.experts import (
+    ExpertMatmul,
+    as_expert_matmul,
+    experts_per_token,
+    is_mxfp4,
+    read_mxfp4,
+    replace_expert_matmul,
+    stack_parameter,
+)
 from river_compile.passes.nodes import (
     Linear,
     as_linear,
@@ -53,14 +62,15 @@ def packed_backbone(weights: str, worth: Callable[[Mapping[Shape, int]], Collect
     # worth: which of a program's shapes, with how often each occurs, are to have 12 bits.
 
     def packed_backbone(program: RiverProgram) -> RiverProgram:
-        """Blocks and head read weights packed without loss."""
+        """Blocks and head read weights packed without loss, twins MXFP4 experts."""
         segments = (*program.blocks, program.head)
         shapes = Counter(_shape(weights) for segment in segments for _, weights, _ in _plain_matmuls(segment))
         for stack in (stack for segment in segments for stack in _plain_stacks(segment)):
             shapes[stack.shape] += stack.each
         in_12_bits = worth(shapes) if weights == "12bit" else ()
         *blocks, head = (_packed(segment, program, weights, in_12_bits) for segment in segments)
-        return replace(program, blocks=tuple(blocks), head=head)
+        twins = tuple(_packed(twin, program, "model", ()) if _plain_stacks(twin) else twin for twin in program.twins)
+        return replace(program, blocks=tuple(blocks), twins=twins, head=head)
 
     return packed_backbone
 
@@ -90,17 +100,23 @@ def _with_river_linears(segment: Segment, layout: str) -> Segment:
         together = MOST_MERGED if aligned else 1
         for start in range(0, len(linears), together):
             _merge(made.graph, linears[start : start + together], layout)
-    for stack in filter(None, map(as_expert_matmul, list(made.graph.nodes))):
-        if layout == "dense" and _is_readable(stack):
-            replace_expert_matmul(made.graph, stack, stack.weight, None, 0, layout)
+    if layout == "dense":
+        read_mxfp4(made.graph)
+        for stack in filter(None, map(as_expert_matmul, list(made.graph.nodes))):
+            _read_in_place(made.graph, stack)
     return made
 
 
-def _is_readable(stack: ExpertMatmul) -> bool:
-    """Whether the C++ kernels read a stack of experts as the model has it."""
-    value = value_of(stack.weight)
-    alike = same_dtype(stack.weight, stack.x) and same_dtype(stack.weight, stack.node)
-    return not stack.transposed and alike and is_ordinary(value) and value.is_contiguous()
+def _read_in_place(graph: fx.Graph, stack: ExpertMatmul) -> None:
+    """Have the C++ kernels read a stack of experts as the model has it, if they can."""
+    weight, value = stack.weight, value_of(stack.weight)
+    alike = same_dtype(weight, stack.x) and same_dtype(weight, stack.node)
+    if not alike or not is_ordinary(value) or not value.is_contiguous():
+        return
+    if stack.transposed:
+        with graph.inserting_before(stack.node):
+            weight = call(torch.transpose, (weight, 1, 2), value.mT, stack.node)
+    replace_expert_matmul(graph, stack, weight, None, 0, "dense")
 
 
 def _kind(linear: Linear, layout: str) -> tuple[object, ...] | None:
@@ -182,25 +198,27 @@ def _packed(segment: Segment, program: RiverProgram, how: str, in_12_bits: Colle
         packed.append(linear)
         read |= dict.fromkeys([*weights, *biases])
     for stack in _plain_stacks(made):
-        if stack.shape not in in_12_bits or value_of(stack.weight).dtype != torch.bfloat16:
+        parameter, (n, k) = stack.parameter, stack.shape
+        is_worth = stack.shape in in_12_bits and value_of(parameter).dtype == torch.bfloat16
+        layout = LAYOUT_MXFP4 if is_mxfp4(parameter) else lossless.LAYOUT_12BIT if is_worth else None
+        if layout is None:
             continue
         new = add_placeholders(made.graph, [f"packed_{len(packed)}_{name}" for name in ("weight", "scale_zero")])
-        parameter = stack.weight
-        experts, out_features, in_features = value_of(parameter).shape
-        stack.put(new[0], new[1], lossless.LAYOUT_12BIT)
+        experts = len(value_of(parameter))
         packed.append(
             Matmul(
                 name=input_name(origins[parameter]),
                 weights=(number_of[parameter],),
                 biases=(None,),
-                in_features=in_features,
-                out_features=(experts * out_features,),
-                transposed=False,
+                in_features=k,
+                out_features=(experts * n,),
+                transposed=stack.transposed,
                 group_size=0,
-                layout=lossless.LAYOUT_12BIT,
+                layout=layout,
                 experts=experts,
             )
         )
+        stack.put(new[0], new[1], layout)
         read[parameter] = None
     for node in read:  # keep other unused placeholders: Inductor looks for sizes among them
         if not node.users:
@@ -218,17 +236,22 @@ class _PlainStack:
     each: int  # experts of a token
 
     @property
-    def weight(self) -> fx.Node:
-        weight: fx.Node = self.node.args[self.place]
-        return weight
+    def parameter(self) -> fx.Node:
+        parameter = stack_parameter(self.node.args[self.place])
+        assert parameter is not None, "it was one when it was found"
+        return parameter
+
+    @property
+    def transposed(self) -> bool:
+        return self.parameter is not self.node.args[self.place] or is_mxfp4(self.parameter)
 
     @property
     def shape(self) -> Shape:
-        _, n, k = value_of(self.weight).shape
-        return n, k
+        _, n, k = value_of(self.parameter).shape
+        return (k, n) if self.transposed else (n, k)
 
     def put(self, weight: fx.Node, scale_zero: fx.Node, layout: str) -> None:
-        arguments = list(self.node.args)
+        before, arguments = self.node.args[self.place], list(self.node.args)
         arguments[self.place : self.place + 2] = weight, scale_zero
         if called(self.node, torch.ops.river.experts.default):
             arguments[6] = layout
@@ -237,6 +260,8 @@ class _PlainStack:
             layouts[self.place == _DOWN] = layout
             arguments[14] = " ".join(layouts)
         self.node.args = tuple(arguments)
+        if before.op != "placeholder":
+            drop_unused(before)
 
 
 _UP, _DOWN = 3, 7  # places of a mixture's stacks
@@ -251,8 +276,8 @@ def _plain_stacks(segment: Segment) -> list[_PlainStack]:
     )
     found = [(n, 1) for n in segment.graph.find_nodes(op="call_function", target=experts)]
     found += [(n, i) for n in segment.graph.find_nodes(op="call_function", target=mixture) for i in (_UP, _DOWN)]
-    plain = [(n, i) for n, i in found if is_parameter(n.args[i], dims=3) and n.args[i + 1] is None]
-    return [_PlainStack(node, place, chosen.get(node.args[place], 1)) for node, place in plain]
+    plain = [(n, i, stack_parameter(n.args[i])) for n, i in found if n.args[i + 1] is None]
+    return [_PlainStack(n, i, chosen.get(parameter, 1)) for n, i, parameter in plain if parameter is not None]
 
 
 def _layout(kernels: str, weights: list[torch.Tensor], how: str, in_12_bits: bool) -> str | None:

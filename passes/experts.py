@@ -6,7 +6,7 @@ Not handled: experts in a module list or a loop, which break the graph; routers 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from river_compile.kernels import mixture_ops, ops  # noqa: F401  (registers river::experts and river::mixture)
 from river_compile.kernels.quant.grid import fitting_group_size
+from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4, mxfp4_parts
 from river_compile.passes.edits import call, cast_like, drop_unused, reshape_like
 from river_compile.passes.nodes import called, closure, input_name, is_parameter, is_tensor, rank, shape, value_of
 from river_compile.passes.program import Matmul, Segment
@@ -103,6 +104,25 @@ def replace_expert_matmul(
     drop_unused(node)
 
 
+def is_mxfp4(parameter: fx.Node) -> bool:
+    """Whether a stack's parameter lies in memory as MXFP4."""
+    return mxfp4_parts(value_of(parameter)) is not None
+
+
+def read_mxfp4(graph: fx.Graph) -> list[fx.Node]:
+    """Have matmuls with MXFP4 stacks read their bytes, by ``river::experts``; return the parameters."""
+    found = [stack for stack in filter(None, map(as_expert_matmul, list(graph.nodes))) if is_mxfp4(stack.weight)]
+    for stack in found:
+        replace_expert_matmul(graph, stack, stack.weight, None, 0, LAYOUT_MXFP4)
+    return [stack.weight for stack in found]
+
+
+def stack_parameter(operand: object) -> fx.Node | None:
+    """Return the parameter ``[E, N, K]``, or ``[E, K, N]`` seen transposed, that an operator's stack is; else None."""
+    node = operand.args[0] if called(operand, torch.transpose) else operand
+    return node if is_parameter(node, dims=3) else None
+
+
 def is_router(matmul: fx.Node) -> bool:
     """Whether a matmul's result reaches a top-k or a maximum with no other matmul in between."""
     # Twins keep it in 16 bits: it has one row for each expert, and a rounding that flips a choice swaps weights.
@@ -163,11 +183,16 @@ def _is_grouped(node: fx.Node) -> bool:
 
 def _stacks(node: fx.Node) -> tuple[fx.Node, ...]:
     if called(node, torch.ops.river.experts.default):
-        return tuple(operand for operand in node.args[1:3] if operand is not None)
+        return _placeholders(node.args[1:3])
     if called(node, torch.ops.river.mixture.default):
-        return tuple(node.args[i] for i in (3, 4, 7, 8) if node.args[i] is not None)
+        return _placeholders((*node.args[3:5], *node.args[7:9]))
     found = as_expert_matmul(node)
     return () if found is None else (found.weight,)
+
+
+def _placeholders(operands: Iterable[fx.Node | None]) -> tuple[fx.Node, ...]:
+    given = (operand for operand in operands if operand is not None)
+    return tuple(operand.args[0] if called(operand, torch.transpose) else operand for operand in given)
 
 
 def _top_k(node: fx.Node) -> int | None:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT, TRITON_LAYOUT
+from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4
 
 Size: TypeAlias = int | sympy.Expr  # of symbols that stand for dynamic sizes
 
@@ -149,6 +150,11 @@ class Matmul:
     def lossless(self) -> bool:
         """Whether unpacking gives the parameters, to the bit; else they have 4 bits."""
         return self.group_size == 0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the kernel reads the parameter's own bytes, so that nothing is packed or stored."""
+        return self.layout == LAYOUT_MXFP4
 
     @property
     def has_bias(self) -> bool:

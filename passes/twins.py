@@ -1,7 +1,8 @@
 """Makes twins: copies of a decoder block's graph with 4-bit matmuls in place of its linears and stacked experts.
 
 Linears that share an input (q|k|v, gate|up) become one matmul whose result is split; all other nodes stay.
-Not handled: parameters that other operations read; they stay in 16 bits and are reported.
+A twin reads the layer's own MXFP4 experts. Not handled: parameters that other operations read; they stay in 16 bits
+and are reported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from river_compile.kernels import ops  # noqa: F401  (registers river::linear)
 from river_compile.kernels.portable import grouped_attention, one_row_linear
 from river_compile.kernels.quant.grid import GROUP_SIZES, fitting_group_size
 from river_compile.passes.edits import Pass, add_placeholders, call, cast_like, drop_unused
-from river_compile.passes.experts import ROUTER, ExpertMatmul, as_expert_matmul, is_router, replace_expert_matmul
+from river_compile.passes.experts import (
+    ROUTER,
+    ExpertMatmul,
+    as_expert_matmul,
+    is_router,
+    read_mxfp4,
+    replace_expert_matmul,
+)
 from river_compile.passes.fusion.recognise import skip_repeat
 from river_compile.passes.nodes import (
     Linear,
@@ -95,6 +103,7 @@ def _twin(block: Segment, kind: str, how: TwinSpec, slots: Mapping[fx.Node, int]
     graph, source_of = twin.graph, twin.origins
     number_of = {placeholder: slots[value] for placeholder, value in source_of.items()}
     simplify_attention(graph)
+    in_4_bits = {number_of[parameter] for parameter in read_mxfp4(graph)}
     made: list[Matmul] = []
     kept: dict[int, KeptLinear] = {}
     for found in _matmuls(graph, number_of, how):
@@ -106,7 +115,7 @@ def _twin(block: Segment, kind: str, how: TwinSpec, slots: Mapping[fx.Node, int]
             found.replace(graph, len(made))
             made.append(matmul)
     written = {source_of.get(mutated) for node in graph.nodes for mutated in mutated_inputs(node)}
-    known = {*kept, *(weight for matmul in made for weight in matmul.weights)}
+    known = {*kept, *in_4_bits, *(weight for matmul in made for weight in matmul.weights)}
     for node in block.inputs:  # transformers marks KV caches like parameters, but these are written
         value = value_of(node)
         weight = is_parameter(node) and value.dim() >= 2 and value.is_floating_point()

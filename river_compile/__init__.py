@@ -31,6 +31,7 @@ if _TYPE_CHECKING:
     from river_compile.api.accelerate import from_pretrained as from_pretrained
     from river_compile.api.accelerate import restore as restore
     from river_compile.api.export import export as export
+    from river_compile.api.mxfp4 import load_mxfp4 as load_mxfp4
     from river_compile.api.twins import requantize as requantize
     from river_compile.api.twins import save_twins as save_twins
     from river_compile.config import RiverConfig as RiverConfig
@@ -70,6 +71,7 @@ _EXPORTS = {
     "exact": "decoding.mode",
     "export": "api.export",
     "from_pretrained": "api.accelerate",
+    "load_mxfp4": "api.mxfp4",
     "report": "reporting.report",
     "requantize": "api.twins",
     "restore": "api.accelerate",

@@ -28,6 +28,7 @@ from river_compile.cli import app
 from tests.support.commands import compile_by_operator
 from tests.support.layout import ROOT
 from tests.support.tokenizers import byte_tokenizer
+from tools.families.mxfp4 import write_gpt_oss
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
 PROGRAMS = ("river", "python", "pip", "make", "vllm", "taskset", "numactl")
@@ -124,6 +125,9 @@ def at_a_model(tmp_path, monkeypatch):
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / folder)
         tokenizer.save_pretrained(tmp_path / folder)
+    gpt_oss = transformers.GptOssConfig(**{**size, "num_local_experts": 4, "num_experts_per_tok": 2})
+    write_gpt_oss(tmp_path / "path/to/gpt-oss-20b", gpt_oss)
+    tokenizer.save_pretrained(tmp_path / "path/to/gpt-oss-20b")
     (tmp_path / "HuggingFaceTB").mkdir()
     for name in ("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct"):  # (a folder goes before a name on the hub)
         (tmp_path / name).symlink_to(tmp_path / "path/to/model")

@@ -17,11 +17,12 @@ from river_compile.kernels.checks import check_choice
 from river_compile.kernels.native import load as native
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES, QuantizedWeight
+from river_compile.kernels.quant.mxfp4 import GROUP, LAYOUT_MXFP4, find_mxfp4, mxfp4_parts, unpack_mxfp4
 
 PLAIN_LAYOUT = "plain"  # for plain torch
 TRITON_LAYOUT = "triton"  # for the generated kernels
 NATIVE_LAYOUT = "native"  # for the C++ kernels
-LOSSLESS = (*lossless.LAYOUTS_12BIT, lossless.LAYOUT_8BIT)  # layouts that keep the weights' values
+LOSSLESS = (*lossless.LAYOUTS_12BIT, lossless.LAYOUT_8BIT, LAYOUT_MXFP4)  # layouts that keep the weights' values
 _TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles in the layout "triton", from the lowest on
 
 # Layouts, for N output features and K input features padded to whole groups of G. scale_zero[..., 0] is the scale,
@@ -37,7 +38,8 @@ _TRITON_FEATURES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles in the layout
 #           16, the line's input feature j in the low and 4 + j in the high nibble. scale_zero bfloat16 [N' / 16, K / G,
 #           16, 2].
 #   12bit   and the others of `LOSSLESS` have no grid: qweight and scale_zero are units and side, or qweight and scale,
-#           of `quant.lossless`. For a weight that does not fit there, qweight is the weight and scale_zero is empty.
+#           of `quant.lossless`, or blocks and scales of `quant.mxfp4`. For a weight that does not fit there, qweight is
+#           the weight and scale_zero is empty.
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class PackedLinear:
         return replace(self, qweight=self.qweight.to(device), scale_zero=self.scale_zero.to(device))
 
     def as_layout(self, name: str) -> PackedLinear:
-        if name == self.layout:
+        if name == self.layout or self.layout in LOSSLESS:
             return self
         grid = self.unpack()
         return pack_stack(grid, name, self.experts) if self.experts else pack(grid, name, self.in_features)
@@ -82,6 +84,8 @@ class PackedLinear:
             return self.qweight.to(dtype).flatten(0, -2)
         if self.experts and self.layout in LOSSLESS:
             return torch.cat([self.matrix(i).dequantize(dtype) for i in range(self.experts)])
+        if self.layout == LAYOUT_MXFP4:
+            return unpack_mxfp4(self.qweight, self.scale_zero).to(dtype)
         if self.layout == lossless.LAYOUT_8BIT:
             return lossless.dequantize_8bit(self.qweight, self.scale_zero).to(dtype)
         if self.layout in lossless.LAYOUTS_12BIT:
@@ -109,9 +113,19 @@ def pack_lossless(weights: Sequence[Tensor], layout_name: str = lossless.LAYOUT_
 def pack_lossless_stack(
     stack: Tensor, layout_name: str = lossless.LAYOUT_12BIT, transposed: bool = False
 ) -> PackedLinear:
-    """Pack stacked weights ``[E, N, K]`` (`transposed`: ``[E, K, N]``) as `pack_lossless`, one after another."""
+    """Pack stacked weights ``[E, N, K]`` (`transposed`: ``[E, K, N]``) as `pack_lossless`, one after another.
+
+    A stack with the values of MXFP4 has the layout "mxfp4", whatever was asked for.
+    """
+    held = mxfp4_parts(stack)
+    if held is not None:
+        experts, k, n = stack.shape
+        return PackedLinear(LAYOUT_MXFP4, *held, 0, k, n, experts)
     stack = stack.detach().cpu().mT if transposed else stack.detach().cpu()
     experts, n, k = stack.shape
+    found = _pack_mxfp4(stack)
+    if found is not None:
+        return PackedLinear(LAYOUT_MXFP4, *found, 0, k, n, experts)
     _, length = lossless.shapes_12bit(n, k)
     units, side = None, torch.zeros((experts, *length), dtype=torch.int32)
     for i, weight in enumerate(stack):
@@ -128,6 +142,19 @@ def pack_lossless_stack(
         side[i, :used] = patches[:used]
     assert units is not None
     return PackedLinear(layout_name, units, side, 0, k, n, experts)
+
+
+def _pack_mxfp4(stack: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return blocks and scales of stacked weights ``[E, N, K]``, None unless all have the values of MXFP4."""
+    experts, n, k = stack.shape
+    blocks = torch.empty((experts, n, k // GROUP, GROUP // 2), dtype=torch.uint8)  # not written, it costs nothing
+    scales = torch.empty(blocks.shape[:-1], dtype=torch.uint8)
+    for i, weight in enumerate(stack):
+        found = find_mxfp4(weight)
+        if found is None:
+            return None
+        blocks[i], scales[i] = found
+    return blocks, scales
 
 
 def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:

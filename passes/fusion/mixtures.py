@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from river_compile.kernels import mixture_ops
 from river_compile.kernels.portable import route_like
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
+from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4
 from river_compile.passes.edits import (
     NoMatch,
     call,
@@ -52,7 +53,7 @@ _MOST_EXPERTS = 1024
 
 def has_native_stacks(graph: fx.Graph) -> bool:
     """Whether a segment multiplies stacks of experts by the C++ kernels."""
-    return any(_is_stack(node) and node.args[6] in ("dense", NATIVE_LAYOUT) for node in graph.nodes)
+    return any(_is_stack(node) and node.args[6] in ("dense", LAYOUT_MXFP4, NATIVE_LAYOUT) for node in graph.nodes)
 
 
 def fuse_mixture(view: BlockView) -> fx.Node:

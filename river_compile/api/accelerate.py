@@ -6,6 +6,7 @@ transformers model in them; `from_pretrained` of models that are not causal lang
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, mode_of, restore_generate
+from river_compile.api.mxfp4 import MXFP4_DTYPES, NOT_WITH_MXFP4, experts_as_they_come
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
 from river_compile.backend import river, shared_by
 from river_compile.config import RiverConfig
@@ -160,7 +162,7 @@ def from_pretrained(
     twins: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode and accelerate it.
+    """Load a causal language model in eval mode and accelerate it; MXFP4 experts stay in 4 bits (`load_mxfp4`).
 
         model = river_compile.from_pretrained("path/to/model", dtype=torch.bfloat16)
 
@@ -179,8 +181,11 @@ def from_pretrained(
     """
     ours = {*_ARGUMENTS, *RiverConfig.options(), *MODE_OPTIONS}
     options = {key: kwargs.pop(key) for key in ours & kwargs.keys()}
+    # On a CPU; what chooses a device, a dtype or a quantization has transformers dequantize.
+    as_they_come = kwargs.keys().isdisjoint(NOT_WITH_MXFP4) and kwargs.get("dtype", "auto") in MXFP4_DTYPES
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
+        with experts_as_they_come() if as_they_come else contextlib.nullcontext():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
     except ImportError as error:
         raise OptionError(
             f'Cannot load {name}: a package is missing ({error}). In the clone, run pip install ".[gguf]" for GGUF '

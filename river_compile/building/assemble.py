@@ -153,8 +153,8 @@ def _compiled(
             operands = [tensor for linear in segment.packed for tensor in packed[linear].tensors]
             if all(linear.lossless for linear in segment.packed):
                 graph.lossless_bytes += sum(packed[linear].weight.qweight.nbytes for linear in segment.packed)
-            else:
-                graph.packed_bytes += sum(tensor.nbytes for tensor in operands)
+            else:  # (a twin shares the layer's MXFP4 experts)
+                graph.packed_bytes += sum(packed[linear].nbytes for linear in segment.packed if not linear.lossless)
                 graph.token_bytes += bytes_of_token(segment, operands, len(segment.inputs))
             more = [vocab_blocks] if segment.takes_vocab_blocks and vocab_blocks is not None else []
             callee = compiler.compile(segment, [*operands, *more])

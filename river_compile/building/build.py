@@ -14,7 +14,15 @@ from typing import Any
 from torch import fx
 
 from river_compile.building.assemble import assembled, executor_of, placement_of
-from river_compile.building.choose import Choices, choose, has_room, packing_for, passes_for, why_width_matters
+from river_compile.building.choose import (
+    Choices,
+    check_mxfp4,
+    choose,
+    has_room,
+    packing_for,
+    passes_for,
+    why_width_matters,
+)
 from river_compile.building.graph_record import GraphRecord
 from river_compile.building.packing import can_wait_for_twins
 from river_compile.building.structured_trace import trace_pass, trace_program
@@ -58,7 +66,7 @@ def build(
     with graph.stage("rewriting"), collector_paused():
         rewritten, passes = _rewritten(found, passes_for(choices, plan))
         if by_default:
-            lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless]
+            lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless and not x.in_place]
             later = can_wait_for_twins(model, config) and twins.packs_later(lossless)
             if later:
                 there = has_backbone_file(lossless, inputs, twins.digests)
@@ -69,6 +77,7 @@ def build(
                 rewritten, others = _rewritten(passes.pop().before, packing_for(choices))
                 passes += others
                 unwritten = lossless if later else []
+        check_mxfp4(rewritten)
         for number, record in enumerate(passes, start=1):
             trace_pass(plan.kind, number, record)
         trace_program(plan.kind, rewritten)

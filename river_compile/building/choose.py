@@ -18,9 +18,10 @@ from river_compile.kernels.measured import Shapes, worth_12_bits
 from river_compile.kernels.native.build import choose_isa
 from river_compile.passes.backbone import model_matmuls, own_matmuls, packed_backbone
 from river_compile.passes.edits import Pass
+from river_compile.passes.experts import is_mxfp4
 from river_compile.passes.fusion.rules import fuse_backbone, fuse_checks, fuse_twins
 from river_compile.passes.heads import exit_checks, find_logits, logits_entropy, rescored_head, vocab_blocks
-from river_compile.passes.nodes import is_parameter, value_of
+from river_compile.passes.nodes import input_name, is_parameter, is_tensor, value_of
 from river_compile.passes.program import DecoderPlan, Lowering, RiverProgram
 from river_compile.passes.twins import TwinSpec, one_row_head, twin_head, twin_layers
 from river_compile.system import memory_bytes
@@ -136,9 +137,24 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     return asked
 
 
+def check_mxfp4(program: RiverProgram) -> None:
+    """Raise an OptionError if a rewritten program has MXFP4 experts that no C++ kernel reads."""
+    for segment in program.segments:
+        for node in segment.graph.find_nodes(op="placeholder"):
+            if is_tensor(node) and is_mxfp4(node):
+                raise OptionError(
+                    f"{input_name(segment.origins[node])} has MXFP4 weights, which only the C++ kernels of experts "
+                    "read: on a CPU, in bfloat16, without adapters on experts, offloading, or options that choose "
+                    "other kernels (kernels=, target_kernels=). Load the model by transformers for these, which "
+                    "dequantizes it",
+                    id="RC004",
+                )
+
+
 def has_room(program: RiverProgram) -> bool:
     """Whether the packed weights of blocks and head, which no file backs at first, take a small part of the memory."""
     nodes = {node for segment in (*program.blocks, program.head) for node in segment.inputs if is_parameter(node)}
+    nodes = {node for node in nodes if not is_mxfp4(node)}  # not packed
     return sum(0.75 * value_of(node).nbytes for node in nodes) <= _MOST_OF_MEMORY * memory_bytes()
 
 
@@ -167,7 +183,12 @@ def why_width_matters(program: RiverProgram, choices: Choices) -> str:
         return "its backbone's matmuls are not River's own, which sum alike in all passes; use target_kernels='river'"
     if choices.lowering.native:
         left = next(model_matmuls(program), None)
-        return "" if left is None else f"{left} is multiplied by the model's operator: no kernel reads its form"
+        if left is not None:
+            return f"{left} is multiplied by the model's operator: no kernel reads its form"
+        missed = next(
+            (f for f in program.fusions if f.missed and f.rule == "attention" and f.segment[:5] == "block"), None
+        )
+        return "" if missed is None else f"attention of {missed.segment} is the model's operator's ({missed.missed})"
     missed = next((f for f in program.fusions if f.missed and f.segment.startswith(("block", "head"))), None)
     if missed is not None:
         return f"not all of {missed.segment} is the generated kernels' ({missed.rule}: {missed.missed})"

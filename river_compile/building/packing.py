@@ -95,10 +95,11 @@ def packed_weights(
             "with dtype='auto', or use target_weights='model'",
             id="RC004",
         )
-    # Every time, since quantizing has just read the parameters again.
-    replaced = {i for linear in smaller for i in linear.weights}
+    # Every time, since quantizing has just read the parameters again. MXFP4 experts are read where they lie.
+    replaced = {i for linear in smaller for i in linear.weights if not linear.in_place}
     if config.exit_depth == 0 and config.prefill == "exit":  # twins run prompts too
         read = {slot for segment in segments for slot in segment.inputs}
+        read |= {i for linear in packed for i in linear.weights if linear.in_place}
         replaced |= {i for linear in packed for i in linear.weights} - read
     graph.paged_out_bytes = advise_pageout({id(inputs[i]): inputs[i] for i in replaced}.values())
     if graph.twins:

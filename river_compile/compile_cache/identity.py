@@ -1,7 +1,7 @@
 """A hash of what a model's programs depend on except weights: what Dynamo's guards check at every call.
 
 Not handled: functions that are replaced after this process first hashed a model's classes. Models have no identity with
-hooks, in training, or with quantized or sharded tensors.
+hooks, in training, or with quantized or sharded tensors but MXFP4 experts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from river_compile import kernels, passes
 from river_compile.kernels.native.build import choose_isa
+from river_compile.kernels.quant.mxfp4 import mxfp4_parts
 from river_compile.passes.nodes import is_ordinary
 from river_compile.upstream.versions import installed
 
@@ -53,9 +54,10 @@ def identity_of(model: PreTrainedModel, options: object) -> str | None:
             for key, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if not is_ordinary(tensor):
+                in_mxfp4 = mxfp4_parts(tensor) is not None
+                if not is_ordinary(tensor) and not in_mxfp4:
                     return None
-                parts += (key, (*tensor.shape,), tensor.stride(), tensor.dtype, tensor.device.type)
+                parts += (key, in_mxfp4, (*tensor.shape,), tensor.stride(), tensor.dtype, tensor.device.type)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

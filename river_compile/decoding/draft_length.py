@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect, bisect_right
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
+
+from river_compile.decoding.pass_times import PassTimes
 
 # Sources of drafted tokens: the twins, a smaller model, the checkpoint's own MTP layers, or a copy from the context.
 TWINS, ASSISTANT, MTP, LOOKUP = "river", "assistant", "mtp", "lookup"
@@ -27,12 +28,6 @@ _PRIOR_WEIGHT = 4.0
 _MEMORY = 200.0  # verified tokens per bin after which older ones fade
 _DECAY = 0.97  # per cycle without draft steps, of the learned rate
 _SPEED_DECAY = 0.95  # per cycle, of the average speed
-_SAMPLES = 9  # recent times per width, the least of which counts
-_ENOUGH = 3  # times before their minimum is trusted
-_STALE = 500  # cycles after which a width is measured again
-_DRAFT_COSTS = 0.3  # a draft step's time in passes of one token, before it was measured
-_WIDER_COSTS = 0.02  # what a pass costs more with each token beyond the first, at best, if it reads no more
-_NOT_SHARED = 0.75  # of what a pass reads more than one token, at best: neighbors choose some experts together
 _SHORT = 1024  # tokens: the cache of shorter contexts takes little of a pass's time
 
 
@@ -105,75 +100,6 @@ class Draft:
         self.tokens.append(token)
 
 
-def _alike(_width: int) -> float:
-    return 1.0
-
-
-class Times:
-    """Recent times of passes by width, and of draft steps by source, after contexts of about one size."""
-
-    def __init__(self, near: Times | None = None) -> None:
-        self._near = near  # those of the nearest size that is known
-        self._times: dict[int | str, deque[float]] = {}
-        self._measured: dict[int | str, int] = {}  # the cycle of the latest time
-        self._cycles = 0
-        self.reads: Callable[[int], float] = _alike  # what a pass of a width reads, in what one token reads
-
-    def end_cycle(self) -> None:
-        self._cycles += 1
-
-    def add(self, what: int | str, seconds: float) -> None:
-        """Add one time of a pass of a width, or of a source's draft step."""
-        if self._cycles - self._measured.get(what, self._cycles) > _STALE:
-            del self._times[what]
-        self._times.setdefault(what, deque(maxlen=_SAMPLES)).append(seconds)
-        self._measured[what] = self._cycles
-
-    def is_tried(self, what: int | str) -> bool:
-        """Whether there are enough times, or were after other contexts."""
-        return len(self._times.get(what, ())) >= _ENOUGH or (self._near is not None and self._near.is_tried(what))
-
-    def is_known(self, what: int | str) -> bool:
-        """Whether there are enough times that are not old, or were enough after other contexts."""
-        return self._has_new(what) or (self._near is not None and self._near.is_tried(what))
-
-    def _has_new(self, what: int | str) -> bool:
-        return len(self._times.get(what, ())) >= _ENOUGH and self._cycles - self._measured[what] <= _STALE
-
-    def seconds(self, what: int | str) -> float:
-        """Return the recent minimum, or an estimate."""
-        times = self._times.get(what, ())
-        if self._has_new(what):
-            return min(times)
-        if self._near is not None and self._near.is_tried(what):
-            return min([*times, self._from_near(self._near, what)])
-        # A width with few or old times costs at least its share of each known width. A higher estimate would
-        # keep it from being tried again.
-        known = {w: min(ts) for w, ts in self._times.items() if isinstance(w, int) and w != what and len(ts) >= _ENOUGH}
-        if not known and self._near is not None:
-            known = {1: self._from_near(self._near, 1)}
-        at_best = max(seconds * self._share(what, w) for w, seconds in (known or {1: 1.0}).items())
-        return min([*times, at_best])
-
-    def _from_near(self, near: Times, what: int | str) -> float:
-        """Return a time after other contexts, and what reading these takes more or less."""
-        # Passes and draft steps read the whole cache once, whatever else they do.
-        seconds = near.seconds(what)
-        more = [min(ts) - near.seconds(w) for w, ts in self._times.items() if len(ts) > 1 and near.is_tried(w)]
-        return max(seconds + min(more, default=0.0), seconds / 2)
-
-    def _share(self, what: int | str, known: int) -> float:
-        """Return a lower bound of the cost of a pass or a draft step, relative to a pass of a known width."""
-        # A wider pass costs little more if it waits for the same weights; a narrower one costs in proportion if it
-        # computes.
-        if isinstance(what, str):
-            return _DRAFT_COSTS * self._share(1, known)
-        return what / known if what < known else self._at_best(what) / self._at_best(known)
-
-    def _at_best(self, width: int) -> float:
-        return (1 + _WIDER_COSTS * (width - 1)) * (1 + _NOT_SHARED * (self.reads(width) - 1))
-
-
 class Plan(NamedTuple):
     """How a draft continues."""
 
@@ -193,22 +119,25 @@ class DraftLength:
         self._rates[LOOKUP] = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self._widths: Sequence[int] = (1,)
         self._size = 0  # of the context: how often it must be halved to be short
-        self._times = {0: Times()}  # by that
+        self._times = {0: PassTimes()}  # by that
         self._kept = self._seconds = 0.0  # emitted tokens and their time; earlier ones fade
         self._costs: list[float] | None = None  # of passes, in tokens
 
     def carry_over(
-        self, widths: Sequence[int], context: int = 0, reads: Callable[[int], float] = _alike
+        self, widths: Sequence[int], context: int = 0, reads: Callable[[int], float] | None = None
     ) -> DraftLength:
-        """Prepare for another text, of so many tokens, and its widths (ascending); earlier texts count little.
+        """Prepare for another text; earlier ones count little.
 
-        `reads`: the bytes of weights that a pass of a width reads, in those of a pass of one token.
+        Args:
+            widths: of its verifying passes, ascending.
+            context: tokens of its prompt.
+            reads: the bytes of weights that a pass of a width reads, in those of one token; None: all read the same.
         """
         self._size = size = (context // _SHORT).bit_length()
         if size not in self._times:
             near = min(self._times, key=lambda known: abs(known - size))
-            self._times[size] = Times(self._times[near])
-        self._times[size].reads = reads
+            self._times[size] = PassTimes(self._times[near])
+        self._times[size].set_reads(reads)
         self._widths, self._costs, self._kept, self._seconds = widths, None, 0.0, 0.0
         for rate in (*self._rates.values(), *self._next.values()):
             rate.cap_weight(_FROM_OTHER_TEXTS)
@@ -224,8 +153,8 @@ class DraftLength:
             sources = [draft.source]
         if not self._adaptive:
             return self._by_room(draft, sources)
-        times = self._times[self._size]
-        unknown = [] if draft.source else [source for source in sources if not times.is_known(source)]
+        known = self._times[self._size].is_known
+        unknown = [] if draft.source else [source for source in sources if not known(source)]
         plan = self._by_gain(draft, unknown or sources)
         tried = [source for source in unknown if draft.room_for(source)]
         # One that seems not to pay takes a single step a few times, since nothing else tells how often it holds.

@@ -20,6 +20,7 @@ from river_compile.kernels.native.load import Tape
 from river_compile.kernels.portable import largest_entropy
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.layouts import NATIVE_LAYOUT
+from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4
 from river_compile.passes.backbone import parts_of
 from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called, is_tensor, rank, shape, value_of
@@ -40,7 +41,7 @@ _VIEWS = (
     Tensor.view,
     operator.getitem,
 )
-_STACKS = ("dense", NATIVE_LAYOUT, lossless.LAYOUT_12BIT)  # layouts of experts
+_STACKS = ("dense", NATIVE_LAYOUT, lossless.LAYOUT_12BIT, LAYOUT_MXFP4)  # layouts of experts
 # Operators that make a tensor of numbers alone; a recording keeps its values.
 _CONSTANTS = (torch.arange, torch.full, torch.zeros)
 

@@ -31,6 +31,7 @@ from river_compile.kernels.messages import with_id
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
+from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4
 from river_compile.passes.program import Matmul
 from river_compile.twins.weights import LOSSLESS, TwinWeight
 
@@ -323,8 +324,9 @@ def remove_damaged(entry: Entry, error: TwinsError) -> None:
 
 def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
     """Write weights to an entry, unless another process has; report a folder that cannot be written."""
-    # Weights that keep their values, or have 8 bits, take no time to pack.
-    weights = [made for made in weights if not made.weight.unpacked and made.weight.layout != lossless.LAYOUT_8BIT]
+    # Weights that keep their values, have 8 bits or are MXFP4 take little time to pack.
+    quick = (lossless.LAYOUT_8BIT, LAYOUT_MXFP4)
+    weights = [made for made in weights if not made.weight.unpacked and made.weight.layout not in quick]
     if not weights:
         return
     folder = entry.folder / _PACKED

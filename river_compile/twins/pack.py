@@ -71,9 +71,10 @@ class TwinWeights:
             if may_wait and (faster := job.quick) is not None:
                 there = self._in_memory(matmuls, faster) | there
             missing = [matmul for matmul in matmuls if matmul not in there]
-            new: dict[Matmul, TwinWeight] = {}
+            in_place = [matmul for matmul in missing if matmul.in_place]
+            new = self._made(job, in_place, lossless=True) if in_place else {}
             for lossless in (True, False):
-                some = [matmul for matmul in missing if matmul.lossless == lossless]
+                some = [matmul for matmul in missing if matmul.lossless == lossless and not matmul.in_place]
                 if some:
                     new |= self._loaded_or_made(job, some, lossless, may_wait and not lossless)
             self._made_before |= {job.key(matmul): made for matmul, made in new.items()}
@@ -111,7 +112,7 @@ class TwinWeights:
 
     def has(self, *, lossless: bool) -> bool:
         """Whether packed weights of the backbone, or those of twins, are in memory."""
-        return any(made.matmul.lossless == lossless for made in self._made_before.values())
+        return any(x.matmul.lossless == lossless and not x.matmul.in_place for x in self._made_before.values())
 
     def packs_later(self, lossless: Sequence[Matmul]) -> bool:
         """Whether the background writes the file of so many 12-bit weights, for later processes."""
@@ -203,8 +204,7 @@ class TwinWeights:
         self, job: Job, matmuls: Sequence[Matmul], lossless: bool, may_wait: bool, entry: Entry | None
     ) -> dict[Matmul, TwinWeight]:
         """Make weights and write them to an entry, immediately or in the background, which returns none."""
-        may_wait = may_wait and sum(map(_size, matmuls)) > _SMALL
-        if not may_wait:
+        if not may_wait or sum(map(_size, matmuls)) <= _SMALL:
             made = self._made(job, matmuls, lossless)
             if entry is not None:
                 write_stored(entry, [*made.values()])

@@ -64,11 +64,13 @@ def test_the_cpu_table_is_printed_from_given_timings(capsys):
     assert line == "| native W4A8 | 64 x 32 | 2 | 100 | 110 | 200 | 400 | 20.0 | 90% | 1.10 |"
 
 
-def test_products_are_timed_on_a_cpu(monkeypatch, tmp_path):
-    """The whole command, on one tiny shape: every kernel at every number of rows, each with its bytes."""
+def test_kernels_are_timed_on_a_cpu(monkeypatch, tmp_path, capsys):
+    """The whole command, on tiny shapes: every matmul at every number of rows with its bytes, and attention."""
     monkeypatch.setattr(cpu_kernels, "SHAPES", ((32, 64),))
     monkeypatch.setattr(cpu_kernels, "BYTES", 3 * (32 * 32 + 32 * 4))
     monkeypatch.setattr(cpu_kernels, "RUN_BYTES", 0)
+    monkeypatch.setattr(cpu_kernels, "HEADS", ((4, 2, 16),))
+    monkeypatch.setattr(cpu_kernels, "SLOTS", 32)
     file = tmp_path / "figures.json"
     assert kernels.main(["--device", "cpu", "--repeats", "2", "--threads", "1", "--json", str(file)]) == 0
     found = json.loads(file.read_text())["kernels"]
@@ -76,6 +78,7 @@ def test_products_are_timed_on_a_cpu(monkeypatch, tmp_path):
     in_4_bits, in_12_bits, in_16_bits = 32 * 32 + 32 * 4, 32 * 64 * 3 // 2, 32 * 64 * 2
     assert {row["bytes"] for row in found} == {in_4_bits, in_12_bits, in_16_bits}
     assert all(row["seconds"] > 0 and row["sum_seconds"] > 0 for row in found)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 4 x 16, 2 in the cache | 1 | ")
 
 
 def test_the_table_of_experts(capsys, monkeypatch):

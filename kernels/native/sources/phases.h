@@ -11,6 +11,7 @@ namespace river {
 constexpr int kBlock = 16;  // output features that lie side by side in the packed weights
 // Units of 12-bit weights (bf12.h): output features, input features, and bytes.
 constexpr int kFour = 4, kUnit = 64, kUnitBytes = 6 * kUnit;
+constexpr int kMxGroup = 32;  // input features of MXFP4 weights that share a scale
 
 constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }  // (of int32s in 32 bits, a faster division)
 
@@ -105,7 +106,9 @@ struct GemmArgs {
   const int32_t* palette;       // of 12-bit weights, null otherwise; then `weight` is [N' / 4, K'' / 64,
                                 // 6, 64], K'' of 64 features (bf12.h). 16 bytes, the number of each four's first patch
                                 // [N' / 4 + 1], and the patches [2]: 4 k + n within the four, and the weight
-  const Pieces* unpacked;       // of `unpacked_bytes` or more, for 12-bit weights
+  const uint8_t* exponents;     // [N, K / 32] of MXFP4 weights, null otherwise; then `weight` is [N, K / 32, 16]
+                                // (mxfp4.h)
+  const Pieces* unpacked;       // of `unpacked_bytes` or more, for 12-bit, MXFP4 and transposed weights
   const float* scale;           // [N, 1 or K / 32] of 8-bit weights, null otherwise; then `weight` is [N, K]
   const int64_t* expert;        // [M] which of `experts` stacked weights a row meets, null if there is one for all;
                                 // a row with none of their numbers gets zeros. Biases, palettes and patches are
@@ -114,6 +117,7 @@ struct GemmArgs {
                                 // others become kMaskedLogit. Null: all are. For 4-bit weights, not gated, no residual
   int32_t rows, in_features, group_size, experts;
   int64_t side_each;           // int32s from one expert's palette to the next
+  int32_t transposed;          // whether `dense` is one stack of [K, N]
   int32_t in_8_bits, grouped;  // kInt8s or kFloat8s, and whether every 32 input features have a scale; 0 otherwise
   Share only;                  // of its blocks of output features, those that a part computes; end 0: its share of all
   Epilogue epilogue;
@@ -121,8 +125,12 @@ struct GemmArgs {
   int64_t groups() const { return ceil_div(in_features, group_size); }
   int64_t padded_features() const { return groups() * group_size; }
   Share blocks_of(int part, int parts) const { return only.end ? only : share_of(epilogue.blocks(), part, parts); }
-  // Two blocks of 16 output features as bfloat16.
-  int64_t unpacked_bytes() const { return 2 * 2 * kBlock * ceil_div(int64_t(in_features), kUnit) * kUnit; }
+  bool is_unpacked() const { return palette || exponents || transposed; }
+  // Two blocks of 16 output features in the dtype that meets the activations.
+  int64_t unpacked_bytes() const {
+    const int64_t bytes = epilogue.dtype == kFloat32 ? 4 : 2;
+    return 2 * bytes * kBlock * ceil_div(int64_t(in_features), kUnit) * kUnit;
+  }
 };
 
 constexpr float kMaskedLogit = -32768.0f;  // all dtypes have it, and masking logits further gives no NaN

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from river_compile.kernels.native import load
 from river_compile.kernels.quant.data_free import quantize
 from river_compile.kernels.quant.layouts import pack_lossless_stack, pack_stack
+from river_compile.kernels.quant.mxfp4 import unpack_mxfp4
 from tests.kernels.native.running import ISAS, called, native, same_bits
 from tests.support.examples import examples
 
 EXPERTS = 5
-WEIGHTS = ("4 bits", "12 bits", "dense")
+WEIGHTS = ("4 bits", "12 bits", "MXFP4", "dense", "transposed")
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -29,6 +30,11 @@ def stacked(n: int, k: int, weights: str, dtype: torch.dtype, seed: int) -> tupl
     stack = (drawn(EXPERTS, n, k, seed=seed) / k**0.5).to(dtype)
     if weights == "dense":
         return (stack, None, 0), stack.double()
+    if weights == "transposed":
+        return (stack.mT.contiguous().mT, None, 0), stack.double()
+    if weights == "MXFP4":
+        blocks, scales = drawn_mxfp4(EXPERTS, n, k, seed=seed)
+        return (blocks, scales, 0), unpack_mxfp4(blocks, scales).double()
     packed = (
         pack_lossless_stack(stack)
         if weights == "12 bits"
@@ -36,6 +42,13 @@ def stacked(n: int, k: int, weights: str, dtype: torch.dtype, seed: int) -> tupl
     )
     exact = packed.dequantize(torch.float64).view(EXPERTS, n, k)
     return (packed.qweight, packed.scale_zero, packed.group_size), exact
+
+
+def drawn_mxfp4(*shape: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns random blocks and scales; values are below one."""
+    g, groups = torch.Generator().manual_seed(seed), (*shape[:-1], shape[-1] // 32)
+    blocks = torch.randint(0, 256, (*groups, 16), generator=g, dtype=torch.uint8)
+    return blocks, torch.randint(118, 125, groups, generator=g, dtype=torch.uint8)
 
 
 def gated(both: torch.Tensor, activation: str, pairs: bool) -> torch.Tensor:
@@ -62,7 +75,7 @@ def test_a_mixture(isa, tokens, each, sizes, weights, dtype, around, threads, se
     """With biases and a residual or without; unchosen experts hold NaN, and rows without an expert add nothing."""
     load.load(isa)
     torch.set_num_threads(threads)
-    if weights == "12 bits":
+    if weights in ("12 bits", "MXFP4"):
         dtype = torch.bfloat16
     (k, features), (biased, pairs, added, activation) = sizes, around
     (up, up_side, up_group), exact_up = stacked(2 * features, k, weights, dtype, seed)
@@ -97,8 +110,11 @@ def poison(index: torch.Tensor, up: torch.Tensor, side: torch.Tensor | None) -> 
     """Fills the first stack's experts that no token chose with NaN, where their form has any."""
     unread = torch.tensor([expert not in index for expert in range(EXPERTS)])
     target = up if up.is_floating_point() else side
-    if target is not None and target.is_floating_point():
+    assert target is not None
+    if target.is_floating_point():
         target[unread] = float("nan")
+    elif target.dtype == torch.uint8:
+        target[unread] = 255  # scales that are no number
 
 
 @ISAS
@@ -124,6 +140,29 @@ def test_12_bits_have_the_bits_of_16(isa, tokens, sizes, seed):
         if 0 <= chosen < EXPERTS:
             alone = (stack[chosen].double() @ x[row].double()).bfloat16()
         torch.testing.assert_close(dense[row], alone, rtol=2e-2, atol=2e-2 * float(1 + alone.abs().max()))
+
+
+@ISAS
+@given(
+    tokens=st.integers(1, 40), n=st.integers(1, 70), groups=st.integers(1, 7), seed=st.integers(0, 1 << 20),
+    scales=st.sampled_from(((118, 125), (0, 3), (250, 254))),
+)  # fmt: skip
+@examples(30)
+def test_mxfp4_and_transposed_stacks_have_the_bits_of_rows(isa, tokens, n, groups, seed, scales):
+    """Of a few tokens and of many for each expert, with scales from the least to the largest one."""
+    load.load(isa)
+    k, g = 32 * groups, torch.Generator().manual_seed(seed)
+    x = drawn(tokens, k, seed=seed, dtype=torch.bfloat16)
+    blocks, _ = drawn_mxfp4(EXPERTS, n, k, seed=seed)
+    scales = torch.randint(*scales, blocks.shape[:-1], generator=g, dtype=torch.uint8)
+    stack = unpack_mxfp4(blocks, scales)
+    expert = torch.randint(-1, EXPERTS + 1, (tokens,), generator=g)
+    dense = called(native.experts, x, stack, None, expert, n, 0)
+    assert same_bits(called(native.experts, x, blocks, scales, expert, n, 0), dense)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        rows, x = (drawn(*shape, seed=seed, dtype=dtype) for shape in ((EXPERTS, n, k), (tokens, k)))
+        turned = called(native.experts, x, rows.mT.contiguous().mT, None, expert, n, 0)
+        assert same_bits(turned, called(native.experts, x, rows, None, expert, n, 0)), dtype
 
 
 @ISAS

@@ -41,7 +41,7 @@ inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
   return first;
 }
 
-// Whether slots `first` to `last - 1` are seen at once to take part, with nothing added to their scores.
+// Whether a look at the mask alone shows that slots `first` to `last - 1` take part without additions to their scores.
 inline bool all_take_part(const AttentionArgs& a, int64_t at, int first, int last) {
   if (!a.mask) return true;
   const auto* mask = static_cast<const uint8_t*>(a.mask) + at;

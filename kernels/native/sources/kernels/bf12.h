@@ -75,7 +75,7 @@ struct Four {
 // A piece of `a.unpacked` for one part, mostly that which other parts of its thread had. None for other weights.
 class Piece {
  public:
-  Piece(const GemmArgs& a, int part, int parts) : of_(a.palette ? a.unpacked : nullptr) {
+  Piece(const GemmArgs& a, int part, int parts) : of_(a.is_unpacked() ? a.unpacked : nullptr) {
     if (!of_) return;
     number_ = int(int64_t(part) * of_->count / parts);
     while (__atomic_exchange_n(of_->flags + number_, 1, __ATOMIC_ACQUIRE)) number_ = (number_ + 1) % of_->count;

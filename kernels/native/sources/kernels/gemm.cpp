@@ -54,7 +54,10 @@ inline GemmArgs rows_of_expert(const GemmArgs& all, int row, int count, int64_t 
   Epilogue& e = a.epilogue;
   const int64_t groups = a.groups(), blocks = ceil_div(e.out_features, kBlock), features = e.out_features;
   a.x.values = static_cast<char*>(a.x.values) + row * a.padded_features() * bytes_of_value(a.x.format);
-  if (a.dense.count) {
+  if (a.exponents) {
+    a.weight += chosen * features * (a.in_features / 2);
+    a.exponents += chosen * features * (a.in_features / kMxGroup);
+  } else if (a.dense.count) {
     const char* stack = static_cast<const char*>(a.dense.data[0]);
     a.dense.data[0] = stack + chosen * features * a.in_features * bytes_of(e.dtype);
   } else if (a.palette) {

@@ -6,6 +6,7 @@
 
 #include "kernels/bf12.h"
 #include "kernels/gemm_blocked.h"
+#include "kernels/mxfp4.h"
 
 namespace river {
 
@@ -60,7 +61,25 @@ inline void microkernel_bf16_dot(const GemmArgs& a, int64_t n, int row, int rows
   });
 }
 
+// The same for up to kMostRows rows of MXFP4 weights.
+inline void microkernel_bf16_dot_mxfp4(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t row_bytes = a.padded_features() * 2;
+  const uint8_t* x = static_cast<const uint8_t*>(a.x.values) + row * row_bytes;
+  for_fours_of_mxfp4(a, n, [&](const Mxfp4Four& four, int at) {
+    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+      if (r + 1 != rows) return;
+      four.dots<r + 1>(
+          {y[0] + at, kBlock},
+          [&](Floats sum, Ints weights, int64_t i, int of)
+              RIVER_INLINED { return dot_pairs(sum, weights, load(x + of * row_bytes + i * 2)); },
+          [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_pairs(sums, total); });
+    });
+  });
+}
+
 inline void gemm_bf16_dot(const GemmArgs& a, int part, int parts) {
+  if (a.exponents || a.transposed)
+    return gemm_of_made_blocks(a, part, parts, microkernel_bf16_dot_mxfp4, microkernel_bf16_dot);
   if (!a.palette) return gemm_blocked(a, part, parts, microkernel_bf16_dot);
   Bf12Blocks blocks(a, part, parts);
   gemm_blocked(a, part, parts, [&](const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {

@@ -6,6 +6,7 @@
 
 #include "kernels/bf12.h"
 #include "kernels/gemm_blocked.h"
+#include "kernels/mxfp4.h"
 
 namespace river {
 
@@ -166,6 +167,25 @@ class MicrokernelF32Bf12 {
   mutable Bf12Blocks blocks_;
 };
 
+// The same for up to kMostRows rows of MXFP4 weights.
+inline void microkernel_f32_mxfp4(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+  const int64_t padded = a.padded_features();
+  const float* first = static_cast<const float*>(a.x.values) + row * padded;
+  for_fours_of_mxfp4(a, n, [&](const Mxfp4Four& four, int at) {
+    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+      if (r + 1 != rows) return;
+      four.dots<r + 1>(
+          {y[0] + at, kBlock},
+          [&](Floats sum, Ints weights, int64_t i, int of) RIVER_INLINED {
+            const float* x = first + of * padded + i;
+            sum = fma(low_bfloat16(weights), load_floats(x), sum);
+            return fma(high_bfloat16(weights), load_floats(x + kLanes), sum);
+          },
+          [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_four(sums, total); });
+    });
+  });
+}
+
 inline void gemm_f32(const GemmArgs& a, int part, int parts) {
   constexpr int64_t kBytesTogether = 1 << 18;  // of activations
   const int fit = int(std::max<int64_t>(kBytesTogether / 4 / a.padded_features() / kBlock, 1)) * kBlock;
@@ -174,6 +194,10 @@ inline void gemm_f32(const GemmArgs& a, int part, int parts) {
   if (a.in_8_bits && a.grouped) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, true>, together);
   if (a.in_8_bits) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, false>, together);
   if (a.palette) return gemm_blocked(a, part, parts, MicrokernelF32Bf12(a, part, parts), together);
+  if (a.exponents || a.transposed)
+    return with_dtype(a.epilogue.dtype, [&](auto d) {
+      gemm_of_made_blocks(a, part, parts, microkernel_f32_mxfp4, microkernel_f32<d>, together);
+    });
   with_dtype(a.epilogue.dtype, [&](auto d) { gemm_blocked(a, part, parts, microkernel_f32<d>, together); });
 }
 

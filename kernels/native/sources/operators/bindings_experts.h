@@ -10,25 +10,48 @@
 
 namespace river {
 
-// A matmul of rows that each choose one of a stack's matrices [N, K]: in 4 bits, in 12 bits, or in x's dtype.
+// A matmul with a stack of MXFP4 weights; `exponents` is what GemmArgs::exponents says.
+inline LinearCall in_mxfp4(const Tensor& x, const Tensor& weight, const Tensor& exponents, int64_t k, int64_t n) {
+  const int64_t experts = weight.size(0), groups = k / kMxGroup;
+  check(x.scalar_type() == ScalarType::BFloat16, "x", "be bfloat16 to meet MXFP4 weights");
+  check(n > 0 && k > 0 && k % kMxGroup == 0 && weight.is_cpu() && weight.is_contiguous() &&
+            weight.numel() == experts * n * groups * (kMxGroup / 2) && exponents.is_cpu() &&
+            exponents.is_contiguous() && exponents.numel() == experts * n * groups,
+        "weight and scale_zero", "be contiguous blocks and scales of MXFP4 weights with these features");
+  LinearCall call;
+  call.gemm.experts = int32_t(experts);
+  call.gemm.x.format = kernels().rows_of_bfloat16;
+  call.gemm.weight = static_cast<const uint8_t*>(weight.data_ptr());
+  call.gemm.exponents = static_cast<const uint8_t*>(exponents.data_ptr());
+  return call;
+}
+
+// A matmul with a stack in x's dtype, which may be a view of one stored as [E, K, N].
+inline LinearCall in_dtype_of(const Tensor& x, const Tensor& weight, int64_t k, int64_t n) {
+  const bool fits = weight.is_cpu() && weight.scalar_type() == x.scalar_type() && weight.dim() == 3 &&
+                    weight.size(1) == n && weight.size(2) == k && k > 0 && n > 0;
+  const bool transposed = fits && !weight.is_contiguous();
+  check(fits && (!transposed || (weight.stride(0) == n * k && weight.stride(1) == 1 && weight.stride(2) == n)),
+        "weight", "be a contiguous stack in x's dtype, with these features");
+  LinearCall call;
+  call.gemm.experts = int32_t(weight.size(0));
+  call.gemm.dense = {{weight.data_ptr()}, {0, int32_t(n)}, 1};
+  call.gemm.transposed = transposed;
+  call.gemm.x.format = x.scalar_type() == ScalarType::BFloat16 ? kernels().rows_of_bfloat16 : kFloats;
+  return call;
+}
+
+// A matmul of rows that each choose one of a stack's matrices [N, K]: in 4 bits, 12 bits, MXFP4, or in x's dtype.
 inline LinearCall stack_of(const Tensor& x, const Tensor& weight, const Maybe& side, int64_t k, int64_t n,
                            int64_t group_size) {
   check(weight.dim() > 0 && weight.size(0) > 0 && weight.size(0) < (1 << 30), "weight", "be a stack");
   const int64_t experts = weight.size(0);
   check(group_size == 0 || side.has_value(), "scale_zero", "be given with weights in 4 bits");
-  LinearCall call = group_size ? quantized(weight, *side, k, n, group_size, experts)
-                    : weight.scalar_type() == ScalarType::Byte && side ? in_12_bits(x, weight, *side, k, n, experts)
-                                                                       : LinearCall{};
-  if (!group_size && !call.gemm.palette) {
-    check(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.dim() == 3 &&
-              weight.size(1) == n && weight.size(2) == k && k > 0 && n > 0,
-          "weight", "be a contiguous stack in x's dtype, with these features");
-    call.gemm.dense = {{weight.data_ptr()}, {0, int32_t(n)}, 1};
-    call.gemm.x.format = x.scalar_type() == ScalarType::BFloat16 ? kernels().rows_of_bfloat16 : kFloats;
-    call.gemm.experts = int32_t(experts);
-  } else if (call.gemm.palette) {
-    call.gemm.x.format = kernels().rows_of_bfloat16;
-  }
+  if (group_size) return quantized(weight, *side, k, n, group_size, experts);
+  if (weight.scalar_type() != ScalarType::Byte || !side) return in_dtype_of(x, weight, k, n);
+  if (side->scalar_type() == ScalarType::Byte) return in_mxfp4(x, weight, *side, k, n);
+  LinearCall call = in_12_bits(x, weight, *side, k, n, experts);
+  call.gemm.x.format = kernels().rows_of_bfloat16;
   return call;
 }
 
@@ -100,7 +123,7 @@ struct MixtureCall {
     combine.values = down.gemm.epilogue.y.data;
     place_activations(up.gemm, up.prepare, take(first));
     place_activations(down.gemm, down.prepare, take(second));
-    if (!up.gemm.palette && !down.gemm.palette) return;
+    if (!up.gemm.is_unpacked() && !down.gemm.is_unpacked()) return;
     const Pieces* pieces = pieces_for(std::max(up.gemm.unpacked_bytes(), down.gemm.unpacked_bytes()), &unpacked);
     up.gemm.unpacked = down.gemm.unpacked = pieces;
   }

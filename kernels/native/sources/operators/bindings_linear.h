@@ -69,7 +69,7 @@ struct LinearCall {
  private:
   void place() {
     place_activations(gemm, prepare, workspace(activation_bytes(gemm)));
-    if (gemm.palette) gemm.unpacked = pieces_for(gemm.unpacked_bytes(), &unpacked);
+    if (gemm.is_unpacked()) gemm.unpacked = pieces_for(gemm.unpacked_bytes(), &unpacked);
   }
 };
 

@@ -36,6 +36,7 @@ RIVER_INLINE Ints low_nibbles(Ints x) { return x & 0x0f0f0f0f; }
 RIVER_INLINE Ints high_nibbles(Ints x) { return (Ints)((Bytes)x >> 4); }
 RIVER_INLINE void store(uint16_t* p, Ints x) { std::memcpy(p, &x, sizeof x); }
 RIVER_INLINE Ints repeated(const uint8_t* p) { return load(p); }
+RIVER_INLINE Ints widened(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
 
 #if defined(RIVER_NEON)
 

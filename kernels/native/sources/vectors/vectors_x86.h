@@ -49,6 +49,10 @@ RIVER_INLINE Ints look_up(Ints table, Ints x) { return _mm512_shuffle_epi8(table
 RIVER_INLINE Ints interleave_low(Ints x, Ints y) { return _mm512_unpacklo_epi8(x, y); }
 RIVER_INLINE Ints interleave_high(Ints x, Ints y) { return _mm512_unpackhi_epi8(x, y); }
 
+RIVER_INLINE Ints widened(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
 RIVER_INLINE Ints add_dots(Ints sum, Ints w, const int8_t* x) {
   const Ints factors = every(four_bytes(x));
 #if defined(RIVER_ISA_AVX512)
@@ -97,6 +101,10 @@ RIVER_INLINE Ints repeated(const uint8_t* p) {
 RIVER_INLINE Ints look_up(Ints table, Ints x) { return _mm256_shuffle_epi8(table, x); }
 RIVER_INLINE Ints interleave_low(Ints x, Ints y) { return _mm256_unpacklo_epi8(x, y); }
 RIVER_INLINE Ints interleave_high(Ints x, Ints y) { return _mm256_unpackhi_epi8(x, y); }
+
+RIVER_INLINE Ints widened(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 
 RIVER_INLINE Ints add_dots(Ints sum, Ints w, const int8_t* x) {
 #if defined(RIVER_ISA_AVX_VNNI)

@@ -18,6 +18,8 @@ enum Form {
   kDense16,
   kDenseHalf,
   k12Bits,
+  kMxfp4,
+  kTransposed,
   kInt8Rows,
   kInt8Groups,
   kFloat8
@@ -31,7 +33,10 @@ void run_product(Case& c, Product& p, int parts) {
   c.expect(std::count(pieces.flags, pieces.flags + pieces.count, 0) == pieces.count, "a part kept its piece of memory");
 }
 
-// Pieces of memory, exactly as much as a matmul of 12-bit weights takes.
+// Whether blocks of weights are made in memory.
+bool is_unpacked(Form form) { return form == k12Bits || form == kMxfp4 || form == kTransposed; }
+
+// Pieces of memory, exactly as much as a matmul of such weights takes.
 Pieces pieces_for(Case& c, const GemmArgs& a) {
   Pieces pieces{nullptr, c.random.between(1, 4), a.unpacked_bytes()};
   pieces.flags = c.workspace(pieces.bytes()).data<int32_t>();
@@ -46,7 +51,7 @@ void place(Case& c, Product& p) {
 
 int32_t draw_dtype(Case& c, Form form) {
   if (form == kDense32) return kFloat32;
-  if (form == kDense16 || form == k12Bits) return kBFloat16;
+  if (form == kDense16 || form == k12Bits || form == kMxfp4) return kBFloat16;
   return form == kDenseHalf ? kFloat16 : c.random.dtype();
 }
 
@@ -59,12 +64,16 @@ Product draw_product(Case& c, Form form) {
   const bool is_tall = !is_long && r.one_in(12);        // more rows than meet a block of weights together
   const int most = is_tall ? 40 : 330;
   a.rows = is_tall ? r.between(257, 300) : r.one_in(3) ? r.between(9, 33) : r.between(1, 8);
-  a.in_features = form == kInt8Groups ? 32 * r.between(1, 11) : is_long ? r.between(1000, 1500) : r.between(1, most);
+  a.in_features = form == kInt8Groups || form == kMxfp4 ? 32 * r.between(1, 11)
+                  : is_long                             ? r.between(1000, 1500)
+                                                        : r.between(1, most);
   a.group_size = form <= kInt4Experts ? r.pick({32, 64, 128}) : kLargestGroup;
   a.epilogue.out_features = r.one_in(3) ? 32 * r.between(1, 3) : r.between(1, is_long || is_tall ? 40 : 90);
   a.epilogue.dtype = draw_dtype(c, form);
-  const bool is_bfloat16 = form == kDense16 || form == k12Bits;
+  const bool is_bfloat16 = form == kDense16 || is_unpacked(form);
   a.x.format = form <= kInt4Experts ? kInt8 : is_bfloat16 ? c.kernels.bfloat16 : kFloats;
+  if (form == kMxfp4 || form == kTransposed)
+    a.x.format = a.epilogue.dtype == kBFloat16 ? c.kernels.rows_of_bfloat16 : kFloats;
   const int64_t k = a.in_features, stride = k + r.pick({0, 5});
   PrepareArgs& x = p.prepare;
   x.x = {c.normal(a.rows, k, stride, a.epilogue.dtype, r.pick({0.1, 1.0})).data(), stride};
@@ -119,18 +128,20 @@ void expect_rows_alone(Case& c, const Product& whole) {
   }
 }
 
-// 12-bit weights give the bits of the same 16-bit weights.
+// Packed and transposed weights give the bits of the same weights in rows.
 void expect_bits_of_dense(Case& c, const Product& packed, const Rows& dense) {
   Product p = packed;
   Epilogue& e = p.gemm.epilogue;
   p.gemm.palette = nullptr;
+  p.gemm.exponents = nullptr;
   p.gemm.weight = nullptr;
+  p.gemm.transposed = 0;
   p.gemm.dense = dense;
   const int64_t size = size_of(e.dtype), values = (p.gemm.rows - 1) * e.y.stride + e.width();
   e.y.data = c.output(values, e.dtype).data();
   place(c, p);
   run_product(c, p, 1);
-  c.expect_same_bits("12-bit weights have other bits than 16-bit ones", e.y.data, packed.gemm.epilogue.y.data,
+  c.expect_same_bits("weights have other bits than the same ones in rows", e.y.data, packed.gemm.epilogue.y.data,
                      values * size);
 }
 
@@ -145,20 +156,22 @@ void check_form(Case& c, Form form) {
   if (form == kInt4) weights = pack_int4(c, a, {true});
   if (is_dense) weights = {pack_dense(c, a, first)};
   if (form == k12Bits) weights = pack_12_bits(c, a, {true}, dense);
+  if (form == kMxfp4) weights = pack_mxfp4(c, a, {true}, dense);
+  if (form == kTransposed) weights = pack_transposed(c, a, {true}, dense);
   if (form >= kInt8Rows) {
     a.in_8_bits = form == kFloat8 ? kFloat8s : kInt8s;
     a.grouped = form == kInt8Groups;
     weights = {pack_8_bits(c, a)};
   }
-  const Pieces pieces = form == k12Bits ? pieces_for(c, a) : Pieces{};
-  if (form == k12Bits) a.unpacked = &pieces;
+  const Pieces pieces = is_unpacked(form) ? pieces_for(c, a) : Pieces{};
+  if (is_unpacked(form)) a.unpacked = &pieces;
   draw_epilogue(c, a.epilogue, a.rows, first);
   place(c, p);
   c.describe(" matrices=", int64_t(first.size() - 1));
   c.repeat([&](int parts) { run_product(c, p, parts); });
   expect_epilogue(c, a.epilogue, a.rows, expected_of(p, weights));
   expect_rows_alone(c, p);
-  if (form == k12Bits) expect_bits_of_dense(c, p, dense);
+  if (is_unpacked(form)) expect_bits_of_dense(c, p, dense);
 }
 
 // Adds each expert's bias to the sums of its rows.
@@ -188,10 +201,12 @@ void check_experts(Case& c, Form form) {
   }
   Rows dense{};
   const std::vector<Weights> weights = form == k12Bits        ? pack_12_bits(c, a, used, dense)
+                                       : form == kMxfp4       ? pack_mxfp4(c, a, used, dense)
+                                       : form == kTransposed  ? pack_transposed(c, a, used, dense)
                                        : form == kInt4Experts ? pack_int4(c, a, used)
                                                               : pack_dense_experts(c, a, used);
-  const Pieces pieces = form == k12Bits ? pieces_for(c, a) : Pieces{};
-  if (form == k12Bits) a.unpacked = &pieces;
+  const Pieces pieces = is_unpacked(form) ? pieces_for(c, a) : Pieces{};
+  if (is_unpacked(form)) a.unpacked = &pieces;
   a.expert = expert;
   draw_epilogue(c, e, a.rows, {0, e.out_features}, {.residual = false, .bias = false, .pairs = true});
   const int64_t biases = int64_t(a.experts) * e.out_features;
@@ -205,7 +220,7 @@ void check_experts(Case& c, Form form) {
   without_bias.bias.count = 0;
   expect_epilogue(c, without_bias, a.rows, sums);
   expect_rows_alone(c, p);
-  if (form == k12Bits) expect_bits_of_dense(c, p, dense);
+  if (is_unpacked(form)) expect_bits_of_dense(c, p, dense);
 }
 
 // Blocks that are not listed become kMaskedLogit; the others have the bits of the whole product.
@@ -282,10 +297,14 @@ std::vector<Check> gemm_checks() {
       {"gemm float32, experts", entries, 16, experts_of(kDense32)},
       {"gemm bfloat16, experts", entries, 30, experts_of(kDense16)},
       {"gemm 12-bit, experts", entries, 30, experts_of(k12Bits)},
+      {"gemm MXFP4, experts", entries, 40, experts_of(kMxfp4)},
+      {"gemm transposed, experts", entries, 40, experts_of(kTransposed)},
       {"gemm float32", entries, 24, of(kDense32)},
       {"gemm bfloat16", entries, 60, of(kDense16)},
       {"gemm float16", entries, 24, of(kDenseHalf)},
       {"gemm bfloat16, 12-bit", entries, 50, of(k12Bits)},
+      {"gemm bfloat16, MXFP4", entries, 50, of(kMxfp4)},
+      {"gemm transposed", entries, 40, of(kTransposed)},
       {"gemm int8, by row", entries, 24, of(kInt8Rows)},
       {"gemm int8, by group", entries, 24, of(kInt8Groups)},
       {"gemm float8", entries, 24, of(kFloat8)},

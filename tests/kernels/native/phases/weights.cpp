@@ -154,6 +154,42 @@ std::vector<Weights> pack_12_bits(Case& c, GemmArgs& a, const std::vector<bool>&
   return all;
 }
 
+std::vector<Weights> pack_mxfp4(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense) {
+  constexpr double kMagnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  const int64_t experts = int64_t(used.size()), each = int64_t(a.epilogue.out_features) * a.in_features;
+  auto* const bytes = c.input_of(experts * each / 2).data<uint8_t>();
+  auto* const exponents = c.input_of(experts * each / kMxGroup).data<uint8_t>();
+  auto* const plain = static_cast<uint16_t*>(c.input(experts * each, kBFloat16).data());
+  const int least = c.random.pick({40, 110, 120});
+  std::vector<Weights> all(experts);
+  for (int64_t i = 0; i < experts * each; ++i) {
+    if (!used[i / each]) continue;
+    if (i % kMxGroup == 0) exponents[i / kMxGroup] = uint8_t(least + c.random.between(0, 9));
+    if (i % 2 == 0) bytes[i / 2] = c.random.byte();
+    const int code = bytes[i / 2] >> i % 2 * 4 & 15;
+    const double w = std::ldexp(kMagnitudes[code % 8], exponents[i / kMxGroup] - 127) * (code < 8 ? 1 : -1);
+    plain[i] = bfloat16_bits(w);
+    all[i / each].values.push_back(w);
+  }
+  a.weight = bytes;
+  a.exponents = exponents;
+  a.experts = int32_t(experts);
+  dense = {{plain}, {0, a.epilogue.out_features}, 1};
+  return all;
+}
+
+std::vector<Weights> pack_transposed(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense) {
+  const std::vector<Weights> all = pack_dense_experts(c, a, used);
+  dense = a.dense;
+  const int64_t n_all = a.epilogue.out_features, each = n_all * a.in_features;
+  Values& turned = c.input(int64_t(used.size()) * each, a.epilogue.dtype);
+  for (int64_t i = 0; i < int64_t(used.size()) * each; ++i)
+    if (used[i / each]) turned.set(i, all[i / each].values[i % n_all * a.in_features + i % each / n_all]);
+  a.dense.data[0] = turned.data();
+  a.transposed = 1;
+  return all;
+}
+
 Weights pack_8_bits(Case& c, GemmArgs& a) {
   const int64_t n_all = a.epilogue.out_features, k_all = a.in_features, groups = a.grouped ? k_all / 32 : 1;
   const bool floats = a.in_8_bits == kFloat8s;

@@ -19,6 +19,10 @@ Weights pack_dense(Case& c, GemmArgs& a, const std::vector<int32_t>& first);
 // Stacked bfloat16 in 12 bits, a share of them patches, without those that `used` lacks; `dense` becomes the same in
 // 16 bits.
 std::vector<Weights> pack_12_bits(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense);
+// Stacked MXFP4, those that `used` lacks with scales of NaN; and as `pack_dense_experts`, stored as [K, N]. `dense`
+// becomes the same in rows.
+std::vector<Weights> pack_mxfp4(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense);
+std::vector<Weights> pack_transposed(Case& c, GemmArgs& a, const std::vector<bool>& used, Rows& dense);
 // Integers with a scale for each row or every 32 features, or floats with one for each row.
 Weights pack_8_bits(Case& c, GemmArgs& a);
 

@@ -1,0 +1,93 @@
+"""Loads gpt-oss's checkpoints with their experts as they come, in MXFP4: a quarter of the memory, the same text.
+
+transformers dequantizes them on a CPU; here it makes each stack a parameter that holds the checkpoint's own bytes.
+Not handled: GPUs, other dtypes than bfloat16, and MXFP4 in other places than stacks of experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from river_compile.errors import OptionError
+from river_compile.kernels.quant.mxfp4 import Mxfp4Stack, check_mxfp4
+from river_compile.upstream.mxfp4 import loading_mxfp4_by
+
+MXFP4_DTYPES = ("auto", "bfloat16", torch.bfloat16)
+NOT_WITH_MXFP4 = ("quantization_config", "device_map", "use_kernels", "tp_plan")
+
+
+def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a gpt-oss checkpoint on the CPU, its experts in MXFP4, in eval mode.
+
+        model = river_compile.accelerate(river_compile.load_mxfp4("path/to/gpt-oss-20b"))
+
+    `river_compile.from_pretrained` loads by it. The model is that of transformers, with the same values; without
+    `accelerate` it runs too, slowly, since each of torch's operators reads a copy of the experts in 16 bits.
+
+    Args:
+        name: a model folder, or the name of a hub repository.
+        kwargs: of ``from_pretrained`` of transformers, without those that choose a device or a quantization.
+
+    Returns:
+        The model. Parameters of stacks are ``[E, K, N]`` in bfloat16, and hold uint8 blocks and scales of ``[N, K]``.
+
+    Raises:
+        OptionError: (a ``ValueError``) another dtype, device or quantization, a checkpoint without MXFP4 experts, or
+            one whose blocks or scales have wrong shapes or hold NaN.
+        OSError: (of transformers) there is no such model.
+    """
+    dtype = kwargs.setdefault("dtype", "auto")
+    if dtype not in MXFP4_DTYPES:
+        raise OptionError(f"MXFP4 experts require dtype=torch.bfloat16, not {dtype!r}. Remove dtype=", id="RC004")
+    given = [key for key in NOT_WITH_MXFP4 if kwargs.get(key) is not None]
+    if given:
+        raise OptionError(
+            f"load_mxfp4 loads to the CPU, as the checkpoint is quantized, so {given[0]}= has no place. Remove it, or "
+            "load by AutoModelForCausalLM.from_pretrained, which dequantizes",
+            id="RC004",
+        )
+    with experts_as_they_come():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs).eval()
+    if not any(isinstance(parameter, Mxfp4Stack) for parameter in model.parameters()):
+        raise OptionError(
+            f"{name} has no experts in MXFP4 (quant_method in its config.json). Use AutoModelForCausalLM."
+            "from_pretrained",
+            id="RC004",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def experts_as_they_come() -> Iterator[None]:
+    """Have ``from_pretrained`` of transformers keep MXFP4 experts of a checkpoint as they are."""
+    failed: list[OptionError] = []
+
+    def stack_of(name: str, blocks: torch.Tensor | None, scales: torch.Tensor | None) -> torch.nn.Parameter:
+        try:
+            return _stack_of(name, blocks, scales)
+        except ValueError as error:
+            why = f"Cannot load the checkpoint: {error}. Download its files again"
+            failed.append(OptionError(why, id="RC004"))
+            raise
+
+    try:
+        with loading_mxfp4_by(stack_of):
+            yield
+    except RuntimeError:  # transformers names all parameters that it could not load
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def _stack_of(name: str, blocks: torch.Tensor | None, scales: torch.Tensor | None) -> torch.nn.Parameter:
+    """Return a stack's parameter; raise a ValueError for damage."""
+    if blocks is None or scales is None:
+        raise ValueError(f"{name} has no {'scales' if scales is None else 'blocks'}")
+    check_mxfp4(name, blocks, scales)
+    return torch.nn.Parameter(Mxfp4Stack(blocks, scales), requires_grad=False)
