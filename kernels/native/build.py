@@ -84,13 +84,13 @@ class Isa:
 
 PORTABLE = Isa("portable", (), ())
 
-# By architecture, best first. "amx" and "avx512_bf16" multiply bfloat16 weights by tiles or by dot products of pairs;
-# the rest of them is "avx512_vnni".
+# By architecture, best first. "amx" multiplies bfloat16 weights by tiles; the rest of it is "avx512_bf16", which has dot
+# products of pairs and else is "avx512_vnni".
 _X86_ISAS = (
     Isa(
         "amx",
-        (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
-        (*_AVX512_NEEDS, "avx512_vnni", "amx_tile", "amx_bf16"),
+        (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        (*_AVX512_NEEDS, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"),
     ),
     Isa(
         "avx512_bf16",

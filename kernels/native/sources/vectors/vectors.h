@@ -88,7 +88,7 @@ struct Dots {
 
 // Of pairs of bfloat16: their dot products; the sums of the lanes of four vectors, each in the same order; and `count`
 // of the values that a vector holds, then zeros.
-#if defined(RIVER_ISA_AVX512_BF16)
+#if defined(RIVER_ISA_AVX512_BF16) || defined(RIVER_ISA_AMX)
 constexpr bool kHasPairs = true;
 RIVER_INLINE void sums_of_pairs(const Floats (&v)[4], float* sums) {
   const auto two_of = [](__m512 p, __m512 q)
