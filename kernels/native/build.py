@@ -84,8 +84,8 @@ class Isa:
 
 PORTABLE = Isa("portable", (), ())
 
-# By architecture, best first. "amx" multiplies bfloat16 weights by tiles; the rest of it is "avx512_bf16", which has dot
-# products of pairs and else is "avx512_vnni".
+# By architecture, best first. "amx" multiplies bfloat16 weights by tiles; the rest of it is "avx512_bf16", which has
+# dot products of pairs and else is "avx512_vnni".
 _X86_ISAS = (
     Isa(
         "amx",

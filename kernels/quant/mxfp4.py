@@ -90,7 +90,7 @@ class Mxfp4Stack(Tensor):
     def __init__(self, blocks: Tensor, scales: Tensor) -> None:
         self.blocks, self.scales = blocks, scales
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]  # torch has no types for it
         return f"Mxfp4Stack({tuple(self.shape)})"
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -110,7 +110,7 @@ class Mxfp4Stack(Tensor):
         return unpack_mxfp4(self.blocks, self.scales).mT.contiguous()
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # declared as if it had no `func`
         cls, func: Any, _types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})

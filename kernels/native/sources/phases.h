@@ -34,6 +34,7 @@ using Strided = Matrix<void>;
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3, kInt8s = 4, kFloat8s = 5 };
 enum Norm : int32_t { kNoNorm = 0, kRms = 1, kRmsPlusOne = 2, kLayerNorm = 3 };
 enum Activation : int32_t { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kClampedSwish = 5 };
+constexpr float kSwishLimit = 7.0f, kSwishSlope = 1.702f;  // of kClampedSwish
 // Where a gate's features lie: there is none, all before the up projection's, or each before its partner.
 enum Gate : int32_t { kNoGate = 0, kGateFirst = 1, kGatePairs = 2 };
 

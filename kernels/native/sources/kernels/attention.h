@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "kernels/attention_mask.h"
+#include "kernels/dots_of_pairs.h"
 #include "kernels/gemm_f32.h"
 
 namespace river {
@@ -33,27 +34,6 @@ constexpr int kSlotsAhead = 16;  // whose keys are asked for
 template <int D>
 constexpr bool kInPairs = kHasPairs && D == kBFloat16;
 
-// scores[r][t] = the dot product of query r and key t, of R queries and four keys.
-template <int R>
-RIVER_INLINE void score_pairs(const char* const (&keys)[4], int features, Matrix<const float> queries,
-                              Matrix<float> scores) {
-  constexpr int kVector = 2 * kLanes;
-  Floats sums[R][4] = {};
-  const auto add = [&](int d, const auto& load_key) RIVER_INLINED {
-    unrolled<4>([&](auto t) RIVER_INLINED {
-      const Ints key = load_key(reinterpret_cast<const uint8_t*>(keys[t] + d * 2));
-      unrolled<R>([&](auto r) RIVER_INLINED {
-        const auto* query = reinterpret_cast<const uint8_t*>(queries.data + r * queries.stride) + d * 2;
-        sums[r][t] = dot_pairs(sums[r][t], key, load(query));
-      });
-    });
-  };
-  int d = 0;
-  for (; d + kVector <= features; d += kVector) add(d, [](const uint8_t* key) RIVER_INLINED { return load(key); });
-  if (d < features) add(d, [&](const uint8_t* key) RIVER_INLINED { return load_some(key, features - d); });
-  unrolled<R>([&](auto r) RIVER_INLINED { sums_of_pairs(sums[r], scores.data + r * scores.stride); });
-}
-
 template <int D>
 RIVER_INLINE void fetch_slot(const AttentionArgs& a, const char* entries, int32_t slot) {
   const char* const entry = entries + slot * a.cache.slot * bytes_of(D);
@@ -75,8 +55,9 @@ void score(const AttentionArgs& a, const char* keys, const char* values, const S
     const Matrix<float> scores{m.scores[s.first] + i, kChunk + 16};
     if constexpr (kInPairs<D>)
       in_batches<kMostRows>(s.count, [&](auto r, int first, int, int) RIVER_INLINED {
-        score_pairs<r>(four, a.head_dim, {m.q[s.first + first], kMostHeadFeatures},
-                       {scores.data + first * scores.stride, scores.stride});
+        const auto* q = reinterpret_cast<const char*>(m.q[s.first + first]);
+        dots_of_pairs<r, 4>([&](auto t) RIVER_INLINED { return four[t]; }, a.head_dim, q, sizeof m.q[0],
+                            {scores.data + first * scores.stride, scores.stride}, [](int64_t) {});
       });
     else
       dots<4, D>(four, a.head_dim, {m.q[s.first], kMostHeadFeatures}, s.count, scores, [](int64_t, int, int) {});

@@ -54,12 +54,12 @@ inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live
   const int slots = a.causal ? int(std::min<int64_t>(a.slots, row % a.positions + 1)) : a.slots;
   const int first = first_live(a, at, slots) + chunk * kChunk;
   const int last = std::min(first + kChunk, slots);
-  float added = 0;
   if (first < last && all_take_part(a, at, first, last)) {
     live.count = last - first;
     for (int i = 0; i < live.count; ++i) live.slots[i] = first + i;
-    std::fill(live.added, live.added + live.count, added);
+    std::fill(live.added, live.added + live.count, 0.0f);
   } else {
+    float added;
     for (int slot = first; slot < last; ++slot) {
       if (!takes_part(a, at, slot, added)) continue;
       live.slots[live.count] = slot;

@@ -34,7 +34,7 @@ inline void separate_pairs(int rows, float (*first)[kBlock], float (*second)[kBl
 // Multiplies activated gates by the up projection.
 inline void multiply_gates(const Epilogue& e, int count, float* y, const float* up) {
   if (e.activation == kClampedSwish)
-    for (int i = 0; i < count; ++i) y[i] *= 1.0f + std::min(std::max(up[i], -7.0f), 7.0f);
+    for (int i = 0; i < count; ++i) y[i] *= 1.0f + std::min(std::max(up[i], -kSwishLimit), kSwishLimit);
   else
     for (int i = 0; i < count; ++i) y[i] *= up[i];
 }

@@ -5,50 +5,21 @@
 #include <algorithm>
 
 #include "kernels/bf12.h"
+#include "kernels/dots_of_pairs.h"
 #include "kernels/gemm_blocked.h"
 #include "kernels/mxfp4.h"
 
 namespace river {
 
-constexpr int kTurn = 32, kPairs = 2 * kLanes;  // input features of a turn, and of a vector
-
-// y[r][t] = sum over k of weight[t, k] x[r, k] for R rows and T <= 4 features; `fetch(k)` runs for each turn.
-template <int R, int T, class Fetch>
-void dots_of_pairs(int64_t k, const char* weight, const char* first_x, int64_t row_bytes, Matrix<float> y,
-                   const Fetch& fetch) {
-  const int64_t whole = k / kTurn * kTurn;
-  Floats sums[R][4] = {};
-  const auto add = [&](int64_t i, const auto& load_weights) RIVER_INLINED {
-    unrolled<T>([&](auto t) RIVER_INLINED {
-      const Ints w = load_weights(reinterpret_cast<const uint8_t*>(weight + (t * k + i) * 2));
-      unrolled<R>([&](auto r) RIVER_INLINED {
-        const auto* x = reinterpret_cast<const uint8_t*>(first_x + r * row_bytes + i * 2);
-        sums[r][t] = dot_pairs(sums[r][t], w, load(x));
-      });
-    });
-  };
-  for (int64_t i = 0; i < whole; i += kTurn) {
-    fetch(i);
-    unrolled<kTurn / kPairs>(
-        [&](auto v) RIVER_INLINED { add(i + v * kPairs, [](const uint8_t* w) RIVER_INLINED { return load(w); }); });
-  }
-  for (int64_t i = whole; i < k; i += kPairs)
-    add(i, [&](const uint8_t* w) RIVER_INLINED { return load_some(w, std::min<int64_t>(kPairs, k - i)); });
-  unrolled<R>([&](auto r) RIVER_INLINED {
-    float total[4];
-    sums_of_pairs(sums[r], total);
-    std::copy(total, total + T, y.data + r * y.stride);
-  });
-}
-
-// The same of `rows` rows from `row` on.
+// y[r][t] = sum over k of weight[t, k] x[row + r, k] of `rows` rows and T <= 4 features; `fetch(k)` runs for each turn.
 template <int T, class Fetch>
 void dots_of_rows(const GemmArgs& a, int64_t k, const char* weight, int row, int rows, Matrix<float> y,
                   const Fetch& fetch) {
   const int64_t row_bytes = a.padded_features() * 2;
   const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
   in_batches<kMostRows>(rows, [&](auto r, int first, int, int) {
-    dots_of_pairs<r, T>(k, weight, x + first * row_bytes, row_bytes, {y.data + first * y.stride, y.stride}, fetch);
+    dots_of_pairs<r, T>([&](auto t) RIVER_INLINED { return weight + t * k * 2; }, k, x + first * row_bytes, row_bytes,
+                        {y.data + first * y.stride, y.stride}, fetch);
   });
 }
 
@@ -66,14 +37,11 @@ inline void microkernel_bf16_dot_mxfp4(const GemmArgs& a, int64_t n, int row, in
   const int64_t row_bytes = a.padded_features() * 2;
   const uint8_t* x = static_cast<const uint8_t*>(a.x.values) + row * row_bytes;
   for_fours_of_mxfp4(a, n, [&](const Mxfp4Four& four, int at) {
-    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
-      if (r + 1 != rows) return;
-      four.dots<r + 1>(
-          {y[0] + at, kBlock},
-          [&](Floats sum, Ints weights, int64_t i, int of)
-              RIVER_INLINED { return dot_pairs(sum, weights, load(x + of * row_bytes + i * 2)); },
-          [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_pairs(sums, total); });
-    });
+    four.dots(
+        rows, {y[0] + at, kBlock},
+        [&](Floats sum, Ints weights, int64_t i, int of)
+            RIVER_INLINED { return dot_pairs(sum, weights, load(x + of * row_bytes + i * 2)); },
+        [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_pairs(sums, total); });
   });
 }
 

@@ -172,17 +172,14 @@ inline void microkernel_f32_mxfp4(const GemmArgs& a, int64_t n, int row, int row
   const int64_t padded = a.padded_features();
   const float* first = static_cast<const float*>(a.x.values) + row * padded;
   for_fours_of_mxfp4(a, n, [&](const Mxfp4Four& four, int at) {
-    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
-      if (r + 1 != rows) return;
-      four.dots<r + 1>(
-          {y[0] + at, kBlock},
-          [&](Floats sum, Ints weights, int64_t i, int of) RIVER_INLINED {
-            const float* x = first + of * padded + i;
-            sum = fma(low_bfloat16(weights), load_floats(x), sum);
-            return fma(high_bfloat16(weights), load_floats(x + kLanes), sum);
-          },
-          [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_four(sums, total); });
-    });
+    four.dots(
+        rows, {y[0] + at, kBlock},
+        [&](Floats sum, Ints weights, int64_t i, int of) RIVER_INLINED {
+          const float* x = first + of * padded + i;
+          sum = fma(low_bfloat16(weights), load_floats(x), sum);
+          return fma(high_bfloat16(weights), load_floats(x + kLanes), sum);
+        },
+        [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_four(sums, total); });
   });
 }
 

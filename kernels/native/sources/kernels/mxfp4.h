@@ -55,9 +55,17 @@ struct Mxfp4Four {
   const uint8_t *weight[kFour], *exponents[kFour];
   int64_t groups;
 
-  // y[r][t] for R rows; `add(sum, weights, i, r)` adds products from input feature `i` on.
+  // y[r][t] for up to kMostRows rows; `add(sum, weights, i, r)` adds products from input feature `i` on.
+  template <class Add, class Total>
+  RIVER_INLINE void dots(int rows, Matrix<float> y, const Add& add, const Total& total) const {
+    unrolled<kMostRows>([&](auto r) RIVER_INLINED {
+      if (r + 1 == rows) dots_of<r + 1>(y, add, total);
+    });
+  }
+
+ private:
   template <int R, class Add, class Total>
-  RIVER_INLINE void dots(Matrix<float> y, const Add& add, const Total& total) const {
+  RIVER_INLINE void dots_of(Matrix<float> y, const Add& add, const Total& total) const {
     Floats sums[R][kFour] = {};
     for (int64_t group = 0; group < groups; ++group) {
       unrolled<kFour>([&](auto t) RIVER_INLINED {
@@ -76,7 +84,6 @@ struct Mxfp4Four {
     unrolled<R>([&](auto r) RIVER_INLINED { total(sums[r], y.data + r * y.stride); });
   }
 
- private:
   static constexpr int kBytes = kMxGroup / 2;
 };
 

@@ -39,8 +39,8 @@ inline void activate(int32_t activation, float* y, int count) {
     for (int i = 0; i < count; ++i) y[i] = y[i] < 0 ? 0.0f : y[i];
   else if (activation == kClampedSwish)
     for (int i = 0; i < count; ++i) {
-      const float least = y[i] > 7.0f ? 7.0f : y[i];
-      y[i] = least / (1.0f + exp_of(-1.702f * least));
+      const float least = y[i] > kSwishLimit ? kSwishLimit : y[i];
+      y[i] = least / (1.0f + exp_of(-kSwishSlope * least));
     }
 }
 
