@@ -269,14 +269,11 @@ _UP, _DOWN = 3, 7  # places of a mixture's stacks
 
 def _plain_stacks(segment: Segment) -> list[_PlainStack]:
     """Return the stacks that the C++ kernels read as the model has them."""
-    experts, mixture, chosen = (
-        torch.ops.river.experts.default,
-        torch.ops.river.mixture.default,
-        experts_per_token(segment),
-    )
+    experts, mixture = torch.ops.river.experts.default, torch.ops.river.mixture.default
     found = [(n, 1) for n in segment.graph.find_nodes(op="call_function", target=experts)]
     found += [(n, i) for n in segment.graph.find_nodes(op="call_function", target=mixture) for i in (_UP, _DOWN)]
     plain = [(n, i, stack_parameter(n.args[i])) for n, i in found if n.args[i + 1] is None]
+    chosen = experts_per_token(segment) if plain else {}
     return [_PlainStack(n, i, chosen.get(parameter, 1)) for n, i, parameter in plain if parameter is not None]
 
 

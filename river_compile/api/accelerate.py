@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, mode_of, restore_generate
-from river_compile.api.mxfp4 import MXFP4_DTYPES, NOT_WITH_MXFP4, experts_as_they_come
+from river_compile.api.mxfp4 import experts_as_they_come, why_not_mxfp4
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
 from river_compile.backend import river, shared_by
 from river_compile.config import RiverConfig
@@ -181,10 +181,8 @@ def from_pretrained(
     """
     ours = {*_ARGUMENTS, *RiverConfig.options(), *MODE_OPTIONS}
     options = {key: kwargs.pop(key) for key in ours & kwargs.keys()}
-    # On a CPU; what chooses a device, a dtype or a quantization has transformers dequantize.
-    as_they_come = kwargs.keys().isdisjoint(NOT_WITH_MXFP4) and kwargs.get("dtype", "auto") in MXFP4_DTYPES
     try:
-        with experts_as_they_come() if as_they_come else contextlib.nullcontext():
+        with contextlib.nullcontext() if why_not_mxfp4(kwargs) else experts_as_they_come():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
     except ImportError as error:
         raise OptionError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from river_compile.errors import OptionError
 from river_compile.kernels.quant.mxfp4 import Mxfp4Stack, check_mxfp4
 from river_compile.upstream.mxfp4 import loading_mxfp4_by
 
-MXFP4_DTYPES = ("auto", "bfloat16", torch.bfloat16)
-NOT_WITH_MXFP4 = ("quantization_config", "device_map", "use_kernels", "tp_plan")
+_DTYPES = ("auto", "bfloat16", torch.bfloat16)
+_DEQUANTIZING = ("quantization_config", "device_map", "use_kernels", "tp_plan")
 
 
 def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -42,16 +42,10 @@ def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
             one whose blocks or scales have wrong shapes or hold NaN.
         OSError: (of transformers) there is no such model.
     """
-    dtype = kwargs.setdefault("dtype", "auto")
-    if dtype not in MXFP4_DTYPES:
-        raise OptionError(f"MXFP4 experts require dtype=torch.bfloat16, not {dtype!r}. Remove dtype=", id="RC004")
-    given = [key for key in NOT_WITH_MXFP4 if kwargs.get(key) is not None]
-    if given:
-        raise OptionError(
-            f"load_mxfp4 loads to the CPU, as the checkpoint is quantized, so {given[0]}= has no place. Remove it, or "
-            "load by AutoModelForCausalLM.from_pretrained, which dequantizes",
-            id="RC004",
-        )
+    kwargs.setdefault("dtype", "auto")
+    wrong = why_not_mxfp4(kwargs)
+    if wrong:
+        raise OptionError(wrong, id="RC004")
     with experts_as_they_come():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs).eval()
     if not any(isinstance(parameter, Mxfp4Stack) for parameter in model.parameters()):
@@ -61,6 +55,20 @@ def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
             id="RC004",
         )
     return model
+
+
+def why_not_mxfp4(kwargs: Mapping[str, Any]) -> str:
+    """Return why a model loaded with these arguments of ``from_pretrained`` has no MXFP4 experts; "" if it can."""
+    dtype = kwargs.get("dtype", "auto")
+    if dtype not in _DTYPES:
+        return f"MXFP4 experts require dtype=torch.bfloat16, not {dtype!r}. Remove dtype="
+    for key in _DEQUANTIZING:
+        if kwargs.get(key) is not None:
+            return (
+                f"load_mxfp4 loads to the CPU, as the checkpoint is quantized, so {key}= has no place. Remove it, or "
+                "load by AutoModelForCausalLM.from_pretrained, which dequantizes"
+            )
+    return ""
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import fx
 from river_compile.building.assemble import assembled, executor_of, placement_of
 from river_compile.building.choose import (
     Choices,
-    check_mxfp4,
+    check_kernels_read_mxfp4,
     choose,
     has_room,
     packing_for,
@@ -77,7 +77,7 @@ def build(
                 rewritten, others = _rewritten(passes.pop().before, packing_for(choices))
                 passes += others
                 unwritten = lossless if later else []
-        check_mxfp4(rewritten)
+        check_kernels_read_mxfp4(rewritten)
         for number, record in enumerate(passes, start=1):
             trace_pass(plan.kind, number, record)
         trace_program(plan.kind, rewritten)

@@ -137,7 +137,7 @@ def _backbone_weights(program: RiverProgram, config: RiverConfig, lowering: Lowe
     return asked
 
 
-def check_mxfp4(program: RiverProgram) -> None:
+def check_kernels_read_mxfp4(program: RiverProgram) -> None:
     """Raise an OptionError if a rewritten program has MXFP4 experts that no C++ kernel reads."""
     for segment in program.segments:
         for node in segment.graph.find_nodes(op="placeholder"):

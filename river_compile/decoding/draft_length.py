@@ -118,8 +118,8 @@ class DraftLength:
         self._next = {source: AcceptanceRate([], [_NEXT]) for source in self._rates}
         self._rates[LOOKUP] = AcceptanceRate(MATCH_EDGES, _BY_MATCH)
         self._widths: Sequence[int] = (1,)
-        self._size = 0  # of the context: how often it must be halved to be short
-        self._times = {0: PassTimes()}  # by that
+        self._times = PassTimes()  # of passes in contexts of about this size
+        self._times_by_size = {0: self._times}  # by how often a context must be halved to be short
         self._kept = self._seconds = 0.0  # emitted tokens and their time; earlier ones fade
         self._costs: list[float] | None = None  # of passes, in tokens
 
@@ -133,11 +133,12 @@ class DraftLength:
             context: tokens of its prompt.
             reads: the bytes of weights that a pass of a width reads, in those of one token; None: all read the same.
         """
-        self._size = size = (context // _SHORT).bit_length()
-        if size not in self._times:
-            near = min(self._times, key=lambda known: abs(known - size))
-            self._times[size] = PassTimes(self._times[near])
-        self._times[size].set_reads(reads)
+        size, by_size = (context // _SHORT).bit_length(), self._times_by_size
+        if size not in by_size:
+            near = min(by_size, key=lambda known: abs(known - size))
+            by_size[size] = PassTimes(by_size[near])
+        self._times = by_size[size]
+        self._times.set_reads(reads)
         self._widths, self._costs, self._kept, self._seconds = widths, None, 0.0, 0.0
         for rate in (*self._rates.values(), *self._next.values()):
             rate.cap_weight(_FROM_OTHER_TEXTS)
@@ -153,8 +154,7 @@ class DraftLength:
             sources = [draft.source]
         if not self._adaptive:
             return self._by_room(draft, sources)
-        known = self._times[self._size].is_known
-        unknown = [] if draft.source else [source for source in sources if not known(source)]
+        unknown = [] if draft.source else [source for source in sources if not self._times.is_known(source)]
         plan = self._by_gain(draft, unknown or sources)
         tried = [source for source in unknown if draft.room_for(source)]
         # One that seems not to pay takes a single step a few times, since nothing else tells how often it holds.
@@ -172,11 +172,10 @@ class DraftLength:
                 rate.decay()
         width = self._width(len(draft.tokens))
         steps = draft.steps + draft.behind.get(draft.source, 0)
-        times = self._times[self._size]
-        times.add(width, verifying)
+        self._times.add(width, verifying)
         if draft.steps:
-            times.add(draft.source, drafting / steps)
-        times.end_cycle()
+            self._times.add(draft.source, drafting / steps)
+        self._times.end_cycle()
         self._kept = _SPEED_DECAY * self._kept + len(kept)
         took = self.seconds(width) + (steps * self.seconds(draft.source) if draft.steps else 0.0)
         self._seconds = _SPEED_DECAY * self._seconds + took
@@ -184,7 +183,7 @@ class DraftLength:
 
     def seconds(self, what: int | str) -> float:
         """Return the seconds of a pass by width, or of a source's draft step: the recent minimum, or an estimate."""
-        return self._times[self._size].seconds(what)
+        return self._times.seconds(what)
 
     def _by_gain(self, draft: Draft, sources: Sequence[str]) -> Plan:
         # Maximizing tokens per second in the long run maximizes each cycle's tokens minus its time at the average

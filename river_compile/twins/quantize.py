@@ -84,11 +84,11 @@ def pack_weight(
 
 
 def _grid(matmul: Matmul, parameters: Parameters, asked: str, known: Moments | None) -> Grid:
-    if asked == LOSSLESS and matmul.experts:
-        stack = pack_lossless_stack(parameters.weights[0], matmul.layout, matmul.transposed)
-        return stack, {"quantizer": asked, "sqnr": math.inf}
     if asked == LOSSLESS:
-        return pack_lossless(parameters.weights, matmul.layout), {"quantizer": asked, "sqnr": math.inf}
+        facts = {"quantizer": asked, "sqnr": math.inf}
+        if matmul.experts:
+            return pack_lossless_stack(parameters.weights[0], matmul.layout, matmul.transposed), facts
+        return pack_lossless(parameters.weights, matmul.layout), facts
     quantizer = UNOBSERVED if known is None and asked in OBSERVING else asked
     if matmul.experts:
         moments = known if isinstance(known, ExpertMoments) else None

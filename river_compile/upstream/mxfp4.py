@@ -31,11 +31,11 @@ def loading_mxfp4_by(make: MakeStack) -> Iterator[None]:
 
     def check(quantizer: Mxfp4HfQuantizer, *_: Any, **__: Any) -> None:
         quantizer.quantization_config.dequantize = True  # by the conversion, and without the package `kernels`
+        # Threads that read ahead would hold much of this checkpoint twice; others have them.
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
-    # Threads that read ahead would hold much of the checkpoint twice.
-    one_by_one = mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
     with (
-        one_by_one,
+        mock.patch.dict(os.environ),  # restores it
         mock.patch.object(Mxfp4Dequantize, "convert", convert),
         mock.patch.object(Mxfp4HfQuantizer, "validate_environment", check),
     ):
