@@ -7,7 +7,7 @@ Not handled: graphs that are no decoder (:mod:`river_compile.backend` sorts them
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from river_compile.building.choose import (
     why_width_matters,
 )
 from river_compile.building.graph_record import GraphRecord
-from river_compile.building.packing import can_wait_for_twins
+from river_compile.building.packing import is_packed_later
 from river_compile.building.structured_trace import trace_pass, trace_program
 from river_compile.collector import collector_paused
 from river_compile.lowering.lower import (
@@ -63,39 +63,40 @@ def build(
     check_captures(plan.device, config, how.native)
     placement_of(model, config).check(plan, config)
     unwritten: list[Matmul] = []  # whose 12-bit weights the background writes to a file
+    for_later: Callable[[], Program] | None = None
     with graph.stage("rewriting"), collector_paused():
         rewritten, passes = _rewritten(found, passes_for(choices, plan))
         if by_default:
             lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless and not x.in_place]
-            later = can_wait_for_twins(model, config) and twins.packs_later(lossless)
-            if later:
+            if is_packed_later(lossless, model, config):
                 there = has_backbone_file(lossless, inputs, twins.digests)
+                unwritten = [] if there else lossless
             else:
                 there = twins.has(lossless=True) or has_room(found)
+            if unwritten:
+                for_later = functools.partial(_frozen, found, rewritten, choices, graph)
             if not there:
                 choices = replace(choices, target_weights="model")
                 rewritten, others = _rewritten(passes.pop().before, packing_for(choices))
                 passes += others
-                unwritten = lossless if later else []
         check_kernels_read_mxfp4(rewritten)
         for number, record in enumerate(passes, start=1):
             trace_pass(plan.kind, number, record)
         trace_program(plan.kind, rewritten)
-        rewritten = with_shared_graphs(rewritten)
         program = _frozen(found, rewritten, choices, graph)
     graph.traced = found
     examples = {slot: value_of(node) for node, slot in rewritten.slots.items()}
     warn = functools.partial(warn_of_slow_lowering, how, plan.device)
     executor = executor_of(assembled(program, examples, inputs, model, graph, warn), model, graph)
+    executor.for_later = for_later
     if unwritten:
-        executor.is_kept = False
         twins.write_later(unwritten, inputs, has_twins=config.exit_depth is None)
     return executor
 
 
 def _frozen(found: RiverProgram, rewritten: RiverProgram, choices: Choices, graph: GraphRecord) -> Program:
     """Lower the result of the passes."""
-    how = choices.lowering
+    rewritten, how = with_shared_graphs(rewritten), choices.lowering
     lower, matrices = functools.partial(lower_segment, lowering=how), tuple(sorted(linear_names(found)))
     why = why_width_matters(rewritten, choices)
     return freeze(rewritten, lower, graph.inputs, matrices, how.native, why)

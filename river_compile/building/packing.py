@@ -19,6 +19,7 @@ from river_compile.kernels.messages import with_id
 from river_compile.passes.program import Matmul, Program, SegmentSpec
 from river_compile.record import ModelRecord
 from river_compile.system import advise_pageout
+from river_compile.twins.backbone_file import has_backbone_file
 from river_compile.twins.making import Job, Statistics
 from river_compile.twins.pack import TwinWeights
 from river_compile.twins.quantize import UNOBSERVED
@@ -54,6 +55,19 @@ def can_wait_for_twins(model: ModelRecord, config: RiverConfig) -> bool:
     Only exact mode's drafts read them, or tokens whose exit rule is tuned afterwards.
     """
     return model.find(OwnCall) is not None and (config.first_exit == WHOLE or config.budget is not None)
+
+
+def is_packed_later(lossless: Sequence[Matmul], model: ModelRecord, config: RiverConfig) -> bool:
+    """Whether 12-bit weights that are chosen by default are read from their file, which the background writes."""
+    return can_wait_for_twins(model, config) and model.of(TwinWeights).packs_later(lossless)
+
+
+def waits_for_file(program: Program, inputs: Sequence[Any], model: ModelRecord, config: RiverConfig) -> bool:
+    """Whether the 12-bit weights that a program of an earlier process reads by default are in no file yet."""
+    lossless = [x for segment in program.segments for x in segment.packed if x.lossless and not x.in_place]
+    if config.target_weights != "auto" or not is_packed_later(lossless, model, config):
+        return False
+    return not has_backbone_file(lossless, inputs, model.of(TwinWeights).digests)
 
 
 def packed_weights(

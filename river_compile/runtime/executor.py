@@ -59,7 +59,8 @@ class RiverExecutor:
     ) -> None:
         self.compiled, self.captures, self._rebuild = compiled, captures, rebuild
         self.decodes = compiled.program.is_decode
-        self.is_kept = True  # whether the compile cache keeps the program for later processes
+        # Makes the program that the compile cache keeps for later processes; None: they run this one.
+        self.for_later: Callable[[], Program] | None = None
         self.model_state: object | None = None  # at the latest check of the parameters
         self._checking = threading.Lock()
         # By the cache's first keys, then the inputs' sizes: a state if the sizes were called twice, None if once.

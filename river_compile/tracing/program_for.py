@@ -18,6 +18,7 @@ from river_compile.backend import obstacle
 from river_compile.building.assemble import rebuild
 from river_compile.building.build import build
 from river_compile.building.graph_record import GraphRecord, Graphs, Origin
+from river_compile.building.packing import waits_for_file
 from river_compile.collector import collector_paused
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.lower import no_compiler
@@ -91,11 +92,15 @@ def _by_identity(forward: Forward, record: ModelRecord, programs: ProgramCache) 
 
 def _known(forward: Forward, record: ModelRecord, programs: ProgramCache) -> Bindable | None:
     """Return the first program of the call's signature that accepts its sizes; one that was read is built now."""
-    for known in programs.of(forward.signature()):
+    signature = forward.signature()
+    for known in [*programs.of(signature)]:
         args = forward.read(known.program.inputs, known.program.conditions)
         if args is None:
             continue
         if known.executor is None:
+            if waits_for_file(known.program, args, record, programs.options):
+                programs.forget(signature, known)
+                continue
             known.executor = _built(known.program, known.program.inputs, args, "stored", forward, record, programs)
             programs.touch()
         return Bindable(known.executor, args)

@@ -6,10 +6,11 @@ programs Dynamo's guards find in every process.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ class ProgramCache:
         self._on_disk = on_disk
         self._identity: str | None = None
         self._known: dict[str, list[KnownProgram]] = {}  # by signature
-        self._new: list[tuple[str, KnownProgram]] = []  # to be written
+        self._new: list[tuple[str, Callable[[], Program]]] = []  # to be made and written
         self._about = ""
 
     def begin(self, model: PreTrainedModel, identity: str) -> bool:
@@ -79,8 +80,11 @@ class ProgramCache:
             if any(other.executor is executor for other in known):  # one graph may serve several widths
                 return
             known.append(KnownProgram(executor.program, executor, traced, template))
-            if executor.is_kept:
-                self._new.append((signature, known[-1]))
+            self._new.append((signature, functools.partial(_for_later, executor.program, executor.for_later)))
+
+    def forget(self, signature: str, known: KnownProgram) -> None:
+        """Leave a program that was read to later processes."""
+        self._known[signature].remove(known)
 
     def touch(self) -> None:
         """Note that a program which was read is used, so that the cache keeps it."""
@@ -95,9 +99,9 @@ class ProgramCache:
         entry = None if self._identity is None else self._entry(self._about)
         if entry is None:
             return
-        for signature, known in new:
+        for signature, make in new:
             try:
-                content = dumps(known.program)
+                content = dumps(make())
             except NotCacheable as why:
                 log.info("a program is not cached: %s", why)
                 continue
@@ -109,6 +113,11 @@ class ProgramCache:
         """Return the model's entry of the compile cache, None if the cache is off."""
         assert self._identity is not None, "begin() found an identity"
         return Entry(self._identity, about) if self._on_disk and is_enabled() else None
+
+
+def _for_later(program: Program, make: Callable[[], Program] | None) -> Program:
+    """Return the program that later processes run in place of one with located inputs."""
+    return program if make is None else replace(make(), inputs=program.inputs, conditions=program.conditions)
 
 
 def _read_programs(entry: Entry, signature: str) -> Iterator[Program]:
