@@ -23,10 +23,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import river_compile
 from benchmarks import common, peers
-from benchmarks.random_mixtures import GPT_OSS, HEAD, QWEN, Shape, gpt_oss, qwen, write_gguf
+from benchmarks.random_mixtures import GPT_OSS, HEAD, QWEN, Shape, gpt_oss, qwen
 from river_compile.record import find_record
+from river_compile.reporting.timing import decode_rate
 from river_compile.reporting.timing import generate as generated
 from tools.families.mxfp4 import write_gpt_oss
+from tools.gguf_files import write_gguf
 
 SHAPES = {**QWEN, **GPT_OSS}
 _PROMPT = 32  # tokens
@@ -105,8 +107,8 @@ def measure(worker: common.Worker, options: argparse.Namespace, **job: Any) -> d
     with closing(worker):
         found = worker.ask("prepare", prompts=[ids], new_tokens=tokens, **job)
         made = [worker.ask("generate", ids=ids, new_tokens=tokens) for _ in range(options.repeats)]
-        speeds = [(tokens - 1) / (one["times"][-1] - one["times"][0]) for one in made]
-        return {**found, "tokens_per_s": statistics.median(speeds), "text": made[-1]["tokens"], **worker.ask("facts")}
+        speed = statistics.median(decode_rate(one["times"]) for one in made)
+        return {**found, "tokens_per_s": speed, "text": made[-1]["tokens"], **worker.ask("facts")}
 
 
 def measure_all(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -116,7 +118,7 @@ def measure_all(folder: Path, options: argparse.Namespace) -> dict[str, dict[str
         size = write_gpt_oss(folder, gpt_oss(shape))
         print(f"{size / 1e6:.0f} MB of experts in the checkpoint")
     elif not _LLAMA.keys().isdisjoint(options.rows):
-        write_gguf(shape, qwen(shape, options.sharpen), file)
+        write_gguf(qwen(shape, options.sharpen), file, "BF16")
     rows = {}
     for row in options.rows:
         if row not in _LLAMA:

@@ -1,16 +1,10 @@
-"""Mixtures of experts with random weights: Qwen3-MoE in memory or as a GGUF file, gpt-oss as a checkpoint in MXFP4.
-
-Their texts never end early and mean nothing. Not handled: tokenizers; the GGUF file has none.
-"""
+"""Mixtures of experts with random weights, whose texts never end early and mean nothing: Qwen3-MoE and gpt-oss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen3MoeConfig
 
 HEAD = 64  # features
@@ -66,49 +60,3 @@ def gpt_oss(shape: Shape) -> GptOssConfig:
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=HEAD,
         max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-
-
-def write_gguf(shape: Shape, model: PreTrainedModel, target: Path) -> None:
-    """Write a Qwen3-MoE as a GGUF file: matrices in BF16, norms and routers in F32, as llama.cpp converts them."""
-    import gguf
-
-    config, writer = model.config, gguf.GGUFWriter(target, "qwen3moe")
-    writer.add_vocab_size(shape.vocabulary)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(HEAD)
-    writer.add_value_length(HEAD)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(shape.experts)
-    writer.add_expert_used_count(shape.chosen)
-    writer.add_expert_feed_forward_length(shape.intermediate)
-    writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, shape.layers)
-    for name, weight in _stacks_apart(model):
-        own = names.get_name(name, try_suffixes=(".weight",))
-        if weight.dim() == 1 or name.endswith("mlp.gate.weight"):
-            writer.add_tensor(own, weight.float().numpy())
-        else:
-            data = weight.contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(own, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _stacks_apart(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and weights, a stack of gates and one of up projections where the model has them in one."""
-    for name, weight in model.state_dict().items():
-        layer, found, _ = name.partition("gate_up_proj")
-        if found:
-            gates, ups = weight.chunk(2, dim=1)
-            yield f"{layer}gate_proj.weight", gates
-            yield f"{layer}up_proj.weight", ups
-        else:
-            yield (f"{name}.weight" if name.endswith("experts.down_proj") else name), weight

@@ -24,7 +24,7 @@ from river_compile.building.choose import (
     why_width_matters,
 )
 from river_compile.building.graph_record import GraphRecord
-from river_compile.building.packing import is_packed_later
+from river_compile.building.packing import is_packed_later, packed_losslessly
 from river_compile.building.structured_trace import trace_pass, trace_program
 from river_compile.collector import collector_paused
 from river_compile.lowering.lower import (
@@ -67,7 +67,7 @@ def build(
     with graph.stage("rewriting"), collector_paused():
         rewritten, passes = _rewritten(found, passes_for(choices, plan))
         if by_default:
-            lossless = [x for segment in rewritten.segments for x in segment.packed if x.lossless and not x.in_place]
+            lossless = packed_losslessly(rewritten)
             if is_packed_later(lossless, model, config):
                 there = has_backbone_file(lossless, inputs, twins.digests)
                 unwritten = [] if there else lossless

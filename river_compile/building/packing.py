@@ -16,7 +16,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RiverWarning
 from river_compile.exits import WHOLE
 from river_compile.kernels.messages import with_id
-from river_compile.passes.program import Matmul, Program, SegmentSpec
+from river_compile.passes.program import Matmul, Program, RiverProgram, SegmentSpec
 from river_compile.record import ModelRecord
 from river_compile.system import advise_pageout
 from river_compile.twins.backbone_file import has_backbone_file
@@ -57,6 +57,11 @@ def can_wait_for_twins(model: ModelRecord, config: RiverConfig) -> bool:
     return model.find(OwnCall) is not None and (config.first_exit == WHOLE or config.budget is not None)
 
 
+def packed_losslessly(program: RiverProgram | Program) -> list[Matmul]:
+    """Return the matmuls whose weights are packed copies without loss."""
+    return [x for segment in program.segments for x in segment.packed if x.lossless and not x.in_place]
+
+
 def is_packed_later(lossless: Sequence[Matmul], model: ModelRecord, config: RiverConfig) -> bool:
     """Whether 12-bit weights that are chosen by default are read from their file, which the background writes."""
     return can_wait_for_twins(model, config) and model.of(TwinWeights).packs_later(lossless)
@@ -64,7 +69,7 @@ def is_packed_later(lossless: Sequence[Matmul], model: ModelRecord, config: Rive
 
 def waits_for_file(program: Program, inputs: Sequence[Any], model: ModelRecord, config: RiverConfig) -> bool:
     """Whether the 12-bit weights that a program of an earlier process reads by default are in no file yet."""
-    lossless = [x for segment in program.segments for x in segment.packed if x.lossless and not x.in_place]
+    lossless = packed_losslessly(program)
     if config.target_weights != "auto" or not is_packed_later(lossless, model, config):
         return False
     return not has_backbone_file(lossless, inputs, model.of(TwinWeights).digests)

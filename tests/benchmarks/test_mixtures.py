@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import common, mixtures, peers
-from benchmarks.random_mixtures import QWEN, qwen, write_gguf
+from benchmarks.random_mixtures import QWEN, qwen
+from tools.gguf_files import write_gguf
 
 
 class Here:
@@ -69,7 +70,7 @@ def test_a_gguf_file_has_the_models_weights(tmp_path):
     gguf = pytest.importorskip("gguf")
     shape, file = QWEN["tiny"], tmp_path / "model.gguf"
     model = qwen(shape)
-    write_gguf(shape, model, file)
+    write_gguf(model, file, "BF16")
     reader = gguf.GGUFReader(file)
     assert reader.fields["qwen3moe.expert_used_count"].contents() == shape.chosen
     tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.support.gguf_files import write_gguf
 from tools.demo_models import convert
+from tools.gguf_files import write_gguf
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def file(tmp_path):
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    write_gguf(AutoModelForCausalLM.from_config(config), tmp_path / "tiny.gguf")
+    write_gguf(AutoModelForCausalLM.from_config(config), tmp_path / "tiny.gguf", "F16")
     return tmp_path / "tiny.gguf"
 
 

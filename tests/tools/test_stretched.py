@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from river_compile.kernels.quant.lossless import pack_8bit
-from tests.support.gguf_files import write_gguf
 from tools import demo_models, stretched
+from tools.gguf_files import write_gguf
 
 SIZES = {
     "vocab_size": 64,
@@ -77,7 +77,7 @@ def test_copies_stand_behind_their_layers():
 def test_a_stretched_gguf_file_is_the_same_model(tmp_path):
     """Its added projections are zero: a float32 model has the same logits to the bit."""
     torch.manual_seed(0)
-    write_gguf(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)), tmp_path / "tiny.gguf")
+    write_gguf(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)), tmp_path / "tiny.gguf", "F16")
     stretched.write_gguf(tmp_path / "tiny.gguf", tmp_path / "longer.gguf", 4)
     files = [{"gguf_file": f"{name}.gguf", "dtype": torch.float32} for name in ("tiny", "longer")]
     assert torch.equal(*(logits(tmp_path, **file) for file in files))
