@@ -195,8 +195,8 @@ def draw(found: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
             below.semilogy(depths, [_quantile(row, 0.5) for row in measured[part]], color=color, label=NORMS[part])
         below.set_xlabel("layer")
     for above, below in places[::2]:
-        above.set_ylabel("cosine: median, 10 to 90 % of tokens")
-        below.set_ylabel("norm, or a share of it")
+        above.set_ylabel("cosine: median,\n10 to 90 % of tokens")
+        below.set_ylabel("norm, or\na share of it")
     places[0][0].legend(frameon=False, fontsize="small", loc="lower right")
     places[0][1].legend(frameon=False, fontsize="small")
     print(f"\nDrawn to {save_figure(figure, path)}")
