@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from river_compile.kernels.native import cores
 from river_compile.kernels.native import load as native
 from river_compile.kernels.native.build import choose_isa, kernels_library
 from river_compile.kernels.native.load import Tape
-from river_compile.kernels.native.machine import processor_name
+from river_compile.kernels.native.machine import last_level_cache, processor_name
 from river_compile.kernels.quant.lossless import BLOCK, pack_12bit
 
 log = logging.getLogger("river_compile.kernels.measured")
@@ -33,7 +33,7 @@ LEAST_GAIN = 1.05  # speedup of a pass from which packing pays; else 16 bits cos
 _SMALL = 1 << 18  # weights of a matrix that stays in 16 bits: its time is not that of reading it
 _WIDTHS = (1, 4, 6)  # rows of a measured pass: a decode step, and verifying passes of usual drafts
 _ROUNDS = 5
-_BYTES = 3 << 25  # of a measured pass in 16 bits: more than a cache has
+_LEAST_BYTES = 3 << 25  # of a measured pass in 16 bits
 _MOST_WEIGHTS = 1 << 23  # of a matrix that is measured: more rows take as long each
 
 
@@ -57,7 +57,7 @@ def pass_speedups(shapes: tuple[tuple[tuple[int, int], int], ...]) -> dict[int, 
     isa, threads = choose_isa(), cores.threads()
     if isa.name == "portable" or not native.has_packing():
         return {}
-    made_by = f"{processor_name()} {kernels_library(isa).name} {shapes}"
+    made_by = f"{processor_name()} {kernels_library(isa).name} {shapes} {sampled_bytes(dict(shapes))}"
     name = f"native/pass_{isa.name}_{threads}_{hashlib.sha256(made_by.encode()).hexdigest()[:12]}.json"
     text = cached_file(name, _has_gains, functools.partial(_measure, dict(shapes))).read_text(encoding="utf-8")
     return {int(rows): float(gain) for rows, gain in json.loads(text).items()}
@@ -71,10 +71,22 @@ def _has_gains(file: Path) -> bool:
         return False
 
 
+def sampled_bytes(shapes: Shapes) -> int:
+    """Return the bytes of a measured pass in 16 bits: those of the model's weights, or as many as the last cache has."""
+    # The pass in 12 bits, which runs in between, adds three quarters. So the cache keeps nothing of a larger model, and
+    # of a smaller one what it would keep while the model runs.
+    whole = sum(2 * n * k * count for (n, k), count in shapes.items())
+    return max(_LEAST_BYTES, min(whole, last_level_cache() or 0))
+
+
 @torch.inference_mode()
 def _measure(shapes: Shapes, file: Path) -> None:
-    in_16_bits = list(_sample(shapes))
-    in_12_bits = [(*pack_12bit(weight), *weight.shape) for weight in in_16_bits]
+    order = _sample(shapes)
+    generator = torch.Generator().manual_seed(0)  # leaves the user's generator alone
+    made = {shape: (torch.randn(shape, generator=generator) * 0.02).bfloat16() for shape in dict.fromkeys(order)}
+    units_and_sides = {shape: pack_12bit(weight) for shape, weight in made.items()}
+    in_16_bits = [made[shape].clone() for shape in order]
+    in_12_bits = [(*(part.clone() for part in units_and_sides[shape]), *shape) for shape in order]
     ops, gains = native.load(), {}
     for rows in _WIDTHS:
         inputs = {k: torch.ones(rows, k, dtype=torch.bfloat16) for _, k in shapes}
@@ -91,19 +103,20 @@ def _measure(shapes: Shapes, file: Path) -> None:
         scratch.write_text(json.dumps(gains), encoding="utf-8")
 
 
-def _sample(shapes: Shapes) -> Iterator[Tensor]:
-    """Yield weights of these shapes in turn, each as often as its share of a pass's bytes asks for."""
-    generator = torch.Generator().manual_seed(0)  # leaves the user's generator alone
-    share = _BYTES / sum(2 * n * k * count for (n, k), count in shapes.items())
+def _sample(shapes: Shapes) -> Sequence[tuple[int, int]]:
+    """Return shapes of weights in turn, each as often as its share of a pass's bytes asks for."""
+    share = sampled_bytes(shapes) / sum(2 * n * k * count for (n, k), count in shapes.items())
     counts: dict[tuple[int, int], int] = {}
     for (n, k), count in shapes.items():
         rows = min(n, max(BLOCK, _MOST_WEIGHTS // k))
         counts[rows, k] = max(1, round(count * n * share / rows))
     turns = max(counts.values())
-    for turn in range(turns):
-        for (n, k), count in counts.items():
-            if turn * count // turns != (turn + 1) * count // turns:
-                yield (torch.randn(n, k, generator=generator) * 0.02).bfloat16()
+    return [
+        shape
+        for turn in range(turns)
+        for shape, count in counts.items()
+        if turn * count // turns != (turn + 1) * count // turns
+    ]
 
 
 def _ratio(first: Tape, second: Tape) -> float:

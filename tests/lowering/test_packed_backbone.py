@@ -272,12 +272,22 @@ def test_small_matrices_and_models_without_room_stay_in_16_bits(gains, monkeypat
     assert set(packed_by_default()) == {0}
 
 
+@pytest.mark.parametrize(
+    ("cache", "layers", "megabytes"),
+    [(None, 30, 101), (32 << 20, 30, 101), (480 << 20, 30, 503), (480 << 20, 4, 268), (480 << 20, 1, 101)],
+)
+def test_a_measured_pass_reads_more_than_the_cache_keeps(monkeypatch, cache, layers, megabytes):
+    """Or all of a smaller model, of which the cache keeps as much while it runs."""
+    monkeypatch.setattr(measured, "last_level_cache", lambda: cache)
+    assert round(measured.sampled_bytes({(4096, 8192): layers}) / 1e6) == megabytes
+
+
 def test_what_was_measured_is_kept_for_the_machine(monkeypatch, tmp_path):
     native.load()
     library = measured.kernels_library(choose_isa())
     monkeypatch.setattr(measured, "kernels_library", lambda isa: library)  # (another home has none)
     monkeypatch.setenv("RIVER_COMPILE_HOME", str(tmp_path))
-    monkeypatch.setattr(measured, "_BYTES", 1 << 16)
+    monkeypatch.setattr(measured, "_LEAST_BYTES", 1 << 16)
     shapes = (((64, 128), 2), ((128, 64), 1))
     measured.pass_speedups.cache_clear()
     try:
