@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.guards
 from hypothesis import settings
 
 from tests.support.examples import register_profiles
@@ -24,6 +25,9 @@ os.environ["RIVER_COMPILE_CACHE_DIR"] = os.environ.get("RIVER_TEST_CACHE_DIR", "
 # torch writes every graph on its way through Dynamo into its own log if any handler listens, which is a sixth
 # of a compilation. pytest (from 9.1 on) listens to each logger that it finds and that does not propagate.
 logging.root.manager.loggerDict.pop("torch.__trace", None)
+
+# Dynamo times each graph's guards for its log, and empties the processor's caches before: 30 ms a graph.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 # Processes that test side by side share the cores: threads of two that wait for each other cost more than they bring.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))

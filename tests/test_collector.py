@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from river_compile import accelerate
+from river_compile import accelerate, collector
 from river_compile.collector import collector_paused
 from river_compile.tracing import program_for
 from tests.support.families import make, prompt
@@ -37,8 +37,9 @@ class Ring:
 
 
 @pytest.fixture
-def thawed():
+def thawed(monkeypatch):
     """No object is frozen, as in a user's process; `conftest.py` freezes what it has imported."""
+    monkeypatch.setattr(collector, "_caller_freezes", False)
     gc.unfreeze()
     yield
     gc.freeze()

@@ -65,10 +65,13 @@ def lines_of(program: RiverProgram, names: dict) -> list:
     ]
 
 
-@pytest.mark.parametrize("name", each(TRACED, ["llama", "gpt2", "gemma3"]))
-def test_stamped_is_whole(name):
-    model = make(name, layers=LAYERS)
-    stamped, whole, names = stamped_and_whole(model)
+@pytest.fixture(scope="module", params=each(TRACED, ["llama", "gpt2", "gemma3"]))
+def traced(request):
+    return stamped_and_whole(make(request.param, layers=LAYERS))
+
+
+def test_stamped_is_whole(traced):
+    stamped, whole, names = traced
     assert isinstance(stamped, NewProgram), stamped
     located = dict(zip(stamped.found.inputs, stamped.inputs, strict=True))
     ours = {node: given.name for node, given in located.items() if given.source.kind in ("model", "cache")}
@@ -77,10 +80,9 @@ def test_stamped_is_whole(name):
     assert {given.name for given in stamped.inputs} >= set(filter(None, names.values()))
 
 
-@pytest.mark.parametrize("name", each(TRACED, ["llama", "gpt2", "gemma3"]))
-def test_one_token_of_some_layers_is_that_of_all(name):
+def test_one_token_of_some_layers_is_that_of_all(traced):
     """The program of decode steps, derived before the other layers are stamped, and after."""
-    stamped, *_ = stamped_and_whole(make(name, layers=LAYERS))
+    stamped, *_ = traced
     some, whole = (decode_variant(stamped.found, stamped.inputs, of) for of in (stamped.template, None))
     assert [given.source for given in some.inputs] == [given.source for given in whole.inputs]
     assert some.conditions == whole.conditions
