@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from river_compile.kernels.files import atomic_write, cached_file
 from river_compile.kernels.native import cores
@@ -32,7 +31,8 @@ Shapes = Mapping[tuple[int, int], int]  # how many weights [N, K] a pass reads
 LEAST_GAIN = 1.05  # speedup of a pass from which packing pays; else 16 bits cost neither memory nor packing
 _SMALL = 1 << 18  # weights of a matrix that stays in 16 bits: its time is not that of reading it
 _WIDTHS = (1, 4, 6)  # rows of a measured pass: a decode step, and verifying passes of usual drafts
-_ROUNDS = 5
+_ROUNDS, _MOST_ROUNDS = 5, 50  # passes after which no time is better, and that are measured at most
+_BETTER = 0.98  # of the best time, from which another one counts as better
 _LEAST_BYTES = 3 << 25  # of a measured pass in 16 bits
 _MOST_WEIGHTS = 1 << 23  # of a matrix that is measured: more rows take as long each
 
@@ -72,7 +72,7 @@ def _has_gains(file: Path) -> bool:
 
 
 def sampled_bytes(shapes: Shapes) -> int:
-    """Return the bytes of a measured pass in 16 bits: those of the model's weights, or as many as the last cache has."""
+    """Return the bytes of a measured pass in 16 bits: those of the weights, or as many as the last cache has."""
     # The pass in 12 bits, which runs in between, adds three quarters. So the cache keeps nothing of a larger model, and
     # of a smaller one what it would keep while the model runs.
     whole = sum(2 * n * k * count for (n, k), count in shapes.items())
@@ -121,10 +121,16 @@ def _sample(shapes: Shapes) -> Sequence[tuple[int, int]]:
 
 def _ratio(first: Tape, second: Tape) -> float:
     """Return the best time of one tape over that of another; their replays alternate."""
-    best = [math.inf, math.inf]
-    for _ in range(_ROUNDS):
+    # On a busy machine the best of a few times is chance.
+    best, unchanged = [math.inf, math.inf], 0
+    for _ in range(_MOST_ROUNDS):
+        before = [*best]
         for number, tape in enumerate((first, second)):
             start = time.perf_counter()
             tape.replay()
             best[number] = min(best[number], time.perf_counter() - start)
+        better = any(now < _BETTER * then for now, then in zip(best, before, strict=True))
+        unchanged = 0 if better else unchanged + 1
+        if unchanged == _ROUNDS:
+            break
     return best[0] / best[1]

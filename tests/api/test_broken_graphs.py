@@ -76,6 +76,7 @@ def test_a_model_that_is_refused_for_another_reason_names_no_break_of_an_earlier
     assert not any("Dynamo broke the graph" in line for line in said)
 
 
+@pytest.mark.slow  # (transformers compiles it: half a minute)
 def test_flex_attention_generates_plainly():
     """Its masks on a full cache are wrong; the warning names the attention that works."""
     ours = river_compile.accelerate(make("llama", layers=2, attention="flex_attention"), **OPTIONS)

@@ -115,7 +115,7 @@ def test_options_mean_the_same(options):
     assert all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", slow("gpt2"), slow("qwen2")])
 def test_compiled_steps_leave_the_model_after_the_first_of_a_call(name):
     """The prompt and one step of each kind go through it and Dynamo; later ones run its graph alone."""
     model = make(name, layers=2)

@@ -65,7 +65,7 @@ def lines_of(program: RiverProgram, names: dict) -> list:
     ]
 
 
-@pytest.fixture(scope="module", params=each(TRACED, ["llama", "gpt2", "gemma3"]))
+@pytest.fixture(scope="module", params=each(TRACED, ["llama", "gemma3"]))
 def traced(request):
     return stamped_and_whole(make(request.param, layers=LAYERS))
 

@@ -22,6 +22,7 @@ from river_compile.kernels.quant.layouts import LAYOUTS, pack, tensors_of
 from river_compile.passes.program import Lowering
 from river_compile.twins.file import FILE, TwinFile, write_missing
 from tests.support.decoding import decode, new_cache
+from tests.support.examples import slow
 from tests.support.families import make
 from tests.support.lowerings import OPERATORS
 from tests.support.mappings import lies_in
@@ -83,7 +84,7 @@ def write_back(folder, tensors, metadata, matrices=None, **changes):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("family", "quantizer"), [("llama", "hqq"), ("gpt2", "rtn"), ("qwen2", "hqq")])
+@pytest.mark.parametrize(("family", "quantizer"), [("llama", "hqq"), ("gpt2", "rtn"), slow("qwen2", "hqq")])
 def test_the_second_start_has_the_same_bits_and_quantizes_nothing(family, quantizer, tmp_path, monkeypatch):
     """Packed bytes, SQNR and logits are equal, with merged, transposed and biased matrices; no quantizer is called."""
     first = start(family)

@@ -21,6 +21,7 @@ from river_compile.twins.observe import default_texts
 from river_compile.twins.own_text import LOSS_SEED, TwinLoss, estimate_loss, package_ids, sample
 from river_compile.twins.pack import TwinWeights
 from tests.support.decoding import decode, new_cache
+from tests.support.examples import slow
 from tests.support.families import VOCABULARY, make, prompt
 from tests.support.lowerings import OPERATORS
 from tests.support.tokenizers import save_tiny_llama
@@ -70,7 +71,9 @@ def test_a_model_with_a_tokenizer_in_its_folder_reads_the_packages_texts(tmp_pat
     assert default_texts()[-1][-40:] in text
 
 
-@pytest.mark.parametrize("what", ["no folder", "no tokenizer", "a tokenizer that fails", "one with other tokens"])
+@pytest.mark.parametrize(
+    "what", [slow("no folder"), slow("no tokenizer"), "a tokenizer that fails", "one with other tokens"]
+)
 def test_others_read_text_that_they_sample(what, tmp_path):
     folder = tmp_path if what == "no folder" else save_tiny_llama(tmp_path)
     if what == "no tokenizer":
