@@ -150,7 +150,7 @@ class Job:
                 for (matmul, _), twin in zip(jobs, pool.imap(one, jobs), strict=True):
                     found[matmul] = keep(twin)
                     stage_reached(len(found) / len(matmuls))
-                trim_heap()  # threads that take and free matrices of many sizes keep half as much again
+                    trim_heap()  # threads that take and free matrices of many sizes keep half as much again
 
             source = "" if recorded is None else recorded.source
             if stream is not None:
