@@ -252,7 +252,7 @@ def _dry(model: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any], Any]:
     with loading(folder):
         network = empty_model(config, dtype)
     found = dry_run(network)
-    sizes = Sizes(found["parameters"], found["blocks"], **found["bytes"]) if found["bytes"] else None
+    sizes = Sizes(found["parameters"], found["blocks"], **found["bytes"], dtype=dtype) if found["bytes"] else None
     return network, found, sizes
 
 
