@@ -227,6 +227,8 @@ def check(
         if why_not or its_sizes is None:
             raise ValueError(f"--assistant {assistant} cannot draft: {why_not or 'its graphs are unsupported'}")
         reads["assistant"] = predict.bytes_with_assistant(sizes, its_sizes)
+    if reads and found["drafts_refusal"]:
+        reads = {**reads, predict.EXACT: sizes.packed}
     result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
@@ -268,6 +270,8 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
     why_not = result["exact_refusal"]
     if why_not:
         console.print(f"  exact     [red]runs at transformers' speed[/]: {why_not}. quality='fast' works")
+    if result["drafts_refusal"]:
+        console.print(f"  exact     [yellow]runs without drafts[/], on River's kernels: {result['drafts_refusal']}")
     reads, speed = result["bytes_per_token"], result["predicted_tokens_per_s"]
     names = {name: title for name, title in _PREDICTED.items() if name in reads}
     if why_not:

@@ -211,26 +211,31 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
         assert text in page
 
 
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        (transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128), "the recurrent state of Mamba"),
-        (
-            transformers.Lfm2Config(**COMMON, num_hidden_layers=2, layer_types=["conv", "full_attention"]),
-            "cache layers of kind LinearAttentionLayer",
-        ),
-    ],
-    ids=["recurrence", "convolution"],
-)
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_check_says_which_models_run_at_transformers_speed_by_default(config, why, tmp_path, capsys):
-    config.save_pretrained(tmp_path)
+def test_check_says_that_a_model_runs_at_transformers_speed_by_default(tmp_path, capsys):
+    """A recurrence cannot be rewound."""
+    transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128).save_pretrained(tmp_path)
     found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", code=3)
-    assert why in found["exact_refusal"]
+    assert "the recurrent state of Mamba" in found["exact_refusal"]
+    assert found["drafts_refusal"] is None
     page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out.split())
     assert "exact runs at transformers' speed: " in page
     assert "River, default" not in page
     assert "River, fast with threshold=0.7" in page
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_check_says_that_a_model_runs_without_drafts_by_default(tmp_path, capsys):
+    """Convolutions keep no entries to remove; each token reads the packed weights."""
+    kinds = ["conv", "full_attention"]
+    transformers.Lfm2Config(**COMMON, num_hidden_layers=2, layer_types=kinds).save_pretrained(tmp_path)
+    found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10")
+    assert "cache layers of kind LinearAttentionLayer" in found["drafts_refusal"]
+    assert found["exact_refusal"] is None
+    assert found["bytes_per_token"]["exact"] == 0.75 * found["bytes_per_token"]["plain"]
+    page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10").out.split())
+    assert "exact runs without drafts, on River's kernels: " in page
+    assert "River, default" in page
 
 
 @pytest.mark.slow
