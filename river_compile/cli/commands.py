@@ -262,7 +262,7 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
     console.print(f"[bold]{result['model']}[/], {result['parameters'] / 1e6:.1f} million parameters, {result['dtype']}")
     for kind, found in result["graphs"].items():
         fine = isinstance(found, int)
-        verdict = f"[green]supported[/], {found} blocks" if fine else f"[red]unsupported[/]: {found}"
+        verdict = f"[green]supported[/], {found} layers" if fine else f"[red]unsupported[/]: {found}"
         console.print(f"  {kind:<9} {verdict}")
     if result["refusal"]:
         return

@@ -207,7 +207,7 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
         assert speeds[name] == pytest.approx(efficiency * 10e9 / reads[name])
     assert found["memory_bytes"] > found["disk_bytes"] > 0.75 * reads["plain"]
     page = river(capsys, "check", tiny, "--bandwidth", "10").out
-    for text in ("supported, 3 blocks", "an estimate", "River, default (exact)", "transformers", "compile cache"):
+    for text in ("supported, 3 layers", "an estimate", "River, default (exact)", "transformers", "compile cache"):
         assert text in page
 
 
@@ -244,7 +244,7 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
     """MPT's code reads tensors, which breaks its graph and has nothing to read here."""
     transformers.MptConfig(vocab_size=128, d_model=64, n_heads=4, n_layers=2, max_seq_len=64).save_pretrained(tmp_path)
     found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", code=3)
-    assert "decoder blocks" in found["refusal"] or "does not run without weights" in found["refusal"]
+    assert "decoder layers" in found["refusal"] or "does not run without weights" in found["refusal"]
     assert found["bytes"] is None
     assert "unsupported" in river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out
 

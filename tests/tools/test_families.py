@@ -36,7 +36,7 @@ def test_a_refusal_is_no_failure():
 
     found = check("any", caches=["static"], build=build)
     assert (found.result, found.depths) == ("refused", {})
-    assert found.reason.startswith("no decoder blocks")
+    assert found.reason.startswith("no decoder layers")
 
 
 def test_a_difference_is_a_failure(monkeypatch):
