@@ -284,9 +284,8 @@ def start_table(runs: dict[str, list[Run]]) -> str:
         heads, lines = heads[:-1], [line[:-1] for line in lines]
     table = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *lines]
     what = (
-        "Seconds count from the call of `generate`, the model's weights being loaded. A row *pays* from the token of a "
-        "process on at which transformers has taken as long. *Peak* memory counts mapped files. *Own* is the most at a "
-        "time that no file backs."
+        "Seconds count from the call of `generate`, once the model is loaded. *Pays from*: after so many tokens the "
+        "process has taken less time than transformers. *Peak memory* counts mapped files, *own* does not."
     )
     rows = [f"| {' | '.join(line)} |" for line in table]
     return "\n".join([*rows, "", " ".join([*_sources(what, runs), *built])]) + "\n"
