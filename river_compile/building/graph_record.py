@@ -140,7 +140,7 @@ class GraphRecord:
         if self.kind == "decode" and config.deepest is not None:
             yield f"    at latest    after layer {config.deepest} (offload_policy='exit')"
         if self.lossless_bytes:
-            yield f"    backbone     {self.lossless_bytes / 1e6:.1f} MB of weights, packed without loss"
+            yield f"    16-bit layers  {self.lossless_bytes / 1e6:.1f} MB of weights, packed without loss"
         if self.expert_bytes:
             read, held = self.chosen_bytes / 1e6, self.expert_bytes / 1e6
             yield f"    experts      a token reads {read:.1f} MB of the layers' {held:.1f} MB"
