@@ -49,7 +49,7 @@ def find_decoder(graph_module: fx.GraphModule) -> DecoderPlan | Refusal:
         if isinstance(plan, DecoderPlan):
             return plan
         refusals.append(plan)
-    return next(iter(refusals), Refusal("no decoder blocks: the graph holds no list of two or more modules"))
+    return next(iter(refusals), Refusal("no decoder layers: the graph holds no list of two or more modules"))
 
 
 def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -> DecoderPlan | Refusal:
@@ -66,7 +66,7 @@ def _decoder_of(graph_module: fx.GraphModule, list_path: str, num_blocks: int) -
         kv = _kv_slot([n for n, part in part_of.items() if part == index + 1], before, after)
         blocks.append(Block(index, path, before, after, kv))
     if not any(block.kv.writes for block in blocks):
-        return Refusal("the blocks write no KV cache (generation keeps one: use_cache=True)", blocks[0].path)
+        return Refusal("the layers write no KV cache (generation keeps one: use_cache=True)", blocks[0].path)
     axis = _token_axis(flows[0])
     if axis is None:
         return Refusal("it is ambiguous which axis of the hidden state counts tokens", flows[0].name)
@@ -107,14 +107,14 @@ def _assign_parts(graph: fx.Graph, list_path: str, num_blocks: int) -> dict[fx.N
         children = {index for node in nodes for index, *_ in itertools.islice(_children(node, list_path), 1)}
         if len(children) > 1:
             return Refusal(
-                "autocast (or a vmap) begins and ends around several blocks; put it around the whole model",
+                "autocast (or a vmap) begins and ends around several layers; put it around the whole model",
                 nodes[0].name,
             )
         if children:
             part = max(children) + 1
             if part < max(before, reached):
                 return Refusal(
-                    f"the blocks do not run one after the other: block {part - 1} follows block {reached - 1}",
+                    f"the layers do not run one after the other: layer {part - 1} follows layer {reached - 1}",
                     nodes[0].name,
                 )
             reached = part
@@ -176,7 +176,7 @@ def _flows(
         if len(nodes) != 1:
             found = ", ".join(n.name for n in nodes) or "none"
             return Refusal(
-                f"one hidden state must pass from part {boundary} to part {boundary + 1} of {num_blocks} blocks, "
+                f"one hidden state must pass from part {boundary} to part {boundary + 1} of {num_blocks} layers, "
                 f"found {len(nodes)}: {found}",
                 nodes[0].name if nodes else "",
             )

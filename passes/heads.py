@@ -24,7 +24,7 @@ def exit_checks(candidates: tuple[int, ...]) -> Pass:
     """Make the pass that adds a float32 exit score to the blocks of these depths."""
 
     def exit_checks(program: RiverProgram) -> RiverProgram:
-        """Blocks at candidate depths return the similarity of their input and output."""
+        """Layers at candidate depths return the similarity of their input and output."""
         # The cosine on the residual stream ("state transition similarity", Shen and Zou, River-LLM, arXiv 2604.18396),
         # the minimum over rows and tokens.
         exit_score = torch.ops.river.exit_score.default

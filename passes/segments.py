@@ -44,7 +44,7 @@ def _without_matmuls(program: RiverProgram) -> Refusal | None:
         "" if largest is None else f" ({input_name(largest)} is {value_of(largest).dtype} {[*value_of(largest).shape]})"
     )
     return Refusal(
-        f"the blocks have no linear layer with plain weights{holds}, so they cannot have twins; a model quantized by "
+        f"the layers have no linear layer with plain weights{holds}, so they cannot have twins; a model quantized by "
         "bitsandbytes, GPTQ or AWQ must be loaded in 16 bits",
         program.plan.blocks[0].path,
     )

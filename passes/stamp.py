@@ -65,15 +65,15 @@ class _Stamper:
             for node in filterfalse(self._shared.__contains__, self._parts[part]):
                 inside = {part, part + 1} if node is block.hidden_out else {part}
                 if not all(plan.part_of.get(user) in inside for user in node.users):  # the output is of no part
-                    return Refusal("a block passes on more than its hidden state", node.name)
+                    return Refusal("a layer passes on more than its hidden state", node.name)
             if any(self._block_of(node) not in (None, block.index) for node in external_inputs(self._parts[part])):
-                return Refusal("a block reads another one's parameters or cache", block.path)
+                return Refusal("a layer reads another one's parameters or cache", block.path)
         # Blocks at two places show whether the model's code depends on the place.
         lines = [list(self._lines(number)) for number in range(plan.num_blocks)]
         for index, number in self._numbers.items():
             like = template.kinds[index]
             if lines[number] != lines[like]:
-                return Refusal(f"its trace is not that of block {template.traced[like]}", plan.blocks[number].path)
+                return Refusal(f"its trace is not that of layer {template.traced[like]}", plan.blocks[number].path)
         return None
 
     def stamped(self) -> Stamped:

@@ -59,7 +59,7 @@ def twin_layers(how: TwinSpec | None) -> Pass:
     """Make the pass that adds twins; without `how`, all weights stay in 16 bits."""
 
     def twin_layers(program: RiverProgram) -> RiverProgram:
-        """Every block has a twin with 4-bit matmuls, for tokens that exited early."""
+        """Every layer has a twin with 4-bit matmuls, for tokens that exited early."""
         if how is None:
             return replace(program, twins=tuple(block.copy("twin") for block in program.blocks))
         made = [_twin(block, "twin", how, program.slots) for block in program.blocks]

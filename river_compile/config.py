@@ -69,7 +69,7 @@ class RiverConfig:
     first_exit: int = _option(2, integer(0), "smallest exit depth, in 16-bit layers; 0 is allowed with confidence")
     exit_depth: int | None = _option(
         None,
-        optional(integer(0, "it must be an integer from 0 to the number of blocks")),
+        optional(integer(0, "it must be an integer from 0 to the number of layers")),
         "one exit depth for every token: 0 (all layers in 4 bits) to L (full depth)",
     )
     budget: float | None = _option(
@@ -109,7 +109,7 @@ class RiverConfig:
     )
     offload: int | None = _option(
         None,
-        optional(integer(0, "it must be an integer from 0 to the number of blocks - 1")),
+        optional(integer(0, "it must be an integer from 0 to the number of layers - 1")),
         "16-bit layers that stay in device memory; later ones are offloaded ([hardware](hardware.md#offloading))",
     )
     offload_policy: str | None = _option(
@@ -189,7 +189,7 @@ class RiverConfig:
                 "prompt first. Use prefill='backbone', or criterion='similarity'"
             )
         if self.offload is None and self.offload_policy == "fetch":
-            yield "offload_policy='fetch' requires offload=. Set offload to the number of blocks that stay in memory"
+            yield "offload_policy='fetch' requires offload=. Set offload to the number of layers that stay in memory"
         if self.budget is not None:
             yield from self._untunable()
         if self.twins is None and self.on_missing_twins == "save":
@@ -209,7 +209,7 @@ class RiverConfig:
                 yield f"budget={self.budget} tunes the exit rule, which {name}={given} sets. Remove one of the two"
         if self.deepest is not None:
             yield (
-                f"budget={self.budget} compares with full depth, and no token goes further than block {self.deepest}. "
+                f"budget={self.budget} compares with full depth, and no token goes further than layer {self.deepest}. "
                 "Use offload_policy='fetch', or give a rule"
             )
 
@@ -296,14 +296,14 @@ class RiverConfig:
         """Raise an OptionError for depths that a model with `num_blocks` layers does not have."""
         if self.offload is not None and self.offload >= num_blocks:
             raise OptionError(
-                f"offload={self.offload} leaves none of {num_blocks} blocks to offload. Use 0 to {num_blocks - 1}, or "
+                f"offload={self.offload} leaves none of {num_blocks} layers to offload. Use 0 to {num_blocks - 1}, or "
                 "remove it",
                 id="RC004",
             )
         name, least, never = ("first_exit", 1, "") if self.exit_depth is None else ("exit_depth", 0, " (= full depth)")
         if num_blocks < getattr(self, name) < WHOLE:
             raise OptionError(
-                f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} blocks. "
+                f"{name}={getattr(self, name)} lies beyond the last of {num_blocks} layers. "
                 f"Use {least} to {num_blocks}{never}",
                 id="RC004",
             )

@@ -105,7 +105,7 @@ class ExitRule:
                 f"  guarantee  mean {self.metric} {relation} {self.budget:g} on unseen text of the same kind, "
                 f"confidence {self.confidence:.0%}{f' ({clipped})' if clipped else ''}",
                 f"  measured   KL {best.kl:.4f} nats per token, agreement {best.agreement:.1%}, on {best.texts} texts",
-                f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} blocks, "
+                f"  expected   depth {best.mean_depth:.1f} of {self.num_blocks} layers, "
                 f"{best.cost:.0%} of full depth's time per token: {rate / best.cost:.0f} tokens/s instead of {rate:.0f}"
                 f"{advice if best.mean_depth == self.num_blocks else ''}",
             ]

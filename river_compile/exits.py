@@ -62,7 +62,7 @@ def threshold_text(threshold: Threshold) -> str:
     """Format a threshold for users."""
     if not isinstance(threshold, tuple):
         return f"{threshold:.4g}"
-    return f"{min(threshold):.4g} to {max(threshold):.4g} by block"
+    return f"{min(threshold):.4g} to {max(threshold):.4g} by layer"
 
 
 class ExitThresholds(NamedTuple):
@@ -140,7 +140,7 @@ class ExitPolicy:
         if self.deepest is not None and depth > self.deepest:
             raise OptionError(
                 f"{asked} is not available: this model was compiled with offload_policy='exit', so no token goes "
-                f"further than block {self.deepest}. Compile it with offload_policy='fetch'",
+                f"further than layer {self.deepest}. Compile it with offload_policy='fetch'",
                 id="RC025",
             )
         if self.fixed_depth not in (None, depth):

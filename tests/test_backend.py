@@ -296,7 +296,7 @@ class TestReport:
         assert all(m["sqnr_db"] > 10 for m in seen["matrices"])
         assert any("no plain linear layer reads" in k["reason"] for g in seen["graphs"] for k in g["kept_in_16_bits"])
         text = str(report(model))
-        assert "exits          5 decode steps, mean depth 1.00 blocks" in text
+        assert "exits          5 decode steps, mean depth 1.00 layers" in text
         assert "in 16 bits" in text
         assert max(map(len, text.splitlines())) <= 120
 
@@ -353,7 +353,7 @@ TracedStep().run(quantizer="rtn")
             else:
                 name = ""
         assert {"river_decode_1_twin_layers", "river_decode_report"} <= artifacts.keys()
-        assert "exit checks after blocks: 1" in artifacts["river_decode_plan"]
+        assert "exit checks after layers: 1" in artifacts["river_decode_plan"]
         _, twin = artifacts["river_decode_segments"].split("# twin_2 compiled")
         assert "torch.ops.river.linear" in twin
         assert "index_copy_" in twin

@@ -73,8 +73,8 @@ def test_config_is_frozen_and_its_defaults_are_the_documented_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exit_depth": 3}, "exit_depth=3 lies beyond the last of 2 blocks. Use 0 to 2"),
-        ({"first_exit": 5}, "first_exit=5 lies beyond the last of 2 blocks. Use 1 to 2"),
+        ({"exit_depth": 3}, "exit_depth=3 lies beyond the last of 2 layers. Use 0 to 2"),
+        ({"first_exit": 5}, "first_exit=5 lies beyond the last of 2 layers. Use 1 to 2"),
     ],
 )
 def test_depths_are_checked_against_the_model(options, message):

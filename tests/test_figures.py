@@ -36,6 +36,13 @@ def test_predictions_are_bytes_by_bandwidth_times_a_measured_efficiency():
     assert predict.disk_bytes(sizes) == pytest.approx(1.5e9 + 0.5625e9)
     speeds = predict.tokens_per_s(reads, 20e9)
     assert speeds == {name: pytest.approx(predict.EFFICIENCY[name] * 20e9 / count) for name, count in reads.items()}
+    half = predict.Sizes(1_100_000_000, 10, 1.6e9, 0.45e9, 0.4e9, "float16")  # not packed in 12 bits
+    assert predict.bytes_per_token(half)["exact"] == pytest.approx((2e9 + 3 * 0.5625e9) / 3.3)
+    assert predict.memory_bytes(half) == pytest.approx(2e9 + 0.5625e9 + 0.2e9)
+    assert predict.disk_bytes(half) == pytest.approx(0.5625e9)
+    full = predict.Sizes(1_100_000_000, 10, 3.2e9, 0.45e9, 0.8e9, "float32")
+    assert predict.bytes_per_token(full)["all_4bit"] == pytest.approx(0.5625e9)
+    assert predict.memory_bytes(full) == pytest.approx(4e9 + 0.5625e9 + 0.4e9)
     records = [{"row": "a", "key": key, "value": value} for key, value in SIZES.items()]
     (row,) = machines.table(records).splitlines()[2:]
     parts = f"{speeds['plain']:.1f} / {speeds['exact']:.0f} / {speeds['fast']:.0f}"

@@ -35,7 +35,7 @@ PROGRAMS = {
     "openvino_4bit": ("OpenVINO, 4-bit weights", BY_4_BITS),
     "onnxruntime_4bit": ("ONNX Runtime GenAI, int4", BY_4_BITS),
     "vllm": ("vLLM, bf16", BF16),
-    "no_draft": ("River, speculation off", BF16),
+    "no_draft": ("River, without drafts", BF16),
     "exact": ('**River, default (`quality="exact"`)**', BF16),
     "exact_assistant": ("River, default, drafts by a smaller model", BF16),
     "exact_both": ("River, default, drafts by both", BF16),
@@ -47,7 +47,7 @@ MORE_PROGRAMS = {
     "llama_cpp_q4_0": ("llama.cpp, Q4_0", BY_4_BITS),
     **{f"exact_{q}": (f"River, twins by {q}", BF16) for q in ("gptq", "mse", "hqq", "rtn")},
     "budget": ('River, `quality="fast"`', "16-bit or 4-bit weights by token"),
-    "no_draft_12bit": ("River, speculation off, 12-bit weights", BF16),
+    "no_draft_12bit": ("River, without drafts, 12-bit weights", BF16),
     "exact_12bit": ("River, default, 12-bit weights", BF16),
     "exact_assistant_12bit": ("River, drafts by a smaller model, 12-bit weights", BF16),
 }
@@ -310,9 +310,8 @@ def start_table(runs: dict[str, list[Run]]) -> str:
         heads, lines = heads[:-1], [line[:-1] for line in lines]
     table = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *lines]
     what = (
-        "Seconds count from the call of `generate`, the model's weights being loaded. A row *pays* from the token of a "
-        "process on at which transformers has taken as long. *Peak* memory counts mapped files. *Own* is the most at a "
-        "time that no file backs."
+        "Seconds count from the call of `generate`, once the model is loaded. *Pays from*: after so many tokens the "
+        "process has taken less time than transformers. *Peak memory* counts mapped files, *own* does not."
     )
     rows = [f"| {' | '.join(line)} |" for line in table]
     return "\n".join([*rows, "", " ".join([*_sources(what, runs), *built])]) + "\n"

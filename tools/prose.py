@@ -25,7 +25,7 @@ SUBJECT = 72  # characters of a commit's first line
 WORDS = {
     r"the river(?! (?:backend|command|twins?)\b)": "the twins",
     r"whole river": "all-4bit",
-    r"never (?:leave|leaving|exit)": "full depth, speculation off",
+    r"never (?:leave|leaving|exit)": "full depth, without drafts",
     r"in vain": "wasted",
     r"anew|afresh": "again",
     r"at once": "immediately, at the same time",

@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 _LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^()\s]+)\)")
 _CODE = re.compile(r"^(?:```.*?^```|~~~.*?^~~~)$|`[^`\n]+`(?!\])", flags=re.MULTILINE | re.DOTALL)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#|/")
+_RANGE = re.compile(r"\([\d.]+–[\d.]+\)")
 FRONT = "index.md"
 OUTSIDE = {"README.md": FRONT, "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
@@ -40,6 +41,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     at_root = page.file.src_uri in OUTSIDE.values()
     folder = "" if at_root else os.path.join("docs", os.path.dirname(page.file.src_uri))
     return rewritten(spaced(markdown), folder, {f.src_uri for f in files}, config.repo_url)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep each range of a table on one line, so that narrow columns break before it."""
+    return _RANGE.sub(r'<span class="river-range">\g<0></span>', html)
 
 
 def spaced(markdown: str) -> str:

@@ -146,7 +146,7 @@ def fuse_exit_score(view: BlockView) -> fx.Node:
     total = skip_views(hidden)
     found = operands(total, operator.add)
     if found is None or not all(same_size(n, total) for n in found):
-        raise NoMatch("the block does not end with an addition of two values of one shape and dtype", hidden)
+        raise NoMatch("the layer does not end with an addition of two values of one shape and dtype", hidden)
     value = (value_of(total), value_of(hidden).new_empty((), dtype=torch.float32))
     with graph.inserting_before(total):
         inputs = tuple(reshape_like(n, total) for n in (*found, previous))

@@ -197,7 +197,7 @@ def why_width_matters(program: RiverProgram, choices: Choices) -> str:
     checks = config.first_exit < program.plan.num_blocks and CRITERIA[config.criterion].reads == "block"
     if config.exit_depth is None and checks:
         return (
-            f"exit checks by criterion={config.criterion!r} end blocks of decode steps otherwise; use "
+            f"exit checks by criterion={config.criterion!r} end layers of decode steps otherwise; use "
             "criterion='confidence'"
         )
     return ""

@@ -131,16 +131,16 @@ class GraphRecord:
         config = self.config
         decides = self.kind == "decode" and config.exit_depth is None and config.first_exit != WHOLE
         seconds = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
-        yield f"  {self.kind:<14} {self.num_blocks} blocks, {self.cache} cache{_ORIGINS[self.origin]}; {seconds}"
+        yield f"  {self.kind:<14} {self.num_blocks} layers, {self.cache} cache{_ORIGINS[self.origin]}; {seconds}"
         yield f"    segments     {', '.join(f'{c.name} x{c.uses}' for c in self.compiled)}"
         if decides and config.threshold is not None:
             yield f"    criterion    {config.criterion}, threshold {threshold_text(config.threshold)}"
         if decides or self.candidates:
             yield f"    exits after  {_ranges(self.candidates or (config.first_exit,))}"
         if self.kind == "decode" and config.deepest is not None:
-            yield f"    at latest    after block {config.deepest} (offload_policy='exit')"
+            yield f"    at latest    after layer {config.deepest} (offload_policy='exit')"
         if self.lossless_bytes:
-            yield f"    backbone     {self.lossless_bytes / 1e6:.1f} MB of weights, packed without loss"
+            yield f"    16-bit layers  {self.lossless_bytes / 1e6:.1f} MB of weights, packed without loss"
         if self.expert_bytes:
             read, held = self.chosen_bytes / 1e6, self.expert_bytes / 1e6
             yield f"    experts      a token reads {read:.1f} MB of the layers' {held:.1f} MB"
@@ -179,9 +179,9 @@ def _fusion_lines(fusions: Sequence[Fusion]) -> Iterator[str]:
 
 def _ranges(depths: tuple[int, ...]) -> str:
     if len(depths) == 1:
-        return f"block {depths[0]}"
+        return f"layer {depths[0]}"
     step = depths[1] - depths[0]
-    return f"blocks {depths[0]} to {depths[-1]}" + (f", every {step}" if step > 1 else "")
+    return f"layers {depths[0]} to {depths[-1]}" + (f", every {step}" if step > 1 else "")
 
 
 class Graphs(list[GraphRecord]):

@@ -35,13 +35,13 @@ def trace_program(kind: str, program: RiverProgram) -> None:
 
 
 def plan_text(program: RiverProgram) -> str:
-    """Describe the decoder's blocks with their KV caches, its segments, and the 16-bit weights."""
+    """Describe the decoder's layers with their KV caches, its segments, and the 16-bit weights."""
     plan = program.plan
     lines = [
-        f"{plan.num_blocks} blocks, batch {plan.batch}, {plan.query_length} tokens per row",
-        f"exit checks after blocks: {', '.join(map(str, program.candidates)) or 'none'}",
+        f"{plan.num_blocks} layers, batch {plan.batch}, {plan.query_length} tokens per row",
+        f"exit checks after layers: {', '.join(map(str, program.candidates)) or 'none'}",
         "",
-        f"{'block':<32} {'hidden state':<28} {'KV cache':<8} writes",
+        f"{'layer':<32} {'hidden state':<28} {'KV cache':<8} writes",
     ]
     for block in plan.blocks:
         writes = ", ".join(n.name for n in block.kv.writes)

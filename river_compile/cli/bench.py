@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PLAIN, INDUCTOR, NO_DRAFT, EXACT, ASSISTED, STRICT, FAST, CALIBRATED, ALL_4BIT = ROWS = (
     "eager",  # transformers, uncompiled
     "inductor",  # torch.compile with Inductor
-    "no-draft",  # River's kernels, speculation off
+    "no-draft",  # River's kernels, without drafts
     "exact",  # `accelerate(model)`: the twins draft, the model verifies
     "assistant",  # exact with `assistant_model=`, which drafts in place of the twins
     "strict",  # exact, or an error if it may not be bit-identical

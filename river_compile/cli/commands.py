@@ -227,6 +227,8 @@ def check(
         if why_not or its_sizes is None:
             raise ValueError(f"--assistant {assistant} cannot draft: {why_not or 'its graphs are unsupported'}")
         reads["assistant"] = predict.bytes_with_assistant(sizes, its_sizes)
+    if reads and found["drafts_refusal"]:
+        reads = {**reads, predict.EXACT: sizes.packed}
     result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
@@ -252,7 +254,7 @@ def _dry(model: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any], Any]:
     with loading(folder):
         network = empty_model(config, dtype)
     found = dry_run(network)
-    sizes = Sizes(found["parameters"], found["blocks"], **found["bytes"]) if found["bytes"] else None
+    sizes = Sizes(found["parameters"], found["blocks"], **found["bytes"], dtype=dtype) if found["bytes"] else None
     return network, found, sizes
 
 
@@ -260,7 +262,7 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
     console.print(f"[bold]{result['model']}[/], {result['parameters'] / 1e6:.1f} million parameters, {result['dtype']}")
     for kind, found in result["graphs"].items():
         fine = isinstance(found, int)
-        verdict = f"[green]supported[/], {found} blocks" if fine else f"[red]unsupported[/]: {found}"
+        verdict = f"[green]supported[/], {found} layers" if fine else f"[red]unsupported[/]: {found}"
         console.print(f"  {kind:<9} {verdict}")
     if result["refusal"]:
         return
@@ -268,6 +270,8 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
     why_not = result["exact_refusal"]
     if why_not:
         console.print(f"  exact     [red]runs at transformers' speed[/]: {why_not}. quality='fast' works")
+    if result["drafts_refusal"]:
+        console.print(f"  exact     [yellow]runs without drafts[/], on River's kernels: {result['drafts_refusal']}")
     reads, speed = result["bytes_per_token"], result["predicted_tokens_per_s"]
     names = {name: title for name, title in _PREDICTED.items() if name in reads}
     if why_not:

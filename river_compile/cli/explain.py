@@ -129,13 +129,15 @@ def _by_segment(text: str) -> dict[str, dict[str, str]]:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ model }} in River Compile</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ model }} in River Compile</title>
 <style>
   :root { color-scheme: light dark; }
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
   pre { font: 12px/1.45 ui-monospace, monospace; overflow: auto; max-height: 32rem; background: #8881; padding: .7rem; }
   .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; }
   .pair > div { min-width: 0; }
+  @media (max-width: 45rem) { .pair { grid-template-columns: 1fr; } }
   .text { font-size: 1.05rem; line-height: 2.1; white-space: pre-wrap; }
   .text span { border-bottom: .28rem solid hsl(calc(215 - 205 * var(--d)) 75% 55%); }
   .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .7rem; max-width: 44rem; }

@@ -94,7 +94,7 @@ def check_paths(config: RiverConfig) -> None:
         )
     if config.deepest is not None:
         raise ExactModeError(
-            "Exact mode verifies at full depth, and offload_policy='exit' lets no token go further than block "
+            "Exact mode verifies at full depth, and offload_policy='exit' lets no token go further than layer "
             f"{config.deepest}. Use offload_policy='fetch', the default of accelerate",
             id="RC062",
         )

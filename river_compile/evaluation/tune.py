@@ -152,7 +152,7 @@ def _checked(given: Mapping[str, object], criterion: str) -> tuple[dict[str, obj
     config = RiverConfig.from_options({**base, "first_exit": 1})
     if config.deepest is not None:
         raise OptionError(
-            "tune_exit compares with full depth, and offload_policy='exit' lets no token go further than block "
+            "tune_exit compares with full depth, and offload_policy='exit' lets no token go further than layer "
             f"{config.deepest}. Use offload_policy='fetch'",
             id="RC003",
         )

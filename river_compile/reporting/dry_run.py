@@ -41,7 +41,8 @@ def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
 def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     """Trace prompt and decode step of a model on the meta device; part of the result of ``river check``.
 
-    "exact_refusal" says why exact mode, the default, runs on plain transformers; None if it does not.
+    "exact_refusal" says why exact mode, the default, runs on plain transformers; None if it does not. "drafts_refusal"
+    says why it decodes without drafts, on River's kernels.
     "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported. "bytes" has
     the weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
     """
@@ -59,9 +60,11 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
         programs = programs if programs and _refused(programs) and _refused(whole) else whole
         repeats = [1] * max((p.plan.num_blocks for p in programs if isinstance(p, RiverProgram)), default=0)
     prefill, decode = programs
+    why_not = exact_refusal(model) or None
     found: dict[str, Any] = {
         "parameters": parameters,
-        "exact_refusal": exact_refusal(model) or None,
+        "exact_refusal": why_not if model._is_stateful else None,  # before the prompt; other caches can be decoded on
+        "drafts_refusal": None if model._is_stateful else why_not,
         "graphs": {"prefill": _outcome(prefill, repeats), "decode": _outcome(decode, repeats)},
     }
     if isinstance(decode, Refusal):
@@ -87,7 +90,7 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def exact_refusal(model: PreTrainedModel) -> str:
-    """Return why exact mode refuses a model, as far as its configuration tells; empty where it does not."""
+    """Return why exact mode cannot draft for a model, as far as its configuration tells; empty where it can."""
     with contextlib.suppress(ValueError, KeyError):  # a configuration that transformers makes no static cache for
         return why_no_rewind(model, full_static_cache(model, _SLOTS))
     return why_no_rewind(model)

@@ -19,29 +19,42 @@ AGREES = 0.83
 _LONGEST = 15
 # 16-bit layers of a token with quality="fast" and threshold=0.7: the mean exit depth of SmolLM2 is 2.05.
 FAST_LAYERS = 2
-_IN_12_BITS = 12 / 16  # of the bytes of bfloat16 weights
-_IN_4_BITS = 4.5 / 16  # with a scale and a zero point for each group
+# Bits of a weight as loaded, and as verification reads it: only bfloat16 is packed.
+_BITS: Mapping[str, tuple[int, int]] = {"bfloat16": (16, 12), "float16": (16, 16), "float32": (32, 32)}
+_TWIN_BITS = 4.5  # with a scale and a zero point for each group
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of weights of a model in 16 bits that a token reads, and of its twins."""
+    """Bytes of weights of a model in a dtype that a token reads, and of its twins."""
 
     parameters: int
     layers: int
     blocks: float  # bytes of all layers
     twins: float  # bytes of all twins
     head: float  # bytes
+    dtype: str = "bfloat16"  # or float16, float32
 
     @property
     def head_twin(self) -> float:
         """Bytes of the head in 4 bits."""
-        return _IN_4_BITS * self.head
+        return _TWIN_BITS / _BITS[self.dtype][0] * self.head
+
+    @property
+    def read_share(self) -> float:
+        """Share of the bytes of layers and head that verification reads: in 12 bits if they can be packed."""
+        loaded, read = _BITS[self.dtype]
+        return read / loaded
 
     @property
     def packed(self) -> float:
-        """Bytes of layers and head in 12 bits."""
-        return _IN_12_BITS * (self.blocks + self.head)
+        """Bytes of layers and head as verification reads them."""
+        return self.read_share * (self.blocks + self.head)
+
+    @property
+    def unpacked(self) -> float:
+        """Bytes of the parameters as loaded."""
+        return _BITS[self.dtype][0] / 8 * self.parameters
 
 
 def bytes_per_token(sizes: Sizes) -> dict[str, float]:
@@ -51,7 +64,7 @@ def bytes_per_token(sizes: Sizes) -> dict[str, float]:
     return {
         PLAIN: sizes.blocks + sizes.head,
         EXACT: (sizes.packed + drafts) / EMITTED,
-        FAST: share * _IN_12_BITS * sizes.blocks + (1 - share) * sizes.twins + sizes.head_twin,
+        FAST: share * sizes.read_share * sizes.blocks + (1 - share) * sizes.twins + sizes.head_twin,
         ALL_4BIT: sizes.twins + sizes.head_twin,
     }
 
@@ -71,11 +84,11 @@ def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, floa
 
 
 def memory_bytes(sizes: Sizes) -> float:
-    """Return the bytes of weights that River keeps in memory: in 12 bits, in 4 bits, and other ones in 16."""
-    others = 2 * sizes.parameters - (sizes.blocks + sizes.head)  # embeddings that are no head
-    return disk_bytes(sizes) + max(others, 0)
+    """Return the bytes of weights that River keeps in memory: packed, in 4 bits, and others as loaded."""
+    others = sizes.unpacked - (sizes.blocks + sizes.head)  # embeddings that are no head
+    return sizes.packed + sizes.twins + sizes.head_twin + max(others, 0)
 
 
 def disk_bytes(sizes: Sizes) -> float:
-    """Return the bytes of the compile cache: 12-bit and 4-bit weights."""
-    return sizes.packed + sizes.twins + sizes.head_twin
+    """Return the bytes of the compile cache: 4-bit weights, and 12-bit ones if the model can be packed."""
+    return (sizes.packed if sizes.read_share < 1 else 0) + sizes.twins + sizes.head_twin

@@ -252,7 +252,7 @@ def _twin_lines(record: ModelRecord, packed: Sequence[TwinWeight]) -> Iterator[s
         why = f": the model wrote no text of its own ({refusal})" if refusal else ""
         yield f"    statistics   none for {without} matrices, which took quantizer={UNOBSERVED!r}{why}"
     if (loss := twins.loss.value) is not None:
-        yield f"    loss         {loss}, all blocks in 4 bits"
+        yield f"    loss         {loss}, all layers in 4 bits"
         if loss.large:
             yield "                 WARNING: high quantization loss. Early exit will change the output. Use"
             yield "                 quality='exact', tune_exit, or pass representative text as calibration_data="
@@ -285,7 +285,7 @@ def _sqnr_line(title: str, decibels: Mapping[str, float]) -> str:
 
 def _token_lines(report: Report) -> Iterator[str]:
     total, exact = sum(report.decode_depths.values()), report.exact
-    steps = f"{total} decode steps, mean depth {report.mean_depth:.2f} blocks" if total else "no decode step yet"
+    steps = f"{total} decode steps, mean depth {report.mean_depth:.2f} layers" if total else "no decode step yet"
     yield f"  exits          {steps}"
     yield from histogram(report.decode_depths)
     if exact.cycles:

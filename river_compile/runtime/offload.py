@@ -55,7 +55,7 @@ class OffloadStats:
         """Yield lines for people."""
         first, last = self.blocks
         share = 100 * self.resident / self.weights
-        yield f"  offloaded      blocks {first} to {last}, {_mb(self.moved)} in {self.where}; {self.policy!r}"
+        yield f"  offloaded      layers {first} to {last}, {_mb(self.moved)} in {self.where}; {self.policy!r}"
         yield f"    resident     {self.resident / 1e6:.1f} of {_mb(self.weights)} of weights and twins ({share:.0f} %)"
         yield (
             f"    peak memory  {_mb(self.peak_before)} before, {_mb(self.peak_after)} since; "
@@ -123,7 +123,7 @@ class OffloadedWeights(Placement):
                 brought_in=0 if before is None else before.brought_in,
             )
             self.sample()
-            log.info("offloaded blocks %d to %d, %.1f MB", *self.stats.blocks, moved / 1e6)
+            log.info("offloaded layers %d to %d, %.1f MB", *self.stats.blocks, moved / 1e6)
 
     def steps(self, program: Program, inputs: Sequence[Any], config: RiverConfig) -> Steps:
         if config.offload is None:

@@ -217,7 +217,7 @@ def _unsupported_options(config: RiverConfig) -> Iterator[str]:
     if config.offload is not None:
         yield (
             f"offload={config.offload} is not available under tensor parallelism, where each rank holds a share of "
-            "every block. Remove it, or use more ranks."
+            "every layer. Remove it, or use more ranks."
         )
     if config.graphs:
         yield f"graphs={config.graphs!r} is not available under {_NOT_CAPTURED}. Remove it."

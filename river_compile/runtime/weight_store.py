@@ -167,7 +167,7 @@ class PinnedMemory(WeightStore):
         except RuntimeError as error:
             raise OptionError(
                 f"Cannot allocate {tensor.nbytes / 1e6:.1f} MB of pinned host memory for offload= "
-                f"({str(error).splitlines()[0]}). Offload fewer blocks",
+                f"({str(error).splitlines()[0]}). Offload fewer layers",
                 id="RC080",
             ) from error
         values = host.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)

@@ -381,7 +381,7 @@ def test_strict_is_an_error_where_it_cannot_be_kept():
         ({"calibration_data": ["text"]}, "Texts in calibration_data= require tokenizer="),
         ({"calibration_data": "text"}, "calibration_data='text' is not allowed; give a list"),
         ({"prefill": "exit"}, "^RC062: prefill='exit'"),
-        ({"offload": 1, "offload_policy": "exit"}, r"^RC062: .*offload_policy='exit'.* block 1\..*policy='fetch'"),
+        ({"offload": 1, "offload_policy": "exit"}, r"^RC062: .*offload_policy='exit'.* layer 1\..*policy='fetch'"),
         ({"offload_policy": "fetch"}, "^RC003: offload_policy='fetch' requires offload="),
         ({"group_sise": 32}, "group_sise.*group_size"),
         ({"num_assistant_tokens": -1}, "num_assistant_tokens=-1"),

@@ -207,30 +207,35 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
         assert speeds[name] == pytest.approx(efficiency * 10e9 / reads[name])
     assert found["memory_bytes"] > found["disk_bytes"] > 0.75 * reads["plain"]
     page = river(capsys, "check", tiny, "--bandwidth", "10").out
-    for text in ("supported, 3 blocks", "an estimate", "River, default (exact)", "transformers", "compile cache"):
+    for text in ("supported, 3 layers", "an estimate", "River, default (exact)", "transformers", "compile cache"):
         assert text in page
 
 
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        (transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128), "the recurrent state of Mamba"),
-        (
-            transformers.Lfm2Config(**COMMON, num_hidden_layers=2, layer_types=["conv", "full_attention"]),
-            "cache layers of kind LinearAttentionLayer",
-        ),
-    ],
-    ids=["recurrence", "convolution"],
-)
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_check_says_which_models_run_at_transformers_speed_by_default(config, why, tmp_path, capsys):
-    config.save_pretrained(tmp_path)
+def test_check_says_that_a_model_runs_at_transformers_speed_by_default(tmp_path, capsys):
+    """A recurrence cannot be rewound."""
+    transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128).save_pretrained(tmp_path)
     found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", code=3)
-    assert why in found["exact_refusal"]
+    assert "the recurrent state of Mamba" in found["exact_refusal"]
+    assert found["drafts_refusal"] is None
     page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out.split())
     assert "exact runs at transformers' speed: " in page
     assert "River, default" not in page
     assert "River, fast with threshold=0.7" in page
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_check_says_that_a_model_runs_without_drafts_by_default(tmp_path, capsys):
+    """Convolutions keep no entries to remove; each token reads the packed weights."""
+    kinds = ["conv", "full_attention"]
+    transformers.Lfm2Config(**COMMON, num_hidden_layers=2, layer_types=kinds).save_pretrained(tmp_path)
+    found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10")
+    assert "cache layers of kind LinearAttentionLayer" in found["drafts_refusal"]
+    assert found["exact_refusal"] is None
+    assert found["bytes_per_token"]["exact"] == 0.75 * found["bytes_per_token"]["plain"]
+    page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10").out.split())
+    assert "exact runs without drafts, on River's kernels: " in page
+    assert "River, default" in page
 
 
 @pytest.mark.slow
@@ -239,7 +244,7 @@ def test_check_of_a_model_that_is_refused_is_code_3(tmp_path, capsys):
     """MPT's code reads tensors, which breaks its graph and has nothing to read here."""
     transformers.MptConfig(vocab_size=128, d_model=64, n_heads=4, n_layers=2, max_seq_len=64).save_pretrained(tmp_path)
     found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", code=3)
-    assert "decoder blocks" in found["refusal"] or "does not run without weights" in found["refusal"]
+    assert "decoder layers" in found["refusal"] or "does not run without weights" in found["refusal"]
     assert found["bytes"] is None
     assert "unsupported" in river(capsys, "check", tmp_path, "--bandwidth", "10", code=3).out
 

@@ -88,7 +88,7 @@ class TestASecondStart:
         assert none == 0
         assert torch.equal(first[1], second)
         assert {graph.origin for graph in found.graphs} == {"stored"}
-        assert "prefill        3 blocks, static cache, from the compile cache;" in str(found)
+        assert "prefill        3 layers, static cache, from the compile cache;" in str(found)
         assert {twin.folder for graph in found.graphs for twin in graph.twins} == {
             str(next(used.glob("twins-*/packed")))
         }

@@ -178,7 +178,7 @@ class Seen(LogitsProcessor, BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), *each([("llama", 2), ("gemma3", 1)], [])])
 def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype):
     """On River's own kernels: ids, logits and cache. (Several rows do not draft.)"""

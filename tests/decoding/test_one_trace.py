@@ -38,7 +38,7 @@ def test_dynamo_traces_once(traced, quality):
         ("prefill", "traced"),
         ("decode", "derived"),
     }
-    assert "decode         3 blocks, static cache, from the graph of several tokens;" in str(report(model))
+    assert "decode         3 layers, static cache, from the graph of several tokens;" in str(report(model))
 
 
 def test_a_prompts_head_is_that_of_its_last_token():

@@ -132,7 +132,7 @@ def test_it_can_be_read(found):
     text = str(found)
     assert "guarantee  mean kl at most 0.3 on unseen text of the same kind, confidence 90%" in text
     assert "texts above 1.5 counted as 1.5" in text
-    assert "of 3 blocks" in text
+    assert "of 3 layers" in text
     assert f"criterion='{found.base_options['criterion']}'" in text
     assert re.search(r"of full depth's time per token: \d+ tokens/s instead of \d+", text)
 

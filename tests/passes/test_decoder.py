@@ -174,7 +174,7 @@ def test_several_streams_in_one_tensor_are_a_hidden_state(place, axis):
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda s: s.block(0, s.b.call("neg", s.hidden)), "no decoder blocks"),
+        (lambda s: s.block(0, s.b.call("neg", s.hidden)), "no decoder layers"),
         (lambda s: s.block(0, s.block(1, s.b.call("neg", s.hidden))), "do not run one after the other"),
         (lambda s: s.block(1, s.block(0, s.b.call("neg", s.hidden), write=False), write=False), "write no KV cache"),
         (

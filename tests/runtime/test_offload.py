@@ -233,7 +233,7 @@ def test_exit_makes_every_token_leave_in_time(elsewhere, reference, options):
     assert [step.depth for step in seen.tokens] == [2, 2, 2]
     assert_same(reference["static", (2, 2, 2)], (logits, cache))
     assert set(report(model).graphs[-1].candidates) <= {1}
-    with pytest.raises(ValueError, match=r"Depth 3 is not available.*block 2.*with offload_policy='fetch'"):
+    with pytest.raises(ValueError, match=r"Depth 3 is not available.*layer 2.*with offload_policy='fetch'"):
         decode(model, new_cache(model, "static"), [3])
 
 
@@ -323,7 +323,7 @@ def test_exact_mode_streams_or_is_refused():
     assert torch.equal(model.generate(ids, **exactly), plain)
     torch._dynamo.reset()
     model.compile(backend=river, options={**OPTIONS, "offload": 1})
-    with pytest.raises(ValueError, match=r"block 1.*Use offload_policy='fetch'"):
+    with pytest.raises(ValueError, match=r"layer 1.*Use offload_policy='fetch'"):
         model.generate(ids, **exactly)
 
 
@@ -335,7 +335,7 @@ def test_depths_and_folders_are_checked_before_anything_is_packed(tmp_path, monk
         assert not report(step.model).packed
         return str(error.value)
 
-    assert "offload=3 leaves none of 3 blocks" in message(offload=3)
+    assert "offload=3 leaves none of 3 layers" in message(offload=3)
     absent = tmp_path / "absent"
     assert f"Cannot write to offload_dir='{absent}'" in message(offload=2, offload_dir=absent)
     monkeypatch.setattr(weight_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
@@ -392,8 +392,8 @@ def test_the_report_tells_what_left(tmp_path):
     assert abs(stats["weights"] - everything) < 1000  # (the rotary embedding's frequencies count too)
     assert stats["peak_before"] > stats["moved"]
     assert stats["peak_after"] > 0
-    assert f"blocks 2 to 3, {stats['moved'] / 1e6:.1f} MB in memory-mapped files in {tmp_path}; 'exit'" in str(reported)
-    assert "at latest    after block 1" in str(reported)
+    assert f"layers 2 to 3, {stats['moved'] / 1e6:.1f} MB in memory-mapped files in {tmp_path}; 'exit'" in str(reported)
+    assert "at latest    after layer 1" in str(reported)
     assert json.loads(json.dumps(reported.to_dict()))["offloaded"]["resident"] == stats["resident"]
 
 

@@ -158,7 +158,7 @@ def make(
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {name: partial(make, name) for name in CONFIGS}
 
 # With a static cache: MPT's code breaks the graph inside every block, so no piece of it holds a decoder.
-REFUSED = {"mpt": "no decoder blocks"}
+REFUSED = {"mpt": "no decoder layers"}
 REWRITTEN = [name for name in FAMILIES if name not in REFUSED]
 
 

@@ -36,7 +36,7 @@ def test_a_refusal_is_no_failure():
 
     found = check("any", caches=["static"], build=build)
     assert (found.result, found.depths) == ("refused", {})
-    assert found.reason.startswith("no decoder blocks")
+    assert found.reason.startswith("no decoder layers")
 
 
 def test_a_difference_is_a_failure(monkeypatch):
@@ -89,6 +89,15 @@ def test_the_page_is_what_the_results_say():
     assert not [name for name, row in rows.items() if row["accelerate"] in ("failed", "not tried")]
     faster = [name for name, row in rows.items() if row["accelerate"] in ("yes", "no drafts")]
     assert f"`accelerate` speeds up {len(faster)}:" in text
+
+
+def test_rows_say_what_stays_in_16_bits():
+    """Routers and convolutions by their names, since one reason covers all of them."""
+    rows = parse(results.PAGE.read_text(encoding="utf-8"))
+    reasons = {name: row[results.COLUMNS[-1]] for name, row in rows.items()}
+    assert reasons["deepseek_v3"] == "[routers](guides/moe.md) (2)"
+    assert reasons["lfm2"].startswith("convolutions (")
+    assert reasons["qwen3_moe"] == "[routers](guides/moe.md) (3)"
 
 
 @pytest.mark.parametrize(("model_type", "how"), [("gpt2", "drafts"), ("gpt_neo", "no drafts"), ("rwkv", "plain")])

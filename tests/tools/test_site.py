@@ -38,3 +38,8 @@ def test_with_the_repositorys_address_links_out_of_the_pages_lead_there():
 def test_a_list_may_follow_a_paragraph():
     text = "Two:\n- one\n- two\n\n```\ncode:\n- none\n```\n\nMore:\n1. first\n   - inner\n"
     assert site.spaced(text) == text.replace("Two:\n", "Two:\n\n").replace("More:\n", "More:\n\n")
+
+
+def test_a_range_stays_on_one_line():
+    found = site.on_page_content("<td>251 (194–621)</td>", None, None, None)
+    assert found == '<td>251 <span class="river-range">(194–621)</span></td>'

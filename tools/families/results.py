@@ -34,10 +34,11 @@ COLUMNS = (
     "4-bit matmuls per layer",
     "reason, or what stays in 16 bits",
 )
+_ROUTERS = "[routers](guides/moe.md)"
 # What the reasons of the passes mean to someone who has a model and no graph, the first that matches.
 _WORDS = (
     (r"a weight of shape .* that no plain linear layer reads", "weights that no linear layer reads"),
-    (r"a router: .*", "routers"),
+    (r"a router: .*", _ROUTERS),
     (r"\d+ input features have no group of \d+ or more", "matrices too small for groups of 32"),
     (
         r"Exact mode removes rejected tokens, which the recurrent state of .*",
@@ -48,9 +49,9 @@ _WORDS = (
     (r"Exact mode removes rejected .* KV cache layers of kind .*", "its KV cache cannot take drafts back"),
     (r"Exact mode verifies several new tokens in one pass, .*", "its code reads the whole text at every step"),
     (r"use_cache=False is not available.*", "generates without a KV cache"),
-    (r".*the blocks write no KV cache.*", "a layer keeps no KV cache"),
+    (r".*the (?:blocks|layers) write no KV cache.*", "a layer keeps no KV cache"),
     (r".*Dynamo broke the graph here: .*\((.*)\)", r"Dynamo cannot trace its code in one piece (\1)"),
-    (r".*no decoder blocks: .*", "layers of several classes"),
+    (r".*no decoder (?:blocks|layers): .*", "layers of several classes"),
     (r".*one hidden state must pass .*|.*do not run one after the other.*", "layers that pass on more than one state"),
     (r".*steps ran in a graph for prompts.*", "its code reads the whole text at every step"),
     (r"Exact mode requires a model that backend='river' can rewrite: .*", "unsupported by the backend"),
@@ -92,11 +93,13 @@ def page(known: Mapping[str, Outcome]) -> str:
     untried, total = count["not built"] + count["not tried"], f"{len(known)} causal language model types"
     return f"""# Models
 
+Does `accelerate` make your model faster? Look up its type here (`model_type` in its `config.json`), or ask
+`river check MODEL`, which reads the configuration alone.
+
 Of {total} of transformers {transformers.__version__}, `accelerate` speeds up {yes + undrafted}:
 {yes} with drafts, {undrafted} without. {plain} run at transformers' speed, {untried} could not be tried,
 {count["failed"]} failed.
 Each was tried as a tiny random model in float32: the output of `accelerate` is the plain model's.
-`river check MODEL` tells for one model, from its configuration.
 
 - **accelerate**: "yes" with drafts; "no drafts": River's kernels decode token by token; "no": transformers' own loop
   runs, with a warning that names the reason.
@@ -104,6 +107,8 @@ Each was tried as a tiny random model in float32: the output of `accelerate` is 
   twins, generation at full depth, at depth 0 and in between has the output of plain generation, and its logits within
   {TOLERANCE:g} (or the distance between float32 and float64 if that is more). "part in 16 bits": so do some twins.
 - **caches**: static and dynamic KV caches that work with the backend.
+- **what stays in 16 bits**: for example routers, which choose the experts of a
+  [mixture of experts](guides/moe.md). The experts themselves have 4 bits in twins.
 - **not built**: transformers makes no generating model of this type from a configuration alone.
 
 `make families` writes this page, in an hour or more. [models.jsonl](models.jsonl) has the words of each refusal.
@@ -137,6 +142,16 @@ def plain_words(reason: str) -> str:
     return reason
 
 
+def _what_stays(reason: str, name: str) -> str:
+    """Return what a weight that no twin replaces is, by the reason of the passes and its name."""
+    if "no plain linear layer reads" in reason:
+        if re.search(r"(mlp|mixer)\.gate\.", name):
+            return _ROUTERS
+        if "conv" in name:
+            return "convolutions"
+    return plain_words(reason)
+
+
 def _table(outcomes: Sequence[Outcome]) -> str:
     head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
     return head + "".join(f"| {' | '.join(row(outcome))} |\n" for outcome in outcomes)
@@ -146,7 +161,7 @@ def row(outcome: Outcome) -> tuple[str, ...]:
     """Return a type's cells."""
     kept = Counter[str]()
     for reason, names in outcome.kept.items():
-        kept[plain_words(reason)] += len(names)
+        kept.update(_what_stays(reason, name) for name in names)
     reasons = [f"{words} ({count})" for words, count in sorted(kept.items())]
     reasons += [f"{kind} cache: {plain_words(why)}" for kind, why in outcome.without.items() if outcome.depths]
     reasons += [f"backend: {plain_words(outcome.reason)}"] if outcome.result == "refused" else []
