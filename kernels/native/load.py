@@ -170,9 +170,9 @@ _FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor] | None]] = {
     "mixture": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "route": lambda logits, each, _routing, floats: route_like(logits, each, floats),
     "embed": lambda ids, table: table.new_empty((*ids.shape, table.shape[1])),
-    # Cosines or sines of positions times frequencies, twice as many features as frequencies.
-    "turns": lambda positions, frequencies, _scale, _sine, like: like.new_empty(
-        (*positions.shape, 2 * len(frequencies))
+    # Cosines or sines of positions times frequencies, twice as many features as frequencies, or as many (`once`).
+    "turns": lambda positions, frequencies, _scale, _sine, like, once=False: like.new_empty(
+        (*positions.shape, len(frequencies) * (1 if once else 2))
     ),
     "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "rescore": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),

@@ -89,6 +89,14 @@ _NATIVE = (
         ("tests/kernels/native/test_cache.py",),
     ),
     Mutation(
+        "attention-sinks",
+        f"{SOURCES}/kernels/attention.h",
+        "return shrunk / (total * shrunk + exp_of(sink - most));",
+        "return shrunk / (total + exp_of(sink - most));",
+        "a sink above all scores leaves the sum of the weights as it was",
+        ("tests/kernels/native/test_cache.py",),
+    ),
+    Mutation(
         "linear-zero",
         f"{SOURCES}/kernels/gemv_int4.h",
         "fma(zero, every(x[r].sum[g]), fma(products[r], scale, sums[h][r]))",
