@@ -67,8 +67,8 @@ _NATIVE = (
     Mutation(
         "kv-rotation",
         f"{SOURCES}/kernels/kv_fill.h",
-        "x[first] * cos[first] - x[second] * sin[first];",
-        "x[first] * cos[first] + x[second] * sin[first];",
+        "x[first] * cos[of_first] - x[second] * sin[of_first];",
+        "x[first] * cos[of_first] + x[second] * sin[of_first];",
         "half of a head is rotated the other way",
         ("tests/kernels/native/test_cache.py",),
     ),
