@@ -21,17 +21,20 @@ _LONGEST = 15
 FAST_LAYERS = 2
 _IN_12_BITS = 12 / 16  # of the bytes of bfloat16 weights
 _IN_4_BITS = 4.5 / 16  # with a scale and a zero point for each group
+_IN_MXFP4 = 4.25 / 16  # with a scale for each group
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of weights of a model in 16 bits that a token reads, and of its twins."""
+    """Bytes of weights of a model that a token reads, in 16 bits but for experts in MXFP4, and of its twins."""
 
     parameters: int
     layers: int
     blocks: float  # bytes of all layers
     twins: float  # bytes of all twins
     head: float  # bytes
+    experts: float = 0.0  # bytes of chosen experts in MXFP4, which layers and twins share
+    all_experts: float = 0.0  # bytes of all of them
 
     @property
     def head_twin(self) -> float:
@@ -40,18 +43,24 @@ class Sizes:
 
     @property
     def packed(self) -> float:
-        """Bytes of layers and head in 12 bits."""
-        return _IN_12_BITS * (self.blocks + self.head)
+        """Bytes of layers and head in 12 bits, but for experts in MXFP4."""
+        return _IN_12_BITS * (self.blocks - self.experts + self.head)
+
+    @property
+    def full_depth(self) -> float:
+        """Bytes of layers and head as River reads them."""
+        return self.packed + self.experts
 
 
 def bytes_per_token(sizes: Sizes) -> dict[str, float]:
     """Return the bytes of weights that a token reads in transformers, with both qualities and all in 4 bits."""
     share = FAST_LAYERS / sizes.layers
     drafts = DRAFTED * (sizes.twins + sizes.head_twin)
+    layers = _IN_12_BITS * (sizes.blocks - sizes.experts) + sizes.experts
     return {
-        PLAIN: sizes.blocks + sizes.head,
-        EXACT: (sizes.packed + drafts) / EMITTED,
-        FAST: share * _IN_12_BITS * sizes.blocks + (1 - share) * sizes.twins + sizes.head_twin,
+        PLAIN: sizes.blocks + sizes.head + sizes.experts * (1 / _IN_MXFP4 - 1),  # which it dequantizes
+        EXACT: min(sizes.full_depth, (sizes.full_depth + drafts) / EMITTED),  # it drafts only while that pays
+        FAST: share * layers + (1 - share) * sizes.twins + sizes.head_twin,
         ALL_4BIT: sizes.twins + sizes.head_twin,
     }
 
@@ -61,7 +70,7 @@ def bytes_with_assistant(sizes: Sizes, assistant: Sizes) -> float:
     # A cycle emits 1 + a + a^2 + ... tokens (Leviathan et al. 2023, arXiv 2211.17192, equation 1).
     step = assistant.twins + assistant.head_twin
     emitted = {n: (1 - AGREES ** (n + 1)) / (1 - AGREES) for n in range(1, _LONGEST + 1)}
-    return min((sizes.packed + n * step) / tokens for n, tokens in emitted.items())
+    return min((sizes.full_depth + n * step) / tokens for n, tokens in emitted.items())
 
 
 def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, float]:
@@ -72,10 +81,11 @@ def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, floa
 
 def memory_bytes(sizes: Sizes) -> float:
     """Return the bytes of weights that River keeps in memory: in 12 bits, in 4 bits, and other ones in 16."""
-    others = 2 * sizes.parameters - (sizes.blocks + sizes.head)  # embeddings that are no head
-    return disk_bytes(sizes) + max(others, 0)
+    in_16_bits = 2 * sizes.parameters - sizes.all_experts / _IN_MXFP4
+    others = in_16_bits - (sizes.blocks - sizes.experts + sizes.head)  # embeddings that are no head
+    return disk_bytes(sizes) + max(others, 0) + sizes.all_experts
 
 
 def disk_bytes(sizes: Sizes) -> float:
-    """Return the bytes of the compile cache: 12-bit and 4-bit weights."""
-    return sizes.packed + sizes.twins + sizes.head_twin
+    """Return the bytes of the compile cache: 12-bit and 4-bit weights, without experts of the checkpoint."""
+    return sizes.packed + sizes.twins - sizes.experts + sizes.head_twin

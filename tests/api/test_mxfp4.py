@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 import river_compile
 from river_compile import report
+from river_compile.cli.shared import load
 from river_compile.errors import OptionError
 from river_compile.kernels.native.build import choose_isa
 from river_compile.kernels.quant.mxfp4 import Mxfp4Stack
 from tests.lowering.test_packed_backbone import generate
 from tests.support.families import MORE_CONFIGS
 from tests.support.layout import ROOT, run_python
+from tests.support.tokenizers import byte_tokenizer
 from tools.families.mxfp4 import write_gpt_oss
 
 pytestmark = pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors")
@@ -98,6 +100,18 @@ def test_from_pretrained_keeps_experts_in_4_bits(folder):
     assert isinstance(model.get_parameter(STACK), Mxfp4Stack)
     model = river_compile.from_pretrained(folder, dtype=torch.float32, compile_cache=False)
     assert not isinstance(model.get_parameter(STACK), Mxfp4Stack)
+
+
+def test_commands_that_only_run_a_model_keep_experts_in_4_bits(folder, tmp_path):
+    """Not those that also run or save the plain model."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    byte_tokenizer().save_pretrained(tmp_path)
+    for as_it_comes in (True, False):
+        model, _ = load(tmp_path, as_it_comes=as_it_comes)
+        assert isinstance(model.get_parameter(STACK), Mxfp4Stack) == as_it_comes
+    model, _ = load(tmp_path, torch.float32, as_it_comes=True)
+    assert model.get_parameter(STACK).dtype == torch.float32
 
 
 def test_other_kernels_are_an_error(folder):
