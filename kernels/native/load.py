@@ -308,6 +308,12 @@ def pack_bf12(weight: Tensor, palette: Tensor, units: Tensor, first: Tensor, pat
     _call("river_pack_bf12", weight, rows, features, palette, units, ctypes.c_int64(len(first) - 1), first, patches)
 
 
+def find_mxfp4(weight: Tensor, blocks: Tensor, scales: Tensor) -> bool:
+    """Fill MXFP4's blocks and scales with the values of a contiguous bfloat16 weight; return whether they have them."""
+    groups = ctypes.c_int64(scales.numel())
+    return bool(_call("river_find_mxfp4", weight, groups, blocks, scales))
+
+
 def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> Any:
     library = _packing(choose_isa())
     assert library is not None, "call `can_pack` or `has_packing` first"
@@ -324,5 +330,5 @@ def _packing(isa: Isa) -> ctypes.CDLL | None:
         return None
     for name in ("fit_grid", "round_block", "count_upper", "pack_bf12"):
         getattr(library, f"river_{name}").restype = None
-    library.river_pack_mse.restype = ctypes.c_bool
+    library.river_pack_mse.restype = library.river_find_mxfp4.restype = ctypes.c_bool
     return library

@@ -58,7 +58,7 @@ def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
 
 def load_as_it_comes(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Load any model by transformers, in eval mode; experts in MXFP4 stay so unless an argument forbids it."""
-    with contextlib.nullcontext() if why_not_mxfp4(kwargs) else experts_as_they_come():
+    with keeping_mxfp4(kwargs):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
     return model
 
@@ -84,9 +84,13 @@ def why_not_mxfp4(kwargs: Mapping[str, Any]) -> str:
     return ""
 
 
+def keeping_mxfp4(kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Have ``from_pretrained`` of transformers with these arguments keep MXFP4 experts as they are, if they allow it."""
+    return contextlib.nullcontext() if why_not_mxfp4(kwargs) else _experts_as_they_come()
+
+
 @contextlib.contextmanager
-def experts_as_they_come() -> Iterator[None]:
-    """Have ``from_pretrained`` of transformers keep MXFP4 experts of a checkpoint as they are."""
+def _experts_as_they_come() -> Iterator[None]:
     failed: list[OptionError] = []
 
     def stack_of(name: str, blocks: torch.Tensor | None, scales: torch.Tensor | None) -> torch.nn.Parameter:

@@ -15,7 +15,8 @@ from river_compile import report
 from river_compile.cli.shared import load
 from river_compile.errors import OptionError
 from river_compile.kernels.native.build import choose_isa
-from river_compile.kernels.quant.mxfp4 import Mxfp4Stack
+from river_compile.kernels.quant import layouts
+from river_compile.kernels.quant.mxfp4 import Mxfp4Stack, find_mxfp4
 from tests.lowering.test_packed_backbone import generate
 from tests.support.families import MORE_CONFIGS
 from tests.support.layout import ROOT, run_python
@@ -70,6 +71,23 @@ def test_text_and_scores_are_those_of_the_dequantized_model(folder, expected, lo
     assert graph["fused"]["router + experts"] == graph["fused"]["attention"] == 4  # in layers and twins
     assert graph["missed"] == []
     assert {unit for graph in report(model).graphs for unit in graph.captures.uncaptured_units} == set()
+
+
+def test_stacks_that_were_found_in_16_bits_are_found_once(folder, expected, tmp_path, monkeypatch):
+    """A later process reads them from the compile cache."""
+    monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(tmp_path))
+    looked: list[torch.Tensor] = []
+    monkeypatch.setattr(layouts, "find_mxfp4", lambda weight: looked.append(weight) or find_mxfp4(weight))
+    for times in (2 * 2 * 4, 0):  # layers, stacks, experts
+        model = accelerated(dequantized(folder), target_weights="12bit")
+        assert all(map(torch.equal, generate(model), expected))
+        assert len(looked) == times
+        looked.clear()
+        graph = next(graph for graph in report(model).to_dict()["graphs"] if graph["kind"] == "decode")
+        assert 0 < graph["expert_bytes"] < 0.3 * 2 * sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    (file,) = tmp_path.glob("backbone-*/packed/twins.safetensors")
+    stored = {tensor.dtype for name, tensor in load_file(file).items() if "experts" in name}
+    assert stored == {torch.uint8}
 
 
 def test_a_twin_has_the_layers_experts(folder, expected):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from typing import Any
@@ -13,7 +12,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 
 from river_compile.api.accelerate import accelerate
-from river_compile.api.mxfp4 import experts_as_they_come, why_not_mxfp4
+from river_compile.api.mxfp4 import keeping_mxfp4
 from river_compile.cli.serving import app, prompts
 from river_compile.cli.serving.batches import State
 from river_compile.cli.shared import loading
@@ -35,8 +34,8 @@ class Models(ModelManager):
             return super()._load_processor(name, *args, **kwargs)
 
     def _load_model(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        keeps = torch.device(self.device).type == "cpu" and not why_not_mxfp4({"dtype": self.dtype})
-        with loading(name), experts_as_they_come() if keeps else contextlib.nullcontext():
+        elsewhere = None if torch.device(self.device).type == "cpu" else self.device
+        with loading(name), keeping_mxfp4({"dtype": self.dtype, "device_map": elsewhere}):
             model = super()._load_model(name, *args, **kwargs)
         accelerate(model, **self.acceleration)
         prompt = torch.ones((1, _WARM_UP), dtype=torch.long, device=model.device)
