@@ -85,7 +85,7 @@ def why_not_mxfp4(kwargs: Mapping[str, Any]) -> str:
 
 
 def keeping_mxfp4(kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Have ``from_pretrained`` of transformers with these arguments keep MXFP4 experts as they are, if they allow it."""
+    """Have ``from_pretrained`` with these arguments keep MXFP4 experts as they are, if they allow it."""
     return contextlib.nullcontext() if why_not_mxfp4(kwargs) else _experts_as_they_come()
 
 
