@@ -26,6 +26,7 @@ def kv_fill(
     norm: str,
     eps: float,
     interleaved: bool,
+    half_tables: bool = False,
 ) -> Tensor:
     """Split q|k|v, transform the heads, write a slot of the caches for each position and return the query.
 
@@ -38,6 +39,7 @@ def kv_fill(
         norm: "rms" or "rms_plus_one" with q_norm and k_norm, else "none".
         eps: of the norm.
         interleaved: whether rotated pairs are neighbors instead of R / 2 apart.
+        half_tables: cos and sin are ``[..., R / 2]``, with one angle for each pair.
 
     Returns:
         The query ``[B, H, D]`` in qkv.dtype, for several positions ``[B, T, H, D]``.
@@ -47,8 +49,17 @@ def kv_fill(
     """
     several = qkv.dim() == 3 and qkv.shape[1] > 1
     heads = _heads(qkv, k_cache, several)
+    if half_tables:
+        cos, sin = whole_table(cos, interleaved), whole_table(sin, interleaved)
     q = _fill(heads, q_norm, k_norm, cos, sin, slot.reshape(-1), k_cache, v_cache, norm, eps, interleaved)
     return q if several else q[:, 0].contiguous()
+
+
+def whole_table(table: Tensor | None, interleaved: bool) -> Tensor | None:
+    """Return ``[..., R]`` of a rotation's table ``[..., R / 2]`` with one angle for each pair."""
+    if table is None:
+        return None
+    return table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1)
 
 
 def _heads(qkv: Tensor, k_cache: Tensor, several: bool) -> Tensor:
@@ -195,6 +206,7 @@ def decode_attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend from one query position to the slots of a static cache.
 
@@ -205,6 +217,7 @@ def decode_attention(
             dtype's least number for a masked slot. None for all slots. A fully masked row gives 0.
         scale: of the scores.
         softcap: c in c tanh(score / c); 0 for none.
+        sinks: ``[H]`` in any floating dtype: each head's score of one more key, whose value is 0. None for none.
 
     Returns:
         ``[B, H, D]`` in q.dtype.
@@ -216,7 +229,7 @@ def decode_attention(
         if mask.is_floating_point():
             mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
         mask = mask[:, None, None]
-    return cache_attention(q.unsqueeze(1), k_cache, v_cache, mask, scale, softcap).squeeze(1)
+    return cache_attention(q.unsqueeze(1), k_cache, v_cache, mask, scale, softcap, sinks=sinks).squeeze(1)
 
 
 DECODE_ATTENTION = torch.library.custom_op("river::decode_attention", decode_attention, mutates_args=())
@@ -229,7 +242,14 @@ def _(q: Tensor, *_others: Any) -> Tensor:
 
 @torch.library.custom_op("river::attention", mutates_args=())
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend from several query positions to the slots of a static cache.
 
@@ -240,15 +260,14 @@ def attention(
         scale: of the scores.
         softcap: c in c tanh(score / c), before the mask; 0 for none.
         causal: position t attends to slots 0 to t, without a mask.
+        sinks: as in `decode_attention`.
 
     Returns:
         ``[B, T, H, D]`` in q's dtype, zeros for a position without slots.
     """
-    return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
+    return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal, sinks)
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
-) -> Tensor:
+def _(q: Tensor, *_others: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

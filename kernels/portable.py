@@ -59,6 +59,7 @@ def cache_attention(
     scale: float,
     softcap: float = 0.0,
     causal: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Run ``river::attention``, with all scores in memory, in float32."""
     k, v = (cache.float().repeat_interleave(q.shape[2] // cache.shape[1], 1) for cache in (k_cache, v_cache))
@@ -69,7 +70,10 @@ def cache_attention(
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1).masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    weights = torch.softmax(scores, -1)[..., : k.shape[2]].masked_fill(nothing, 0.0)
     return (weights @ v).transpose(1, 2).contiguous().to(q.dtype)
 
 

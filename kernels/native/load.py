@@ -170,9 +170,9 @@ _FAKES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor] | None]] = {
     "mixture": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "route": lambda logits, each, _routing, floats: route_like(logits, each, floats),
     "embed": lambda ids, table: table.new_empty((*ids.shape, table.shape[1])),
-    # Cosines or sines of positions times frequencies, twice as many features as frequencies.
-    "turns": lambda positions, frequencies, _scale, _sine, like: like.new_empty(
-        (*positions.shape, 2 * len(frequencies))
+    # Cosines or sines of positions times frequencies, twice as many features as frequencies, or as many (`once`).
+    "turns": lambda positions, frequencies, _scale, _sine, like, once=False: like.new_empty(
+        (*positions.shape, len(frequencies) * (1 if once else 2))
     ),
     "norm": lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     "rescore": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
@@ -308,6 +308,12 @@ def pack_bf12(weight: Tensor, palette: Tensor, units: Tensor, first: Tensor, pat
     _call("river_pack_bf12", weight, rows, features, palette, units, ctypes.c_int64(len(first) - 1), first, patches)
 
 
+def find_mxfp4(weight: Tensor, blocks: Tensor, scales: Tensor) -> bool:
+    """Fill MXFP4's blocks and scales with the values of a contiguous bfloat16 weight; return whether they have them."""
+    groups = ctypes.c_int64(scales.numel())
+    return bool(_call("river_find_mxfp4", weight, groups, blocks, scales))
+
+
 def _call(name: str, *arguments: Tensor | ctypes._SimpleCData) -> Any:
     library = _packing(choose_isa())
     assert library is not None, "call `can_pack` or `has_packing` first"
@@ -324,5 +330,5 @@ def _packing(isa: Isa) -> ctypes.CDLL | None:
         return None
     for name in ("fit_grid", "round_block", "count_upper", "pack_bf12"):
         getattr(library, f"river_{name}").restype = None
-    library.river_pack_mse.restype = ctypes.c_bool
+    library.river_pack_mse.restype = library.river_find_mxfp4.restype = ctypes.c_bool
     return library

@@ -162,6 +162,9 @@ def tensors_of(name: str, n: int, k: int, group: int) -> dict[str, tuple[tuple[i
     if name in lossless.LAYOUTS_12BIT:
         units, side = lossless.shapes_12bit(n, k)
         return {"qweight": (units, (torch.uint8,)), "scale_zero": (side, (torch.int32,))}
+    if name == LAYOUT_MXFP4:
+        groups = (n, k // GROUP)
+        return {"qweight": ((*groups, GROUP // 2), (torch.uint8,)), "scale_zero": (groups, (torch.uint8,))}
     blocks, pairs = (-(-n // 16), k // group), (n, k // group, 2)
     native = ((*blocks, 16, 2), (torch.bfloat16,))
     qweight, scale_zero = {

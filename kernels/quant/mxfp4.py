@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from river_compile.kernels.native import load as native
+
 LAYOUT_MXFP4 = "mxfp4"
 GROUP = 32  # input features that share a scale
 _BYTES = GROUP // 2
 _NOT_A_NUMBER = 255  # the scale that stands for NaN
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1; codes from 8 on are negative
-_SAMPLED_ROWS = 16  # tell most stacks that are none
 
 # For N output and K input features: blocks uint8 [N, K / 32, 16], byte j of a group its features 2 j in the low and
 # 2 j + 1 in the high nibble; scales uint8 [N, K / 32], each 2^(scale - 127). Every value fits into bfloat16. Of a group
@@ -36,25 +37,13 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def find_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return blocks and scales of a bfloat16 matrix ``[N, K]`` with exactly their values; None if it has none."""
-    if weight.dtype != torch.bfloat16 or weight.shape[1] % GROUP:
+    """Return blocks and scales of a bfloat16 matrix ``[N, K]`` with exactly its values; None if it has none."""
+    n, k = weight.shape
+    if weight.dtype != torch.bfloat16 or k % GROUP:
         return None
-    sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
-    return _found(weight) if _found(sample) is not None else None
-
-
-def _found(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    bits = weight.detach().contiguous().view(torch.int16).unflatten(1, (-1, GROUP))
-    magnitudes = bits & 0x7FFF
-    scales = ((magnitudes.amax(-1) >> 7) - 2).clamp_(min=0)
-    steps = magnitudes - (scales << 7).unsqueeze(-1)  # of 64 from the number 1 on; -128 is 0.5
-    zero, half = magnitudes == 0, steps == -128
-    other = (steps >= 0) & (steps <= 320) & (steps & 63 == 0)
-    if not bool((zero | ((half | other) & (magnitudes >= 128))).all()) or bool((scales + 2 >= _NOT_A_NUMBER).any()):
-        return None
-    codes = torch.where(zero, 0, torch.where(half, 1, (steps >> 6) + 2)) | (bits >> 12 & 8)
-    codes = codes.to(torch.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << 4, scales.to(torch.uint8)
+    blocks = torch.empty((n, k // GROUP, _BYTES), dtype=torch.uint8)
+    scales = torch.empty(blocks.shape[:-1], dtype=torch.uint8)
+    return (blocks, scales) if native.find_mxfp4(weight.detach().contiguous(), blocks, scales) else None
 
 
 def check_mxfp4(name: str, blocks: Tensor, scales: Tensor) -> None:
@@ -107,6 +96,8 @@ class Mxfp4Stack(Tensor):
 
     def dequantize(self) -> Tensor:
         """Return the bfloat16 values ``[E, K, N]``."""
+        if self.blocks.is_meta:  # a table of numbers is no fake tensor there
+            return self.blocks.new_empty(self.shape, dtype=self.dtype)
         return unpack_mxfp4(self.blocks, self.scales).mT.contiguous()
 
     @classmethod

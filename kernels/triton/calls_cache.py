@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from river_compile.kernels import MAX_EXACT_ROWS
-from river_compile.kernels.cache_ops import one_place
+from river_compile.kernels import MAX_EXACT_ROWS, cache_ops
+from river_compile.kernels.cache_ops import one_place, whole_table
 from river_compile.kernels.portable import cache_attention
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch
@@ -36,8 +36,11 @@ def kv_fill(
     norm: str,
     eps: float,
     interleaved: bool,
+    half_tables: bool = False,
 ) -> Tensor:
     """Run a kernel as `cache_ops.kv_fill`; raise a ValueError for inconsistent shapes, strides or dtypes."""
+    if half_tables:  # which no rule makes for these kernels
+        cos, sin = whole_table(cos, interleaved), whole_table(sin, interleaved)
     several = qkv.dim() == 3 and qkv.shape[1] > 1
     how = (norm, eps, interleaved)
     made = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how, several=several)
@@ -185,8 +188,11 @@ def decode_attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Run a kernel as `cache_ops.decode_attention`; raise as `kv_fill`."""
+    """Run a kernel as `cache_ops.decode_attention`, without one where there are sinks; raise as `kv_fill`."""
+    if sinks is not None:  # which no rule makes for these kernels
+        return cache_ops.decode_attention(q, k_cache, v_cache, mask, scale, softcap, sinks)
     b, _, d = q.shape
     if k_cache.shape[0] != b or k_cache.shape[3] != d:
         raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")

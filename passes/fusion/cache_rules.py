@@ -51,6 +51,8 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     if v is None or v.norm or v.rotation:
         raise NoMatch("the value is not a range of columns", skip_views(v_entry.value))
     q = _query(attended.q, k)
+    halved = k.rotation is not None and k.rotation.half_tables
+    require(view.native or not halved, "only the C++ kernels read tables with one angle for each pair", q.node)
     last = max(entry.writer for entry in entries)
     moved = _users_before(q.node, last)
     _check_heads(q, k, v, entries)
@@ -79,19 +81,24 @@ def fuse_attention(view: BlockView) -> fx.Node:
         with view.graph.inserting_before(node):
             mask = _mask(found, node)
             query = call(torch.squeeze, (found.q, 2), q.squeeze(2), found.q)
-            arguments = (query, found.k, found.v, mask, found.scale, found.softcap)
+            arguments = (query, found.k, found.v, mask, found.scale, found.softcap, *_sinks(found))
         fused = replace_node(torch.ops.river.decode_attention.default, arguments, value_of(query), node)
         return fused if view.native else fuse_write(fused)
     require(view.native, f"the query has shape {shape(found.q)}, not one position of fixed heads", node)
     with view.graph.inserting_before(node):
         query = _transpose(found.q)
         how = (_mask_of_several(found), found.scale, found.softcap, found.causal)
-        given = (query, found.k, found.v, *how)
+        given = (query, found.k, found.v, *how, *_sinks(found))
         fused = call(torch.ops.river.attention.default, given, torch.empty_like(value_of(query).contiguous()), node)
         result = _transpose(fused)
     node.replace_all_uses_with(result)
     drop_unused(node)
     return fused
+
+
+def _sinks(found: Attention) -> tuple[fx.Node, ...]:
+    """Return the operators' last argument if there are sinks."""
+    return () if found.sinks is None else (found.sinks,)
 
 
 def fuse_write(attention: fx.Node) -> fx.Node:
@@ -159,6 +166,7 @@ def _cached_attention(view: BlockView) -> tuple[fx.Node, Attention]:
     for node in view.graph.nodes:
         found = attention(node)
         if found is not None and found.k in view.entries and found.v in view.entries:
+            require(view.native or found.sinks is None, "only the C++ kernels attend with sinks", node)
             return node, found
     raise NoMatch("no attention over a static cache was recognized")
 
@@ -191,7 +199,9 @@ def _check_heads(q: _Heads, k: _Heads, v: _Heads, entries: tuple[CacheEntry, Cac
     held = [value_of(entry.cache).dtype for entry in entries]
     require(adjacent, f"q, k and v are not adjacent columns of one matmul for a cache {sizes}", matmul)
     require(held == [given, given], f"the caches hold {held[0]} and {held[1]}, the matmul {given}", cache)
-    rotations = [h.rotation and (h.rotation.cos, h.rotation.sin, h.rotation.interleaved) for h in (q, k)]
+    rotations = [
+        h.rotation and (h.rotation.cos, h.rotation.sin, h.rotation.interleaved, h.rotation.half_tables) for h in (q, k)
+    ]
     require(rotations[0] == rotations[1], "q and k are rotated differently", q.node)
     norms = [h.norm and (h.norm.kind, h.norm.eps, shape(h.norm.weight)) for h in (q, k)]
     per_head = k.norm is None or (k.norm.kind != "layer" and shape(k.norm.weight) == (dim,))
@@ -235,6 +245,7 @@ def _write(
         caches = [entry.cache for entry in entries]
         arguments = (qkv, *weights, *tables, entries[0].slot, *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
+        arguments += (True,) if k.rotation is not None and k.rotation.half_tables else ()
         several = _positions(q.node) != 1
         positions = value_of(entries[0].value).shape[2]
         sizes = (batch, positions, query_heads, dim) if several else (batch, query_heads, dim)

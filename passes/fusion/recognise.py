@@ -1,6 +1,6 @@
 """Recognizes norms, activations, rotary embeddings and attention by the nodes that compute them.
 
-Not handled: norms without a weight, rotations whose tables hold each angle once, complex rotations.
+Not handled: norms without a weight, complex rotations, and interleaved ones whose tables hold each angle once.
 """
 
 from __future__ import annotations
@@ -114,21 +114,25 @@ def _is_gelu_argument(node: Argument, x: Argument) -> bool:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotary embedding (Su et al. 2021) of the first `features` of each head; tables ``[B or 1, 1, T, R]``."""
+    """A rotary embedding (Su et al. 2021) of the first `features` of each head; tables ``[B or 1, 1, T, R]``.
+
+    With `half_tables` they are ``[..., R / 2]``, with one angle for each pair.
+    """
 
     x: fx.Node
     cos: fx.Node
     sin: fx.Node
     features: int
     interleaved: bool
+    half_tables: bool = False
 
 
 def rotation(node: Argument) -> Rotation | None:
-    """Recognize ``x * cos + rotate_half(x) * sin`` of whole heads or their first features."""
+    """Recognize ``x * cos + rotate_half(x) * sin``, or by halves, of whole heads or their first features."""
     node = skip_casts(skip_noops(node))
-    joined = _pair(node, torch.cat)
-    if joined is None:
-        return _whole_rotation(node)
+    whole, joined = _whole_rotation(node), _pair(node, torch.cat)
+    if whole is not None or joined is None:
+        return whole
     rotated, rest = _whole_rotation(skip_casts(skip_noops(joined[0]))), part(joined[1])
     if rotated is None or rest is None or rest.start != rotated.features:
         return None
@@ -144,6 +148,8 @@ def _pair(node: Argument, function: Callable) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _whole_rotation(node: Argument) -> Rotation | None:
+    if called(node, torch.cat):
+        return _rotation_of_halves(node)
     for straight, crossed in either_way(node, operator.add):
         for x, cos in either_way(straight, operator.mul):
             for rotated, sin in either_way(crossed, operator.mul):
@@ -151,6 +157,29 @@ def _whole_rotation(node: Argument) -> Rotation | None:
                 if interleaved is not None and _is_table(cos, x) and _is_table(sin, x):
                     return Rotation(skip_noops(x), cos, sin, value_of(x).shape[-1], interleaved)
     return None
+
+
+def _rotation_of_halves(node: Argument) -> Rotation | None:
+    """Recognize ``cat((a cos - b sin, b cos + a sin), -1)`` of x's halves a and b (gpt-oss)."""
+    first, second = (skip_casts(skip_noops(n)) for n in _pair(node, torch.cat) or (None, None))
+    cosines, sines = operands(first, operator.sub) or (None, None)
+    for a, cos in either_way(cosines, operator.mul):
+        for b, sin in either_way(sines, operator.mul):
+            low, high = part(a), part(b)
+            if low is None or not (_is_table(cos, a) and _is_table(sin, a)):
+                continue
+            source, last, features = low.source, value_of(low.source).dim() - 1, 2 * low.length
+            halves = [Part(source, last, start, low.length) for start in (0, low.length)]
+            if [low, high] != halves or shape(source)[-1] != features:
+                continue
+            for straight, crossed in either_way(second, operator.add):
+                if _is_product(straight, b, cos) and _is_product(crossed, a, sin):
+                    return Rotation(skip_noops(source), cos, sin, features, False, half_tables=True)
+    return None
+
+
+def _is_product(node: Argument, x: Argument, y: Argument) -> bool:
+    return any(found == (x, y) for found in either_way(node, operator.mul))
 
 
 def _is_table(node: Argument, x: fx.Node) -> bool:
@@ -185,7 +214,7 @@ def _rotates_half(node: Argument, x: Argument) -> bool | None:
 
 @dataclass(frozen=True)
 class Attention:
-    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries."""
+    """``softmax(softcap(scale q k^T) + mask) v`` with grouped queries; a sink is one more score, of a value 0."""
 
     q: fx.Node
     k: fx.Node
@@ -194,6 +223,7 @@ class Attention:
     scale: float
     softcap: float  # 0: none
     causal: bool = False  # position t reads slots 0 to t
+    sinks: fx.Node | None = None  # [H]
 
 
 def attention(node: Argument) -> Attention | None:
@@ -208,9 +238,8 @@ def attention(node: Argument) -> Attention | None:
         return _scaled(*node.args)
     weights, values = operands(node, operator.matmul) or (None, None)
     weights = skip_casts(skip_noops(weights))
-    if not called(weights, torch.softmax) or weights.args[1] != -1:
-        return None
-    scores, mask = operands(weights.args[0], operator.add) or (weights.args[0], None)
+    found_scores, sinks = _weighed_with_sinks(weights) or (_weighed(weights), None)
+    scores, mask = operands(found_scores, operator.add) or (found_scores, None)
     if mask is not None and not (is_tensor(mask) and value_of(mask).is_floating_point()):
         return None
     scores, softcap = _capped(scores)
@@ -218,7 +247,39 @@ def attention(node: Argument) -> Attention | None:
     q, keys = operands(raw, operator.matmul) or (None, None)
     if not called(keys, torch.transpose) or set(keys.args[1:]) not in ({2, 3}, {-1, -2}):
         return None
-    return Attention(q, skip_repeat(keys.args[0]), skip_repeat(values), mask, scale, softcap)
+    return Attention(q, skip_repeat(keys.args[0]), skip_repeat(values), mask, scale, softcap, sinks=sinks)
+
+
+def _weighed(weights: Argument) -> Argument:
+    """Return the scores that a softmax over slots turns into weights, None for other nodes."""
+    return weights.args[0] if called(weights, torch.softmax) and weights.args[1] == -1 else None
+
+
+def _weighed_with_sinks(weights: Argument) -> tuple[Argument, fx.Node] | None:
+    """Return scores and sinks of ``softmax(cat((scores, sinks), -1))[..., :-1]``, whose largest may be subtracted."""
+    taken, index = operands(weights, operator.getitem) or (None, None)
+    if index != (Ellipsis, slice(None, -1, None)):
+        return None
+    together = _weighed(skip_casts(taken))
+    shifted, largest = operands(together, operator.sub) or (together, None)
+    if largest is not None and not _is_largest(largest, shifted):
+        return None
+    scores, sinks = _pair(skip_casts(shifted), torch.cat) or (None, None)
+    spread = skip_casts(sinks)
+    before = spread.args[0] if called(spread, Tensor.expand) else None
+    sinks = skip_casts(before.args[0]) if is_reshape(before) else None
+    heads = shape(scores)[1:2] if sinks is not None else ()
+    fit = is_parameter(sinks, dims=1) and shape(sinks) == heads and shape(before) == (1, *heads, 1, 1)
+    return (scores, sinks) if fit else None
+
+
+def _is_largest(node: Argument, x: Argument) -> bool:
+    """Whether a node is ``x.max(-1, keepdim=True).values``."""
+    found, place = operands(node, operator.getitem) or (None, None)
+    if place != 0 or not called(found, torch.max, Tensor.max):
+        return False
+    given = {**dict(zip(("input", "dim", "keepdim"), found.args, strict=False)), **found.kwargs}
+    return given == {"input": x, "dim": -1, "keepdim": True}
 
 
 def _scaled(

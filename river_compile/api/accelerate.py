@@ -6,7 +6,6 @@ transformers model in them; `from_pretrained` of models that are not causal lang
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from river_compile.api.generation import generate_by, has_generate_of_its_own, mode_of, restore_generate
-from river_compile.api.mxfp4 import experts_as_they_come, why_not_mxfp4
+from river_compile.api.mxfp4 import load_as_it_comes
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
 from river_compile.backend import river, shared_by
 from river_compile.config import RiverConfig
@@ -182,8 +181,7 @@ def from_pretrained(
     ours = {*_ARGUMENTS, *RiverConfig.options(), *MODE_OPTIONS}
     options = {key: kwargs.pop(key) for key in ours & kwargs.keys()}
     try:
-        with contextlib.nullcontext() if why_not_mxfp4(kwargs) else experts_as_they_come():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
+        model = load_as_it_comes(name, **kwargs)
     except ImportError as error:
         raise OptionError(
             f'Cannot load {name}: a package is missing ({error}). In the clone, run pip install ".[gguf]" for GGUF '

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from river_compile.errors import OptionError
 from river_compile.kernels.quant.mxfp4 import Mxfp4Stack, check_mxfp4
@@ -20,6 +20,7 @@ from river_compile.upstream.mxfp4 import loading_mxfp4_by
 
 _DTYPES = ("auto", "bfloat16", torch.bfloat16)
 _DEQUANTIZING = ("quantization_config", "device_map", "use_kernels", "tp_plan")
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
 def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -42,19 +43,31 @@ def load_mxfp4(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
             one whose blocks or scales have wrong shapes or hold NaN.
         OSError: (of transformers) there is no such model.
     """
-    kwargs.setdefault("dtype", "auto")
     wrong = why_not_mxfp4(kwargs)
     if wrong:
         raise OptionError(wrong, id="RC004")
-    with experts_as_they_come():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **kwargs).eval()
-    if not any(isinstance(parameter, Mxfp4Stack) for parameter in model.parameters()):
+    given = {key: kwargs[key] for key in _OF_THE_HUB if key in kwargs}
+    if not is_mxfp4(kwargs.get("config") or AutoConfig.from_pretrained(name, **given)):
         raise OptionError(
             f"{name} has no experts in MXFP4 (quant_method in its config.json). Use AutoModelForCausalLM."
             "from_pretrained",
             id="RC004",
         )
+    return load_as_it_comes(name, **kwargs)
+
+
+def load_as_it_comes(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load any model by transformers, in eval mode; experts in MXFP4 stay so unless an argument forbids it."""
+    with keeping_mxfp4(kwargs):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **kwargs}).eval()
     return model
+
+
+def is_mxfp4(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint with this configuration has its experts in MXFP4."""
+    found: Any = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return method == "mxfp4"
 
 
 def why_not_mxfp4(kwargs: Mapping[str, Any]) -> str:
@@ -71,9 +84,13 @@ def why_not_mxfp4(kwargs: Mapping[str, Any]) -> str:
     return ""
 
 
+def keeping_mxfp4(kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Have ``from_pretrained`` with these arguments keep MXFP4 experts as they are, if they allow it."""
+    return contextlib.nullcontext() if why_not_mxfp4(kwargs) else _experts_as_they_come()
+
+
 @contextlib.contextmanager
-def experts_as_they_come() -> Iterator[None]:
-    """Have ``from_pretrained`` of transformers keep MXFP4 experts of a checkpoint as they are."""
+def _experts_as_they_come() -> Iterator[None]:
     failed: list[OptionError] = []
 
     def stack_of(name: str, blocks: torch.Tensor | None, scales: torch.Tensor | None) -> torch.nn.Parameter:

@@ -57,7 +57,7 @@ def chat(
 
     if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature {temperature} is not allowed; give 0 (greedy) or more")
-    network, tokenizer = start(model, dtype, threads)
+    network, tokenizer = start(model, dtype, threads, as_it_comes=True)
     more = {**load_assistant(assistant, dtype), "prefix_cache": prefix_cache}
     accelerate(network, quality, strict=strict, calibration=calibration, twins=twins, **more)
     quality = quality or ("exact" if calibration is None else "fast")

@@ -228,7 +228,7 @@ def check(
             raise ValueError(f"--assistant {assistant} cannot draft: {why_not or 'its graphs are unsupported'}")
         reads["assistant"] = predict.bytes_with_assistant(sizes, its_sizes)
     if reads and found["drafts_refusal"]:
-        reads = {**reads, predict.EXACT: sizes.packed}
+        reads = {**reads, predict.EXACT: sizes.full_depth}
     result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
@@ -246,15 +246,24 @@ def check(
 
 def _dry(model: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any], Any]:
     """Return a model without weights, what its dry run found, and its sizes (None: its graphs are unsupported)."""
-    from river_compile.reporting.dry_run import dry_run, empty_model
+    from river_compile.api.mxfp4 import is_mxfp4, why_not_mxfp4
+    from river_compile.reporting.dry_run import dry_run, empty_model, with_mxfp4_experts
     from river_compile.reporting.predict import Sizes
 
     folder = resolve(model)
     config = config_of(folder)
     with loading(folder):
         network = empty_model(config, dtype)
+    why_not = why_not_mxfp4({"dtype": dtype}) if is_mxfp4(config) else None
+    if why_not == "":
+        network = with_mxfp4_experts(network)
     found = dry_run(network)
-    sizes = Sizes(found["parameters"], found["blocks"], **found["bytes"], dtype=dtype) if found["bytes"] else None
+    experts = found["experts"] or {"chosen": 0, "all": 0}
+    kept = {"experts": experts["chosen"], "all_experts": experts["all"]}
+    found["experts"] = found["experts"] or why_not or None
+    sizes = (
+        Sizes(found["parameters"], found["blocks"], **found["bytes"], dtype=dtype, **kept) if found["bytes"] else None
+    )
     return network, found, sizes
 
 
@@ -267,7 +276,16 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
     if result["refusal"]:
         return
     console.print(f"  twins     {result['twin_matmuls']} matmuls in 4 bits")
-    why_not = result["exact_refusal"]
+    experts, why_not = result["experts"], result["exact_refusal"]
+    if isinstance(experts, str):
+        console.print(f"  experts   dequantized: {experts}")
+    elif experts:
+        console.print(
+            f"  experts   MXFP4, as in the checkpoint: {megabytes(experts['all'])}, of which a token reads "
+            f"{megabytes(experts['chosen'])}"
+        )
+        if not why_not:
+            console.print("  exact     runs; twins share these experts, so it drafts only while that pays")
     if why_not:
         console.print(f"  exact     [red]runs at transformers' speed[/]: {why_not}. quality='fast' works")
     if result["drafts_refusal"]:

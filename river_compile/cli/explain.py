@@ -39,7 +39,7 @@ def explain(
     if new_tokens < 2:
         raise ValueError(f"--new-tokens {new_tokens} is too few; give 2 or more")
     check_output(output)
-    network, tokenizer = start(model, dtype, threads)
+    network, tokenizer = start(model, dtype, threads, as_it_comes=True)
     with _traced() as artifacts:
         found = _run(network, tokenizer, prompt, new_tokens, threshold)
     found |= {"model": Path(model).name, "graphs": list(_graphs(artifacts)), "version": __version__}

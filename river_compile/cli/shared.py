@@ -133,23 +133,30 @@ def use_threads(threads: int) -> None:
 
 
 def start(
-    name: str | Path, dtype: torch.dtype | str, threads: int = 0
+    name: str | Path, dtype: torch.dtype | str, threads: int = 0, *, as_it_comes: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model for a command, with quiet libraries."""
+    """Load a model for a command, with quiet libraries; see `load`."""
     use_threads(threads)
     quiet()
-    return load(name, dtype)
+    return load(name, dtype, as_it_comes=as_it_comes)
 
 
-def load(name: str | Path, dtype: torch.dtype | str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in eval mode on the CPU, and its tokenizer; raise a ValueError."""
+def load(
+    name: str | Path, dtype: torch.dtype | str = "bfloat16", *, as_it_comes: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in eval mode on the CPU, and its tokenizer; raise a ValueError.
+
+    With `as_it_comes` experts in MXFP4 stay so: for commands that neither run the plain model nor save it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from river_compile.api.mxfp4 import load_as_it_comes
 
     folder = resolve(name)
     config_of(folder)
+    read = load_as_it_comes if as_it_comes else AutoModelForCausalLM.from_pretrained
     with loading(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        return model, AutoTokenizer.from_pretrained(folder)
+        return read(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def load_assistant(name: str | None, dtype: torch.dtype | str, device: str = "cpu") -> dict[str, Any]:

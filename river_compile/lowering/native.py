@@ -177,13 +177,14 @@ def _use_native_inputs(graph: fx.Graph) -> None:
             table = node.args[1]
             node.target, node.args, node.kwargs = native_ops.embed.default, node.args[:2], {}
         elif table is not None and (called(node, Tensor.cos) or called(node, Tensor.sin)):
+            once = not called(node.args[0], torch.cat)
             angles = _angles(node.args[0])
             last, scale = _scaled(node)
             if angles is None or value_of(last).dtype != value_of(table).dtype:
                 continue
             sine = called(node, Tensor.sin)
             with graph.inserting_before(last):
-                turns = graph.call_function(native_ops.turns.default, (*angles, scale, sine, table))
+                turns = graph.call_function(native_ops.turns.default, (*angles, scale, sine, table, once))
             turns.meta.update(last.meta)
             last.replace_all_uses_with(turns)
             drop_unused(last)
@@ -200,11 +201,13 @@ def _is_plain_embedding(embedding: fx.Node) -> bool:
 
 
 def _angles(node: object) -> tuple[fx.Node, fx.Node] | None:
-    """Return positions P and frequencies F of ``cat((a, a), -1)`` with ``a = P * F`` in float32."""
-    if not called(node, torch.cat) or node.kwargs or node.args[1:] not in ((-1,), (2,)) or len({*node.args[0]}) != 1:
-        return None
-    angles = node.args[0][0]
-    if len(node.args[0]) != 2 or not called(angles, operator.mul) or value_of(angles).dtype != torch.float32:
+    """Return positions P and frequencies F of ``a = P * F`` in float32, or of ``cat((a, a), -1)``."""
+    angles = node
+    if called(node, torch.cat):
+        if node.kwargs or node.args[1:] not in ((-1,), (2,)) or len(node.args[0]) != 2 or len({*node.args[0]}) != 1:
+            return None
+        angles = node.args[0][0]
+    if not called(angles, operator.mul) or value_of(angles).dtype != torch.float32:
         return None
     for cast, frequencies in (angles.args, angles.args[::-1]):
         if called(cast, Tensor.to) and cast.args[1:] == (torch.float32,) and called(cast.args[0], operator.getitem):

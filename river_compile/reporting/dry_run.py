@@ -13,12 +13,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
 
 from river_compile.config import RiverConfig
 from river_compile.decoding.kv_cache import why_no_rewind
 from river_compile.kernels.quant.layouts import PLAIN_LAYOUT
+from river_compile.kernels.quant.mxfp4 import GROUP, LAYOUT_MXFP4, Mxfp4Stack, mxfp4_parts
 from river_compile.passes.experts import experts_per_token
 from river_compile.passes.nodes import is_parameter, value_of
 from river_compile.passes.normalize import normalized
@@ -30,12 +31,24 @@ from river_compile.upstream.transformers import cache_argument, full_static_cach
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # scale and zero-point in 16 bits
+_PARTS = ((GROUP // 2,), ())  # dimensions of a group's numbers and of its scale, in MXFP4
 
 
 def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     """Build a model without weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def with_mxfp4_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Have a model on the meta device hold its stacks of experts in MXFP4, as `load_mxfp4` does."""
+    for module in model.modules():
+        for name, stack in list(module.named_parameters(recurse=False)):
+            if stack.dim() == 3 and stack.shape[1] % GROUP == 0:
+                experts, k, n = stack.shape
+                parts = (torch.empty(experts, n, k // GROUP, *of, dtype=torch.uint8, device="meta") for of in _PARTS)
+                setattr(module, name, nn.Parameter(Mxfp4Stack(*parts), requires_grad=False))
+    return model
 
 
 def dry_run(model: PreTrainedModel) -> dict[str, Any]:
@@ -45,7 +58,9 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     says why it decodes without drafts, on River's kernels.
     "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported. "bytes" has
     the weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
+    "experts" has the bytes of experts in MXFP4 that a token chooses, and of all; None without such.
     """
+    all_experts = sum(_bytes_of(p) for p in model.parameters() if mxfp4_parts(p) is not None)
     parameters = sum(p.numel() for p in model.parameters())
     layers = layers_of(model)
     programs, repeats = [], []
@@ -68,13 +83,14 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
         "graphs": {"prefill": _outcome(prefill, repeats), "decode": _outcome(decode, repeats)},
     }
     if isinstance(decode, Refusal):
-        return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0, "bytes": None}
+        return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0, "bytes": None, "experts": None}
     how = TwinSpec(RiverConfig().group_size, PLAIN_LAYOUT)
     twinned = twin_layers(how)(decode)
     assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
     sites = [twin.packed for twin in twinned.twins]
     packed = {decode.inputs[weight] for linears in sites for linear in linears for weight in linear.weights}
     blocks, twins = ([_bytes([block], without) for block in decode.blocks] for without in ((), packed))
+    of_experts = _total(repeats, [_bytes([block], only_mxfp4=True) for block in decode.blocks])
     pairs = zip(sites, decode.blocks, strict=True)
     four_bits = [sum(_packed_bytes(linear, block) for linear in linears) for linears, block in pairs]
     return found | {
@@ -86,6 +102,7 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
             "twins": _total(repeats, twins) + _total(repeats, four_bits),
             "head": _bytes([decode.head]),
         },
+        "experts": {"layout": LAYOUT_MXFP4, "chosen": of_experts, "all": all_experts} if all_experts else None,
     }
 
 
@@ -142,7 +159,7 @@ def _largest(found: list[RiverProgram | Refusal]) -> RiverProgram | Refusal:
     return (programs or found or [Refusal("the model has no graph that Dynamo traces")])[-1]
 
 
-def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = ()) -> int:
+def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = (), only_mxfp4: bool = False) -> int:
     """Return the bytes of weights that a token reads; of experts, those of the chosen ones."""
     left_out, read = set(without), dict[int, int]()
     for segment in segments:
@@ -150,9 +167,15 @@ def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = ()) -> int:
         for node, placeholder in zip(segment.inputs, segment.graph.find_nodes(op="placeholder"), strict=False):
             if is_parameter(node) and node not in left_out:
                 value = value_of(node)
+                if only_mxfp4 and mxfp4_parts(value) is None:
+                    continue
                 share = min(chosen.get(placeholder, len(value)), len(value)) / max(len(value), 1)
-                read[id(value)] = int(value.numel() * value.element_size() * share)
+                read[id(value)] = int(_bytes_of(value) * share)
     return sum(read.values())
+
+
+def _bytes_of(value: Tensor) -> int:
+    return sum(part.numel() * part.element_size() for part in mxfp4_parts(value) or (value,))
 
 
 def _packed_bytes(matmul: Matmul, segment: Segment) -> int:

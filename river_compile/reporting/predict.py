@@ -22,11 +22,12 @@ FAST_LAYERS = 2
 # Bits of a weight as loaded, and as verification reads it: only bfloat16 is packed.
 _BITS: Mapping[str, tuple[int, int]] = {"bfloat16": (16, 12), "float16": (16, 16), "float32": (32, 32)}
 _TWIN_BITS = 4.5  # with a scale and a zero point for each group
+_IN_MXFP4 = 4.25 / 16  # of the bytes of bfloat16 weights, with a scale for each group
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of weights of a model in a dtype that a token reads, and of its twins."""
+    """Bytes of weights of a model that a token reads, in a dtype but for experts in MXFP4, and of its twins."""
 
     parameters: int
     layers: int
@@ -34,6 +35,8 @@ class Sizes:
     twins: float  # bytes of all twins
     head: float  # bytes
     dtype: str = "bfloat16"  # or float16, float32
+    experts: float = 0.0  # bytes of chosen experts in MXFP4, which layers and twins share
+    all_experts: float = 0.0  # bytes of all of them
 
     @property
     def head_twin(self) -> float:
@@ -48,23 +51,29 @@ class Sizes:
 
     @property
     def packed(self) -> float:
+        """Bytes of layers and head as verification reads them, but for experts in MXFP4."""
+        return self.read_share * (self.blocks - self.experts + self.head)
+
+    @property
+    def full_depth(self) -> float:
         """Bytes of layers and head as verification reads them."""
-        return self.read_share * (self.blocks + self.head)
+        return self.packed + self.experts
 
     @property
     def unpacked(self) -> float:
-        """Bytes of the parameters as loaded."""
-        return _BITS[self.dtype][0] / 8 * self.parameters
+        """Bytes of the parameters as loaded, but for experts in MXFP4."""
+        return _BITS[self.dtype][0] / 8 * self.parameters - self.all_experts / _IN_MXFP4
 
 
 def bytes_per_token(sizes: Sizes) -> dict[str, float]:
     """Return the bytes of weights that a token reads in transformers, with both qualities and all in 4 bits."""
     share = FAST_LAYERS / sizes.layers
     drafts = DRAFTED * (sizes.twins + sizes.head_twin)
+    layers = sizes.read_share * (sizes.blocks - sizes.experts) + sizes.experts
     return {
-        PLAIN: sizes.blocks + sizes.head,
-        EXACT: (sizes.packed + drafts) / EMITTED,
-        FAST: share * sizes.read_share * sizes.blocks + (1 - share) * sizes.twins + sizes.head_twin,
+        PLAIN: sizes.blocks + sizes.head + sizes.experts * (1 / _IN_MXFP4 - 1),  # which it dequantizes
+        EXACT: min(sizes.full_depth, (sizes.full_depth + drafts) / EMITTED),  # it drafts only while that pays
+        FAST: share * layers + (1 - share) * sizes.twins + sizes.head_twin,
         ALL_4BIT: sizes.twins + sizes.head_twin,
     }
 
@@ -74,7 +83,7 @@ def bytes_with_assistant(sizes: Sizes, assistant: Sizes) -> float:
     # A cycle emits 1 + a + a^2 + ... tokens (Leviathan et al. 2023, arXiv 2211.17192, equation 1).
     step = assistant.twins + assistant.head_twin
     emitted = {n: (1 - AGREES ** (n + 1)) / (1 - AGREES) for n in range(1, _LONGEST + 1)}
-    return min((sizes.packed + n * step) / tokens for n, tokens in emitted.items())
+    return min((sizes.full_depth + n * step) / tokens for n, tokens in emitted.items())
 
 
 def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, float]:
@@ -85,10 +94,11 @@ def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, floa
 
 def memory_bytes(sizes: Sizes) -> float:
     """Return the bytes of weights that River keeps in memory: packed, in 4 bits, and others as loaded."""
-    others = sizes.unpacked - (sizes.blocks + sizes.head)  # embeddings that are no head
-    return sizes.packed + sizes.twins + sizes.head_twin + max(others, 0)
+    others = sizes.unpacked - (sizes.blocks - sizes.experts + sizes.head)  # embeddings that are no head
+    twins = sizes.twins - sizes.experts + sizes.head_twin
+    return sizes.packed + twins + max(others, 0) + sizes.all_experts
 
 
 def disk_bytes(sizes: Sizes) -> float:
-    """Return the bytes of the compile cache: 4-bit weights, and 12-bit ones if the model can be packed."""
-    return (sizes.packed if sizes.read_share < 1 else 0) + sizes.twins + sizes.head_twin
+    """Return the bytes of the compile cache: 4-bit weights, and 12-bit ones if they can be packed; no MXFP4 experts."""
+    return (sizes.packed if sizes.read_share < 1 else 0) + sizes.twins - sizes.experts + sizes.head_twin

@@ -31,7 +31,7 @@ from river_compile.kernels.messages import with_id
 from river_compile.kernels.quant import lossless
 from river_compile.kernels.quant.grid import GROUP_SIZES
 from river_compile.kernels.quant.layouts import LAYOUTS, PackedLinear, tensors_of
-from river_compile.kernels.quant.mxfp4 import LAYOUT_MXFP4
+from river_compile.kernels.quant.mxfp4 import GROUP, LAYOUT_MXFP4
 from river_compile.passes.program import Matmul
 from river_compile.twins.weights import LOSSLESS, TwinWeight
 
@@ -82,7 +82,8 @@ class _Saved:
         ratios = {"sqnr": float(entry["sqnr"]), "output_sqnr": None if ratio is None else float(ratio)}
         matrix = cls(**{**entry, "shape": tuple(entry["shape"]), **ratios})
         n, k = matrix.shape
-        is_lossless = matrix.layout in lossless.LAYOUTS_12BIT and matrix.group_size == 0
+        in_mxfp4 = matrix.layout == LAYOUT_MXFP4 and matrix.experts > 0 and k % GROUP == 0
+        is_lossless = (in_mxfp4 or matrix.layout in lossless.LAYOUTS_12BIT) and matrix.group_size == 0
         if min(n, k) < 1 or not (is_lossless or (matrix.group_size in GROUP_SIZES and k % matrix.group_size == 0)):
             raise ValueError(f"{matrix.name} has shape {matrix.shape} in groups of {matrix.group_size}")
         if matrix.experts < 0 or (matrix.experts and n % matrix.experts):
@@ -127,7 +128,7 @@ def write(folder: Path, weights: Sequence[TwinWeight]) -> None:
             "quantizer": twin.quantizer,
             "asked": twin.asked,
             "statistics": twin.statistics,
-            "layout": twin.matmul.layout,
+            "layout": LAYOUT_MXFP4 if twin.weight.layout == LAYOUT_MXFP4 else twin.matmul.layout,
             "weights_hash": twin.digest,
             "sqnr": str(twin.sqnr),
             "output_sqnr": None if twin.output_sqnr is None else str(twin.output_sqnr),
@@ -287,9 +288,8 @@ class TwinFile:
 
 def entry_for(matmuls: Sequence[Matmul], digests: Mapping[Matmul, str], quantizer: str) -> Entry:
     """Return the cache entry of some matmuls' weights, named by everything that they are made from."""
-    made_from = sorted(
-        (x.name, x.group_size, x.scales_inputs, x.layout if x.lossless else "", digests[x]) for x in matmuls
-    )
+    layouts = {x: x.layout + (f" or {LAYOUT_MXFP4}" if x.experts else "") if x.lossless else "" for x in matmuls}
+    made_from = sorted((x.name, x.group_size, x.scales_inputs, layouts[x], digests[x]) for x in matmuls)
     identity = hashlib.sha256(repr((VERSION, quantizer, made_from)).encode()).hexdigest()
     size = sum(math.prod(x.shape) for x in matmuls) / 1e6
     what, kind = ("a backbone", "backbone") if quantizer == LOSSLESS else (f"twins by {quantizer}", "twins")
@@ -324,9 +324,8 @@ def remove_damaged(entry: Entry, error: TwinsError) -> None:
 
 def write_stored(entry: Entry, weights: Sequence[TwinWeight]) -> None:
     """Write weights to an entry, unless another process has; report a folder that cannot be written."""
-    # Weights that keep their values, have 8 bits or are MXFP4 take little time to pack.
-    quick = (lossless.LAYOUT_8BIT, LAYOUT_MXFP4)
-    weights = [made for made in weights if not made.weight.unpacked and made.weight.layout not in quick]
+    # Weights that keep their values, or have 8 bits, take little time to pack.
+    weights = [made for made in weights if not made.weight.unpacked and made.weight.layout != lossless.LAYOUT_8BIT]
     if not weights:
         return
     folder = entry.folder / _PACKED

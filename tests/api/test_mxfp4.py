@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 import river_compile
 from river_compile import report
+from river_compile.cli.shared import load
 from river_compile.errors import OptionError
 from river_compile.kernels.native.build import choose_isa
-from river_compile.kernels.quant.mxfp4 import Mxfp4Stack
+from river_compile.kernels.quant import layouts
+from river_compile.kernels.quant.mxfp4 import Mxfp4Stack, find_mxfp4
 from tests.lowering.test_packed_backbone import generate
 from tests.support.families import MORE_CONFIGS
 from tests.support.layout import ROOT, run_python
+from tests.support.tokenizers import byte_tokenizer
 from tools.families.mxfp4 import write_gpt_oss
 
 pytestmark = pytest.mark.skipif(choose_isa().name == "portable", reason="needs vectors")
@@ -65,14 +68,32 @@ def test_text_and_scores_are_those_of_the_dequantized_model(folder, expected, lo
     graph = next(graph for graph in report(model).to_dict()["graphs"] if graph["kind"] == "decode")
     assert graph["expert_bytes"] == stacks * 17 // 32
     assert graph["chosen_bytes"] == graph["expert_bytes"] // 2
-    assert graph["fused"]["router + experts"] == 4  # in layers and twins
+    assert graph["fused"]["router + experts"] == graph["fused"]["attention"] == 4  # in layers and twins
+    assert graph["missed"] == []
+    assert {unit for graph in report(model).graphs for unit in graph.captures.uncaptured_units} == set()
+
+
+def test_stacks_that_were_found_in_16_bits_are_found_once(folder, expected, tmp_path, monkeypatch):
+    """A later process reads them from the compile cache."""
+    monkeypatch.setenv("RIVER_COMPILE_CACHE_DIR", str(tmp_path))
+    looked: list[torch.Tensor] = []
+    monkeypatch.setattr(layouts, "find_mxfp4", lambda weight: looked.append(weight) or find_mxfp4(weight))
+    for times in (2 * 2 * 4, 0):  # layers, stacks, experts
+        model = accelerated(dequantized(folder), target_weights="12bit")
+        assert all(map(torch.equal, generate(model), expected))
+        assert len(looked) == times
+        looked.clear()
+        graph = next(graph for graph in report(model).to_dict()["graphs"] if graph["kind"] == "decode")
+        assert 0 < graph["expert_bytes"] < 0.3 * 2 * sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    (file,) = tmp_path.glob("backbone-*/packed/twins.safetensors")
+    stored = {tensor.dtype for name, tensor in load_file(file).items() if "experts" in name}
+    assert stored == {torch.uint8}
 
 
 def test_a_twin_has_the_layers_experts(folder, expected):
-    """Drafts read the same bytes, which are counted once; only text is compared, as attention is Inductor's."""
+    """Drafts read the same bytes, which are counted once, and change neither text nor scores."""
     model = accelerated(river_compile.load_mxfp4(folder), drafts=3)
-    text, _ = generate(model)
-    assert torch.equal(text, expected[0])
+    assert all(map(torch.equal, generate(model), expected))
     graph = next(graph for graph in report(model).to_dict()["graphs"] if graph["kind"] == "decode")
     assert 0 < graph["packed_bytes"] < graph["expert_bytes"] < graph["token_bytes"] + graph["chosen_bytes"]
 
@@ -97,6 +118,18 @@ def test_from_pretrained_keeps_experts_in_4_bits(folder):
     assert isinstance(model.get_parameter(STACK), Mxfp4Stack)
     model = river_compile.from_pretrained(folder, dtype=torch.float32, compile_cache=False)
     assert not isinstance(model.get_parameter(STACK), Mxfp4Stack)
+
+
+def test_commands_that_only_run_a_model_keep_experts_in_4_bits(folder, tmp_path):
+    """Not those that also run or save the plain model."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    byte_tokenizer().save_pretrained(tmp_path)
+    for as_it_comes in (True, False):
+        model, _ = load(tmp_path, as_it_comes=as_it_comes)
+        assert isinstance(model.get_parameter(STACK), Mxfp4Stack) == as_it_comes
+    model, _ = load(tmp_path, torch.float32, as_it_comes=True)
+    assert model.get_parameter(STACK).dtype == torch.float32
 
 
 def test_other_kernels_are_an_error(folder):

@@ -35,8 +35,9 @@ from river_compile.reporting.predict import EFFICIENCY
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
-from tests.support.families import COMMON
+from tests.support.families import COMMON, MORE_CONFIGS
 from tools import cli_page
+from tools.families.mxfp4 import write_gpt_oss
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/river.schema.json").read_text())
@@ -236,6 +237,30 @@ def test_check_says_that_a_model_runs_without_drafts_by_default(tmp_path, capsys
     page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10").out.split())
     assert "exact runs without drafts, on River's kernels: " in page
     assert "River, default" in page
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_check_knows_experts_in_mxfp4(tmp_path, capsys):
+    """They are counted as the checkpoint has them, once; in another dtype they are dequantized, which the page says."""
+    config = MORE_CONFIGS["gpt_oss"](2)
+    config.sliding_window = 64  # more than is traced
+    experts = write_gpt_oss(tmp_path, config)
+    found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10")
+    assert found["graphs"] == {"prefill": 2, "decode": 2}
+    assert found["experts"] == {"layout": "mxfp4", "chosen": experts // 2, "all": experts}  # two of four
+    in_16_bits = 2 * found["parameters"]
+    assert experts < found["memory_bytes"] < in_16_bits - 2 * experts
+    assert found["disk_bytes"] < in_16_bits - experts * 64 // 17  # without experts
+    reads = found["bytes_per_token"]
+    assert reads["exact"] < reads["plain"] - 2 * found["experts"]["chosen"]
+    page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10").out.split())
+    assert "experts MXFP4, as in the checkpoint: 0.1 MB, of which a token reads 0.1 MB exact runs; twins share" in page
+    assert "memory 0." in page
+    found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10", "--dtype", "float32")
+    assert "require dtype=torch.bfloat16" in found["experts"]
+    assert found["memory_bytes"] > in_16_bits
+    page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10", "--dtype", "float32").out.split())
+    assert "experts dequantized: MXFP4 experts require dtype=torch.bfloat16" in page
 
 
 @pytest.mark.slow

@@ -179,9 +179,9 @@ class Seen(LogitsProcessor, BaseStreamer):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), *each([("llama", 2), ("gemma3", 1)], [])])
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt_oss", 1), *each([("llama", 2), ("gemma3", 1)], [])])
 def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype):
-    """On River's own kernels: ids, logits and cache. (Several rows do not draft.)"""
+    """On River's own kernels: ids, logits and cache. (Several rows do not draft.) gpt-oss has sinks and windows."""
     ids, mask = padded_row(length=7) if batch == 1 else padded(batch, length=7)
     model = compiled(name, dtype=dtype, kernels="native", first_exit=1)
     options = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
@@ -213,9 +213,9 @@ def test_strict_names_a_weight_that_the_models_operator_multiplies():
 
 
 def test_strict_names_attention_that_the_models_operators_compute():
-    """gpt-oss's has sinks, which the C++ kernels lack; its experts are transposed stacks, which they read."""
-    with pytest.raises(ExactModeError, match=r"for this GptOssForCausalLM: attention of block_1 is the model's"):
-        exactly(compiled("gpt_oss", dtype=torch.bfloat16, kernels="native"), prompt(), strict=True)
+    """DeepSeek's has latent keys and values, which the C++ kernels lack."""
+    with pytest.raises(ExactModeError, match=r"for this DeepseekV3ForCausalLM: attention of block_1 is the model's"):
+        exactly(compiled("deepseek_v3", dtype=torch.bfloat16, kernels="native"), prompt(), strict=True)
 
 
 @pytest.mark.slow

@@ -77,6 +77,11 @@ def inputs(b: int, h: int, j: int, s: int, d: int, dtype: torch.dtype, seed: int
     return tuple(torch.randn(*shape, generator=g).to(dtype) for shape in ((b, h, d), (b, j, s, d), (b, j, s, d)))
 
 
+def sinks_of(heads: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Returns sinks ``[heads]``: some far below a row's scores, some far above."""
+    return (4 * torch.randn(heads, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
 @st.composite
 def masks(draw, batch: int, slots: int) -> torch.Tensor:
     """Draws masks: any slots, most, or a window of them, perhaps none for one sequence."""

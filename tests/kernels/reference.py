@@ -6,6 +6,7 @@ Shapes: B sequences, K and N features, H query heads, J key-value heads, D featu
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,12 @@ def attention(
     softcap: float = 0.0,
     mask: torch.Tensor | None = None,
     added: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One query position ``[B, H, D]`` on a cache; bool mask and added ``[B, S]``; a fully masked row gives 0."""
+    """One query position ``[B, H, D]`` on a cache; bool mask and added ``[B, S]``; a fully masked row gives 0.
+
+    Sinks ``[H]`` are the scores of one more key, whose value is 0.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = (c.double().repeat_interleave(groups, dim=1) for c in (k, v))
     scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * scale
@@ -90,12 +95,15 @@ def attention(
         live = mask[:, None].expand(scores.shape)
         scores = scores.masked_fill(~live, -math.inf)
         v = v.masked_fill(~mask[:, None, :, None], 0.0)
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0) if mask is not None else torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
+    weights = weights if mask is None else weights.nan_to_num(0.0)
     return torch.einsum("bhs,bhsd->bhd", weights, v)
 
 
 def cache_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor, added: torch.Tensor, **how: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor, added: torch.Tensor, **how: Any
 ) -> torch.Tensor:
     """The same for q ``[B, T, H, D]``; `mask` and `added` are ``[B, T, S]``."""
     k, v = (cache.repeat_interleave(q.shape[1], 0) for cache in (k, v))

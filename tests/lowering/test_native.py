@@ -96,11 +96,11 @@ def passes(model, widths: list[int], batch: int = 2) -> list[torch.Tensor]:
     return logits
 
 
-FEW = ("llama", "qwen3", "gpt2", "opt", "phi", "falcon", "gemma2", "gemma3", "mixtral")
+FEW = ("llama", "qwen3", "gpt2", "opt", "phi", "falcon", "gemma2", "gemma3", "mixtral", "gpt_oss")
 
 
 @pytest.mark.parametrize("compiler", ["eager", slow("inductor")])
-@pytest.mark.parametrize("name", each(FEW, quick=("llama", "gemma3", "mixtral")))
+@pytest.mark.parametrize("name", each(FEW, quick=("llama", "gemma3", "mixtral", "gpt_oss")))
 def test_passes_of_several_tokens_compute_what_the_model_does(name, compiler):
     """A prompt, and then passes of three tokens, of one and of four; nothing leaves.
 
@@ -113,7 +113,7 @@ def test_passes_of_several_tokens_compute_what_the_model_does(name, compiler):
     model.compile(backend=river, options={**OPTIONS, "kernels": Lowering(compiler, "native", fuse=True)})
     for found, plain in zip(passes(model, widths), expected, strict=True):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
-    if name == "gemma2":  # whose scores are capped
+    if name in ("gemma2", "gpt_oss"):  # whose scores are capped, or have sinks
         several = [graph for graph in report(model).to_dict()["graphs"] if graph["kind"] == "prefill"]
         assert several
         assert all(graph["fused"]["attention"] for graph in several)

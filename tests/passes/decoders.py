@@ -33,11 +33,11 @@ class Spelling:
     projections: str = "separate"  # or "fused" (q|k|v, gate|up), "conv1d" (stored transposed), "matmul" with weight.T
     bias: str = ""  # of "qkv", or of "all" linears, as "conv1d" has anyway
     head_norm: bool = False  # queries and keys are normalized per head
-    rotation: str = "half"  # or "partial", "interleaved", "none"
+    rotation: str = "half"  # or "partial", "interleaved", "by_halves" (with one angle for each pair), "none"
     query_scale: bool = False  # the rotated query is scaled before the cache is written
     cache: str = "counted"  # or "rolled" (a full sliding window), "grown"
     mask: str = "bool"  # or "where", "row" (one row for all sequences), "bias" (any numbers), "heads", "none"
-    attention: str = "sdpa"  # or "written", with a soft cap
+    attention: str = "sdpa"  # or "written", with a soft cap, or "sinks"
     activation: str = "silu"  # or "gelu", "gelu_tanh", "gelu_written", "relu", "tanh"
     gated: bool = True  # the MLP has a gate
     up_first: bool = False  # the gate is the second half of gate|up
@@ -79,6 +79,31 @@ def planned(how: Spelling, seed: int = 0) -> RiverProgram:
     return split_segments(find_decoder(normalized(graph_module)))
 
 
+def turned_by_halves(
+    b: GraphBuilder, x: fx.Node, cos: fx.Node, sin: fx.Node, order: tuple[int, int] = (0, 1)
+) -> fx.Node:
+    """Returns x's heads, rotated half by half (gpt-oss)."""
+    halves = b.call("chunk", x, 2, dim=-1)
+    first, second = (b.call(operator.getitem, halves, i) for i in order)
+    turned = b.call(operator.sub, b.call(operator.mul, first, cos), b.call(operator.mul, second, sin))
+    rest = b.call(operator.add, b.call(operator.mul, second, cos), b.call(operator.mul, first, sin))
+    return b.call(torch.cat, (turned, rest), dim=-1)
+
+
+def weights_with_sinks(
+    b: GraphBuilder, scores: fx.Node, sinks: fx.Node, shifted: bool = True, taken: slice = slice(None, -1)
+) -> fx.Node:
+    """Returns softmax weights ``[B, H, T, S]`` of the scores and a sink for each head, which is left out again."""
+    batch, _, positions, _ = scores.meta["example_value"].shape
+    spread = b.call("expand", b.call("reshape", sinks, 1, -1, 1, 1), batch, -1, positions, -1)
+    together = b.call(torch.cat, [scores, spread], dim=-1)
+    if shifted:
+        largest = b.call(operator.getitem, b.call("max", together, dim=-1, keepdim=True), 0)
+        together = b.call(operator.sub, together, largest)
+    weights = b.call(F.softmax, together, dim=-1, dtype=scores.meta["example_value"].dtype)
+    return b.call(operator.getitem, weights, (Ellipsis, taken))
+
+
 class _Decoder:
     def __init__(self, how: Spelling, seed: int) -> None:
         self.how = how
@@ -91,7 +116,9 @@ class _Decoder:
         padding[-1, 0] = how.batch == 1
         self.padding = b.placeholder("padding", padding)
         self.scores = b.placeholder("scores", b.randn(how.batch, 1, 1, SLOTS))
-        self.angles = b.placeholder("angles", b.randn(how.batch, 1, DIM if how.rotation != "partial" else DIM // 2))
+        self.angles = b.placeholder(
+            "angles", b.randn(how.batch, 1, DIM // 2 if how.rotation in ("partial", "by_halves") else DIM)
+        )
         embedding = b.parameter("embedding", 16, WIDTH)
         weights = [self._declare(i) for i in range(how.blocks)]
         head = b.parameter("head", 16, WIDTH)
@@ -124,6 +151,7 @@ class _Decoder:
         w |= {f"{n}_bias": b.parameter(f"b{i}_{n}_bias", sizes[n][0]) for n in biased}
         w |= {name: b.parameter(f"b{i}_{name}", WIDTH) for name in ("norm", "norm_bias", "norm_2", "norm_3", "norm_4")}
         w |= {name: b.parameter(f"b{i}_{name}", DIM) for name in ("q_norm", "k_norm")}
+        w |= {"sinks": b.parameter(f"b{i}_sinks", HEADS)}
         slots = FILLED if how.cache == "grown" else SLOTS
         w |= {
             name: b.placeholder(f"b{i}_{name}", b.randn(how.batch, KV_HEADS, slots, DIM)) for name in ("keys", "values")
@@ -208,7 +236,7 @@ class _Decoder:
         if how.query_scale:
             q = b.call(operator.mul, q, 1.5)
         keys, values = self._fill(w, k, v, returned)
-        out = self._attend(q, keys, values)
+        out = self._attend(q, keys, values, w["sinks"])
         return b.call("reshape", b.call("transpose", out, 1, 2), (how.batch, 1, HEADS * DIM))
 
     def _rotate(self, x: fx.Node, cos: fx.Node, sin: fx.Node) -> fx.Node:
@@ -223,6 +251,8 @@ class _Decoder:
 
     def _turn(self, x: fx.Node, cos: fx.Node, sin: fx.Node, features: int) -> fx.Node:
         b = self.b
+        if self.how.rotation == "by_halves":
+            return turned_by_halves(b, x, cos, sin)
         if self.how.rotation == "interleaved":
             even, odd = (b.call(operator.getitem, x, (Ellipsis, slice(start, None, 2))) for start in (0, 1))
             turned = b.call("flatten", b.call(torch.stack, (b.call(operator.neg, odd), even), dim=-1), -2)
@@ -253,7 +283,7 @@ class _Decoder:
         b.call("index_copy_", w["values"], 2, position, v)
         return w["keys"], w["values"]
 
-    def _attend(self, q: fx.Node, keys: fx.Node, values: fx.Node) -> fx.Node:
+    def _attend(self, q: fx.Node, keys: fx.Node, values: fx.Node, sinks: fx.Node) -> fx.Node:
         b, how = self.b, self.how
         slots, groups = keys.meta["example_value"].shape[2], HEADS // KV_HEADS
         every = slice(None)
@@ -267,8 +297,11 @@ class _Decoder:
         if how.attention == "sdpa":
             return b.call(F.scaled_dot_product_attention, q, keys, values, attn_mask=self.mask, scale=0.3)
         scores = b.call(operator.mul, b.call(torch.matmul, q, b.call("transpose", keys, 2, 3)), 0.3)
-        scores = b.call(operator.mul, b.call(torch.tanh, b.call(operator.truediv, scores, 2.0)), 2.0)
+        if how.attention == "written":
+            scores = b.call(operator.mul, b.call(torch.tanh, b.call(operator.truediv, scores, 2.0)), 2.0)
         scores = scores if self.mask is None else b.call(operator.add, scores, self.mask)
+        if how.attention == "sinks":
+            return b.call(torch.matmul, weights_with_sinks(b, scores, sinks), values)
         return b.call(torch.matmul, b.call(F.softmax, scores, dim=-1), values)
 
     def _mlp(self, w: dict[str, fx.Node], x: fx.Node) -> fx.Node:

@@ -67,8 +67,8 @@ _NATIVE = (
     Mutation(
         "kv-rotation",
         f"{SOURCES}/kernels/kv_fill.h",
-        "x[first] * cos[first] - x[second] * sin[first];",
-        "x[first] * cos[first] + x[second] * sin[first];",
+        "x[first] * cos[of_first] - x[second] * sin[of_first];",
+        "x[first] * cos[of_first] + x[second] * sin[of_first];",
         "half of a head is rotated the other way",
         ("tests/kernels/native/test_cache.py",),
     ),
@@ -86,6 +86,14 @@ _NATIVE = (
         "total += of[a.head_dim + 1] * factor;",
         "total += of[a.head_dim + 1];",
         "chunks of a long cache are weighted as if all had the same maximum",
+        ("tests/kernels/native/test_cache.py",),
+    ),
+    Mutation(
+        "attention-sinks",
+        f"{SOURCES}/kernels/attention.h",
+        "return shrunk / (total * shrunk + exp_of(sink - most));",
+        "return shrunk / (total + exp_of(sink - most));",
+        "a sink above all scores leaves the sum of the weights as it was",
         ("tests/kernels/native/test_cache.py",),
     ),
     Mutation(

@@ -194,7 +194,8 @@ struct Cache {
   int64_t sequence, head, slot;  // elements between two of each
 };
 
-// T positions of q|k|v, normalised and rotated, to q and slots of the cache (none outside). Parts split all heads.
+// T positions of q|k|v, normalised and rotated, to q and slots of the cache (none outside). Parts split all heads. With
+// `half_tables` the rotation's tables are [..., R / 2], with one angle for each pair.
 struct KvFillArgs {
   Strided qkv;                               // [B T, (H + 2 J) D] of `dtype`
   const void *q_norm, *k_norm;               // [D] of `dtype`, null without a norm
@@ -204,7 +205,7 @@ struct KvFillArgs {
   void* q;                                   // [B, T, H, D] of `dtype`
   Cache cache;
   int32_t dtype, rotary_dtype, slot_bytes, batch, positions, heads, kv_heads, head_dim, rotary_dim, slots, norm,
-      interleaved;
+      interleaved, half_tables;
   float eps;
 };
 
@@ -214,16 +215,17 @@ constexpr int kQueries = 12;  // queries that meet the slots of a chunk together
 constexpr int kChunk = 256;   // slots whose attention is summed before chunks are put together
 
 // out = softmax(softcap(scale q k^T) + mask) v of each of T positions; causal: position t reads slots 0 to t; without a
-// slot 0. Parts split groups of `together` positions, key-value heads and chunks; `combine` (parts: query heads) joins
-// `partial` of several chunks.
+// slot 0. A head's sink is the score of one more key, whose value is 0. Parts split groups of `together` positions,
+// key-value heads and chunks; `combine` (parts: query heads) joins `partial` of several chunks.
 struct AttentionArgs {
   const void* q;  // [B, T, H, D] of `dtype`
   Cache cache;
   const void* mask;                      // [B, T, S] of `mask_dtype`, or null
   int64_t mask_sequence, mask_position;  // elements between two of each; 0 for one of all
+  const void* sinks;                     // [H] of `sinks_dtype`, or null
   void* out;                             // [B, T, H, D] of `dtype`
   float* partial;                        // [B, T, H, chunks, D + 2]: sum, maximum and denominator
-  int32_t dtype, mask_dtype, batch, positions, heads, kv_heads, head_dim, slots, chunks, causal;
+  int32_t dtype, mask_dtype, sinks_dtype, batch, positions, heads, kv_heads, head_dim, slots, chunks, causal;
   int32_t together;  // with all heads that share a key-value head at most kQueries queries, or 1
   float scale, softcap;
 };

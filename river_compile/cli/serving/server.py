@@ -12,6 +12,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 
 from river_compile.api.accelerate import accelerate
+from river_compile.api.mxfp4 import keeping_mxfp4
 from river_compile.cli.serving import app, prompts
 from river_compile.cli.serving.batches import State
 from river_compile.cli.shared import loading
@@ -33,7 +34,8 @@ class Models(ModelManager):
             return super()._load_processor(name, *args, **kwargs)
 
     def _load_model(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        with loading(name):
+        elsewhere = None if torch.device(self.device).type == "cpu" else self.device
+        with loading(name), keeping_mxfp4({"dtype": self.dtype, "device_map": elsewhere}):
             model = super()._load_model(name, *args, **kwargs)
         accelerate(model, **self.acceleration)
         prompt = torch.ones((1, _WARM_UP), dtype=torch.long, device=model.device)

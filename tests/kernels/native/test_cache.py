@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from river_compile.kernels.native import load
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from tests.kernels import reference
-from tests.kernels.cases import CHUNK, NATIVE_DIMS, attention_cases, inputs, kv_cases, masks
+from tests.kernels.cases import CHUNK, NATIVE_DIMS, attention_cases, inputs, kv_cases, masks, sinks_of
 from tests.kernels.checks import check_attention, check_kv_fill
 from tests.kernels.harness import assert_rounded
 from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native, same_bits
@@ -57,6 +57,22 @@ def test_query_and_slot(isa, case, runs, threads):
     load.load(isa)
     torch.set_num_threads(threads)
     check_kv_fill(*case, run=runs.kv_fill)
+
+
+@ISAS
+@given(st.integers(1, 3), st.sampled_from((1, 2, 5)), st.sampled_from((4, 16)), st.booleans(), st.sampled_from(DTYPES))
+@examples(8)
+def test_tables_of_one_angle_for_each_pair_turn_as_whole_ones(isa, batch, positions, half, interleaved, dtype):
+    load.load(isa)
+    g = torch.Generator().manual_seed(batch * positions)
+    qkv = torch.randn(batch, positions, 5 * 32, generator=g).to(dtype)
+    tables = torch.randn(2, batch, positions, half, generator=g).unbind()
+    wide = [table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1) for table in tables]
+    slots, how = torch.arange(positions), ("none", 0.0, interleaved)
+    found, expected = (torch.zeros(2, batch, 1, 9, 32, dtype=dtype) for _ in range(2))
+    q = called(native.kv_fill, qkv, None, None, *tables, slots, *found, *how, True, as_given=(6, 7))
+    assert torch.equal(q, native.kv_fill(qkv, None, None, *wide, slots, *expected, *how))
+    assert torch.equal(found, expected)
 
 
 @ISAS
@@ -102,8 +118,53 @@ def test_any_slots_may_be_left_out(isa, data, least, dtype, mask_dtype):
 
 
 @ISAS
+@given(
+    data=st.data(),
+    batch=st.integers(1, 3),
+    heads=st.sampled_from(((1, 1), (6, 2), (13, 1), (8, 4))),
+    slots=st.sampled_from((1, 7, CHUNK, CHUNK + 1, 700)),
+    dim=st.sampled_from(NATIVE_DIMS),
+    dtype=st.sampled_from(DTYPES),
+    sinks_dtype=st.sampled_from(DTYPES),
+    threads=st.integers(1, 3),
+)
+@examples(15)
+def test_a_sink_is_the_score_of_one_more_key_whose_value_is_zero(
+    isa, data, batch, heads, slots, dim, dtype, sinks_dtype, threads
+):
+    """With a mask and without; a row without a slot gives 0, and unread slots hold NaN."""
+    load.load(isa)
+    torch.set_num_threads(threads)
+    seed, softcap = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from((0.0, 3.0)))
+    q, k, v = inputs(batch, *heads, slots, dim, dtype, seed)
+    sinks = sinks_of(heads[0], seed, sinks_dtype)
+    mask = data.draw(masks(batch, slots)) if data.draw(st.booleans()) else None
+    live = torch.ones(batch, slots, dtype=torch.bool) if mask is None else mask
+    spoiled = [cache.masked_fill(~live[:, None, :, None], math.nan) for cache in (k, v)]
+    out = called(native.decode_attention, q, *spoiled, mask, dim**-0.5, softcap, sinks)
+    expected = reference.attention(q, k, v, scale=dim**-0.5, softcap=softcap, mask=live, sinks=sinks)
+    assert_rounded(out, expected, v.double().abs().amax((1, 2, 3))[:, None, None].expand(expected.shape))
+    assert not out[~live.any(1)].any()
+
+
+@ISAS
+def test_sinks_at_the_limits(isa):
+    """Minus infinity is no sink, to the bit; one far above all scores leaves nothing; NaN spoils its own head."""
+    load.load(isa)
+    for slots in (40, 2 * CHUNK):
+        q, k, v = inputs(2, 4, 2, slots, 16, torch.float32)
+        without = native.decode_attention(q, k, v, None, 0.25, 0.0)
+        sinks = torch.tensor([-math.inf, 1e30, math.nan, -1e30])
+        out = called(native.decode_attention, q, k, v, None, 0.25, 0.0, sinks)
+        assert torch.equal(out[:, ::3], without[:, ::3])
+        assert out[:, 1].abs().max() < 1e-30
+        assert out[:, 2].isnan().all()
+
+
+@ISAS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_without_a_slot_change_nothing(isa, dtype):
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-3.0, 0.1, 0.7, 2.0, 5.0, 30.0])], ids=["", "sinks"])
+def test_chunks_without_a_slot_change_nothing(isa, dtype, sinks):
     """A long cache with one unmasked chunk has the bits of that chunk's cache."""
     load.load(isa)
     q, k, v = inputs(2, 6, 2, 3 * CHUNK + 5, 24, dtype)
@@ -111,8 +172,8 @@ def test_chunks_without_a_slot_change_nothing(isa, dtype):
         part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         live = torch.zeros(2, k.shape[2], dtype=torch.bool)
         live[0, part], live[1, part.start + 3 : part.stop - 9] = True, True
-        long = called(native.decode_attention, q, k, v, live, 0.3, 0.0)
-        short = called(native.decode_attention, q, k[:, :, part], v[:, :, part], live[:, part].clone(), 0.3, 0.0)
+        long = called(native.decode_attention, q, k, v, live, 0.3, 0.0, sinks)
+        short = called(native.decode_attention, q, k[:, :, part], v[:, :, part], live[:, part].clone(), 0.3, 0.0, sinks)
         assert torch.equal(long, short)
 
 
@@ -137,10 +198,11 @@ def test_a_sequences_bits_depend_on_neither_batch_nor_threads(isa, batch, slots,
     q, k, v = inputs(batch, 12, 3, slots, 64, dtype, seed)
     torch.set_num_threads(1)
     rows = [slice(i, i + 1) for i in range(batch)]
-    alone = torch.cat([called(native.decode_attention, q[i], k[i], v[i], None, 0.125, 5.0) for i in rows])
+    sinks = sinks_of(12, seed, torch.float32)
+    alone = torch.cat([called(native.decode_attention, q[i], k[i], v[i], None, 0.125, 5.0, sinks) for i in rows])
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        assert torch.equal(called(native.decode_attention, q, k, v, None, 0.125, 5.0), alone)
+        assert torch.equal(called(native.decode_attention, q, k, v, None, 0.125, 5.0, sinks), alone)
 
 
 @ISAS
@@ -221,9 +283,9 @@ def sample_calls() -> dict[str, tuple]:
         (torch.randn(1, 1, 16), torch.randn(1, 1, 16)),
     )
     return {
-        "kv_fill": (qkv, None, None, *tables, slot, k, v, "none", 0.0, False),
-        "decode_attention": (q, k, v, torch.ones(2, 6, dtype=torch.bool), 0.25, 0.0),
-        "attention": (torch.randn(2, 3, 2, 16).bfloat16(), k, v, torch.ones(1, 1, 3, 6), 0.25, 0.0, False),
+        "kv_fill": (qkv, None, None, *tables, slot, k, v, "none", 0.0, False, False),
+        "decode_attention": (q, k, v, torch.ones(2, 6, dtype=torch.bool), 0.25, 0.0, torch.ones(2)),
+        "attention": (torch.randn(2, 3, 2, 16).bfloat16(), k, v, torch.ones(1, 1, 3, 6), 0.25, 0.0, False, q[0, 0, :2]),
         "add": (slot, slot.clone()[None]),
         "advance": (slot, 1),
         "copy": (q, torch.empty_like(q)),
@@ -250,6 +312,7 @@ def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
         ("kv_fill", 4, None, "cos and sin must go together"),
         ("kv_fill", 4, torch.ones(1, 1, 14), "cos and sin must have one shape"),
         ("kv_fill", 3, torch.ones(3, 1, 16), "cos and sin must have one shape"),
+        ("kv_fill", 11, True, "cos and sin must have one shape"),
         ("kv_fill", 5, torch.tensor([1, 2]), "qkv must be a position"),
         ("kv_fill", 5, torch.tensor([1.0]), "slot must be int64 or int32"),
         ("kv_fill", 7, torch.ones(2, 1, 5, 16).bfloat16(), "one shape, stride and dtype"),
@@ -260,6 +323,9 @@ def test_fake_operators_give_the_real_ones_shapes_and_dtypes(name):
         ("decode_attention", 1, torch.ones(2, 1, 6, 16), "one shape, stride and dtype"),
         ("decode_attention", 3, torch.ones(2, 5, dtype=torch.bool), "mask must have"),
         ("decode_attention", 3, torch.ones(2, 6, dtype=torch.int64), "mask must be"),
+        ("decode_attention", 6, torch.ones(3), "sinks must have a number for each query head"),
+        ("decode_attention", 6, torch.ones(2, dtype=torch.int64), "sinks must be float32"),
+        ("attention", 7, torch.ones(4)[::2], "sinks must have a number for each query head"),
         ("attention", 0, torch.ones(2, 2, 16).bfloat16(), "q must be"),
         ("attention", 3, torch.ones(3, 1, 3, 6), "mask must be"),
         ("attention", 3, torch.ones(1, 1, 2, 6), "mask must be"),

@@ -11,6 +11,7 @@ from river_compile.kernels.native import build
 from river_compile.kernels.native import load as native
 from river_compile.kernels.quant import calibrated, fit
 from river_compile.kernels.quant.calibrated import WholeCompensation, WholeMoments, inverse_factor
+from river_compile.kernels.quant.mxfp4 import find_mxfp4, unpack_mxfp4
 from tests.kernels.native.running import EACH_ISA
 from tests.kernels.quant.observed import damped, drawn
 
@@ -68,6 +69,20 @@ def test_a_fitted_grid_is_as_good_as_pytorchs(seed, n, group_size, dtype, size):
     torch.testing.assert_close(*noises, rtol=2e-3, atol=1e-9 * size**2)
     for tensor in found:
         assert torch.equal(tensor, tensor.to(dtype).float())
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 5))
+def test_mxfp4_is_found_by_its_values(seed, n, groups):
+    """One other value, and there is none."""
+    g = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (n, groups, 16), generator=g, dtype=torch.uint8)
+    weight = unpack_mxfp4(blocks, torch.randint(100, 140, (n, groups), generator=g, dtype=torch.uint8))
+    found = find_mxfp4(weight)
+    assert found is not None
+    assert torch.equal(unpack_mxfp4(*found).view(torch.int16), weight.view(torch.int16))
+    row, column = seed % n, seed % (32 * groups)
+    weight[row, column] = weight[row, column // 32 * 32 :][:32].abs().max() * 1.0625 + 2.0**-40
+    assert find_mxfp4(weight) is None
 
 
 def test_constant_groups_are_the_point_in_the_middle():

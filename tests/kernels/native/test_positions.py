@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from river_compile.kernels.native import load
 from tests.kernels import reference
-from tests.kernels.cases import CHUNK, NATIVE_DIMS, inputs, masks
+from tests.kernels.cases import CHUNK, NATIVE_DIMS, inputs, masks, sinks_of
 from tests.kernels.harness import assert_close
 from tests.kernels.native.running import DTYPES, ISAS, Cache, called, native
 from tests.support.examples import examples
@@ -38,10 +38,11 @@ def test_few_positions_attend_as_each_does_alone(isa, causal, data, batch, posit
     mask = torch.stack([data.draw(masks(batch if of_each else 1, slots)) for _ in range(positions)], 1)[:, None]
     if causal:
         mask = torch.ones(1, 1, positions, slots, dtype=torch.bool).tril()
-    out = native.attention(q, k, v, None if causal else mask, 0.25, softcap, causal)
+    sinks = sinks_of(6, seed, dtype) if data.draw(st.booleans()) else None
+    out = native.attention(q, k, v, None if causal else mask, 0.25, softcap, causal, sinks)
     for i in range(positions):
         row = mask[:, 0, i].expand(batch, slots).contiguous()
-        alone = native.decode_attention(q[:, i].contiguous(), k, v, row, 0.25, softcap)
+        alone = native.decode_attention(q[:, i].contiguous(), k, v, row, 0.25, softcap, sinks)
         assert torch.equal(out[:, i], alone)
 
 
@@ -70,7 +71,7 @@ def masks_of_many(draw, batch: int, positions: int, slots: int) -> torch.Tensor:
 )
 @examples(25)
 def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, layout, threads):
-    """Partial blocks, groups of 1 to 17 heads, every kind of mask; unread slots hold NaN."""
+    """Partial blocks, groups of 1 to 17 heads, every kind of mask, perhaps sinks; unread slots hold NaN."""
     load.load(isa)
     torch.set_num_threads(threads)
     dtype, softcap = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from((0.0, 0.0, 3.0)))
@@ -91,8 +92,10 @@ def test_many_positions(isa, data, batch, heads, positions, slots, dim, kind, la
     spoiled = (Cache(cache.masked_fill(unread, math.nan), *layout).tensor for cache in (k, v))
     scale = dim**-0.5
     rows = None if mask is None else mask[:, None]
-    out = called(native.attention, q, *spoiled, rows, scale, softcap, kind == "causal")
-    expected = reference.cache_attention(q, k, v, scale=scale, softcap=softcap, mask=live, added=added)
+    sinks = sinks_of(heads[0], seed, data.draw(st.sampled_from(DTYPES))) if data.draw(st.booleans()) else None
+    out = called(native.attention, q, *spoiled, rows, scale, softcap, kind == "causal", sinks)
+    how = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    expected = reference.cache_attention(q, k, v, mask=live, added=added, **how)
     assert_close(out, expected, v.double().abs().amax().expand(expected.shape))
     assert not out[~live.any(-1)].any()
 
@@ -105,8 +108,9 @@ def test_the_bits_of_a_prompt_depend_on_neither_capacity_nor_batch_nor_threads(i
     load.load(isa)
     q, k, v = (torch.randn(1, 70, n, 24, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (6, 2, 3))
     k, v = (cache[:, :, :2].transpose(1, 2).contiguous() for cache in (k, v))
+    sinks = sinks_of(6, 0, dtype)
     torch.set_num_threads(1)
-    alone = native.attention(q, k, v, None, 0.3, 0.0, True)
+    alone = native.attention(q, k, v, None, 0.3, 0.0, True, sinks)
     caches = [torch.full((2, 2, capacity + 37, 24), math.nan, dtype=dtype) for _ in range(2)]
     mask = torch.zeros(2, 1, 70, capacity + 37, dtype=torch.bool)
     for row, first in enumerate((0, 37)):
@@ -115,7 +119,7 @@ def test_the_bits_of_a_prompt_depend_on_neither_capacity_nor_batch_nor_threads(i
             cache[row, :, first : first + 70] = entries[0]
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        out = native.attention(q.expand(2, -1, -1, -1), *caches, mask, 0.3, 0.0, False)
+        out = native.attention(q.expand(2, -1, -1, -1), *caches, mask, 0.3, 0.0, False, sinks)
         assert torch.equal(out, alone.expand(2, -1, -1, -1))
 
 
@@ -132,3 +136,20 @@ def test_nan_reaches_the_positions_that_read_it(isa, dtype):
     spoiled[0, 3, 1] = spoiled[0, 50:, 0] = True
     assert torch.equal(out.isnan(), spoiled)
     assert torch.equal(out[~spoiled], clean[~spoiled])
+
+
+@ISAS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_of_a_prompt_at_the_limits(isa, dtype):
+    """As of one position; a position without a slot gives 0."""
+    load.load(isa)
+    q, k, v = (torch.randn(1, 40, n, 24, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (4, 2, 3))
+    k, v = (cache[:, :, :2].transpose(1, 2).contiguous() for cache in (k, v))
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(-1)
+    without = native.attention(q, k, v, mask, 0.3, 0.0, False)
+    sinks = torch.tensor([-math.inf, 1e30, math.nan, -1e30])
+    out = called(native.attention, q, k, v, mask, 0.3, 0.0, False, sinks)
+    assert torch.equal(out[:, :, ::3], without[:, :, ::3])
+    assert out[:, :, 1].float().abs().max() < 1e-30
+    assert out[:, 1:, 2].isnan().all()
+    assert not out[:, 0, ::3].any()

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from river_compile.passes.fusion.match import Part, part
-from river_compile.passes.fusion.recognise import activation, norm, rotation, skip_repeat
+from river_compile.passes.fusion.recognise import activation, attention, norm, rotation, skip_repeat
 from river_compile.passes.normalize import normalized
+from tests.passes.decoders import turned_by_halves, weights_with_sinks
 from tests.passes.graphs import GraphBuilder
 
 WIDTH = 8
@@ -128,12 +129,62 @@ def turn(s: Scene, x: fx.Node, features: int, interleaved: bool = False, sign: i
     [
         lambda s: turn(s, s.q, 8, sign=1),
         lambda s: turn(s, s.q, 8, interleaved=True, sign=1),
+        lambda s: turned_by_halves(s.b, s.q, *s.tables[4], order=(1, 0)),
         lambda s: s.b.call(operator.add, s.b.call("mul", s.q, 2.0), s.b.call("mul", s.q, 3.0)),
     ],
 )
 def test_turns_the_other_way_are_no_rotation(make):
     scene = Scene()
     assert rotation(scene.normal(make(scene))) is None
+
+
+@pytest.mark.parametrize("features", [8, 4])
+def test_a_rotation_by_halves_has_half_tables(features):
+    """Of whole heads, and of their first features."""
+    s = Scene()
+    cos, sin = (s.b.placeholder(name, s.b.randn(2, 1, 1, features // 2)) for name in ("cos", "sin"))
+    ranges = (slice(None, features), slice(features, None))
+    first, rest = (s.b.call(operator.getitem, s.q, (Ellipsis, r)) for r in ranges)
+    y = turned_by_halves(s.b, s.q if features == WIDTH else first, cos, sin)
+    found = rotation(s.normal(y if features == WIDTH else s.b.call(torch.cat, (y, rest), dim=-1)))
+    assert (found.x.name, found.cos.name, found.sin.name) == ("q", "cos", "sin")
+    assert (found.features, found.interleaved, found.half_tables) == (features, False, True)
+
+
+def with_sinks(s: Scene, sinks: fx.Node, **how: object) -> fx.Node:
+    """Returns attention of `q` over `keys` and `values`, repeated for its four heads; `how`: of the weights."""
+
+    def repeated(x: fx.Node) -> fx.Node:
+        x = s.b.call(operator.getitem, x, (EVERY, EVERY, None, EVERY, EVERY))
+        return s.b.call("reshape", s.b.call("expand", x, 2, 2, 2, 5, WIDTH), 2, 4, 5, WIDTH)
+
+    scores = s.b.call(operator.mul, s.b.call(torch.matmul, s.q, s.b.call("transpose", repeated(s.keys), 2, 3)), 0.5)
+    scores = s.b.call(operator.add, scores, s.mask)
+    dropped = s.b.call(F.dropout, weights_with_sinks(s.b, scores, sinks, **how), 0.0, False)
+    return s.b.call(torch.matmul, dropped, repeated(s.values))
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_attention_with_sinks(shifted):
+    s = Scene()
+    found = attention(s.normal(with_sinks(s, s.b.parameter("sinks", 4), shifted=shifted)))
+    names = [n.name for n in (found.q, found.k, found.v, found.mask, found.sinks)]
+    assert names == ["q", "keys", "values", "mask", "sinks"]
+    assert (found.scale, found.softcap, found.causal) == (0.5, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: with_sinks(s, s.b.call("mul", s.b.parameter("sinks", 4), 2.0)),
+        lambda s: with_sinks(s, s.b.placeholder("sinks", s.b.randn(4))),
+        lambda s: with_sinks(s, s.b.parameter("sinks", 4), taken=slice(1, None)),
+    ],
+)
+def test_sinks_that_the_kernels_do_not_know(make):
+    """Sinks that are computed, or no parameter, or kept in place of the first slot."""
+    s = Scene()
+    assert attention(s.normal(make(s))) is None
 
 
 def test_a_repetition_along_another_dimension_stays():

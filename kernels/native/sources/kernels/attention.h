@@ -1,8 +1,8 @@
 // Attention of a few query positions over a static cache, chunk by chunk, combined by log-sum-exp (online softmax:
 // Milakov and Gimelshein 2018; split keys: Flash-Decoding, Dao et al. 2023). Masked slots are never read. Query heads
 // of a key-value head and positions with the same slots share reads. Chunks count from a row's first unmasked slot, so
-// bits do not depend on positions, threads or padding. Not handled: masks that differ between heads, and many
-// positions.
+// bits do not depend on positions, threads or padding. Sinks join the sums of all chunks. Not handled: masks that
+// differ between heads, and many positions.
 #pragma once
 
 #include <algorithm>
@@ -139,6 +139,15 @@ void load_query(const AttentionArgs& a, int64_t at, float* q) {
     std::copy(values, values + size, q);
 }
 
+// By what a query's sum of all slots becomes its result, given the largest score and the sum of the weights.
+inline float factor_of(const AttentionArgs& a, int64_t head, float largest, float total) {
+  if (total == 0) return 0;  // no slot takes part
+  if (!a.sinks) return 1.0f / total;
+  const float sink = load_scalar(a.sinks, head, a.sinks_dtype);
+  const float most = sink > largest ? sink : largest, shrunk = exp_of(largest - most);
+  return shrunk / (total * shrunk + exp_of(sink - most));
+}
+
 // Writes what was summed for query number `at` of all: the result where there is one chunk, else a part of it.
 template <int D>
 void store_sums(const AttentionArgs& a, int64_t at, int chunk, int query, const Scratch& m) {
@@ -148,7 +157,7 @@ void store_sums(const AttentionArgs& a, int64_t at, int chunk, int query, const 
   else
     std::copy(m.sums[query], m.sums[query] + a.head_dim, sums);
   if (a.chunks == 1) {
-    const float factor = m.total[query] == 0 ? 0.0f : 1.0f / m.total[query];
+    const float factor = factor_of(a, at % a.heads, m.largest[query], m.total[query]);
     for (int d = 0; d < a.head_dim; ++d) sums[d] *= factor;
     return store_values(a.out, at * a.head_dim, a.head_dim, D, sums);
   }
@@ -233,7 +242,7 @@ inline void combine(const void* args, int part, int parts) {
       total += of[a.head_dim + 1] * factor;
       for (int d = 0; d < a.head_dim; ++d) sum[d] += of[d] * factor;
     }
-    const float factor = total == 0 ? 0.0f : 1.0f / total;
+    const float factor = factor_of(a, i % a.heads, largest, total);
     for (int d = 0; d < a.head_dim; ++d) sum[d] *= factor;
     store_values(a.out, i * a.head_dim, a.head_dim, a.dtype, sum);
   }

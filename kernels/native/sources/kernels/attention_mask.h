@@ -28,6 +28,18 @@ inline bool takes_part(const AttentionArgs& a, int64_t at, int slot, float& adde
   return !(added <= least / 2);
 }
 
+// The end of a stretch of slots from number `slot` on whose numbers in the mask's row at `at` are equal; perhaps before
+// its real end. (Masks are long stretches, and memory is compared much faster than numbers are looked at.)
+inline int alike_until(const AttentionArgs& a, int64_t at, int slot, int last) {
+  if (!a.mask) return last;
+  const int64_t each = a.mask_dtype == kBool ? 1 : bytes_of(a.mask_dtype);
+  const char* const mask = static_cast<const char*>(a.mask) + at * each;
+  int end = slot + 1;
+  for (const int step : {64, 8})
+    while (end + step <= last && !std::memcmp(mask + (end - 1) * each, mask + end * each, step * each)) end += step;
+  return end;
+}
+
 // The first unmasked slot of a row, `slots` without one; padding or a window may put it far behind.
 inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
   if (a.mask && a.mask_dtype == kBool) {
@@ -37,15 +49,8 @@ inline int first_live(const AttentionArgs& a, int64_t at, int slots) {
   }
   float added;
   int first = 0;
-  while (first < slots && !takes_part(a, at, first, added)) ++first;
+  while (first < slots && !takes_part(a, at, first, added)) first = alike_until(a, at, first, slots);
   return first;
-}
-
-// Whether a look at the mask alone shows that slots `first` to `last - 1` take part without additions to their scores.
-inline bool all_take_part(const AttentionArgs& a, int64_t at, int first, int last) {
-  if (!a.mask) return true;
-  const auto* mask = static_cast<const uint8_t*>(a.mask) + at;
-  return a.mask_dtype == kBool && !std::memchr(mask + first, 0, last - first);
 }
 
 // Finds those of chunk number `chunk` of a row.
@@ -54,17 +59,12 @@ inline void find_live(const AttentionArgs& a, int64_t row, int chunk, Live& live
   const int slots = a.causal ? int(std::min<int64_t>(a.slots, row % a.positions + 1)) : a.slots;
   const int first = first_live(a, at, slots) + chunk * kChunk;
   const int last = std::min(first + kChunk, slots);
-  if (first < last && all_take_part(a, at, first, last)) {
-    live.count = last - first;
-    for (int i = 0; i < live.count; ++i) live.slots[i] = first + i;
-    std::fill(live.added, live.added + live.count, 0.0f);
-  } else {
-    float added;
-    for (int slot = first; slot < last; ++slot) {
-      if (!takes_part(a, at, slot, added)) continue;
-      live.slots[live.count] = slot;
-      live.added[live.count++] = added;
-    }
+  float added;
+  for (int slot = first, end; slot < last; slot = end) {
+    end = alike_until(a, at, slot, last);
+    if (!takes_part(a, at, slot, added)) continue;
+    std::fill_n(live.added + live.count, end - slot, added);
+    for (; slot < end; ++slot) live.slots[live.count++] = slot;
   }
   for (int i = live.count; i % 16; ++i) live.added[i] = 0;
 }

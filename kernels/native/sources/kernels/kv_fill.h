@@ -20,13 +20,14 @@ inline void normalise_head(const KvFillArgs& a, const void* weight, float* x) {
 inline void rotate_head(const KvFillArgs& a, int64_t row, float* x) {
   float cos[kMostHeadFeatures], sin[kMostHeadFeatures];
   const int64_t at = row / a.positions * a.rotary_sequence + row % a.positions * a.rotary_position;
-  load_values(a.cos, at, a.rotary_dim, a.rotary_dtype, cos);
-  load_values(a.sin, at, a.rotary_dim, a.rotary_dtype, sin);
-  const int half = a.rotary_dim / 2;
+  const int half = a.rotary_dim / 2, columns = a.half_tables ? half : a.rotary_dim;
+  load_values(a.cos, at, columns, a.rotary_dtype, cos);
+  load_values(a.sin, at, columns, a.rotary_dtype, sin);
   for (int i = 0; i < half; ++i) {
     const int first = a.interleaved ? 2 * i : i, second = a.interleaved ? 2 * i + 1 : i + half;
-    const float turned = x[first] * cos[first] - x[second] * sin[first];
-    x[second] = x[second] * cos[second] + x[first] * sin[second];
+    const int of_first = a.half_tables ? i : first, of_second = a.half_tables ? i : second;
+    const float turned = x[first] * cos[of_first] - x[second] * sin[of_first];
+    x[second] = x[second] * cos[of_second] + x[first] * sin[of_second];
     x[first] = turned;
   }
 }

@@ -79,8 +79,7 @@ class PromptBlock {
     load_queries();
     const int panels = heads_ * panels_;
     std::fill(out_, out_ + panels * features_ * kBlock, 0.0f);
-    std::fill(largest_, largest_ + panels * kBlock, std::numeric_limits<float>::lowest());
-    std::fill(total_, total_ + panels * kBlock, 0.0f);
+    for (int panel = 0; panel < panels; ++panel) begin_sums(panel);
     for (read_.rewind(); read_.next();) {
       load_chunk(sequence_ * a_.cache.sequence + kv_head * a_.cache.head);
       in_batches<kPanels>(panels, [&](auto count, int panel, int, int) { attend_panels<count>(panel); });
@@ -105,6 +104,14 @@ class PromptBlock {
       const int64_t row = sequence_ * a_.positions + first_ + position;
       f(panel, (row * a_.heads + head_ + panel / panels_) * a_.head_dim, std::min(kBlock, positions_ - position));
     }
+  }
+
+  // A sink is a score that came before all slots. (Its value is 0, so sums begin with 0.)
+  void begin_sums(int panel) {
+    constexpr float kLowest = std::numeric_limits<float>::lowest();
+    const float sink = a_.sinks ? load_scalar(a_.sinks, head_ + panel / panels_, a_.sinks_dtype) : kLowest;
+    std::fill_n(largest_ + panel * kBlock, kBlock, sink < kLowest ? kLowest : sink);
+    std::fill_n(total_ + panel * kBlock, kBlock, a_.sinks && sink >= kLowest ? 1.0f : 0.0f);
   }
 
   void load_queries() {

@@ -17,8 +17,9 @@ inline Cache cache_of(const Tensor& k_cache, const Tensor& v_cache) {
 }
 
 // Describes the tables of a rotation, which hold a row for each position, of all sequences or of each.
-inline void describe_rotation(KvFillArgs& a, const Tensor& cos, const Tensor& sin, Tensors& held) {
-  check(cos.scalar_type() == sin.scalar_type() && columns_of(cos) <= a.head_dim && columns_of(cos) % 2 == 0 &&
+inline void describe_rotation(KvFillArgs& a, const Tensor& cos, const Tensor& sin, bool half_tables, Tensors& held) {
+  const int64_t turned = columns_of(cos) * (half_tables ? 2 : 1);
+  check(cos.scalar_type() == sin.scalar_type() && turned <= a.head_dim && turned % 2 == 0 &&
             columns_of(sin) == columns_of(cos) && rows_of(sin) == rows_of(cos),
         "cos and sin", "have one shape and dtype and an even number of features, at most the head's");
   const int64_t rows = rows_of(cos);
@@ -30,12 +31,13 @@ inline void describe_rotation(KvFillArgs& a, const Tensor& cos, const Tensor& si
   a.rotary_position = table.stride;
   a.rotary_sequence = rows == a.positions ? 0 : a.positions * table.stride;
   a.rotary_dtype = dtype_of(cos, "cos");
-  a.rotary_dim = int32_t(columns_of(cos));
+  a.rotary_dim = int32_t(turned);
+  a.half_tables = half_tables;
 }
 
 inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_norm, const Maybe& cos, const Maybe& sin,
                       const Tensor& slot, Tensor k_cache, Tensor v_cache, const std::string& norm, double eps,
-                      bool interleaved) {
+                      bool interleaved, bool half_tables) {
   Tensors held;
   KvFillArgs a{};
   a.cache = cache_of(k_cache, v_cache);
@@ -58,7 +60,7 @@ inline Tensor kv_fill(const Tensor& qkv, const Maybe& q_norm, const Maybe& k_nor
   a.k_norm = vector_of(k_norm, qkv, a.head_dim, "k_norm");
   a.eps = float(eps);
   check(!cos == !sin, "cos and sin", "go together");
-  if (cos) describe_rotation(a, *cos, *sin, held);
+  if (cos) describe_rotation(a, *cos, *sin, half_tables, held);
   const bool wide = slot.scalar_type() == ScalarType::Long;
   check(slot.is_cpu() && slot.is_contiguous() && (wide || slot.scalar_type() == ScalarType::Int), "slot",
         "be int64 or int32 in the CPU's memory, one for each position");
@@ -101,6 +103,14 @@ inline void describe_mask(AttentionArgs& a, const Tensor& mask, int64_t sequence
   a.mask_dtype = mask.scalar_type() == ScalarType::Bool ? kBool : dtype_of(mask, "mask");
 }
 
+inline void describe_sinks(AttentionArgs& a, const Maybe& sinks) {
+  if (!sinks) return;
+  check(sinks->is_cpu() && sinks->is_contiguous() && sinks->numel() == a.heads, "sinks",
+        "have a number for each query head, adjacent, in the CPU's memory");
+  a.sinks = sinks->data_ptr();
+  a.sinks_dtype = dtype_of(*sinks, "sinks");
+}
+
 inline void run_few(AttentionArgs& a) {
   const int64_t partials = int64_t(a.batch) * a.positions * a.heads * a.chunks;
   const int64_t alone = a.batch * a.kv_heads * a.chunks;             // units of one group
@@ -137,10 +147,11 @@ inline Tensor run_attention(AttentionArgs& a, const Tensor& q) {
 }
 
 inline Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask,
-                               double scale, double softcap) {
+                               double scale, double softcap, const Maybe& sinks) {
   AttentionArgs a{};
   check(q.dim() == 3, "q", "be [B, H, D]");
   describe_attention(a, q, 1, k_cache, v_cache, scale, softcap);
+  describe_sinks(a, sinks);
   if (mask) {
     check(mask->dim() == 2 && mask->size(0) == a.batch, "mask", "be [B, S]");
     describe_mask(a, *mask, mask->stride(0), 0);
@@ -149,10 +160,11 @@ inline Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Ten
 }
 
 inline Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Maybe& mask, double scale,
-                        double softcap, bool causal) {
+                        double softcap, bool causal, const Maybe& sinks) {
   AttentionArgs a{};
   check(q.dim() == 4, "q", "be [B, T, H, D]");
   describe_attention(a, q, q.size(1), k_cache, v_cache, scale, softcap);
+  describe_sinks(a, sinks);
   a.causal = causal;
   if (mask) {
     const bool each = mask->dim() == 4 && mask->size(0) == a.batch;

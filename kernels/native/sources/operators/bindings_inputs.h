@@ -62,7 +62,7 @@ inline Tensor embed(const Tensor& ids, const Tensor& table) {
   return out;
 }
 
-// cos or sin of position times frequency, times a scale: [P, 2 F], the second half as the first.
+// cos or sin of position times frequency, times a scale: [P, 2 F], the second half as the first, or `once` [P, F].
 struct TurnArgs {
   const int64_t* positions;
   const void* frequencies;
@@ -70,28 +70,30 @@ struct TurnArgs {
   int64_t count;
   int32_t half, dtype, given;  // dtypes of the result and of the frequencies
   float scale;
-  bool sine;
+  bool sine, once;
 };
 
 inline void make_turns(const void* args, int part, int parts) {
   const auto& a = *static_cast<const TurnArgs*>(args);
   float values[kMostHeadFeatures], frequencies[kMostHeadFeatures / 2];
   load_values(a.frequencies, 0, a.half, a.given, frequencies);
+  const int columns = a.once ? a.half : 2 * a.half;
   for (auto [i, end] = share_of(a.count, part, parts); i < end; ++i) {
     for (int j = 0; j < a.half; ++j) {
       const float angle = float(a.positions[i]) * frequencies[j];
       values[j] = values[j + a.half] = (a.sine ? std::sin(angle) : std::cos(angle)) * a.scale;
     }
-    store_values(a.out, i * 2 * a.half, 2 * a.half, a.dtype, values);
+    store_values(a.out, i * columns, columns, a.dtype, values);
   }
 }
 
-inline Tensor turns(const Tensor& positions, const Tensor& frequencies, double scale, bool sine, const Tensor& like) {
+inline Tensor turns(const Tensor& positions, const Tensor& frequencies, double scale, bool sine, const Tensor& like,
+                    bool once) {
   Tensors held;
   const int64_t half = frequencies.numel();
   check(frequencies.is_cpu() && frequencies.dim() == 1 && frequencies.is_contiguous() && 2 * half <= kMostHeadFeatures,
         "frequencies", "be one row in the CPU's memory, for half of a head's features at most");
-  Tensor out = empty_behind(positions, 2 * half, like);
+  Tensor out = empty_behind(positions, once ? half : 2 * half, like);
   if (out.numel() == 0) return out;
   TurnArgs a{numbers_in(positions, held, "positions"), frequencies.data_ptr(), out.data_ptr()};
   a.count = positions.numel();
@@ -100,6 +102,7 @@ inline Tensor turns(const Tensor& positions, const Tensor& frequencies, double s
   a.given = dtype_of(frequencies, "frequencies");
   a.scale = float(scale);
   a.sine = sine;
+  a.once = once;
   run_phases(a, {{make_turns, &a, parts_of(a.count * half, 1 << 10)}}, a.count > kFewPositions);
   return out;
 }

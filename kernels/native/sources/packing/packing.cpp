@@ -1,5 +1,5 @@
-// Fits of 4-bit grids, GPTQ's rounding of blocks (reference: `kernels/quant/calibrated.py`), and packing in 4 and 12
-// bits. One thread runs each call.
+// Fits of 4-bit grids, GPTQ's rounding of blocks (reference: `kernels/quant/calibrated.py`), packing in 4 and 12 bits,
+// and finding MXFP4 (`kernels/quant/mxfp4.py`). One thread runs each call.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -186,4 +186,30 @@ RIVER_EXPORTED void river_pack_bf12(const uint16_t* weights, int64_t rows, int64
     }
   }
   first[fours] = int32_t((next - patches) / 2);
+}
+
+// Finds blocks [groups, 16] and scales [groups] of MXFP4 with exactly the values of `groups` groups of 32 bfloat16
+// weights, and returns whether there are any. The code of a magnitude follows from its distance from the scale's power
+// of two: -128 for 0.5, and 64 times the code minus 2 for numbers from 1 on.
+RIVER_EXPORTED bool river_find_mxfp4(const uint16_t* weights, int64_t groups, uint8_t* blocks, uint8_t* scales) {
+  constexpr int kNotANumber = 255, kLeastNormal = 128;
+  for (int64_t group = 0; group < groups; ++group) {
+    const uint16_t* const bits = weights + group * river::kMxGroup;
+    int largest = 0, others = 0;
+    for (int i = 0; i < river::kMxGroup; ++i) largest = std::max(largest, bits[i] & 0x7fff);
+    const int scale = std::max((largest >> 7) - 2, 0);
+    uint8_t codes[river::kMxGroup];
+    for (int i = 0; i < river::kMxGroup; ++i) {
+      const int magnitude = bits[i] & 0x7fff, step = magnitude - (scale << 7);
+      const bool is_zero = magnitude == 0, is_half = step == -128;
+      const bool is_number = is_half | ((step >= 0) & (step <= 320) & ((step & 63) == 0));
+      others += !(is_zero | (is_number & (magnitude >= kLeastNormal)));
+      codes[i] = uint8_t((is_zero ? 0 : is_half ? 1 : (step >> 6) + 2) | (bits[i] >> 12 & 8));
+    }
+    if (others || scale + 2 >= kNotANumber) return false;
+    for (int i = 0; i < river::kMxGroup / 2; ++i)
+      blocks[group * river::kMxGroup / 2 + i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+    scales[group] = uint8_t(scale);
+  }
+  return true;
 }

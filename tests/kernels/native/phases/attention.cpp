@@ -87,12 +87,16 @@ Drawn draw_attention(Case& c, int positions, int most_slots) {
   a.softcap = r.one_in(3) ? 5.0f : 0.0f;
   draw_mask(c, d, r.pick({kNoMask, kCausal, kBoolMask, kAddedMask}));
   draw_slots(c, d);
+  if (r.one_in(2)) {
+    a.sinks_dtype = r.dtype();
+    a.sinks = c.normal(1, a.heads, 0, a.sinks_dtype, 3).data();
+  }
   const int64_t features = int64_t(a.batch) * positions * a.heads * a.head_dim;
   a.q = c.normal(1, features, 0, a.dtype).data();
   a.out = c.output(features, a.dtype).data();
   c.describe("B=", a.batch, " T=", positions, " H=", a.heads, " J=", a.kv_heads, " D=", a.head_dim, " S=", a.slots, " ",
              name_of(a.dtype), " causal=", a.causal, " mask=", a.mask ? name_of(a.mask_dtype) : "none",
-             " softcap=", int64_t(a.softcap));
+             " softcap=", int64_t(a.softcap), " sinks=", a.sinks ? name_of(a.sinks_dtype) : "none");
   return d;
 }
 
@@ -115,6 +119,11 @@ void expect_query(Case& c, const Drawn& d, int64_t row, int64_t head, double rou
     scores[s] = (a.softcap > 0 ? std::tanh(score / a.softcap) * a.softcap : score) + added[s];
     largest = std::max(largest, scores[s]);
     steepest = std::max(steepest, 1 + magnitude);
+  }
+  if (a.sinks && largest != -kInfinity) {
+    const double sink = value_of(a.sinks, head, a.sinks_dtype);
+    largest = std::max(largest, sink);
+    total = std::exp(sink - largest);
   }
   for (int64_t s = 0; s < a.slots; ++s) {
     if (scores[s] == -kInfinity) continue;

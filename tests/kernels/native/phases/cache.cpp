@@ -17,7 +17,8 @@ void rotate(const KvFillArgs& a, int64_t row, Head& h) {
     const int64_t first = a.interleaved ? 2 * i : i, second = a.interleaved ? 2 * i + 1 : i + a.rotary_dim / 2;
     const double x = h.values[first], y = h.values[second];
     const auto turn = [&](int64_t k, double mine, double other) {
-      const double cos = value_of(a.cos, at + k, a.rotary_dtype), sin = value_of(a.sin, at + k, a.rotary_dtype);
+      const int64_t angle = at + (a.half_tables ? i : k);
+      const double cos = value_of(a.cos, angle, a.rotary_dtype), sin = value_of(a.sin, angle, a.rotary_dtype);
       h.values[k] = mine * cos + other * sin;
       h.magnitudes[k] = std::fabs(mine * cos) + std::fabs(other * sin);
     };
@@ -64,11 +65,13 @@ KvFillArgs draw_fill(Case& c) {
   if (r.one_in(4)) return a;
   a.rotary_dim = r.one_in(3) ? a.head_dim / 2 : a.head_dim;
   a.rotary_dtype = r.pick({int32_t(kFloat32), a.dtype});
-  a.rotary_position = a.rotary_dim + r.pick({0, 4});
+  a.half_tables = r.one_in(3);
+  const int64_t columns = a.half_tables ? a.rotary_dim / 2 : a.rotary_dim;
+  a.rotary_position = columns + r.pick({0, 4});
   const int64_t rows = a.positions * (r.one_in(2) ? 1 : a.batch);
   a.rotary_sequence = rows == a.positions ? 0 : a.positions * a.rotary_position;
-  a.cos = c.normal(rows, a.rotary_dim, a.rotary_position, a.rotary_dtype).data();
-  a.sin = c.normal(rows, a.rotary_dim, a.rotary_position, a.rotary_dtype).data();
+  a.cos = c.normal(rows, columns, a.rotary_position, a.rotary_dtype).data();
+  a.sin = c.normal(rows, columns, a.rotary_position, a.rotary_dtype).data();
   return a;
 }
 
@@ -110,7 +113,8 @@ void check_kv_fill(Case& c) {
   a.cache = layout.of(keys, values);
   a.q = q.data();
   c.describe("B=", a.batch, " T=", a.positions, " H=", a.heads, " J=", a.kv_heads, " D=", a.head_dim,
-             " R=", a.rotary_dim, " ", name_of(a.dtype), " norm=", a.norm, " interleaved=", a.interleaved);
+             " R=", a.rotary_dim, " ", name_of(a.dtype), " norm=", a.norm, " interleaved=", a.interleaved,
+             " half_tables=", a.half_tables);
   c.repeat([&](int parts) { c.run(&Kernels::kv_fill, &a, parts); });
   int64_t written = 0;
   for (int64_t row = 0; row < int64_t(a.batch) * a.positions; ++row) {
