@@ -1,5 +1,6 @@
 """Each command of `river` on a tiny model: what it prints, as people and the published schema want it; errors."""
 
+import importlib.metadata
 import inspect
 import io
 import itertools
@@ -280,6 +281,19 @@ def test_doctor_tells_versions_compiler_and_caches_and_tries_a_tiny_model(capsys
     assert {"Python", "torch", "transformers", "compiler", "processor", "threads", "GPU", "cache"} <= set(states)
     assert states["self-test"] == "ok"
     assert found["healthy"]
+
+
+@pytest.mark.parametrize(("gpu", "state"), [(False, "ok"), (True, "warning")])
+def test_doctor_misses_triton_on_a_gpu_only(gpu, state, capsys, monkeypatch):
+    def found(name):
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "3.12"
+
+    monkeypatch.setattr("river_compile.upstream.versions.installed", found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    finding = next(f for f in commands.versions() if f.what == "triton")
+    assert (finding.state, finding.text.partition(",")[0]) == (state, "not installed")
 
 
 def test_doctor_says_that_the_cache_has_no_place(tmp_path, capsys, monkeypatch):
