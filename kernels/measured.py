@@ -86,7 +86,7 @@ def _measure(shapes: Shapes, file: Path) -> None:
     made = {shape: (torch.randn(shape, generator=generator) * 0.02).bfloat16() for shape in dict.fromkeys(order)}
     units_and_sides = {shape: pack_12bit(weight) for shape, weight in made.items()}
     in_16_bits = [made[shape].clone() for shape in order]
-    in_12_bits = [(*(part.clone() for part in units_and_sides[shape]), *shape) for shape in order]
+    in_12_bits = [tuple(part.clone() for part in units_and_sides[shape]) for shape in order]
     ops, gains = native.load(), {}
     for rows in _WIDTHS:
         inputs = {k: torch.ones(rows, k, dtype=torch.bfloat16) for _, k in shapes}
@@ -95,7 +95,7 @@ def _measure(shapes: Shapes, file: Path) -> None:
             for weight in in_16_bits:
                 ops.dense(inputs[weight.shape[1]], [weight], [])
         with packed.recording():
-            for units, side, n, k in in_12_bits:
+            for (units, side), (n, k) in zip(in_12_bits, order, strict=True):
                 ops.linear(inputs[k], units, side, None, n, 0)
         gains[rows] = _ratio(plain, packed)
     log.info("passes in 12 bits over 16 bits, by rows: %s", gains)
