@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticLayer
 
@@ -21,6 +21,7 @@ from river_compile.upstream.transformers import allocate, full_static_cache
 _WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")  # transformers' functions
 Entries: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # of one row, by layer: keys and values ``[H, T, D]``
 _STEP = 256  # slots are a multiple of this, so that prompts of similar lengths fit into the same cache
+_RESERVED = 2  # rows at most that OPT and its like keep in front of their table of positions
 
 
 def masks_by_slots(model: PreTrainedModel) -> bool:
@@ -205,5 +206,17 @@ def bytes_per_token(model: PreTrainedModel) -> int | None:
 
 
 def slots_for(model: PreTrainedModel, tokens: int) -> int:
-    """Return the slots for some tokens, rounded up; at most the model's positions (MPT's bias)."""
-    return min(-(-tokens // _STEP) * _STEP, getattr(model.config, "max_seq_len", None) or sys.maxsize)
+    """Return the slots for some tokens, rounded up; at most as many as the model has positions."""
+    return min(-(-tokens // _STEP) * _STEP, positions_of(model))
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Return how many positions a model has embeddings or a bias for, as GPT-2 and MPT; else the largest number."""
+    # The padding of a verifying pass has positions too, as far as there are slots.
+    config = model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int):
+        others = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings())
+        if any(most <= table.num_embeddings <= most + _RESERVED for table in others):
+            return most
+    return getattr(config, "max_seq_len", None) or sys.maxsize
