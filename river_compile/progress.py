@@ -51,7 +51,8 @@ class _Shown:
         self.bar.update(share - self.bar.n)
         now = time.monotonic()
         if self.bar.disable and now - self.written >= _EVERY:
-            print(f"river: {name}, {share:.0%} after {now - self.began:.0f} s", file=sys.stderr, flush=True)
+            reached = f", {share:.0%}" if share else ""
+            print(f"river: {name}{reached} after {now - self.began:.0f} s", file=sys.stderr, flush=True)
             self.written = now
 
 

@@ -8,6 +8,8 @@ from contextlib import redirect_stderr
 import torch
 
 import river_compile
+from river_compile.kernels.native import load
+from river_compile.lowering import lower
 from river_compile.progress import stage_reached, stage_shown
 from tests.support.families import make, prompt
 
@@ -40,6 +42,20 @@ def test_without_a_terminal_a_long_start_writes_a_line_every_ten_seconds(capsys,
             now += 1
             stage_reached(number / 25)
     assert capsys.readouterr().err == "river: packing, 40% after 10 s\nriver: packing, 80% after 20 s\n"
+
+
+def test_a_first_compilation_of_the_kernels_is_shown(monkeypatch):
+    """Three looks at libraries that are not there yet; without one, nothing is shown."""
+    looks = [False, False, False, True]
+    monkeypatch.setattr(load, "built", lambda seconds: looks.pop(0))
+    with redirect_stderr(Terminal()) as terminal:
+        lower.load_native()
+    assert "river: compiling the C++ kernels, once per machine" in terminal.getvalue()
+    assert not looks
+    monkeypatch.undo()
+    with redirect_stderr(Terminal()) as terminal:
+        lower.load_native()
+    assert terminal.getvalue() == ""
 
 
 def test_what_an_accelerated_model_waits_for_is_shown():

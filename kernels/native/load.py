@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,14 @@ def begin() -> None:
         find_compiler()
     with _loading:
         _making(choose_isa(), packing_library)
+
+
+def built(seconds: float) -> bool:
+    """Whether the libraries of `load` are there, or have failed, after at most `seconds`; raise as `choose_isa`."""
+    isa = choose_isa()
+    with _loading:
+        made = () if isa.name in _tables else _making(isa)
+    return not wait(made, seconds).not_done
 
 
 def _making(isa: Isa, *others: Callable[[Isa], Path]) -> tuple[Future[Path], Future[Path]]:

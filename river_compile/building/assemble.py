@@ -19,8 +19,7 @@ from river_compile.building.packing import packed_weights, tell_of_change
 from river_compile.building.structured_trace import trace_artifact
 from river_compile.config import RiverConfig
 from river_compile.exits import SequenceStates
-from river_compile.kernels.native import load as native
-from river_compile.lowering.lower import load_generated
+from river_compile.lowering.lower import load_generated, load_native
 from river_compile.lowering.segments import ProgramExamples, SegmentCompiler
 from river_compile.passes.program import Matmul, Program, SegmentSpec
 from river_compile.progress import stage_reached
@@ -47,7 +46,7 @@ def placement_of(model: ModelRecord, config: RiverConfig) -> Placement:
 def rebuild(program: Program, inputs: Sequence[Any], model: ModelRecord, graph: GraphRecord) -> RiverExecutor:
     """Build a program that was rewritten before, perhaps in another process, on its real inputs, in order."""
     if program.native:
-        native.load()
+        load_native()
     elif graph.config.kernels == "triton":
         load_generated()
     return executor_of(assembled(program, ProgramExamples(program), inputs, model, graph), model, graph)

@@ -28,6 +28,9 @@ from river_compile.passes.edits import drop_unused
 from river_compile.passes.nodes import called
 from river_compile.passes.program import Code, Lowering, Refusal, Segment
 from river_compile.passes.segments import fingerprint
+from river_compile.progress import stage_reached, stage_shown
+
+_FOUND = 1.0  # seconds in which libraries that were compiled before are found
 
 
 def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = False) -> Lowering:
@@ -47,7 +50,7 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
     if config.kernels == "native" and on_gpu:
         raise OptionError("kernels='native' has no kernel for a model on a GPU. Use kernels='auto'", id="RC004")
     if config.kernels == "native" or (config.kernels == "auto" and not on_gpu):
-        native_kernels.load()
+        load_native()
         return Lowering("inductor", NATIVE_LAYOUT, fuse=True)
     if importlib.util.find_spec("triton") is None:
         raise OptionError(
@@ -56,6 +59,15 @@ def choose_lowering(config: RiverConfig, device: torch.device, flex: bool = Fals
             id="RC005",
         )
     return Lowering("inductor", TRITON_LAYOUT, fuse=True)
+
+
+def load_native() -> None:
+    """Load the C++ kernels; a stage is shown while they are compiled. Raise a CannotBuild."""
+    if not native_kernels.built(_FOUND):
+        with stage_shown("compiling the C++ kernels, once per machine"):
+            while not native_kernels.built(_FOUND):
+                stage_reached(0.0)
+    native_kernels.load()
 
 
 def load_generated() -> None:
