@@ -468,10 +468,9 @@ def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
 @pytest.mark.parametrize("drafted", [2, 5])
 def test_no_pass_reads_beyond_a_table_of_positions(drafted):
     """The padding of the last passes too: GPT-2 has no embedding of a later position."""
-    plain, ours = (make("gpt2", config=CONFIGS["gpt2"](2)) for _ in range(2))
-    positions = plain.config.n_positions
-    ids = prompt(positions - 16)
+    plain, ours = make_family("gpt2", layers=2), make_family("gpt2", layers=2)
+    ids = prompt(plain.config.n_positions - 16)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    accelerate(ours, kernels=OPERATORS, group_size=32, quantizer="rtn", compile_cache=False, background_packing=False)
+    river_compile.accelerate(ours, kernels=OPERATORS, background_packing=False, compile_cache=False, group_size=32)
     ours.generation_config.num_assistant_tokens = drafted
     assert torch.equal(ours.generate(ids, **options), plain.generate(ids, **options))
