@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import river_compile
 from river_compile.backend import river
 from river_compile.decoding.draft_length import DraftLengths
+from river_compile.decoding.kv_cache import slots_for
 from river_compile.decoding.mode import decode, exact
 from river_compile.decoding.passes import Passes
 from river_compile.errors import ExactModeError
@@ -25,7 +26,7 @@ from river_compile.exits import forced_depth
 from river_compile.record import record_of
 from river_compile.upstream.transformers import cache_argument, cache_of
 from tests.support.decoding import new_cache
-from tests.support.families import REWRITTEN, each, prompt
+from tests.support.families import CONFIGS, REWRITTEN, each, prompt
 from tests.support.families import make as make_family
 from tests.support.layout import ROOT, run_python
 from tests.support.lowerings import OPERATORS
@@ -465,12 +466,9 @@ def test_adaptive_calls_go_on_with_what_earlier_ones_learned(shared):
     assert set(learned) == {(False, 0), (True, 0)}
 
 
-@pytest.mark.parametrize("drafted", [2, 5])
-def test_no_pass_reads_beyond_a_table_of_positions(drafted):
-    """The padding of the last passes too: GPT-2 has no embedding of a later position."""
-    plain, ours = make_family("gpt2", layers=2), make_family("gpt2", layers=2)
-    ids = prompt(plain.config.n_positions - 16)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    river_compile.accelerate(ours, kernels=OPERATORS, background_packing=False, compile_cache=False, group_size=32)
-    ours.generation_config.num_assistant_tokens = drafted
-    assert torch.equal(ours.generate(ids, **options), plain.generate(ids, **options))
+@pytest.mark.parametrize(("name", "slots"), [("gpt2", 40), ("opt", 40), ("llama", 256)])
+def test_a_cache_has_no_more_slots_than_the_model_has_embeddings_of_positions(name, slots):
+    """Each slot is a position that the padding of a verifying pass may read. Llama computes its positions."""
+    config = CONFIGS[name](2)
+    config.max_position_embeddings = 40
+    assert slots_for(make_family(name, config=config), 30) == slots
