@@ -235,11 +235,6 @@ def decode_attention(
 DECODE_ATTENTION = torch.library.custom_op("river::decode_attention", decode_attention, mutates_args=())
 
 
-@DECODE_ATTENTION.register_fake
-def _(q: Tensor, *_others: Any) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
 @torch.library.custom_op("river::attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -268,6 +263,7 @@ def attention(
     return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal, sinks)
 
 
+@DECODE_ATTENTION.register_fake
 @attention.register_fake
 def _(q: Tensor, *_others: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

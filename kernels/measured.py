@@ -75,8 +75,11 @@ def sampled_bytes(shapes: Shapes) -> int:
     """Return the bytes of a measured pass in 16 bits: those of the weights, or as many as the last cache has."""
     # The pass in 12 bits, which runs in between, adds three quarters. So the cache keeps nothing of a larger model, and
     # of a smaller one what it would keep while the model runs.
-    whole = sum(2 * n * k * count for (n, k), count in shapes.items())
-    return max(_LEAST_BYTES, min(whole, last_level_cache() or 0))
+    return max(_LEAST_BYTES, min(_bytes(shapes), last_level_cache() or 0))
+
+
+def _bytes(shapes: Shapes) -> int:
+    return sum(2 * n * k * count for (n, k), count in shapes.items())
 
 
 @torch.inference_mode()
@@ -105,7 +108,7 @@ def _measure(shapes: Shapes, file: Path) -> None:
 
 def _sample(shapes: Shapes) -> Sequence[tuple[int, int]]:
     """Return shapes of weights in turn, each as often as its share of a pass's bytes asks for."""
-    share = sampled_bytes(shapes) / sum(2 * n * k * count for (n, k), count in shapes.items())
+    share = sampled_bytes(shapes) / _bytes(shapes)
     counts: dict[tuple[int, int], int] = {}
     for (n, k), count in shapes.items():
         rows = min(n, max(BLOCK, _MOST_WEIGHTS // k))

@@ -85,13 +85,15 @@ def versions() -> list[Finding]:
     outside = {text.split()[0] for text in untested()}
     found = []
     for name, (oldest, newest) in TESTED.items():
+        tested = f"tested: {oldest} to {newest}"
         try:
             version = installed(name)
-        except metadata.PackageNotFoundError:  # Triton, which only kernels for GPUs need
-            state = WARN if torch.cuda.is_available() else OK
-            found.append(Finding(name, state, f"not installed, needed on a GPU (tested: {oldest} to {newest})"))
+        except metadata.PackageNotFoundError:
+            for_gpus = name == "triton"
+            state = OK if for_gpus and not torch.cuda.is_available() else WARN
+            where = ", needed on a GPU" if for_gpus else ""
+            found.append(Finding(name, state, f"not installed{where} ({tested})"))
             continue
-        tested = f"tested: {oldest} to {newest}"
         found.append(Finding(name, WARN if name in outside else OK, f"{version} ({tested})"))
     return found
 

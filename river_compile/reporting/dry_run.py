@@ -75,7 +75,7 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
         programs = programs if programs and _refused(programs) and _refused(whole) else whole
         repeats = [1] * max((p.plan.num_blocks for p in programs if isinstance(p, RiverProgram)), default=0)
     prefill, decode = programs
-    why_not = exact_refusal(model) or None
+    why_not = drafts_refusal(model) or None
     found: dict[str, Any] = {
         "parameters": parameters,
         "exact_refusal": why_not if model._is_stateful else None,  # before the prompt; other caches can be decoded on
@@ -106,7 +106,7 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def exact_refusal(model: PreTrainedModel) -> str:
+def drafts_refusal(model: PreTrainedModel) -> str:
     """Return why exact mode cannot draft for a model, as far as its configuration tells; empty where it can."""
     with contextlib.suppress(ValueError, KeyError):  # a configuration that transformers makes no static cache for
         return why_no_rewind(model, full_static_cache(model, _SLOTS))

@@ -44,6 +44,11 @@ class Sizes:
         return _TWIN_BITS / _BITS[self.dtype][0] * self.head
 
     @property
+    def made_twins(self) -> float:
+        """Bytes of all twins and the head's, but for experts in MXFP4, which are the checkpoint's."""
+        return self.twins - self.experts + self.head_twin
+
+    @property
     def read_share(self) -> float:
         """Share of the bytes of layers and head that verification reads: in 12 bits if they can be packed."""
         loaded, read = _BITS[self.dtype]
@@ -95,10 +100,9 @@ def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, floa
 def memory_bytes(sizes: Sizes) -> float:
     """Return the bytes of weights that River keeps in memory: packed, in 4 bits, and others as loaded."""
     others = sizes.unpacked - (sizes.blocks - sizes.experts + sizes.head)  # embeddings that are no head
-    twins = sizes.twins - sizes.experts + sizes.head_twin
-    return sizes.packed + twins + max(others, 0) + sizes.all_experts
+    return sizes.packed + sizes.made_twins + max(others, 0) + sizes.all_experts
 
 
 def disk_bytes(sizes: Sizes) -> float:
     """Return the bytes of the compile cache: 4-bit weights, and 12-bit ones if they can be packed; no MXFP4 experts."""
-    return (sizes.packed if sizes.read_share < 1 else 0) + sizes.twins - sizes.experts + sizes.head_twin
+    return (sizes.packed if sizes.read_share < 1 else 0) + sizes.made_twins
