@@ -222,7 +222,7 @@ void gemm_of_columns(const GemmArgs& a, int part, int parts, const Add& add, con
                      const Microkernel& microkernel, int together = kRowsTogether) {
   const Epilogue& e = a.epilogue;
   const Share share = a.blocks_of(part, parts);
-  const bool two = e.gated == kGateFirst;  // whose blocks take turns with the others
+  const bool two = e.gated == kGateFirst;  // whose blocks alternate with the others
   const int64_t row_bytes = a.padded_features() * (a.x.format == kBFloat16Rows ? 2 : 4);
   const int64_t whole = e.out_features / (2 * kBlock) * 2;
   MadeBlocks blocks(a, part, parts);
