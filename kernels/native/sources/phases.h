@@ -12,6 +12,8 @@ constexpr int kBlock = 16;  // output features that lie side by side in the pack
 // Units of 12-bit weights (bf12.h): output features, input features, and bytes.
 constexpr int kFour = 4, kUnit = 64, kUnitBytes = 6 * kUnit;
 constexpr int kMxGroup = 32;  // input features of MXFP4 weights that share a scale
+// Of a stack [K, N]: blocks of output features that a part sums up together, and the bytes of one's sums (columns.h).
+constexpr int kColumnBlocks = 256, kColumnBytes = 1024;
 
 constexpr auto ceil_div(auto a, auto b) { return (a + b - 1) / b; }  // (of int32s in 32 bits, a faster division)
 
@@ -128,9 +130,13 @@ struct GemmArgs {
   Share blocks_of(int part, int parts) const { return only.end ? only : share_of(epilogue.blocks(), part, parts); }
   bool is_unpacked() const { return palette || exponents || transposed; }
   // Two blocks of 16 output features in the dtype that meets the activations.
-  int64_t unpacked_bytes() const {
+  int64_t two_blocks_bytes() const {
     const int64_t bytes = epilogue.dtype == kFloat32 ? 4 : 2;
     return 2 * bytes * kBlock * ceil_div(int64_t(in_features), kUnit) * kUnit;
+  }
+  // They, and behind them the sums of columns.
+  int64_t unpacked_bytes() const {
+    return two_blocks_bytes() + (transposed && epilogue.dtype == kBFloat16 ? kColumnBlocks * kColumnBytes : 0);
   }
 };
 

@@ -46,8 +46,14 @@ inline void microkernel_bf16_dot_mxfp4(const GemmArgs& a, int64_t n, int row, in
 }
 
 inline void gemm_bf16_dot(const GemmArgs& a, int part, int parts) {
-  if (a.exponents || a.transposed)
-    return gemm_of_made_blocks(a, part, parts, microkernel_bf16_dot_mxfp4, microkernel_bf16_dot);
+  if (a.exponents) return gemm_of_made_blocks(a, part, parts, microkernel_bf16_dot_mxfp4, microkernel_bf16_dot);
+  if (a.transposed)
+    return gemm_of_columns(
+        a, part, parts,
+        [&](Floats sum, Ints pairs, const char* x, int64_t k, int lane)
+            RIVER_INLINED { return dot_pairs(sum, pairs, every(reinterpret_cast<const int32_t*>(x)[k / 2 + lane])); },
+        [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_pairs(sums, total); },
+        microkernel_bf16_dot);
   if (!a.palette) return gemm_blocked(a, part, parts, microkernel_bf16_dot);
   Bf12Blocks blocks(a, part, parts);
   gemm_blocked(a, part, parts, [&](const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {

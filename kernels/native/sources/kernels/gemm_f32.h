@@ -191,6 +191,16 @@ inline void gemm_f32(const GemmArgs& a, int part, int parts) {
   if (a.in_8_bits && a.grouped) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, true>, together);
   if (a.in_8_bits) return gemm_blocked(a, part, parts, microkernel_8_bits<kInt8s, false>, together);
   if (a.palette) return gemm_blocked(a, part, parts, MicrokernelF32Bf12(a, part, parts), together);
+  if (a.transposed && a.epilogue.dtype == kBFloat16)
+    return gemm_of_columns(
+        a, part, parts,
+        [&](Floats sum, Ints pairs, const char* x, int64_t k, int lane) RIVER_INLINED {
+          const float* const even = reinterpret_cast<const float*>(x) + k + lane;
+          sum = fma(low_bfloat16(pairs), every(even[0]), sum);
+          return fma(high_bfloat16(pairs), every(even[kLanes]), sum);
+        },
+        [](const Floats(&sums)[kFour], float* total) RIVER_INLINED { sums_of_four(sums, total); },
+        microkernel_f32<kBFloat16>, together);
   if (a.exponents || a.transposed)
     return with_dtype(a.epilogue.dtype, [&](auto d) {
       gemm_of_made_blocks(a, part, parts, microkernel_f32_mxfp4, microkernel_f32<d>, together);

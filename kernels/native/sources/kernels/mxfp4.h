@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "kernels/bf12.h"
+#include "kernels/columns.h"
 #include "kernels/gemm_blocked.h"
 
 namespace river {
@@ -125,6 +126,9 @@ class MadeBlocks {
     return alone;
   }
 
+  // What a piece has behind the blocks.
+  char* behind(const GemmArgs& a) const { return reinterpret_cast<char*>(piece_.memory()) + a.two_blocks_bytes(); }
+
  private:
   static int count_of(const GemmArgs& a, int64_t n) {
     return int(std::min<int64_t>(kBlock, a.epilogue.out_features - n * kBlock));
@@ -207,6 +211,36 @@ void gemm_of_made_blocks(const GemmArgs& a, int part, int parts,
       [&](const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
         if (a.exponents && rows <= kMostRows) return few(a, n, row, rows, y);
         microkernel(blocks.product(a, n), 0, row, rows, y);
+      },
+      together);
+}
+
+// A few rows with a bfloat16 stack [K, N] by columns, all others by blocks in memory. `add(sum, pairs, x, k, lane)`
+// adds the products with the features k + 2 lane and the next of the row x.
+template <class Add, class Total, class Microkernel>
+void gemm_of_columns(const GemmArgs& a, int part, int parts, const Add& add, const Total& total,
+                     const Microkernel& microkernel, int together = kRowsTogether) {
+  const Epilogue& e = a.epilogue;
+  const Share share = a.blocks_of(part, parts);
+  const bool two = e.gated == kGateFirst;  // whose blocks alternate with the others
+  const int64_t row_bytes = a.padded_features() * (a.x.format == kBFloat16Rows ? 2 : 4);
+  const int64_t whole = e.out_features / (2 * kBlock) * 2;
+  MadeBlocks blocks(a, part, parts);
+  constexpr int kHalf = kColumnBlocks / 2;
+  ColumnBlocks columns[] = {{blocks.behind(a), two ? kHalf : kColumnBlocks},
+                            {blocks.behind(a) + kHalf * kColumnBytes, kHalf}};
+  gemm_blocked(
+      a, part, parts,
+      [&](const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
+        if (rows > kMostRows || n >= whole) return microkernel(blocks.product(a, n), 0, row, rows, y);
+        const bool second = two && n >= e.blocks();
+        const int64_t end = e.gated == kGatePairs ? 2 * share.end : share.end + (second ? e.blocks() : 0);
+        const char* const x = static_cast<const char*>(a.x.values) + row * row_bytes;
+        columns[second].product(
+            a, n, std::min(end, whole), row, rows, y,
+            [&](Floats sum, Ints pairs, int r, int64_t k, int lane)
+                RIVER_INLINED { return add(sum, pairs, x + r * row_bytes, k, lane); },
+            total);
       },
       together);
 }
