@@ -1,5 +1,7 @@
 """Brings a traced graph into a normal form: one spelling of each operation (`_TABLE`), positional arguments, same bits.
 
+Floats are constants, also those that Dynamo made an input because another model of the class has other ones.
+
 Not handled: calls that the table does not cover (``alpha=``, ``out=``, ``memory_format=``), methods of other objects.
 """
 
@@ -12,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from river_compile.passes.nodes import WITH_INPLACE, is_tensor, rank, value_of
 
@@ -23,10 +26,31 @@ def normalized(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of a traced graph in the normal form, with the same nodes, names and metadata."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
+    floats: list[fx.Node] = []
     for node in graph_module.graph.nodes:
         new[node] = graph.node_copy(node, lambda n: new[n])
         _normalize(new[node])
+        if _varies_with_models(value_of(node)):
+            floats.append(new[node])
+    for node in reversed(floats):
+        _replace_by_constant(node)
     return fx.GraphModule(graph_module, graph)
+
+
+def _varies_with_models(value: object) -> bool:
+    """Whether a float is an attribute of a module, or computed from such alone; no size of the inputs is in it."""
+    if not isinstance(value, torch.SymFloat):
+        return False
+    symbols = value.node.expr.free_symbols
+    return all(symbol_is_type(symbol, SymT.FLOAT) for symbol in symbols)
+
+
+def _replace_by_constant(node: fx.Node) -> None:
+    """Put a float's value in its place, and a guard on it: kernels take scales and epsilons as numbers."""
+    value = float(value_of(node))
+    for user in list(node.users):
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
+    node.graph.erase_node(node)
 
 
 def _normalize(node: fx.Node) -> None:

@@ -25,7 +25,7 @@ from river_compile.exits import forced_depth, forced_threshold
 from river_compile.kernels import ops
 from river_compile.reporting.report import histogram
 from tests.support.decoding import CAPACITY, decode, new_cache
-from tests.support.families import make, prompt
+from tests.support.families import CONFIGS, make, prompt
 from tests.support.lowerings import OPERATORS, UNQUANTIZED
 from tests.support.tokenizers import byte_tokenizer
 from tests.support.traced import TracedStep
@@ -263,6 +263,18 @@ class TestRuntime:
         for model, ids in zip(models, together, strict=True):
             torch._dynamo.reset()
             assert torch.equal(run_at(model, 0), ids)
+
+    def test_a_model_with_other_scales_than_the_one_before_is_fused_whole(self, fresh_dynamo):
+        """Dynamo makes a float that two models of a class differ in an input of the second one's graph."""
+        for epsilon, head_dim in ((1e-6, 16), (1e-2, 32)):
+            config = CONFIGS["llama"](2)
+            config.rms_norm_eps, config.head_dim = epsilon, head_dim
+            model = make("llama", config=config)
+            text = generate(model, cache_implementation="static", disable_compile=True)
+            model.compile(backend=river, options={**ALWAYS, "exit_depth": 2, "kernels": "native"})
+            assert torch.equal(generate(model, cache_implementation="static"), text)
+            assert "not fused" not in str(report(model))
+            assert "uncaptured" not in str(report(model))
 
     def test_a_full_cache_is_an_error_before_anything_is_written(self, fresh_dynamo):
         """The message names slots, fill and fix; cache and counters stay as they were."""

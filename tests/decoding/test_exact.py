@@ -179,7 +179,6 @@ class Seen(LogitsProcessor, BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.usefixtures("fresh_dynamo")  # gpt-oss after a cache of another size: its dynamic mask is not recognized
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt_oss", 1), *each([("llama", 2), ("gemma3", 1)], [])])
 def test_strict_text_has_the_bits_of_decoding_without_drafts(name, batch, dtype):

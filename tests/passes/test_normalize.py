@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from river_compile.passes.nodes import is_tensor
+from river_compile.passes.nodes import is_tensor, value_of
 from river_compile.passes.normalize import normalized
 from tests.passes.decoders import decoder, spellings
 from tests.passes.graphs import GraphBuilder, assert_equal, clones
@@ -186,3 +186,31 @@ def test_numbers_stay_numbers():
     normal = normalized(fx.GraphModule({}, graph))
     assert [n.target for n in normal.graph.nodes][1] is operator.iadd
     assert normal(3) == (4,)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x * (self.scale * 2.0) / (len(x) ** 0.5)
+
+
+def test_floats_of_modules_are_constants_and_floats_of_sizes_are_not(fresh_dynamo):
+    """Dynamo made both an input: another module came before, and inputs of another length."""
+    graphs = []
+
+    def normal(graph_module, inputs):
+        graphs.append(normalized(graph_module))
+        return graphs[-1]
+
+    for scale, lengths in ((3.0, [4]), (5.0, [4, 7, 9])):
+        module = torch.compile(Scaled(scale), backend=normal)
+        for length in lengths:
+            x = torch.rand(length)
+            assert_equal(module(x), Scaled(scale)(x))
+    assert len(graphs) == 3  # lengths after the second share a graph
+    for graph in graphs:
+        assert all(call.target is not Tensor.item for call in graph.graph.nodes)
+    assert any(isinstance(value_of(node), torch.SymFloat) for node in graphs[-1].graph.nodes)
