@@ -128,8 +128,8 @@ def test_the_check_sees_forbidden_includes(folder, source):
 
 DOORS = {  # of each optional part, the modules of the package that import it; the package itself exports some names
     "cli.serving": {"cli.serve"},
-    "decoding.assistant": {"decoding.mode"},
-    "decoding.mtp": {"decoding.mode"},
+    "decoding.assistant": {"decoding.sources"},
+    "decoding.mtp": {"decoding.sources"},
     "decoding.continuous": {"", "cli.serving"},
     "evaluation": {"", "cli.commands"},
     "runtime.offload": {"building.assemble"},

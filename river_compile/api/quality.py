@@ -16,6 +16,7 @@ from river_compile.backend import config_for, shared_by
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import check_paths
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
+from river_compile.decoding.sources import why_no_source
 from river_compile.errors import ExactModeError, OptionError
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
@@ -85,7 +86,7 @@ def _exact_mode(model: PreTrainedModel, strict: bool, options: Mapping[str, Any]
     drafting = {name: value for name, value in options.items() if name in MODE_OPTIONS}
     backend = {name: value for name, value in options.items() if name not in drafting} | _FULL_DEPTH
     mode = replace(exact, strict=strict, **drafting)
-    why_not = mode.why_no_drafter(model)
+    why_not = why_no_source(model, mode.assistant_model, mode.use_mtp, tries_again=True)
     if why_not:
         raise OptionError(why_not)
     if not mode.self_drafts(backend):

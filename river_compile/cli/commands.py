@@ -217,7 +217,7 @@ def check(
 
     Exit code 3 if `accelerate` would not make the model faster.
     """
-    from river_compile.decoding.mode import exact
+    from river_compile.decoding.sources import why_no_source
     from river_compile.reporting import predict
     from river_compile.system import bandwidth as measure
 
@@ -228,7 +228,7 @@ def check(
     reads = sizes and predict.bytes_per_token(sizes)
     if assistant is not None and reads:
         small, _, its_sizes = _dry(assistant, dtype)
-        why_not = exact.why_not_assistant(network, small)
+        why_not = why_no_source(network, small, use_mtp=False)
         if why_not or its_sizes is None:
             raise ValueError(f"--assistant {assistant} cannot draft: {why_not or 'its graphs are unsupported'}")
         reads["assistant"] = predict.bytes_with_assistant(sizes, its_sizes)

@@ -17,18 +17,17 @@ from river_compile.backend import config_for
 from river_compile.building.graph_record import Graphs
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import verification_widths
+from river_compile.decoding.begin import passes_for
 from river_compile.decoding.draft_length import ASSISTANT
 from river_compile.decoding.inputs import prepares_as_most_do
 from river_compile.decoding.kv_cache import why_no_rewind
 from river_compile.decoding.passes import Passes
-from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.prompt import Prompt
 from river_compile.decoding.setup import set_up
 from river_compile.errors import RiverWarning
 from river_compile.exits import WHOLE
 from river_compile.kernels.messages import with_id
 from river_compile.kernels.ops import MASKED_LOGIT
-from river_compile.model_state import model_state
 from river_compile.record import ModelRecord, record_of
 from river_compile.tracing.programs import ProgramCache
 from river_compile.twins.pack import TwinWeights
@@ -198,14 +197,9 @@ def _same_tokens(model: PreTrainedModel, assistant: PreTrainedModel) -> bool:
 
 def _passes_for(model: PreTrainedModel, ids_1S: Tensor) -> Passes:
     """Return passes on a KV cache that may hold the text's first ids."""
-    record = record_of(model.parameters())
-    programs = record.find(ProgramCache)
-    assert programs is not None, "the assistant was prepared"
-    state = model_state(model, programs.config)
+    kwargs = prompt_arguments(model, ids_1S[:, :-1])
     known = ids_1S[0, :-1].cpu() if prepares_as_most_do(model) else None
-    entries = None if state is None else state.of_entries
-    kv, _ = record.of(PrefixPool).acquire(model, 1, ids_1S.shape[1], known, entries)
-    return Passes(model, prompt_arguments(model, ids_1S[:, :-1]), kv, WHOLE, state, keeps_text=known is not None)
+    return passes_for(model, kwargs, 1, ids_1S.shape[1], known, WHOLE)
 
 
 def _why_no_drafts(passes: Passes) -> str:

@@ -7,8 +7,7 @@ and hidden states as outputs, generation that is synchronized over processes; wi
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,35 +15,25 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
 
 from river_compile.decoding.admission import allow_drafts
-from river_compile.decoding.assistant import Assistant, prepare, why_not_assistant
 from river_compile.decoding.batch import generate
+from river_compile.decoding.begin import passes_for, run_prompt
 from river_compile.decoding.call import Call, Generated
 from river_compile.decoding.draft_length import DraftLength, DraftLengths
-from river_compile.decoding.drafters import Drafter, Twins
 from river_compile.decoding.given import Given
-from river_compile.decoding.inputs import BY_SLOT, prepares_as_most_do
 from river_compile.decoding.joining import OpenBatch, alone
-from river_compile.decoding.kv_cache import KVCache, needs_own_cache, why_no_rewind
-from river_compile.decoding.mtp import Mtp, load_mtp, mtp_layers, why_not_mtp
+from river_compile.decoding.kv_cache import why_no_rewind
 from river_compile.decoding.passes import Passes, PromptRows
-from river_compile.decoding.prefix_cache import PrefixPool
-from river_compile.decoding.prompt import Prompt
+from river_compile.decoding.refusals import Request, why_refused
+from river_compile.decoding.sources import sources_of, why_no_source
 from river_compile.decoding.speculative import Drafting
-from river_compile.errors import DecodeError, ExactModeError, OptionError, RiverError, RiverWarning
+from river_compile.errors import DecodeError, ExactModeError, OptionError
 from river_compile.exits import WHOLE
-from river_compile.kernels.checks import FLAG, integer, number, one_of, optional, short_repr
-from river_compile.kernels.messages import with_id
-from river_compile.model_state import model_state
+from river_compile.kernels.checks import FLAG, integer, number, one_of, optional
 from river_compile.record import record_of
 from river_compile.runtime.stats import ExitStats
-from river_compile.tracing.programs import ProgramCache
-from river_compile.upstream.dynamo import OwnCall, current_stance
-from river_compile.upstream.transformers import (
-    cache_of,
-)
+from river_compile.upstream.transformers import cache_of
 
 CONSTANT = "constant"
 # transformers reads these from the assistant's configuration too.
@@ -58,12 +47,6 @@ _CHECKS = {
     "self_speculation": one_of(None, True, False),
     "strict": FLAG,
 }
-
-
-class StaticCaches:
-    """What is known of a model and static KV caches."""
-
-    why_not = ""  # the error of a prompt on one, if it ran on a cache that grows
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,7 @@ class Decode:
         config = generation_config
         given = given or Given.of_running_call()
         mode, streamer = self.for_call(given, strict), streamer or given.streamer
-        obstacle = mode.obstacle(model, len(input_ids), config, synced_gpus, given, model_kwargs)
+        obstacle = mode.obstacle(Request(model, len(input_ids), config, synced_gpus, given, model_kwargs))
         if obstacle:
             raise self.refusal(obstacle)
         if input_ids.dtype == torch.int32:
@@ -109,7 +92,7 @@ class Decode:
         if joined is not None:
             return joined
         with alone(record):
-            passes, logits = mode.run_prompt(call, model_kwargs)
+            passes, logits = run_prompt(call, lambda call: mode.passes(call, model_kwargs))
             text = None
             try:
                 record.of(PromptRows).add(len(input_ids))
@@ -127,94 +110,22 @@ class Decode:
             finally:
                 passes.release(text, input_ids.shape[1])
 
-    def run_prompt(self, call: Call, kwargs: Mapping[str, Any]) -> tuple[Passes, Tensor]:
-        """Return the passes of a call whose prompt has run, and its last logits ``[B, 1, V]``."""
-        passes, fits = self.passes(call, kwargs), record_of(call.model.parameters()).of(StaticCaches)
-        try:
-            return passes, Prompt(passes, call.ids_BS, call.config).run()[:, -1:]
-        except BaseException as error:
-            passes.release()
-            tried = passes.kv.is_full and not call.model._can_compile_fullgraph and isinstance(error, RuntimeError)
-            if not tried or isinstance(error, RiverError):
-                raise
-            fits.why_not = " ".join(str(error).split())[:200]
-        # Whether the code of such a model takes a static cache shows only when it runs.
-        passes = self.passes(call, kwargs)
-        try:
-            logits = Prompt(passes, call.ids_BS, call.config).run()[:, -1:]
-        except BaseException:
-            passes.release()
-            fits.why_not = ""  # the cache was not the reason
-            raise
-        kind = type(call.model).__name__
-        message = f"{kind} takes no static KV cache ({fits.why_not}), so it decodes on one that grows, without drafts"
-        warnings.warn(with_id("RC064", message), RiverWarning, stacklevel=2)
-        return passes, logits
-
     def passes(self, call: Call, kwargs: Mapping[str, Any]) -> Passes:
         """Return the passes on a KV cache that may hold a prefix of the prompt."""
-        model, ids_BS = call.model, call.ids_BS
-        record = record_of(model.parameters())
-        programs = record.find(ProgramCache)
-        state = None if programs is None else model_state(model, programs.config)
         ids = call.prefix_ids(kwargs, isinstance(self, ExactMode) and self.strict)
         embeds = kwargs.get("inputs_embeds")  # in place of ids, or of ids before them
-        tokens = max(given.shape[1] for given in (ids_BS, embeds) if given is not None)
-        made = cache_of(kwargs)
-        assert made is not None, "a generation without a cache is refused"
-        kv, keeps_hidden = KVCache(made), len(ids_BS) == 1 and self.reads_hidden
-        # The masks of CPM-Ant and GPT-Neo are for caches that grow, and Moshi's for one that slides.
-        fits = model._can_compile_fullgraph or prepares_as_most_do(model)
-        if fits and not (needs_own_cache(model) or record.of(StaticCaches).why_not):
-            entries = None if state is None else state.of_entries
-            known = None if keeps_hidden else ids  # no hidden states are kept of a text that has run
-            ours, _ = record.of(PrefixPool).acquire(model, len(ids_BS), tokens, known, entries)
-            kv = ours if ours.is_full else kv
-        return Passes(model, kwargs, kv, self.depth, state, ids is not None, keeps_hidden)
+        tokens = max(given.shape[1] for given in (call.ids_BS, embeds) if given is not None)
+        rows = len(call.ids_BS)
+        keeps_hidden = rows == 1 and self.reads_hidden
+        return passes_for(call.model, kwargs, rows, tokens, ids, self.depth, keeps_hidden=keeps_hidden)
 
-    def obstacle(
-        self,
-        model: PreTrainedModel,
-        rows: int,
-        config: GenerationConfig,
-        synced_gpus: bool,
-        given: Given,
-        model_kwargs: Mapping[str, object],
-    ) -> str:
+    def obstacle(self, request: Request) -> str:
         """Return an unsupported request and its fix, or an empty string."""
-        mode = config.get_generation_mode()
-        if given.assistant_model is not None:
-            why_not = self.why_not_assistant(model, given.assistant_model)
-            if why_not:
-                return f"assistant_model={type(given.assistant_model).__name__} is not available: {why_not}"
-        if given.kwargs.get("assistant_tokenizer") is not None:
-            return "assistant_tokenizer= is not available, since drafts need the model's own tokens. Remove it"
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not self.copies(config):
-            return f"{mode.value} is not available. Remove {_asking_for(config)}"
-        if model.config.is_encoder_decoder:
-            return f"{type(model).__name__} is an encoder-decoder model. Use a decoder-only model"
-        # Without a dict they are not returned, but the forward gets them: Falcon's then masks otherwise.
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(config, name):
-                return f"{name}=True is not available. Remove it, or use output_scores or output_logits"
-        if synced_gpus:
-            return "synced_gpus=True is not available, since processes run different numbers of passes. Remove it"
-        if model.config.get_text_config(decoder=True)._attn_implementation == "flex_attention":
-            # Its masks read a static cache's length when attention runs, which is after the pass has advanced it.
-            return "attn_implementation='flex_attention' requires a cache that grows. Use attn_implementation='sdpa'"
-        if cache_of(model_kwargs) is None:
-            return "use_cache=False is not available, since decoding needs the KV cache. Remove it"
-        if given.cache is not None:
-            return (
-                f"past_key_values={type(given.cache).__name__} is not available: River has its own KV cache. Remove it"
-            )
-        if config.cache_implementation not in (None, "static"):
-            return f"cache_implementation={config.cache_implementation!r} is not available. Remove it, or use 'static'"
-        if config.prefill_chunk_size is not None and not _is_cut_by_tokens(model_kwargs):
-            return "prefill_chunk_size is not available with other inputs than ids and 2D masks. Remove it"
-        if current_stance() == "force_eager" and record_of(model.parameters()).find(OwnCall) is not None:
-            return "torch.compiler.set_stance('force_eager') turns compilation off. Set the stance 'default'"
-        return _other_rows(rows, model_kwargs)
+        assistant = request.given.assistant_model
+        if assistant is not None:
+            why_not = "quality='fast' verifies no drafts. Remove it, or use quality='exact'"
+            return f"assistant_model={type(assistant).__name__} is not available: {why_not}"
+        return why_refused(request, drafts=False)
 
     def drafting(self, call: Call, passes: Passes, logits: Tensor) -> Drafting | None:
         """Return how a call whose prompt ran drafts; raise an ExactModeError if drafts cannot be verified."""
@@ -230,14 +141,6 @@ class Decode:
     def reads_hidden(self) -> bool:
         """Whether drafts are made of the last hidden states."""
         return False
-
-    def copies(self, config: GenerationConfig) -> bool:
-        """Whether the mode does what makes a greedy or sampling config an assisted one."""
-        return False
-
-    def why_not_assistant(self, model: PreTrainedModel, assistant: Any) -> str:
-        """Return why an assistant cannot draft, and the fix; an empty string if it can."""
-        return "quality='fast' verifies no drafts. Remove it, or use quality='exact'"
 
 
 decode = Decode()
@@ -295,41 +198,20 @@ class ExactMode(Decode):
         strict = self.strict if strict is None else strict
         return replace(self, **settings, assistant_model=assistant, strict=strict)
 
-    def why_not_assistant(self, model: PreTrainedModel, assistant: Any) -> str:
-        return why_not_assistant(model, assistant)
-
-    def why_no_drafter(self, model: PreTrainedModel) -> str:
-        """Return why the assistant or the MTP layers of these options cannot draft, and the fix; empty if they can."""
-        if self.assistant_model is not None:
-            why_not = why_not_assistant(model, self.assistant_model)
-            if why_not:
-                return f"assistant_model={type(self.assistant_model).__name__} cannot draft: {why_not}"
-        why_not = load_mtp(model) if self.use_mtp else ""
-        return f"use_mtp=True is not available: {why_not}" if why_not else ""
-
     @property
     def reads_hidden(self) -> bool:
         return self.use_mtp and self.num_assistant_tokens != 0
 
-    def copies(self, config: GenerationConfig) -> bool:
+    def _copies(self, config: GenerationConfig) -> bool:
+        """Whether the mode does what makes a greedy or sampling config an assisted one."""
         asked = config.prompt_lookup_num_tokens is not None or getattr(config, "use_mtp", None)
         return bool(asked) and config.assistant_early_exit is None
 
-    def obstacle(
-        self,
-        model: PreTrainedModel,
-        rows: int,
-        config: GenerationConfig,
-        synced_gpus: bool,
-        given: Given,
-        model_kwargs: Mapping[str, object],
-    ) -> str:
-        if model._is_stateful:  # refused before its prompt runs; other reasons are of the cache that it makes
-            return f"{why_no_rewind(model)}. Use quality='fast', whose output changes"
-        why_not = why_not_mtp(model) if self.use_mtp else ""
-        if why_not:
-            return f"use_mtp=True is not available: {why_not}"
-        return super().obstacle(model, rows, config, synced_gpus, given, model_kwargs)
+    def obstacle(self, request: Request) -> str:
+        if request.model._is_stateful:  # refused before its prompt runs; other reasons are of the cache that it makes
+            return f"{why_no_rewind(request.model)}. Use quality='fast', whose output changes"
+        why_not = why_no_source(request.model, self.assistant_model, self.use_mtp)
+        return why_not or why_refused(request, drafts=self._copies(request.config))
 
     def drafting(self, call: Call, passes: Passes, logits: Tensor) -> Drafting | None:
         if self.num_assistant_tokens == 0:
@@ -345,18 +227,10 @@ class ExactMode(Decode):
         copied = sys.maxsize if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
         assert passes.graph is not None, "drafts are allowed"
         length.carry_over(passes.widths, call.ids_BS.shape[1], passes.graph.reads)
-        return Drafting(length, copied, tuple(self._drafters(passes)))
-
-    def _drafters(self, passes: Passes) -> Iterator[Drafter]:
-        """Yield what drafts for passes whose prompt has run."""
-        assert passes.graph is not None, "drafts are allowed"
-        if self.assistant_model is not None:
-            prepare(self.assistant_model, passes.record, passes.graph.config)
-            yield Assistant(self.assistant_model, passes.vocabulary, self.assistant_confidence_threshold)
-        if self.use_mtp:
-            yield Mtp(passes, mtp_layers(passes.record))
-        if passes.graph.config.exit_depth is None and self.self_speculation is not False:
-            yield Twins(passes)
+        assistant, least_probability = self.assistant_model, self.assistant_confidence_threshold
+        twins = self.self_speculation is not False
+        sources = sources_of(passes, assistant, least_probability, self.use_mtp, twins)
+        return Drafting(length, copied, tuple(sources))
 
     def self_drafts(self, options: Mapping[str, object]) -> bool:
         """Whether the model's twins are to draft, by the options of the backend."""
@@ -367,40 +241,3 @@ class ExactMode(Decode):
 
 
 exact = ExactMode()
-
-
-# Settings that make transformers search in another way than token by token, and the values that do not.
-_SEARCHES = {
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "penalty_alpha": (None, 0),
-    "dola_layers": (None,),
-    "use_mtp": (None, False),
-    "assistant_early_exit": (None,),
-    "prompt_lookup_num_tokens": (None,),
-}
-
-
-def _asking_for(config: GenerationConfig) -> str:
-    """Return the settings of a config that ask for its generation mode."""
-    given = ((name, getattr(config, name, None)) for name in _SEARCHES)
-    return " and ".join(f"{name}={short_repr(value)}" for name, value in given if value not in _SEARCHES[name])
-
-
-def _is_cut_by_tokens(model_kwargs: Mapping[str, object]) -> bool:
-    """Whether a prompt's first tokens are the first columns of all its tensors."""
-    given = {name: value for name, value in model_kwargs.items() if isinstance(value, Tensor)}
-    return given.keys() <= {*BY_SLOT} and all(
-        value.ndim == 2 or name == "position_ids" for name, value in given.items()
-    )
-
-
-def _other_rows(rows: int, model_kwargs: Mapping[str, object]) -> str:
-    """Return a message if inputs and ids have different numbers of rows."""
-    for name, fitting in (("attention_mask", (rows,)), ("position_ids", (1, rows))):
-        given = model_kwargs.get(name)
-        if isinstance(given, Tensor) and given.ndim in (2, 3) and given.shape[-2] not in fitting:
-            return f"input_ids have {rows} rows, and {name} has {given.shape[-2]}. Give one for each text"
-    return ""
