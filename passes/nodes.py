@@ -121,7 +121,9 @@ def _shows_first(function: Callable) -> bool:
     if isinstance(function, torch._ops.OpOverload):
         return _shows(function._schema)
     packet = getattr(torch.ops.aten, getattr(function, "__name__", ""), None)
-    return packet is not None and any(_shows(getattr(packet, name)._schema) for name in packet.overloads())
+    if not isinstance(packet, torch._ops.OpOverloadPacket):  # `__eq__` is a method of torch.ops.aten itself
+        return False
+    return any(_shows(getattr(packet, name)._schema) for name in packet.overloads())
 
 
 def _shows(schema: torch.FunctionSchema) -> bool:

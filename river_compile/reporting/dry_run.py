@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from river_compile.config import RiverConfig
 from river_compile.decoding.kv_cache import why_no_rewind
@@ -68,9 +68,9 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
         chosen = sorted({*layers.kinds, 1})  # the first of each kind, and two at least
         stands = [index if index in chosen else first for index, first in enumerate(layers.kinds)]
         repeats = [stands.count(index) for index in chosen]
-        programs = _trace(with_layers(model, layers.path, chosen), model.config)
+        programs = _trace(with_layers(model, layers.path, chosen), model)
     if not programs or any(isinstance(p, Refusal) or p.plan.num_blocks != len(repeats) for p in programs):
-        whole = _trace(model, model.config)  # its code needs all layers, or its blocks are not its layers
+        whole = _trace(model, model)  # its code needs all layers, or its blocks are not its layers
         # Of two refusals the first one says more: Dynamo continues with what the first trace left.
         programs = programs if programs and _refused(programs) and _refused(whole) else whole
         repeats = [1] * max((p.plan.num_blocks for p in programs if isinstance(p, RiverProgram)), default=0)
@@ -125,8 +125,8 @@ def _outcome(found: RiverProgram | Refusal, repeats: Sequence[int]) -> int | str
     return str(found) if isinstance(found, Refusal) else sum(repeats)
 
 
-def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]:
-    """Return the programs, or refusals, of a prompt's and of a decode step's graph."""
+def _trace(model: Any, whole: PreTrainedModel) -> list[RiverProgram | Refusal]:
+    """Return the programs, or refusals, of a prompt's and of a decode step's graph; `model` has layers of `whole`."""
     found: list[RiverProgram | Refusal] = []
 
     def look(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -134,7 +134,7 @@ def _trace(model: Any, config: PretrainedConfig) -> list[RiverProgram | Refusal]
         return graph_module.forward
 
     with torch.device("meta"), torch.no_grad():
-        cache = StaticCache(config=config.get_text_config(), max_cache_len=_SLOTS)
+        cache = full_static_cache(whole, _SLOTS)  # as `generate` decodes: no window is full after the prompt
         held: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         forward = torch.compile(model.forward, backend=look, dynamic=False)

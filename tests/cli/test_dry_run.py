@@ -32,8 +32,6 @@ ACTIVE = {"8b": 7.0, "70b": 68.5, "mixtral": 12.6, "qwen3-30b-a3b": 2.7, "gpt-os
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_layer_of_each_kind_counts_for_all(family, monkeypatch):
     config = make(family, layers=7).config
-    if getattr(config.get_text_config(), "sliding_window", None):
-        config.get_text_config().sliding_window = 64  # wider than what is traced, as in real models
     model = dry_run.empty_model(config, "bfloat16")
     found = dry_run.dry_run(model)
     assert model.config.get_text_config().num_hidden_layers == 7
@@ -49,6 +47,20 @@ def test_large_models_are_counted_by_the_weights_that_a_token_reads(size):
     assert found["graphs"] == dict.fromkeys(("prefill", "decode"), config.num_hidden_layers)
     assert found["bytes"]["blocks"] / 2e9 == pytest.approx(ACTIVE[size], rel=0.05)
     assert 0.25 < found["bytes"]["twins"] / found["bytes"]["blocks"] < 0.35
+
+
+@pytest.mark.parametrize("family", slow_but(["gpt_oss"], ["gpt_oss", "mistral", "gemma2", "llama4"]))
+@pytest.mark.parametrize("window", [4, 8])
+def test_windows_no_longer_than_the_traced_prompt_change_nothing(family, window):
+    """River decodes on full caches, on which a window is a mask."""
+    config = make(family, layers=2).config
+    field = "attention_chunk_size" if family == "llama4" else "sliding_window"
+    setattr(config, field, window)
+    found = dry_run.dry_run(dry_run.empty_model(config, "bfloat16"))
+    torch.compiler.reset()
+    setattr(config, field, 64)
+    assert found["graphs"] == {"prefill": 2, "decode": 2}
+    assert found == dry_run.dry_run(dry_run.empty_model(config, "bfloat16"))
 
 
 def test_masks_that_count_slots_are_seen_without_a_trace():

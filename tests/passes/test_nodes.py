@@ -128,7 +128,10 @@ def test_memory_is_found_through_chains_and_pieces():
     assert memory_of(piece).name == "x"
 
 
-@pytest.mark.parametrize(("target", "rest"), [(operator.add, [1]), ("clone", []), ("roll", [1, 0]), ("cumsum", [0])])
+@pytest.mark.parametrize(
+    ("target", "rest"),
+    [(operator.add, [1]), ("clone", []), ("roll", [1, 0]), ("cumsum", [0]), (torch._C.TensorBase.__eq__, [1])],
+)
 def test_new_values_have_memory_of_their_own(target, rest):
     nodes = Nodes()
     node = nodes.one(target, nodes.x, *rest)
