@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 _LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^()\s]+)\)")
 _CODE = re.compile(r"^(?:```.*?^```|~~~.*?^~~~)$|`[^`\n]+`(?!\])", flags=re.MULTILINE | re.DOTALL)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#|/")
-_RANGE = re.compile(r"\([\d.]+–[\d.]+\)")
+_RANGE = re.compile(r"\([\d.]+(?:–| to )[\d.]+(?: %)?\)")
 _TABLE = re.compile(r"<table>.*?</table>", flags=re.DOTALL)
 _CELL = re.compile(r"<(t[dh])(?: [^>]*)?>(.*?)</\1>", flags=re.DOTALL)
 _TABLE_CODE = re.compile(r"<code>([^<]+)</code>")

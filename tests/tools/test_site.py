@@ -40,9 +40,10 @@ def test_a_list_may_follow_a_paragraph():
     assert site.spaced(text) == text.replace("Two:\n", "Two:\n\n").replace("More:\n", "More:\n\n")
 
 
-def test_a_range_stays_on_one_line():
-    found = site.on_page_content("<td>251 (194–621)</td>", None, None, None)
-    assert found == '<td>251 <span class="river-range">(194–621)</span></td>'
+@pytest.mark.parametrize("interval", ["(194–621)", "(2.1 to 8.5 %)"])
+def test_a_range_stays_on_one_line(interval):
+    found = site.on_page_content(f"<td>251 {interval}</td>", None, None, None)
+    assert found == f'<td>251 <span class="river-range">{interval}</span></td>'
 
 
 def _table(*rows, right=False):
