@@ -2,7 +2,8 @@
 
 The citation file and the page of the method name one paper.
 
-Not handled: names in docs/notes and generated pages, and that an option belongs to the very command it stands with.
+Not handled: names in docs/notes and generated pages, and that an option of `python -m` belongs to the very command it
+stands with.
 """
 
 import ast
@@ -11,10 +12,12 @@ import itertools
 import re
 
 import pytest
+import typer
 import yaml
 from markdown_it import MarkdownIt
 
 import river_compile
+from river_compile.cli import app
 from tests.support.layout import OURS, ROOT, names_in
 from tools.prose import GENERATED, PAGES
 
@@ -160,3 +163,29 @@ def test_the_citation_file_and_the_bibtex_name_the_same_paper():
     expected = (paper["title"], authors, paper["conference"]["name"], str(paper["year"]), paper["url"])
     assert tuple(bibtex[name] for name in ("title", "author", "booktitle", "year", "url")) == expected
     assert f'license = "{citation["license"]}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+RIVER = re.compile(r"(?<![\w./-])river (explain-error|[a-z]+)((?: +(?:[^\s`|#\\]|\\\n)+)*)")
+
+
+def river_commands(text):
+    """Yields each command of `river` in a page's code, with the options that follow it."""
+    code = [*re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL), *re.findall(r"`[^`\n]+`", text)]
+    for name, rest in RIVER.findall("\n".join(code)):
+        yield name, re.findall(r"(?<= )--?[a-zA-Z][\w-]*", rest)
+
+
+def test_commands_of_river_take_the_options_that_pages_give_them():
+    commands = typer.main.get_command(app.app).commands
+    known = {
+        name: {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
+        | {"--help"}
+        for name, command in commands.items()
+    }
+    pages = [(page.name, *found) for page in MANUAL for found in river_commands(page.read_text(encoding="utf-8"))]
+    assert len(pages) > 80
+    wrong = [
+        f"{page}: river {name} {o}" for page, name, options in pages for o in options if o not in known.get(name, ())
+    ]
+    wrong += [f"{page}: river {name}" for page, name, _ in pages if name not in known]
+    assert not wrong, "\n".join(wrong)

@@ -197,7 +197,7 @@ def decode_table(runs: dict[str, list[Run]]) -> str:
         if any(cell != _NONE for cell in cells):
             lines.append(f"| {program} | {weights} | {' | '.join(cells)} |")
     notes = [f"{_NONE}: not measured."] if any(f" {_NONE} |" in line for line in lines) else []
-    return "\n".join([*lines, "", " ".join([*_sources(_what(runs), runs), *_weights(runs), *notes])]) + "\n"
+    return "\n".join([*lines, "", _caption(_what(runs), runs, *_weights(runs), *notes)]) + "\n"
 
 
 def kinds_table(runs: dict[str, list[Run]]) -> str:
@@ -215,7 +215,7 @@ def kinds_table(runs: dict[str, list[Run]]) -> str:
         shown = [_ranged(cells, f"{row}/{context}/{kind}", "tokens_per_s") for context, kind in columns]
         if any(cell != _NONE for cell in shown):
             lines.append(f"| {program} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", " ".join(_sources(_what(runs), runs))]) + "\n"
+    return "\n".join([*lines, "", _caption(_what(runs), runs)]) + "\n"
 
 
 def long_table(runs: dict[str, list[Run]]) -> str:
@@ -233,7 +233,7 @@ def long_table(runs: dict[str, list[Run]]) -> str:
         if any(cell != _NONE for cell in cells):
             lines.append(f"| {program} | {' | '.join(cells)} |")
     what = "Batch {batch}, {new_tokens} tokens after prompts of one kind, {measured}."
-    return "\n".join([*lines, "", " ".join([*_sources(what, runs), *_weights(runs)])]) + "\n"
+    return "\n".join([*lines, "", _caption(what, runs, *_weights(runs))]) + "\n"
 
 
 def _long(cells: dict[tuple[str, str], Any], row: str, bold: bool) -> str:
@@ -314,7 +314,7 @@ def start_table(runs: dict[str, list[Run]]) -> str:
         "process has taken less time than transformers. *Peak memory* counts mapped files, *own* does not."
     )
     rows = [f"| {' | '.join(line)} |" for line in table]
-    return "\n".join([*rows, "", " ".join([*_sources(what, runs), *built])]) + "\n"
+    return "\n".join([*rows, "", _caption(what, runs, *built)]) + "\n"
 
 
 def prefix_table(runs: dict[str, list[Run]]) -> str:
@@ -328,22 +328,29 @@ def prefix_table(runs: dict[str, list[Run]]) -> str:
     sizes = {int(keys["disk", "prompt_tokens"]): int(keys["disk", "from_disk"]) for keys in found.values()}
     prompts = " and ".join(f"{tokens:,} tokens, {read:,} of them from the disk" for tokens, read in sizes.items())
     what = f"Prompts of {prompts}; drafts off, the model's own 16-bit weights, measured once."
-    return "\n".join([*lines, "", " ".join(_sources(what, runs))]) + "\n"
+    return "\n".join([*lines, "", _caption(what, runs)]) + "\n"
 
 
 def _title(model: str) -> str:
     return MODELS[model].title if model in MODELS else model
 
 
-def _sources(what: str, runs: dict[str, list[Run]]) -> list[str]:
-    """Return one sentence for each setting, with the commands that measured it; `what` has fields of records."""
-    commands: dict[str, list[str]] = {}
-    for *_, last in runs.values():
+def _caption(what: str, runs: dict[str, list[Run]], *more: str) -> str:
+    """Return how and where each run was measured, and below it, folded, the versions and commands.
+
+    `what` has fields of records; `more` are sentences after it.
+    """
+    settings: dict[str, list[str]] = {}
+    lines = ["<details markdown><summary>Versions and commands</summary>", ""]
+    for model, (*_, last) in runs.items():
         repeats = last[0].get("repeats")
         measured = f"medians of {repeats} repeats" if repeats != 1 else "measured once"
-        setting = f"{what.format(**last[0], measured=measured)} {_setting(last[0])}"
-        commands.setdefault(setting, []).append(_command(last))
-    return [f"{setting}: {', '.join(measured)}." for setting, measured in commands.items()]
+        setting = f"{what.format(**last[0], measured=measured)} {_setting(last[0])}."
+        settings.setdefault(setting, []).append(_title(model))
+        lines.append(f"- {_command(last)}: {_versions(last[0])}")
+    named = [f"{', '.join(models)}: {setting}" for setting, models in settings.items()]
+    shown = named if len(settings) > 1 else settings
+    return "\n".join([" ".join([*shown, *more]), "", *lines, "", "</details>"])
 
 
 def _command(run: Run) -> str:
@@ -355,11 +362,12 @@ def _command(run: Run) -> str:
 
 def _setting(record: Record) -> str:
     machine = record["machine"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in _VERSIONS if machine.get(name))
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
-        f"{record['date'][:10]}; {versions}"
-    )
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, {record['date'][:10]}"
+
+
+def _versions(record: Record) -> str:
+    machine = record["machine"]
+    return ", ".join(f"{name} {machine[name]}" for name in _VERSIONS if machine.get(name))
 
 
 def cell_of(value: float | None, bold: bool = False) -> str:

@@ -1,7 +1,7 @@
 """Checks prose for words with a plainer or an established replacement: ``python -m tools.prose``.
 
-Reads the manual's Markdown, docstrings, comments and messages; ``--commit FILE`` reads the message of a commit that is
-being made. Not handled: grammar, docs/notes, generated tables, commits that exist.
+Reads the manual's and the notes' Markdown, docstrings, comments and messages; ``--commit FILE`` reads the message of a
+commit that is being made. Not handled: grammar, generated tables, commits that exist.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/guides/*.md")
+NOTES = ("docs/notes/*.md",)
 SOURCES = ("river_compile", "passes", "kernels", "tests", "benchmarks", "examples", "tools")
 GENERATED = {"docs/models.md"}  # `python -m tools.families`
 SUBJECT = 72  # characters of a commit's first line
@@ -126,7 +127,7 @@ def native(source: str) -> str:
 def prose(root: Path = ROOT) -> Iterator[tuple[str, str]]:
     """Yield the path of each page and source of a repository, and its prose."""
     sources = [f"{folder}/**/*{ending}" for folder in SOURCES for ending in (".py", ".h", ".cpp")]
-    for file in sorted(file for pattern in (*PAGES, *sources) for file in root.glob(pattern)):
+    for file in sorted(file for pattern in (*PAGES, *NOTES, *sources) for file in root.glob(pattern)):
         path = file.relative_to(root).as_posix()
         if path not in GENERATED:
             yield path, {".md": markdown, ".py": python}.get(file.suffix, native)(file.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 """MkDocs' hooks: README.md is the front page; a link out of docs/ becomes plain text, or a link on the repository.
 
-Lists may follow a paragraph without an empty line, as on GitHub. Not handled: reference links and links in raw HTML.
+Lists may follow a paragraph without an empty line, as on GitHub. Tables fit a phone: long code may break, and tables of
+words carry what ``docs/assets/site.css`` needs to show a row below the other. Not handled: reference links and links in
+raw HTML.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from mkdocs.structure.pages import Page
 _LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^()\s]+)\)")
 _CODE = re.compile(r"^(?:```.*?^```|~~~.*?^~~~)$|`[^`\n]+`(?!\])", flags=re.MULTILINE | re.DOTALL)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#|/")
-_RANGE = re.compile(r"\([\d.]+–[\d.]+\)")
+_RANGE = re.compile(r"\([\d.]+(?:–| to )[\d.]+(?: %)?\)")
+_TABLE = re.compile(r"<table>.*?</table>", flags=re.DOTALL)
+_CELL = re.compile(r"<(t[dh])(?: [^>]*)?>(.*?)</\1>", flags=re.DOTALL)
+_TABLE_CODE = re.compile(r"<code>([^<]+)</code>")
+_BREAKS = re.compile(r"(?<=[/_.:=(,])(?=[\w&\"])")  # where code may go to the next line
+_LONG = 40  # characters of code that may break in a wide window too
 FRONT = "index.md"
 OUTSIDE = {"README.md": FRONT, "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
@@ -44,8 +51,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Keep each range of a table on one line, so that narrow columns break before it."""
-    return _RANGE.sub(r'<span class="river-range">\g<0></span>', html)
+    """Keep each range of a table on one line, so that narrow columns break before it; prepare tables for phones."""
+    return _TABLE.sub(lambda table: _for_phones(table[0]), _RANGE.sub(r'<span class="river-range">\g<0></span>', html))
+
+
+def _for_phones(table: str) -> str:
+    """Let long code break; label the cells of a table of three columns of words or more."""
+    table = _TABLE_CODE.sub(_breakable, table)
+    labels = [re.sub(r"<[^>]+>", "", text).replace('"', "&quot;") for tag, text in _CELL.findall(table) if tag == "th"]
+    if len(labels) < 3 or "text-align: right" in table:
+        return table
+    head, body = table.replace("<table>", "<table data-rows>", 1).split("</thead>")
+    cells = iter(range(body.count("<td")))
+    return f"{head}</thead>" + re.sub(r"<td", lambda _: f'<td data-label="{labels[next(cells) % len(labels)]}"', body)
+
+
+def _breakable(code: re.Match[str]) -> str:
+    long = ' class="river-long"' if len(code[1]) > _LONG else ""
+    return f"<code{long}>{_BREAKS.sub('<wbr>', code[1])}</code>"
 
 
 def spaced(markdown: str) -> str:

@@ -41,12 +41,13 @@ def plan_text(program: RiverProgram) -> str:
         f"{plan.num_blocks} layers, batch {plan.batch}, {plan.query_length} tokens per row",
         f"exit checks after layers: {', '.join(map(str, program.candidates)) or 'none'}",
         "",
-        f"{'layer':<32} {'hidden state':<28} {'KV cache':<8} writes",
     ]
-    for block in plan.blocks:
+    flows = [f"{block.hidden_in.name} -> {block.hidden_out.name}" for block in plan.blocks]
+    wide = max(28, *map(len, flows))
+    lines.append(f"{'layer':<32} {'hidden state':<{wide}} {'KV cache':<8} writes")
+    for block, flow in zip(plan.blocks, flows, strict=True):
         writes = ", ".join(n.name for n in block.kv.writes)
-        flow = f"{block.hidden_in.name} -> {block.hidden_out.name}"
-        lines.append(f"{block.path:<32} {flow:<28} {block.kv.kind:<8} {writes}")
+        lines.append(f"{block.path:<32} {flow:<{wide}} {block.kv.kind:<8} {writes}")
     lines += ["", f"{'segment':<12} {'function':<18} inputs outputs 4-bit matmuls"]
     for s in program.segments:
         lines.append(

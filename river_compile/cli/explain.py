@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 _ARTIFACT = re.compile(r"river_(decode|prefill)_(plan|segments|\d+_\w+)")
+_PACKAGES = re.compile(r"(?<=# File: ).*?/site-packages/")  # the reader's machine has others
 
 
 def explain(
@@ -124,7 +125,7 @@ def _by_segment(text: str) -> dict[str, dict[str, str]]:
     _, *parts = re.split(r"^# (\w+) (before|after|compiled)\n", text, flags=re.MULTILINE)
     found: dict[str, dict[str, str]] = {}
     for name, when, code in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        found.setdefault(name, {})[when] = code
+        found.setdefault(name, {})[when] = _PACKAGES.sub("", code)
     return found
 
 

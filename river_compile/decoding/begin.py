@@ -1,6 +1,6 @@
 """Begins a text: its passes, on a KV cache that may hold its first tokens, and its prompt.
 
-Not handled: which calls are refused (`refusals.py`), prompts that run in parts beside other rows (`batch_loop.py`).
+Not handled: which calls are refused (`refusals.py`), prompts that run in parts during decoding (`batch_loop.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The page of `river explain`: whole, alone, and as a browser shows it."""
 
 import html.parser
+import re
 import shutil
 import subprocess
 
@@ -61,6 +62,21 @@ def test_the_page_is_whole_and_needs_nothing_else(file):
     assert "layer 3 and its twin" in page.text
     assert "pass 1_twin_layers" in page.text
     assert "4-bit matmul 0: model.layers.2" in page.text
+
+
+def test_the_page_names_no_folder_of_the_machine(file):
+    text = file.read_text()
+    assert "# File: transformers/" in text
+    assert "/site-packages/" not in text
+
+
+def test_the_columns_of_the_plan_are_aligned(file):
+    page = Page()
+    page.feed(file.read_text())
+    header, *rows = (line for line in page.text.split("\n") if re.match(r"layer +hidden|model\.layers\.\d+ ", line))
+    start = header.index("KV cache")
+    assert len(rows) >= 3
+    assert all(row[start - 1] == " " and row[start:].startswith("static ") for row in rows if row != header)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

@@ -40,6 +40,36 @@ def test_a_list_may_follow_a_paragraph():
     assert site.spaced(text) == text.replace("Two:\n", "Two:\n\n").replace("More:\n", "More:\n\n")
 
 
-def test_a_range_stays_on_one_line():
-    found = site.on_page_content("<td>251 (194–621)</td>", None, None, None)
-    assert found == '<td>251 <span class="river-range">(194–621)</span></td>'
+@pytest.mark.parametrize("interval", ["(194–621)", "(2.1 to 8.5 %)"])
+def test_a_range_stays_on_one_line(interval):
+    found = site.on_page_content(f"<td>251 {interval}</td>", None, None, None)
+    assert found == f'<td>251 <span class="river-range">{interval}</span></td>'
+
+
+def _table(*rows, right=False):
+    """Returns a table as Python-Markdown writes it, its first row the header."""
+    style = ' style="text-align: right;"' if right else ""
+    lines = ["<tr>" + "".join(f"<{tag}{style}>{cell}</{tag}>" for cell in row) + "</tr>" for tag, row in rows]
+    return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
+
+
+def test_cells_of_a_table_of_words_carry_their_columns_names():
+    rows = (("th", ["a", '<code>"b"</code>', "c"]), ("td", ["1", "2", "3"]), ("td", ["4", "5", ""]))
+    found = site.on_page_content(_table(*rows), None, None, None)
+    assert found.startswith("<table data-rows><thead><tr><th>a</th>")
+    row = '<tr><td data-label="a">{}</td><td data-label="&quot;b&quot;">{}</td><td data-label="c">{}</td></tr>'
+    assert found.endswith(f"{row.format(1, 2, 3)}{row.format(4, 5, '')}</tbody></table>")
+
+
+@pytest.mark.parametrize(("columns", "right"), [(2, False), (3, True)])
+def test_other_tables_stay_tables(columns, right):
+    table = _table(("th", ["a"] * columns), ("td", ["1"] * columns), right=right)
+    assert site.on_page_content(table, None, None, None) == table
+
+
+def test_code_in_tables_may_break_after_its_marks():
+    code = f"tests/a.py::test_{'x' * 40}"
+    cells = "<code>a.b</code><table><td><code>{}</code><code{}>{}</code></td></table>"
+    found = site.on_page_content(cells.format("a.b_c", "", code), None, None, None)
+    broken = code.replace("/", "/<wbr>").replace(".py::test_", ".<wbr>py::<wbr>test_<wbr>")
+    assert found == cells.format("a.<wbr>b_<wbr>c", ' class="river-long"', broken)

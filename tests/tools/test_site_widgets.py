@@ -71,6 +71,9 @@ MEASURE = """
             found[`${page} ${width}`] = {
                 width,
                 needed: inside.documentElement.scrollWidth,
+                wide: [...inside.querySelectorAll("table[data-rows]")].filter((table) =>
+                    table.getBoundingClientRect().right > table.closest("article").getBoundingClientRect().right + 1)
+                    .map((table) => table.textContent.slice(0, 80)),
                 unnamed: images.filter((image) => !image.alt).map((image) => image.src),
                 broken: images.filter((image) => image.complete && !image.naturalWidth).map((image) => image.src),
                 unreadable: images.filter((image) => image.width && image.width < 600).map((image) => image.src),
@@ -83,7 +86,7 @@ MEASURE = """
 
 
 @needs_browser
-def test_pages_fit_their_window_and_pictures_can_be_read(site):
+def test_pages_and_tables_of_words_fit_their_window_and_pictures_can_be_read(site):
     pages = sorted(str(p.relative_to(site)) for p in site.rglob("*.html") if "assets" not in p.parts)
     harness = site / "all.html"
     script = MEASURE.replace("PAGES", json.dumps([page for page in pages if page != "404.html"]))
@@ -93,7 +96,7 @@ def test_pages_fit_their_window_and_pictures_can_be_read(site):
     assert len(found) > 60
     for page, facts in found.items():
         assert facts["needed"] <= facts["width"], page
-        assert not facts["unnamed"] + facts["broken"] + facts["unreadable"], (page, facts)
+        assert not facts["unnamed"] + facts["broken"] + facts["unreadable"] + facts["wide"], (page, facts)
 
 
 @needs_browser

@@ -160,7 +160,7 @@ _TWELVE_BITS = (
         f"{SOURCES}/kernels/bf12.h",
         "upper_[0][h] = look_up(palette, low_nibbles(codes));",
         "upper_[0][h] = look_up(palette, high_nibbles(codes));",
-        "an output feature in 12 bits has its neighbour's exponents",
+        "an output feature in 12 bits has its neighbor's exponents",
         ("tests/kernels/native/test_bf12.py",),
     ),
     Mutation(

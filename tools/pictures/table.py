@@ -44,7 +44,7 @@ PICTURES = {
 _QUALITY = "research code of commit 7bd9e69; docs/notes/2026-11-quality.md"
 ARCHIVED = {
     "demo.svg": "python -m examples.demo",
-    "explain.png": "docs/assets/explain-smollm2.html in Chromium, 900 x 620 pixels",
+    "explain.png": "river explain MODEL -o docs/assets/explain-smollm2.html; the page in Chromium, 900 x 620 pixels",
     "quality_entries.png": _QUALITY,
     "quality_fills.png": _QUALITY,
     "quality_frontier.png": _QUALITY,
