@@ -43,6 +43,13 @@ def test_predictions_are_bytes_by_bandwidth_times_a_measured_efficiency():
     full = predict.Sizes(1_100_000_000, 10, 3.2e9, 0.45e9, 0.8e9, "float32")
     assert predict.bytes_per_token(full)["all_4bit"] == pytest.approx(0.5625e9)
     assert predict.memory_bytes(full) == pytest.approx(4e9 + 0.5625e9 + 0.4e9)
+    idle = {"inactive": 3.2e9, "inactive_twins": 0.9e9}
+    mixture = predict.Sizes(2_700_000_000, 10, 1.6e9, 0.45e9, 0.4e9, **idle, merged=3.6e9)
+    assert predict.bytes_per_token(mixture) == reads  # of the chosen experts
+    assert predict.disk_bytes(mixture) == pytest.approx(predict.disk_bytes(sizes) + 0.75 * 3.2e9 + 0.9e9)
+    assert predict.memory_bytes(mixture) == pytest.approx(predict.disk_bytes(mixture) + 0.2e9 + 3.6e9)
+    half = predict.Sizes(2_700_000_000, 10, 1.6e9, 0.45e9, 0.4e9, "float16", **idle, merged=3.6e9)
+    assert predict.memory_bytes(half) == pytest.approx(5.4e9 + 0.5625e9 + 0.9e9)  # read as loaded, and counted once
     records = [{"row": "a", "key": key, "value": value} for key, value in SIZES.items()]
     (row,) = machines.table(records).splitlines()[2:]
     parts = f"{speeds['plain']:.1f} / {speeds['exact']:.0f} / {speeds['fast']:.0f}"

@@ -242,6 +242,7 @@ def check(
         "bytes_per_token": reads,
         "predicted_tokens_per_s": reads and predict.tokens_per_s(reads, rate),
         "memory_bytes": sizes and predict.memory_bytes(sizes),
+        "resident_originals_bytes": sizes and predict.resident_originals(sizes),
         "disk_bytes": sizes and predict.disk_bytes(sizes),
     }
     show("check", result, as_json, lambda console: _check_page(console, result))
@@ -264,7 +265,11 @@ def _dry(model: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any], Any]:
         network = with_mxfp4_experts(network)
     found = dry_run(network)
     experts = found["experts"] or {"chosen": 0, "all": 0}
-    kept = {"experts": experts["chosen"], "all_experts": experts["all"]}
+    inactive = found["inactive"] or {"blocks": 0, "twins": 0}
+    kept = {
+        "experts": experts["chosen"], "all_experts": experts["all"], "inactive": inactive["blocks"],
+        "inactive_twins": inactive["twins"], "merged": found.pop("merged"),
+    }  # fmt: skip
     found["experts"] = found["experts"] or why_not or None
     sizes = (
         Sizes(found["parameters"], found["blocks"], **found["bytes"], dtype=dtype, **kept) if found["bytes"] else None
@@ -302,9 +307,10 @@ def _check_page(console: Console, result: dict[str, Any]) -> None:
     console.print()
     rows = [[title, megabytes(reads[name]), speed[name]] for name, title in names.items()]
     console.print(table(["a token of", "reads", "tokens/s, about"], rows))
-    console.print(
-        f"memory {megabytes(result['memory_bytes'])} of weights, compile cache {megabytes(result['disk_bytes'])}"
-    )
+    originals = result["resident_originals_bytes"]
+    of_these = f" (of these, {megabytes(originals)} of experts in 16 bits, which no file backs)" if originals else ""
+    memory, disk = megabytes(result["memory_bytes"]), megabytes(result["disk_bytes"])
+    console.print(f"memory {memory} of weights{of_these}, compile cache {disk}")
     console.print(f"[dim]{BASIS} ({result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)[/]")
 
 

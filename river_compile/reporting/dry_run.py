@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from river_compile.passes.program import Matmul, Refusal, RiverProgram, Segment
 from river_compile.passes.segments import recognise
 from river_compile.passes.twins import TwinSpec, twin_layers
 from river_compile.tracing.layers import Layers, layers_of, with_layers
-from river_compile.upstream.transformers import cache_argument, full_static_cache
+from river_compile.upstream.transformers import cache_argument, full_static_cache, merged_stacks
 
 _PROMPT, _SLOTS = 8, 32
 _BYTES_OF_GROUP = 4  # scale and zero-point in 16 bits
@@ -58,7 +58,9 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     says why it decodes without drafts, on River's kernels.
     "graphs" has for "prefill" and "decode" the number of blocks, or the reason that they are unsupported. "bytes" has
     the weights that a token reads in all blocks, all twins and the head, None if decode steps are unsupported.
-    "experts" has the bytes of experts in MXFP4 that a token chooses, and of all; None without such.
+    "experts" has the bytes of experts in MXFP4 that a token chooses, and of all; None without such. "inactive" has the
+    bytes of other experts that a token does not choose, in all blocks and all twins. "merged" has the bytes of stacks
+    that transformers makes from a checkpoint's matrices.
     """
     all_experts = sum(_bytes_of(p) for p in model.parameters() if mxfp4_parts(p) is not None)
     parameters = sum(p.numel() for p in model.parameters())
@@ -81,9 +83,11 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
         "exact_refusal": why_not if model._is_stateful else None,  # before the prompt; other caches can be decoded on
         "drafts_refusal": None if model._is_stateful else why_not,
         "graphs": {"prefill": _outcome(prefill, repeats), "decode": _outcome(decode, repeats)},
+        "merged": sum(_bytes_of(stack) for stack in merged_stacks(model) if mxfp4_parts(stack) is None),
     }
     if isinstance(decode, Refusal):
-        return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0, "bytes": None, "experts": None}
+        nothing = dict.fromkeys(("bytes", "experts", "inactive"))
+        return found | {"refusal": str(decode), "blocks": 0, "twin_matmuls": 0} | nothing
     how = TwinSpec(RiverConfig().group_size, PLAIN_LAYOUT)
     twinned = twin_layers(how)(decode)
     assert isinstance(twinned, RiverProgram), "the pass of twins refuses nothing"
@@ -91,8 +95,9 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
     packed = {decode.inputs[weight] for linears in sites for linear in linears for weight in linear.weights}
     blocks, twins = ([_bytes([block], without) for block in decode.blocks] for without in ((), packed))
     of_experts = _total(repeats, [_bytes([block], only_mxfp4=True) for block in decode.blocks])
-    pairs = zip(sites, decode.blocks, strict=True)
-    four_bits = [sum(_packed_bytes(linear, block) for linear in linears) for linears, block in pairs]
+    pairs = [*zip(sites, decode.blocks, strict=True)]
+    four_bits = [sum(_packed_bytes(linear, _active(linear, block)) for linear in linears) for linears, block in pairs]
+    all_in_four = [sum(_packed_bytes(linear, math.prod(linear.shape)) for linear in linears) for linears in sites]
     return found | {
         "refusal": None,
         "blocks": sum(repeats),
@@ -103,6 +108,10 @@ def dry_run(model: PreTrainedModel) -> dict[str, Any]:
             "head": _bytes([decode.head]),
         },
         "experts": {"layout": LAYOUT_MXFP4, "chosen": of_experts, "all": all_experts} if all_experts else None,
+        "inactive": {
+            "blocks": _total(repeats, map(_inactive_bytes, decode.blocks)),
+            "twins": _total(repeats, all_in_four) - _total(repeats, four_bits),
+        },
     }
 
 
@@ -161,25 +170,40 @@ def _largest(found: list[RiverProgram | Refusal]) -> RiverProgram | Refusal:
 
 def _bytes(segments: Iterable[Segment], without: Iterable[fx.Node] = (), only_mxfp4: bool = False) -> int:
     """Return the bytes of weights that a token reads; of experts, those of the chosen ones."""
-    left_out, read = set(without), dict[int, int]()
+    read = {id(value): size for value, size in _reads(segments, without) if not only_mxfp4 or mxfp4_parts(value)}
+    return sum(read.values())
+
+
+def _inactive_bytes(segment: Segment) -> int:
+    """Return the bytes of experts that a token does not choose, but for those in MXFP4."""
+    left = {id(value): _bytes_of(value) - size for value, size in _reads([segment]) if mxfp4_parts(value) is None}
+    return sum(left.values())
+
+
+def _reads(segments: Iterable[Segment], without: Iterable[fx.Node] = ()) -> Iterator[tuple[Tensor, int]]:
+    """Yield the parameters of segments, each with the bytes that a token reads of it."""
+    left_out = set(without)
     for segment in segments:
         chosen = experts_per_token(segment)
         for node, placeholder in zip(segment.inputs, segment.graph.find_nodes(op="placeholder"), strict=False):
             if is_parameter(node) and node not in left_out:
                 value = value_of(node)
-                if only_mxfp4 and mxfp4_parts(value) is None:
-                    continue
                 share = min(chosen.get(placeholder, len(value)), len(value)) / max(len(value), 1)
-                read[id(value)] = int(_bytes_of(value) * share)
-    return sum(read.values())
+                yield value, int(_bytes_of(value) * share)
 
 
 def _bytes_of(value: Tensor) -> int:
     return sum(part.numel() * part.element_size() for part in mxfp4_parts(value) or (value,))
 
 
-def _packed_bytes(matmul: Matmul, segment: Segment) -> int:
+def _active(matmul: Matmul, segment: Segment) -> int:
+    """Return the number of a matmul's weights that a token reads."""
     weights = math.prod(matmul.shape)
-    if matmul.experts:
-        weights = weights * min(experts_per_token(segment).values(), default=matmul.experts) // matmul.experts
+    if not matmul.experts:
+        return weights
+    return weights * min(experts_per_token(segment).values(), default=matmul.experts) // matmul.experts
+
+
+def _packed_bytes(matmul: Matmul, weights: int) -> int:
+    """Return the bytes of so many 4-bit weights of a matmul."""
     return weights // 2 + _BYTES_OF_GROUP * weights // matmul.group_size

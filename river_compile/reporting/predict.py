@@ -37,6 +37,9 @@ class Sizes:
     dtype: str = "bfloat16"  # or float16, float32
     experts: float = 0.0  # bytes of chosen experts in MXFP4, which layers and twins share
     all_experts: float = 0.0  # bytes of all of them
+    inactive: float = 0.0  # bytes of other experts that a token does not choose
+    inactive_twins: float = 0.0  # bytes of their twins
+    merged: float = 0.0  # bytes of stacks that transformers made from a checkpoint's matrices
 
     @property
     def head_twin(self) -> float:
@@ -98,11 +101,22 @@ def tokens_per_s(reads: Mapping[str, float], bandwidth: float) -> dict[str, floa
 
 
 def memory_bytes(sizes: Sizes) -> float:
-    """Return the bytes of weights that River keeps in memory: packed, in 4 bits, and others as loaded."""
-    others = sizes.unpacked - (sizes.blocks - sizes.experts + sizes.head)  # embeddings that are no head
-    return sizes.packed + sizes.made_twins + max(others, 0) + sizes.all_experts
+    """Return the bytes of weights that stay in memory: River's copies, and what is read as loaded.
+
+    A checkpoint's pages leave memory once copies are read in their place; `resident_originals` do not.
+    """
+    layers = sizes.blocks - sizes.experts + sizes.head + sizes.inactive
+    others = sizes.unpacked - layers  # embeddings that are no head
+    loaded = resident_originals(sizes) if sizes.read_share < 1 else layers
+    return disk_bytes(sizes) + loaded + max(others, 0) + sizes.all_experts
+
+
+def resident_originals(sizes: Sizes) -> float:
+    """Return the bytes of loaded weights that stay in memory after they are packed: no file backs them."""
+    return sizes.merged if sizes.read_share < 1 else 0
 
 
 def disk_bytes(sizes: Sizes) -> float:
     """Return the bytes of the compile cache: 4-bit weights, and 12-bit ones if they can be packed; no MXFP4 experts."""
-    return (sizes.packed if sizes.read_share < 1 else 0) + sizes.made_twins
+    packed = sizes.packed + sizes.read_share * sizes.inactive
+    return (packed if sizes.read_share < 1 else 0) + sizes.made_twins + sizes.inactive_twins

@@ -23,6 +23,8 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 _NAMES = ("cache", "past_key_values")  # of a forward's cache, in newer and older releases
 
@@ -81,6 +83,17 @@ def prompt_arguments(model: PreTrainedModel, ids_1S: Tensor) -> dict[str, Any]:
     if model._supports_logits_to_keep():
         arguments["logits_to_keep"] = 1
     return arguments
+
+
+def merged_stacks(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the stacks of experts that `from_pretrained` makes of a checkpoint's matrices: no file backs them."""
+    made = [
+        name
+        for conversion in get_model_conversion_mapping(model)
+        if isinstance(conversion, WeightConverter)
+        for name in conversion.target_patterns
+    ]
+    return [p for name, p in model.named_parameters() if p.dim() == 3 and any(target in name for target in made)]
 
 
 def full_static_cache(model: PreTrainedModel, slots: int) -> StaticCache:

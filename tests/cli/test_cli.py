@@ -36,7 +36,7 @@ from river_compile.reporting.predict import EFFICIENCY
 from river_compile.runtime.state import on_step
 from river_compile.runtime.stats import CycleRecord, cycles
 from river_compile.twins import quantize
-from tests.support.families import COMMON, MORE_CONFIGS
+from tests.support.families import COMMON, CONFIGS, MORE_CONFIGS
 from tools import cli_page
 from tools.families.mxfp4 import write_gpt_oss
 
@@ -204,7 +204,8 @@ def test_check_counts_what_a_token_reads(tiny, capsys):
     assert found["twin_matmuls"] == 3 * 4
     reads, speeds = found["bytes_per_token"], found["predicted_tokens_per_s"]
     assert reads["plain"] == 2 * (blocks + head)
-    assert reads["plain"] > reads["exact"] > reads["fast"] > reads["all_4bit"]
+    assert reads["plain"] > reads["fast"] > reads["all_4bit"]  # fast mode reads two of these three layers in 12 bits
+    assert reads["plain"] > reads["exact"] > reads["all_4bit"]
     for name, efficiency in EFFICIENCY.items():
         assert speeds[name] == pytest.approx(efficiency * 10e9 / reads[name])
     assert found["memory_bytes"] > found["disk_bytes"] > 0.75 * reads["plain"]
@@ -244,13 +245,13 @@ def test_check_says_that_a_model_runs_without_drafts_by_default(tmp_path, capsys
 def test_check_knows_experts_in_mxfp4(tmp_path, capsys):
     """They are counted as the checkpoint has them, once; in another dtype they are dequantized, which the page says."""
     config = MORE_CONFIGS["gpt_oss"](2)
-    config.sliding_window = 64  # more than is traced
     experts = write_gpt_oss(tmp_path, config)
     found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10")
     assert found["graphs"] == {"prefill": 2, "decode": 2}
     assert found["experts"] == {"layout": "mxfp4", "chosen": experts // 2, "all": experts}  # two of four
     in_16_bits = 2 * found["parameters"]
     assert experts < found["memory_bytes"] < in_16_bits - 2 * experts
+    assert found["inactive"]["blocks"] == found["resident_originals_bytes"] == 0  # none is copied
     assert found["disk_bytes"] < in_16_bits - experts * 64 // 17  # without experts
     reads = found["bytes_per_token"]
     assert reads["exact"] < reads["plain"] - 2 * found["experts"]["chosen"]
@@ -262,6 +263,23 @@ def test_check_knows_experts_in_mxfp4(tmp_path, capsys):
     assert found["memory_bytes"] > in_16_bits
     page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10", "--dtype", "float32").out.split())
     assert "experts dequantized: MXFP4 experts require dtype=torch.bfloat16" in page
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_check_counts_the_copies_of_all_experts_and_the_stacks_that_loading_merges(tmp_path, capsys):
+    """All experts are packed, though a token chooses two of four; Qwen3-MoE's checkpoints have a matrix for each."""
+    config = CONFIGS["qwen3_moe"](2)
+    config.save_pretrained(tmp_path)
+    found = printed_json(capsys, "check", tmp_path, "--bandwidth", "10")
+    experts = 2 * 2 * 4 * 3 * 64 * 64  # bytes: two layers of four experts, each of three square matrices
+    others = 2 * found["parameters"] - experts
+    assert found["inactive"]["blocks"] == experts // 2
+    assert found["resident_originals_bytes"] == experts
+    copies = (12 + 4.5) / 16
+    assert copies * experts < found["disk_bytes"] < copies * (experts + others)
+    assert found["memory_bytes"] == pytest.approx(found["disk_bytes"] + experts + 2 * 128 * 64)  # and the embedding
+    page = " ".join(river(capsys, "check", tmp_path, "--bandwidth", "10").out.split())
+    assert "(of these, 0.2 MB of experts in 16 bits, which no file backs)" in page
 
 
 @pytest.mark.slow

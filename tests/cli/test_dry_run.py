@@ -1,11 +1,13 @@
 """`river check` traces one layer of each kind: its counts are those of a trace of all layers, of any size of model."""
 
 import pytest
+import safetensors
 import torch
 import transformers
 
 from river_compile.passes.program import Refusal
 from river_compile.reporting import dry_run
+from river_compile.upstream.transformers import merged_stacks
 from tests.support.examples import slow_but
 from tests.support.families import FAMILIES, make
 
@@ -61,6 +63,22 @@ def test_windows_no_longer_than_the_traced_prompt_change_nothing(family, window)
     setattr(config, field, 64)
     assert found["graphs"] == {"prefill": 2, "decode": 2}
     assert found == dry_run.dry_run(dry_run.empty_model(config, "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("family", "merged"), [("mixtral", True), ("qwen3_moe", True), ("deepseek_v3", True), ("gpt_oss", False)]
+)
+def test_stacks_that_loading_merges_are_those_that_no_file_has(family, merged, tmp_path):
+    """A model that is saved and loaded maps its checkpoint's matrices, and owns the stacks that it made of several."""
+    model = make(family, torch.bfloat16, layers=1)
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    stacks = [(name, stack) for name, stack in loaded.named_parameters() if stack.dim() == 3]
+    with safetensors.safe_open(file, "pt") as saved:
+        made = [stack for name, stack in stacks if name not in saved.keys()]  # noqa: SIM118 (no mapping)
+    assert [id(stack) for stack in merged_stacks(loaded)] == [id(stack) for stack in made]
+    assert bool(made) == merged
 
 
 def test_masks_that_count_slots_are_seen_without_a_trace():
