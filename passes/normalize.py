@@ -23,17 +23,16 @@ Form = Callable[[tuple, Mapping[str, object]], Arguments | None]
 
 
 def normalized(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a traced graph in the normal form, with the same nodes, names and metadata."""
+    """Return a copy of a traced graph in the normal form, with the same names and metadata."""
     graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    floats: list[fx.Node] = []
+    new: dict[fx.Node, fx.Node | float] = {}
     for node in graph_module.graph.nodes:
-        new[node] = graph.node_copy(node, lambda n: new[n])
-        _normalize(new[node])
-        if _varies_with_models(value_of(node)):
-            floats.append(new[node])
-    for node in reversed(floats):
-        _replace_by_constant(node)
+        value = value_of(node)
+        if _varies_with_models(value):
+            new[node] = float(value)  # under a guard: kernels take scales and epsilons as numbers
+        else:
+            new[node] = copy = graph.node_copy(node, lambda n: new[n])
+            _normalize(copy)
     return fx.GraphModule(graph_module, graph)
 
 
@@ -43,14 +42,6 @@ def _varies_with_models(value: object) -> bool:
         return False
     symbols = value.node.expr.free_symbols
     return all(symbol_is_type(symbol, SymT.FLOAT) for symbol in symbols)
-
-
-def _replace_by_constant(node: fx.Node) -> None:
-    """Put a float's value in its place, and a guard on it: kernels take scales and epsilons as numbers."""
-    value = float(value_of(node))
-    for user in list(node.users):
-        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
-    node.graph.erase_node(node)
 
 
 def _normalize(node: fx.Node) -> None:

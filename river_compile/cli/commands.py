@@ -230,7 +230,7 @@ def check(
         small, _, its_sizes = _dry(assistant, dtype)
         why_not = why_no_source(network, small, use_mtp=False)
         if why_not or its_sizes is None:
-            raise ValueError(f"--assistant {assistant} cannot draft: {why_not or 'its graphs are unsupported'}")
+            raise ValueError(f"--assistant {assistant}: {why_not or 'its graphs are unsupported, so it cannot draft'}")
         reads["assistant"] = predict.bytes_with_assistant(sizes, its_sizes)
     if reads and found["drafts_refusal"]:
         reads = {**reads, predict.EXACT: sizes.full_depth}
@@ -254,7 +254,7 @@ def _dry(model: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any], Any]:
     """Return a model without weights, what its dry run found, and its sizes (None: its graphs are unsupported)."""
     from river_compile.api.mxfp4 import is_mxfp4, why_not_mxfp4
     from river_compile.reporting.dry_run import dry_run, empty_model, with_mxfp4_experts
-    from river_compile.reporting.predict import Sizes
+    from river_compile.reporting.predict import sizes_of
 
     folder = resolve(model)
     config = config_of(folder)
@@ -264,16 +264,9 @@ def _dry(model: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any], Any]:
     if why_not == "":
         network = with_mxfp4_experts(network)
     found = dry_run(network)
-    experts = found["experts"] or {"chosen": 0, "all": 0}
-    inactive = found["inactive"] or {"blocks": 0, "twins": 0}
-    kept = {
-        "experts": experts["chosen"], "all_experts": experts["all"], "inactive": inactive["blocks"],
-        "inactive_twins": inactive["twins"], "merged": found.pop("merged"),
-    }  # fmt: skip
+    sizes = sizes_of(found, dtype)
+    del found["merged"]
     found["experts"] = found["experts"] or why_not or None
-    sizes = (
-        Sizes(found["parameters"], found["blocks"], **found["bytes"], dtype=dtype, **kept) if found["bytes"] else None
-    )
     return network, found, sizes
 
 

@@ -58,7 +58,7 @@ def passes_for(
     state = None if programs is None else model_state(model, programs.config)
     made = cache_of(kwargs)
     kv = None if made is None else KVCache(made)
-    if kv is None or _takes_static_cache(model):
+    if kv is None or _takes_static_cache(model, record.of(StaticCaches)):
         known = None if keeps_hidden else ids
         ours, _ = record.of(PrefixPool).acquire(model, rows, tokens, known, None if state is None else state.of_entries)
         kv = ours if ours.is_full or kv is None else kv
@@ -90,7 +90,7 @@ def run_prompt(call: Call, passes_of: Callable[[Call], Passes]) -> tuple[Passes,
     return passes, logits
 
 
-def _takes_static_cache(model: PreTrainedModel) -> bool:
+def _takes_static_cache(model: PreTrainedModel, known: StaticCaches) -> bool:
     # The masks of CPM-Ant and GPT-Neo are for caches that grow, and Moshi's for one that slides.
     fits = model._can_compile_fullgraph or prepares_as_most_do(model)
-    return fits and not needs_own_cache(model) and not record_of(model.parameters()).of(StaticCaches).why_not
+    return fits and not needs_own_cache(model) and not known.why_not

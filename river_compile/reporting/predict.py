@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PLAIN, EXACT, ASSISTED, FAST, ALL_4BIT = "plain", "exact", "assistant", "fast", "all_4bit"
 # Share of the memory's bandwidth that a token reaches: the geometric mean over the machines and models of
@@ -71,6 +72,24 @@ class Sizes:
     def unpacked(self) -> float:
         """Bytes of the parameters as loaded, but for experts in MXFP4."""
         return _BITS[self.dtype][0] / 8 * self.parameters - self.all_experts / _IN_MXFP4
+
+
+def sizes_of(found: Mapping[str, Any], dtype: str) -> Sizes | None:
+    """Return the sizes of what a dry run of a model in a dtype found; None if its graphs are unsupported."""
+    if found["bytes"] is None:
+        return None
+    experts, inactive = found["experts"] or {"chosen": 0, "all": 0}, found["inactive"]
+    return Sizes(
+        found["parameters"],
+        found["blocks"],
+        **found["bytes"],
+        dtype=dtype,
+        experts=experts["chosen"],
+        all_experts=experts["all"],
+        inactive=inactive["blocks"],
+        inactive_twins=inactive["twins"],
+        merged=found["merged"],
+    )
 
 
 def bytes_per_token(sizes: Sizes) -> dict[str, float]:
