@@ -49,17 +49,9 @@ def kv_fill(
     """
     several = qkv.dim() == 3 and qkv.shape[1] > 1
     heads = _heads(qkv, k_cache, several)
-    if half_tables:
-        cos, sin = whole_table(cos, interleaved), whole_table(sin, interleaved)
-    q = _fill(heads, q_norm, k_norm, cos, sin, slot.reshape(-1), k_cache, v_cache, norm, eps, interleaved)
+    how = (norm, eps, interleaved, half_tables)
+    q = _fill(heads, q_norm, k_norm, cos, sin, slot.reshape(-1), k_cache, v_cache, *how)
     return q if several else q[:, 0].contiguous()
-
-
-def whole_table(table: Tensor | None, interleaved: bool) -> Tensor | None:
-    """Return ``[..., R]`` of a rotation's table ``[..., R / 2]`` with one angle for each pair."""
-    if table is None:
-        return None
-    return table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1)
 
 
 def _heads(qkv: Tensor, k_cache: Tensor, several: bool) -> Tensor:
@@ -80,15 +72,25 @@ def _fill(
     norm: str,
     eps: float,
     interleaved: bool,
+    half_tables: bool,
 ) -> Tensor:
     """Write keys and values to their slots and return the query ``[B, T, H, D]``."""
     kv_heads, slots = k_cache.shape[1:3]
     q, k, v = qkv_BTHD.split([qkv_BTHD.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+    if half_tables:
+        cos, sin = (_whole_table(table, interleaved) for table in (cos, sin))
     q, k = (_turned(x, w, cos, sin, norm, eps, interleaved) for x, w in ((q, q_norm), (k, k_norm)))
     there = (slots_T >= 0) & (slots_T < slots)
     for cache, entries in ((k_cache, k), (v_cache, v)):
         cache[:, :, slots_T[there].long()] = entries.transpose(1, 2)[:, :, there]
     return q.contiguous()
+
+
+def _whole_table(table: Tensor | None, interleaved: bool) -> Tensor | None:
+    """Return ``[..., R]`` of a rotation's table ``[..., R / 2]`` with one angle for each pair."""
+    if table is None:
+        return None
+    return table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1)
 
 
 def _turned(
@@ -144,12 +146,14 @@ def attend(
     softcap: float,
     several: bool = False,
     causal: bool = False,
+    sinks: Tensor | None = None,
+    half_tables: bool = False,
 ) -> Tensor:
     """Run `kv_fill` and then attention, and may advance a token counter.
 
     Args:
-        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved: as in `kv_fill`; with `several`
-            ``[B, T, (H + 2 J) D]``.
+        qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, norm, eps, interleaved, half_tables: as in `kv_fill`; with
+            `several` ``[B, T, (H + 2 J) D]``.
         slot: the slot to write, as in `kv_fill`; None with a `counter`.
         counter: int32 or int64, one element: the first slot to write, to which T is added afterwards; or None. Mutated.
         mask, scale, softcap: as in `decode_attention`; the mask covers the new slots too. With `several`
@@ -157,6 +161,7 @@ def attend(
         several: whether positions are a separate dimension. A position's bits do not depend on the others, up to
             `MAX_EXACT_ROWS` positions of all sequences.
         causal: with `several`, position t attends to slots 0 to t, without a mask.
+        sinks: as in `decode_attention`.
 
     Returns:
         ``[B, H, D]`` in qkv.dtype; with `several` ``[B, T, H, D]``.
@@ -170,12 +175,12 @@ def attend(
     slots = place.reshape(-1)
     if counter is not None:
         slots = slots + torch.arange(positions, device=slots.device)
-    q = _fill(heads, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, norm, eps, interleaved)
+    q = _fill(heads, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, norm, eps, interleaved, half_tables)
     if counter is not None:
         counter.add_(positions)
     if several:
-        return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
-    return decode_attention(q[:, 0], k_cache, v_cache, mask, scale, softcap)
+        return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal, sinks)
+    return decode_attention(q[:, 0], k_cache, v_cache, mask, scale, softcap, sinks)
 
 
 def one_place(slot: Tensor | None, counter: Tensor | None) -> Tensor:

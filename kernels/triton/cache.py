@@ -52,12 +52,14 @@ class DecodeAttentionSpec(CacheSpec):
     num_warps: int = 4
     fill: KvFillSpec | None = None  # from q|k|v to q and the new slot of the same cache; None: already done
     advance: bool = False  # whether T is added to the slot index of `fill`, or of the launch before
+    sinks_dtype: str | None = None  # of the sinks [H], each head's score of one more key, whose value is 0; None: none
     index_dtype: str = "int64"  # of the slot index, with open positions
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(splits=self.splits)
         check_choice("mask_dtype", self.mask_dtype, ("bool", *ACTIVATION_DTYPES))
+        check_choice("sinks_dtype", self.sinks_dtype, (None, *ACTIVATION_DTYPES))
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.softcap < 0:
@@ -85,6 +87,8 @@ class DecodeAttentionSpec(CacheSpec):
         if self.mask:
             sequences, positions = self.mask_rows or self.batch, () if self.positions else (self.at_once(rows),)
             found["mask"] = Buffer(self.mask_dtype, (sequences, *positions, self.slots))
+        if self.sinks_dtype:
+            found["sinks"] = Buffer(self.sinks_dtype, (self.heads,))
         groups = self.groups(rows)
         if self.splits > 1:
             parts = (groups, self.splits, self.members)
@@ -149,6 +153,7 @@ class KvFillSpec(CacheSpec):
     rotary_dim: int = 0  # R, an even number up to D; 0 for no rotary embedding
     rotary_dtype: str = "bfloat16"  # of cos and sin
     interleaved: bool = False  # whether rotated pairs are neighbors instead of R / 2 apart
+    half_tables: bool = False  # whether cos and sin have one angle for each pair, R / 2
     rotary_rows: int = 1  # sequences of cos and sin: B, or 1 for shared positions
     head_norm: str = "none"  # "rms" or "rms_plus_one" for queries and keys
     eps: float = 1e-6  # as in torch
@@ -168,6 +173,17 @@ class KvFillSpec(CacheSpec):
     def all_heads(self) -> int:
         return self.heads + 2 * self.kv_heads
 
+    @property
+    def angles(self) -> int:
+        """Columns of cos and sin."""
+        return self.rotary_dim // 2 if self.half_tables else self.rotary_dim
+
+    def angle_of(self, feature: str) -> str:
+        """Return the expression of a feature's column in cos and sin."""
+        if not self.half_tables:
+            return feature
+        return f"{feature} // 2" if self.interleaved else f"{feature} % {self.angles}"
+
     def parts(self, head: str) -> tuple[Part, ...]:
         """Return the parts of head "q", "k" or "v" for the rotation, which combines first and second."""
         half, rest = self.rotary_dim // 2, self.head_dim - self.rotary_dim
@@ -183,7 +199,7 @@ class KvFillSpec(CacheSpec):
         if self.head_norm != "none":
             found["q_norm"] = found["k_norm"] = Buffer(self.dtype, (self.head_dim,))
         if self.rotary_dim:
-            tables = (self.rotary_rows * positions, self.rotary_dim)
+            tables = (self.rotary_rows * positions, self.angles)
             found["cos"] = found["sin"] = Buffer(self.rotary_dtype, tables)
         found["slot"] = Buffer(self.index_dtype, (1 if self.counts else positions,))
         found["k_cache"] = found["v_cache"] = self.cache

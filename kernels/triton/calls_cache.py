@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from river_compile.kernels import MAX_EXACT_ROWS, cache_ops
-from river_compile.kernels.cache_ops import one_place, whole_table
+from river_compile.kernels import MAX_EXACT_ROWS
+from river_compile.kernels.cache_ops import one_place
 from river_compile.kernels.portable import cache_attention
 from river_compile.kernels.triton.cache import DecodeAttentionSpec, KvFillSpec
 from river_compile.kernels.triton.loader import device_of, drop_none, dtype_name, find_launch
@@ -39,10 +39,8 @@ def kv_fill(
     half_tables: bool = False,
 ) -> Tensor:
     """Run a kernel as `cache_ops.kv_fill`; raise a ValueError for inconsistent shapes, strides or dtypes."""
-    if half_tables:  # which no rule makes for these kernels
-        cos, sin = whole_table(cos, interleaved), whole_table(sin, interleaved)
     several = qkv.dim() == 3 and qkv.shape[1] > 1
-    how = (norm, eps, interleaved)
+    how = (norm, eps, interleaved, half_tables)
     made = _filling(qkv, q_norm, k_norm, cos, sin, slot, k_cache, v_cache, *how, several=several)
     q = _fill(made, (*how, False, several))
     return q.unflatten(0, qkv.shape[:2]) if several else q
@@ -75,21 +73,23 @@ def attend(
     softcap: float,
     several: bool = False,
     causal: bool = False,
+    sinks: Tensor | None = None,
+    half_tables: bool = False,
 ) -> Tensor:
     """Run kernels as `cache_ops.attend`; raise as `kv_fill`."""
     place = one_place(slot, counter)
-    how, advance = (norm, eps, interleaved), counter is not None
+    how, advance = (norm, eps, interleaved, half_tables), counter is not None
     if several:  # two launches; PyTorch attends from more than MAX_EXACT_ROWS positions
         fills = (qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache)
         q = _fill(_filling(*fills, *how, counts=advance, several=True), (*how, advance, True))
         heads = q.unflatten(0, qkv.shape[:2])
-        return _attend_from_several(heads, k_cache, v_cache, mask, scale, softcap, counter, causal)
+        return _attend_from_several(heads, k_cache, v_cache, mask, scale, softcap, counter, causal, sinks)
     fill, given, out = _filling(qkv, q_norm, k_norm, cos, sin, place, k_cache, v_cache, *how)
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap, fill=fill(), advance=advance)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, sinks, fill=fill(), advance=advance)
 
-    given |= drop_none(mask=None if mask is None else mask.contiguous()) | {"out": out}
+    given |= drop_none(mask=None if mask is None else mask.contiguous(), sinks=sinks) | {"out": out}
     find_launch(("attend", *how, scale, softcap, advance), given, 1, describe)(given)
     return out
 
@@ -103,14 +103,15 @@ def _attend_from_several(
     softcap: float,
     counter: Tensor | None,
     causal: bool,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attend from q ``[B, T, H, D]`` to filled slots, and advances the counter; see `attend`."""
     b, positions = q.shape[:2]
     if b * positions > MAX_EXACT_ROWS:
         if counter is not None:
             counter.add_(positions)
-        if softcap:
-            return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal)
+        if softcap or sinks is not None:
+            return cache_attention(q, k_cache, v_cache, mask, scale, softcap, causal, sinks)
         heads = (q.transpose(1, 2), k_cache, v_cache, mask)
         attended = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
         return attended.transpose(1, 2).contiguous()
@@ -120,13 +121,13 @@ def _attend_from_several(
     if causal:
         rows = torch.ones(1, positions, k_cache.shape[2], dtype=torch.bool, device=q.device).tril()
     given = {"q": q.flatten(0, 1), "k_cache": k_cache, "v_cache": v_cache, "out": out}
-    given |= drop_none(slot=slot, mask=rows)
+    given |= drop_none(slot=slot, mask=rows, sinks=sinks)
 
     def describe() -> DecodeAttentionSpec:
         how: dict[str, Any] = {"positions": None, "mask_rows": 0 if rows is None else len(rows)}
         if slot is not None:
             how |= {"advance": True, "index_dtype": dtype_name(slot)}
-        return _attention(out, k_cache, v_cache, rows, scale, softcap, **how)
+        return _attention(out, k_cache, v_cache, rows, scale, softcap, sinks, **how)
 
     find_launch(("attend from several", scale, softcap), given, positions, describe)(given)
     return out.view(q.shape)
@@ -144,6 +145,7 @@ def _filling(
     norm: str,
     eps: float,
     interleaved: bool,
+    half_tables: bool,
     counts: bool = False,
     several: bool = False,
 ) -> _Filling:
@@ -173,7 +175,8 @@ def _filling(
         if tables:
             lines, features = tables["cos"].shape
             rows = {"rotary_rows": lines // positions}
-            how |= {"rotary_dim": features, "rotary_dtype": dtype_name(tables["cos"]), **rows}
+            how |= {"rotary_dim": features * (2 if half_tables else 1), "half_tables": half_tables, **rows}
+            how |= {"rotary_dtype": dtype_name(tables["cos"])}
         if several:
             how |= {"positions": None, "counts": counts}
         return KvFillSpec(b, heads, kv_heads, d, slots, dtype=dtype_name(qkv), interleaved=interleaved, **how)
@@ -190,19 +193,16 @@ def decode_attention(
     softcap: float,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Run a kernel as `cache_ops.decode_attention`, without one where there are sinks; raise as `kv_fill`."""
-    if sinks is not None:  # which no rule makes for these kernels
-        return cache_ops.decode_attention(q, k_cache, v_cache, mask, scale, softcap, sinks)
+    """Run a kernel as `cache_ops.decode_attention`; raise as `kv_fill`."""
     b, _, d = q.shape
     if k_cache.shape[0] != b or k_cache.shape[3] != d:
         raise ValueError(f"q has shape {tuple(q.shape)} and the caches have {tuple(k_cache.shape)}: B or D differs")
     out = q.new_empty(q.shape)
     given = {"q": q.contiguous(), "k_cache": k_cache, "v_cache": v_cache, "out": out}
-    if mask is not None:
-        given["mask"] = mask.contiguous()
+    given |= drop_none(mask=None if mask is None else mask.contiguous(), sinks=sinks)
 
     def describe() -> DecodeAttentionSpec:
-        return _attention(out, k_cache, v_cache, mask, scale, softcap)
+        return _attention(out, k_cache, v_cache, mask, scale, softcap, sinks)
 
     find_launch(("decode_attention", scale, softcap), given, 1, describe)(given)
     return out
@@ -215,6 +215,7 @@ def _attention(
     mask: Tensor | None,
     scale: float,
     softcap: float,
+    sinks: Tensor | None,
     **others: Any,
 ) -> DecodeAttentionSpec:
     (_, heads, d), (b, kv_heads, slots, _) = out.shape, k_cache.shape
@@ -231,6 +232,7 @@ def _attention(
         softcap=softcap,
         mask=mask is not None,
         mask_dtype="bool" if mask is None else dtype_name(mask),
+        sinks_dtype=None if sinks is None else dtype_name(sinks),
         splits=attention_splits(sequences * kv_heads, slots, d, device_of(out)),
         cache_strides=_cache_strides(k_cache, v_cache),
         **others,

@@ -51,8 +51,6 @@ def fuse_kv_fill(view: BlockView) -> fx.Node:
     if v is None or v.norm or v.rotation:
         raise NoMatch("the value is not a range of columns", skip_views(v_entry.value))
     q = _query(attended.q, k)
-    halved = k.rotation is not None and k.rotation.half_tables
-    require(view.native or not halved, "only the C++ kernels read tables with one angle for each pair", q.node)
     last = max(entry.writer for entry in entries)
     moved = _users_before(q.node, last)
     _check_heads(q, k, v, entries)
@@ -103,12 +101,13 @@ def _sinks(found: Attention) -> tuple[fx.Node, ...]:
 
 def fuse_write(attention: fx.Node) -> fx.Node:
     """Fuse one-position attention with the write before it, if nothing is between; return the attention's node."""
-    query, *caches, mask, scale, softcap = attention.args
-    write = skip_views(query)
+    query, *caches, mask, scale, softcap = attention.args[:6]
+    write, sinks = skip_views(query), attention.args[6:]
     if not _directly_precedes(write, attention, caches):
         return attention
     with attention.graph.inserting_before(attention):
-        fused, step = _attend(write, caches, (mask, scale, softcap), value_of(attention))
+        how = (mask, scale, softcap, False, False, *(sinks or (None,)))  # one position
+        fused, step = _attend(write, caches, how, value_of(attention))
     attention.replace_all_uses_with(fused)
     for node in filter(None, (attention, write, step)):
         drop_unused(node)
@@ -166,7 +165,6 @@ def _cached_attention(view: BlockView) -> tuple[fx.Node, Attention]:
     for node in view.graph.nodes:
         found = attention(node)
         if found is not None and found.k in view.entries and found.v in view.entries:
-            require(view.native or found.sinks is None, "only the C++ kernels attend with sinks", node)
             return node, found
     raise NoMatch("no attention over a static cache was recognized")
 
@@ -245,7 +243,7 @@ def _write(
         caches = [entry.cache for entry in entries]
         arguments = (qkv, *weights, *tables, entries[0].slot, *caches, *how)
         arguments += (k.rotation is not None and k.rotation.interleaved,)
-        arguments += (True,) if k.rotation is not None and k.rotation.half_tables else ()
+        arguments += (k.rotation is not None and k.rotation.half_tables,)
         several = _positions(q.node) != 1
         positions = value_of(entries[0].value).shape[2]
         sizes = (batch, positions, query_heads, dim) if several else (batch, query_heads, dim)
@@ -274,7 +272,7 @@ def _fuse_any_width(view: BlockView, node: fx.Node, found: Attention) -> fx.Node
     require(rows, f"its matmul has shape {shape(matmul)}", node)
     value = value_of(found.q)
     with view.graph.inserting_before(node):
-        how = (_mask_of_several(found), found.scale, found.softcap, True, found.causal)
+        how = (_mask_of_several(found), found.scale, found.softcap, True, found.causal, found.sinks)
         fused, step = _attend(write, caches, how, torch.empty_like(value.transpose(1, 2).contiguous()))
         result = _transpose(fused)
     node.replace_all_uses_with(result)
@@ -296,10 +294,10 @@ def _directly_precedes(write: fx.Node, attention: fx.Node, caches: list[fx.Node]
 
 def _attend(write: fx.Node, caches: list[fx.Node], how: tuple, value: Tensor) -> tuple[fx.Node, fx.Node | None]:
     """Add the operator of write and attention; return it and the counter's update that it replaces, if any."""
-    *made_of, slot, _, _, norm, eps, interleaved = write.args
+    *made_of, slot, _, _, norm, eps, interleaved, half_tables = write.args
     step = _counter_update(slot, write)
     where = (slot, None) if step is None else (None, step.args[0])
-    arguments = (*made_of, *where, *caches, norm, eps, interleaved, *how)
+    arguments = (*made_of, *where, *caches, norm, eps, interleaved, *how, half_tables)
     return call(torch.ops.river.attend.default, arguments, value, write), step
 
 

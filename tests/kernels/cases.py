@@ -27,6 +27,7 @@ def kv_cases(draw, dims=DIMS):
         rotary_dim=draw(st.sampled_from((0, d // 4 * 2, d))),
         rotary_dtype=draw(st.sampled_from(("float32", "bfloat16"))),
         interleaved=draw(st.booleans()),
+        half_tables=draw(st.booleans()),
         rotary_rows=draw(st.sampled_from((1, batch))),
         head_norm=draw(st.sampled_from(HEAD_NORMS)),
         index_dtype=draw(st.sampled_from(("int32", "int64"))),
@@ -51,6 +52,7 @@ def attention_cases(draw, most_slots=150, dims=DIMS[:-1]):
         softcap=draw(st.sampled_from((0.0, 2.0, 30.0))),
         mask=padded,
         mask_dtype=draw(st.sampled_from(("bool", "float32", "float16", "bfloat16"))),
+        sinks_dtype=draw(st.sampled_from((None, "float32", "float16", "bfloat16"))),
         splits=draw(st.integers(1, 4)),
         block=draw(st.sampled_from((16, 32))),
     )

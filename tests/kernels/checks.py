@@ -15,6 +15,7 @@ from river_compile.kernels.triton.calls_linear import rows_by_expert
 from river_compile.kernels.triton.linear import LinearSpec, part_name
 from river_compile.kernels.triton.spec import KernelSpec
 from tests.kernels import reference
+from tests.kernels.cases import sinks_of
 from tests.kernels.harness import assert_close, assert_sqnr, dots_in_order, poisoned, run_guarded
 from tests.kernels.packing import pack_linear
 
@@ -172,11 +173,12 @@ def filling(
         q = reference.norm(q, spec.head_norm, buffers["q_norm"], None, spec.eps)
         k = reference.norm(k, spec.head_norm, buffers["k_norm"], None, spec.eps)
     if spec.rotary_dim:
-        angle = random(spec.rotary_rows, spec.rotary_dim)
+        angle = random(spec.rotary_rows, spec.angles)
         tables = {"cos": angle.cos().to(getattr(torch, spec.rotary_dtype))}
         tables["sin"] = angle.sin().to(tables["cos"].dtype)
         buffers |= tables
-        q, k = (reference.rotate(t, *(table[:, None] for table in tables.values()), spec.interleaved) for t in (q, k))
+        whole = [reference.whole_table(t, spec.interleaved) if spec.half_tables else t for t in tables.values()]
+        q, k = (reference.rotate(t, *(table[:, None] for table in whole), spec.interleaved) for t in (q, k))
     return buffers, (q, k, v)
 
 
@@ -218,7 +220,7 @@ def check_attend(
     live = live_slots(spec, padding, window, device)
     # Keys are what the kernel made and rounded, which was checked; the query is rounded as there.
     k, v = (result[name].masked_fill(~live[:, None, :, None], 0.0) for name in caches)
-    options = {"scale": spec.scale, "softcap": spec.softcap, "mask": live}
+    options = {"scale": spec.scale, "softcap": spec.softcap, "mask": live, "sinks": buffers.get("sinks")}
     q = as_rounded(q, getattr(torch, spec.dtype))
     expected = reference.attention(q, k, v, added=added_by(buffers, live), **options)
     assert_close(result["out"], expected, v.double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
@@ -245,7 +247,7 @@ def attend_buffers(
         cache = torch.randn(spec.batch, spec.kv_heads, spec.slots, spec.head_dim, generator=g, device=device)
         buffers[name] = cache.to(getattr(torch, spec.dtype)).masked_fill(unread[:, None, :, None], float("nan"))
     out = poisoned((spec.batch, spec.heads, spec.head_dim), getattr(torch, spec.dtype), device)
-    return {**buffers, **mask_buffers(spec, live, g), "out": out}
+    return {**buffers, **mask_buffers(spec, live, g), **sink_buffers(spec, seed, device), "out": out}
 
 
 def live_slots(spec: DecodeAttentionSpec, padding: int, window: int | None, device: str) -> torch.Tensor:
@@ -266,6 +268,13 @@ def mask_buffers(spec: DecodeAttentionSpec, live: torch.Tensor, g: torch.Generat
     return {"mask": added.masked_fill(~live, torch.finfo(dtype).min)}
 
 
+def sink_buffers(spec: DecodeAttentionSpec, seed: int, device: str) -> dict[str, torch.Tensor]:
+    """Returns the sinks of the spec, if any."""
+    if spec.sinks_dtype is None:
+        return {}
+    return {"sinks": sinks_of(spec.heads, seed, getattr(torch, spec.sinks_dtype)).to(device)}
+
+
 def added_by(buffers: dict[str, torch.Tensor], live: torch.Tensor) -> torch.Tensor:
     """Returns the mask's additions to the scores of unmasked slots, 0 elsewhere."""
     mask = buffers.get("mask", live)
@@ -284,7 +293,8 @@ def attention_buffers(
     live = live_slots(spec, padding, window, device)
     k, v = (cache.masked_fill(~live[:, None, :, None], float("nan")) for cache in (k, v))
     out = poisoned(q.shape, dtype, device)
-    return {"q": q, "k_cache": k, "v_cache": v, "out": out, **mask_buffers(spec, live, g)}
+    others = mask_buffers(spec, live, g) | sink_buffers(spec, seed, device)
+    return {"q": q, "k_cache": k, "v_cache": v, "out": out, **others}
 
 
 def check_attention(
@@ -301,6 +311,7 @@ def check_attention(
     live = live_slots(spec, padding, window, device)
     q, k, v = buffers["q"], buffers["k_cache"].nan_to_num(), buffers["v_cache"].nan_to_num()
     options = {"scale": spec.scale, "softcap": spec.softcap, "mask": live if spec.mask else None}
+    options["sinks"] = buffers.get("sinks")
     expected = reference.attention(q, k, v, added=added_by(buffers, live), **options)
     assert_close(result, expected, v.double().abs().amax((1, 2, 3))[:, None, None].clamp_min(1.0))
 
@@ -325,7 +336,8 @@ def buffers_of_several(
     counter = torch.tensor([7], dtype=getattr(torch, spec.index_dtype), device=device)
     counters = {"slot": counter} if spec.advance else {}
     out = poisoned(q.shape, dtype, device)
-    return {"q": q, **caches, **mask_buffers(spec, live, g), **counters, "out": out}, live
+    others = mask_buffers(spec, live, g) | sink_buffers(spec, seed, device) | counters
+    return {"q": q, **caches, **others, "out": out}, live
 
 
 def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: int = 0, device: str = "cpu") -> None:
@@ -335,7 +347,7 @@ def check_attention_of_several(spec: DecodeAttentionSpec, positions: int, seed: 
     k, v = (buffers[name].nan_to_num() for name in KV)
     seen = live.expand(spec.batch, -1, -1)
     options = {"mask": seen, "added": added_by(buffers, live).expand(seen.shape)}
-    options |= {"scale": spec.scale, "softcap": spec.softcap}
+    options |= {"scale": spec.scale, "softcap": spec.softcap, "sinks": buffers.get("sinks")}
     q = buffers["q"].unflatten(0, (spec.batch, positions))
     expected = reference.cache_attention(q, k, v, **options)
     assert_close(result["out"], expected.flatten(0, 1), v.double().abs().amax().clamp_min(1.0))
@@ -426,10 +438,12 @@ def check_kernel(spec: KernelSpec, rows: int, slots: int, device: str) -> None:
         check_kv_fill(dataclasses.replace(spec, positions=1), slots - 1, device=device)
     elif isinstance(spec, DecodeAttentionSpec) and not spec.positions:
         check_attention_of_several(spec, 5, device=device)
+        check_attention_of_several(dataclasses.replace(spec, sinks_dtype="bfloat16"), 5, device=device)
         check_bits_of_positions(spec, 5, slice(2, 3), device=device)
     elif isinstance(spec, DecodeAttentionSpec):
         alone = dataclasses.replace(spec, fill=None, advance=False)
         check_attention(dataclasses.replace(alone, mask=False), device=device)
+        check_attention(dataclasses.replace(alone, sinks_dtype="bfloat16"), padding=slots // 2, device=device)
         check_attention(alone, padding=slots // 2, device=device)
         for slot in (0, slots - 1, slots):  # the last one lies outside
             check_kv_fill(spec.fill, slot, device=device)

@@ -57,6 +57,11 @@ def linear(
     return y if residual is None else y + residual.double()
 
 
+def whole_table(table: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Returns a table of every feature's angle, of one with each pair's."""
+    return table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotary embedding (Su et al. 2021) of the first R features of ``[..., D]``; cos, sin as in Hugging Face models."""
     x, cos, sin = x.double(), cos.double(), sin.double()

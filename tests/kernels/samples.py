@@ -68,9 +68,17 @@ def sample_calls() -> dict[str, tuple]:
     calls["attend counting"] = (*step, None, counter, k_cache, v_cache, *how)
     lines = (random(2, 3, 64), None, None, random(1, 3, 16), random(1, 3, 16))
     masked = ("none", 1e-6, False, torch.ones(1, 1, 3, 6, dtype=torch.bool), 0.25, 0.0, True)
+    pairs = (*step[:3], cos[..., :8], sin[..., :8])
+    sunk = (False, False, random(2), True)
+    calls["attend with half tables and sinks"] = (*pairs, slot, None, k_cache, v_cache, *how, *sunk)
     calls["kv_fill of several"] = (*lines, torch.tensor([3, 4, 5]), k_cache, v_cache, "none", 1e-6, False)
     calls["attend from several"] = (*lines, torch.tensor([3, 4, 5]), None, k_cache, v_cache, *masked)
     calls["attend from several counting"] = (*lines, None, counter, k_cache, v_cache, *masked)
+    pairs = (*lines[:3], *(table[..., :8] for table in lines[3:]))
+    calls["attend from several with half tables and sinks"] = (
+        *(*pairs, None, counter, k_cache, v_cache),
+        *(*masked, *sunk[1:]),
+    )
     calls["decode_attention"] = (random(2, 2, 16), k_cache, v_cache, None, 0.25, 0.0)
     mask = random(2, 6)
     several = torch.ones(1, 1, 3, k_cache.shape[2], dtype=torch.bool)

@@ -132,9 +132,9 @@ def test_a_step_in_one_launch_is_that_in_two():
     assert counter == 4
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize(("softcap", "sunk"), [(0.0, False), (2.0, False), (0.0, True)])
 @pytest.mark.parametrize("positions", [3, 10])
-def test_several_positions_are_written_and_attend_as_one_by_one(positions, softcap):
+def test_several_positions_are_written_and_attend_as_one_by_one(positions, softcap, sunk):
     """Bit for bit up to 16 of all sequences; PyTorch attends from more."""
     shape = (2, 1, 14, 16)
     before = random(*shape), random(*shape)
@@ -144,11 +144,12 @@ def test_several_positions_are_written_and_attend_as_one_by_one(positions, softc
     seen = torch.ones(2, 1, positions, 14, dtype=torch.bool).tril(2)
     seen[1, ..., :2] = False
     how, counters = ("rms", 1e-6, True), [torch.tensor(2), torch.tensor(2)]
-    out = river.attend(qkv, *norms, cos, sin, None, counters[0], *together, *how, seen, 0.25, softcap, True)
+    last = (0.25, softcap, True, False, random(2) if sunk else None)
+    out = river.attend(qkv, *norms, cos, sin, None, counters[0], *together, *how, seen, *last)
     for t in range(positions):
         part = slice(t, t + 1)
         made = (qkv[:, part], *norms, cos[:, part], sin[:, part])
-        one = river.attend(*made, None, counters[1], *alone, *how, seen[:, :, part], 0.25, softcap, True)
+        one = river.attend(*made, None, counters[1], *alone, *how, seen[:, :, part], *last)
         if 2 * positions <= 16:
             assert torch.equal(one, out[:, part])
         torch.testing.assert_close(one, out[:, part], atol=1e-5, rtol=1e-5)

@@ -368,7 +368,7 @@ def test_the_interpreter_is_announced_once():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt_neox", "mixtral", "gpt_oss"])
 def test_compiled_kernels_on_the_card(name, dtype):
     """kernels="auto", captured: logits and caches of every depth are the CPU's; the report lists the same kernels."""
     expected = run(name)

@@ -38,7 +38,7 @@ def compiled(name: str, lowering: Lowering = FUSED, dtype: torch.dtype = torch.f
 
 
 # (The weights of GPT-2 are transposed.)
-@pytest.mark.parametrize("name", each(["llama", "qwen2", "qwen3", "gemma3", "gpt2"], quick=["gpt2"]))
+@pytest.mark.parametrize("name", each(["llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_oss"], quick=["gpt2"]))
 def test_never_exiting_computes_what_the_model_does(name):
     """Logits, entries and lengths, and of tokens that leave, the entries of the blocks before."""
     model = compiled(name)

@@ -206,6 +206,14 @@ _TRITON = (
         ("tests/kernels/triton/test_decode_attention.py",),
     ),
     Mutation(
+        "triton-sinks",
+        f"{TEMPLATES}/decode_attention.py.jinja",
+        "tl.exp2((sink - {{ base }}) * {{ LOG2E }})",
+        "tl.exp2(sink * {{ LOG2E }})",
+        "a sink is weighted as if the largest score were 0",
+        ("tests/kernels/triton/test_decode_attention.py",),
+    ),
+    Mutation(
         "triton-score",
         f"{TEMPLATES}/exit_score.py.jinja",
         "lowest = tl.minimum(lowest, similarity)",

@@ -34,17 +34,17 @@ class Runs:
         caches = {"k_cache": Cache(k_cache, *self._layout), "v_cache": Cache(v_cache, *self._layout)}
         tables = (given.get(name) for name in ("q_norm", "k_norm", "cos", "sin", "slot"))
         written = (cache.tensor for cache in caches.values())
-        how = (spec.head_norm, spec.eps, spec.interleaved)
+        how = (spec.head_norm, spec.eps, spec.interleaved, spec.half_tables)
         q = called(native.kv_fill, given["qkv"].flatten(1), *tables, *written, *how, as_given=(6, 7))
         for name, cache in caches.items():
             cache.check(name)
         return {"q": q} | {name: cache.tensor for name, cache in caches.items()}
 
     def attention(
-        self, spec: DecodeAttentionSpec, device: str, *, q, k_cache, v_cache, out, mask=None
+        self, spec: DecodeAttentionSpec, device: str, *, q, k_cache, v_cache, out, mask=None, sinks=None
     ) -> dict[str, torch.Tensor]:
         caches = [Cache(cache, *self._layout).tensor for cache in (k_cache, v_cache)]
-        return {"out": called(native.decode_attention, q, *caches, mask, spec.scale, spec.softcap)}
+        return {"out": called(native.decode_attention, q, *caches, mask, spec.scale, spec.softcap, sinks)}
 
 
 LAYOUTS = st.builds(Runs, st.sampled_from((0, 3)), st.booleans())
@@ -67,7 +67,7 @@ def test_tables_of_one_angle_for_each_pair_turn_as_whole_ones(isa, batch, positi
     g = torch.Generator().manual_seed(batch * positions)
     qkv = torch.randn(batch, positions, 5 * 32, generator=g).to(dtype)
     tables = torch.randn(2, batch, positions, half, generator=g).unbind()
-    wide = [table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1) for table in tables]
+    wide = [reference.whole_table(table, interleaved) for table in tables]
     slots, how = torch.arange(positions), ("none", 0.0, interleaved)
     found, expected = (torch.zeros(2, batch, 1, 9, 32, dtype=dtype) for _ in range(2))
     q = called(native.kv_fill, qkv, None, None, *tables, slots, *found, *how, True, as_given=(6, 7))

@@ -4,6 +4,7 @@ The interpreter runs programs in order. A GPU's order is arbitrary, so some test
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -27,9 +28,23 @@ def test_one_query_position(case):
 
 @pytest.mark.parametrize("mask_dtype", ["bool", "float16"])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_row_without_any_slot_gives_zero(splits, mask_dtype):
-    spec = DecodeAttentionSpec(2, 2, 1, 64, 40, 0.125, mask=True, mask_dtype=mask_dtype, splits=splits, block=16)
-    check_attention(spec, padding=40)
+@pytest.mark.parametrize("sinks_dtype", [None, "float32"])
+def test_a_row_without_any_slot_gives_zero(splits, mask_dtype, sinks_dtype):
+    how = {"mask": True, "mask_dtype": mask_dtype, "sinks_dtype": sinks_dtype, "splits": splits, "block": 16}
+    check_attention(DecodeAttentionSpec(2, 2, 1, 64, 40, 0.125, **how), padding=40)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sinks_at_the_limits(splits):
+    """Minus infinity is no sink, to the bit; one far above all scores leaves nothing; NaN spoils its own head."""
+    spec = DecodeAttentionSpec(2, 4, 2, 16, 40, 0.25, dtype="float32", splits=splits, block=16)
+    buffers = attention_buffers(spec)
+    without = run_guarded(spec, **buffers)["out"]
+    sinks = torch.tensor([-math.inf, 1e30, math.nan, -1e30])
+    out = run_guarded(dataclasses.replace(spec, sinks_dtype="float32"), **buffers, sinks=sinks)["out"]
+    assert torch.equal(out[:, ::3], without[:, ::3])
+    assert not out[:, 1].any()
+    assert out[:, 2].isnan().all()
 
 
 @given(attention_cases(), st.randoms(use_true_random=False))
@@ -104,6 +119,7 @@ def test_head_dim_256():
         ({"block": 24}, "block=24"),
         ({"splits": 0}, "splits=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
+        ({"sinks_dtype": "int8"}, "sinks_dtype='int8'"),
         ({"cache_strides": (5,)}, "cache_strides"),
         ({"fill": KvFillSpec(1, 4, 2, 64, 9)}, "is for another cache"),
         ({"advance": True}, "advance=True needs a fill"),

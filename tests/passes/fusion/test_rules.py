@@ -42,12 +42,9 @@ CASES = {
     "called rms norm": (Spelling(norm="rms_called"), {}),
     "gpt-oss: sinks, a rotation by halves": (
         Spelling(rotation="by_halves", attention="sinks", mask="where"),
-        {"rope + kv write": "only the C++ kernels", "attention": "only the C++ kernels attend with sinks"},
+        {},
     ),
-    "rotation by halves": (
-        Spelling(rotation="by_halves"),
-        {"rope + kv write": "only the C++ kernels read tables with one angle for each pair"},
-    ),
+    "rotation by halves": (Spelling(rotation="by_halves"), {}),
     "scaled query": (Spelling(query_scale=True), {}),
     "one mask for all": (Spelling(mask="row"), {}),
     "no norm": (Spelling(norm="none"), {"norm + q|k|v": "no norm that the kernel supports"}),

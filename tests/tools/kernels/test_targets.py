@@ -1,5 +1,6 @@
 """Generated kernels for GPUs that are not here: they compile without spills, with few launches and bytes a token."""
 
+import dataclasses
 import importlib.metadata
 import re
 import subprocess
@@ -134,6 +135,7 @@ def unusual_kernels():
     fills = (
         KvFillSpec(2, 6, 2, 96, 500, rotary_dim=48, interleaved=True, rotary_rows=2, head_norm="rms"),
         KvFillSpec(1, 3, 1, 80, 64, dtype="float32", head_norm="rms_plus_one", index_dtype="int32"),
+        KvFillSpec(1, 64, 8, 64, 500, rotary_dim=64, half_tables=True),  # gpt-oss
     )
     yield from fills
     yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, softcap=30.0, mask=True, splits=3)
@@ -142,6 +144,9 @@ def unusual_kernels():
     yield DecodeAttentionSpec(1, 8, 2, 64, 500, 0.1, mask=True, mask_dtype="bfloat16", splits=4)
     yield DecodeAttentionSpec(2, 6, 2, 96, 500, 0.1, softcap=30.0, mask=True, splits=3, fill=fills[0], advance=True)
     yield DecodeAttentionSpec(1, 3, 1, 80, 64, 0.1, dtype="float32", splits=1, fill=fills[1])
+    sunk = DecodeAttentionSpec(1, 64, 8, 64, 500, 0.125, mask=True, splits=4, sinks_dtype="bfloat16")
+    yield dataclasses.replace(sunk, fill=fills[2], advance=True)
+    yield dataclasses.replace(sunk, positions=None, splits=1)
     yield ExitScoreSpec(4, 5000, "float16")
     yield ExitScoreSpec(1, 4096)
 
