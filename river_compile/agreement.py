@@ -1,15 +1,20 @@
-"""How the processes that run one model come to the same values; here for a process that runs its model alone.
+"""The processes that run one model: how they come to the same values, and which part each computes.
 
-Processes that exchange tensors within a step must take the same path, so the first one's values decide.
-Not handled: how they exchange values. A part that can puts its own agreement into the model's record.
+Here for a process that runs its model alone. Processes that exchange tensors within a step must take the same path, so
+the first one's values decide. Not handled: how they exchange values, which a subclass in the model's record knows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from river_compile.config import RiverConfig
+    from river_compile.passes.program import Program
 
 T = TypeVar("T")
 PARTS = "rank-*-of-*"  # folders of saved twins, in the folder of a model that several processes share
@@ -41,6 +46,27 @@ class Agreement:
     def part_of(self, folder: Path) -> Path:
         """Return the folder of this process's part of saved twins."""
         return folder
+
+    def fitted(self, config: RiverConfig, given: Collection[str]) -> RiverConfig:
+        """Return a config for this process; `given`: the options that the user set. May raise an OptionError."""
+        return config
+
+    def take_shards(self, traced: fx.GraphModule, values: dict[fx.Node, Any], mode: str | None) -> frozenset[fx.Node]:
+        """Rewrite a traced graph, and its inputs' values, for this process's part; return the inputs that are parts.
+
+        May raise an OptionError for a graph, or a ``mode`` of torch.compile, that does not work in several processes.
+        """
+        return frozenset()
+
+    def wrap(
+        self,
+        executor: Callable[..., Any],
+        program: Program,
+        placeholders: Sequence[fx.Node],
+        local: frozenset[fx.Node],
+    ) -> Callable[..., Any]:
+        """Return an executor as Dynamo calls it, which passes whole tensors for the placeholders in `local`."""
+        return executor
 
     def explain(self, error: BaseException) -> None:
         """Raise a RankError in the place of an error that another process's end has caused."""

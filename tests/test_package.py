@@ -133,10 +133,10 @@ DOORS = {  # of each optional part, the modules of the package that import it; t
     "decoding.continuous": {"", "cli.serving"},
     "evaluation": {"", "cli.commands"},
     "runtime.offload": {"building.assemble"},
-    "runtime.tensor_parallel": {"", "backend"},
+    "runtime.tensor_parallel": {"", "runtime.processes"},
     "runtime.weight_store": {"runtime.offload"},
     "kernels.triton": {"lowering.lower"},
-    "lowering.inductor": {"backend", "lowering.segments"},
+    "lowering.inductor": {"building.unsupported", "lowering.segments"},
     "twins.background": {"twins.pack", "twins.weights"},
     "api.export": {"", "cli.commands"},
 }

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from river_compile.api.generation import generate_by, has_generate_of_its_own, mode_of, restore_generate
 from river_compile.api.mxfp4 import load_as_it_comes
 from river_compile.api.quality import MODE_OPTIONS, Rule, asked_for
-from river_compile.backend import river, shared_by
+from river_compile.backend import river
 from river_compile.config import RiverConfig
 from river_compile.decoding.prefix_cache import PrefixPool
 from river_compile.decoding.setup import set_up
@@ -27,6 +27,7 @@ from river_compile.kernels.checks import FLAG
 from river_compile.kernels.messages import with_id
 from river_compile.record import find_record, forget, record_of, unwrap
 from river_compile.runtime.placement import Placement
+from river_compile.runtime.processes import processes_of
 from river_compile.twins.file import FILE, TwinFile
 from river_compile.twins.making import Statistics
 from river_compile.twins.observe import Observation, Tokenizer, windows_of
@@ -221,7 +222,7 @@ def collect_statistics(
             a model that several processes share.
     """
     model = unwrap(model)
-    if shared_by(model.parameters()) is not None:
+    if processes_of(model.parameters()).several:
         raise OptionError(
             "Statistics are not available for a model that several processes share. Remove calibration_data, and use "
             "quantizer='hqq'",

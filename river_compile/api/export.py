@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from river_compile.api.accelerate import without_values
 from river_compile.api.twins import current_twins
-from river_compile.backend import obstacle, shared_by
 from river_compile.building.graph_record import Graphs
+from river_compile.building.unsupported import obstacle
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, TwinsError
 from river_compile.kernels.checks import PATH
@@ -30,6 +30,7 @@ from river_compile.passes.segments import recognise
 from river_compile.passes.twins import TwinSpec, twin_layers
 from river_compile.progress import stage_shown
 from river_compile.record import find_record, unwrap
+from river_compile.runtime.processes import processes_of
 from river_compile.twins.digests import Digests
 from river_compile.twins.making import Job, Statistics
 from river_compile.twins.weights import Parameters, TwinWeight
@@ -65,7 +66,7 @@ def export(model: PreTrainedModel, folder: str | Path, format: str = "compressed
     folder = Path(PATH("folder", folder, TwinsError))
     if format not in FORMATS:
         raise OptionError(f"format={format!r} is not allowed; use {FORMATS[0]!r}")
-    if shared_by(unwrap(model).parameters()) is not None:
+    if processes_of(unwrap(model).parameters()).several:
         raise TwinsError(
             f"Cannot export to {folder}: each process holds a part of the twins. Load the model without "
             "distributed_config= to export it",

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 from transformers import PreTrainedModel
 
-from river_compile.backend import config_for, shared_by
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import check_paths
 from river_compile.decoding.mode import Decode, ExactMode, decode, exact
@@ -21,6 +20,7 @@ from river_compile.errors import ExactModeError, OptionError
 from river_compile.exit_rule import ExitRule
 from river_compile.exits import WHOLE
 from river_compile.kernels.checks import FLAG, PATH, one_of, short_repr
+from river_compile.runtime.processes import processes_of
 
 QUALITIES = EXACT, FAST = "exact", "fast"
 _QUALITY = one_of(None, *QUALITIES)
@@ -50,7 +50,7 @@ def asked_for(
         backend = _fast_options(model, calibration, options)
     else:
         mode, backend = _exact_mode(model, strict, options)
-    config = config_for(backend, shared_by(model.parameters()))
+    config = processes_of(model.parameters()).fitted(RiverConfig.from_options(backend), backend)
     if chosen == EXACT:
         try:
             check_paths(config)
@@ -121,4 +121,4 @@ def _has_rule(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
     untunable = options.get("prefill") == "exit" or (
         options.get("offload") is not None and options.get("offload_policy") != "fetch"
     )
-    return untunable or any(options.get(n) is not None for n in _RULE) or shared_by(model.parameters()) is not None
+    return untunable or any(options.get(n) is not None for n in _RULE) or processes_of(model.parameters()).several

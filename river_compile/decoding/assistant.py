@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
-from river_compile.backend import config_for
 from river_compile.building.graph_record import Graphs
 from river_compile.config import RiverConfig
 from river_compile.decoding.admission import verification_widths
@@ -153,7 +152,7 @@ def prepare(model: PreTrainedModel, target: ModelRecord, config: RiverConfig) ->
         return
     options = {name: getattr(config, name) for name in _ALIKE} | _OWN
     twins = target.of(TwinWeights)
-    set_up(model, options, config_for(options, None), twins.stores, twins.background.enabled)()
+    set_up(model, options, RiverConfig.from_options(options), twins.stores, twins.background.enabled)()
 
 
 def why_not_assistant(model: PreTrainedModel, assistant: PreTrainedModel) -> str:

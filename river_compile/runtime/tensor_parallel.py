@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from transformers import PretrainedConfig
 
-from river_compile.agreement import PARTS, Agreement
+from river_compile.agreement import ALONE, PARTS, Agreement
 from river_compile.config import RiverConfig
 from river_compile.errors import OptionError, RankError, RiverWarning, TwinsError
 from river_compile.kernels.messages import with_id
@@ -59,12 +59,12 @@ def tensor_parallel_plan(config: PretrainedConfig, ranks: int) -> dict[str, str]
     return plan
 
 
-def ranks_of(tensors: Iterable[object]) -> Ranks | None:
-    """Return the ranks that share parameters, None for one; raise an OptionError for a mesh of several dimensions."""
+def ranks_of(tensors: Iterable[object]) -> Agreement:
+    """Return the ranks that share parameters, or `ALONE`; raise an OptionError for a mesh of several dimensions."""
     meshes: Iterator[Any] = (getattr(tensor, "device_mesh", None) for tensor in tensors)
     mesh = next((found for found in meshes if found is not None), None)
     if mesh is None or mesh.size() == 1:
-        return None
+        return ALONE
     if mesh.ndim > 1:
         raise OptionError(
             f"this model is spread over a mesh of {tuple(mesh.shape)} devices {mesh.mesh_dim_names}; backend 'river' "
@@ -137,7 +137,6 @@ class Ranks(Agreement):
             raise
 
     def fitted(self, config: RiverConfig, given: Collection[str]) -> RiverConfig:
-        """Return a config for this rank; `given`: the names of options that the user set. Raises an OptionError."""
         if "quantizer" not in given:
             config = replace(config, quantizer=_QUANTIZER)
         if config.target_weights == "auto":
@@ -146,21 +145,23 @@ class Ranks(Agreement):
             raise self._refusal(problem)
         return config if config.twins is None else replace(config, twins=self.part_of(Path(config.twins)))
 
-    def take_shards(self, traced: fx.GraphModule, mode: str | None) -> frozenset[fx.Node]:
-        """Rewrite a traced graph for this rank's shards; return the placeholders that are shards now.
-
-        Raises an OptionError for a ``mode`` of torch.compile and for embeddings that do not work on several ranks.
-        """
+    def take_shards(self, traced: fx.GraphModule, values: dict[fx.Node, Any], mode: str | None) -> frozenset[fx.Node]:
         if mode in ("reduce-overhead", "max-autotune"):
             raise self._refusal(f"mode={mode!r} is not available under {_NOT_CAPTURED}. Remove it.")
         for problem in _unsupported_embeddings(traced.graph.nodes):
             raise self._refusal(problem)
-        return on_local_shards(traced, self.size, self.group.group_name)
+        local = on_local_shards(traced, self.size, self.group.group_name)
+        values |= {node: local_of(values[node]) for node in local}
+        return local
 
     def wrap(
-        self, executor: Callable[..., Any], placeholders: Sequence[fx.Node], local: frozenset[fx.Node]
+        self,
+        executor: Callable[..., Any],
+        program: Program,
+        placeholders: Sequence[fx.Node],
+        local: frozenset[fx.Node],
     ) -> Callable[..., Any]:
-        """Wrap an executor of local shards for Dynamo, which passes DTensors for the placeholders in `local`."""
+        self._warn_of_16_bits(program)
         if not local:
             return executor
         places = [i for i, node in enumerate(placeholders) if node in local]
@@ -181,7 +182,7 @@ class Ranks(Agreement):
     def _refusal(self, problem: str) -> OptionError:
         return OptionError(f"{problem} This model is spread over {self.size} ranks", id="RC122")
 
-    def warn_of_16_bits(self, program: Program) -> None:
+    def _warn_of_16_bits(self, program: Program) -> None:
         """Warn of weights of the twins that stay in 16 bits, routers aside."""
         kept = [linear for linear in program.kept if linear.reason != ROUTER]
         if kept and program.twins:

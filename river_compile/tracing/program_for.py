@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from river_compile.backend import obstacle
 from river_compile.building.assemble import rebuild
 from river_compile.building.build import build
 from river_compile.building.graph_record import GraphRecord, Graphs, Origin
 from river_compile.building.packing import waits_for_file
+from river_compile.building.unsupported import obstacle
 from river_compile.collector import collector_paused
 from river_compile.kernels.native.build import CannotBuild
 from river_compile.lowering.lower import no_compiler

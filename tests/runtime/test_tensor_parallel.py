@@ -183,7 +183,7 @@ class TestRefusals:
 
     def test_a_mode_that_is_not_done(self):
         with pytest.raises(OptionError, match=r"^RC122: mode='reduce-overhead'.*2 ranks"):
-            TWO.take_shards(torch.fx.symbolic_trace(torch.nn.Identity()), "reduce-overhead")
+            TWO.take_shards(torch.fx.symbolic_trace(torch.nn.Identity()), {}, "reduce-overhead")
 
     def test_accelerate_takes_no_quantizer_with_statistics(self, both):
         assert both[0]["accelerated"]["refusal"].startswith("RC122: quantizer='awq'")
