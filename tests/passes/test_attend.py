@@ -42,7 +42,7 @@ class Built:
         return self.call(operator.add, self.call(torch.arange, 1), self.counter)
 
     def write(self, slot: fx.Node) -> fx.Node:
-        how = (None, None, None, None, slot, self.k, self.v, "none", 1e-6, False)
+        how = (None, None, None, None, slot, self.k, self.v, "none", 1e-6, False, False)
         return self.call(river.kv_fill.default, self.qkv, *how)
 
     def attend(self, q: fx.Node, v: fx.Node | None = None) -> fx.Node:
