@@ -90,7 +90,7 @@ lint: $(FOR_TEST)
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror kernels/native/sources/*.h kernels/native/sources/*/* \
-	  tests/kernels/native/phases/* tests/kernels/native/pool/main.cpp tests/kernels/native/pool/torch/csrc/stable/* tools/rehearsal/card.cpp
+	  tests/kernels/native/*.h tests/kernels/native/phases/* tests/kernels/native/pool/main.cpp tests/kernels/native/pool/torch/csrc/stable/* tools/rehearsal/card.cpp
 	$(IN_VENV) -m tools.typecheck
 	$(IN_VENV) -m tools.prose
 	$(SITE) --site-dir build/site-of-lint

@@ -223,6 +223,17 @@ _TRITON = (
     ),
 )
 
+_TILES = (
+    Mutation(
+        "tiles-again",
+        f"{SOURCES}/kernels/bf12.h",
+        "memory_ + (stride_ == padded_ ? unit : 0)",
+        "memory_",
+        "AMX: more than 32 rows read the last unit in place of all others",
+        ("tests/kernels/native/test_phases.py::test_each_phase_with_emulated_tiles",),
+    ),
+)
+
 _ARM_TESTS = ("tests/kernels/native/test_phases.py::test_each_phase_on_an_emulated_arm_core",)
 _ARM_NEEDS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 _ARM = tuple(
@@ -249,4 +260,4 @@ _ARM = tuple(
     )
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*_QUANT, *_NATIVE, *_ARM, *_TWELVE_BITS, *_TRITON)
+MUTATIONS: tuple[Mutation, ...] = (*_QUANT, *_NATIVE, *_TILES, *_ARM, *_TWELVE_BITS, *_TRITON)

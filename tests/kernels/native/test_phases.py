@@ -7,6 +7,9 @@ An older core stops with SIGILL, which proves that the library uses its instruct
 from __future__ import annotations
 
 import ctypes
+import hashlib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,10 @@ BEST = ("neon_i8mm",)
 supported = build.supported_isas()
 # Those of this architecture that this machine lacks.
 LACKED = {isa.name: isa for isa in build.isas_of(machine.architecture()) if isa not in supported}
+TILES = Path(__file__).parent / "tiles.h"
+# The instruction set with tiles, and that which it is without them.
+WITH_TILES, WITHOUT = ("amx", "avx512_bf16")
+EMULATES_TILES = WITH_TILES in LACKED and WITHOUT not in LACKED
 
 
 def arm_isa(name: str) -> build.Isa:
@@ -37,10 +44,19 @@ def test_each_phase_on_this_machine(isa):
     program.run(build.kernels_library(isa)).check()
 
 
-@pytest.mark.parametrize("name", slow_but(("amx",), LACKED))
+@pytest.mark.parametrize("name", slow_but(() if EMULATES_TILES else (WITH_TILES,), LACKED))
 def test_what_this_machine_lacks_compiles(name):
     """And has every function that it calls: loading resolves them all."""
     ctypes.CDLL(str(build.kernels_library(LACKED[name])))
+
+
+@pytest.mark.skipif(not EMULATES_TILES, reason=f"the processor has tiles, or lacks {WITHOUT}")
+def test_each_phase_with_emulated_tiles():
+    """Most machines have no tiles, so that nothing else runs these kernels there."""
+    isa = LACKED[WITH_TILES]
+    version = hashlib.sha256(TILES.read_bytes()).hexdigest()  # so that a change compiles the library again
+    emulated = replace(isa, flags=(*isa.flags, f"-DRIVER_TILES={version}", "-include", str(TILES)))
+    program.run(build.kernels_library(emulated)).check()
 
 
 @pytest.mark.parametrize("name", slow_but(BEST, CORES))

@@ -92,15 +92,20 @@ class Piece {
   int number_ = 0;
 };
 
+// What an `UnpackedBlock` keeps in memory: all that was unpacked, for rows that read it again, or one unit. Whole rows
+// lie a multiple of 4 KB apart for many sizes, so that the 16 of a block push each other out of the first cache.
+enum class Keeps { kAll, kOneUnit };
+
 // One block of 16 output features, and as much of it as was unpacked to memory.
 class UnpackedBlock {
  public:
   // Of two blocks that share a piece's memory `which` tells which one this is.
-  UnpackedBlock(const GemmArgs& a, int which, uint16_t* memory)
+  UnpackedBlock(const GemmArgs& a, int which, uint16_t* memory, Keeps keeps = Keeps::kAll)
       : a_(a),
         padded_(ceil_div(int64_t(a.in_features), kUnit) * kUnit),
+        stride_(keeps == Keeps::kAll ? padded_ : kUnit),
         palette_(repeated(reinterpret_cast<const uint8_t*>(a.palette))),
-        memory_(memory + which * kBlock * padded_) {}
+        memory_(memory + which * kBlock * stride_) {}
 
   void begin(int64_t n) {
     if (block_ == n) return;
@@ -122,6 +127,23 @@ class UnpackedBlock {
     fours_[four].unpack(palette_, i, row(kFour * four) + i, padded_);
   }
 
+  // The same of all output features, read in order: the block that follows is expected `ahead` blocks behind. Returns
+  // input feature `i` of the first one; others are a stride apart.
+  RIVER_INLINE Matrix<const uint16_t> reach_all(int64_t i, int ahead) {
+    const int64_t unit = i / kUnit * kUnit;
+    uint16_t* const out = memory_ + (stride_ == padded_ ? unit : 0);
+    if (unit >= done_[0]) {
+      done_[0] = unit + kUnit;
+      const int64_t later = unit + kUnitAhead / kUnitBytes * kUnit, rest = later - padded_;
+      const int64_t fetched = rest < 0 ? later : rest + ahead * kFours * padded_;  // (a four's units are `padded_`)
+      for (int four = 0; four < kFours; ++four) {
+        fetch_unit(fours_[four].units + fetched / kUnit * kUnitBytes);
+        fours_[four].unpack(palette_, unit, out + kFour * four * stride_, stride_);
+      }
+    }
+    return {out + i - unit, stride_};
+  }
+
   uint16_t* row(int feature) const { return memory_ + feature * padded_; }
   int64_t in_features() const { return padded_; }
   Ints palette() const { return palette_; }
@@ -130,7 +152,7 @@ class UnpackedBlock {
   static constexpr int kFours = kBlock / kFour;
 
   const GemmArgs& a_;
-  const int64_t padded_;
+  const int64_t padded_, stride_;
   const Ints palette_;
   uint16_t* const memory_;
   int64_t block_ = -1, done_[kFours];

@@ -36,11 +36,15 @@ class Tiles {
 
 class BlockOfWeights {
  public:
-  // Of two blocks that share the memory of a piece `which` tells which one this is.
-  BlockOfWeights(const GemmArgs& a, int64_t n, int which, uint16_t* memory)
-      : a_(a), first_(n * kBlock), count_(int(std::min<int64_t>(kBlock, a.epilogue.out_features - first_))) {
+  // Of two blocks that share the memory of a piece `which` tells which one this is. The next one is expected to lie
+  // `ahead` blocks behind; `keeps`: of 12-bit weights.
+  BlockOfWeights(const GemmArgs& a, int64_t n, int which, uint16_t* memory, int ahead, Keeps keeps)
+      : a_(a),
+        first_(n * kBlock),
+        count_(int(std::min<int64_t>(kBlock, a.epilogue.out_features - first_))),
+        ahead_(ahead) {
     if (a.palette) {
-      unpacked_.emplace(a, which, memory);
+      unpacked_.emplace(a, which, memory, keeps);
       unpacked_->begin(n);
       return;
     }
@@ -51,8 +55,8 @@ class BlockOfWeights {
   // Input features i to i + 31, zeros where there are none; the stride is of bytes.
   Matrix<const char> at(int64_t i) {
     if (a_.palette) {
-      for (int four = 0; four < kBlock / kFour; ++four) unpacked_->reach(four, i);
-      return {reinterpret_cast<const char*>(unpacked_->row(0) + i), unpacked_->in_features() * 2};
+      const Matrix<const uint16_t> w = unpacked_->reach_all(i, ahead_);
+      return {reinterpret_cast<const char*>(w.data), w.stride * 2};
     }
     if (in_place_ && i + kStep <= a_.in_features) return {in_place_ + i * 2, int64_t(a_.in_features) * 2};
     std::memset(copy_, 0, sizeof copy_);
@@ -61,10 +65,10 @@ class BlockOfWeights {
     return {reinterpret_cast<const char*>(copy_), kStep * 2};
   }
 
-  // Asks for lines 16 i to 16 i + 15 of the block that is expected to lie `ahead` blocks behind this one.
-  void fetch(int64_t i, int ahead) const {
+  // Asks for lines 16 i to 16 i + 15 of the next block.
+  void fetch(int64_t i) const {
     if (!in_place_) return;
-    const char* lines = in_place_ + (int64_t(ahead) * a_.in_features * 2 + i * 64) * kBlock;
+    const char* lines = in_place_ + (int64_t(ahead_) * a_.in_features * 2 + i * 64) * kBlock;
     for (int line = 0; line < kBlock; ++line) __builtin_prefetch(lines + line * 64, 0, 2);
   }
 
@@ -76,7 +80,7 @@ class BlockOfWeights {
 
   const GemmArgs& a_;
   const int64_t first_;
-  const int count_;
+  const int count_, ahead_;
   const char* in_place_ = nullptr;
   std::optional<UnpackedBlock> unpacked_;  // of 12-bit weights
   alignas(64) uint16_t copy_[kBlock * kStep];
@@ -85,13 +89,13 @@ class BlockOfWeights {
 // All rows, of which there are at most 16.
 inline void microkernel_amx(const GemmArgs& a, int64_t n, uint16_t* memory, float (*y)[kBlock]) {
   alignas(64) float sums[kBlock * kBlock];
-  BlockOfWeights weights(a, n, 0, memory);
+  BlockOfWeights weights(a, n, 0, memory, 1, Keeps::kOneUnit);
   const int wide = 4 * a.rows;
   const char* x = static_cast<const char*>(a.x.values);
   _tile_zero(0);
   for (int64_t i = 0; i < a.in_features; i += kStep) {
     const Matrix<const char> w = weights.at(i);
-    weights.fetch(i / kStep, 1);
+    weights.fetch(i / kStep);
     _tile_loadd(4, w.data, w.stride);
     _tile_loadd(6, x + i / 2 * wide, wide);
     _tile_dpbf16ps(0, 4, 6);
@@ -112,9 +116,9 @@ inline void gemm_amx(const GemmArgs& a, int part, int parts) {
 // Of two blocks of features and two blocks of rows: [features, rows, 16 features, 16 rows].
 using Sums = float[2][2][kBlock * kBlock];
 
-// Sums two blocks of features for blocks `rows` of rows; asks for the weights that lie `ahead` blocks behind, if any.
+// Sums two blocks of features for blocks `rows` of rows; `first`: asks for the next weights.
 inline void microkernel_amx_multi(const GemmArgs& a, BlockOfWeights& weights, BlockOfWeights& others,
-                                  const int64_t (&rows)[2], int ahead, Sums& sums) {
+                                  const int64_t (&rows)[2], bool first, Sums& sums) {
   const int64_t k = a.in_features, bytes = a.padded_features() * kBlock * 2;
   const auto* values = static_cast<const char*>(a.x.values);
   const char *x = values + rows[0] * bytes, *other_x = values + rows[1] * bytes;
@@ -124,9 +128,9 @@ inline void microkernel_amx_multi(const GemmArgs& a, BlockOfWeights& weights, Bl
   _tile_zero(3);
   for (int64_t i = 0; i < k; i += kStep) {
     const Matrix<const char> w = weights.at(i), other = others.at(i);
-    if (ahead) {
-      weights.fetch(i / kStep, ahead);
-      others.fetch(i / kStep, ahead);
+    if (first) {
+      weights.fetch(i / kStep);
+      others.fetch(i / kStep);
     }
     _tile_loadd(4, w.data, w.stride);
     _tile_loadd(6, x + i * kBlock * 2, 64);
@@ -150,14 +154,15 @@ inline void gemm_amx_multi(const GemmArgs& a, int part, int parts) {
   alignas(64) float y[2][kBlock][kBlock];
   const Epilogue& e = a.epilogue;
   const int64_t blocks = ceil_div(e.out_features, kBlock), pairs = (blocks + 1) / 2, last = (a.rows - 1) / kBlock;
+  const int ahead = e.gated ? 1 : 2;
+  const Keeps keeps = a.rows > 2 * kBlock ? Keeps::kAll : Keeps::kOneUnit;
   for (int first = 0; first < a.rows; first += kRowsTogether)
     for (auto [pair, end] = share_of(pairs, part, parts); pair < end; ++pair) {
       const int64_t n = e.gated ? pair : 2 * pair, other = e.gated ? pair + pairs : std::min(n + 1, blocks - 1);
-      BlockOfWeights weights(a, n, 0, piece.memory()), others(a, other, 1, piece.memory());
+      BlockOfWeights weights(a, n, 0, piece.memory(), ahead, keeps), others(a, other, 1, piece.memory(), ahead, keeps);
       for (int row = first; row < std::min(first + kRowsTogether, a.rows); row += 2 * kBlock) {
-        const int ahead = row > first ? 0 : e.gated ? 1 : 2;
-        microkernel_amx_multi(a, weights, others, {row / kBlock, std::min<int64_t>(row / kBlock + 1, last)}, ahead,
-                              sums);
+        microkernel_amx_multi(a, weights, others, {row / kBlock, std::min<int64_t>(row / kBlock + 1, last)},
+                              row == first, sums);
         for (int half = 0, at = row; half < 2 && at < a.rows; ++half, at += kBlock) {
           const int rows = std::min(kBlock, a.rows - at);
           for (int which = 0; which < 2; ++which) transpose(sums[which][half], kBlock, y[which]);

@@ -63,7 +63,7 @@ Product draw_product(Case& c, Form form) {
   const bool is_long = form == k12Bits && r.one_in(4);  // more features than a few rows meet in one stretch
   const bool is_tall = !is_long && r.one_in(12);        // more rows than meet a block of weights together
   const int most = is_tall ? 40 : 330;
-  a.rows = is_tall ? r.between(257, 300) : r.one_in(3) ? r.between(9, 33) : r.between(1, 8);
+  a.rows = is_tall ? r.between(257, 300) : r.one_in(3) ? r.between(9, 70) : r.between(1, 8);
   a.in_features = form == kInt8Groups || form == kMxfp4 ? 32 * r.between(1, 11)
                   : is_long                             ? r.between(1000, 1500)
                                                         : r.between(1, most);
