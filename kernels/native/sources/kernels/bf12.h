@@ -9,7 +9,6 @@
 
 namespace river {
 
-constexpr int kUnitAhead = 4096;  // bytes that are asked for ahead
 constexpr int kUnitVectors = 2 * kHalves;
 // Rows up to which weights are unpacked in registers, at least for two of four output features at a time.
 constexpr int kFewRows = kHalves == 1 ? 8 : kHalves == 2 ? 6 : kMostRows;
@@ -123,7 +122,7 @@ class UnpackedBlock {
   RIVER_INLINE void reach(int four, int64_t i) {
     if (i < done_[four]) return;
     done_[four] = i + kUnit;
-    fetch_unit(fours_[four].units + i / kUnit * kUnitBytes + kUnitAhead);
+    fetch_unit(fours_[four].units + i / kUnit * kUnitBytes + kFetchedAhead);
     fours_[four].unpack(palette_, i, row(kFour * four) + i, padded_);
   }
 
@@ -134,7 +133,7 @@ class UnpackedBlock {
     uint16_t* const out = memory_ + (stride_ == padded_ ? unit : 0);
     if (unit >= done_[0]) {
       done_[0] = unit + kUnit;
-      const int64_t later = unit + kUnitAhead / kUnitBytes * kUnit, rest = later - padded_;
+      const int64_t later = unit + kFetchedAhead / kUnitBytes * kUnit, rest = later - padded_;
       const int64_t fetched = rest < 0 ? later : rest + ahead * kFours * padded_;  // (a four's units are `padded_`)
       for (int four = 0; four < kFours; ++four) {
         fetch_unit(fours_[four].units + fetched / kUnit * kUnitBytes);
@@ -183,7 +182,7 @@ RIVER_INLINE void dots_of_four(Four four, Ints palette, int64_t in_features, Mat
         const uint8_t* unit = four.units + i / kUnit * kUnitBytes;
         alignas(64) uint16_t unpacked[kFour * kUnit];
         // (What the same turn reads in the next stretch: if one asked for all, memory would idle in the other.)
-        kTurns == 1 ? fetch_unit(unit + kUnitAhead) : fetch_pair(unit + stretch / kUnit * kUnitBytes, g);
+        kTurns == 1 ? fetch_unit(unit + kFetchedAhead) : fetch_pair(unit + stretch / kUnit * kUnitBytes, g);
         // `weights_of(v, t)`: vector v of feature t, of which the compiler makes two loops, so that it joins no
         // registers.
         const auto products = [&](auto p, const auto& weights_of) RIVER_INLINED {

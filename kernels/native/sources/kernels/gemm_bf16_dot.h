@@ -23,9 +23,20 @@ void dots_of_rows(const GemmArgs& a, int64_t k, const char* weight, int row, int
   });
 }
 
+// Whether one row takes features one by one, not by fours. The processor's own prefetching follows one stream in a
+// page, which shorter features share. With shorter vectors, products would wait for each other's sums.
+inline bool one_by_one(int64_t k, int rows) { return kPairs == kTurn && rows == 1 && k * 2 <= 4096; }
+
 inline void microkernel_bf16_dot(const GemmArgs& a, int64_t n, int row, int rows, float (*y)[kBlock]) {
-  const int64_t k = a.in_features;
+  const int64_t k = a.in_features, row_bytes = a.padded_features() * 2;
+  const char* x = static_cast<const char*>(a.x.values) + row * row_bytes;
   for_fours(a, n, 2, [&](const char* weight, int at, auto t) {
+    if (one_by_one(k, rows)) {
+      for (int end = at + t; at < end; ++at, weight += k * 2)
+        dots_of_pairs<1, 1>([&](auto) RIVER_INLINED { return weight; }, k, x, row_bytes, {y[0] + at, kBlock},
+                            [&](int64_t i) RIVER_INLINED { fetch(reinterpret_cast<const uint8_t*>(weight) + i * 2); });
+      return;
+    }
     dots_of_rows<t>(a, k, weight, row, rows, {y[0] + at, kBlock}, [&](int64_t i) RIVER_INLINED {
       for (int ahead = t; ahead < 2 * t; ++ahead) __builtin_prefetch(weight + (ahead * k + i) * 2, 0, 2);
     });

@@ -7,9 +7,6 @@
 
 namespace river {
 
-// Asks for the weights that this thread reads some 300 ns later: the processor's own prefetching stops at every page.
-RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + 4096, 0, 2); }
-
 // A microkernel (a, n, row, rows, y) leaves y[r][i] = sum over k of weight[16 n + i, k] x[row + r, k] for `rows` <= R.
 template <int R, class Microkernel>
 void gemm_block(const GemmArgs& a, int64_t n, int row, int rows, const Microkernel& microkernel) {

@@ -13,6 +13,12 @@
 
 namespace river {
 
+// Bytes of weights that are asked for ahead, half a microsecond of a core's reading.
+constexpr int kFetchedAhead = 8192;
+
+// Asks for the line that lies so far ahead: the processor's own prefetching stops at every page.
+RIVER_INLINE void fetch(const uint8_t* weight) { __builtin_prefetch(weight + kFetchedAhead, 0, 2); }
+
 // Calls f with the constants 0 to N - 1: arrays indexed by them stay in registers, unlike in an unrolled loop.
 template <int N, class F>
 RIVER_INLINE void unrolled(const F& f) {
